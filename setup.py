@@ -1,0 +1,56 @@
+"""Metadata and dependencies of neuron_explainer; tool settings live in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "neuron_explainer" / "__init__.py").read_text("utf-8"), re.M
+)
+assert VERSION is not None
+
+setup(
+    name="neuron_explainer",
+    version=VERSION.group(1),
+    description="Dictionary-learning interpretability on GPT-2-family models: "
+    "load, hook, encode, train, evaluate, look, intervene.",
+    long_description=(HERE / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["neuron_explainer", "neuron_explainer.*"]),
+    package_data={
+        "neuron_explainer": [
+            "py.typed",
+            "assets/**/*.json",
+            "assets/**/*.safetensors",
+            "assets/**/*.tiktoken",
+        ]
+    },
+    install_requires=[
+        # 2.10 is the first torch whose weights_only reader has no known hole (CVE-2026-24747).
+        "torch>=2.10",
+        "tiktoken",
+        "blobfile",
+        "numpy",
+        "safetensors",
+        "tqdm",
+        "filelock",
+    ],
+    extras_require={
+        # What trains the embedded model; using it needs nothing beyond the core.
+        "train": ["tokenizers"],
+        "test": [
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "transformers",
+            "tokenizers",
+            "mypy",
+            "ruff",
+        ],
+    },
+    entry_points={"console_scripts": ["neuron-explainer = neuron_explainer.cli:main"]},
+)
