@@ -1,0 +1,204 @@
+"""The one vocabulary of "where" in a network: a hook path and, for most paths, a layer.
+
+Everything that has to name a place uses :class:`ActivationLocation`: hooks, captures, autoencoders,
+files on disk. Other people's names for the same places (short names of published autoencoders, the
+strings of the original's ``ActivationLocationType``, TransformerLens hook names) are accepted
+wherever a location is parsed, and never written.
+
+Shape legend: ``b`` batch, ``s`` sequence, ``q`` query, ``k`` key, ``h`` head, ``d_head`` width of a
+head, ``d`` model width, ``f`` MLP width, ``v`` vocabulary, ``1`` a single number.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from neuron_explainer.errors import LocationError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Site:
+    """One hook path: what its tensor looks like and what a hook there is told."""
+
+    path: str
+    """Dotted path in :class:`~neuron_explainer.models.hooks.TransformerHooks`."""
+    shape: tuple[str, ...]
+    """Names of the axes, in the letters of the module's legend."""
+    per_layer: bool
+    """Whether the site exists once in each layer (or once in the whole model)."""
+    keywords: tuple[str, ...] = ("layer", "positions")
+    """Keyword arguments given to hooks; ``layer`` is None where ``per_layer`` is False."""
+
+
+def _norm_sites(path: str, per_layer: bool) -> list[Site]:
+    return [
+        Site(f"{path}.post_mean_subtraction", ("b", "s", "d"), per_layer),
+        Site(f"{path}.scale", ("b", "s", "1"), per_layer),
+        Site(f"{path}.post_scale", ("b", "s", "d"), per_layer),
+    ]
+
+
+_BSD = ("b", "s", "d")
+
+SITES: dict[str, Site] = {
+    site.path: site
+    for site in [
+        Site("resid.post_emb", _BSD, per_layer=False),
+        *_norm_sites("resid.torso.ln_attn", per_layer=True),
+        Site("resid.torso.post_ln_attn", _BSD, per_layer=True),
+        Site("attn.q", ("b", "q", "h", "d_head"), per_layer=True),
+        Site("attn.k", ("b", "k", "h", "d_head"), per_layer=True),
+        Site("attn.v", ("b", "k", "h", "d_head"), per_layer=True),
+        Site("attn.qk_logits", ("b", "q", "k", "h"), per_layer=True),
+        Site("attn.qk_softmax_denominator", ("b", "q", "1", "h"), per_layer=True),
+        Site("attn.qk_probs", ("b", "q", "k", "h"), per_layer=True),
+        Site("attn.v_out", ("b", "q", "h", "d_head"), per_layer=True),
+        Site("resid.torso.delta_attn", _BSD, per_layer=True),
+        Site("resid.torso.post_attn", _BSD, per_layer=True),
+        *_norm_sites("resid.torso.ln_mlp", per_layer=True),
+        Site("resid.torso.post_ln_mlp", _BSD, per_layer=True),
+        Site("mlp.pre_act", ("b", "s", "f"), per_layer=True),
+        Site("mlp.post_act", ("b", "s", "f"), True, ("layer", "positions", "out_layer")),
+        Site("resid.torso.delta_mlp", _BSD, per_layer=True),
+        Site("resid.torso.post_mlp", _BSD, per_layer=True),
+        *_norm_sites("resid.ln_f", per_layer=False),
+        Site("resid.post_ln_f", _BSD, per_layer=False),
+        Site("logits", ("b", "s", "v"), per_layer=False),
+    ]
+}
+"""Every hook path, in the order in which a forward pass meets them."""
+
+_ALIASES: dict[str, str] = {
+    # short names in the paths of the published autoencoders
+    "mlp_post_act": "mlp.post_act",
+    "resid_delta_mlp": "resid.torso.delta_mlp",
+    "resid_delta_attn": "resid.torso.delta_attn",
+    "resid_post_mlp": "resid.torso.post_mlp",
+    "resid_post_attn": "resid.torso.post_attn",
+    # the original's ActivationLocationType, where it differs from the hook path
+    "resid.delta_attn": "resid.torso.delta_attn",
+    "resid.post_attn": "resid.torso.post_attn",
+    "resid.delta_mlp": "resid.torso.delta_mlp",
+    "resid.post_mlp": "resid.torso.post_mlp",
+    "resid.post_attn_ln": "resid.torso.post_ln_attn",
+    "resid.post_mlp_ln": "resid.torso.post_ln_mlp",
+    "attn_ln.scale": "resid.torso.ln_attn.scale",
+    "mlp_ln.scale": "resid.torso.ln_mlp.scale",
+}
+
+# TransformerLens names whose *values* are ours (layouts may differ: heads come last here, and hook_z
+# is v_out before heads are merged). hook_q and hook_k are left out on purpose: there they are not
+# scaled, here they carry d_head^-1/4 each, and an alias would change numbers without a word.
+_TRANSFORMER_LENS_BLOCK: dict[str, str] = {
+    "hook_resid_mid": "resid.torso.post_attn",
+    "hook_resid_post": "resid.torso.post_mlp",
+    "hook_attn_out": "resid.torso.delta_attn",
+    "hook_mlp_out": "resid.torso.delta_mlp",
+    "ln1.hook_normalized": "resid.torso.post_ln_attn",
+    "ln2.hook_normalized": "resid.torso.post_ln_mlp",
+    "ln1.hook_scale": "resid.torso.ln_attn.scale",
+    "ln2.hook_scale": "resid.torso.ln_mlp.scale",
+    "attn.hook_v": "attn.v",
+    "attn.hook_z": "attn.v_out",
+    "attn.hook_attn_scores": "attn.qk_logits",
+    "attn.hook_pattern": "attn.qk_probs",
+    "mlp.hook_pre": "mlp.pre_act",
+    "mlp.hook_post": "mlp.post_act",
+}
+_TRANSFORMER_LENS_MODEL: dict[str, str] = {
+    "ln_final.hook_scale": "resid.ln_f.scale",
+    "ln_final.hook_normalized": "resid.post_ln_f",
+}
+_TRANSFORMER_LENS_NAME = re.compile(r"blocks\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class ActivationLocation:
+    """A place in the network: ``ActivationLocation("mlp.post_act", 3)``, in text ``3/mlp.post_act``.
+
+    ``layer`` is None for the sites that a model has once (``resid.post_emb``, ``logits``, …). For a
+    site that each layer has, None stands for "in every layer": an autoencoder context is at
+    ``mlp.post_act``, its third autoencoder at ``3/mlp.post_act``.
+    """
+
+    path: str
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        path = _ALIASES.get(self.path, self.path)
+        if path not in SITES:
+            raise LocationError(
+                f"unknown location {self.path!r}.{did_you_mean(self.path, [*SITES, *_ALIASES])} "
+                f"Valid paths: {', '.join(SITES)}."
+            )
+        object.__setattr__(self, "path", path)
+        if self.layer is not None and not self.site.per_layer:
+            raise LocationError(
+                f"{path!r} exists once in a model, not in each layer; found layer {self.layer}."
+            )
+        if self.layer is not None and self.layer < 0:
+            raise LocationError(f"layer of {path!r} must be at least 0, found {self.layer}.")
+
+    @property
+    def site(self) -> Site:
+        """Shape and keywords of the hook path."""
+        return SITES[self.path]
+
+    def at(self, layer: int | None) -> "ActivationLocation":
+        """The same hook path at another layer."""
+        return ActivationLocation(self.path, layer)
+
+    def expand(self, n_layers: int) -> list["ActivationLocation"]:
+        """The single places meant in a model of ``n_layers``: every layer where none is named."""
+        if not self.site.per_layer:
+            return [self]
+        if self.layer is None:
+            return [self.at(layer) for layer in range(n_layers)]
+        if self.layer >= n_layers:
+            raise LocationError(
+                f"{self} is outside the model: it has layers 0 to {n_layers - 1} ({n_layers} in all)."
+            )
+        return [self]
+
+    @classmethod
+    def parse(cls, text: "str | ActivationLocation") -> "ActivationLocation":
+        """Read ``"3/mlp.post_act"``, ``"mlp.post_act"``, any alias or a TransformerLens hook name.
+
+        ``hook_resid_pre`` of layer ``i`` is ``resid.torso.post_mlp`` of the layer before, and
+        ``resid.post_emb`` where there is none.
+        """
+        if isinstance(text, ActivationLocation):
+            return text
+        if match := _TRANSFORMER_LENS_NAME.fullmatch(text):
+            layer, name = int(match[1]), match[2]
+            if name == "hook_resid_pre":
+                return cls("resid.torso.post_mlp", layer - 1) if layer else cls("resid.post_emb")
+            if name in _TRANSFORMER_LENS_BLOCK:
+                return cls(_TRANSFORMER_LENS_BLOCK[name], layer)
+            raise LocationError(
+                f"no location here is TransformerLens's {text!r}."
+                f"{did_you_mean(name, [*_TRANSFORMER_LENS_BLOCK, 'hook_resid_pre'])}"
+            )
+        if text in _TRANSFORMER_LENS_MODEL:
+            return cls(_TRANSFORMER_LENS_MODEL[text])
+        layer_text, slash, path = text.partition("/")
+        if not slash:
+            return cls(text)
+        if not layer_text.isdecimal():
+            raise LocationError(
+                f"expected a location such as '3/mlp.post_act' (layer, slash, path), found {text!r}."
+            )
+        return cls(path, int(layer_text))
+
+    def __str__(self) -> str:
+        return self.path if self.layer is None else f"{self.layer}/{self.path}"
+
+
+LocationLike = str | ActivationLocation
+
+
+def parse_locations(locations: LocationLike | Iterable[LocationLike]) -> list[ActivationLocation]:
+    """One location or several, as text or not, as a list of :class:`ActivationLocation`."""
+    if isinstance(locations, str | ActivationLocation):
+        locations = [locations]
+    return [ActivationLocation.parse(location) for location in locations]
