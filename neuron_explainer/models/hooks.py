@@ -1,0 +1,672 @@
+"""Hooks: functions ``(x, layer=…, **kwargs) -> x`` that see, and may replace, what a model computes.
+
+Hooks are a value that is passed to ``forward``; a model never holds any. So nothing has to be removed
+after an experiment, an exception leaves nothing behind, and two experiments can interleave.
+
+A tree of hooks has the model's shape::
+
+    hooks = TransformerHooks()
+    hooks.mlp.post_act.append_fwd(ablate)                        # every layer
+    hooks.resid.torso.delta_mlp.append_fwd(AtLayers(3).append(store))
+    model(tokens, hooks=hooks)
+
+At each site (see :data:`neuron_explainer.models.locations.SITES` for their shapes) hooks run in this
+order, and in the order of appending within each kind:
+
+1. ``fwd``: functions of the activation;
+2. ``bwd``: functions of the gradient that reaches the activation from what comes after, ``fwd2``
+   hooks included. They run during the backward pass, so last appended first, last layer first;
+3. ``fwd2``: functions of the activation whose effect on the loss is part of what ``bwd`` hooks see.
+
+The very object that a user appends is called: a recorder with ``__call__``, a bound method or a module
+keeps its state. (The original deep-copied the whole tree for each layer of each pass, which cost
+milliseconds, cloned autoencoders, and left stateful hooks empty.)
+"""
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from neuron_explainer.errors import HookError, did_you_mean
+from neuron_explainer.models.locations import SITES, ActivationLocation, LocationLike, Site
+
+if TYPE_CHECKING:
+    from neuron_explainer.models.autoencoder import Autoencoder
+
+Hook = Callable[..., Any]
+"""``hook(x, **keywords) -> x``; it is given those keywords of the site that its signature accepts."""
+
+
+class HookNode:
+    """What can be called as a hook and knows whether it would do anything: lists and trees of hooks."""
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._run(x, args, kwargs, type(self).__name__)
+
+    def _run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Tensor:
+        """Apply the hooks; ``where`` names the place for error messages."""
+        raise NotImplementedError
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing to run."""
+        return self.is_empty_at(None)
+
+    def is_empty_at(self, layer: int | None) -> bool:
+        """Whether nothing would run in this layer (None: in no layer at all)."""
+        raise NotImplementedError
+
+    def bind(self, **kwargs: Any) -> Self:
+        """Give these keyword arguments to every hook below, in addition to those of the call."""
+        raise NotImplementedError
+
+    def unbind(self, keys: Sequence[str]) -> Self:
+        """Undo :meth:`bind` for these keywords."""
+        raise NotImplementedError
+
+    def copy(self) -> Self:
+        """A tree of its own that calls the same user objects: appending to one leaves the other."""
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.copy()
+
+
+class Attached(NamedTuple):
+    """A user's hook and the keywords that its signature accepts, looked up once."""
+
+    hook: Hook
+    keywords: frozenset[str] | None
+    """None: any keyword."""
+
+    def __call__(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.keywords is not None:
+            kwargs = {key: value for key, value in kwargs.items() if key in self.keywords}
+        return self.hook(x, *args, **kwargs)
+
+
+def hook_name(hook: Hook) -> str:
+    """How a hook is shown in ``repr`` and in errors."""
+    if isinstance(hook, HookNode | nn.Module):
+        return repr(hook)
+    if isinstance(hook, partial):
+        return f"partial({hook_name(hook.func)})"
+    return getattr(hook, "__qualname__", None) or type(hook).__qualname__
+
+
+def _attach(hook: Hook, available: Sequence[str] | None, where: str) -> Attached:
+    """Look up what ``hook`` takes; refuse one that no call at this place could satisfy."""
+    if not callable(hook):
+        raise HookError(f"{where}: a hook is a function (x, **kwargs) -> x, found {hook!r}.")
+    if isinstance(hook, HookNode):
+        return Attached(hook, None)
+    try:
+        # Calling a module calls its forward, whose signature nn.Module.__call__ hides.
+        signature = inspect.signature(hook.forward if isinstance(hook, nn.Module) else hook)
+    except (TypeError, ValueError):  # functions written in C, such as torch.relu
+        return Attached(hook, frozenset())
+    parameters = list(signature.parameters.values())
+    if not any(
+        p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL) for p in parameters
+    ):
+        raise HookError(
+            f"{where}: hook {hook_name(hook)}{signature} takes no positional argument; "
+            "a hook is called as hook(x, **kwargs)."
+        )
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        keywords = None
+    else:
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        keywords = frozenset(p.name for p in _after_x(parameters) if p.kind in named)
+    missing = [
+        p.name
+        for p in _after_x(parameters)
+        if p.default is p.empty
+        and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        and (p.kind is p.POSITIONAL_ONLY or (available is not None and p.name not in available))
+    ]
+    if missing:
+        raise HookError(
+            f"{where}: hook {hook_name(hook)}{signature} needs {', '.join(missing)}, which it would "
+            f"not be given. Keywords at this place: {', '.join(available or ['none by position'])}."
+        )
+    return Attached(hook, keywords)
+
+
+def _after_x(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
+    first = parameters[0]
+    return parameters if first.kind is first.VAR_POSITIONAL else parameters[1:]
+
+
+def _checked(
+    result: Any, x: Tensor, shape: torch.Size, where: str, name: str, layer: Any
+) -> Tensor:
+    """The hook's result, or an error that says how it cannot stand in for ``x``."""
+    if isinstance(result, Tensor) and result.shape == shape and result.dtype == x.dtype:
+        return result
+    found = (
+        f"{list(result.shape)} of {result.dtype}" if isinstance(result, Tensor) else repr(result)
+    )
+    hint = " A hook must return x, changed or not." if result is None else ""
+    raise HookError(
+        f"{where}, layer {layer}: hook {name} returned {found}, expected a tensor "
+        f"{list(shape)} of {x.dtype}.{hint}"
+    )
+
+
+class Hooks(HookNode):
+    """A list of hooks that run one after the other."""
+
+    def __init__(self, hooks: Sequence[Hook] = ()) -> None:
+        # A tuple: a hook may append to the list that is running, which then changes the next run.
+        self._attached: tuple[Attached, ...] = ()
+        self.bound_kwargs: dict[str, Any] = {}
+        self._path = type(self).__name__
+        self._site: Site | None = None
+        for hook in hooks:
+            self.append(hook)
+
+    @property
+    def _hooks(self) -> list[Hook]:
+        return [attached.hook for attached in self._attached]
+
+    @property
+    def name(self) -> str:
+        """Where the hooks are, or what they are."""
+        return self._path
+
+    def append(self, hook: Hook) -> Self:
+        """Add a hook to the end of the list; refuses one that could not work here."""
+        attached = self._validated(hook)
+        self._attached += (attached,)
+        return self
+
+    def _validated(self, hook: Hook) -> Attached:
+        attached = _attach(hook, self._site and self._site.keywords, self._path)
+        if self._site is not None and not self._site.per_layer and _needs_layer(hook):
+            raise HookError(
+                f"{self._path}: {hook_name(hook)} chooses layers, but this site exists once in a "
+                "model, not in each layer. Append the hooks themselves."
+            )
+        return attached
+
+    def _run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Tensor:
+        if self.bound_kwargs:
+            kwargs = {**kwargs, **self.bound_kwargs}
+        for attached in self._attached:
+            if isinstance(attached.hook, HookNode):
+                x = attached.hook._run(x, args, kwargs, where)
+            else:
+                shape = x.shape  # taken before: a hook may resize x in place
+                result = attached(x, args, kwargs)
+                if result is not x:
+                    layer, name = kwargs.get("layer"), attached.hook
+                    x = _checked(result, x, shape, where, hook_name(name), layer)
+        return x
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._run(x, args, kwargs, self._path)
+
+    def is_empty(self) -> bool:
+        return not self._attached
+
+    def is_empty_at(self, layer: int | None) -> bool:
+        if layer is None:
+            return self.is_empty()
+        return all(isinstance(h, HookNode) and h.is_empty_at(layer) for h in self._hooks)
+
+    def bind(self, **kwargs: Any) -> Self:
+        if again := sorted(set(kwargs) & set(self.bound_kwargs)):
+            raise HookError(f"{self._path}: {again[0]!r} is already bound; unbind it first.")
+        self.bound_kwargs.update(kwargs)
+        return self
+
+    def unbind(self, keys: Sequence[str]) -> Self:
+        for key in keys:
+            self.bound_kwargs.pop(key, None)
+        return self
+
+    def copy(self) -> Self:
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new.bound_kwargs = dict(self.bound_kwargs)
+        new._attached = tuple(
+            Attached(a.hook.copy() if isinstance(a.hook, HookNode) else a.hook, a.keywords)
+            for a in self._attached
+        )
+        return new
+
+    def __len__(self) -> int:
+        return len(self._attached)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}[{', '.join(map(hook_name, self._hooks))}]"
+
+
+class ConditionalHooks(Hooks):
+    """Hooks that run only where ``condition(x, **keywords)`` holds."""
+
+    def __init__(self, condition: Callable[..., bool]) -> None:
+        super().__init__()
+        self.condition = condition
+        self._takes = _attach(condition, None, type(self).__name__)
+
+    def _run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Tensor:
+        if self._attached and self._takes(x, args, {**kwargs, **self.bound_kwargs}):
+            return super()._run(x, args, kwargs, where)
+        return x
+
+
+class AtLayers(ConditionalHooks):
+    """Hooks that run only in some layers: ``AtLayers(3).append(store)``, ``AtLayers([0, 1])``."""
+
+    def __init__(self, at_layers: int | Sequence[int]) -> None:
+        layers = [at_layers] if isinstance(at_layers, int) else list(at_layers)
+        if any(not isinstance(layer, int) or layer < 0 for layer in layers):
+            raise HookError(
+                f"AtLayers takes a layer or a list of layers >= 0, found {at_layers!r}."
+            )
+        self.at_layers = layers
+        super().__init__(lambda x, layer=None: layer in layers)
+
+    def is_empty_at(self, layer: int | None) -> bool:
+        return (layer is not None and layer not in self.at_layers) or super().is_empty_at(layer)
+
+    def __repr__(self) -> str:
+        layers = ", ".join(map(str, self.at_layers))
+        return f"AtLayers({layers})[{', '.join(map(hook_name, self._hooks))}]"
+
+
+def _needs_layer(hook: Hook) -> bool:
+    """Whether a hook, or one inside it, chooses by layer."""
+    if isinstance(hook, AtLayers):
+        return True
+    if isinstance(hook, Hooks):
+        return any(map(_needs_layer, hook._hooks))
+    return isinstance(hook, HookCollection) and any(map(_needs_layer, hook._children()))
+
+
+class _Gradient(torch.autograd.Function):
+    """The identity, whose backward pass lets a hook replace the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.run = run
+        # Not x itself: autograd forbids in-place hooks (fwd2) on an input returned as it came.
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.run(grad[0]), None
+
+
+class GradHook(HookNode):
+    """A forward hook that leaves the activation alone and applies a hook to its gradient."""
+
+    def __init__(self, grad_hook: Hook) -> None:
+        self.grad_hook = grad_hook
+        self._hooks = Hooks([grad_hook])
+
+    def _run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Tensor:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return x
+        # A Function's arguments are what autograd tracks; the keywords travel in the closure.
+        return _Gradient.apply(x, lambda grad: self._hooks._run(grad, args, kwargs, where))  # type: ignore[no-any-return, no-untyped-call]
+
+    def is_empty_at(self, layer: int | None) -> bool:
+        return self._hooks.is_empty_at(layer)
+
+    def copy(self) -> Self:
+        new = type(self)(self.grad_hook)
+        new._hooks = self._hooks.copy()
+        return new
+
+    def __repr__(self) -> str:
+        return hook_name(self.grad_hook)
+
+
+def grad_hook_wrapper(grad_hook: Hook) -> Hook:
+    """A forward hook, the identity in value, whose backward pass returns ``grad_hook(grad, …)``."""
+    return GradHook(grad_hook)
+
+
+class WrapperHooks(Hooks):
+    """Hooks each of which is first wrapped by ``wrapper`` (for gradients: ``grad_hook_wrapper``)."""
+
+    def __init__(self, wrapper: Callable[[Hook], Hook]) -> None:
+        super().__init__()
+        self.wrapper = wrapper
+
+    def append(self, hook: Hook) -> Self:
+        self._validated(hook)
+        self._attached += (Attached(self.wrapper(hook), None),)
+        return self
+
+
+class HookCollection(HookNode):
+    """A tree: named children, each a list of hooks or a tree of its own."""
+
+    def __init__(self) -> None:
+        self.all_hooks: OrderedDict[str, HookNode] = OrderedDict()
+
+    def add_subhooks(self, name: str, subhooks: HookNode) -> Self:
+        """Add a child, which becomes the attribute ``name``."""
+        self.all_hooks[name] = subhooks
+        # A real attribute, not __getattr__: a forward pass looks up some twenty a layer.
+        setattr(self, name, subhooks)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "all_hooks":
+            raise AttributeError(name)
+        raise AttributeError(
+            f"{type(self).__name__} has no {name!r}.{did_you_mean(name, self.all_hooks)} "
+            f"It has: {', '.join(self.all_hooks)}."
+        )
+
+    def _children(self) -> list[HookNode]:
+        return list(self.all_hooks.values())
+
+    def leaves(self, prefix: str = "") -> Iterator[tuple[str, Hooks]]:
+        """Every list of hooks below, with its dotted path."""
+        for name, child in self.all_hooks.items():
+            path = f"{prefix}.{name}" if prefix else name
+            if isinstance(child, HookCollection):
+                yield from child.leaves(path)
+            elif isinstance(child, Hooks):
+                yield path, child
+
+    def _place(self, prefix: str) -> None:
+        """Tell every list below where it is, for its errors and for what it may accept."""
+        for path, leaf in self.leaves(prefix):
+            leaf._path = path
+            leaf._site = SITES.get(path.rpartition(".")[0])
+
+    def _run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Tensor:
+        raise HookError(
+            f"{type(self).__name__} is a tree for a whole model or part of it, not a hook; append "
+            f"to one of its sites: {', '.join(path for path, _ in self.leaves())}."
+        )
+
+    def append_all(self, hook: Hook) -> Self:
+        """Append ``hook`` to every list below: at each site to ``fwd``, ``bwd`` and ``fwd2``."""
+        leaves = [leaf for _, leaf in self.leaves()]
+        for leaf in leaves:  # all or none
+            leaf._validated(hook)
+        for leaf in leaves:
+            leaf.append(hook)
+        return self
+
+    def append_to_path(self, path: str, hook: Hook) -> Self:
+        """Append ``hook`` at a dotted path that ends in a list: ``"resid.torso.post_mlp.fwd"``."""
+        lists = dict(self.leaves())
+        if path not in lists:
+            kinds = [known for known in lists if known.startswith(f"{path}.")]
+            hint = f" It goes on: {', '.join(kinds[:6])}." if kinds else did_you_mean(path, lists)
+            raise HookError(f"{type(self).__name__} has no list of hooks at {path!r}.{hint}")
+        lists[path].append(hook)
+        return self
+
+    def is_empty_at(self, layer: int | None) -> bool:
+        return all(child.is_empty_at(layer) for child in self._children())
+
+    def bind(self, **kwargs: Any) -> Self:
+        for _, leaf in self.leaves():
+            leaf.bind(**kwargs)
+        return self
+
+    def unbind(self, keys: Sequence[str]) -> Self:
+        for _, leaf in self.leaves():
+            leaf.unbind(keys)
+        return self
+
+    def copy(self) -> Self:
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new.all_hooks = OrderedDict()
+        for name, child in self.all_hooks.items():
+            new.add_subhooks(name, child.copy())
+        return new
+
+    def __repr__(self) -> str:
+        filled = [(path, leaf) for path, leaf in self.leaves() if not leaf.is_empty()]
+        if not filled:
+            return f"{type(self).__name__}()"
+        lines = [f"  {path}: {', '.join(map(hook_name, leaf._hooks))}" for path, leaf in filled]
+        return "\n".join([f"{type(self).__name__}(", *lines, ")"])
+
+
+class FwdBwdHooks(HookCollection):
+    """The hooks of one site, called in the order ``fwd``, ``bwd``, ``fwd2`` (see the module's text)."""
+
+    fwd: Hooks
+    bwd: WrapperHooks
+    fwd2: Hooks
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_subhooks("fwd", Hooks())
+        self.add_subhooks("bwd", WrapperHooks(grad_hook_wrapper))
+        self.add_subhooks("fwd2", Hooks())
+
+    def append_fwd(self, hook: Hook) -> Self:
+        """Append a function of the activation."""
+        self.fwd.append(hook)
+        return self
+
+    def append_bwd(self, hook: Hook) -> Self:
+        """Append a function of the gradient of the loss with respect to the activation."""
+        self.bwd.append(hook)
+        return self
+
+    def append_fwd2(self, hook: Hook) -> Self:
+        """Append a function of the activation that runs after the point that ``bwd`` hooks see."""
+        self.fwd2.append(hook)
+        return self
+
+    def is_empty(self) -> bool:
+        return not (self.fwd._attached or self.bwd._attached or self.fwd2._attached)
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not (self.fwd._attached or self.bwd._attached or self.fwd2._attached):
+            return x
+        return self._run(x, args, kwargs, self.fwd._path.rpartition(".")[0])
+
+    def _run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Tensor:
+        x = self.fwd._run(x, args, kwargs, f"{where}.fwd")
+        x = self.bwd._run(x, args, kwargs, f"{where}.bwd")
+        return self.fwd2._run(x, args, kwargs, f"{where}.fwd2")
+
+
+class Codec(Protocol):
+    """``x`` to its latents and the decoder that belongs to that ``x``."""
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]: ...
+
+
+class AutoencoderHooks(HookCollection):
+    """A hook that passes an activation through an autoencoder, with hooks of its own inside.
+
+    ``latents``, ``reconstruction`` and ``error`` are sites with ``fwd``, ``bwd`` and ``fwd2``.
+
+    Without ``add_error`` the activation is replaced by its reconstruction. With it, what the
+    autoencoder does not capture is added back: ``decode(hooked latents) + (x - decode(latents))``.
+    Then nothing changes unless a hook edits something, and editing a latent moves the output by
+    that latent's decoder column.
+
+    Args:
+        encode: ``[..., n] -> [..., l]``.
+        decode: ``[..., l] -> [..., n]``.
+        add_error: whether to add the reconstruction error back.
+    """
+
+    latents: FwdBwdHooks
+    reconstruction: FwdBwdHooks
+    error: FwdBwdHooks
+
+    def __init__(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        decode: Callable[[Tensor], Tensor],
+        add_error: bool = False,
+    ) -> None:
+        super().__init__()
+        self.encode = encode
+        self.decode = decode
+        self.add_error = add_error
+        self._codec: Codec = lambda x: (encode(x), decode)
+        for name in ("latents", "reconstruction", "error"):
+            self.add_subhooks(name, FwdBwdHooks())
+        self._place("")
+
+    @classmethod
+    def from_autoencoder(cls, autoencoder: "Autoencoder", add_error: bool = False) -> Self:
+        """Hooks around an autoencoder, whatever its input normalisation.
+
+        The statistics that normalised one activation are carried to the decoder within the call,
+        never kept on the autoencoder: two forwards may interleave.
+        """
+
+        def codec(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+            return autoencoder.encode(x), partial(
+                autoencoder.decode, stats=autoencoder.normalize(x)[1]
+            )
+
+        new = cls(autoencoder.encode, autoencoder.decode, add_error)
+        new._codec = codec
+        return new
+
+    def is_empty(self) -> bool:
+        return False  # even without hooks inside, the activation goes through the autoencoder
+
+    def is_empty_at(self, layer: int | None) -> bool:
+        return False
+
+    def _run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Tensor:
+        def at(site: FwdBwdHooks, value: Tensor, name: str) -> Tensor:
+            return site._run(value, args, kwargs, f"{where} > {name}")
+
+        shape = x.shape
+        latents, decode = self._codec(x)
+        # The error is that of the latents as encoded: a hook that edits in place gets its own copy.
+        hooked = latents.clone() if self.add_error else latents
+        hooked = at(self.latents, hooked, "latents")
+        result = at(self.reconstruction, decode(hooked), "reconstruction")
+        if self.add_error:
+            result = result + at(self.error, x - decode(latents), "error")
+        elif not self.error.is_empty():
+            at(self.error, x - result, "error")  # to be looked at: it goes nowhere
+        return _checked(result, x, shape, where, "AutoencoderHooks", kwargs.get("layer"))
+
+    def __repr__(self) -> str:
+        inside = super().__repr__().partition("(")[2].strip("()\n")
+        return (
+            f"AutoencoderHooks(add_error={self.add_error}{', ' if inside else ''}{inside.strip()})"
+        )
+
+
+class _Group(HookCollection):
+    """A part of the transformer's tree: child sites by name, placed below ``_prefix``."""
+
+    _prefix = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, kind in self._sites().items():
+            self.add_subhooks(name, kind())
+        self._place(self._prefix)
+
+    @classmethod
+    def _sites(cls) -> dict[str, type[HookCollection]]:
+        """Children in the order in which they are declared: name -> class."""
+        kinds = {"FwdBwdHooks": FwdBwdHooks} | {
+            kind.__name__: kind for kind in _Group.__subclasses__()
+        }
+        return {
+            name: kinds[getattr(annotation, "__name__", str(annotation))]
+            for name, annotation in cls.__annotations__.items()
+        }
+
+
+class NormalizationHooks(_Group):
+    """Inside a layer norm, all in float32: centred input, its root mean square, their quotient."""
+
+    post_mean_subtraction: FwdBwdHooks
+    scale: FwdBwdHooks
+    post_scale: FwdBwdHooks
+
+
+class MLPHooks(_Group):
+    """Before and after the MLP's nonlinearity; ``post_act`` hooks are also given ``out_layer``."""
+
+    _prefix = "mlp"
+    pre_act: FwdBwdHooks
+    post_act: FwdBwdHooks
+
+
+class AttentionHooks(_Group):
+    """Inside attention. q and k carry d_head^-1/4 each; the qk tensors are ``[b, q, k, h]``."""
+
+    _prefix = "attn"
+    q: FwdBwdHooks
+    k: FwdBwdHooks
+    v: FwdBwdHooks
+    qk_logits: FwdBwdHooks
+    qk_softmax_denominator: FwdBwdHooks
+    qk_probs: FwdBwdHooks
+    v_out: FwdBwdHooks
+
+    def need_explicit(self, layer: int | None) -> bool:
+        """Whether a hook would see the attention pattern, which fused attention never forms."""
+        sites = (self.qk_logits, self.qk_softmax_denominator, self.qk_probs)
+        return not all(site.is_empty() or site.is_empty_at(layer) for site in sites)
+
+
+class ResidualStreamTorsoHooks(_Group):
+    """Along the residual stream in each layer."""
+
+    _prefix = "resid.torso"
+    post_ln_attn: FwdBwdHooks
+    ln_attn: NormalizationHooks
+    delta_attn: FwdBwdHooks
+    post_attn: FwdBwdHooks
+    ln_mlp: NormalizationHooks
+    post_ln_mlp: FwdBwdHooks
+    delta_mlp: FwdBwdHooks
+    post_mlp: FwdBwdHooks
+
+
+class ResidualStreamHooks(_Group):
+    """Along the residual stream: after the embedding, in the layers, at the final norm."""
+
+    _prefix = "resid"
+    post_emb: FwdBwdHooks
+    torso: ResidualStreamTorsoHooks
+    ln_f: NormalizationHooks
+    post_ln_f: FwdBwdHooks
+
+
+class TransformerHooks(_Group):
+    """The whole tree: ``mlp``, ``attn``, ``resid`` and ``logits``."""
+
+    mlp: MLPHooks
+    attn: AttentionHooks
+    resid: ResidualStreamHooks
+    logits: FwdBwdHooks
+
+    def append_at(
+        self, location: LocationLike, hook: Hook, kind: Literal["fwd", "bwd", "fwd2"] = "fwd"
+    ) -> Self:
+        """Append a hook at a location: ``hooks.append_at("3/mlp.post_act", ablate)``."""
+        location = ActivationLocation.parse(location)
+        if location.layer is not None:
+            hook = AtLayers(location.layer).append(hook)
+        return self.append_to_path(f"{location.path}.{kind}", hook)
+
+
+NO_HOOKS = TransformerHooks()
+"""The empty tree that stands for ``hooks=None``; it is not handed out and never appended to."""
