@@ -146,7 +146,7 @@ def _checked(
     result: Any, x: Tensor, shape: torch.Size, where: str, name: str, layer: Any
 ) -> Tensor:
     """The hook's result, or an error that says how it cannot stand in for ``x``."""
-    if isinstance(result, Tensor) and result.shape == shape and result.dtype == x.dtype:
+    if isinstance(result, Tensor) and result.shape == x.shape and result.dtype == x.dtype:
         return result
     found = (
         f"{list(result.shape)} of {result.dtype}" if isinstance(result, Tensor) else repr(result)
@@ -154,7 +154,7 @@ def _checked(
     hint = " A hook must return x, changed or not." if result is None else ""
     raise HookError(
         f"{where}, layer {layer}: hook {name} returned {found}, expected a tensor "
-        f"{list(shape)} of {x.dtype}.{hint}"
+        f"{list(x.shape)} of {x.dtype}.{hint}"
     )
 
 
@@ -201,11 +201,10 @@ class Hooks(HookNode):
             if isinstance(attached.hook, HookNode):
                 x = attached.hook._run(x, args, kwargs, where)
             else:
-                shape = x.shape  # taken before: a hook may resize x in place
                 result = attached(x, args, kwargs)
                 if result is not x:
-                    layer, name = kwargs.get("layer"), attached.hook
-                    x = _checked(result, x, shape, where, hook_name(name), layer)
+                    name = hook_name(attached.hook)
+                    x = _checked(result, x, where, name, kwargs.get("layer"))
         return x
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -550,7 +549,6 @@ class AutoencoderHooks(HookCollection):
         def at(site: FwdBwdHooks, value: Tensor, name: str) -> Tensor:
             return site._run(value, args, kwargs, f"{where} > {name}")
 
-        shape = x.shape
         latents, decode = self._codec(x)
         # The error is that of the latents as encoded: a hook that edits in place gets its own copy.
         hooked = latents.clone() if self.add_error else latents
@@ -560,7 +558,7 @@ class AutoencoderHooks(HookCollection):
             result = result + at(self.error, x - decode(latents), "error")
         elif not self.error.is_empty():
             at(self.error, x - result, "error")  # to be looked at: it goes nowhere
-        return _checked(result, x, shape, where, "AutoencoderHooks", kwargs.get("layer"))
+        return _checked(result, x, where, "AutoencoderHooks", kwargs.get("layer"))
 
     def __repr__(self) -> str:
         inside = super().__repr__().partition("(")[2].strip("()\n")

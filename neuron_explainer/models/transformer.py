@@ -1,0 +1,1025 @@
+"""A GPT-2-family transformer whose every intermediate value can be seen, replaced or differentiated.
+
+The file reads top to bottom: key-value cache, norm, attention, MLP, layer, model. Names, shapes, hook
+order and state-dict keys are those of OpenAI's Transformer Debugger; the mathematics is GPT-2's
+(Radford et al. 2019), checked in the tests against an independent numpy implementation and against
+Hugging Face's.
+
+There is one meaning and two ways to compute it: fused attention and ``F.layer_norm`` run wherever no
+hook would see inside them; the explicit formulas run where one does.
+
+Shape legend: ``b`` batch, ``s`` sequence (of this call), ``q`` query (= s), ``k`` key (earlier calls'
+tokens and this one's), ``h`` head, ``d`` model width, ``f`` MLP width, ``v`` vocabulary.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+import torch.nn.functional as F
+from neuron_explainer.models.model_registry import resolve_model_source
+from neuron_explainer.models.tokenizers import (
+    TokenizerSpec,
+    decode,
+    encode_prompt,
+    load_encoding,
+)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from neuron_explainer.errors import CheckpointError, InputError
+from neuron_explainer.models.checkpoints import load_checkpoint, save_native, save_pieces
+from neuron_explainer.models.config import SerializableDataclass, TransformerConfig
+from neuron_explainer.models.hooks import (
+    NO_HOOKS,
+    AtLayers,
+    AttentionHooks,
+    MLPHooks,
+    NormalizationHooks,
+    TransformerHooks,
+)
+from neuron_explainer.models.locations import ActivationLocation, LocationLike, parse_locations
+from neuron_explainer.models.sampling import (
+    Device,
+    check_sampling_settings,
+    nucleus_sample,
+    prep_input_and_pad,
+    prep_input_and_right_pad_for_forward_pass,
+    prep_pos_from_pad_and_prev_lens,
+    sample_from_logits,
+)
+from neuron_explainer.models.simplify import apply_layernorm_foldin
+
+if TYPE_CHECKING:
+    import tiktoken
+
+__all__ = [
+    "MLP",
+    "Activations",
+    "Device",
+    "HiddenState",
+    "KeyValueCache",
+    "MultiHeadedDotProductSelfAttention",
+    "Norm",
+    "SerializableDataclass",
+    "Transformer",
+    "TransformerConfig",
+    "TransformerLayer",
+    "apply_layernorm_foldin",
+    "causal_attn_mask",
+    "default_device",
+    "gelu",
+    "merge_heads",
+    "nucleus_sample",
+    "prep_input_and_pad",
+    "prep_input_and_right_pad_for_forward_pass",
+    "prep_pos_from_pad_and_prev_lens",
+    "safe_div",
+    "split_heads",
+]
+
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def safe_div(numerator: int, denominator: int) -> int:
+    """Exact division; an error where there is a remainder."""
+    if numerator % denominator:
+        raise InputError(f"{numerator} is not divisible by {denominator}.")
+    return numerator // denominator
+
+
+def causal_attn_mask(size: int, device: Device = "cpu") -> Tensor:
+    """Bool ``[size, size]``, True where the query (row) may attend to the key (column)."""
+    return torch.ones(size, size, dtype=torch.bool, device=device).tril()
+
+
+def split_heads(Z: Tensor, n_heads: int) -> Tensor:
+    """``[b, s, d] -> [b, s, h, d / h]``."""
+    return Z.unflatten(-1, (n_heads, Z.shape[-1] // n_heads))
+
+
+def merge_heads(Z: Tensor) -> Tensor:
+    """``[b, s, h, d_head] -> [b, s, h * d_head]``."""
+    return Z.flatten(-2)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The tanh approximation of GELU (Hendrycks & Gimpel 2016), as in GPT-2."""
+    return F.gelu(x, approximate="tanh")
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": gelu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
+
+
+class KeyValueCache:
+    """Keys and values of one layer for the tokens seen so far, as projected: unscaled and un-hooked.
+
+    Without gradients, tokens are written into a buffer with room to spare, so that a generation costs
+    no copy of the past a step. With gradients, each call concatenates: autograd needs the old values.
+    """
+
+    def __init__(
+        self, K_cache: Tensor, V_cache: Tensor, pad_cache: Tensor | None = None, capacity: int = 0
+    ) -> None:
+        self._buffers = {"K": K_cache, "V": V_cache}
+        if pad_cache is not None:
+            self._buffers["pad"] = pad_cache
+        self._len = K_cache.shape[1]
+        self.capacity = capacity
+        """Tokens to make room for when the buffers have to grow."""
+
+    @property
+    def K_cache(self) -> Tensor:
+        """Keys ``[b, k, d]``."""
+        return self._buffers["K"][:, : self._len]
+
+    @property
+    def V_cache(self) -> Tensor:
+        """Values ``[b, k, d]``."""
+        return self._buffers["V"][:, : self._len]
+
+    @property
+    def pad_cache(self) -> Tensor | None:
+        """Pad mask ``[b, k]``, or None where there has been no pad."""
+        pad = self._buffers.get("pad")
+        return None if pad is None else pad[:, : self._len]
+
+    def __len__(self) -> int:
+        return self._len
+
+    def update(self, K: Tensor, V: Tensor, pad: Tensor | None = None) -> None:
+        """Append the keys and values ``[b, s, d]`` and pad mask ``[b, s]`` of new tokens, in place."""
+        new = {"K": K, "V": V}
+        if pad is not None or "pad" in self._buffers:
+            if "pad" not in self._buffers:
+                self._buffers["pad"] = K.new_zeros(self._buffers["K"].shape[:2], dtype=torch.bool)
+            new["pad"] = K.new_zeros(K.shape[:2], dtype=torch.bool) if pad is None else pad
+        end = self._len + K.shape[1]
+        for name, value in new.items():
+            old = self._buffers[name]
+            if torch.is_grad_enabled():
+                self._buffers[name] = torch.cat([old[:, : self._len], value], dim=1)
+                continue
+            if old.shape[1] < end:
+                room = max(self.capacity, end + end // 2)
+                grown = old.new_empty(old.shape[0], room, *old.shape[2:])
+                grown[:, : self._len] = old[:, : self._len]
+                self._buffers[name] = old = grown
+            old[:, self._len : end] = value
+        self._len = end
+
+    def copy(self) -> "KeyValueCache":
+        """A cache with tensors of its own: going on with one leaves the other as it is."""
+        new = KeyValueCache(self.K_cache.clone(), self.V_cache.clone(), capacity=self.capacity)
+        if self.pad_cache is not None:
+            new._buffers["pad"] = self.pad_cache.clone()
+        return new
+
+    def _fork(self) -> "KeyValueCache":
+        """A cache that shares the old tensors; only for updates with gradients, which replace them."""
+        return KeyValueCache(self.K_cache, self.V_cache, self.pad_cache, self.capacity)
+
+    def __repr__(self) -> str:
+        return f"KeyValueCache({self._len} tokens, batch {self._buffers['K'].shape[0]})"
+
+
+class HiddenState:
+    """What a model keeps between calls: each layer's keys and values, each row's number of tokens.
+
+    ``forward`` updates the one it is given and returns it; :meth:`copy` branches a generation.
+    """
+
+    def __init__(self, n_layers: int, capacity: int = 0) -> None:
+        self.prev_lens: Tensor | int = 0
+        """Tokens so far that are no pads, ``[b, 1]``; 0 at the start."""
+        self.positions: Tensor | None = None
+        """Positions ``[b, s]`` of the tokens of the latest call; hooks are given them."""
+        self.kv_caches: list[KeyValueCache | None] = [None] * n_layers
+        self.capacity = capacity
+
+    def set_prev_lens(self, prev_lens: Tensor | int) -> None:
+        """Set the number of tokens that each row has had."""
+        self.prev_lens = prev_lens
+
+    def __getitem__(self, layer: int) -> KeyValueCache | None:
+        return self.kv_caches[layer]
+
+    def __setitem__(self, layer: int, kv_cache: KeyValueCache | None) -> None:
+        self.kv_caches[layer] = kv_cache
+
+    def __len__(self) -> int:
+        return len(self.kv_caches)
+
+    def copy(self) -> "HiddenState":
+        """An independent copy."""
+        new = HiddenState(len(self), self.capacity)
+        new.prev_lens, new.positions = self.prev_lens, self.positions
+        new.kv_caches = [cache and cache.copy() for cache in self.kv_caches]
+        return new
+
+    def __repr__(self) -> str:
+        first = self.kv_caches[0]
+        return f"HiddenState({len(self)} layers, {first if first is not None else 'empty'})"
+
+
+class Norm(nn.Module):
+    """Layer norm (Ba et al. 2016) in float32, over the last dimension."""
+
+    def __init__(
+        self,
+        size: int,
+        eps: float = 1e-5,
+        device: Device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.size, self.eps = size, eps
+        self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
+
+    def forward(
+        self,
+        x: Tensor,
+        hooks: NormalizationHooks | None = None,
+        layer: int | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """``[..., d] -> [..., d]``. Hooks see float32, whatever the model's dtype."""
+        at = {"layer": layer, "positions": positions}
+        dtype = _at_least_float32(x.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        if hooks is None or hooks.is_empty_at(layer):
+            return F.layer_norm(x.to(dtype), (self.size,), weight, bias, self.eps).to(x.dtype)
+        centered = x.to(dtype)
+        centered = hooks.post_mean_subtraction(centered - centered.mean(-1, keepdim=True), **at)
+        # Of the hooked values: an edit above changes the scale, as in the original.
+        scale = (centered.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        # clone: sqrt's backward reads its output, which a hook may edit in place.
+        scale = hooks.scale(scale if hooks.scale.is_empty() else scale.clone(), **at)
+        normed = hooks.post_scale(centered / scale, **at)
+        return (normed * weight + bias).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.size}, eps={self.eps}"
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class MultiHeadedDotProductSelfAttention(nn.Module):
+    """Causal attention over all heads (Vaswani et al. 2017, section 3.2)."""
+
+    def __init__(
+        self,
+        cfg: TransformerConfig,
+        layer_idx: int,
+        device: Device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        linear = functools.partial(nn.Linear, device=device, dtype=dtype)
+        self.n_heads, self.layer_idx = cfg.n_heads, layer_idx
+        self.q_proj = linear(cfg.d_model, cfg.d_attn_qk)
+        self.k_proj = linear(cfg.d_model, cfg.d_attn_qk)
+        self.v_proj = linear(cfg.d_model, cfg.d_attn_v)
+        self.out_proj = linear(cfg.d_attn_v, cfg.d_model)
+        # On q and on k, before their hooks: q.k is then the scaled score.
+        self.qk_scale = cfg.d_head_qk**-0.25
+
+    def forward(
+        self,
+        X: Tensor,
+        kv_cache: KeyValueCache | None = None,
+        pad: Tensor | None = None,
+        hooks: AttentionHooks | None = None,
+        positions: Tensor | None = None,
+        capacity: int = 0,
+    ) -> tuple[Tensor, KeyValueCache]:
+        """Attend from the new tokens to all tokens so far.
+
+        Args:
+            X: the normed residual stream ``[b, s, d]`` of the new tokens.
+            kv_cache: of the tokens before; updated in place.
+            pad: pad mask ``[b, s]`` of the new tokens; None where there is no pad.
+            capacity: tokens that a new cache should make room for.
+
+        Returns:
+            What attention adds to the residual stream ``[b, s, d]``, and the cache.
+        """
+        hooks = NO_HOOKS.attn if hooks is None else hooks
+        at = {"layer": self.layer_idx, "positions": positions}
+        Q, K, V = self.q_proj(X), self.k_proj(X), self.v_proj(X)
+        if kv_cache is None:
+            kv_cache = KeyValueCache(K, V, pad, capacity)
+        else:
+            kv_cache.update(K, V, pad)
+            K, V = kv_cache.K_cache, kv_cache.V_cache
+        allowed = _attention_mask(kv_cache.pad_cache, Q.shape[1], K.shape[1], Q.device)
+        q, k, v = (split_heads(Z, self.n_heads) for Z in (Q, K, V))
+        if not hooks.v.is_empty():
+            v = hooks.v(v.clone(), **at)  # the cache's own memory: an edit must not reach it
+        explicit = hooks.need_explicit(self.layer_idx)
+        if not explicit and hooks.q.is_empty() and hooks.k.is_empty():
+            v_out = _fused_attention(q, k, v, allowed, scale=self.qk_scale**2)
+        else:
+            q, k = hooks.q(q * self.qk_scale, **at), hooks.k(k * self.qk_scale, **at)
+            if explicit:
+                v_out = _explicit_attention(q, k, v, allowed, hooks, at)
+            else:
+                v_out = _fused_attention(q, k, v, allowed, scale=1.0)
+        return self.out_proj(merge_heads(hooks.v_out(v_out, **at))), kv_cache
+
+
+def _causal(n_new: int, n_all: int, device: torch.device) -> Tensor:
+    """Bool ``[q, k]``: the last ``n_new`` rows of the causal triangle of ``n_all`` tokens."""
+    slots = torch.arange(n_all, device=device)
+    return slots[None, :] <= slots[n_all - n_new :, None]
+
+
+def _attention_mask(
+    pad: Tensor | None, n_new: int, n_all: int, device: torch.device
+) -> Tensor | None:
+    """Bool ``[b, q, k]``, True where the query may attend to the key; None: plainly causal.
+
+    Tokens attend to tokens and pads to pads, each to itself at least, so no row is without a key (a
+    softmax over none is NaN) and no real token depends on a pad.
+
+    Args:
+        pad: pad mask ``[b, k]`` of all tokens so far, or None where there has been no pad.
+    """
+    if pad is None:
+        return None
+    same_kind = pad[:, n_all - n_new :, None] == pad[:, None, :]
+    return _causal(n_new, n_all, device) & same_kind
+
+
+def _fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float
+) -> Tensor:
+    """Attention that never forms the pattern (Dao et al. 2022). ``[b, s, h, d_head]`` each."""
+    n_new, n_all = q.shape[1], k.shape[1]
+    if allowed is not None:
+        allowed = allowed[:, None]
+    elif 1 < n_new < n_all:  # is_causal would align the triangle to the first key, not the last
+        allowed = _causal(n_new, n_all, q.device)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=allowed,
+        is_causal=allowed is None and n_new > 1,
+        scale=scale,
+    )
+    return out.transpose(1, 2)
+
+
+def _explicit_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    allowed: Tensor | None,
+    hooks: AttentionHooks,
+    at: dict[str, Any],
+) -> Tensor:
+    """The same, with the pattern ``[b, q, k, h]`` formed for hooks to see; q and k come scaled."""
+    if allowed is None:
+        allowed = _causal(q.shape[1], k.shape[1], q.device)[None]
+    logits = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).permute(0, 2, 3, 1)
+    logits = logits.masked_fill(~allowed[..., None], -torch.inf)
+    logits = hooks.qk_logits(logits, **at).to(_at_least_float32(q.dtype))
+    if hooks.qk_softmax_denominator.is_empty():
+        probs = logits.softmax(dim=-2)
+        # clone: softmax's backward reads its output, which a hook may edit in place.
+        probs = probs if hooks.qk_probs.is_empty() else probs.clone()
+    else:
+        exps = (logits - logits.amax(dim=-2, keepdim=True).detach()).exp()
+        probs = exps / hooks.qk_softmax_denominator(exps.sum(dim=-2, keepdim=True), **at)
+    probs = hooks.qk_probs(probs.to(q.dtype), **at)
+    return (probs.permute(0, 3, 1, 2) @ v.transpose(1, 2)).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """Two linear maps with a nonlinearity between; its inner units are the "neurons"."""
+
+    def __init__(
+        self,
+        cfg: TransformerConfig,
+        device: Device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(cfg.d_model, cfg.d_ff, device=device, dtype=dtype)
+        self.out_layer = nn.Linear(cfg.d_ff, cfg.d_model, device=device, dtype=dtype)
+        self.act = _ACTIVATIONS[cfg.activation]
+
+    def forward(
+        self,
+        X: Tensor,
+        hooks: MLPHooks | None = None,
+        layer: int | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """``[b, s, d] -> [b, s, d]``."""
+        hooks = NO_HOOKS.mlp if hooks is None else hooks
+        at = {"layer": layer, "positions": positions}
+        pre = hooks.pre_act(self.in_layer(X), **at)
+        post = hooks.post_act(self.act(pre), **at, out_layer=self.out_layer)
+        return self.out_layer(post)  # type: ignore[no-any-return]
+
+
+class TransformerLayer(nn.Module):
+    """One layer: attention and MLP each read the normed residual stream and add to it."""
+
+    def __init__(
+        self,
+        cfg: TransformerConfig,
+        layer_idx: int,
+        device: Device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.cfg, self.layer_idx = cfg, layer_idx
+        self.attn = MultiHeadedDotProductSelfAttention(cfg, layer_idx, device, dtype)
+        self.mlp = MLP(cfg, device, dtype)
+        self.ln_1 = Norm(cfg.d_model, cfg.norm_eps, device, dtype)
+        self.ln_2 = Norm(cfg.d_model, cfg.norm_eps, device, dtype)
+
+    def attn_block(
+        self,
+        X: Tensor,
+        kv_cache: KeyValueCache | None = None,
+        pad: Tensor | None = None,
+        hooks: TransformerHooks | None = None,
+        positions: Tensor | None = None,
+        capacity: int = 0,
+    ) -> tuple[Tensor, KeyValueCache]:
+        """What attention adds to the stream ``[b, s, d]``, and the updated cache."""
+        hooks = NO_HOOKS if hooks is None else hooks
+        torso, at = hooks.resid.torso, {"layer": self.layer_idx, "positions": positions}
+        normed = torso.post_ln_attn(self.ln_1(X, torso.ln_attn, **at), **at)
+        delta, kv_cache = self.attn(normed, kv_cache, pad, hooks.attn, positions, capacity)
+        return torso.delta_attn(delta, **at), kv_cache
+
+    def mlp_block(
+        self,
+        X: Tensor,
+        hooks: TransformerHooks | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """What the MLP adds to the stream ``[b, s, d]``."""
+        hooks = NO_HOOKS if hooks is None else hooks
+        torso, at = hooks.resid.torso, {"layer": self.layer_idx, "positions": positions}
+        normed = torso.post_ln_mlp(self.ln_2(X, torso.ln_mlp, **at), **at)
+        return torso.delta_mlp(self.mlp(normed, hooks.mlp, **at), **at)
+
+    def forward(
+        self,
+        X: Tensor,
+        kv_cache: KeyValueCache | None = None,
+        pad: Tensor | None = None,
+        hooks: TransformerHooks | None = None,
+        positions: Tensor | None = None,
+        capacity: int = 0,
+    ) -> tuple[Tensor, KeyValueCache]:
+        """The stream after this layer ``[b, s, d]``, and the updated cache."""
+        hooks = NO_HOOKS if hooks is None else hooks
+        torso, at = hooks.resid.torso, {"layer": self.layer_idx, "positions": positions}
+        delta, kv_cache = self.attn_block(X, kv_cache, pad, hooks, positions, capacity)
+        X = torso.post_attn(X + delta, **at)
+        X = torso.post_mlp(X + self.mlp_block(X, hooks, positions), **at)
+        return X, kv_cache
+
+    def simplify(self) -> None:
+        """Fold both norms into the linear maps behind them, in place."""
+        apply_layernorm_foldin(self.ln_1, [self.attn.q_proj, self.attn.k_proj, self.attn.v_proj])
+        apply_layernorm_foldin(self.ln_2, [self.mlp.in_layer])
+
+
+class Activations(dict[ActivationLocation, Tensor]):
+    """What :meth:`Transformer.capture` returns: ``{location: tensor}``; text names a location too."""
+
+    def __init__(self, tokens: Tensor, pad: Tensor | None) -> None:
+        super().__init__()
+        self.tokens = tokens
+        """The token ids ``[b, s]`` that were run, start token included."""
+        self.pad = pad
+        """Their pad mask ``[b, s]``, or None."""
+
+    def __missing__(self, key: object) -> Tensor:
+        if isinstance(key, str) and (location := ActivationLocation.parse(key)) in self:
+            return self[location]
+        raise KeyError(f"{key} was not captured; captured: {', '.join(map(str, self))}")
+
+    def __repr__(self) -> str:
+        return "\n".join(
+            [f"{key}: {list(value.shape)} {value.dtype}" for key, value in self.items()]
+        )
+
+
+class Sample(dict[str, Any]):
+    """What :meth:`Transformer.sample` returns: ``{"tokens": list[list[int]], "strings": list[str]}``.
+
+    After prompts of token ids the strings are made when asked for: ids need no vocabulary file.
+    """
+
+    def __init__(self, tokens: list[list[int]], strings: Callable[[], list[str]]) -> None:
+        super().__init__(tokens=tokens)
+        self._strings = strings
+
+    def __missing__(self, key: str) -> list[str]:
+        if key != "strings":
+            raise KeyError(key)
+        self["strings"] = strings = self._strings()
+        return strings
+
+
+class Transformer(nn.Module):
+    """A decoder-only transformer: embedding, layers, final norm, unembedding.
+
+    Args:
+        cfg: its sizes.
+        recompute: whether to recompute each layer in the backward pass instead of keeping its inner
+            values (less memory, more time; forward hooks then run again during the backward pass).
+        seed: for the initial weights, which are drawn as GPT-2's; None: torch's global generator.
+    """
+
+    def __init__(
+        self,
+        cfg: TransformerConfig,
+        recompute: bool = False,
+        device: Device | None = None,
+        dtype: torch.dtype | None = None,
+        seed: int | None = None,
+        tokenizer: TokenizerSpec | None = None,
+    ) -> None:
+        super().__init__()
+        self.cfg, self.recompute, self.tokenizer = cfg, recompute, tokenizer
+        self.n_vocab = cfg.n_vocab
+        self.metadata: dict[str, Any] = {}
+        """What the checkpoint says of itself (training data, figures); saved again with the model."""
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.tok_embed = nn.Embedding(cfg.n_vocab, cfg.d_model, **at)
+        self.pos_embed = nn.Embedding(cfg.ctx_window, cfg.d_model, **at)
+        self.xf_layers = nn.ModuleList(
+            TransformerLayer(cfg, layer, **at) for layer in range(cfg.n_layers)
+        )
+        self.final_ln = Norm(cfg.d_model, cfg.norm_eps, **at)
+        self.unembed = nn.Linear(cfg.d_model, cfg.n_vocab, bias=False, **at)
+        if self.device.type != "meta":
+            self._initialise(seed)
+
+    @torch.no_grad()
+    def _initialise(self, seed: int | None) -> None:
+        """GPT-2's initial weights: 0.02, positions 0.01, smaller where a layer adds to the stream."""
+        generator = None
+        if seed is not None:
+            generator = torch.Generator(self.device).manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                continue  # biases and norms: already 0 and 1
+            std = 0.01 if name == "pos_embed.weight" else 0.02
+            if name.endswith(("out_proj.weight", "out_layer.weight")):
+                std /= math.sqrt(2 * self.cfg.n_layers)
+            parameter.normal_(0, std, generator=generator)
+        for layer in self.layers:
+            for linear in (m for m in layer.modules() if isinstance(m, nn.Linear)):
+                linear.bias.zero_()
+
+    @property
+    def layers(self) -> Iterator[TransformerLayer]:
+        """The layers, typed."""
+        return (layer for layer in self.xf_layers if isinstance(layer, TransformerLayer))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.tok_embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return self.tok_embed.weight.dtype
+
+    @property
+    def enc(self) -> "tiktoken.Encoding":
+        """The tokenizer. The first use reads its vocabulary, for GPT-2's from tiktoken's cache or the net."""
+        return load_encoding(self.tokenizer or self.cfg.enc)
+
+    def set_recompute(self, recompute: bool) -> None:
+        """Choose whether the backward pass recomputes each layer."""
+        self.recompute = recompute
+
+    # --- the forward pass, in four stages ---
+
+    def forward(
+        self,
+        tokens: Tensor,
+        H: HiddenState | None = None,
+        pad: Tensor | None = None,
+        hooks: TransformerHooks | None = None,
+    ) -> tuple[Tensor, HiddenState]:
+        """Logits of the next token after each token.
+
+        Args:
+            tokens: ids ``[b, s]``, int64; in a continuation the new ones only.
+            H: what an earlier call returned, to go on from it (it is updated in place).
+            pad: ``[b, s]`` bool, True where a position is padding; on any side, even between tokens.
+                Each row's result at its tokens is that of its solo run.
+            hooks: what to see or replace on the way.
+
+        Returns:
+            Logits ``[b, s, v]`` and the state to go on from.
+        """
+        X, H, pad, hooks = self.run_embed(tokens, H, pad, hooks)
+        X, H = self.run_torso(X, H, pad, hooks)
+        X, H = self.run_ln_f(X, H, hooks)
+        return self.run_unembed(X, H, hooks)
+
+    def run_embed(
+        self,
+        tokens: Tensor,
+        H: HiddenState | None = None,
+        pad: Tensor | None = None,
+        hooks: TransformerHooks | None = None,
+    ) -> tuple[Tensor, HiddenState, Tensor | None, TransformerHooks]:
+        """Token and position embeddings ``[b, s, d]``; pad comes back None where nothing is padded."""
+        H = HiddenState(self.cfg.n_layers) if H is None else H
+        hooks = NO_HOOKS if hooks is None else hooks
+        self._check_tokens(tokens, H, pad)
+        if pad is not None and not pad.any():
+            pad = None
+        if pad is None:
+            H.positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            H.positions = H.positions + H.prev_lens
+            lens: Tensor | int = tokens.new_full((tokens.shape[0], 1), tokens.shape[1])
+        else:
+            H.positions = prep_pos_from_pad_and_prev_lens(pad, H.prev_lens)
+            lens = (~pad).sum(dim=-1, keepdim=True)
+        longest = int((lens + H.prev_lens).max())
+        if longest > self.cfg.ctx_window:
+            raise InputError(
+                f"a row would have {longest} tokens, more than the context of {self.cfg.ctx_window}."
+            )
+        # A pad after a full context would stand one past the last position; where it stands is moot.
+        H.positions = H.positions.clamp(max=self.cfg.ctx_window - 1)
+        H.set_prev_lens(lens + H.prev_lens)
+        X = self.tok_embed(tokens) + self.pos_embed(H.positions)
+        return hooks.resid.post_emb(X, layer=None, positions=H.positions), H, pad, hooks
+
+    def run_torso(
+        self,
+        X: Tensor,
+        H: HiddenState,
+        pad: Tensor | None = None,
+        hooks: TransformerHooks | None = None,
+        n_layers: int | None = None,
+    ) -> tuple[Tensor, HiddenState]:
+        """All layers, or the first ``n_layers``: ``[b, s, d] -> [b, s, d]``."""
+        for layer in list(self.layers)[:n_layers]:
+            if self.recompute and torch.is_grad_enabled():
+                X = self._run_layer_recomputed(layer, X, H, pad, hooks)
+            else:
+                X, H[layer.layer_idx] = layer(
+                    X, H[layer.layer_idx], pad, hooks, H.positions, H.capacity
+                )
+        return X, H
+
+    @staticmethod
+    def _run_layer_recomputed(
+        layer: TransformerLayer,
+        X: Tensor,
+        H: HiddenState,
+        pad: Tensor | None,
+        hooks: TransformerHooks | None,
+    ) -> Tensor:
+        before, positions = H[layer.layer_idx], H.positions
+
+        def run(X: Tensor) -> Tensor:
+            # From the same cache each time: running again in the backward pass must not append again.
+            kv_cache = before and before._fork()
+            X, H[layer.layer_idx] = layer(X, kv_cache, pad, hooks, positions)
+            return X
+
+        return checkpoint(run, X, use_reentrant=False)  # type: ignore[no-any-return]
+
+    def run_ln_f(
+        self, X: Tensor, H: HiddenState, hooks: TransformerHooks | None = None
+    ) -> tuple[Tensor, HiddenState]:
+        """The final norm: ``[b, s, d] -> [b, s, d]``."""
+        hooks = NO_HOOKS if hooks is None else hooks
+        X = self.final_ln(X, hooks.resid.ln_f, layer=None, positions=H.positions)
+        return hooks.resid.post_ln_f(X, layer=None, positions=H.positions), H
+
+    def run_unembed(
+        self, X: Tensor, H: HiddenState, hooks: TransformerHooks | None = None
+    ) -> tuple[Tensor, HiddenState]:
+        """Logits: ``[b, s, d] -> [b, s, v]``."""
+        hooks = NO_HOOKS if hooks is None else hooks
+        return hooks.logits(self.unembed(X), layer=None, positions=H.positions), H
+
+    def _check_tokens(self, tokens: Tensor, H: HiddenState, pad: Tensor | None) -> None:
+        """Refuse tokens that would index outside the embedding, with the numbers."""
+        if not isinstance(tokens, Tensor) or tokens.dtype != torch.long or tokens.dim() != 2:
+            found = (
+                f"{tokens.dtype} {list(tokens.shape)}"
+                if isinstance(tokens, Tensor)
+                else type(tokens).__name__
+            )
+            raise InputError(f"tokens must be an int64 tensor [batch, pos], found {found}.")
+        if tokens.numel() == 0:
+            raise InputError(f"tokens must hold at least one token, found {list(tokens.shape)}.")
+        if pad is not None and (pad.dtype != torch.bool or pad.shape != tokens.shape):
+            raise InputError(
+                f"pad must be bool and of tokens' shape {list(tokens.shape)}, "
+                f"found {pad.dtype} {list(pad.shape)}."
+            )
+        if isinstance(H.prev_lens, Tensor) and H.prev_lens.shape[0] != tokens.shape[0]:
+            raise InputError(
+                f"H holds a batch of {H.prev_lens.shape[0]}, tokens one of {tokens.shape[0]}."
+            )
+        low, high = (int(x) for x in tokens.aminmax())
+        if low < 0 or high >= self.n_vocab:
+            raise InputError(
+                f"token ids must lie in 0 to {self.n_vocab - 1}, found {low if low < 0 else high}."
+            )
+
+    # --- looking and sampling ---
+
+    def capture(
+        self,
+        tokens: Tensor | Prompts,
+        locations: LocationLike | Sequence[LocationLike],
+        pad: Tensor | None = None,
+        hooks: TransformerHooks | None = None,
+        bos: bool | int = False,
+    ) -> Activations:
+        """The activations at any set of locations, from one forward pass.
+
+        The pass stops after the last layer needed. Values are those after ``hooks``. They are not
+        copies, and nothing changes them afterwards; use ``torch.no_grad()`` where no gradient is wanted.
+
+        Args:
+            tokens: ids ``[b, s]``, or prompts as :meth:`sample` takes them (padded on the right).
+            locations: such as ``"3/mlp.post_act"``; without a layer, every layer.
+            pad: pad mask ``[b, s]``, where tokens are a tensor.
+            hooks: what to replace on the way.
+            bos: prepend the start token (True: the tokenizer's ``<|endoftext|>``; or its id). It then
+                is position 0 of everything returned.
+
+        Returns:
+            ``{location: tensor}``, with the tokens and their pad mask as attributes.
+        """
+        if not isinstance(tokens, Tensor):
+            if pad is not None:
+                raise InputError("pad goes with tokens as a tensor; prompts are padded here.")
+            ids, _ = self._prompt_ids(tokens, bos)
+            tokens, pad = prep_input_and_pad(ids, "right", self.device)
+        elif bos is not False:
+            tokens, pad = self._prepend(tokens, pad, self._bos_id(bos))
+        wanted = [
+            place
+            for location in parse_locations(locations)
+            for place in location.expand(self.cfg.n_layers)
+        ]
+        found = Activations(tokens, pad)
+        hooks = _with_recorder(hooks, wanted, found)
+        X, H, pad, _ = self.run_embed(tokens, None, pad, hooks)
+        depths = [
+            0
+            if p.path == "resid.post_emb"
+            else self.cfg.n_layers
+            if p.layer is None
+            else p.layer + 1
+            for p in wanted
+        ]
+        X, H = self.run_torso(X, H, pad, hooks, max(depths, default=0))
+        if any(p.layer is None and p.path != "resid.post_emb" for p in wanted):
+            X, H = self.run_ln_f(X, H, hooks)
+        if any(p.path == "logits" for p in wanted):
+            self.run_unembed(X, H, hooks)
+        return found
+
+    @staticmethod
+    def _prepend(tokens: Tensor, pad: Tensor | None, bos: int) -> tuple[Tensor, Tensor | None]:
+        """A column of start tokens in front; pads may follow it, since they take no position."""
+        tokens = torch.cat([tokens.new_full((tokens.shape[0], 1), bos), tokens], dim=1)
+        if pad is not None:
+            pad = torch.cat([pad.new_zeros(pad.shape[0], 1), pad], dim=1)
+        return tokens, pad
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Prompts,
+        num_tokens: int = 5,
+        temperature: float = 1.0,
+        top_p: float | None = None,
+        hooks: TransformerHooks | None = None,
+        *,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        stop: int | str | Sequence[int | str] | None = None,
+        bos: bool | int = False,
+    ) -> Sample:
+        """Continue each prompt by up to ``num_tokens`` tokens.
+
+        Args:
+            prompts: text, token ids, or a list of either; of any lengths.
+            temperature: 0 takes the likeliest token each time.
+            top_p: draw from the nucleus only (see :func:`nucleus_sample`).
+            hooks: run at every step, on the new tokens; ``positions`` tells a hook which they are.
+                Hooks on keys and values see all tokens so far.
+            top_k: draw from the ``top_k`` likeliest only.
+            generator: of the draws; or ``seed`` for a new one; default: torch's global generator.
+            stop: tokens (ids or their text, such as ``"<|endoftext|>"``) that end a row; they are not
+                returned. None: exactly ``num_tokens`` for each row.
+            bos: prepend the start token (True: the tokenizer's ``<|endoftext|>``; or its id).
+
+        Returns:
+            ``{"tokens": list[list[int]], "strings": list[str]}``: the new tokens of each prompt.
+        """
+        check_sampling_settings(num_tokens, temperature, top_k, top_p)
+        ids, is_text = self._prompt_ids(prompts, bos)
+        longest = max(map(len, ids))
+        if longest + num_tokens - 1 > self.cfg.ctx_window:
+            raise InputError(
+                f"the longest prompt has {longest} tokens; with num_tokens={num_tokens} that is more "
+                f"than the context of {self.cfg.ctx_window} holds (the last token is not read)."
+            )
+        if seed is not None:
+            if generator is not None:
+                raise InputError("give generator or seed, not both.")
+            generator = torch.Generator(self.device).manual_seed(seed)
+        stops = torch.tensor(self._stop_ids(stop), dtype=torch.long, device=self.device)
+        tokens, pad = prep_input_and_pad(ids, "left", self.device)
+        H = HiddenState(self.cfg.n_layers, capacity=longest + num_tokens)
+        new: list[Tensor] = []
+        done = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
+        for _ in range(num_tokens):
+            logits, H = self._last_logits(tokens, H, pad, hooks)
+            chosen = sample_from_logits(logits, temperature, top_k, top_p, generator)
+            done = done | torch.isin(chosen, stops)
+            new.append(chosen.masked_fill(done, -1))
+            if done.all():
+                break
+            tokens, pad = chosen[:, None], done[:, None]
+        rows = [[i for i in row if i >= 0] for row in torch.stack(new, dim=1).tolist()]
+        result = Sample(rows, lambda: [decode(self.enc, row) for row in rows])
+        if is_text:
+            result["strings"]  # made now: the vocabulary is loaded
+        return result
+
+    def _last_logits(
+        self, tokens: Tensor, H: HiddenState, pad: Tensor | None, hooks: TransformerHooks | None
+    ) -> tuple[Tensor, HiddenState]:
+        """Logits ``[b, v]`` after the last token; the others' only where a hook would see them."""
+        if hooks is not None and not (hooks.resid.post_ln_f.is_empty() and hooks.logits.is_empty()):
+            logits, H = self(tokens, H, pad, hooks)
+            return logits[:, -1], H
+        X, H, pad, hooks = self.run_embed(tokens, H, pad, hooks)
+        X, H = self.run_torso(X, H, pad, hooks)
+        X, H = self.run_ln_f(X, H, hooks)
+        return self.unembed(X[:, -1]), H
+
+    def _prompt_ids(self, prompts: Prompts, bos: bool | int) -> tuple[list[list[int]], bool]:
+        """Prompts in any accepted form as lists of ids, and whether they were text."""
+        batch: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+        if batch and all(isinstance(p, int) and not isinstance(p, bool) for p in batch):
+            batch = [batch]
+        if not batch:
+            raise InputError("prompts must hold at least one prompt, found none.")
+        is_text = all(isinstance(p, str) for p in batch)
+        if not is_text and not all(
+            isinstance(p, Sequence) and all(isinstance(i, int) for i in p) for p in batch
+        ):
+            raise InputError(
+                "prompts must be a str, a list of str, a list of token ids, or a list of lists of "
+                f"token ids, found {type(prompts).__name__} of {sorted({type(p).__name__ for p in batch})}."
+            )
+        start = [] if bos is False else [self._bos_id(bos)]
+        ids = [start + (encode_prompt(self.enc, p) if is_text else list(p)) for p in batch]
+        if empty := [i for i, row in enumerate(ids) if not row]:
+            raise InputError(
+                f"prompt {empty[0]} has no tokens; give it at least one, or bos=True to start from "
+                "the start token."
+            )
+        return ids, is_text
+
+    def _bos_id(self, bos: bool | int) -> int:
+        return self.enc.eot_token if bos is True else int(bos)
+
+    def _stop_ids(self, stop: int | str | Sequence[int | str] | None) -> list[int]:
+        if stop is None:
+            return []
+        ids = []
+        for token in [stop] if isinstance(stop, int | str) else stop:
+            encoded = [token] if isinstance(token, int) else encode_prompt(self.enc, token)
+            if len(encoded) != 1:
+                raise InputError(
+                    f"stop {token!r} must be one token, found {len(encoded)}: {encoded}."
+                )
+            ids += encoded
+        return ids
+
+    # --- simplifying, loading, saving ---
+
+    def simplify(self) -> Self:
+        """Fold each layer's norms into the linear maps behind them, in place, and return the model.
+
+        The logits stay as they are. The final norm stays too: the unembedding has no bias to fold into.
+        """
+        for layer in self.layers:
+            layer.simplify()
+        return self
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | Path,
+        device: Device | None = None,
+        dtype: torch.dtype | None = None,
+        simplify: bool = False,
+        simplify_kwargs: dict[str, Any] | None = None,
+    ) -> Self:
+        """Load a model.
+
+        Args:
+            name_or_path: a folder (this library's format, the original's pieces, or Hugging Face's
+                GPT-2), a name (``"tiny-tales"``, ``"gpt2-small"`` or ``"gpt2/small"``, …; a folder of
+                that name wins), or an ``https://`` or ``az://`` folder.
+            device: default: CUDA where there is one, else the CPU.
+            dtype: to which all parameters are cast; default: as stored.
+            simplify: whether to fold layer norms (:meth:`simplify`).
+
+        Raises:
+            SourceError: nothing is there, or it cannot be had; says what was tried.
+            CheckpointError: the files are damaged or do not fit together; lists everything found.
+        """
+        if simplify_kwargs:
+            raise InputError(f"simplify takes no options, found {simplify_kwargs!r}.")
+        model = cls.from_checkpoint(resolve_model_source(name_or_path), device, dtype)
+        return model.simplify() if simplify else model
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        device: Device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Load from a folder or URL, which is taken as it is: names are not looked up."""
+        device = default_device() if device is None else torch.device(device)
+        loaded = load_checkpoint(path, dtype=dtype, device=device)
+        # On "meta" nothing is allocated: the loaded tensors become the parameters, held once.
+        model = cls(loaded.config, device="meta", tokenizer=loaded.tokenizer)
+        model.load_state_dict(loaded.state_dict, assign=True)
+        model.metadata = loaded.metadata
+        return model.requires_grad_(True)
+
+    def load_state_from_checkpoint(
+        self, path: str | Path, device: Device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Take the weights of a checkpoint of the same sizes."""
+        loaded = load_checkpoint(path, dtype=dtype or self.dtype, device=device or self.device)
+        if loaded.config != self.cfg:
+            raise CheckpointError(f"{path}: expected {self.cfg}, found {loaded.config}.")
+        self.load_state_dict(loaded.state_dict, assign=True)
+        self.requires_grad_(True)
+
+    def save(self, path: str | Path) -> None:
+        """Write a folder of ``config.json`` and ``model.safetensors``; tied tensors are stored once."""
+        save_native(path, self.cfg, self.state_dict(), self.tokenizer, self.metadata)
+
+    def save_checkpoint(self, path: str | Path) -> None:
+        """Write the original's layout: ``config.json`` and one ``model_pieces/<key>.pt`` a tensor."""
+        save_pieces(path, self.cfg, self.state_dict())
+
+
+def _with_recorder(
+    hooks: TransformerHooks | None, wanted: list[ActivationLocation], found: Activations
+) -> TransformerHooks:
+    """A copy of ``hooks`` whose last ones keep what passes at the ``wanted`` places in ``found``."""
+    hooks = (NO_HOOKS if hooks is None else hooks).copy()
+    for path in dict.fromkeys(place.path for place in wanted):
+
+        def keep(x: Tensor, layer: int | None, path: str = path) -> Tensor:
+            found[ActivationLocation(path, layer)] = x
+            return x
+
+        layers = [p.layer for p in wanted if p.path == path and p.layer is not None]
+        hooks.append_to_path(f"{path}.fwd2", AtLayers(layers).append(keep) if layers else keep)
+    return hooks
