@@ -27,16 +27,13 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from neuron_explainer.errors import HookError, did_you_mean
 from neuron_explainer.models.locations import SITES, ActivationLocation, LocationLike, Site
-
-if TYPE_CHECKING:
-    from neuron_explainer.models.autoencoder import Autoencoder
 
 Hook = Callable[..., Any]
 """``hook(x, **keywords) -> x``; it is given those keywords of the site that its signature accepts."""
@@ -481,10 +478,17 @@ class FwdBwdHooks(HookCollection):
         return self.fwd2._run(x, args, kwargs, f"{where}.fwd2")
 
 
-class Codec(Protocol):
-    """``x`` to its latents and the decoder that belongs to that ``x``."""
+Decode = Callable[[Tensor], Tensor]
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]: ...
+
+class NormalizingAutoencoder(Protocol):
+    """What :meth:`AutoencoderHooks.from_autoencoder` needs of an autoencoder."""
+
+    def normalize(self, x: Tensor) -> tuple[Tensor, Any]: ...
+
+    def encode(self, x: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor, stats: Any = None) -> Tensor: ...
 
 
 class AutoencoderHooks(HookCollection):
@@ -517,20 +521,21 @@ class AutoencoderHooks(HookCollection):
         self.encode = encode
         self.decode = decode
         self.add_error = add_error
-        self._codec: Codec = lambda x: (encode(x), decode)
+        # x -> its latents and the decoder that belongs to that x
+        self._codec: Callable[[Tensor], tuple[Tensor, Decode]] = lambda x: (encode(x), decode)
         for name in ("latents", "reconstruction", "error"):
             self.add_subhooks(name, FwdBwdHooks())
         self._place("")
 
     @classmethod
-    def from_autoencoder(cls, autoencoder: "Autoencoder", add_error: bool = False) -> Self:
+    def from_autoencoder(cls, autoencoder: NormalizingAutoencoder, add_error: bool = False) -> Self:
         """Hooks around an autoencoder, whatever its input normalisation.
 
         The statistics that normalised one activation are carried to the decoder within the call,
         never kept on the autoencoder: two forwards may interleave.
         """
 
-        def codec(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        def codec(x: Tensor) -> tuple[Tensor, Decode]:
             return autoencoder.encode(x), partial(
                 autoencoder.decode, stats=autoencoder.normalize(x)[1]
             )

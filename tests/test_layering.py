@@ -1,0 +1,163 @@
+"""The house stays in order: arrows point up, nothing goes in circles, nothing heavy at the door."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "neuron_explainer"
+
+# Ground floor first; an import may point to its own room or to one listed earlier.
+ROOMS = [
+    ["neuron_explainer", "neuron_explainer.errors", "neuron_explainer.files"],
+    ["neuron_explainer.models"],
+    ["neuron_explainer.activations"],
+    ["neuron_explainer.dictionaries"],
+    ["neuron_explainer.analysis"],
+    ["neuron_explainer.server"],
+    ["neuron_explainer.experiments"],
+    ["neuron_explainer.demo", "neuron_explainer.cli", "neuron_explainer.__main__"],
+]
+# Side by side rather than one above the other: neither may import the other.
+FORBIDDEN = [
+    ("neuron_explainer.analysis", "neuron_explainer.dictionaries"),
+    ("neuron_explainer.server", "neuron_explainer.dictionaries"),
+    ("neuron_explainer.server", "neuron_explainer.activations"),
+    ("neuron_explainer.demo", "neuron_explainer.experiments"),
+    ("neuron_explainer.cli", "neuron_explainer.experiments"),
+]
+
+
+def modules() -> dict[str, Path]:
+    names = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def imports_of(path: Path, known: set[str]) -> Iterator[str]:
+    """Every module of the package that a file imports, at the top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write relative imports out"
+            base = node.module or ""
+            names = [
+                f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base
+                for alias in node.names
+            ]
+        else:
+            continue
+        yield from (name for name in names if name in known)
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    known = modules()
+    return {name: set(imports_of(path, set(known))) - {name} for name, path in known.items()}
+
+
+def room_of(module: str) -> int:
+    if module == "neuron_explainer":
+        return 0
+    for index, prefixes in enumerate(ROOMS):
+        for prefix in prefixes:
+            if prefix != "neuron_explainer" and f"{module}.".startswith(f"{prefix}."):
+                return index
+    raise AssertionError(f"{module} stands in no room; add it to ROOMS")
+
+
+def test_the_graph_is_read(graph: dict[str, set[str]]) -> None:
+    assert "neuron_explainer.models.hooks" in graph["neuron_explainer.models.transformer"]
+
+
+def test_arrows_point_up(graph: dict[str, set[str]]) -> None:
+    down = [(a, b) for a, targets in graph.items() for b in targets if room_of(b) > room_of(a)]
+    down += [
+        (a, b)
+        for a, targets in graph.items()
+        for b in targets
+        for low, high in FORBIDDEN
+        if f"{a}.".startswith(f"{low}.") and f"{b}.".startswith(f"{high}.")
+    ]
+    assert not down
+
+
+def test_no_cycles(graph: dict[str, set[str]]) -> None:
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> None:
+        assert module not in path, f"cycle: {' -> '.join([*path, module])}"
+        if module not in done:
+            for target in sorted(graph[module]):
+                visit(target, [*path, module])
+            done.add(module)
+
+    for module in graph:
+        visit(module, [])
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level modules in a fresh interpreter after running ``code``."""
+    script = f"{code}\nimport sys\nprint(*{{m.partition('.')[0] for m in sys.modules}}, sep='\\n')"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import neuron_explainer",
+        "import neuron_explainer.errors, neuron_explainer.files",
+        "from neuron_explainer.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+    ],
+)
+def test_nothing_heavy_at_the_door(code: str) -> None:
+    loaded = loaded_by(code)
+    assert "neuron_explainer" in loaded
+    assert not loaded & {"torch", "numpy", "tiktoken", "blobfile", "requests", "safetensors"}
+
+
+def test_models_import_only_what_they_need() -> None:
+    """Beyond torch's own imports the models room loads safetensors and, lazily, nothing else."""
+    extra = loaded_by("import neuron_explainer.models") - loaded_by(
+        "import torch, safetensors.torch"
+    )
+    third_party = {name for name in extra if name not in sys.stdlib_module_names} - {
+        "neuron_explainer"
+    }
+    assert third_party <= {"filelock"}, third_party
+
+
+def closure(distribution: str) -> set[str]:
+    """Names of the distributions that installing one brings, itself included, without extras."""
+    from packaging.requirements import Requirement
+
+    seen: set[str] = set()
+    queue = [distribution]
+    while queue:
+        name = queue.pop().lower().replace("_", "-")
+        if name in seen:
+            continue
+        seen.add(name)
+        for text in metadata.requires(name) or []:
+            requirement = Requirement(text)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                queue.append(requirement.name)
+    return seen
+
+
+def test_at_most_fourteen_distributions_beyond_torchs_own() -> None:
+    try:
+        metadata.distribution("neuron_explainer")
+    except metadata.PackageNotFoundError:
+        pytest.skip("neuron_explainer is not installed")
+    beyond = closure("neuron_explainer") - closure("torch")
+    assert len(beyond) <= 14, sorted(beyond)
+    assert {"tiktoken", "blobfile", "safetensors", "neuron-explainer"} <= beyond
