@@ -767,8 +767,7 @@ def _http_target(remote: _Remote) -> tuple[str, dict[str, str]]:
     if not remote.url.startswith("hf:"):
         return remote.url, headers
     try:
-        import huggingface_hub
-        from huggingface_hub import constants
+        from huggingface_hub import constants, get_token, hf_hub_url
     except ImportError as error:
         raise MissingExtraError(
             f"{remote.source} needs huggingface_hub: pip install huggingface_hub"
@@ -777,8 +776,10 @@ def _http_target(remote: _Remote) -> tuple[str, dict[str, str]]:
         raise SourceError("HF_HUB_OFFLINE is set")
     owner, name, path = remote.url.removeprefix("hf://").split("/", 2)
     name, _, revision = name.partition("@")
-    url = huggingface_hub.hf_hub_url(f"{owner}/{name}", path, revision=revision or None)
-    return url, headers | huggingface_hub.utils.build_hf_headers()  # type: ignore[attr-defined]
+    url = hf_hub_url(f"{owner}/{name}", path, revision=revision or None)
+    # Not build_hf_headers: it asks the hub for a list first.
+    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    return url, headers | ({"Authorization": f"Bearer {token}"} if token else {})
 
 
 def _open_http(
@@ -923,6 +924,15 @@ def _blob_chunks(file: Any) -> Iterator[bytes]:
             yield chunk
 
 
+def _blob_exists(blob: tuple[str, str]) -> bool:
+    with _blobfile_errors():
+        try:
+            _azure_context().stat(f"az://{blob[0]}/{blob[1]}")
+        except FileNotFoundError:
+            return False
+    return True
+
+
 @contextlib.contextmanager
 def _blobfile_errors() -> Iterator[None]:
     import blobfile
@@ -960,8 +970,7 @@ def _exists_remotely(remote: _Remote, transfer: _Transfer) -> bool:
                 return True
         except _RefusedError as refused:
             if remote.azure is not None and _has_azure_credentials():
-                with _blobfile_errors():
-                    return bool(_azure_context().exists(f"az://{'/'.join(remote.azure)}"))
+                return _blob_exists(remote.azure)
             if refused.status in (404, 410):
                 return False
             raise SourceError(f"cannot see {remote.source}: {refused}") from refused
