@@ -139,9 +139,7 @@ def _after_x(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
     return parameters if first.kind is first.VAR_POSITIONAL else parameters[1:]
 
 
-def _checked(
-    result: Any, x: Tensor, shape: torch.Size, where: str, name: str, layer: Any
-) -> Tensor:
+def _checked(result: Any, x: Tensor, where: str, name: str, layer: Any) -> Tensor:
     """The hook's result, or an error that says how it cannot stand in for ``x``."""
     if isinstance(result, Tensor) and result.shape == x.shape and result.dtype == x.dtype:
         return result
@@ -183,7 +181,7 @@ class Hooks(HookNode):
         return self
 
     def _validated(self, hook: Hook) -> Attached:
-        attached = _attach(hook, self._site and self._site.keywords, self._path)
+        attached = _attach(hook, self._site.keywords if self._site else None, self._path)
         if self._site is not None and not self._site.per_layer and _needs_layer(hook):
             raise HookError(
                 f"{self._path}: {hook_name(hook)} chooses layers, but this site exists once in a "
