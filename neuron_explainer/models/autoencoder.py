@@ -1,0 +1,628 @@
+"""Sparse autoencoders: a vector of activations as a sum of few of many learned directions.
+
+    x̂, stats   = normalize(x)
+    pre_act    = (x̂ - pre_bias) · W_encᵀ + latent_bias
+    latents    = activation(pre_act)
+    recons     = denormalize(latents · W_decᵀ + pre_bias, stats)
+
+Parametrisation and state-dict keys are those of OpenAI's ``sparse_autoencoder``. What has to be known
+to apply an autoencoder rightly (activation, tying, input normalisation, location) is recorded with
+it; nothing of it is guessed, and nothing is kept between ``encode`` and ``decode``.
+
+Shape legend: ``b`` batch, ``s`` sequence, ``n`` inputs, ``l`` latents, ``…`` any leading axes.
+"""
+
+import json
+import logging
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neuron_explainer import files
+from neuron_explainer.errors import CheckpointError, InputError
+from neuron_explainer.models.checkpoints.autoencoder_state import (
+    FORMAT_VERSION,
+    NORMALIZATIONS,
+    PARAMETERS,
+    STATISTICS,
+    Entries,
+    InputNormalization,
+    check_config,
+    check_sizes,
+    parse_state_dict,
+    read_pt,
+    read_safetensors,
+    unknown_normalization,
+)
+from neuron_explainer.models.latent_activations import (
+    ACTIVATIONS_CLASSES,
+    BatchTopK,
+    JumpReLU,
+    TopK,
+    activation_name,
+    make_activation,
+)
+from neuron_explainer.models.locations import ActivationLocation, LocationLike
+
+__all__ = [
+    "ACTIVATIONS_CLASSES",
+    "Autoencoder",
+    "AutoencoderOutput",
+    "BatchTopK",
+    "InputNormalization",
+    "InputStats",
+    "JumpReLU",
+    "TiedTranspose",
+    "TopK",
+    "UnstatedNormalizationWarning",
+]
+
+logger = logging.getLogger(__name__)
+
+_LAYER_NORM_EPS = 1e-5
+_WEIGHTS_FILE = "autoencoder.safetensors"
+
+
+class UnstatedNormalizationWarning(UserWarning):
+    """A TopK autoencoder was read from a file that does not say how its inputs were normalised."""
+
+
+class AutoencoderOutput(NamedTuple):
+    """All that a forward pass computes."""
+
+    latents_pre_act: Tensor
+    """``[…, l]`` before the activation function."""
+    latents: Tensor
+    """``[…, l]``"""
+    recons: Tensor
+    """``[…, n]`` on the scale of the input."""
+
+
+class InputStats(NamedTuple):
+    """What normalisation took out of an input, and decoding puts back."""
+
+    mean: Tensor
+    """``[…, 1]`` mean over the width."""
+    std: Tensor | None
+    """``[…, 1]`` unbiased standard deviation over the width; None where it was left alone."""
+
+
+class TiedTranspose(nn.Module):
+    """A decoder that is the transpose of the encoder ``linear`` and has no weights of its own."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """``[n, l]``, a view of the encoder's weight."""
+        return self.linear.weight.t()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """None for the encoders used here: a tied decoder adds ``pre_bias`` only."""
+        return None
+
+
+class Autoencoder(nn.Module):
+    """A sparse autoencoder for activations of one location.
+
+    Args:
+        n_latents: number of latents, ``l``.
+        n_inputs: width of the activations, ``n``.
+        activation: one of :data:`ACTIVATIONS_CLASSES`; ReLU if not given.
+        tied: whether the decoder is the transpose of the encoder.
+        input_normalization: what is done to each input vector before encoding and undone after
+            decoding: ``"none"``; ``"center"`` takes off its mean; ``"layer_norm"`` takes off its
+            mean and divides by its unbiased standard deviation + 1e-5 (the eps is added to the
+            deviation, not to the variance), as OpenAI's v5 autoencoders were trained.
+        location: where in the model the inputs come from; None if not known.
+        model_name: the model that it was trained on; None if not known.
+        metadata: anything else worth keeping that JSON can hold; it is saved and never read.
+    """
+
+    pre_bias: nn.Parameter
+    latent_bias: nn.Parameter
+    stats_last_nonzero: Tensor
+    """``[l]`` int64: training steps since the latent was last active."""
+    latents_activation_frequency: Tensor
+    """``[l]`` float: share of training tokens on which the latent was active; ones if not known."""
+    latents_mean_square: Tensor
+    """``[l]`` float: mean square of the latent over training tokens."""
+
+    def __init__(
+        self,
+        n_latents: int,
+        n_inputs: int,
+        activation: nn.Module | None = None,
+        tied: bool = False,
+        *,
+        input_normalization: InputNormalization = "none",
+        location: LocationLike | None = None,
+        model_name: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(n_latents, n_inputs, activation, input_normalization)
+        self.n_latents = n_latents
+        self.n_inputs = n_inputs
+        self.tied = tied
+        self.input_normalization: InputNormalization = input_normalization
+        self.location = None if location is None else ActivationLocation.parse(location)
+        self.model_name = model_name
+        self.metadata = dict(metadata or {})
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.pre_bias = nn.Parameter(torch.zeros(n_inputs, **factory))
+        self.encoder = nn.Linear(n_inputs, n_latents, bias=False, **factory)
+        self.latent_bias = nn.Parameter(torch.zeros(n_latents, **factory))
+        self.activation = nn.ReLU() if activation is None else activation
+        self.decoder: nn.Linear | TiedTranspose = (
+            TiedTranspose(self.encoder)
+            if tied
+            else nn.Linear(n_latents, n_inputs, bias=False, **factory)
+        )
+        for name, (value, statistics_dtype) in STATISTICS.items():
+            self.register_buffer(
+                name, torch.full((n_latents,), value, dtype=statistics_dtype, device=device)
+            )
+        self.register_state_dict_post_hook(_fold_python_entries)  # type: ignore[no-untyped-call]
+
+    # ---- applying ------------------------------------------------------------------------------
+
+    def normalize(self, x: Tensor) -> tuple[Tensor, InputStats | None]:
+        """The input as the encoder takes it, and what :meth:`decode` needs to undo that.
+
+        ``[…, n] -> […, n]`` and statistics ``[…, 1]`` (None where nothing is normalised).
+        """
+        self._check_width(x, self.n_inputs, "input")
+        if self.input_normalization == "none":
+            return x, None
+        mean = x.mean(dim=-1, keepdim=True)
+        x = x - mean
+        if self.input_normalization == "center":
+            return x, InputStats(mean, None)
+        # Unbiased: n - 1. Of no rows at all torch would warn, as if the width were too small.
+        std = x.std(dim=-1, keepdim=True) if x.numel() else mean
+        return x / (std + _LAYER_NORM_EPS), InputStats(mean, std)
+
+    def encode_pre_act(self, x: Tensor, latent_slice: slice = slice(None)) -> Tensor:
+        """Latents before the activation function, of all or a slice of them.
+
+        ``[…, n] -> […, l]``. ``x`` is an activation as the model has it; it is normalised here.
+        """
+        x_hat, _ = self.normalize(x)
+        return self._pre_act(x_hat, latent_slice)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """``[…, n] -> […, l]``, dense; ``x`` is an activation as the model has it."""
+        latents: Tensor = self.activation(self.encode_pre_act(x))
+        return latents
+
+    def decode(self, latents: Tensor, stats: InputStats | None = None) -> Tensor:
+        """``[…, l] -> […, n]``, on the scale of the input that ``stats`` belongs to.
+
+        An autoencoder that normalises its inputs needs ``stats``, the second result of
+        :meth:`normalize` for the same ``x``: they are arguments, never remembered, so that two
+        batches can be in flight at once.
+        """
+        self._check_width(latents, self.n_latents, "latents")
+        recons: Tensor = self.decoder(latents) + self.pre_bias
+        if self.input_normalization == "none":
+            return recons
+        if stats is None:
+            raise InputError(
+                f"{self._name()}: decode needs stats, because inputs are normalised "
+                f"({self.input_normalization!r}): `x_hat, stats = autoencoder.normalize(x)`, then "
+                "`autoencoder.decode(latents, stats)`. `autoencoder.reconstruct(x)` does it all."
+            )
+        if (stats.std is None) != (self.input_normalization == "center"):
+            raise InputError(
+                f"{self._name()}: these stats are not of {self.input_normalization!r} "
+                "normalisation; take them from this autoencoder's normalize(x)."
+            )
+        if stats.std is not None:
+            recons = recons * stats.std
+        return recons + stats.mean
+
+    def forward(self, x: Tensor) -> AutoencoderOutput:
+        """``[…, n] -> (pre-activations […, l], latents […, l], reconstruction […, n])``.
+
+        Statistics of the latents are not updated, in training mode neither: a forward pass may run
+        twice for one step (recomputed activations, evaluation in between) or on part of a batch,
+        so only the training loop can count steps.
+        """
+        x_hat, stats = self.normalize(x)
+        pre_act = self._pre_act(x_hat)
+        latents = self.activation(pre_act)
+        return AutoencoderOutput(pre_act, latents, self.decode(latents, stats))
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """``[…, n] -> […, n]``: encode and decode."""
+        return self(x).recons  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+
+    def _pre_act(self, x_hat: Tensor, latent_slice: slice = slice(None)) -> Tensor:
+        self._check_dtype(x_hat)
+        return F.linear(
+            x_hat - self.pre_bias,
+            self.encoder.weight[latent_slice],
+            self.latent_bias[latent_slice],
+        )
+
+    def _check_width(self, x: Tensor, width: int, what: str) -> None:
+        if x.ndim == 0 or x.shape[-1] != width:
+            raise InputError(
+                f"{self._name()}: expected {what} of width {width} in the last axis, found shape "
+                f"{list(x.shape)}."
+            )
+
+    def _check_dtype(self, x: Tensor) -> None:
+        if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise InputError(
+                f"{self._name()}: its weights are {self.dtype}, the input is {x.dtype}; convert "
+                "one of them with .to(dtype)."
+            )
+
+    # ---- what it is ----------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.encoder.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return self.encoder.weight.device
+
+    def _name(self) -> str:
+        return "autoencoder" if self.location is None else f"autoencoder of {self.location}"
+
+    def __repr__(self) -> str:
+        facts = [
+            f"n_latents={self.n_latents}",
+            f"n_inputs={self.n_inputs}",
+            f"activation={self.activation!r}",
+            f"tied={self.tied}",
+            f"input_normalization={self.input_normalization!r}",
+            f"location={None if self.location is None else str(self.location)!r}",
+        ]
+        if self.model_name is not None:
+            facts.append(f"model_name={self.model_name!r}")
+        return f"{type(self).__name__}({', '.join(facts)}, dtype={self.dtype})"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """torch's hook behind ``.to``, ``.half`` and the like: statistics keep their dtype."""
+        before = {name: getattr(self, name) for name in STATISTICS}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype != old.dtype:
+                setattr(self, name, old.to(new.device))
+        return self
+
+    # ---- state dicts ---------------------------------------------------------------------------
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # state_dict is torch's own shallow copy: entries may be taken out of it.
+        _unfold_python_entries(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state_dict: Mapping[str, Any],
+        strict: bool = True,
+        *,
+        input_normalization: InputNormalization | None = None,
+        location: LocationLike | None = None,
+        model_name: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """The autoencoder that a ``state_dict()``, of this class or OpenAI's, describes.
+
+        The caller's dict is left as it is and shares no memory with the result.
+
+        Args:
+            state_dict: tensors, and ``activation`` (a name; ReLU if absent, as in the earliest
+                files) with ``activation_state_dict``.
+            strict: if False, statistics buffers may be missing and unknown entries are left out,
+                each with a logged warning. Weights may never be missing.
+            input_normalization: stated by the caller where the file does not say. OpenAI's layout
+                has no entry for it: its v5 files (TopK) need ``"layer_norm"``, and a TopK file
+                without a statement is read as ``"none"`` with an
+                :class:`UnstatedNormalizationWarning`.
+            location: recorded on the result.
+            model_name: recorded on the result.
+            metadata: recorded on the result.
+            dtype: of the weights; None keeps that of ``encoder.weight``.
+        """
+        entries, problems, notes = parse_state_dict(state_dict, strict)
+        if problems:
+            raise CheckpointError("not a state dict of an autoencoder: " + "; ".join(problems))
+        for note in notes:
+            logger.warning("autoencoder state dict: %s", note)
+        return cls._build(
+            entries,
+            input_normalization=_settle_normalization(entries, input_normalization),
+            location=location,
+            model_name=model_name,
+            metadata=metadata,
+            dtype=dtype,
+        )
+
+    @classmethod
+    def _build(
+        cls,
+        entries: Entries,
+        *,
+        input_normalization: InputNormalization,
+        location: LocationLike | None,
+        model_name: str | None,
+        metadata: Mapping[str, Any] | None,
+        dtype: torch.dtype | None,
+    ) -> Self:
+        n_latents, n_inputs = entries.tensors["encoder.weight"].shape
+        dtype = dtype or entries.tensors["encoder.weight"].dtype
+        # On "meta" no weights are drawn only to be overwritten: seconds and gigabytes for 131072
+        # latents.
+        autoencoder = cls(
+            n_latents,
+            n_inputs,
+            make_activation(entries.activation, entries.activation_fields).to(dtype=dtype),
+            entries.tied,
+            input_normalization=input_normalization,
+            location=location,
+            model_name=model_name,
+            metadata=metadata,
+            device="meta",
+            dtype=dtype,
+        )
+        for name in PARAMETERS:
+            if name in entries.tensors:
+                weight = nn.Parameter(entries.tensors[name].detach().to(dtype=dtype, copy=True))
+                owner, _, leaf = name.rpartition(".")
+                setattr(autoencoder.get_submodule(owner), leaf, weight)
+        for name, (value, statistics_dtype) in STATISTICS.items():
+            known = entries.tensors.get(name, torch.full((n_latents,), value))
+            setattr(autoencoder, name, known.detach().to(dtype=statistics_dtype, copy=True))
+        return autoencoder
+
+    # ---- files ---------------------------------------------------------------------------------
+
+    def save(
+        self, folder: str | Path, dtype: torch.dtype | None = None, *, overwrite: bool = False
+    ) -> None:
+        """Write ``config.json`` and ``autoencoder.safetensors`` into ``folder``, whole or not at all.
+
+        ``dtype`` is that of the two matrices on disk (None: as they are); float16 halves the size.
+        Biases, thresholds and statistics, a small part, keep their own. An autoencoder that is
+        already there is replaced only with ``overwrite``.
+        """
+        dtype = dtype or self.dtype
+        tensors = self._tensors_to_save(dtype)
+        config = self._config(dtype)
+        with files.atomic_folder(folder, overwrite=overwrite) as temporary:
+            files.write_json(temporary / "config.json", config)
+            safetensors.torch.save_file(tensors, temporary / _WEIGHTS_FILE)
+
+    def _tensors_to_save(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Every tensor on the CPU; refuses what could not be loaded again."""
+        tensors = {}
+        for name, value in [*self.named_parameters(), *self.named_buffers()]:
+            value = value.detach()
+            stored = value.to(dtype) if name in ("encoder.weight", "decoder.weight") else value
+            if not torch.isfinite(stored).all():
+                largest = float(value.abs().max())
+                raise InputError(
+                    f"{self._name()} is not saved: {name} holds "
+                    + (
+                        f"values up to {largest:.3g}, beyond the range of {dtype}."
+                        if math.isfinite(largest)
+                        else "NaN or infinity."
+                    )
+                )
+            tensors[name] = stored.cpu().contiguous()
+        return tensors
+
+    def _config(self, dtype: torch.dtype) -> dict[str, Any]:
+        name = activation_name(self.activation)
+        fields = {k: v for k, v in self.activation.state_dict().items() if not torch.is_tensor(v)}
+        try:
+            metadata = json.loads(json.dumps(self.metadata, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{self._name()}: metadata cannot be JSON: {error}.") from None
+        return {
+            "format_version": FORMAT_VERSION,
+            "kind": "autoencoder",
+            "n_latents": self.n_latents,
+            "n_inputs": self.n_inputs,
+            "activation": {"name": name, **fields},
+            "tied": self.tied,
+            "input_normalization": self.input_normalization,
+            "location": None if self.location is None else str(self.location),
+            "model_name": self.model_name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "metadata": metadata,
+        }
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        strict: bool = True,
+        input_normalization: InputNormalization | None = None,
+        location: LocationLike | None = None,
+        dtype: torch.dtype | None = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Read a folder that :meth:`save` wrote, or a ``.pt`` file of OpenAI's layout; path or URL.
+
+        Args:
+            source: the folder or the file. A ``.pt`` file is read with torch's ``weights_only``
+                reader: code in it is never run.
+            strict: see :meth:`from_state_dict`; concerns ``.pt`` files.
+            input_normalization: for ``.pt`` files, which do not say; a contradiction of what a
+                folder says is an error.
+            location: likewise.
+            dtype: of the weights in memory; None keeps what is stored.
+            device: where to put it.
+        """
+        if str(source).endswith(".pt"):
+            state_dict = read_pt(files.fetch(source), source)
+            try:
+                autoencoder = cls.from_state_dict(
+                    state_dict,
+                    strict,
+                    input_normalization=input_normalization,
+                    location=location,
+                    dtype=dtype,
+                )
+            except CheckpointError as error:
+                raise CheckpointError(f"{source}: {error}") from None
+        else:
+            autoencoder = cls._load_folder(source, dtype)
+            autoencoder._agree(source, input_normalization, location)
+        return autoencoder.to(device)
+
+    @classmethod
+    def _load_folder(cls, source: str | Path, dtype: torch.dtype | None) -> Self:
+        config_path = files.join(source, "config.json")
+        weights_path = files.join(source, _WEIGHTS_FILE)
+        config = check_config(files.read_json(files.fetch(config_path)), config_path)
+        tensors = read_safetensors(files.fetch(weights_path))
+        state = dict(tensors) | {
+            "activation": config["activation"]["name"],
+            "activation_state_dict": {
+                key: value for key, value in config["activation"].items() if key != "name"
+            },
+            "tied": config["tied"],
+            "input_normalization": config["input_normalization"],
+        }
+        entries, problems, _ = parse_state_dict(state, strict=True)
+        if not problems:
+            found = entries.tensors["encoder.weight"]
+            stated = (config["n_latents"], config["n_inputs"], config["dtype"])
+            if (*found.shape, str(found.dtype).removeprefix("torch.")) != stated:
+                problems.append(
+                    f"config.json says [{stated[0]}, {stated[1]}] of {stated[2]}, encoder.weight is "
+                    f"{list(found.shape)} of {str(found.dtype).removeprefix('torch.')}"
+                )
+        if problems:
+            raise CheckpointError(f"{weights_path}: {'; '.join(problems)}.")
+        return cls._build(
+            entries,
+            input_normalization=config["input_normalization"],
+            location=config["location"],
+            model_name=config["model_name"],
+            metadata=config["metadata"],
+            dtype=dtype,
+        )
+
+    def _agree(
+        self, source: str | Path, normalization: str | None, location: LocationLike | None
+    ) -> None:
+        """Arguments may add to what a folder says, never contradict it."""
+        if normalization is not None and normalization != self.input_normalization:
+            raise CheckpointError(
+                f"{source}: config.json says input_normalization {self.input_normalization!r}, the "
+                f"call says {normalization!r}."
+            )
+        if location is None:
+            return
+        given = ActivationLocation.parse(location)
+        if self.location is not None and self.location != given:
+            raise CheckpointError(
+                f"{source}: config.json says location {str(self.location)!r}, the call says "
+                f"{str(given)!r}."
+            )
+        self.location = given
+
+
+# ---- state dicts: tensors and python entries -------------------------------------------------------
+
+
+def _fold_python_entries(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
+) -> None:
+    """Turn torch's flat entries of the activation and the tied decoder into those of the format.
+
+    ``tied`` and ``input_normalization`` stand only where a reader of OpenAI's layout, which has
+    neither, would get another autoencoder without them: all other state dicts have its keys exactly.
+    """
+    assert isinstance(module, Autoencoder)
+    inner = prefix + "activation."
+    fields = {key[len(inner) :]: v for key, v in state_dict.items() if key.startswith(inner)}
+    for key in fields:
+        del state_dict[inner + key]
+    state_dict[prefix + "activation"] = activation_name(module.activation)
+    state_dict[prefix + "activation_state_dict"] = fields
+    if module.tied:
+        del state_dict[prefix + "decoder.linear.weight"]
+        state_dict[prefix + "tied"] = True
+    if module.input_normalization != "none" or isinstance(module.activation, TopK):
+        state_dict[prefix + "input_normalization"] = module.input_normalization
+
+
+def _unfold_python_entries(
+    autoencoder: Autoencoder, state_dict: dict[str, Any], prefix: str
+) -> None:
+    """The inverse of :func:`_fold_python_entries`, in place, for ``load_state_dict``.
+
+    What a state dict cannot change about an existing autoencoder has to agree with it.
+    """
+    fields = state_dict.pop(prefix + "activation_state_dict", {})
+    state_dict.update({f"{prefix}activation.{key}": value for key, value in fields.items()})
+    if autoencoder.tied and prefix + "encoder.weight" in state_dict:
+        weight = state_dict[prefix + "encoder.weight"]
+        state_dict.setdefault(prefix + "decoder.linear.weight", weight)
+    for key, expected, default in (
+        ("activation", activation_name(autoencoder.activation), "ReLU"),
+        ("tied", autoencoder.tied, False),
+        ("input_normalization", autoencoder.input_normalization, "none"),
+    ):
+        found = state_dict.pop(prefix + key, default)
+        if found != expected:
+            raise CheckpointError(
+                f"{autoencoder._name()}: {key} is {expected!r}, the state dict says {found!r}; use "
+                "Autoencoder.from_state_dict."
+            )
+
+
+def _settle_normalization(entries: Entries, given: InputNormalization | None) -> InputNormalization:
+    stated = entries.input_normalization
+    if given is not None and given not in NORMALIZATIONS:
+        raise InputError(unknown_normalization(given))
+    if stated is not None and given is not None and stated != given:
+        raise CheckpointError(
+            f"the state dict says input_normalization {stated!r}, the call says {given!r}."
+        )
+    if stated is None and given is None and entries.activation == "TopK":
+        warnings.warn(
+            "This TopK autoencoder's state dict does not say how its inputs were normalised; it is "
+            "read as input_normalization='none'. OpenAI's v5 autoencoders were trained on "
+            "layer-normed inputs and give garbage without: state it, "
+            "`Autoencoder.from_state_dict(state_dict, input_normalization='layer_norm')` (or 'none' "
+            "to confirm).",
+            UnstatedNormalizationWarning,
+            stacklevel=3,
+        )
+    settled: Any = stated or given or "none"
+    return settled  # type: ignore[no-any-return]  # one of the literals: checked above and in _parse
