@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from neuron_explainer import files
 from neuron_explainer.errors import CheckpointError, InputError, MissingExtraError, SourceError
+from neuron_explainer.files import _download, _names, _records, _routes, _transfer, _writing
 from tests.blob_server import Blob, BlobServer, Fault, ToLoopback
 
 DATA = bytes(range(256)) * 4096  # 1 MiB: four chunks
@@ -33,13 +34,13 @@ AZURE = "https://openaipublic.blob.core.windows.net"
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A private cache and home, no credentials, no proxies, no long waits."""
-    for name in files._AZURE_CREDENTIALS:
+    for name in _routes._AZURE_CREDENTIALS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("NEURON_EXPLAINER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(files, "BACKOFF_SECONDS", 0.005)
-    files._verified.clear()
+    monkeypatch.setattr(_download, "BACKOFF_SECONDS", 0.005)
+    _records.verified.clear()
     return tmp_path / "cache"
 
 
@@ -54,7 +55,8 @@ def child() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts Python with ``code``; whatever still runs at the end is killed."""
     started: list[subprocess.Popen[str]] = []
     begin = "import os, signal, sys\nfrom neuron_explainer import files\n"
-    begin += "files.BACKOFF_SECONDS = 0.005\n"
+    begin += "from neuron_explainer.files import _download, _writing\n"
+    begin += "_download.BACKOFF_SECONDS = 0.005\n"
 
     def start(code: str, *args: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-W", "error", "-c", begin + code, *args]
@@ -93,7 +95,7 @@ def stored(cache: Path) -> list[Path]:
 
 def new_process() -> None:
     """What a later process knows: only what is on disk."""
-    files._verified.clear()
+    _records.verified.clear()
 
 
 # ------------------------------------------------------------------------------- names, folders
@@ -155,8 +157,8 @@ def test_is_remote(source: str | Path, remote: bool) -> None:
 
 
 def test_azure_has_one_copy_under_both_names() -> None:
-    one = files._parse("az://openaipublic/a/b c%.pt")
-    other = files._parse(f"{AZURE}/a/b%20c%25.pt")
+    one = _names.parse("az://openaipublic/a/b c%.pt")
+    other = _names.parse(f"{AZURE}/a/b%20c%25.pt")
     assert (one.url, one.parts) == (other.url, other.parts)
     assert one.azure == ("openaipublic", "a/b c%.pt")
 
@@ -192,7 +194,7 @@ def test_names_that_lead_elsewhere_are_refused(source: str, cache: Path) -> None
 
 @given(st.text(min_size=1, max_size=300))
 def test_any_name_gives_one_safe_file_name(name: str) -> None:
-    made = files._file_name(name)
+    made = _names._file_name(name)
     assert made == Path(made).name or name in (".", "..")
     assert len(made) <= 120
     assert not set(made) & set('/\\:*?"<>|')
@@ -200,7 +202,7 @@ def test_any_name_gives_one_safe_file_name(name: str) -> None:
 
 @given(st.lists(st.text(max_size=20), min_size=2, max_size=2, unique=True))
 def test_different_names_have_different_files(pair: list[str]) -> None:
-    assert files._file_name(pair[0]) != files._file_name(pair[1])
+    assert _names._file_name(pair[0]) != _names._file_name(pair[1])
 
 
 @pytest.mark.parametrize(
@@ -232,7 +234,7 @@ def test_a_local_path_comes_back_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"123")
     digest = hashlib.sha256(b"123").hexdigest()
-    assert files.fetch(path) == files.fetch(str(path), size=3, sha256=digest) == path
+    assert files.fetch(path) == files.fetch(str(path), size=3, sha256=digest.upper()) == path
     with pytest.raises(SourceError, match="expected 4 bytes, found 3"):
         files.fetch(path, size=4)
     with pytest.raises(SourceError, match="expected SHA-256 00"):
@@ -247,6 +249,8 @@ def test_a_local_path_that_is_not_there(tmp_path: Path) -> None:
         files.fetch(tmp_path)
     with pytest.raises(SourceError, match=r"model\.pt is a file where a folder is expected"):
         files.fetch(tmp_path / "model.pt" / "x")
+    with pytest.raises(SourceError, match=r"cannot read .*name too long"):
+        files.fetch("x" * 5000)
     with pytest.raises(SourceError, match=r"s3:// is not among the known"):
         files.fetch("s3://bucket/x")
 
@@ -359,8 +363,8 @@ def test_a_broken_connection_is_continued(server: BlobServer, fault: Fault) -> N
 def test_a_line_that_breaks_often_still_brings_the_file(
     server: BlobServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "CHUNK_BYTES", 65_536)
-    faults = [Fault(cut_after=70_000) for _ in range(2 * files.ATTEMPTS)]
+    monkeypatch.setattr(_routes, "CHUNK_BYTES", 65_536)
+    faults = [Fault(cut_after=70_000) for _ in range(2 * _download.ATTEMPTS)]
     assert files.fetch(server.put("/x", DATA, *faults)).read_bytes() == DATA
 
 
@@ -378,9 +382,9 @@ def test_500_then_success(server: BlobServer) -> None:
 
 def test_500_for_ever(server: BlobServer) -> None:
     url = server.put("/x", DATA, always=Fault(500))
-    with pytest.raises(SourceError, match=f"answered 500 .*{files.ATTEMPTS} tries in vain"):
+    with pytest.raises(SourceError, match=f"answered 500 .*{_download.ATTEMPTS} tries in vain"):
         files.fetch(url)
-    assert len(server.seen) == files.ATTEMPTS
+    assert len(server.seen) == _download.ATTEMPTS
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 409, 410, 418])
@@ -712,7 +716,7 @@ def test_the_hash_is_taken_once_in_a_process(
         hashed.append(path)
         return real(path)
 
-    monkeypatch.setattr(files, "sha256_of", counted)
+    monkeypatch.setattr(_records, "sha256_of", counted)
     for _ in range(3):
         files.fetch(url)
     assert len(hashed) == 1
@@ -787,6 +791,20 @@ def test_remove_takes_unfinished_and_hand_placed_files_too(
     assert files.list_cache() == []
 
 
+def test_a_record_that_points_out_of_the_cache(
+    server: BlobServer, cache: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis").write_bytes(b"years")
+    files.fetch(server.put("/x", DATA))
+    [record] = cache.glob("state/*/record.json")
+    files.write_json(record, files.read_json(record) | {"path": "../thesis"})
+    [thesis, _] = files.list_cache()
+    assert "leads out of the cache" in str(thesis.problem)
+    with pytest.raises(SourceError, match="leads out of the cache"):
+        files.remove_from_cache(thesis.source)
+    assert (tmp_path / "thesis").exists()
+
+
 def test_exists(server: BlobServer, tmp_path: Path, closed_port: str) -> None:
     url = server.put("/x", DATA, Fault(500))
     assert files.exists(url)
@@ -808,14 +826,14 @@ def test_exists(server: BlobServer, tmp_path: Path, closed_port: str) -> None:
 @pytest.fixture
 def azure(server: BlobServer, monkeypatch: pytest.MonkeyPatch) -> BlobServer:
     """Requests for every host of Azure's go to the server."""
-    real = files._new_session
+    real = _routes.new_session
 
     def session(threads: int) -> Any:
         made = real(threads)
         made.mount("https://", ToLoopback(server))
         return made
 
-    monkeypatch.setattr(files, "_new_session", session)
+    monkeypatch.setattr(_transfer, "new_session", session)
     return server
 
 
@@ -857,7 +875,7 @@ def private(azure: BlobServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Blob
         log_callback=logging.info,
         get_http_pool=lambda: pool,
     )
-    monkeypatch.setattr(files, "_azure_context", lambda: context)
+    monkeypatch.setattr(_routes, "_azure_context", lambda: context)
     monkeypatch.setenv("AZURE_STORAGE_KEY", base64.b64encode(b"key").decode())
 
     def listing(handler: Any) -> bool:
@@ -1092,7 +1110,7 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None
 def test_two_renames_where_folders_cannot_change_places(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(_writing, "_exchange", lambda a, b: False)
     folder = tmp_path / "model"
     save(folder, "one")
     save(folder, "two", overwrite=True)
@@ -1126,8 +1144,8 @@ def deadly(real):
         tick()
         return result
     return call
-for owner, name in ((os, "rename"), (os, "replace"), (files.shutil, "rmtree"),
-                    (files, "_sync_tree"), (files, "_exchange"), (os, "unlink")):
+for owner, name in ((os, "rename"), (os, "replace"), (_writing.shutil, "rmtree"),
+                    (_writing, "_sync_tree"), (_writing, "_exchange"), (os, "unlink")):
     setattr(owner, name, deadly(getattr(owner, name)))
 with files.atomic_folder(sys.argv[1], overwrite=True) as temporary:
     files.write_json(temporary / "config.json", {"v": "new"})

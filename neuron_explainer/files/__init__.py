@@ -1,0 +1,48 @@
+"""Paths and URLs to local files: a private cache that is never wrong, and writes that never tear.
+
+Every read of the library goes through :func:`fetch`, every write through :func:`atomic_write` or
+:func:`atomic_folder`. A remote file is had once and checked ever after:
+
+- it is received into ``state/<key>/partial``, continued with a ``Range`` request where the server
+  still has the same ETag, compared with every length and checksum that is known, synced to disk
+  and only then renamed to ``files/<host>/<path>``, under a lock that other processes respect;
+- ``state/<key>/record.json`` says source, size, ETag, SHA-256 and date. A load compares the size,
+  and the hash once in each process; bytes that differ are fetched again or refused, never used;
+- a file that is there and right is used without asking any server, so a warm cache works offline.
+
+Public blobs of Azure (``az://account/container/name``) are read over plain anonymous https, and
+``blobfile`` is asked only where that is refused and the user has Azure credentials: blobfile looks
+for credentials first, so that an expired ``az login`` would end the download of a public file, and
+needs the right to list the container, which a public blob need not give.
+"""
+
+from neuron_explainer.files._fetch import exists, fetch, fetch_all
+from neuron_explainer.files._folder import cache_dir
+from neuron_explainer.files._housekeeping import (
+    CacheEntry,
+    list_cache,
+    remove_from_cache,
+    verify_cache,
+)
+from neuron_explainer.files._json import read_json, write_json
+from neuron_explainer.files._local import sha256_of
+from neuron_explainer.files._names import is_remote, join
+from neuron_explainer.files._writing import atomic_folder, atomic_write
+
+__all__ = [
+    "CacheEntry",
+    "atomic_folder",
+    "atomic_write",
+    "cache_dir",
+    "exists",
+    "fetch",
+    "fetch_all",
+    "is_remote",
+    "join",
+    "list_cache",
+    "read_json",
+    "remove_from_cache",
+    "sha256_of",
+    "verify_cache",
+    "write_json",
+]

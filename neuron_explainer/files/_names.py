@@ -1,0 +1,149 @@
+"""Names of remote files, none of which leads out of where it belongs."""
+
+import contextlib
+import hashlib
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
+
+from neuron_explainer.errors import SourceError
+from neuron_explainer.files._folder import inside_cache
+from neuron_explainer.files._local import REMOTE_PREFIXES
+
+_AZURE_HOST = ".blob.core.windows.net"
+
+
+@dataclass(frozen=True)
+class Remote:
+    """One remote file: how the user wrote it, where it is, and where its copy lies."""
+
+    source: str  # for people: never with the query, which may hold a secret
+    url: str  # https://, http:// (loopback) or hf:// with everything
+    parts: tuple[str, ...]  # the copy's path below files/
+    size: int | None = None  # what the caller says of the file
+    sha256: str | None = None
+
+    @property
+    def path(self) -> Path:
+        return inside_cache("files", *self.parts)
+
+    @property
+    def state(self) -> Path:
+        """The folder of the record, the lock and the unfinished download.
+
+        Flat and hashed, so that no remote name can stand for one of these.
+        """
+        return inside_cache("state", hashlib.sha256(self.url.encode()).hexdigest()[:32])
+
+    @property
+    def azure(self) -> tuple[str, str] | None:
+        """``(account, path)`` of an Azure blob."""
+        found = urlsplit(self.url)
+        host = found.hostname or ""
+        if not host.endswith(_AZURE_HOST):
+            return None
+        return host.removesuffix(_AZURE_HOST), unquote(found.path.lstrip("/"))
+
+
+def is_remote(source: str | Path) -> bool:
+    """Whether ``source`` is an ``az://``, ``https://``, ``http://`` or ``hf:`` name.
+
+    ``http://`` is remote by form; :func:`fetch` accepts it from this machine only. A ``Path`` is
+    always local.
+    """
+    return isinstance(source, str) and source.startswith(REMOTE_PREFIXES)
+
+
+def parse(source: str) -> Remote:
+    """The file that a name means. The two spellings of an Azure blob give the same."""
+    if source.startswith("az://"):
+        account, _, rest = source.removeprefix("az://").partition("/")
+        if not (account.isascii() and account.isalnum() and account == account.lower()):
+            raise SourceError(f"{source}: {account!r} is no name of an Azure storage account")
+        found = urlsplit(f"https://{account}{_AZURE_HOST}/{quote(rest)}")
+    elif source.startswith("hf:"):
+        return _parse_hf(source)
+    else:
+        found = urlsplit(source)
+    shown = without_query(source) if found.query else source
+    host = checked_host(found, shown)
+    names = [unquote(name) for name in found.path.split("/")[1:]]
+    _check_names(names, shown)
+    parts = [_file_name(name) for name in names]
+    if found.query:
+        parts[-1] += "@" + hashlib.sha256(found.query.encode()).hexdigest()[:16]
+    path = quote("/" + "/".join(names), safe="/:@!$&'()*+,;=~")
+    url = urlunsplit((found.scheme, host, path, found.query, ""))
+    return Remote(shown, url, (found.scheme, _file_name(host), *parts))
+
+
+def _parse_hf(source: str) -> Remote:
+    text = source.removeprefix("hf:").removeprefix("//")
+    names = text.split("/")
+    _check_names(names, source)
+    if len(names) < 3:
+        raise SourceError(f"{source}: expected hf:owner/name/path or hf:owner/name@revision/path")
+    return Remote(source, f"hf://{text}", ("hf", *map(_file_name, names)))
+
+
+def checked_host(found: SplitResult, shown: str) -> str:
+    """Host and port of a URL that may be read from."""
+    if "@" in found.netloc:
+        raise SourceError(f"{found.scheme}://{found.hostname}: no passwords in a URL, please")
+    if not found.hostname:
+        raise SourceError(f"{shown}: a URL without a host")
+    if found.scheme == "http" and not _is_loopback(found.hostname):
+        raise SourceError(
+            f"{shown}: plain http can be changed on its way and is accepted from this machine "
+            "only; use https"
+        )
+    return found.netloc.lower()
+
+
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def _check_names(names: Sequence[str], source: str) -> None:
+    """Refuse what could lead out of a folder, on any system: names come from remote indexes too."""
+    for name in names:
+        if name in ("", ".", "..") or any(c in "/\\" or ord(c) < 32 for c in name):
+            hint = " (a folder's name, not a file's?)" if name == names[-1] == "" else ""
+            raise SourceError(f"{source}: the part {name!r} is not accepted in a name{hint}")
+
+
+def _file_name(name: str) -> str:
+    """A name that every file system takes, the same for the same name and no other."""
+    safe = quote(name, safe=" !#$&'()+,;=@[]^_`{}~.-")
+    if len(safe) <= 120:
+        return safe
+    return f"{safe[:80]}~{hashlib.sha256(name.encode()).hexdigest()[:32]}"
+
+
+def without_query(url: str) -> str:
+    """The URL without its query, which may hold a signature."""
+    head, mark, _ = url.partition("?")
+    return head + ("?…" if mark else "")
+
+
+def join(folder: str | Path, *parts: str) -> str | Path:
+    """``folder/part/…`` of a path or a URL. Parts may hold ``/`` but never lead out of the folder.
+
+    Parts are plain names, not URL-encoded ones: they are encoded here where the URL needs it.
+    """
+    for part in parts:
+        if PureWindowsPath(part).drive:
+            raise SourceError(f"{part!r}: a path of its own, expected one within {folder}")
+        _check_names(part.split("/"), f"{folder} + {part!r}")
+    if not is_remote(folder):
+        return Path(folder, *parts)
+    url = str(folder)
+    if url.startswith(("az://", "hf:")):
+        return "/".join((url.rstrip("/"), *parts))
+    found = urlsplit(url)
+    path = "/".join((found.path.rstrip("/"), *map(quote, parts)))
+    return urlunsplit(found._replace(path=path))
