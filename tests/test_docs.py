@@ -1,0 +1,109 @@
+"""What the documents say is run: snippets, examples, commands, and the numbers that code knows."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from neuron_explainer import cli
+from neuron_explainer.models import model_registry
+from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.transformer import Transformer, TransformerConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+
+
+SNIPPETS = blocks("python")
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+COMMANDS = [
+    line for line in "".join(blocks("sh")[1:]).splitlines() if line.startswith("neuron-explainer ")
+]
+
+
+@pytest.fixture
+def published_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small random stand-ins where the snippets name files that only the network has.
+
+    The snippets run as written; what they fetch has the published layout: a model of GPT-2's kind,
+    and an autoencoder as OpenAI's state dict in a ``.pt`` file behind an ``az://`` path.
+    """
+    tiny = Transformer.load("tiny-tales", device="cpu")
+    config = TransformerConfig("tiny-tales", 160, 32, 5, 1, 4, 10, n_vocab=tiny.n_vocab)
+    model = Transformer(config, seed=0, tokenizer=tiny.tokenizer)
+    model.save(tmp_path / "gpt2-small")
+    monkeypatch.setattr(
+        "neuron_explainer.models.transformer.resolve_model_source",
+        lambda name: tmp_path / str(name).replace("/", "-"),
+    )
+    state_dict = Autoencoder(64, 32).state_dict()
+    torch.save(state_dict, tmp_path / "0.pt")
+
+    def open_blob(path: str, mode: str):
+        assert path.startswith("az://openaipublic/sparse-autoencoder/gpt2-small/")
+        return (tmp_path / path.rpartition("/")[2]).open(mode)
+
+    monkeypatch.setattr("blobfile.BlobFile", open_blob)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+@pytest.mark.usefixtures("published_files")
+def test_readme_snippets_run_as_written(snippet: str) -> None:
+    if "tiny-tales" in snippet:
+        pytest.skip("run with the real model below")
+    exec(compile(snippet, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("snippet", [s for s in SNIPPETS if "tiny-tales" in s])
+def test_readme_snippets_on_the_embedded_model(snippet: str) -> None:
+    exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_readme_snippets_were_found() -> None:
+    assert len(SNIPPETS) == 3
+    assert len(COMMANDS) >= 5
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(path.read_text("utf-8").splitlines()) <= 60
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_commands_run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(shlex.split(command)[1:]) == 0
+    assert capsys.readouterr().out
+
+
+def test_the_first_block_is_the_two_commands() -> None:
+    assert blocks("sh")[0].splitlines() == [
+        "pip install -c constraints.txt . && neuron-explainer demo",
+        'pip install -c constraints.txt -e ".[test]" && pytest',
+    ]
+
+
+def test_datasets_md_agrees_with_the_registry() -> None:
+    text = (ROOT / "datasets.md").read_text("utf-8")
+    for name in model_registry.list_model_names():
+        assert f"`{name}`" in text
+    # 24 + 36 + 96 files, as the table says
+    specs = model_registry._AUTOENCODER_SPECS["gpt2-small"]
+    counts: dict[str, int] = {"": 0, "_v4": 0, "_v5": 0}
+    for spec in specs.values():
+        for path in spec.autoencoder_path_by_layer_index.values():
+            version = re.search(r"(_v\d)?(_\d+k)?/autoencoders/\d+\.pt$", str(path))
+            assert version is not None
+            counts[version[1] or ""] += 1
+    assert counts == {"": 24, "_v4": 36, "_v5": 96}
+    assert re.search(r"\(none, \"v1\"\).*\| 24 \|", text)
+    assert re.search(r"`_v4`.*\| 36 \|", text)
+    assert re.search(r"`_v5_32k`.*\| 96 \|", text)
