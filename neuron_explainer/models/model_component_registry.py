@@ -1,0 +1,132 @@
+"""Names of a transformer's weights and of the axes of tensors, as the original has them.
+
+Where something lies among the *activations* is said with
+:class:`~neuron_explainer.models.locations.ActivationLocation`, the one vocabulary of places.
+"""
+
+from enum import StrEnum, unique
+
+from neuron_explainer.errors import InputError
+
+LayerIndex = int | None
+"""A layer; None for what a model has once."""
+
+
+@unique
+class PassType(StrEnum):
+    """Which of the two passes a value belongs to."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+@unique
+class Dimension(StrEnum):
+    """What an axis of a tensor runs over."""
+
+    SEQUENCE_TOKENS = "sequence_tokens"
+    ATTENDED_TO_SEQUENCE_TOKENS = "attended_to_sequence_tokens"
+    MAX_CONTEXT_LENGTH = "max_context_length"
+    RESIDUAL_STREAM_CHANNELS = "residual_stream_channels"
+    VOCAB_SIZE = "vocab_size"
+    ATTN_HEADS = "attn_heads"
+    QUERY_AND_KEY_CHANNELS = "query_and_key_channels"
+    VALUE_CHANNELS = "value_channels"
+    MLP_ACTS = "mlp_acts"
+    LAYERS = "layers"
+    SINGLETON = "singleton"
+    AUTOENCODER_LATENTS = "autoencoder_latents"
+    AUTOENCODER_LATENTS_BY_TOKEN_PAIR = "autoencoder_latents_by_token_pair"
+
+    @property
+    def is_sequence_token_dimension(self) -> bool:
+        """Whether the axis runs over the tokens of the input."""
+        return self in (self.SEQUENCE_TOKENS, self.ATTENDED_TO_SEQUENCE_TOKENS)
+
+    @property
+    def is_parameterized_dimension(self) -> bool:
+        """Whether the length of the axis is that of something added to the model."""
+        return self in (self.AUTOENCODER_LATENTS, self.AUTOENCODER_LATENTS_BY_TOKEN_PAIR)
+
+    @property
+    def is_model_intrinsic(self) -> bool:
+        """Whether the model alone says how long the axis is."""
+        return not (self.is_sequence_token_dimension or self.is_parameterized_dimension)
+
+
+@unique
+class WeightLocationType(StrEnum):
+    """The weights that :meth:`~neuron_explainer.models.model_context.ModelContext.get_weight` returns."""
+
+    MLP_TO_HIDDEN = "mlp.to_hidden"
+    MLP_TO_RESIDUAL = "mlp.to_residual"
+    EMBEDDING = "embedding"
+    UNEMBEDDING = "unembedding"
+    POSITION_EMBEDDING = "position_embedding"
+    ATTN_TO_QUERY = "attn.to_query"
+    ATTN_TO_KEY = "attn.to_key"
+    ATTN_TO_VALUE = "attn.to_value"
+    ATTN_TO_RESIDUAL = "attn.to_residual"
+    LAYER_NORM_GAIN_FINAL = "layer_norm_gain.final"
+    LAYER_NORM_BIAS_FINAL = "layer_norm_bias.final"
+    LAYER_NORM_GAIN_PRE_ATTN = "layer_norm_gain.pre_attn"
+    LAYER_NORM_GAIN_PRE_MLP = "layer_norm_gain.pre_mlp"
+
+    @property
+    def has_no_layers(self) -> bool:
+        """Whether a model has this weight once, not in each layer."""
+        return self in (
+            self.EMBEDDING,
+            self.UNEMBEDDING,
+            self.POSITION_EMBEDDING,
+            self.LAYER_NORM_GAIN_FINAL,
+            self.LAYER_NORM_BIAS_FINAL,
+        )
+
+    @property
+    def is_mlp_specific(self) -> bool:
+        """Whether the weight is one of an MLP's two matrices."""
+        return self in (self.MLP_TO_HIDDEN, self.MLP_TO_RESIDUAL)
+
+    @property
+    def is_absolute_position_embedding_specific(self) -> bool:
+        """Whether only models with learned positions have this weight."""
+        return self is self.POSITION_EMBEDDING
+
+    @property
+    def shape_spec(self) -> tuple[Dimension, ...]:
+        """What its axes run over."""
+        return weight_shape_by_location_type[self]
+
+
+_D = Dimension.RESIDUAL_STREAM_CHANNELS
+
+weight_shape_by_location_type: dict[WeightLocationType, tuple[Dimension, ...]] = {
+    WeightLocationType.MLP_TO_HIDDEN: (_D, Dimension.MLP_ACTS),
+    WeightLocationType.MLP_TO_RESIDUAL: (Dimension.MLP_ACTS, _D),
+    WeightLocationType.EMBEDDING: (Dimension.VOCAB_SIZE, _D),
+    WeightLocationType.UNEMBEDDING: (_D, Dimension.VOCAB_SIZE),
+    WeightLocationType.POSITION_EMBEDDING: (Dimension.MAX_CONTEXT_LENGTH, _D),
+    WeightLocationType.ATTN_TO_QUERY: (Dimension.ATTN_HEADS, _D, Dimension.QUERY_AND_KEY_CHANNELS),
+    WeightLocationType.ATTN_TO_KEY: (Dimension.ATTN_HEADS, _D, Dimension.QUERY_AND_KEY_CHANNELS),
+    WeightLocationType.ATTN_TO_VALUE: (Dimension.ATTN_HEADS, _D, Dimension.VALUE_CHANNELS),
+    WeightLocationType.ATTN_TO_RESIDUAL: (Dimension.ATTN_HEADS, Dimension.VALUE_CHANNELS, _D),
+    WeightLocationType.LAYER_NORM_GAIN_FINAL: (_D,),
+    WeightLocationType.LAYER_NORM_BIAS_FINAL: (_D,),
+    WeightLocationType.LAYER_NORM_GAIN_PRE_ATTN: (_D,),
+    WeightLocationType.LAYER_NORM_GAIN_PRE_MLP: (_D,),
+}
+"""Every weight's axes, in order: a vector times a matrix goes from the first axis to the last."""
+
+
+def get_dimension_index_of_weight_location_type(
+    weight_location_type: WeightLocationType, dimension: Dimension
+) -> int:
+    """Which axis of the weight runs over ``dimension``."""
+    spec = weight_location_type.shape_spec
+    if dimension not in spec:
+        raise InputError(
+            f"{weight_location_type.value} has no axis {Dimension(dimension).value!r}; "
+            f"it has {', '.join(axis.value for axis in spec)}."
+        )
+    return spec.index(dimension)

@@ -1,0 +1,467 @@
+"""A model with its tokenizer and device, behind one interface: :class:`ModelContext`.
+
+Code that explains a model asks a context, not the model, for tokens, sizes and weights; so it works
+with every kind of model that a context exists for. Sizes and weights come without loading the model.
+
+Shape legend: ``d`` model width, ``f`` MLP width, ``h`` heads, ``v`` vocabulary.
+"""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from neuron_explainer.errors import CheckpointError, InputError, NeuronExplainerError
+from neuron_explainer.models.checkpoints import LoadedCheckpoint, load_checkpoint
+from neuron_explainer.models.config import TransformerConfig
+from neuron_explainer.models.hooks import TransformerHooks
+from neuron_explainer.models.model_component_registry import (
+    Dimension,
+    LayerIndex,
+    WeightLocationType,
+    get_dimension_index_of_weight_location_type,
+)
+from neuron_explainer.models.model_registry import resolve_model_source
+from neuron_explainer.models.sampling import Device
+from neuron_explainer.models.tokenizers import decode, encode_prompt, load_encoding
+from neuron_explainer.models.transformer import Activations, Transformer
+
+ALLOWED_SPECIAL_TOKENS = {"<|endoftext|>"}
+"""GPT-2's special tokens; :meth:`ModelContext.encode` reads those of any tokenizer as such."""
+
+
+class InvalidTokenException(InputError):
+    """A text that should be one token is none or several."""
+
+
+class _SizesOnlyError(NeuronExplainerError, NotImplementedError):
+    """A stub was asked for more than sizes."""
+
+
+def get_default_device() -> torch.device:
+    """The first CUDA device, else Apple's GPU, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda:0")
+    if torch.backends.mps.is_available():
+        return torch.device("mps:0")
+    return torch.device("cpu")
+
+
+class HookableModel(Protocol):
+    """What every model that a context holds can do, with the call shapes of ``Transformer``."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        H: Any = None,
+        pad: Tensor | None = None,
+        hooks: TransformerHooks | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Logits ``[b, s, v]`` and the state to go on from."""
+
+    def capture(
+        self,
+        tokens: Any,
+        locations: Any,
+        pad: Tensor | None = None,
+        hooks: TransformerHooks | None = None,
+        bos: bool | int = False,
+    ) -> Activations:
+        """The activations at any set of locations, from one forward pass."""
+
+    def sample(
+        self,
+        prompts: Any,
+        num_tokens: int = 5,
+        temperature: float = 1.0,
+        top_p: float | None = None,
+        hooks: TransformerHooks | None = None,
+    ) -> dict[str, Any]:
+        """Continue each prompt."""
+
+
+class ModelContext(ABC):
+    """A model, its tokenizer and the device that its tensors are wanted on."""
+
+    def __init__(self, model_name: str, device: Device) -> None:
+        self.model_name = model_name
+        self.device = torch.device(device)
+
+    # --- what a kind of model has to say ---
+
+    @abstractmethod
+    def _get_weight_helper(
+        self, location_type: WeightLocationType, layer: LayerIndex, device: torch.device
+    ) -> Tensor:
+        """The weight with the axes of ``location_type.shape_spec``; may share memory."""
+
+    @abstractmethod
+    def get_encoding(self) -> Any:
+        """The tokenizer; for GPT-2 a ``tiktoken.Encoding``."""
+
+    @abstractmethod
+    def get_dim_size(self, model_dim: Dimension) -> int:
+        """How long an axis is in this model."""
+
+    @abstractmethod
+    def get_or_create_model(
+        self, device: Device | None = None, simplify: bool = False
+    ) -> HookableModel:
+        """The model, loaded at the first call."""
+
+    @abstractmethod
+    def get_model_config_as_dict(self) -> dict[str, Any]:
+        """The model's sizes and settings, as JSON can hold them."""
+
+    # --- weights ---
+
+    def get_weight(
+        self,
+        location_type: WeightLocationType | str,
+        layer: LayerIndex = None,
+        normalize_dim: Dimension | None = None,
+        device: Device | None = None,
+    ) -> Tensor:
+        """One weight, with the axes that ``location_type.shape_spec`` names.
+
+        The result is detached and a copy of its own: editing it changes neither the model nor what
+        a later call returns. Attention weights come with heads apart; ``ATTN_TO_QUERY`` and
+        ``ATTN_TO_KEY`` do not hold the factor d_head^-1/4 that is part of the activations.
+
+        Args:
+            location_type: which one.
+            layer: of which layer; None for weights that a model has once.
+            normalize_dim: scale to Euclidean length 1 along this axis.
+            device: default: the context's.
+        """
+        location_type = _weight_location(location_type)
+        self._check_layer(location_type, layer)
+        where = self.device if device is None else torch.device(device)
+        weight = self._get_weight_helper(location_type, layer, where).detach()
+        expected = self.get_shape_from_spec(location_type.shape_spec)
+        if tuple(weight.shape) != expected:
+            raise CheckpointError(
+                f"{self.model_name}: {location_type.value} of layer {layer} should have the shape "
+                f"{list(expected)}, found {list(weight.shape)}."
+            )
+        if normalize_dim is not None:
+            axis = get_dimension_index_of_weight_location_type(location_type, normalize_dim)
+            return F.normalize(weight, dim=axis).to(where).contiguous()
+        return weight.to(where, copy=True, memory_format=torch.contiguous_format)
+
+    def _check_layer(self, location_type: WeightLocationType, layer: LayerIndex) -> None:
+        if location_type.has_no_layers:
+            if layer is not None:
+                raise InputError(
+                    f"{location_type.value} exists once in a model, not in each layer; "
+                    f"found layer {layer}."
+                )
+            return
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.n_layers:
+            raise InputError(
+                f"{location_type.value} needs a layer of 0 to {self.n_layers - 1}, found {layer!r}."
+            )
+
+    def get_shape_from_spec(self, shape_spec: Iterable[Dimension]) -> tuple[int, ...]:
+        """The lengths of these axes."""
+        return tuple(self.get_dim_size(dim) for dim in shape_spec)
+
+    # --- tokens ---
+
+    def encode(self, string: str) -> list[int]:
+        """The tokens of a text; ``<|endoftext|>`` in it is the special token."""
+        return encode_prompt(self.get_encoding(), string)
+
+    def decode(self, token_ints: Iterable[int]) -> str:
+        """The text of tokens, decoded as a whole, so that characters of several tokens survive."""
+        return decode(self.get_encoding(), token_ints)
+
+    def decode_token(self, token_int: int) -> str:
+        """The text of one token; a part of a character is U+FFFD."""
+        return self.decode([token_int])
+
+    def decode_token_list(self, token_ints: Iterable[int]) -> list[str]:
+        """The text of each token."""
+        return [self.decode_token(token_int) for token_int in token_ints]
+
+    def encode_token_str(self, token_str: str) -> int:
+        """The token that a text is; an error unless it is exactly one."""
+        tokens = self.encode(token_str)
+        if len(tokens) != 1:
+            parts = [self.decode_token(token) for token in tokens]
+            raise InvalidTokenException(
+                f"{token_str!r} should be one token of {self.model_name}, found {len(tokens)}: "
+                f"{', '.join(map(repr, parts)) or 'none'}."
+            )
+        return tokens[0]
+
+    def encode_token_str_list(self, token_strs: Iterable[str]) -> list[int]:
+        """The token that each text is."""
+        return [self.encode_token_str(token_str) for token_str in token_strs]
+
+    # --- sizes ---
+
+    @property
+    def n_neurons(self) -> int:
+        """MLP units a layer."""
+        return self.get_dim_size(Dimension.MLP_ACTS)
+
+    @property
+    def n_attention_heads(self) -> int:
+        """Attention heads a layer."""
+        return self.get_dim_size(Dimension.ATTN_HEADS)
+
+    @property
+    def n_layers(self) -> int:
+        """Layers."""
+        return self.get_dim_size(Dimension.LAYERS)
+
+    @property
+    def n_residual_stream_channels(self) -> int:
+        """Width of the residual stream."""
+        return self.get_dim_size(Dimension.RESIDUAL_STREAM_CHANNELS)
+
+    @property
+    def n_vocab(self) -> int:
+        """Rows of the embedding; may be more than the tokenizer knows."""
+        return self.get_dim_size(Dimension.VOCAB_SIZE)
+
+    @property
+    def n_context(self) -> int:
+        """Most positions a sequence may have."""
+        return self.get_dim_size(Dimension.MAX_CONTEXT_LENGTH)
+
+    @staticmethod
+    def from_model_type(model_type: str | Path, **kwargs: Any) -> "ModelContext":
+        """The context of a model by name or folder; ``kwargs`` go to :class:`StandardModelContext`."""
+        return StandardModelContext(model_type, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.model_name!r}, device={str(self.device)!r})"
+
+
+def _weight_location(value: WeightLocationType | str) -> WeightLocationType:
+    try:
+        return WeightLocationType(value)
+    except ValueError:
+        known = ", ".join(kind.value for kind in WeightLocationType)
+        raise InputError(f"unknown weight {value!r}. Known: {known}.") from None
+
+
+def _size_of(sizes: Mapping[Dimension, int], dim: Dimension, of: str) -> int:
+    if dim not in sizes:
+        known = ", ".join(known.value for known in sizes)
+        raise InputError(f"{of} has no size for {str(dim)!r}. It has: {known or 'none'}.")
+    return sizes[dim]
+
+
+class _Place(NamedTuple):
+    """Where a weight lies in a state dict, and how it gets the axes of its spec."""
+
+    key: str
+    shape: Callable[[Tensor, int], Tensor]
+    """Of the stored tensor and the number of heads."""
+
+
+def _as_stored(weight: Tensor, n_heads: int) -> Tensor:
+    return weight
+
+
+def _transposed(weight: Tensor, n_heads: int) -> Tensor:
+    return weight.T
+
+
+def _into_heads(weight: Tensor, n_heads: int) -> Tensor:
+    """``[h * d_head, d] -> [h, d, d_head]``."""
+    return weight.reshape(n_heads, -1, weight.shape[1]).transpose(1, 2)
+
+
+def _out_of_heads(weight: Tensor, n_heads: int) -> Tensor:
+    """``[d, h * d_head] -> [h, d_head, d]``."""
+    return weight.reshape(weight.shape[0], n_heads, -1).permute(1, 2, 0)
+
+
+_PLACES: dict[WeightLocationType, _Place] = {
+    WeightLocationType.MLP_TO_HIDDEN: _Place("mlp.in_layer.weight", _transposed),
+    WeightLocationType.MLP_TO_RESIDUAL: _Place("mlp.out_layer.weight", _transposed),
+    WeightLocationType.EMBEDDING: _Place("tok_embed.weight", _as_stored),
+    WeightLocationType.UNEMBEDDING: _Place("unembed.weight", _transposed),
+    WeightLocationType.POSITION_EMBEDDING: _Place("pos_embed.weight", _as_stored),
+    WeightLocationType.ATTN_TO_QUERY: _Place("attn.q_proj.weight", _into_heads),
+    WeightLocationType.ATTN_TO_KEY: _Place("attn.k_proj.weight", _into_heads),
+    WeightLocationType.ATTN_TO_VALUE: _Place("attn.v_proj.weight", _into_heads),
+    WeightLocationType.ATTN_TO_RESIDUAL: _Place("attn.out_proj.weight", _out_of_heads),
+    WeightLocationType.LAYER_NORM_GAIN_FINAL: _Place("final_ln.weight", _as_stored),
+    WeightLocationType.LAYER_NORM_BIAS_FINAL: _Place("final_ln.bias", _as_stored),
+    WeightLocationType.LAYER_NORM_GAIN_PRE_ATTN: _Place("ln_1.weight", _as_stored),
+    WeightLocationType.LAYER_NORM_GAIN_PRE_MLP: _Place("ln_2.weight", _as_stored),
+}
+
+
+class StandardModelContext(ModelContext):
+    """The context of a :class:`~neuron_explainer.models.transformer.Transformer`.
+
+    Everything is lazy: the config is read when a size is asked for, the vocabulary at the first
+    text, single tensors for single weights, all of them for the model. What was read is kept.
+
+    Args:
+        model_name: a name (``"gpt2-small"``, ``"tiny-tales"``), a folder, or the URL of one.
+        device: default: :func:`get_default_device`.
+        dtype: of the model and of weights: float32, as in the original, or None: as stored.
+    """
+
+    def __init__(
+        self,
+        model_name: str | Path,
+        device: Device | None = None,
+        dtype: torch.dtype | None = torch.float32,
+    ) -> None:
+        super().__init__(str(model_name), get_default_device() if device is None else device)
+        self.dtype = dtype
+        self.load_path = resolve_model_source(model_name)
+        """The folder or URL."""
+        self._checkpoint: LoadedCheckpoint | None = None  # without tensors
+        self._tensors: dict[str, Tensor] = {}  # read for single weights, by key
+        self._models: dict[tuple[torch.device, bool], Transformer] = {}  # (device, simplify)
+        self._lock = threading.RLock()
+
+    @property
+    def config(self) -> TransformerConfig:
+        """The model's sizes, read at the first use."""
+        return self._read_header().config
+
+    def _read_header(self) -> LoadedCheckpoint:
+        with self._lock:
+            if self._checkpoint is None:
+                self._checkpoint = load_checkpoint(self.load_path, keys=())
+            return self._checkpoint
+
+    def get_encoding(self) -> Any:
+        """The ``tiktoken.Encoding``; the first use reads its vocabulary."""
+        header = self._read_header()
+        return load_encoding(header.tokenizer or header.config.enc)
+
+    def get_dim_size(self, model_dim: Dimension) -> int:
+        """How long an axis is in this model."""
+        cfg = self.config
+        sizes = {
+            Dimension.MAX_CONTEXT_LENGTH: cfg.ctx_window,
+            Dimension.RESIDUAL_STREAM_CHANNELS: cfg.d_model,
+            Dimension.VOCAB_SIZE: cfg.n_vocab,
+            Dimension.ATTN_HEADS: cfg.n_heads,
+            Dimension.QUERY_AND_KEY_CHANNELS: cfg.d_head_qk,
+            Dimension.VALUE_CHANNELS: cfg.d_head_v,
+            Dimension.MLP_ACTS: cfg.d_ff,
+            Dimension.LAYERS: cfg.n_layers,
+        }
+        return _size_of(sizes, model_dim, self.model_name)
+
+    def get_model_config_as_dict(self) -> dict[str, Any]:
+        """The fields of :class:`~neuron_explainer.models.config.TransformerConfig`."""
+        return self.config.to_dict()
+
+    def get_or_create_model(
+        self, device: Device | None = None, simplify: bool = False
+    ) -> Transformer:
+        """The model; the same object whenever device and ``simplify`` are the same.
+
+        A simplified model is loaded apart: folding norms edits weights, and the other model's stay.
+        """
+        key = (_canonical(self.device if device is None else torch.device(device)), simplify)
+        with self._lock:
+            if key not in self._models:
+                model = Transformer.from_checkpoint(self.load_path, key[0], self.dtype)
+                self._models[key] = model.simplify() if simplify else model
+                if not simplify:
+                    self._tensors.clear()  # the model holds them
+            return self._models[key]
+
+    def _get_weight_helper(
+        self, location_type: WeightLocationType, layer: LayerIndex, device: torch.device
+    ) -> Tensor:
+        """From an unsimplified model that is loaded (edits of it are seen), else from the checkpoint.
+
+        The weights of a simplified model are other numbers; ask that model for them.
+        """
+        place = _PLACES[location_type]
+        key = place.key if layer is None else f"xf_layers.{layer}.{place.key}"
+        return place.shape(self._tensor(key, device), self.config.n_heads)
+
+    def _tensor(self, key: str, device: torch.device) -> Tensor:
+        with self._lock:
+            models = [model for (_, simplified), model in self._models.items() if not simplified]
+            if models:
+                model = self._models.get((_canonical(device), False), models[0])
+                return model.get_parameter(key)
+            if key not in self._tensors:
+                loaded = load_checkpoint(
+                    self.load_path, dtype=self.dtype, device=self.device, keys=[key]
+                )
+                self._tensors |= loaded.state_dict
+            return self._tensors[key]
+
+
+def _canonical(device: torch.device) -> torch.device:
+    """``cuda`` as ``cuda:0``, ``cpu:0`` as ``cpu``: as tensors say it, so that one device is one key."""
+    return torch.empty(0, device=device).device
+
+
+class StubModelContext(ModelContext):
+    """A context that knows sizes only, for code that needs no more; anything else is an error."""
+
+    def __init__(self, dim_sizes: Mapping[Dimension, int]) -> None:
+        super().__init__("stub", "cpu")
+        self._dim_sizes = dict(dim_sizes)
+
+    def get_dim_size(self, model_dim: Dimension) -> int:
+        """The size that was given."""
+        return _size_of(self._dim_sizes, model_dim, "this StubModelContext")
+
+    def _get_weight_helper(
+        self, location_type: WeightLocationType, layer: LayerIndex, device: torch.device
+    ) -> Tensor:
+        raise self._refusal("weights")
+
+    def get_encoding(self) -> Any:
+        """Refused."""
+        raise self._refusal("tokenizer")
+
+    def get_or_create_model(
+        self, device: Device | None = None, simplify: bool = False
+    ) -> HookableModel:
+        """Refused."""
+        raise self._refusal("model")
+
+    def get_model_config_as_dict(self) -> dict[str, Any]:
+        """Refused."""
+        raise self._refusal("config")
+
+    def _check_layer(self, location_type: WeightLocationType, layer: LayerIndex) -> None:
+        raise self._refusal("weights")
+
+    @staticmethod
+    def _refusal(wanted: str) -> _SizesOnlyError:
+        return _SizesOnlyError(f"a StubModelContext knows sizes only; it has no {wanted}.")
+
+
+def get_unembedding_with_ln_gain(model_context: ModelContext) -> Tensor:
+    """The unembedding behind the final norm's gain, ``[d, v]``: what a direction does to the logits.
+
+    The norm's division by the scale and its bias are not part of it.
+    """
+    gain = model_context.get_weight(WeightLocationType.LAYER_NORM_GAIN_FINAL)
+    return gain[:, None] * model_context.get_weight(WeightLocationType.UNEMBEDDING)
+
+
+def get_embedding(model_context: ModelContext) -> Tensor:
+    """The token embedding ``[v, d]``."""
+    return model_context.get_weight(WeightLocationType.EMBEDDING)
