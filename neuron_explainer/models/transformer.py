@@ -340,7 +340,10 @@ class MultiHeadedDotProductSelfAttention(nn.Module):
                 v_out = _explicit_attention(q, k, v, allowed, hooks, at)
             else:
                 v_out = _fused_attention(q, k, v, allowed, scale=1.0)
-        return self.out_proj(merge_heads(hooks.v_out(v_out, **at))), kv_cache
+        if not hooks.v_out.is_empty():
+            # clone: fused attention's backward reads its output, which a hook may edit in place.
+            v_out = hooks.v_out(v_out if explicit else v_out.clone(), **at)
+        return self.out_proj(merge_heads(v_out)), kv_cache
 
 
 def _causal(n_new: int, n_all: int, device: torch.device) -> Tensor:
@@ -436,7 +439,11 @@ class MLP(nn.Module):
         hooks = NO_HOOKS.mlp if hooks is None else hooks
         at = {"layer": layer, "positions": positions}
         pre = hooks.pre_act(self.in_layer(X), **at)
-        post = hooks.post_act(self.act(pre), **at, out_layer=self.out_layer)
+        post = self.act(pre)
+        if not hooks.post_act.is_empty():
+            # clone: the backward pass of a ReLU reads its output, which a hook may edit in place.
+            post = post.clone() if self.act is F.relu else post
+            post = hooks.post_act(post, **at, out_layer=self.out_layer)
         return self.out_layer(post)  # type: ignore[no-any-return]
 
 
@@ -518,10 +525,14 @@ class Activations(dict[ActivationLocation, Tensor]):
         self.pad = pad
         """Their pad mask ``[b, s]``, or None."""
 
-    def __missing__(self, key: object) -> Tensor:
-        if isinstance(key, str) and (location := ActivationLocation.parse(key)) in self:
-            return self[location]
-        raise KeyError(f"{key} was not captured; captured: {', '.join(map(str, self))}")
+    def __getitem__(self, key: LocationLike, /) -> Tensor:
+        location = ActivationLocation.parse(key)
+        if location not in self:
+            raise KeyError(f"{location} was not captured; captured: {', '.join(map(str, self))}")
+        return super().__getitem__(location)
+
+    def __contains__(self, key: object, /) -> bool:
+        return super().__contains__(ActivationLocation.parse(key) if isinstance(key, str) else key)
 
     def __repr__(self) -> str:
         return "\n".join(
@@ -710,7 +721,9 @@ class Transformer(nn.Module):
         def run(X: Tensor) -> Tensor:
             # From the same cache each time: running again in the backward pass must not append again.
             kv_cache = before and before._fork()
-            X, H[layer.layer_idx] = layer(X, kv_cache, pad, hooks, positions)
+            X, kv_cache = layer(X, kv_cache, pad, hooks, positions)
+            if H[layer.layer_idx] is before:  # the first time: later, H may have gone on
+                H[layer.layer_idx] = kv_cache
             return X
 
         return checkpoint(run, X, use_reentrant=False)  # type: ignore[no-any-return]
