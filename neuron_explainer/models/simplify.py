@@ -22,7 +22,7 @@ def apply_layernorm_foldin(ln: _Affine, linears: Iterable[nn.Linear]) -> None:
     gain, shift = ln.weight.double(), ln.bias.double()
     for linear in linears:
         weight = linear.weight.double()
-        linear.bias += (weight @ shift).to(linear.bias.dtype)
+        linear.bias.copy_(linear.bias.double() + weight @ shift)
         linear.weight.copy_(weight * gain)
     ln.weight.fill_(1)
     ln.bias.fill_(0)

@@ -103,7 +103,7 @@ def causal_attn_mask(size: int, device: Device = "cpu") -> Tensor:
 
 def split_heads(Z: Tensor, n_heads: int) -> Tensor:
     """``[b, s, d] -> [b, s, h, d / h]``."""
-    return Z.unflatten(-1, (n_heads, Z.shape[-1] // n_heads))
+    return Z.view(*Z.shape[:-1], n_heads, Z.shape[-1] // n_heads)
 
 
 def merge_heads(Z: Tensor) -> Tensor:
@@ -675,18 +675,19 @@ class Transformer(nn.Module):
         if pad is None:
             H.positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
             H.positions = H.positions + H.prev_lens
-            lens: Tensor | int = tokens.new_full((tokens.shape[0], 1), tokens.shape[1])
+            lens = tokens.new_full((tokens.shape[0], 1), tokens.shape[1])
         else:
             H.positions = prep_pos_from_pad_and_prev_lens(pad, H.prev_lens)
             lens = (~pad).sum(dim=-1, keepdim=True)
-        longest = int((lens + H.prev_lens).max())
+        lens = lens + H.prev_lens
+        longest = int(lens.max())
         if longest > self.cfg.ctx_window:
             raise InputError(
                 f"a row would have {longest} tokens, more than the context of {self.cfg.ctx_window}."
             )
         # A pad after a full context would stand one past the last position; where it stands is moot.
         H.positions = H.positions.clamp(max=self.cfg.ctx_window - 1)
-        H.set_prev_lens(lens + H.prev_lens)
+        H.set_prev_lens(lens)
         X = self.tok_embed(tokens) + self.pos_embed(H.positions)
         return hooks.resid.post_emb(X, layer=None, positions=H.positions), H, pad, hooks
 
