@@ -1,0 +1,196 @@
+"""What a state dict must hold, and one report of everything in which a found one differs.
+
+State dicts are judged by their headers (shape, dtype) where a format has them, so that a wrong file
+is told at once and all that is wrong with it together, before gigabytes are read.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from neuron_explainer.errors import CheckpointError, InputError, did_you_mean
+from neuron_explainer.models.config import TransformerConfig
+from neuron_explainer.models.tokenizers import TokenizerSpec
+
+Format = Literal["native", "pieces", "huggingface"]
+StateDict = dict[str, torch.Tensor]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """What a saved model's folder held."""
+
+    config: TransformerConfig
+    state_dict: StateDict
+    """Tensors that own their memory: none is a view of a file or of another one."""
+    tokenizer: TokenizerSpec | None
+    """The folder's own tokenizer; None where it has none and ``config.enc`` names a known one."""
+    metadata: dict[str, Any]
+    """What the saver added (native), or the fields of a foreign config that are not sizes."""
+    format: Format
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor without its values."""
+
+    shape: Shape
+    dtype: str
+    floating: bool
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "TensorInfo":
+        """Of a tensor in memory."""
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return cls(tuple(tensor.shape), dtype, tensor.is_floating_point())
+
+
+@dataclass
+class Report:
+    """Collects what is wrong, to be raised as one error."""
+
+    where: str
+    problems: list[tuple[str, str]] = field(default_factory=list)  # name of a tensor, what of it
+
+    def add(self, name: str, problem: str) -> None:
+        """Note one problem of the thing called ``name``."""
+        self.problems.append((name, problem))
+
+    def raise_if_any(self, hint: str = "") -> None:
+        """One CheckpointError that lists every problem, sorted by name."""
+        if not self.problems:
+            return
+        lines = [f"  {name}: {problem}" for name, problem in sorted(self.problems)]
+        count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
+        text = "\n".join([f"{self.where}: {count}:", *lines])
+        raise CheckpointError(f"{text}\n{hint}" if hint else text)
+
+
+def expected_shapes(cfg: TransformerConfig) -> dict[str, Shape]:
+    """Every key of a transformer's state dict with its shape, in the order of a forward pass."""
+    d, qk, v, ff = cfg.d_model, cfg.d_attn_qk, cfg.d_attn_v, cfg.d_ff
+    shapes: dict[str, Shape] = {
+        "tok_embed.weight": (cfg.n_vocab, d),
+        "pos_embed.weight": (cfg.ctx_window, d),
+    }
+    linears = {
+        "attn.q_proj": (qk, d),
+        "attn.k_proj": (qk, d),
+        "attn.v_proj": (v, d),
+        "attn.out_proj": (d, v),
+        "mlp.in_layer": (ff, d),
+        "mlp.out_layer": (d, ff),
+    }
+    for layer in range(cfg.n_layers):
+        block = f"xf_layers.{layer}"
+        for name, (n_out, n_in) in linears.items():
+            shapes[f"{block}.{name}.weight"] = (n_out, n_in)
+            shapes[f"{block}.{name}.bias"] = (n_out,)
+        for name in ("ln_1", "ln_2"):
+            shapes[f"{block}.{name}.weight"] = (d,)
+            shapes[f"{block}.{name}.bias"] = (d,)
+    shapes["final_ln.weight"] = (d,)
+    shapes["final_ln.bias"] = (d,)
+    shapes["unembed.weight"] = (cfg.n_vocab, d)
+    return shapes
+
+
+def compare(report: Report, expected: Mapping[str, Shape], found: Mapping[str, TensorInfo]) -> None:
+    """Note every tensor that is missing, unexpected, mis-shaped or no floating-point tensor.
+
+    Values are not looked at: NaN weights are the user's business, and may be what is studied.
+    """
+    for name in expected.keys() - found.keys():
+        report.add(name, f"missing, expected {list(expected[name])}")
+    for name in found.keys() - expected.keys():
+        near = did_you_mean(name, expected.keys() - found.keys())
+        report.add(name, f"unexpected, found {list(found[name].shape)}.{near}")
+    for name in expected.keys() & found.keys():
+        shape = found[name].shape
+        if shape != expected[name]:
+            report.add(name, f"expected shape {list(expected[name])}, found {list(shape)}")
+        if not found[name].floating:
+            report.add(name, f"expected a floating-point dtype, found {found[name].dtype}")
+
+
+FITS_CONFIG = "Expected is what the sizes in config.json ask for: one of the two is wrong."
+
+
+def wanted_keys(known: Iterable[str], keys: Iterable[str] | None) -> list[str]:
+    """The keys of a state dict to be read: ``keys``, or all that are known where it is None."""
+    known = list(known)
+    if keys is None:
+        return known
+    keys = list(dict.fromkeys(keys))
+    for key in keys:
+        if key not in known:
+            raise InputError(f"this model has no tensor {key!r}.{did_you_mean(key, known)}")
+    return keys
+
+
+def check_for_saving(cfg: TransformerConfig, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Refuse to write what could not be loaded again."""
+    report = Report("this state dict does not fit its config, nothing was saved")
+    compare(
+        report,
+        expected_shapes(cfg),
+        {name: TensorInfo.of(tensor) for name, tensor in state_dict.items()},
+    )
+    report.raise_if_any()
+
+
+def own_copy(
+    tensor: torch.Tensor, dtype: torch.dtype | None, device: torch.device | str
+) -> torch.Tensor:
+    """A contiguous copy that shares no memory with a file or a larger tensor."""
+    return tensor.detach().to(
+        device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format
+    )
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same bits: unlike ``==``, NaN is itself and -0 is not 0."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.device == b.device:
+        return True
+    a, b = a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def config_from(fields: Mapping[str, Any], names: Iterable[str], where: str) -> TransformerConfig:
+    """A config from exactly the fields ``names``, all problems of names told together."""
+    names = list(names)
+    report = Report(where)
+    for name in set(names) - set(fields):
+        report.add(name, "this field is missing")
+    for name in set(fields) - set(names):
+        report.add(name, f"unknown field.{did_you_mean(name, set(names) - set(fields))}")
+    report.raise_if_any(f"Expected fields: {', '.join(names)}.")
+    return make_config(dict(fields), where)
+
+
+def make_config(fields: dict[str, Any], where: str) -> TransformerConfig:
+    """A config whose problems are told as those of the file ``where``."""
+    if not isinstance(fields.get("enc", ""), str):
+        raise CheckpointError(f"{where}: enc must be a name, found {fields['enc']!r}.")
+    eps = fields.get("norm_eps", 0.0)
+    if not isinstance(eps, int | float) or not 0 <= eps < float("inf"):
+        raise CheckpointError(f"{where}: norm_eps must be a number >= 0, found {eps!r}.")
+    try:
+        return TransformerConfig(**fields)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def damaged(file: str | Path, error: Exception) -> CheckpointError:
+    """The error for a file of weights that cannot be read."""
+    return CheckpointError(
+        f"{file}: this file is damaged, incomplete or of another format "
+        f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}). "
+        "Copy or download it again; nothing of it was used."
+    )
