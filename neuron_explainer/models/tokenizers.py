@@ -6,6 +6,7 @@ tiktoken is the only engine. What it cannot reproduce to the token is refused, n
 
 import base64
 import binascii
+import hashlib
 import itertools
 import threading
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,8 @@ NO_TOKENIZER = "none"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 """How GPT-2 splits text before merging; the same splits as the published one, matched faster."""
 
+# Of GPT-2's tokens and ranks as lines of our file; tiktoken states the same for r50k_base.
+_GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 _GPT2_PATTERNS = (
     GPT2_PATTERN,
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -182,7 +185,7 @@ def read_vocabulary(spec: TokenizerSpec) -> Vocabulary:
         return _read_vocab_and_merges(by_name)
     raise CheckpointError(
         f"{', '.join(spec.files)}: expected one file *.tiktoken, a tokenizer.json, or vocab.json "
-        "and merges.txt."
+        "and merges.txt. The model still runs on token ids."
     )
 
 
@@ -212,16 +215,30 @@ def write_tiktoken(spec: TokenizerSpec, path: str | Path) -> TokenizerSpec:
     vocabulary = read_vocabulary(spec)
     _make_encoding(spec.name, vocabulary, spec.files[0])
     path = Path(path)
-    by_rank = sorted(vocabulary.ranks.items(), key=lambda item: item[1])
     with files.atomic_write(path) as temporary:
-        temporary.write_bytes(
-            b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in by_rank)
-        )
+        temporary.write_bytes(_as_lines(vocabulary.ranks))
     return replace(
         spec,
         pattern=vocabulary.pattern,
         special_tokens=tuple(vocabulary.special_tokens.items()),
         files=(str(path),),
+    )
+
+
+def _as_lines(ranks: dict[bytes, int]) -> bytes:
+    by_rank = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in by_rank)
+
+
+def is_gpt2(spec: TokenizerSpec) -> bool:
+    """Whether a spec is tiktoken's ``gpt2``, by name or by the content of its files."""
+    if not spec.files:
+        return spec.name == "gpt2"
+    vocabulary = read_vocabulary(spec)
+    return (
+        hashlib.sha256(_as_lines(vocabulary.ranks)).hexdigest() == _GPT2_SHA256
+        and vocabulary.pattern in _GPT2_PATTERNS
+        and vocabulary.special_tokens == {"<|endoftext|>": 50256}
     )
 
 

@@ -847,6 +847,7 @@ def test_huggingface_vocabulary_padded_or_contradictory(tmp_path: Path, hf_folde
         ("n_embd", "8", "expected a whole number >= 1, found '8'"),
         ("n_head", "REMOVED", "expected a whole number >= 1, found None"),
         ("n_inner", 0, "expected null or a whole number"),
+        ("activation_function", ["relu"], "supported are gelu_new"),
         ("tie_word_embeddings", None, "expected true or false, found None"),
         ("layer_norm_epsilon", None, "norm_eps must be a number"),
         ("n_head", 3, "not divisible by n_heads 3"),
@@ -875,6 +876,38 @@ def test_huggingface_settings_are_told_together(hf_folder: Path) -> None:
     lines = error_of(hf_folder).splitlines()
     names = [line.strip().partition(":")[0] for line in lines[1:-1]]
     assert names == ["activation_function", "n_layer", "scale_attn_weights"]
+
+
+def test_huggingface_folders_own_vocabulary_wins(tmp_path: Path, hf_folder: Path) -> None:
+    library = pytest.importorskip("tokenizers")
+    made = library.Tokenizer(library.models.BPE())
+    made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = library.trainers.BpeTrainer(
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(["the mole and the rat and the toad"] * 2, trainer)
+    made.save(str(hf_folder / "tokenizer.json"))
+    loaded = load_checkpoint(hf_folder)
+    assert loaded.tokenizer is not None
+    assert loaded.config.enc == loaded.tokenizer.name == "hf/tokenizer"
+    ids = made.encode("the toad").ids
+    assert load_encoding(loaded.tokenizer).encode("the toad") == ids
+    save_native(tmp_path / "a", loaded.config, loaded.state_dict, loaded.tokenizer)
+    kept = load_checkpoint(tmp_path / "a").tokenizer
+    assert kept is not None
+    assert load_encoding(kept).encode("the toad") == ids
+    with pytest.raises(CheckpointError, match="enc: expected the name of one of tiktoken's own"):
+        save_pieces(tmp_path / "b", loaded.config, loaded.state_dict, loaded.tokenizer)
+
+
+def test_huggingface_broken_vocabulary_leaves_token_ids(hf_folder: Path) -> None:
+    (hf_folder / "vocab.json").write_text("{}")
+    loaded = load_checkpoint(hf_folder)
+    assert loaded.tokenizer is not None
+    with pytest.raises(CheckpointError, match=r"merges.txt. The model still runs on token ids"):
+        load_encoding(loaded.tokenizer)
 
 
 def test_huggingface_cannot_hold_other_attention_widths(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from neuron_explainer.models.tokenizers import (
     builtin_names,
     decode,
     encode_prompt,
+    is_gpt2,
     load_encoding,
     read_vocabulary,
     token_strings,
@@ -426,6 +427,15 @@ def test_gpt2s_files_as_hugging_face_has_them(gpt2: tiktoken.Encoding, tmp_path:
     assert enc._mergeable_ranks == gpt2._mergeable_ranks
     assert enc._special_tokens == gpt2._special_tokens
     assert encode_prompt(enc, TEXT) == encode_prompt(gpt2, TEXT)
+    spec = TokenizerSpec("x", files=(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")))
+    assert is_gpt2(spec)
+    assert is_gpt2(write_tiktoken(spec, tmp_path / "tokenizer.tiktoken"))
+
+
+def test_what_is_not_gpt2s_vocabulary(tmp_path: Path) -> None:
+    assert is_gpt2(TokenizerSpec("gpt2"))
+    assert not is_gpt2(TokenizerSpec("cl100k_base"))
+    assert not is_gpt2(own_spec(tmp_path, th=256))
 
 
 # -------------------------------------------------------------------------------- text and tokens

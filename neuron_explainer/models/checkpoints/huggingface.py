@@ -154,36 +154,11 @@ def load_huggingface(
 def _read_config(
     config: dict[str, Any], where: str, tokenizer: TokenizerSpec | None
 ) -> TransformerConfig:
-    config = dict(config)
     if "n_positions" not in config and "n_ctx" in config:  # as the oldest files have it
-        config["n_positions"] = config["n_ctx"]
-    report = Report(where)
-    if config.get("model_type") != "gpt2":
-        report.add("model_type", f"supported is 'gpt2', found {config.get('model_type')!r}")
-        report.raise_if_any()
-    for name in _SIZES:
-        if type(config.get(name)) is not int or config[name] < 1:
-            report.add(name, f"expected a whole number >= 1, found {config.get(name)!r}")
-    for name, supported in _FIXED.items():
-        found = config.get(name, supported)
-        if found != supported and not (found is None and not supported):
-            report.add(name, f"supported is {supported!r}, found {found!r}")
-    activation = config.get("activation_function", "gelu_new")
-    if activation not in _ACTIVATIONS:
-        report.add(
-            "activation_function", f"supported are {', '.join(_ACTIVATIONS)}, found {activation!r}"
-        )
-    if not isinstance(config.get("tie_word_embeddings", True), bool):
-        report.add(
-            "tie_word_embeddings",
-            f"expected true or false, found {config['tie_word_embeddings']!r}",
-        )
-    d_ff = config.get("n_inner")
-    if d_ff is not None and (type(d_ff) is not int or d_ff < 1):
-        report.add("n_inner", f"expected null or a whole number >= 1, found {d_ff!r}")
-    report.raise_if_any("These settings change what a model computes, so they are not ignored.")
+        config = config | {"n_positions": config["n_ctx"]}
+    _check_config(config, where)
     d_model = config["n_embd"]
-    d_ff = d_ff or 4 * d_model
+    d_ff = config.get("n_inner") or 4 * d_model
     fields = {
         "enc": _tokenizer_name(tokenizer, config["vocab_size"]),
         "ctx_window": config["n_positions"],
@@ -193,10 +168,39 @@ def _read_config(
         "n_heads": config["n_head"],
         "m_mlp": d_ff // d_model if d_ff % d_model == 0 else d_ff / d_model,
         "n_vocab": config["vocab_size"],
-        "activation": _ACTIVATIONS[activation],
+        "activation": _ACTIVATIONS[config.get("activation_function", "gelu_new")],
         "norm_eps": config.get("layer_norm_epsilon", 1e-5),
     }
     return make_config(fields, where)
+
+
+def _check_config(config: dict[str, Any], where: str) -> None:
+    report = Report(where)
+    if config.get("model_type") != "gpt2":
+        report.add("model_type", f"supported is 'gpt2', found {config.get('model_type')!r}")
+        report.raise_if_any()
+    for name in _SIZES:
+        if not _is_size(config.get(name)):
+            report.add(name, f"expected a whole number >= 1, found {config.get(name)!r}")
+    if config.get("n_inner") is not None and not _is_size(config["n_inner"]):
+        report.add("n_inner", f"expected null or a whole number >= 1, found {config['n_inner']!r}")
+    for name, supported in _FIXED.items():
+        found = config.get(name, supported)
+        if found != supported and not (found is None and not supported):
+            report.add(name, f"supported is {supported!r}, found {found!r}")
+    activation = config.get("activation_function", "gelu_new")
+    if activation not in tuple(_ACTIVATIONS):  # a tuple, because JSON may hold a list here
+        report.add(
+            "activation_function", f"supported are {', '.join(_ACTIVATIONS)}, found {activation!r}"
+        )
+    tie = config.get("tie_word_embeddings", True)
+    if not isinstance(tie, bool):
+        report.add("tie_word_embeddings", f"expected true or false, found {tie!r}")
+    report.raise_if_any("These settings change what a model computes, so they are not ignored.")
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value >= 1
 
 
 def _tokenizer_name(tokenizer: TokenizerSpec | None, n_vocab: int) -> str:
@@ -326,12 +330,11 @@ def _find_tokenizer(source: str | Path) -> TokenizerSpec | None:
     found = first_existing(source, ("tokenizer.json", "vocab.json"))
     if found is None:
         return None
-    wanted = ["tokenizer.json"]
+    parts = [found]
     if found == "vocab.json":
-        optional = ("added_tokens.json", "tokenizer_config.json")
-        wanted = ["vocab.json", "merges.txt"]
-        wanted += [extra for extra in optional if files.exists(files.join(source, extra))]
-    paths = [files.fetch(files.join(source, part)) for part in wanted]
+        beside = ("merges.txt", "added_tokens.json", "tokenizer_config.json")
+        parts += [part for part in beside if files.exists(files.join(source, part))]
+    paths = [files.fetch(files.join(source, part)) for part in parts]
     return TokenizerSpec(name, files=tuple(str(path) for path in paths))
 
 

@@ -4,6 +4,7 @@ The number of tokens is not in the config; it is that of the rows of ``tok_embed
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from neuron_explainer.models.checkpoints.report import (
 )
 from neuron_explainer.models.checkpoints.tensor_files import torch_load
 from neuron_explainer.models.config import TransformerConfig
-from neuron_explainer.models.tokenizers import builtin_names
+from neuron_explainer.models.tokenizers import TokenizerSpec, builtin_names, is_gpt2
 
 CONFIG_FIELDS = ("enc", "ctx_window", "d_model", "n_layers", "m_attn", "n_heads", "m_mlp")
 PIECES_FOLDER = "model_pieces"
@@ -41,10 +42,16 @@ def save_pieces(
     folder: str | Path,
     cfg: TransformerConfig,
     state_dict: Mapping[str, torch.Tensor],
+    tokenizer: TokenizerSpec | None = None,
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write the original's layout, whole or not at all; refuse what its seven fields cannot say."""
+    """Write the original's layout, whole or not at all; refuse what its seven fields cannot say.
+
+    A ``tokenizer`` with files of its own can be named there only if it is GPT-2's.
+    """
+    if tokenizer is not None and is_gpt2(tokenizer):
+        cfg = replace(cfg, enc="gpt2")
     _check_expressible(cfg)
     check_for_saving(cfg, state_dict)
     with files.atomic_folder(folder, overwrite=overwrite) as temporary:

@@ -20,7 +20,7 @@ StateDict = dict[str, torch.Tensor]
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoadedCheckpoint:
     """What a saved model's folder held."""
 

@@ -107,7 +107,7 @@ def torch_load(path: Path) -> Any:
             # About other pickle protocols and old storages: what matters becomes an error below.
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except CheckpointError:
+    except (CheckpointError, MemoryError):
         raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
