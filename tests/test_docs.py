@@ -96,9 +96,9 @@ def test_datasets_md_agrees_with_the_registry() -> None:
     for name in model_registry.list_model_names():
         assert f"`{name}`" in text
     # 24 + 36 + 96 files, as the table says
-    specs = model_registry._AUTOENCODER_SPECS["gpt2-small"]
     counts: dict[str, int] = {"": 0, "_v4": 0, "_v5": 0}
-    for spec in specs.values():
+    for name in model_registry.list_autoencoder_names("gpt2-small"):
+        spec = model_registry.get_autoencoder_spec("gpt2-small", name)
         for path in spec.autoencoder_path_by_layer_index.values():
             version = re.search(r"(_v\d)?(_\d+k)?/autoencoders/\d+\.pt$", str(path))
             assert version is not None
