@@ -1,5 +1,6 @@
 """Formats on disk: each read and written right, and every damage told in one clear error."""
 
+import contextlib
 import json
 import pickle
 import re
@@ -231,6 +232,30 @@ def test_what_is_no_saved_model(tmp_path: Path) -> None:
     assert "not valid JSON" in error_of(tmp_path)
     with pytest.raises(SourceError, match="give the folder"):
         load_checkpoint(tmp_path / "config.json")
+
+
+ODD_VALUES: list[Any] = [
+    None, True, -1, 0, 2.5, 1e400, float("nan"), "", "x", "../x", [], [1], {}, {"a": 1}, "REMOVED"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("save", SAVES)
+def test_odd_configs_end_in_our_errors(save: Save, tmp_path: Path) -> None:
+    save(tmp_path / "a", CFG, random_state())
+    file = tmp_path / "a/config.json"
+    original = json.loads(file.read_text())
+    for field in original:
+        for value in ODD_VALUES:
+            file.write_text(json.dumps(original))
+            edit_json(file, **{field: value})
+            with contextlib.suppress(CheckpointError, SourceError):
+                load_checkpoint(tmp_path / "a", keys=())
+    for field in original.get("config", {}):
+        for value in ODD_VALUES:
+            file.write_text(json.dumps(original))
+            edit_json(file, config=original["config"] | {field: value})
+            with contextlib.suppress(CheckpointError):
+                load_checkpoint(tmp_path / "a", keys=())
 
 
 def test_two_formats_in_one_folder(tmp_path: Path) -> None:

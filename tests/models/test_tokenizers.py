@@ -275,6 +275,33 @@ def test_ranks_that_are_not_the_order_of_merges(
         tokenizers._from_bpe(letters() | words, merges, {}, Path("tokenizer.json"))
 
 
+def test_merges_that_are_accepted_give_the_same_tokens() -> None:
+    """Random merges, most of them such as no training would make."""
+    library = pytest.importorskip("tokenizers")
+    chance = random.Random(5)
+    accepted = 0
+    for _ in range(300):
+        vocab, merges, parts = letters(), [], ["a", "b", "c"]
+        for _ in range(chance.randrange(1, 8)):
+            left, right = chance.choice(parts), chance.choice(parts)
+            if left + right not in vocab:
+                vocab[left + right] = len(vocab)
+                merges.append((left, right))
+                parts.append(left + right)
+        try:
+            made = tokenizers._from_bpe(vocab, merges, {}, Path("tokenizer.json"))
+        except CheckpointError:
+            continue
+        accepted += 1
+        enc = tokenizers._make_encoding("test", made, "test")
+        theirs = library.Tokenizer(library.models.BPE(vocab=vocab, merges=merges))
+        theirs.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        for _ in range(20):
+            text = "".join(chance.choices("abc", k=chance.randrange(1, 16)))
+            assert encode_prompt(enc, text) == theirs.encode(text).ids, (merges, text)
+    assert 150 < accepted < 300
+
+
 @pytest.mark.parametrize(
     ("words", "merges", "message"),
     [
