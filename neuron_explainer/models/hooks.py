@@ -49,6 +49,10 @@ class HookNode:
         """Apply the hooks; ``where`` names the place for error messages."""
         raise NotImplementedError
 
+    def _inside(self) -> Sequence[Hook]:
+        """What running this may call: hooks, lists and trees of hooks, conditions."""
+        raise NotImplementedError
+
     def is_empty(self) -> bool:
         """Whether there is nothing to run."""
         return self.is_empty_at(None)
@@ -100,6 +104,10 @@ def _attach(hook: Hook, available: Sequence[str] | None, where: str) -> Attached
     if not callable(hook):
         raise HookError(f"{where}: a hook is a function (x, **kwargs) -> x, found {hook!r}.")
     if isinstance(hook, HookNode):
+        if available is not None:
+            bound = hook.bound_kwargs if isinstance(hook, Hooks) else ()
+            for inner in hook._inside():
+                _attach(inner, (*available, *bound), where)
         return Attached(hook, None)
     try:
         # Calling a module calls its forward, whose signature nn.Module.__call__ hides.
@@ -169,6 +177,9 @@ class Hooks(HookNode):
     def _hooks(self) -> list[Hook]:
         return [attached.hook for attached in self._attached]
 
+    def _inside(self) -> Sequence[Hook]:
+        return self._hooks
+
     @property
     def name(self) -> str:
         """Where the hooks are, or what they are."""
@@ -181,7 +192,8 @@ class Hooks(HookNode):
         return self
 
     def _validated(self, hook: Hook) -> Attached:
-        attached = _attach(hook, self._site.keywords if self._site else None, self._path)
+        available = None if self._site is None else (*self._site.keywords, *self.bound_kwargs)
+        attached = _attach(hook, available, self._path)
         if self._site is not None and not self._site.per_layer and _needs_layer(hook):
             raise HookError(
                 f"{self._path}: {hook_name(hook)} chooses layers, but this site exists once in a "
@@ -249,6 +261,9 @@ class ConditionalHooks(Hooks):
         self.condition = condition
         self._takes = _attach(condition, None, type(self).__name__)
 
+    def _inside(self) -> Sequence[Hook]:
+        return [self.condition, *self._hooks]
+
     def _run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Tensor:
         if self._attached and self._takes(x, args, {**kwargs, **self.bound_kwargs}):
             return super()._run(x, args, kwargs, where)
@@ -279,9 +294,7 @@ def _needs_layer(hook: Hook) -> bool:
     """Whether a hook, or one inside it, chooses by layer."""
     if isinstance(hook, AtLayers):
         return True
-    if isinstance(hook, Hooks):
-        return any(map(_needs_layer, hook._hooks))
-    return isinstance(hook, HookCollection) and any(map(_needs_layer, hook._children()))
+    return isinstance(hook, HookNode) and any(map(_needs_layer, hook._inside()))
 
 
 class _Gradient(torch.autograd.Function):
@@ -295,7 +308,9 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.run(grad[0]), None
+        # A copy: autograd hands one tensor to several branches (both sides of a sum), or one number
+        # spread over a shape, and a hook may edit in place.
+        return ctx.run(grad[0].clone()), None
 
 
 class GradHook(HookNode):
@@ -310,6 +325,9 @@ class GradHook(HookNode):
             return x
         # A Function's arguments are what autograd tracks; the keywords travel in the closure.
         return _Gradient.apply(x, lambda grad: self._hooks._run(grad, args, kwargs, where))  # type: ignore[no-any-return, no-untyped-call]
+
+    def _inside(self) -> Sequence[Hook]:
+        return [self._hooks]
 
     def is_empty_at(self, layer: int | None) -> bool:
         return self._hooks.is_empty_at(layer)
@@ -362,7 +380,7 @@ class HookCollection(HookNode):
             f"It has: {', '.join(self.all_hooks)}."
         )
 
-    def _children(self) -> list[HookNode]:
+    def _inside(self) -> Sequence[HookNode]:
         return list(self.all_hooks.values())
 
     def leaves(self, prefix: str = "") -> Iterator[tuple[str, Hooks]]:
@@ -406,7 +424,7 @@ class HookCollection(HookNode):
         return self
 
     def is_empty_at(self, layer: int | None) -> bool:
-        return all(child.is_empty_at(layer) for child in self._children())
+        return all(child.is_empty_at(layer) for child in self._inside())
 
     def bind(self, **kwargs: Any) -> Self:
         for _, leaf in self.leaves():
@@ -553,8 +571,9 @@ class AutoencoderHooks(HookCollection):
             return site._run(value, args, kwargs, f"{where} > {name}")
 
         latents, decode = self._codec(x)
-        # The error is that of the latents as encoded: a hook that edits in place gets its own copy.
-        hooked = latents.clone() if self.add_error else latents
+        # A hook that edits in place gets its own copy: the error is that of the latents as encoded,
+        # and the backward pass of a ReLU reads what it returned.
+        hooked = latents if self.latents.is_empty() else latents.clone()
         hooked = at(self.latents, hooked, "latents")
         result = at(self.reconstruction, decode(hooked), "reconstruction")
         if self.add_error:

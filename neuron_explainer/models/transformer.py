@@ -329,17 +329,16 @@ class MultiHeadedDotProductSelfAttention(nn.Module):
             K, V = kv_cache.K_cache, kv_cache.V_cache
         allowed = _attention_mask(kv_cache.pad_cache, Q.shape[1], K.shape[1], Q.device)
         q, k, v = (split_heads(Z, self.n_heads) for Z in (Q, K, V))
+        explicit, scale = hooks.need_explicit(self.layer_idx), self.qk_scale**2
+        if explicit or not (hooks.q.is_empty() and hooks.k.is_empty()):
+            q, k, scale = q * self.qk_scale, k * self.qk_scale, 1.0
+            q, k = hooks.q(q, **at), hooks.k(k, **at)
         if not hooks.v.is_empty():
             v = hooks.v(v.clone(), **at)  # the cache's own memory: an edit must not reach it
-        explicit = hooks.need_explicit(self.layer_idx)
-        if not explicit and hooks.q.is_empty() and hooks.k.is_empty():
-            v_out = _fused_attention(q, k, v, allowed, scale=self.qk_scale**2)
+        if explicit:
+            v_out = _explicit_attention(q, k, v, allowed, hooks, at)
         else:
-            q, k = hooks.q(q * self.qk_scale, **at), hooks.k(k * self.qk_scale, **at)
-            if explicit:
-                v_out = _explicit_attention(q, k, v, allowed, hooks, at)
-            else:
-                v_out = _fused_attention(q, k, v, allowed, scale=1.0)
+            v_out = _fused_attention(q, k, v, allowed, scale)
         if not hooks.v_out.is_empty():
             # clone: fused attention's backward reads its output, which a hook may edit in place.
             v_out = hooks.v_out(v_out if explicit else v_out.clone(), **at)
