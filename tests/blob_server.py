@@ -165,10 +165,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class ToLoopback(HTTPAdapter):
-    """Sends what is meant for some https host to the blob server instead."""
+    """Sends what is meant for some https host to a server at ``base`` instead."""
 
-    def __init__(self, server: BlobServer) -> None:
-        self.base = server.base
+    def __init__(self, base: str) -> None:
+        self.base = base
         super().__init__()
 
     def send(self, request: Any, *args: Any, **kwargs: Any) -> Any:

@@ -70,7 +70,7 @@ def parse(source: str) -> Remote:
     shown = without_query(source) if found.query else source
     host = checked_host(found, shown)
     names = [unquote(name) for name in found.path.split("/")[1:]]
-    _check_names(names, shown)
+    _check_names(names or [""], shown)
     parts = [_file_name(name) for name in names]
     if found.query:
         parts[-1] += "@" + hashlib.sha256(found.query.encode()).hexdigest()[:16]

@@ -155,6 +155,7 @@ def _open_http(
     md5 = given.get("x-ms-blob-content-md5")
     chunks = _chunks(response, url)
     if response.status_code == 206:
+        # A server that knows no If-Range continues with what it has now: its ETag tells.
         first, total = _content_range(given.get("Content-Range", ""))
         if first != start or found != etag:
             raise RetryError("the server continued another file than the one begun", anew=True)

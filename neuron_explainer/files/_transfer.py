@@ -3,7 +3,7 @@
 import threading
 from typing import Any
 
-from neuron_explainer.files._routes import new_session
+from neuron_explainer.files import _routes
 
 
 class Transfer:
@@ -30,7 +30,7 @@ class Transfer:
         """Made when first needed: a warm cache does not even import requests."""
         with self._lock:
             if self._session is None:
-                self._session = new_session(self._threads)
+                self._session = _routes.new_session(self._threads)
             return self._session
 
     def began(self, source: str, total: int | None, have: int) -> None:
