@@ -1013,13 +1013,21 @@ class Transformer(nn.Module):
         self.load_state_dict(loaded.state_dict, assign=True)
         self.requires_grad_(True)
 
-    def save(self, path: str | Path) -> None:
-        """Write a folder of ``config.json`` and ``model.safetensors``; tied tensors are stored once."""
-        save_native(path, self.cfg, self.state_dict(), self.tokenizer, self.metadata)
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write a folder of ``config.json`` and ``model.safetensors``; tied tensors are stored once.
+
+        The folder appears whole or not at all; one that is there is replaced only with ``overwrite``.
+        """
+        save_native(
+            path, self.cfg, self.state_dict(), self.tokenizer, self.metadata, overwrite=overwrite
+        )
 
     def save_checkpoint(self, path: str | Path) -> None:
-        """Write the original's layout: ``config.json`` and one ``model_pieces/<key>.pt`` a tensor."""
-        save_pieces(path, self.cfg, self.state_dict())
+        """Write the original's layout: ``config.json`` and one ``model_pieces/<key>.pt`` a tensor.
+
+        As in the original, an earlier checkpoint there is replaced (here: when the new one is whole).
+        """
+        save_pieces(path, self.cfg, self.state_dict(), self.tokenizer, overwrite=True)
 
 
 def _with_recorder(
