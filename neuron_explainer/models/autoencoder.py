@@ -209,8 +209,8 @@ class Autoencoder(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """``[…, n] -> […, l]``, dense; ``x`` is an activation as the model has it."""
-        latents: Tensor = self.activation(self.encode_pre_act(x))
-        return latents
+        x_hat, _ = self.normalize(x)
+        return self._latents(x_hat)[1]
 
     def decode(self, latents: Tensor, stats: InputStats | None = None) -> Tensor:
         """``[…, l] -> […, n]``, on the scale of the input that ``stats`` belongs to.
@@ -220,7 +220,7 @@ class Autoencoder(nn.Module):
         batches can be in flight at once.
         """
         self._check_width(latents, self.n_latents, "latents")
-        recons: Tensor = self.decoder(latents) + self.pre_bias
+        recons = self._decode_normalized(latents)
         if self.input_normalization == "none":
             return recons
         if stats is None:
@@ -246,8 +246,7 @@ class Autoencoder(nn.Module):
         so only the training loop can count steps.
         """
         x_hat, stats = self.normalize(x)
-        pre_act = self._pre_act(x_hat)
-        latents = self.activation(pre_act)
+        pre_act, latents = self._latents(x_hat)
         return AutoencoderOutput(pre_act, latents, self.decode(latents, stats))
 
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -261,6 +260,16 @@ class Autoencoder(nn.Module):
             self.encoder.weight[latent_slice],
             self.latent_bias[latent_slice],
         )
+
+    def _latents(self, x_hat: Tensor) -> tuple[Tensor, Tensor]:
+        """Before and after the activation function."""
+        pre_act = self._pre_act(x_hat)
+        return pre_act, self.activation(pre_act)
+
+    def _decode_normalized(self, latents: Tensor) -> Tensor:
+        """On the scale of normalised inputs."""
+        recons: Tensor = self.decoder(latents) + self.pre_bias
+        return recons
 
     def _check_width(self, x: Tensor, width: int, what: str) -> None:
         if x.ndim == 0 or x.shape[-1] != width:
@@ -548,7 +557,9 @@ class Autoencoder(nn.Module):
         if location is None:
             return
         given = ActivationLocation.parse(location)
-        if self.location is not None and self.location != given:
+        if self.location is not None and given.layer is None:
+            given = given.at(self.location.layer)  # less is said, nothing else
+        if self.location not in (None, given, given.at(None)):
             raise CheckpointError(
                 f"{source}: config.json says location {str(self.location)!r}, the call says "
                 f"{str(given)!r}."

@@ -2,11 +2,22 @@
 
 import importlib.resources
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from neuron_explainer import files
 from neuron_explainer.errors import SourceError, did_you_mean
+from neuron_explainer.models.autoencoder import InputNormalization
+from neuron_explainer.models.autoencoder_context import (
+    AutoencoderConfig,
+    AutoencoderContext,
+    AutoencoderSpec,
+)
+from neuron_explainer.models.locations import ActivationLocation
 
 # ----------------------------------------------------------------------------------------- models
 
@@ -95,3 +106,105 @@ def _unknown_model(name: str) -> SourceError:
 
 
 # ----------------------------------------------------------------------------------- autoencoders
+
+_SAE_URL = "https://openaipublic.blob.core.windows.net/sparse-autoencoder/gpt2-small"
+
+
+def _openai(location: str, version: str, normalization: InputNormalization) -> AutoencoderSpec:
+    """A release for GPT-2 small: twelve files, which do not say how inputs were normalised."""
+    paths = {
+        layer: f"{_SAE_URL}/{location}{version}/autoencoders/{layer}.pt" for layer in range(12)
+    }
+    return AutoencoderSpec(location, paths, normalization)
+
+
+def _packaged(location: str) -> AutoencoderSpec:
+    """Autoencoders of tiny-tales: whatever layers were trained; their folders say everything."""
+    wanted = ActivationLocation.parse(location)
+    root = Path(str(_ASSETS / "tiny-tales" / "autoencoders"))
+    folders = [
+        folder
+        for folder in sorted(root.glob("*"))
+        if folder.is_dir() and ActivationLocation.parse(folder.name) == wanted
+    ]
+    layers = [path for folder in folders for path in folder.iterdir() if path.name.isdecimal()]
+    if not layers:
+        raise SourceError(
+            f"the autoencoders of tiny-tales at {wanted} belong to the package and are missing from "
+            f"this installation: there are none in {root}. Install neuron_explainer again."
+        )
+    return AutoencoderSpec(wanted, {int(path.name): str(path) for path in sorted(layers)})
+
+
+# model -> name -> how to make its spec; packaged files are looked for only when they are asked for.
+_AUTOENCODER_SPECS: dict[str, dict[str, Callable[[], AutoencoderSpec]]] = {
+    "tiny-tales": {
+        "ae-mlp-post-act": partial(_packaged, "mlp_post_act"),
+        "ae-resid-delta-mlp": partial(_packaged, "resid_delta_mlp"),
+        "ae-resid-delta-attn": partial(_packaged, "resid_delta_attn"),
+    },
+    "gpt2-small": {
+        "ae-mlp-post-act-v1": partial(_openai, "mlp_post_act", "", "none"),
+        "ae-resid-delta-mlp-v1": partial(_openai, "resid_delta_mlp", "", "none"),
+        "ae-mlp-post-act-v4": partial(_openai, "mlp_post_act", "_v4", "none"),
+        "ae-resid-delta-mlp-v4": partial(_openai, "resid_delta_mlp", "_v4", "none"),
+        "ae-resid-delta-attn-v4": partial(_openai, "resid_delta_attn", "_v4", "none"),
+        # TopK with k = 32, trained on layer-normed inputs.
+        **{
+            f"ae-{location.replace('_', '-')}-v5-{size}": partial(
+                _openai, location, f"_v5_{size}", "layer_norm"
+            )
+            for size in ("32k", "128k")
+            for location in (
+                "resid_delta_attn",
+                "resid_delta_mlp",
+                "resid_post_attn",
+                "resid_post_mlp",
+            )
+        },
+    },
+}
+
+
+def list_autoencoder_names(model_name: str = "gpt2-small") -> list[str]:
+    """The names of the autoencoders that are known for a model; none for some models."""
+    return list(_AUTOENCODER_SPECS.get(_known_model(model_name), {}))
+
+
+def get_autoencoder_spec(model_name: str, autoencoder_name: str) -> AutoencoderSpec:
+    """Where the autoencoders called ``autoencoder_name`` of a model are."""
+    model = _known_model(model_name)
+    names = _AUTOENCODER_SPECS.get(model, {})
+    if autoencoder_name not in names:
+        known = f"Known for {model}: {', '.join(names) or 'none'}."
+        others = [other for other, found in _AUTOENCODER_SPECS.items() if autoencoder_name in found]
+        elsewhere = f" There is one of that name for {', '.join(others)}." if others else ""
+        raise SourceError(
+            f"no autoencoder {autoencoder_name!r} for {model}."
+            f"{did_you_mean(autoencoder_name, names)}{elsewhere} {known} For files of your own: "
+            "AutoencoderContext(AutoencoderConfig(location, {layer: path}), device)."
+        )
+    return names[autoencoder_name]()
+
+
+def make_autoencoder_context(
+    model_name: str,
+    autoencoder_name: str,
+    device: torch.device | str,
+    omit_dead_latents: bool = False,
+) -> AutoencoderContext:
+    """The autoencoders of that name, loaded when they are first asked for.
+
+    Args:
+        model_name: ``"gpt2-small"``, ``"tiny-tales"``; see :func:`list_autoencoder_names`.
+        autoencoder_name: such as ``"ae-resid-delta-mlp-v4"``.
+        device: where to put them.
+        omit_dead_latents: leave latents that never fired in training out of memory.
+    """
+    spec = get_autoencoder_spec(model_name, autoencoder_name)
+    return AutoencoderContext(AutoencoderConfig.from_spec(spec), device, omit_dead_latents)
+
+
+def _known_model(name: str) -> str:
+    spec = get_standard_model_spec(name)
+    return next(known for known, other in _MODEL_SPECS.items() if other is spec)

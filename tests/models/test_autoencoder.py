@@ -233,7 +233,7 @@ def test_equal_to_the_threshold_is_off():
     expected = [0.0, z[1].item(), 0.0, 0.0]
     assert BatchTopK(0.5)(z).tolist() == expected
     assert JumpReLU(torch.full((4,), 0.5))(z).tolist() == expected
-    assert BatchTopK(-1.0)(z).tolist() == torch.relu(z).tolist()  # never a negative latent
+    assert BatchTopK(-2.0)(z).tolist() == torch.relu(z).tolist()  # never a negative latent
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -336,6 +336,7 @@ def test_a_new_autoencoder_is_that_of_the_original():
     assert torch.equal(tied.decoder.weight, tied.encoder.weight.T)
     assert tied.decoder.bias is None
     assert len(list(tied.parameters())) == 3
+    assert set(tied.state_dict()) == {*ae.state_dict(), "tied"} - {"decoder.weight"}
 
 
 def test_repr_says_what_it_is():
@@ -666,6 +667,12 @@ def test_arguments_may_add_to_a_folder_and_not_contradict_it(tmp_path):
     with pytest.raises(CheckpointError, match="input_normalization 'center', the call says 'none'"):
         Autoencoder.load(tmp_path / "ae", input_normalization="none")
     ae.save(tmp_path / "located")
+    assert Autoencoder.load(tmp_path / "located", location="mlp.post_act").location == ae.location
+    ae.location = ActivationLocation("mlp.post_act")
+    ae.save(tmp_path / "somewhere")
+    for layer in (None, 7):
+        location = ActivationLocation("mlp.post_act", layer)
+        assert Autoencoder.load(tmp_path / "somewhere", location=location).location == location
     with pytest.raises(CheckpointError, match=r"location '2/mlp\.post_act', the call says '3/mlp"):
         Autoencoder.load(tmp_path / "located", location="3/mlp.post_act")
 
