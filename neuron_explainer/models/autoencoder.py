@@ -387,14 +387,15 @@ class Autoencoder(nn.Module):
         metadata: Mapping[str, Any] | None,
         dtype: torch.dtype | None,
     ) -> Self:
-        n_latents, n_inputs = entries.tensors["encoder.weight"].shape
-        dtype = dtype or entries.tensors["encoder.weight"].dtype
+        encoder = entries.tensors["encoder.weight"]
+        n_latents, n_inputs = encoder.shape
+        device, dtype = encoder.device, dtype or encoder.dtype
         # On "meta" no weights are drawn only to be overwritten: seconds and gigabytes for 131072
         # latents.
         autoencoder = cls(
             n_latents,
             n_inputs,
-            make_activation(entries.activation, entries.activation_fields).to(dtype=dtype),
+            make_activation(entries.activation, entries.activation_fields).to(device, dtype),
             entries.tied,
             input_normalization=input_normalization,
             location=location,
@@ -405,12 +406,12 @@ class Autoencoder(nn.Module):
         )
         for name in PARAMETERS:
             if name in entries.tensors:
-                weight = nn.Parameter(entries.tensors[name].detach().to(dtype=dtype, copy=True))
+                weight = entries.tensors[name].detach().to(device, dtype, copy=True)
                 owner, _, leaf = name.rpartition(".")
-                setattr(autoencoder.get_submodule(owner), leaf, weight)
+                setattr(autoencoder.get_submodule(owner), leaf, nn.Parameter(weight))
         for name, (value, statistics_dtype) in STATISTICS.items():
             known = entries.tensors.get(name, torch.full((n_latents,), value))
-            setattr(autoencoder, name, known.detach().to(dtype=statistics_dtype, copy=True))
+            setattr(autoencoder, name, known.detach().to(device, statistics_dtype, copy=True))
         return autoencoder
 
     # ---- files ---------------------------------------------------------------------------------

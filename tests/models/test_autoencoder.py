@@ -546,6 +546,13 @@ def test_everything_wrong_is_told_at_once():
         Autoencoder.from_state_dict(bad)
 
 
+def test_any_other_dict_is_refused():
+    others: list[Any] = [{}, {0: torch.zeros(2)}, {"W_enc": torch.zeros(5, 12), 3: None}]
+    for other in others:
+        with pytest.raises(CheckpointError, match=r"missing encoder\.weight"):
+            Autoencoder.from_state_dict(other)
+
+
 def test_not_strict_lets_statistics_be_missing_and_says_so(caplog):
     state_dict = openai_state_dict(
         "ReLU", latents_mean_square=None, latents_activation_frequency=None, extra=torch.ones(1)

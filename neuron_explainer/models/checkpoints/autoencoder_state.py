@@ -84,7 +84,7 @@ def parse_state_dict(
     state_dict: Mapping[str, Any], strict: bool
 ) -> tuple[Entries, list[str], list[str]]:
     """Take a state dict apart; the second result lists what is wrong, the third what was let pass."""
-    rest = dict(state_dict)
+    rest = {str(key): value for key, value in state_dict.items()}
     problems: list[str] = []
     name, fields = _pop_activation(rest, problems)
     tied = _pop_tied(rest, problems)
