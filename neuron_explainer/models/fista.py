@@ -1,0 +1,259 @@
+"""Non-negative sparse coding with a fixed dictionary: the code of a vector, by FISTA or ISTA.
+
+    code(x) = argmin over a >= 0 of  ½ ‖x - Φ a‖² + penalty · Σᵢ aᵢ
+
+Encoding only; learning Φ is the business of training. The gradient step is 1/λ_max(Φ Φᵀ), the
+largest that cannot diverge:
+
+    y, t     = a₀ = 0, 1
+    aₖ₊₁     = max(0, y - step · (Φᵀ(Φ y - x) + penalty))
+    tₖ₊₁     = (1 + √(1 + 4 tₖ²)) / 2                     (ISTA: y = aₖ₊₁)
+    y        = aₖ₊₁ + (tₖ - 1) / tₖ₊₁ · (aₖ₊₁ - aₖ)
+
+**Stopping rule.** At the minimum the gradient g = Φᵀ(Φ a - x) + penalty is 0 where a > 0 and >= 0
+where a = 0 (Karush, Kuhn, Tucker). A row stops at the first look, one in every ten iterations, at
+which no entry is further off than ``tolerance · max |Φᵀx|``, or after ``max_iterations``. Each row
+stops by itself, so that its code is the one it has alone.
+
+Beck and Teboulle 2009, "A fast iterative shrinkage-thresholding algorithm", sections 3 and 4; Yun
+et al. 2021, "Transformer visualization via dictionary learning", whose dictionaries are coded with
+500 of these iterations.
+
+Shape legend: ``n`` inputs, ``l`` latents (atoms of the dictionary), ``r`` rows, ``…`` leading axes.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from neuron_explainer.errors import InputError
+
+MAX_ITERATIONS = 500
+TOLERANCE = 1e-5
+_LOOK_EVERY = 10
+
+
+class SparseCode(NamedTuple):
+    """The result of a solve."""
+
+    latents: Tensor
+    """``[…, l]``, all >= 0."""
+    iterations: Tensor
+    """``[…]`` int64: iterations taken."""
+    violation: Tensor
+    """``[…]`` furthest distance from the conditions of the minimum, relative to ``max |Φᵀx|``."""
+
+
+def fista(
+    x: Tensor,
+    dictionary: Tensor,
+    penalty: float,
+    *,
+    max_iterations: int = MAX_ITERATIONS,
+    tolerance: float = TOLERANCE,
+) -> SparseCode:
+    """Codes of ``x`` ``[…, n]`` in ``dictionary`` ``[n, l]``, by FISTA.
+
+    ``tolerance=0`` takes exactly ``max_iterations``, as earlier programs did.
+    """
+    correlations = _correlations(x, dictionary)
+    return solve(correlations, dictionary, penalty, max_iterations, tolerance, momentum=True)
+
+
+def ista(
+    x: Tensor,
+    dictionary: Tensor,
+    penalty: float,
+    *,
+    max_iterations: int = 10 * MAX_ITERATIONS,
+    tolerance: float = TOLERANCE,
+) -> SparseCode:
+    """The same codes by ISTA: no momentum, more iterations, and an objective that never rises."""
+    correlations = _correlations(x, dictionary)
+    return solve(correlations, dictionary, penalty, max_iterations, tolerance, momentum=False)
+
+
+def solve(
+    correlations: Tensor,
+    dictionary: Tensor,
+    penalty: float,
+    max_iterations: int,
+    tolerance: float,
+    *,
+    momentum: bool,
+) -> SparseCode:
+    """Codes from ``correlations`` Φᵀx ``[…, l]``, which are all that the problem needs of x."""
+    check_settings(penalty, max_iterations, tolerance)
+    with torch.no_grad():
+        rows = correlations.detach().reshape(-1, correlations.shape[-1])
+        state = _Solve(rows, dictionary.detach(), penalty)
+        latents, iterations, violation = state.run(max_iterations, tolerance, momentum)
+    leading = correlations.shape[:-1]
+    return SparseCode(
+        latents.view(correlations.shape), iterations.view(leading), violation.view(leading)
+    )
+
+
+class _Solve:
+    """One batch on its way: rows that have arrived are taken out of it."""
+
+    def __init__(self, correlations: Tensor, dictionary: Tensor, penalty: float) -> None:
+        self.correlations = correlations  # [r, l]
+        self.dictionary = dictionary  # [n, l]
+        self.penalty = penalty
+        self.step = 1 / largest_eigenvalue(dictionary)
+
+    def run(
+        self, max_iterations: int, tolerance: float, momentum: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents ``[r, l]``, iterations and violation ``[r]``."""
+        n_rows = len(self.correlations)
+        latents = torch.zeros_like(self.correlations)
+        iterations = torch.zeros(n_rows, dtype=torch.int64, device=latents.device)
+        violation = torch.zeros(n_rows, dtype=latents.dtype, device=latents.device)
+        rows = torch.arange(n_rows, device=latents.device)  # those under way
+        target, t = self.correlations, 1.0
+        a = y = torch.zeros_like(target)
+        for iteration in range(1, max_iterations + 1):
+            new = torch.relu(y - self.step * self._gradient(y, target))
+            t_new = (1 + math.sqrt(1 + 4 * t * t)) / 2 if momentum else 1.0
+            y = new + (t - 1) / t_new * (new - a)
+            a, t = new, t_new
+            if iteration % _LOOK_EVERY and iteration < max_iterations:
+                continue
+            off = self._violation(a, target)
+            # With a tolerance of zero a row that is there early goes on: the count is fixed.
+            done = off <= tolerance if tolerance else torch.zeros_like(off, dtype=torch.bool)
+            if iteration == max_iterations:
+                done = torch.ones_like(done)
+            arrived, under_way = rows[done], ~done
+            latents[arrived], violation[arrived], iterations[arrived] = (
+                a[done],
+                off[done],
+                iteration,
+            )
+            if not under_way.any():
+                break
+            rows, target = rows[under_way], target[under_way]
+            a, y = a[under_way], y[under_way]
+        return latents, iterations, violation
+
+    def _gradient(self, a: Tensor, correlations: Tensor) -> Tensor:
+        """Of the objective, ``[r, l]``: Φᵀ(Φ a - x) + penalty."""
+        return (a @ self.dictionary.T) @ self.dictionary - correlations + self.penalty
+
+    def _violation(self, a: Tensor, correlations: Tensor) -> Tensor:
+        """``[r]``; NaN for a row that holds NaN, which therefore never counts as arrived."""
+        gradient = self._gradient(a, correlations)
+        off = torch.where(a > 0, gradient.abs(), torch.relu(-gradient)).amax(dim=-1)
+        scale = correlations.abs().amax(dim=-1)
+        return torch.where(off == 0, off, off / scale)
+
+
+def largest_eigenvalue(dictionary: Tensor) -> float:
+    """λ_max(Φ Φᵀ), from the smaller of the two Gram matrices; 1 for a dictionary of zeros."""
+    wide = dictionary.shape[0] <= dictionary.shape[1]
+    gram = dictionary @ dictionary.T if wide else dictionary.T @ dictionary
+    # In float64: an eigenvalue that is too small would make the step too large.
+    value = float(torch.linalg.eigvalsh(gram.double())[-1])
+    return value if value > 0 else 1.0
+
+
+class Fista(nn.Module):
+    """The non-negative sparse code as an activation of ``Φᵀx``, for a tied autoencoder.
+
+    ``[…, l] -> […, l]``. The minimisation needs ``Φᵀx``, which is the pre-activation of an
+    autoencoder whose encoder is the transpose of its decoder Φ, and Φ, which is given at the call.
+
+    There is no gradient through it: asking for one is an error, rather than zero without a word.
+    """
+
+    def __init__(
+        self, penalty: float, max_iterations: int = MAX_ITERATIONS, tolerance: float = TOLERANCE
+    ) -> None:
+        super().__init__()
+        check_settings(penalty, max_iterations, tolerance)
+        self.penalty = float(penalty)
+        self.max_iterations = max_iterations
+        self.tolerance = float(tolerance)
+
+    def forward(self, correlations: Tensor, dictionary: Tensor) -> Tensor:
+        code = solve(
+            correlations,
+            dictionary,
+            self.penalty,
+            self.max_iterations,
+            self.tolerance,
+            momentum=True,
+        )
+        return _refuse_gradient(correlations, code.latents)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        for name in ("penalty", "max_iterations", "tolerance"):
+            destination[prefix + name] = getattr(self, name)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        found = {name: state_dict[prefix + name] for name in ("penalty", "max_iterations")}
+        new = Fista(**found, tolerance=state_dict.get(prefix + "tolerance", TOLERANCE))
+        self.penalty, self.tolerance = new.penalty, new.tolerance
+        self.max_iterations = new.max_iterations
+
+    def __repr__(self) -> str:
+        return (
+            f"Fista(penalty={self.penalty:g}, max_iterations={self.max_iterations}, "
+            f"tolerance={self.tolerance:g})"
+        )
+
+
+class _Refusal(torch.autograd.Function):
+    """Passes the code on, and fails where a gradient is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, correlations: Tensor, latents: Tensor) -> Tensor:
+        return latents.view_as(latents)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise InputError(
+            "no gradient runs through a sparse code found by FISTA. Detach the latents, or run the "
+            "autoencoder under torch.no_grad()."
+        )
+
+
+def _refuse_gradient(correlations: Tensor, latents: Tensor) -> Tensor:
+    return _Refusal.apply(correlations, latents)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def check_settings(penalty: float, max_iterations: int, tolerance: float) -> None:
+    """Refuse numbers with which the problem, or its solution, has no meaning."""
+    for name, value in (("penalty", penalty), ("tolerance", tolerance)):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value < math.inf:
+            raise InputError(f"FISTA: {name} must be a number >= 0, found {value!r}.")
+    whole = isinstance(max_iterations, int) and not isinstance(max_iterations, bool)
+    if not whole or max_iterations < 1:
+        raise InputError(
+            f"FISTA: max_iterations must be a whole number >= 1, found {max_iterations!r}."
+        )
+
+
+def _correlations(x: Tensor, dictionary: Tensor) -> Tensor:
+    """Φᵀx, ``[…, l]``."""
+    if dictionary.ndim != 2:
+        raise InputError(f"FISTA: dictionary must be [n, l], found {list(dictionary.shape)}.")
+    if x.ndim == 0 or x.shape[-1] != len(dictionary):
+        raise InputError(
+            f"FISTA: expected x of width {len(dictionary)}, as the dictionary "
+            f"{list(dictionary.shape)}, in the last axis, found shape {list(x.shape)}."
+        )
+    if x.dtype != dictionary.dtype:
+        raise InputError(
+            f"FISTA: the dictionary is {dictionary.dtype}, x is {x.dtype}; convert one of them."
+        )
+    return x @ dictionary
