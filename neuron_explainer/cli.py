@@ -1,6 +1,7 @@
 """The command line: one short function a verb. Heavy imports wait until a verb needs them."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -20,13 +21,18 @@ Result = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if it worked, 2 with one line on stderr if something has to be mended."""
+    """Run a command.
+
+    Returns:
+        0 if all is well, 1 if a check found something wrong, 2 (and one line on stderr) if the command
+        could not be carried out.
+    """
     args = _parser().parse_args(argv)
     try:
         result = args.run(args)
         if args.json:
             print(json.dumps(result, indent=2, ensure_ascii=False))
-        elif args.show is not None:
+        else:
             args.show(result)
     except NeuronExplainerError as error:
         print(f"neuron-explainer {args.verb}: {error}", file=sys.stderr)
@@ -35,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
     except KeyboardInterrupt:
         return 130
+    else:
+        return 0 if result.get("ok", True) else 1
     return 0
 
 
@@ -90,7 +98,8 @@ def run_latents(args: argparse.Namespace) -> Result:
 
     model = _load_model(args)
     context = make_autoencoder_context(args.model, args.autoencoder, device=model.device)
-    layer = max(context.layer_indices) if args.layer is None else args.layer
+    layers = [layer for layer in context.layer_indices if layer is not None]
+    layer = max(layers, default=None) if args.layer is None else args.layer
     autoencoder = context.get_autoencoder(layer)
     location = context.location.at(layer)
     with torch.no_grad():
@@ -225,7 +234,12 @@ def run_cache_list(args: argparse.Namespace) -> Result:
 
 def run_cache_verify(args: argparse.Namespace) -> Result:
     """Read every file and compare it with the size and SHA-256 recorded when it came."""
-    return {"folder": str(files.cache_dir()), "files": [_plain(e) for e in files.verify_cache()]}
+    found = [_plain(entry) for entry in files.verify_cache()]
+    return {
+        "folder": str(files.cache_dir()),
+        "files": found,
+        "ok": not any(e["problem"] for e in found),
+    }
 
 
 def run_cache_remove(args: argparse.Namespace) -> Result:
@@ -234,18 +248,16 @@ def run_cache_remove(args: argparse.Namespace) -> Result:
     return {"folder": str(files.cache_dir()), "files": [_plain(e) for e in removed]}
 
 
-def _plain(entry: Any) -> Result:
-    return {
-        name: str(value) if not isinstance(value, int | float | bool | None) else value
-        for name, value in vars(entry).items()
-    }
+def _plain(entry: files.CacheEntry) -> Result:
+    return {**dataclasses.asdict(entry), "path": str(entry.path)}
 
 
 def show_cache(result: Result) -> None:
     """A line a file."""
-    print(f"{result['folder']}: {len(result['files'])} files")
+    total = sum(entry["size"] for entry in result["files"])
+    print(f"{result['folder']}: {len(result['files'])} files, {total / 1e6:.1f} MB")
     for entry in result["files"]:
-        print("  " + "  ".join(f"{value}" for value in entry.values()))
+        print(f"  {entry['size']:>12,}  {entry['problem'] or 'ok'}  {entry['source']}")
 
 
 # --- parsing ---

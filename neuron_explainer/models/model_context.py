@@ -26,7 +26,7 @@ from neuron_explainer.models.model_component_registry import (
     WeightLocationType,
     get_dimension_index_of_weight_location_type,
 )
-from neuron_explainer.models.model_registry import resolve_model_source
+from neuron_explainer.models.model_names import resolve_model_source
 from neuron_explainer.models.sampling import Device
 from neuron_explainer.models.tokenizers import decode, encode_prompt, load_encoding
 from neuron_explainer.models.transformer import Activations, Transformer
@@ -257,7 +257,8 @@ def _weight_location(value: WeightLocationType | str) -> WeightLocationType:
         raise InputError(f"unknown weight {value!r}. Known: {known}.") from None
 
 
-def _size_of(sizes: Mapping[Dimension, int], dim: Dimension, of: str) -> int:
+def size_of(sizes: Mapping[Dimension, int], dim: Dimension, of: str) -> int:
+    """The size of an axis; an error that lists those known where it is not among them."""
     if dim not in sizes:
         known = ", ".join(known.value for known in sizes)
         raise InputError(f"{of} has no size for {str(dim)!r}. It has: {known or 'none'}.")
@@ -363,7 +364,7 @@ class StandardModelContext(ModelContext):
             Dimension.MLP_ACTS: cfg.d_ff,
             Dimension.LAYERS: cfg.n_layers,
         }
-        return _size_of(sizes, model_dim, self.model_name)
+        return size_of(sizes, model_dim, self.model_name)
 
     def get_model_config_as_dict(self) -> dict[str, Any]:
         """The fields of :class:`~neuron_explainer.models.config.TransformerConfig`."""
@@ -376,7 +377,7 @@ class StandardModelContext(ModelContext):
 
         A simplified model is loaded apart: folding norms edits weights, and the other model's stay.
         """
-        key = (_canonical(self.device if device is None else torch.device(device)), simplify)
+        key = (canonical_device(self.device if device is None else torch.device(device)), simplify)
         with self._lock:
             if key not in self._models:
                 model = Transformer.from_checkpoint(self.load_path, key[0], self.dtype)
@@ -400,7 +401,7 @@ class StandardModelContext(ModelContext):
         with self._lock:
             models = [model for (_, simplified), model in self._models.items() if not simplified]
             if models:
-                model = self._models.get((_canonical(device), False), models[0])
+                model = self._models.get((canonical_device(device), False), models[0])
                 return model.get_parameter(key)
             if key not in self._tensors:
                 loaded = load_checkpoint(
@@ -410,7 +411,7 @@ class StandardModelContext(ModelContext):
             return self._tensors[key]
 
 
-def _canonical(device: torch.device) -> torch.device:
+def canonical_device(device: torch.device) -> torch.device:
     """``cuda`` as ``cuda:0``, ``cpu:0`` as ``cpu``: as tensors say it, so that one device is one key."""
     return torch.empty(0, device=device).device
 
@@ -424,7 +425,7 @@ class StubModelContext(ModelContext):
 
     def get_dim_size(self, model_dim: Dimension) -> int:
         """The size that was given."""
-        return _size_of(self._dim_sizes, model_dim, "this StubModelContext")
+        return size_of(self._dim_sizes, model_dim, "this StubModelContext")
 
     def _get_weight_helper(
         self, location_type: WeightLocationType, layer: LayerIndex, device: torch.device

@@ -1,15 +1,11 @@
-"""Names of models and of autoencoders, and where what they name is to be had."""
+"""What has a name: the models and the autoencoders that are known, and how to load them."""
 
-import importlib.resources
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from neuron_explainer import files
 from neuron_explainer.errors import SourceError, did_you_mean
 from neuron_explainer.models.autoencoder import InputNormalization
 from neuron_explainer.models.autoencoder_context import (
@@ -18,91 +14,42 @@ from neuron_explainer.models.autoencoder_context import (
     AutoencoderSpec,
 )
 from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.models.model_names import (
+    _MODEL_SPECS,
+    ASSETS,
+    StandardModelSpec,
+    get_standard_model_spec,
+    list_model_names,
+    resolve_model_source,
+)
+from neuron_explainer.models.sampling import Device
+from neuron_explainer.models.transformer import Transformer
+
+__all__ = [
+    "StandardModelSpec",
+    "get_autoencoder_spec",
+    "get_standard_model_spec",
+    "list_autoencoder_names",
+    "list_model_names",
+    "load_standard_transformer",
+    "load_standard_transformer_from_model_spec",
+    "make_autoencoder_context",
+    "resolve_model_source",
+]
 
 # ----------------------------------------------------------------------------------------- models
 
 
-@dataclass(frozen=True)
-class StandardModelSpec:
-    """A model that has a name."""
-
-    model_path: str
-    """URL or local path of its folder."""
+def load_standard_transformer(model_name: str, device: Device) -> Transformer:
+    """The model of that name, in float32."""
+    return load_standard_transformer_from_model_spec(get_standard_model_spec(model_name), device)
 
 
-_GPT2_URL = "https://openaipublic.blob.core.windows.net/neuron-explainer/subject-models/gpt2"
-_ASSETS = importlib.resources.files("neuron_explainer") / "assets"
-
-_MODEL_SPECS: dict[str, StandardModelSpec] = {
-    "tiny-tales": StandardModelSpec(str(_ASSETS / "tiny-tales")),
-    "gpt2-small": StandardModelSpec(f"{_GPT2_URL}/small"),
-    "gpt2-medium": StandardModelSpec(f"{_GPT2_URL}/medium"),
-    "gpt2-large": StandardModelSpec(f"{_GPT2_URL}/large"),
-    "gpt2-xl": StandardModelSpec(f"{_GPT2_URL}/xl"),
-}
-
-# Hugging Face's names of the same weights.
-_MODEL_ALIASES: dict[str, str] = {
-    "gpt2": "gpt2-small",
-    "openai-community/gpt2": "gpt2-small",
-    "openai-community/gpt2-medium": "gpt2-medium",
-    "openai-community/gpt2-large": "gpt2-large",
-    "openai-community/gpt2-xl": "gpt2-xl",
-}
-
-
-def list_model_names() -> list[str]:
-    """The names that :func:`get_standard_model_spec` knows, without other spellings of them."""
-    return list(_MODEL_SPECS)
-
-
-def get_standard_model_spec(name: str) -> StandardModelSpec:
-    """The model called ``name``. ``gpt2/small`` is ``gpt2-small``: "-" and "/" mean the same."""
-    spec = _find_model(name)
-    if spec is None:
-        raise _unknown_model(name)
-    return spec
-
-
-def resolve_model_source(name_or_path: str | Path) -> str | Path:
-    """Where a model is: the folder's path, or the URL of a remote one.
-
-    An existing folder comes before a name, so that nobody's own ``gpt2-small`` is passed over.
-    """
-    if isinstance(name_or_path, str) and files.is_remote(name_or_path):
-        return name_or_path
-    folder = Path(name_or_path).expanduser()
-    # os.path, because Path's own tests raise where a name is too long to be one.
-    if str(name_or_path) and os.path.isdir(folder):
-        return folder
-    if os.path.isfile(folder):
-        raise SourceError(
-            f"{folder} is a file; give the folder that holds config.json and the weights."
-        )
-    spec = None if isinstance(name_or_path, Path) else _find_model(name_or_path)
-    if spec is None:
-        raise _unknown_model(str(name_or_path))
-    return spec.model_path if files.is_remote(spec.model_path) else Path(spec.model_path)
-
-
-def _find_model(name: str) -> StandardModelSpec | None:
-    spelled = {_spelling(known): known for known in (*_MODEL_ALIASES, *_MODEL_SPECS)}
-    known = spelled.get(_spelling(name))
-    return None if known is None else _MODEL_SPECS[_MODEL_ALIASES.get(known, known)]
-
-
-def _spelling(name: str) -> str:
-    return name.replace("/", "-")
-
-
-def _unknown_model(name: str) -> SourceError:
-    names = list_model_names()
-    return SourceError(
-        f"no model {name!r}: there is no such folder here ({os.getcwd()}) and no such name."
-        f"{did_you_mean(_spelling(name), [*names, *_MODEL_ALIASES])} Names: {', '.join(names)}. Or "
-        "give the path of a folder with config.json and weights (model.safetensors, model_pieces/ "
-        "or a Hugging Face GPT-2), an https:// or az:// folder, or hf:owner/name."
-    )
+def load_standard_transformer_from_model_spec(
+    model_spec: StandardModelSpec, device: Device
+) -> Transformer:
+    """The model that a spec speaks of, in float32."""
+    return Transformer.from_checkpoint(model_spec.model_path, device, torch.float32)
 
 
 # ----------------------------------------------------------------------------------- autoencoders
@@ -121,7 +68,7 @@ def _openai(location: str, version: str, normalization: InputNormalization) -> A
 def _packaged(location: str) -> AutoencoderSpec:
     """Autoencoders of tiny-tales: whatever layers were trained; their folders say everything."""
     wanted = ActivationLocation.parse(location)
-    root = Path(str(_ASSETS / "tiny-tales" / "autoencoders"))
+    root = Path(str(ASSETS / "tiny-tales" / "autoencoders"))
     folders = [
         folder
         for folder in sorted(root.glob("*"))

@@ -555,7 +555,7 @@ def test_unknown_names(model_name, name, message):
 
 
 def test_packaged_autoencoders(tmp_path, monkeypatch, model):
-    monkeypatch.setattr(model_registry, "_ASSETS", tmp_path)
+    monkeypatch.setattr(model_registry, "ASSETS", tmp_path)
     with pytest.raises(SourceError, match=r"of tiny-tales at mlp\.post_act .* missing from this"):
         make_autoencoder_context("tiny-tales", "ae-mlp-post-act", "cpu")
     root = tmp_path / "tiny-tales" / "autoencoders"

@@ -1,0 +1,8 @@
+"""Transformers and autoencoders, and everything that is applied to them: tensors, weights, tokens."""
+
+from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.config import TransformerConfig
+from neuron_explainer.models.hooks import Hooks, TransformerHooks
+from neuron_explainer.models.transformer import Transformer
+
+__all__ = ["Autoencoder", "Hooks", "Transformer", "TransformerConfig", "TransformerHooks"]
