@@ -32,7 +32,11 @@ def make_model(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            scale = 0.6 if "q_proj" in name or "k_proj" in name else 0.25
+            scale = 0.25
+            if "embed" in name or "q_proj" in name or "k_proj" in name:
+                scale = 0.7  # so that the next token depends on the tokens before
+            elif name == "final_ln.bias":
+                scale = 0.05  # and not on this
             parameter.add_((scale * noise).to(dtype))
     return model
 

@@ -801,6 +801,7 @@ class Transformer(nn.Module):
             ids, _ = self._prompt_ids(tokens, bos)
             tokens, pad = prep_input_and_pad(ids, "right", self.device)
         elif bos is not False:
+            self._check_tokens(tokens, HiddenState(self.cfg.n_layers), pad)
             tokens, pad = self._prepend(tokens, pad, self._bos_id(bos))
         wanted = [
             place
