@@ -24,6 +24,7 @@ STEPS = [
         "Load a model",
         "tiny-tales ships with the package: a GPT-2 architecture trained on public-domain tales.",
         """\
+import torch
 from neuron_explainer.models.transformer import Transformer
 model = Transformer.load("tiny-tales", device="cpu", dtype=torch.float32)
 print(f"{model.cfg.n_layers} layers, width {model.cfg.d_model}, {model.n_vocab} tokens")""",
@@ -98,7 +99,6 @@ def run(steps: list[Step] = STEPS, echo: bool = True) -> list[dict[str, Any]]:
         A dict a step: ``title``, ``why``, ``code``, ``output``, ``seconds``.
     """
     namespace: dict[str, Any] = {}
-    exec("import torch", namespace)
     results = []
     for number, step in enumerate(steps, start=1):
         if echo:
