@@ -20,13 +20,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
-from neuron_explainer.models.model_registry import resolve_model_source
-from neuron_explainer.models.tokenizers import (
-    TokenizerSpec,
-    decode,
-    encode_prompt,
-    load_encoding,
-)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -42,6 +35,7 @@ from neuron_explainer.models.hooks import (
     TransformerHooks,
 )
 from neuron_explainer.models.locations import ActivationLocation, LocationLike, parse_locations
+from neuron_explainer.models.model_names import resolve_model_source
 from neuron_explainer.models.sampling import (
     Device,
     check_sampling_settings,
@@ -52,6 +46,12 @@ from neuron_explainer.models.sampling import (
     sample_from_logits,
 )
 from neuron_explainer.models.simplify import apply_layernorm_foldin
+from neuron_explainer.models.tokenizers import (
+    TokenizerSpec,
+    decode,
+    encode_prompt,
+    load_encoding,
+)
 
 if TYPE_CHECKING:
     import tiktoken
