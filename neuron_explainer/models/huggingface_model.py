@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from neuron_explainer.errors import InputError, LocationError, SourceError, did_you_mean
 from neuron_explainer.models.generation import (
+    Activations,
+    Sample,
     check_tokens,
     chooser,
     generate,
@@ -24,6 +26,7 @@ from neuron_explainer.models.generation import (
     prepend,
     prompts_to_ids,
     stops_to_ids,
+    with_recorder,
 )
 from neuron_explainer.models.hooks import NO_HOOKS, TransformerHooks
 from neuron_explainer.models.huggingface_families import (
@@ -46,7 +49,6 @@ from neuron_explainer.models.sampling import (
     prep_input_and_pad,
     prep_pos_from_pad_and_prev_lens,
 )
-from neuron_explainer.models.transformer import Activations, Sample, _with_recorder
 
 
 class HuggingFaceState:
@@ -286,6 +288,7 @@ class HuggingFaceModel:
             ids, _ = self._prompt_ids(tokens, bos)
             tokens, pad = prep_input_and_pad(ids, "right", self.device)
         elif bos is not False:
+            check_tokens(tokens, pad, self.n_vocab)
             tokens, pad = prepend(tokens, pad, self._bos_id(bos))
         wanted = [
             place
@@ -295,7 +298,7 @@ class HuggingFaceModel:
         for place in wanted:
             self.require(place.path)
         found = Activations(tokens, pad)
-        hooks = _with_recorder(hooks, wanted, found)
+        hooks = with_recorder(hooks, wanted, found)
         stop_at = self._last_needed(wanted)
         self._run(tokens, HuggingFaceState(), pad, hooks, use_cache=False, stop_at=stop_at)
         return found
