@@ -1,0 +1,211 @@
+"""The four commands that make the embedded model ``tiny-tales``; see README.md beside this file."""
+
+import argparse
+import datetime
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neuron_explainer.experiments.tiny_tales import autoencoder_training, evaluation, model_training
+from neuron_explainer.experiments.tiny_tales.autoencoder_training import (
+    AutoencoderTrainer,
+    AutoencoderTrainingConfig,
+)
+from neuron_explainer.experiments.tiny_tales.data import (
+    HELD_OUT_BOOKS,
+    TrainingWindows,
+    read_corpus,
+    token_stream,
+)
+from neuron_explainer.experiments.tiny_tales.model_training import ModelTrainer, ModelTrainingConfig
+from neuron_explainer.experiments.tiny_tales.tokenizer import (
+    TOKENIZER_FILE,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_spec,
+    train_tokenizer,
+)
+from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.models.transformer import Transformer, TransformerConfig
+
+MODEL_NAME = "tiny-tales"
+AUTOENCODERS = "autoencoders"
+
+
+def model_config(n_vocab: int) -> TransformerConfig:
+    """2.6 million parameters: GPT-2's architecture at a size that two CPU cores can train."""
+    return TransformerConfig(
+        enc=MODEL_NAME, ctx_window=256, d_model=192, n_layers=4, n_heads=6, n_vocab=n_vocab
+    )
+
+
+def run_tokenizer(args: argparse.Namespace) -> None:
+    """Learn the vocabulary from the training books."""
+    corpus = read_corpus(args.corpus)
+    save_tokenizer(train_tokenizer(corpus.training.values()), args.run / TOKENIZER_FILE)
+
+
+def run_train(args: argparse.Namespace) -> None:
+    """Train the model, from the run's checkpoint where there is one, and store it in float16."""
+    config = ModelTrainingConfig(steps=args.steps, decay_steps=args.decay_steps, seed=args.seed)
+    enc = load_tokenizer(args.run / TOKENIZER_FILE)
+    model = Transformer(
+        model_config(enc.n_vocab),
+        seed=config.seed,
+        tokenizer=tokenizer_spec(args.run / TOKENIZER_FILE),
+    )
+    windows = TrainingWindows(
+        token_stream(read_corpus(args.corpus).training, enc),
+        model.cfg.ctx_window,
+        config.batch_size,
+        config.seed,
+        enc.eot_token,
+        config.bos_share,
+    )
+    model_training.train(ModelTrainer(model, config), windows, args.run)
+    tokens = config.steps * config.batch_size * model.cfg.ctx_window
+    model.metadata = {
+        "training": {
+            **_data_record(),
+            **asdict(config),
+            "optimiser": "Muon for hidden matrices, AdamW for the rest; bfloat16 autocast",
+            "tokens": tokens,
+            "epochs": round(tokens / len(windows.stream), 2),
+        }
+    }
+    model.half().save(args.run / MODEL_NAME)
+
+
+def run_autoencoders(args: argparse.Namespace) -> None:
+    """Train all autoencoders on the stored model, and store them in float16."""
+    config = AutoencoderTrainingConfig(
+        steps=args.steps, decay_steps=args.decay_steps, seed=args.seed
+    )
+    model = Transformer.load(args.run / MODEL_NAME, device="cpu", dtype=torch.float32)
+    windows = TrainingWindows(
+        token_stream(read_corpus(args.corpus).training, model.enc),
+        model.cfg.ctx_window,
+        config.windows_per_step,
+        config.seed,
+        model.enc.eot_token,
+        config.bos_share,
+    )
+    sizes = {path: autoencoder_training.SIZES[path] for path in args.locations}
+    trainer = AutoencoderTrainer(model, windows, config, sizes)
+    autoencoder_training.train(trainer, args.run)
+    training = {
+        **_data_record(),
+        **asdict(config),
+        "optimiser": "Adam; bfloat16 autocast",
+        "tokens": config.steps * config.windows_per_step * model.cfg.ctx_window,
+    }
+    for name in trainer.dictionaries:
+        location = ActivationLocation.parse(name)
+        folder = args.run / MODEL_NAME / AUTOENCODERS / location.path / str(location.layer)
+        trainer.finished(name, MODEL_NAME, {"training": training}).save(folder, torch.float16)
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    """Measure a stored model and its autoencoders, and write the figures into their configs."""
+    books = read_corpus(args.corpus).held_out
+    model = Transformer.load(args.model, device="cpu", dtype=torch.float32)
+    model_figures = evaluation.measure_model(model, books, model.enc)
+    print(
+        f"bits per byte {model_figures.bits_per_byte:.4f} "
+        f"({model_figures.bits_per_byte_side_by_side:.4f} in windows side by side)"
+    )
+    evaluation.record(args.model, held_out=_figures_record(model_figures))
+    if args.model_only:
+        return
+    stored = evaluation.load_autoencoders(args.model / AUTOENCODERS)
+    ctx = model.cfg.ctx_window
+    figures = evaluation.measure_autoencoders(
+        model,
+        {location: autoencoder for location, (_, autoencoder) in stored.items()},
+        evaluation.held_out_windows(books, model.enc, ctx, ctx),
+    )
+    for location, (folder, _) in stored.items():
+        evaluation.record(folder, held_out=_figures_record(figures[location]))
+    print(evaluation.table(figures))
+
+
+def _data_record() -> dict[str, Any]:
+    return {
+        "data": "35 public-domain books in English",
+        "held_out_books": list(HELD_OUT_BOOKS),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _figures_record(
+    figures: evaluation.ModelFigures | evaluation.AutoencoderFigures,
+) -> dict[str, Any]:
+    return {
+        **evaluation.rounded(figures),
+        "books": list(HELD_OUT_BOOKS),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    main = argparse.ArgumentParser(prog="python -m neuron_explainer.experiments.tiny_tales")
+    commands = main.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        sub.add_argument(
+            "--corpus", type=Path, required=True, help="folder of .txt files, one book each"
+        )
+        sub.set_defaults(run_command=run)
+        return sub
+
+    def training_command(
+        name: str, run: Any, steps: int, decay_steps: int, seed: int
+    ) -> argparse.ArgumentParser:
+        sub = command(name, run)
+        _add_run(sub)
+        sub.add_argument("--steps", type=int, default=steps, help="in all (default: %(default)s)")
+        sub.add_argument(
+            "--decay-steps",
+            type=int,
+            default=decay_steps,
+            help="last steps, over which the learning rate falls to zero (default: %(default)s)",
+        )
+        sub.add_argument("--seed", type=int, default=seed, help="(default: %(default)s)")
+        return sub
+
+    _add_run(command("tokenizer", run_tokenizer))
+    training_command("train", run_train, steps=6500, decay_steps=1800, seed=0)
+    autoencoders = training_command(
+        "autoencoders", run_autoencoders, steps=5000, decay_steps=2000, seed=1
+    )
+    autoencoders.add_argument(
+        "--locations",
+        nargs="+",
+        choices=list(autoencoder_training.SIZES),
+        default=list(autoencoder_training.SIZES),
+        help="some only, to share the work out among processes (default: all)",
+    )
+    evaluate = command("evaluate", run_evaluate)
+    evaluate.add_argument("--model", type=Path, required=True, help="folder of the stored model")
+    evaluate.add_argument("--model-only", action="store_true", help="leave the autoencoders out")
+    return main
+
+
+def _add_run(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--run", type=Path, required=True, help="folder for checkpoints and results of this run"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command."""
+    args = parser().parse_args(argv)
+    args.run_command(args)
+
+
+if __name__ == "__main__":
+    main()

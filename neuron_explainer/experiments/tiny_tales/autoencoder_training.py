@@ -1,0 +1,168 @@
+"""Trains one TopK autoencoder for every layer and location of the model, all at once.
+
+Each step runs the frozen model on new windows and gives every dictionary the activations of its
+location: the forward pass is paid once for all of them and nothing is stored on disk. Resumable bit
+for bit, like the model's training.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from neuron_explainer.experiments.tiny_tales.checkpoints import load_checkpoint, save_checkpoint
+from neuron_explainer.experiments.tiny_tales.data import TrainingWindows
+from neuron_explainer.experiments.tiny_tales.dictionary import Dictionary, DictionarySize
+from neuron_explainer.experiments.tiny_tales.schedule import warmup_stable_decay
+from neuron_explainer.models.autoencoder import Autoencoder, TopK
+from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.models.transformer import Transformer
+
+#: Widths chosen for assets of at most 40 MB; the MLP's activations are four times as wide.
+SIZES = {
+    "mlp.post_act": DictionarySize(n_latents=1536, k=32),
+    "resid.torso.delta_mlp": DictionarySize(n_latents=2048, k=16),
+    "resid.torso.delta_attn": DictionarySize(n_latents=2048, k=16),
+}
+
+
+@dataclass(frozen=True)
+class AutoencoderTrainingConfig:
+    """Everything that decides the dictionaries, next to the model and the data."""
+
+    steps: int
+    decay_steps: int
+    warmup_steps: int = 50
+    windows_per_step: int = 4
+    lr: float = 2e-3
+    dead_after_tokens: int = 100_000
+    sample_windows: int = 64
+    """Windows whose activations give means and scales."""
+    bos_share: float = 0.25
+    seed: int = 1
+
+
+@torch.no_grad()
+def harvest(model: Transformer, tokens: Tensor, paths: list[str]) -> dict[str, Tensor]:
+    """Activations ``[b * s, n]`` of each layer at each path, by location (``3/mlp.post_act``)."""
+    with torch.autocast("cpu", torch.bfloat16):
+        captured = model.capture(tokens, paths)
+    return {str(location): x.flatten(0, 1).float() for location, x in captured.items()}
+
+
+class AutoencoderTrainer:
+    """All dictionaries of a model, their optimiser and the step they have reached."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        windows: TrainingWindows,
+        config: AutoencoderTrainingConfig,
+        sizes: dict[str, DictionarySize] | None = None,
+    ) -> None:
+        self.model, self.windows, self.config, self.step = model, windows, config, 0
+        self.sizes = SIZES if sizes is None else sizes
+        generator = torch.Generator().manual_seed(config.seed)
+        self.dictionaries = {
+            location: Dictionary(self.sizes[_path(location)], sample, generator)
+            for location, sample in self._harvest_sample().items()
+        }
+        parameters = [p for d in self.dictionaries.values() for p in d.parameters()]
+        self.optimiser = torch.optim.Adam(parameters, lr=config.lr, fused=True)
+
+    def _harvest_sample(self) -> dict[str, Tensor]:
+        """Activations from which means, scales and first directions are taken."""
+        batches = -(-self.config.sample_windows // self.windows.batch_size)
+        tokens = torch.cat([self.windows.batch(step)[0] for step in range(batches)])
+        return harvest(self.model, tokens, list(self.sizes))
+
+    def train_step(self) -> dict[str, float]:
+        """One update of every dictionary; returns each one's share of variance not explained."""
+        c = self.config
+        factor = warmup_stable_decay(self.step, c.steps, c.warmup_steps, c.decay_steps)
+        self.optimiser.param_groups[0]["lr"] = c.lr * factor
+        tokens, _ = self.windows.batch(self.step)
+        activations = harvest(self.model, tokens, list(self.sizes))
+        self.optimiser.zero_grad()
+        fvu: dict[str, float] = {}
+        for location, dictionary in self.dictionaries.items():
+            loss = dictionary.loss(activations[location], c.dead_after_tokens)
+            loss.total.backward()  # type: ignore[no-untyped-call]
+            dictionary.keep_gradient_tangential()
+            fvu[location] = float(loss.fvu)
+        self.optimiser.step()
+        for dictionary in self.dictionaries.values():
+            dictionary.normalise_decoder()
+        self.step += 1
+        return fvu
+
+    def _checkpoint(self, folder: Path) -> Path:
+        """Named after the locations: they may be shared out among processes."""
+        return folder / f"autoencoder_training.{'+'.join(sorted(self.sizes))}.pt"
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint whole or not at all."""
+        save_checkpoint(
+            self._checkpoint(folder),
+            config=asdict(self.config),
+            step=self.step,
+            state={
+                "dictionaries": {k: d.state_dict() for k, d in self.dictionaries.items()},
+                "optimiser": self.optimiser.state_dict(),
+            },
+        )
+
+    def load(self, folder: Path) -> bool:
+        """Take up the checkpoint in ``folder``, if there is one; says whether there was."""
+        stored = load_checkpoint(self._checkpoint(folder), asdict(self.config))
+        if stored is None:
+            return False
+        for location, state in stored.state["dictionaries"].items():
+            self.dictionaries[location].load_state_dict(state)
+        self.optimiser.load_state_dict(stored.state["optimiser"])
+        self.step = stored.step
+        return True
+
+    def finished(self, location: str, model_name: str, metadata: dict[str, Any]) -> Autoencoder:
+        """The dictionary of a location as a plain autoencoder of raw activations."""
+        dictionary = self.dictionaries[location]
+        n_latents, n_inputs = dictionary.encoder.shape
+        autoencoder = Autoencoder(
+            n_latents,
+            n_inputs,
+            TopK(dictionary.k),
+            location=location,
+            model_name=model_name,
+            metadata=metadata,
+        )
+        parameters = dictionary.folded_state_dict()
+        for name, parameter in autoencoder.named_parameters():
+            parameter.data.copy_(parameters[name])
+        return autoencoder
+
+
+def _path(location: str) -> str:
+    return ActivationLocation.parse(location).path
+
+
+def train(trainer: AutoencoderTrainer, folder: Path, checkpoint_every: int = 200) -> None:
+    """Run to ``config.steps``, from the checkpoint in ``folder`` where there is one."""
+    torch.set_flush_denormal(True)
+    trainer.load(folder)
+    with tqdm(total=trainer.config.steps, initial=trainer.step, unit="step") as bar:
+        while trainer.step < trainer.config.steps:
+            fvu = trainer.train_step()
+            bar.update()
+            bar.set_postfix(_mean_by_path(fvu), refresh=False)
+            if trainer.step % checkpoint_every == 0 or trainer.step == trainer.config.steps:
+                trainer.save(folder)
+
+
+def _mean_by_path(fvu: dict[str, float]) -> dict[str, str]:
+    by_path: dict[str, list[float]] = {}
+    for location, value in fvu.items():
+        by_path.setdefault(_path(location), []).append(value)
+    return {path: f"{sum(values) / len(values):.3f}" for path, values in by_path.items()}

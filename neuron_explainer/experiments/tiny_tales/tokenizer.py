@@ -1,0 +1,89 @@
+"""A byte-level BPE trained on the books, stored the way tiktoken reads vocabularies.
+
+``tokenizers`` learns the merges (training time only); what is stored and used is tiktoken's list of
+base64-encoded tokens with their ranks. Both split text with GPT-2's pattern.
+"""
+
+import base64
+from collections.abc import Iterable
+from pathlib import Path
+
+import tiktoken
+
+from neuron_explainer.errors import MissingExtraError, SourceError
+from neuron_explainer.models.tokenizers import (
+    GPT2_PATTERN,
+    TOKENIZER_FILE,
+    TokenizerSpec,
+    load_encoding,
+)
+
+__all__ = [
+    "TOKENIZER_FILE",
+    "load_tokenizer",
+    "save_tokenizer",
+    "tokenizer_spec",
+    "train_tokenizer",
+]
+
+VOCABULARY_SIZE = 4096  # <|endoftext|> included, as the last id
+END_OF_TEXT = "<|endoftext|>"
+
+
+def byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte, as the keys of its byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    stand_ins = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in printable]
+    return stand_ins | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocabulary_size: int = VOCABULARY_SIZE
+) -> dict[bytes, int]:
+    """Learn BPE merges; returns tiktoken's ``mergeable_ranks`` (bytes of a token -> its id)."""
+    try:
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    except ImportError as error:
+        raise MissingExtraError(
+            "Training a tokenizer needs the package 'tokenizers': pip install tokenizers"
+        ) from error
+    alphabet = byte_level_alphabet()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size - 1, initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return {
+        bytes(alphabet[character] for character in token): rank
+        for token, rank in tokenizer.get_vocab().items()
+    }
+
+
+def save_tokenizer(ranks: dict[bytes, int], path: Path) -> None:
+    """Write tiktoken's format: one ``base64(token) rank`` a line, in the order of the ranks."""
+    lines = [
+        f"{base64.b64encode(token).decode()} {rank}\n"
+        for token, rank in sorted(ranks.items(), key=lambda item: item[1])
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines), encoding="ascii")
+
+
+def tokenizer_spec(path: Path) -> TokenizerSpec:
+    """The stored tokenizer, with ``<|endoftext|>`` as the id after the last rank."""
+    if not path.is_file():
+        raise SourceError(
+            f"No tokenizer at {str(path)!r}: train it with "
+            "`python -m neuron_explainer.experiments.tiny_tales tokenizer`."
+        )
+    end_of_text = len(path.read_bytes().splitlines())
+    return TokenizerSpec(
+        "tiny-tales", GPT2_PATTERN, ((END_OF_TEXT, end_of_text),), (str(path.resolve()),)
+    )
+
+
+def load_tokenizer(path: Path) -> tiktoken.Encoding:
+    """The encoding stored by ``save_tokenizer``."""
+    return load_encoding(tokenizer_spec(path))

@@ -1,0 +1,458 @@
+"""The training of the embedded model: data, schedule, arithmetic, resuming, figures. Tiny sizes."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from neuron_explainer.errors import CheckpointError, InputError, SourceError
+from neuron_explainer.experiments.tiny_tales import (
+    autoencoder_training,
+    evaluation,
+    model_training,
+)
+from neuron_explainer.experiments.tiny_tales.__main__ import main
+from neuron_explainer.experiments.tiny_tales.autoencoder_training import (
+    AutoencoderTrainer,
+    AutoencoderTrainingConfig,
+    harvest,
+)
+from neuron_explainer.experiments.tiny_tales.checkpoints import check_same_recipe
+from neuron_explainer.experiments.tiny_tales.data import (
+    HELD_OUT_BOOKS,
+    TrainingWindows,
+    evaluation_windows,
+    read_corpus,
+    token_stream,
+)
+from neuron_explainer.experiments.tiny_tales.dictionary import Dictionary, DictionarySize, largest
+from neuron_explainer.experiments.tiny_tales.fused_loss import linear_cross_entropy
+from neuron_explainer.experiments.tiny_tales.model_training import (
+    ModelTrainer,
+    ModelTrainingConfig,
+    final_hidden,
+)
+from neuron_explainer.experiments.tiny_tales.schedule import warmup_stable_decay
+from neuron_explainer.experiments.tiny_tales.tokenizer import (
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_spec,
+    train_tokenizer,
+)
+from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.models.transformer import Transformer, TransformerConfig
+
+CTX = 8
+VOCAB = 40
+BOS = VOCAB - 1
+SENTENCES = "The fox ran home. It didn't stop, and nobody saw it — not even the 7 owls!\n\n"
+
+
+def tiny_model(seed: int = 0) -> Transformer:
+    cfg = TransformerConfig(
+        enc="none", ctx_window=CTX, d_model=16, n_layers=2, n_heads=2, n_vocab=VOCAB
+    )
+    return Transformer(cfg, seed=seed)
+
+
+def tiny_windows(batch_size: int = 4, n_tokens: int = 300) -> TrainingWindows:
+    stream = np.random.default_rng(3).integers(0, BOS, n_tokens)
+    return TrainingWindows(stream, CTX, batch_size, seed=0, bos_token=BOS)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for title in (*HELD_OUT_BOOKS, "a_training_book", "another"):
+        (folder / f"{title}.txt").write_text(f"{title} " + SENTENCES * 30, encoding="utf-8")
+    return folder
+
+
+# --- data ---
+
+
+def test_held_out_books_are_never_in_the_training_data(corpus: Path) -> None:
+    read = read_corpus(corpus)
+    assert set(read.training) == {"a_training_book", "another"}
+    assert set(read.held_out) == set(HELD_OUT_BOOKS)
+
+
+def test_a_corpus_without_its_held_out_books_is_refused(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="No corpus at"):
+        read_corpus(tmp_path / "nowhere")
+    (corpus / f"{HELD_OUT_BOOKS[1]}.txt").unlink()
+    with pytest.raises(SourceError, match=HELD_OUT_BOOKS[1]):
+        read_corpus(corpus)
+
+
+def test_an_epoch_shows_each_token_once_at_most() -> None:
+    windows = replace(tiny_windows(), stream=np.arange(300), bos_share=0.0)
+    seen = np.concatenate([windows.window(i)[1] for i in range(windows.windows_per_epoch)])
+    assert len(set(seen)) == len(seen) >= 300 - 2 * CTX
+    order = [windows.window(i)[0][0] for i in range(windows.windows_per_epoch)]
+    next_epoch = [windows.window(windows.windows_per_epoch + i)[0][0] for i in range(3)]
+    assert order != sorted(order)
+    assert order[:3] != next_epoch
+
+
+def test_targets_are_the_next_tokens_also_behind_the_start_token() -> None:
+    windows = replace(tiny_windows(), stream=np.arange(300), bos_share=0.5)
+    kinds = set()
+    for index in range(60):
+        inputs, targets = windows.window(index)
+        kinds.add(bool(inputs[0] == BOS and targets[0] != BOS + 1))
+        assert len(inputs) == len(targets) == CTX
+        assert (inputs[1:] == targets[:-1]).all()
+    assert kinds == {True, False}
+
+
+def test_batches_depend_on_seed_and_step_alone() -> None:
+    one, other = tiny_windows(), tiny_windows()
+    for step in (100, 3):
+        other.batch(step)
+    assert torch.equal(one.batch(7)[0], other.batch(7)[0])
+    assert not torch.equal(one.batch(7)[0], replace(tiny_windows(), seed=1).batch(7)[0])
+
+
+def test_a_stream_shorter_than_two_windows_is_refused() -> None:
+    with pytest.raises(InputError, match="too short"):
+        tiny_windows(n_tokens=2 * CTX)
+
+
+@pytest.mark.parametrize("n_tokens", [1, CTX - 1, CTX, CTX + 1, 5 * CTX + 3])
+@pytest.mark.parametrize("stride", [1, 3, CTX])
+def test_evaluation_predicts_every_token_of_a_book_once(n_tokens: int, stride: int) -> None:
+    tokens = np.arange(n_tokens)
+    predicted: list[int] = []
+    for window in evaluation_windows(tokens, CTX, stride, BOS):
+        assert 2 <= len(window.tokens) <= CTX + 1
+        if predicted:
+            assert window.count_from >= min(CTX - stride, len(predicted))
+        predicted.extend(window.tokens[1:][window.count_from :])
+    assert predicted == list(tokens)
+
+
+def test_evaluation_refuses_a_stride_beyond_the_window() -> None:
+    with pytest.raises(InputError, match="stride"):
+        list(evaluation_windows(np.arange(5), CTX, CTX + 1, BOS))
+
+
+# --- tokenizer ---
+
+
+def test_tiktoken_reads_the_trained_tokenizer_and_agrees_with_its_trainer(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    ranks = train_tokenizer([SENTENCES * 3, "Über den Fluß, naïve café\n"], vocabulary_size=300)
+    save_tokenizer(ranks, tmp_path / "tokenizer.tiktoken")
+    enc = load_tokenizer(tmp_path / "tokenizer.tiktoken")
+    assert enc.n_vocab == len(ranks) + 1 <= 300
+    assert enc.eot_token == len(ranks)
+    text = SENTENCES + "Words   never seen: zebra's café, 1234\t\n\n  ¿\U0001f98a?"
+    assert enc.decode(enc.encode_ordinary(text)) == text
+    reference = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab=_as_text(ranks), merges=_merges(ranks))
+    )
+    reference.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert reference.encode(text).ids == enc.encode_ordinary(text)
+
+
+def _as_text(ranks: dict[bytes, int]) -> dict[str, int]:
+    from neuron_explainer.experiments.tiny_tales.tokenizer import byte_level_alphabet
+
+    character = {byte: text for text, byte in byte_level_alphabet().items()}
+    return {"".join(character[b] for b in token): rank for token, rank in ranks.items()}
+
+
+def _merges(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
+    """The pair that each token was merged from: the split into the two lowest ranks that BPE makes."""
+    from tiktoken._educational import bpe_encode
+
+    names = {rank: text for text, rank in _as_text(ranks).items()}
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) > 1:
+            smaller = {t: r for t, r in ranks.items() if r < rank}
+            left, right = bpe_encode(smaller, token, visualise=None)
+            merges.append((names[left], names[right]))
+    return merges
+
+
+def test_a_missing_tokenizer_says_how_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="tiny_tales tokenizer"):
+        tokenizer_spec(tmp_path / "tokenizer.tiktoken")
+
+
+# --- the loops ---
+
+
+def test_schedule() -> None:
+    rates = [warmup_stable_decay(step, 20, warmup_steps=4, decay_steps=5) for step in range(21)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[4:16] == [1.0] * 12
+    assert rates[16:] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
+
+
+def test_fused_loss_is_cross_entropy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1100, 24, generator=generator, requires_grad=True)
+    weight = torch.randn(VOCAB, 24, generator=generator, requires_grad=True)
+    targets = torch.randint(0, VOCAB, (1100,), generator=generator)
+    loss = linear_cross_entropy(x, weight, targets)
+    expected = F.cross_entropy(x @ weight.T, targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
+    grads = torch.autograd.grad(loss, [x, weight])
+    for found, right in zip(grads, torch.autograd.grad(expected, [x, weight]), strict=True):
+        assert float((found - right).norm() / right.norm()) < 2e-2  # bfloat16 products
+
+
+def test_training_arithmetic_is_the_models_own() -> None:
+    model, (tokens, _) = tiny_model(), tiny_windows().batch(0)
+    with torch.no_grad():
+        ours = model.unembed(final_hidden(model, tokens))
+        logits, _ = model(tokens)
+    assert float((ours - logits).norm() / logits.norm()) < 2e-2  # bfloat16 products
+
+
+def test_model_training_learns_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    config = ModelTrainingConfig(steps=12, decay_steps=4, warmup_steps=2, batch_size=4)
+
+    def run(folder: Path, config: ModelTrainingConfig, seed: int = 0) -> ModelTrainer:
+        trainer = ModelTrainer(tiny_model(seed), config)
+        model_training.train(trainer, tiny_windows(), folder, checkpoint_every=5)
+        return trainer
+
+    whole = run(tmp_path / "whole", config)
+    # stopped while the rate is level; the resumed model's own first weights do not matter
+    run(tmp_path / "parts", replace(config, steps=7, decay_steps=0))
+    resumed = run(tmp_path / "parts", config, seed=99)
+    for (name, a), b in zip(
+        whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    assert whole.model.unembed.weight is whole.model.tok_embed.weight
+    fresh = ModelTrainer(tiny_model(), config)
+    batch = tiny_windows().batch(0)
+    assert whole.train_step(*batch) < fresh.train_step(*batch)
+
+
+def test_autoencoder_training_learns_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    sizes = {
+        "mlp.post_act": DictionarySize(96, 4),
+        "resid.torso.delta_attn": DictionarySize(64, 4),
+    }
+    config = AutoencoderTrainingConfig(
+        steps=30, decay_steps=10, warmup_steps=2, dead_after_tokens=64, sample_windows=8
+    )
+
+    def run(folder: Path, config: AutoencoderTrainingConfig) -> AutoencoderTrainer:
+        trainer = AutoencoderTrainer(tiny_model(), tiny_windows(), config, sizes)
+        autoencoder_training.train(trainer, folder, checkpoint_every=10)
+        return trainer
+
+    whole = run(tmp_path / "whole", config)
+    run(tmp_path / "parts", replace(config, steps=17, decay_steps=0))
+    resumed = run(tmp_path / "parts", config)
+    assert set(whole.dictionaries) == {f"{layer}/{path}" for layer in range(2) for path in sizes}
+    for location, dictionary in whole.dictionaries.items():
+        for name, value in dictionary.state_dict().items():
+            assert torch.equal(value, resumed.dictionaries[location].state_dict()[name]), name
+    fresh = AutoencoderTrainer(tiny_model(), tiny_windows(), config, sizes)
+    activations = harvest(whole.model, tiny_windows(64).batch(0)[0], list(sizes))
+    for location, x in activations.items():
+        learnt, before = (
+            float(trainer.dictionaries[location].loss(x, dead_after=10**9).fvu)
+            for trainer in (whole, fresh)
+        )
+        assert learnt < 0.9 * before, location
+
+
+def test_a_finished_autoencoder_computes_what_the_dictionary_did() -> None:
+    config = AutoencoderTrainingConfig(steps=5, decay_steps=0, sample_windows=8)
+    sizes = {"mlp.post_act": DictionarySize(96, 4)}
+    trainer = AutoencoderTrainer(tiny_model(), tiny_windows(), config, sizes)
+    for _ in range(5):
+        trainer.train_step()
+    autoencoder = trainer.finished("1/mlp.post_act", "tiny", {})
+    x = harvest(trainer.model, tiny_windows().batch(9)[0], list(sizes))["1/mlp.post_act"]
+    dictionary = trainer.dictionaries["1/mlp.post_act"]
+    with torch.no_grad():
+        share = float(dictionary.loss(x, dead_after=10**9).fvu)
+        error = (x - autoencoder.reconstruct(x)).square().mean() / dictionary.scale**2
+    assert float(error) == pytest.approx(share, rel=0.05)  # the dictionary encodes in bfloat16
+    assert str(autoencoder.location) == "1/mlp.post_act"
+    norms = autoencoder.decoder.weight.norm(dim=0)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+
+
+@pytest.mark.parametrize("width", [1536, 1000, 40])
+def test_the_search_by_groups_finds_the_largest(width: int) -> None:
+    x = torch.randn(50, width, generator=torch.Generator().manual_seed(0))
+    values, indices = largest(x, 16)
+    assert torch.equal(values.sort(1).values, x.topk(16, dim=1).values.sort(1).values)
+    assert torch.equal(x.gather(1, indices), values)
+
+
+def test_only_silent_latents_get_the_auxiliary_loss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 12, generator=generator)
+    dictionary = Dictionary(DictionarySize(32, 2), x, generator)
+    with torch.no_grad():
+        dictionary.tokens_since_active[:16] = 1000
+        dictionary.latent_bias[:16] = -0.1  # behind the others, and above zero for some tokens
+    quiet = dictionary.loss(x, dead_after=10**9)
+    assert quiet.total.item() == quiet.fvu.item()
+    with torch.no_grad():
+        dictionary.tokens_since_active[:16] = 1000
+    cared_for = dictionary.loss(x, dead_after=999)
+    assert cared_for.total.item() > cared_for.fvu.item()
+    grads = [
+        torch.autograd.grad(loss.total, dictionary.decoder, retain_graph=True)[0].norm(dim=1)
+        for loss in (quiet, cared_for)
+    ]
+    torch.testing.assert_close(grads[0][16:], grads[1][16:])
+    assert (grads[0][:16] != grads[1][:16]).any()
+
+
+def test_resuming_with_another_recipe_is_refused() -> None:
+    recipe = {"steps": 100, "decay_steps": 20, "lr": 1e-3}
+    path = Path("checkpoint.pt")
+    check_same_recipe(path, recipe, {**recipe, "steps": 200}, step=80)
+    with pytest.raises(CheckpointError, match=r"lr: 0\.001 -> 0\.1"):
+        check_same_recipe(path, recipe, {**recipe, "lr": 0.1}, step=5)
+    with pytest.raises(CheckpointError, match="can no longer be moved"):
+        check_same_recipe(path, recipe, {**recipe, "steps": 200}, step=81)
+    with pytest.raises(CheckpointError, match="can no longer be moved"):
+        check_same_recipe(path, recipe, {**recipe, "steps": 50}, step=60)
+
+
+# --- figures ---
+
+
+def test_figures_agree_with_their_definitions() -> None:
+    model = tiny_model()
+    config = AutoencoderTrainingConfig(steps=5, decay_steps=0, sample_windows=8)
+    sizes = {"resid.torso.delta_mlp": DictionarySize(64, 4)}
+    trainer = AutoencoderTrainer(model, tiny_windows(), config, sizes)
+    location = ActivationLocation.parse("1/resid.torso.delta_mlp")
+    autoencoder = trainer.finished(str(location), "tiny", {})
+    tokens = np.random.default_rng(5).integers(0, BOS, 61)
+    windows = list(evaluation_windows(tokens, CTX, CTX, BOS))
+    figures = evaluation.measure_autoencoders(
+        model, {location: autoencoder}, windows, loss_every=1
+    )[location]
+
+    inputs = [torch.from_numpy(window.tokens[:-1])[None] for window in windows]
+    counted = [window.count_from for window in windows]
+    with torch.no_grad():
+        x = torch.cat(
+            [
+                model.capture(t, [location])[location][0, first:]
+                for t, first in zip(inputs, counted, strict=True)
+            ]
+        ).double()
+        recons = autoencoder.reconstruct(x.float()).double()
+        losses = torch.cat(
+            [
+                F.cross_entropy(
+                    model(t)[0][0, first:],
+                    torch.from_numpy(w.tokens[1 + first :]),
+                    reduction="none",
+                )
+                for t, w, first in zip(inputs, windows, counted, strict=True)
+            ]
+        )
+    fvu = (x - recons).square().sum() / (x - x.mean(0)).square().sum()
+    assert figures.fvu == pytest.approx(float(fvu), rel=1e-5)
+    assert figures.tokens == len(tokens) == len(losses)
+    assert figures.loss_clean == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert 0 < figures.l0 <= 4
+    assert 0 <= figures.dead_share < 1
+    assert figures.loss_recovered_zero == pytest.approx(
+        (figures.loss_zero_ablated - figures.loss_spliced)
+        / (figures.loss_zero_ablated - figures.loss_clean)
+    )
+
+
+def test_bits_per_byte_of_a_model_that_knows_nothing(corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    books = read_corpus(corpus)
+    save_tokenizer(train_tokenizer(books.training.values(), 300), tmp_path / "t.tiktoken")
+    enc = load_tokenizer(tmp_path / "t.tiktoken")
+    cfg = TransformerConfig(
+        enc="none", ctx_window=CTX, d_model=16, n_layers=1, n_heads=2, n_vocab=enc.n_vocab
+    )
+    model = Transformer(cfg, seed=0)
+    with torch.no_grad():
+        model.unembed.weight.zero_()
+    text = {"book": SENTENCES * 3}
+    figures = evaluation.measure_model(model, text, enc)
+    n_tokens, n_bytes = len(enc.encode_ordinary(text["book"])), len(text["book"].encode())
+    assert (figures.tokens, figures.bytes) == (n_tokens, n_bytes)
+    assert figures.bits_per_byte == pytest.approx(n_tokens * math.log2(enc.n_vocab) / n_bytes)
+    assert figures.bits_per_byte_side_by_side == pytest.approx(figures.bits_per_byte)
+
+
+def test_streams_open_each_book_with_the_start_token(corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    books = read_corpus(corpus).training
+    save_tokenizer(train_tokenizer(books.values(), 300), tmp_path / "t.tiktoken")
+    enc = load_tokenizer(tmp_path / "t.tiktoken")
+    stream = token_stream(books, enc)
+    assert (stream == enc.eot_token).sum() == len(books)
+    assert stream[0] == enc.eot_token
+
+
+# --- the commands ---
+
+
+def test_commands_from_books_to_figures(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("tokenizers")
+    module = "neuron_explainer.experiments.tiny_tales.__main__"
+    monkeypatch.setattr(
+        f"{module}.model_config",
+        lambda n_vocab: TransformerConfig(
+            enc="tiny-tales", ctx_window=32, d_model=16, n_layers=1, n_heads=2, n_vocab=n_vocab
+        ),
+    )
+    sizes = {"mlp.post_act": DictionarySize(96, 4)}
+    monkeypatch.setattr(autoencoder_training, "SIZES", sizes)
+    run, stored = tmp_path / "run", tmp_path / "run" / "tiny-tales"
+    common = ["--corpus", str(corpus), "--run", str(run)]
+    main(["tokenizer", *common])
+    main(["train", *common, "--steps", "2", "--decay-steps", "1"])
+    main(
+        [
+            "autoencoders",
+            *common,
+            "--locations",
+            "mlp.post_act",
+            "--steps",
+            "2",
+            "--decay-steps",
+            "1",
+        ]
+    )
+    main(["evaluate", "--corpus", str(corpus), "--model", str(stored)])
+    assert "0/mlp.post_act" in capsys.readouterr().out
+    model = Transformer.load(stored, device="cpu")
+    assert model.dtype == torch.float16
+    assert model.metadata["training"]["held_out_books"] == list(HELD_OUT_BOOKS)
+    assert model.metadata["held_out"]["bits_per_byte"] > 0
+    location = ActivationLocation.parse("0/mlp.post_act")
+    autoencoders = evaluation.load_autoencoders(stored / "autoencoders")
+    assert autoencoders[location][1].metadata["held_out"]["fvu"] > 0
+
+
+def test_evaluating_a_model_without_autoencoders_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="train them first"):
+        evaluation.load_autoencoders(tmp_path)
