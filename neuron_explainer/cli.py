@@ -142,7 +142,7 @@ def run_ablate(args: argparse.Namespace) -> Result:
 
     model = _load_model(args)
     hooks, what = _ablation(args, model)
-    ids, _ = model._prompt_ids(args.text, args.bos)
+    ids = model.prompt_ids(args.text, args.bos)
     tokens = torch.tensor(ids, device=model.device)
     with torch.no_grad():
         before = model(tokens)[0][0, -1].float().softmax(-1)

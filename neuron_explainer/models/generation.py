@@ -1,4 +1,4 @@
-"""From prompts to new tokens, for any model that gives the logits after the last token.
+"""What captures and generation have in common, whatever the model: inputs, loop, results.
 
 Shape legend: ``b`` batch, ``s`` sequence, ``v`` vocabulary.
 """
@@ -10,9 +10,53 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.errors import InputError
+from neuron_explainer.models.hooks import NO_HOOKS, AtLayers, TransformerHooks
+from neuron_explainer.models.locations import ActivationLocation, LocationLike
 from neuron_explainer.models.sampling import Device, prep_input_and_pad, sample_from_logits
 
 Encode = Callable[[str], list[int]]
+
+
+class Activations(dict[ActivationLocation, Tensor]):
+    """What :meth:`Transformer.capture` returns: ``{location: tensor}``; text names a location too."""
+
+    def __init__(self, tokens: Tensor, pad: Tensor | None) -> None:
+        super().__init__()
+        self.tokens = tokens
+        """The token ids ``[b, s]`` that were run, start token included."""
+        self.pad = pad
+        """Their pad mask ``[b, s]``, or None."""
+
+    def __getitem__(self, key: LocationLike, /) -> Tensor:
+        location = ActivationLocation.parse(key)
+        if location not in self:
+            raise KeyError(f"{location} was not captured; captured: {', '.join(map(str, self))}")
+        return super().__getitem__(location)
+
+    def __contains__(self, key: object, /) -> bool:
+        return super().__contains__(ActivationLocation.parse(key) if isinstance(key, str) else key)
+
+    def __repr__(self) -> str:
+        return "\n".join(
+            [f"{key}: {list(value.shape)} {value.dtype}" for key, value in self.items()]
+        )
+
+
+class Sample(dict[str, Any]):
+    """What :meth:`Transformer.sample` returns: ``{"tokens": list[list[int]], "strings": list[str]}``.
+
+    After prompts of token ids the strings are made when asked for: ids need no vocabulary file.
+    """
+
+    def __init__(self, tokens: list[list[int]], strings: Callable[[], list[str]]) -> None:
+        super().__init__(tokens=tokens)
+        self._strings = strings
+
+    def __missing__(self, key: str) -> list[str]:
+        if key != "strings":
+            raise KeyError(key)
+        self["strings"] = strings = self._strings()
+        return strings
 
 
 def prompts_to_ids(
@@ -141,3 +185,19 @@ def chooser(
         return sample_from_logits(logits, temperature, top_k, top_p, generator)
 
     return choose
+
+
+def with_recorder(
+    hooks: TransformerHooks | None, wanted: list[ActivationLocation], found: Activations
+) -> TransformerHooks:
+    """A copy of ``hooks`` whose last ones keep what passes at the ``wanted`` places in ``found``."""
+    hooks = (NO_HOOKS if hooks is None else hooks).copy()
+    for path in dict.fromkeys(place.path for place in wanted):
+
+        def keep(x: Tensor, layer: int | None, path: str = path) -> Tensor:
+            found[ActivationLocation(path, layer)] = x
+            return x
+
+        layers = [p.layer for p in wanted if p.path == path and p.layer is not None]
+        hooks.append_to_path(f"{path}.fwd2", AtLayers(layers).append(keep) if layers else keep)
+    return hooks

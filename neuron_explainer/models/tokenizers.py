@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import tiktoken
 
 TOKENIZER_FILE = "tokenizer.tiktoken"
+END_OF_TEXT = "<|endoftext|>"
 NO_TOKENIZER = "none"
 """The ``enc`` of a model that came without a tokenizer of its own or a name for one."""
 
@@ -478,6 +479,20 @@ def merge_below(token: str, ranks: dict[str, int], top: int) -> list[str]:
 
 
 # ------------------------------------------------------------------------------- text and tokens
+
+
+def start_token(spec: TokenizerSpec | str) -> int:
+    """The id of ``<|endoftext|>``, which GPT-2-family models are given as a start token.
+
+    Known without the vocabulary where the spec or the name says it.
+    """
+    if isinstance(spec, str):
+        spec = TokenizerSpec(spec)
+    if END_OF_TEXT in (special := dict(spec.special_tokens)):
+        return special[END_OF_TEXT]
+    if spec.name == "gpt2" and not spec.files:
+        return 50256
+    return load_encoding(spec).eot_token
 
 
 def encode_prompt(enc: "tiktoken.Encoding", text: str) -> list[int]:

@@ -1,6 +1,6 @@
 """A GPT-2-family transformer whose every intermediate value can be seen, replaced or differentiated.
 
-The file reads top to bottom: key-value cache, norm, attention, MLP, layer, model. Names, shapes, hook
+The file reads top to bottom: norm, attention, MLP, layer, model. Names, shapes, hook
 order and state-dict keys are those of OpenAI's Transformer Debugger; the mathematics is GPT-2's
 (Radford et al. 2019), checked in the tests against an independent numpy implementation and against
 Hugging Face's.
@@ -26,15 +26,27 @@ from torch.utils.checkpoint import checkpoint
 from neuron_explainer.errors import CheckpointError, InputError
 from neuron_explainer.models.checkpoints import load_checkpoint, save_native, save_pieces
 from neuron_explainer.models.config import SerializableDataclass, TransformerConfig
+from neuron_explainer.models.generation import (
+    Activations,
+    Sample,
+    check_tokens,
+    chooser,
+    generate,
+    make_generator,
+    prepend,
+    prompts_to_ids,
+    stops_to_ids,
+    with_recorder,
+)
+from neuron_explainer.models.hidden_state import HiddenState, KeyValueCache
 from neuron_explainer.models.hooks import (
     NO_HOOKS,
-    AtLayers,
     AttentionHooks,
     MLPHooks,
     NormalizationHooks,
     TransformerHooks,
 )
-from neuron_explainer.models.locations import ActivationLocation, LocationLike, parse_locations
+from neuron_explainer.models.locations import LocationLike, parse_locations
 from neuron_explainer.models.model_names import resolve_model_source
 from neuron_explainer.models.sampling import (
     Device,
@@ -43,7 +55,6 @@ from neuron_explainer.models.sampling import (
     prep_input_and_pad,
     prep_input_and_right_pad_for_forward_pass,
     prep_pos_from_pad_and_prev_lens,
-    sample_from_logits,
 )
 from neuron_explainer.models.simplify import apply_layernorm_foldin
 from neuron_explainer.models.tokenizers import (
@@ -51,6 +62,7 @@ from neuron_explainer.models.tokenizers import (
     decode,
     encode_prompt,
     load_encoding,
+    start_token,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +76,7 @@ __all__ = [
     "KeyValueCache",
     "MultiHeadedDotProductSelfAttention",
     "Norm",
+    "Sample",
     "SerializableDataclass",
     "Transformer",
     "TransformerConfig",
@@ -121,117 +134,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "relu": F.relu,
 }
-
-
-class KeyValueCache:
-    """Keys and values of one layer for the tokens seen so far, as projected: unscaled and un-hooked.
-
-    Without gradients, tokens are written into a buffer with room to spare, so that a generation costs
-    no copy of the past a step. With gradients, each call concatenates: autograd needs the old values.
-    """
-
-    def __init__(
-        self, K_cache: Tensor, V_cache: Tensor, pad_cache: Tensor | None = None, capacity: int = 0
-    ) -> None:
-        self._buffers = {"K": K_cache, "V": V_cache}
-        if pad_cache is not None:
-            self._buffers["pad"] = pad_cache
-        self._len = K_cache.shape[1]
-        self.capacity = capacity
-        """Tokens to make room for when the buffers have to grow."""
-
-    @property
-    def K_cache(self) -> Tensor:
-        """Keys ``[b, k, d]``."""
-        return self._buffers["K"][:, : self._len]
-
-    @property
-    def V_cache(self) -> Tensor:
-        """Values ``[b, k, d]``."""
-        return self._buffers["V"][:, : self._len]
-
-    @property
-    def pad_cache(self) -> Tensor | None:
-        """Pad mask ``[b, k]``, or None where there has been no pad."""
-        pad = self._buffers.get("pad")
-        return None if pad is None else pad[:, : self._len]
-
-    def __len__(self) -> int:
-        return self._len
-
-    def update(self, K: Tensor, V: Tensor, pad: Tensor | None = None) -> None:
-        """Append the keys and values ``[b, s, d]`` and pad mask ``[b, s]`` of new tokens, in place."""
-        new = {"K": K, "V": V}
-        if pad is not None or "pad" in self._buffers:
-            if "pad" not in self._buffers:
-                self._buffers["pad"] = K.new_zeros(self._buffers["K"].shape[:2], dtype=torch.bool)
-            new["pad"] = K.new_zeros(K.shape[:2], dtype=torch.bool) if pad is None else pad
-        end = self._len + K.shape[1]
-        for name, value in new.items():
-            old = self._buffers[name]
-            if torch.is_grad_enabled():
-                self._buffers[name] = torch.cat([old[:, : self._len], value], dim=1)
-                continue
-            if old.shape[1] < end:
-                room = max(self.capacity, end + end // 2)
-                grown = old.new_empty(old.shape[0], room, *old.shape[2:])
-                grown[:, : self._len] = old[:, : self._len]
-                self._buffers[name] = old = grown
-            old[:, self._len : end] = value
-        self._len = end
-
-    def copy(self) -> "KeyValueCache":
-        """A cache with tensors of its own: going on with one leaves the other as it is."""
-        new = KeyValueCache(self.K_cache.clone(), self.V_cache.clone(), capacity=self.capacity)
-        if self.pad_cache is not None:
-            new._buffers["pad"] = self.pad_cache.clone()
-        return new
-
-    def _fork(self) -> "KeyValueCache":
-        """A cache that shares the old tensors; only for updates with gradients, which replace them."""
-        return KeyValueCache(self.K_cache, self.V_cache, self.pad_cache, self.capacity)
-
-    def __repr__(self) -> str:
-        return f"KeyValueCache({self._len} tokens, batch {self._buffers['K'].shape[0]})"
-
-
-class HiddenState:
-    """What a model keeps between calls: each layer's keys and values, each row's number of tokens.
-
-    ``forward`` updates the one it is given and returns it; :meth:`copy` branches a generation.
-    """
-
-    def __init__(self, n_layers: int, capacity: int = 0) -> None:
-        self.prev_lens: Tensor | int = 0
-        """Tokens so far that are no pads, ``[b, 1]``; 0 at the start."""
-        self.positions: Tensor | None = None
-        """Positions ``[b, s]`` of the tokens of the latest call; hooks are given them."""
-        self.kv_caches: list[KeyValueCache | None] = [None] * n_layers
-        self.capacity = capacity
-
-    def set_prev_lens(self, prev_lens: Tensor | int) -> None:
-        """Set the number of tokens that each row has had."""
-        self.prev_lens = prev_lens
-
-    def __getitem__(self, layer: int) -> KeyValueCache | None:
-        return self.kv_caches[layer]
-
-    def __setitem__(self, layer: int, kv_cache: KeyValueCache | None) -> None:
-        self.kv_caches[layer] = kv_cache
-
-    def __len__(self) -> int:
-        return len(self.kv_caches)
-
-    def copy(self) -> "HiddenState":
-        """An independent copy."""
-        new = HiddenState(len(self), self.capacity)
-        new.prev_lens, new.positions = self.prev_lens, self.positions
-        new.kv_caches = [cache and cache.copy() for cache in self.kv_caches]
-        return new
-
-    def __repr__(self) -> str:
-        first = self.kv_caches[0]
-        return f"HiddenState({len(self)} layers, {first if first is not None else 'empty'})"
 
 
 class Norm(nn.Module):
@@ -514,48 +416,6 @@ class TransformerLayer(nn.Module):
         apply_layernorm_foldin(self.ln_2, [self.mlp.in_layer])
 
 
-class Activations(dict[ActivationLocation, Tensor]):
-    """What :meth:`Transformer.capture` returns: ``{location: tensor}``; text names a location too."""
-
-    def __init__(self, tokens: Tensor, pad: Tensor | None) -> None:
-        super().__init__()
-        self.tokens = tokens
-        """The token ids ``[b, s]`` that were run, start token included."""
-        self.pad = pad
-        """Their pad mask ``[b, s]``, or None."""
-
-    def __getitem__(self, key: LocationLike, /) -> Tensor:
-        location = ActivationLocation.parse(key)
-        if location not in self:
-            raise KeyError(f"{location} was not captured; captured: {', '.join(map(str, self))}")
-        return super().__getitem__(location)
-
-    def __contains__(self, key: object, /) -> bool:
-        return super().__contains__(ActivationLocation.parse(key) if isinstance(key, str) else key)
-
-    def __repr__(self) -> str:
-        return "\n".join(
-            [f"{key}: {list(value.shape)} {value.dtype}" for key, value in self.items()]
-        )
-
-
-class Sample(dict[str, Any]):
-    """What :meth:`Transformer.sample` returns: ``{"tokens": list[list[int]], "strings": list[str]}``.
-
-    After prompts of token ids the strings are made when asked for: ids need no vocabulary file.
-    """
-
-    def __init__(self, tokens: list[list[int]], strings: Callable[[], list[str]]) -> None:
-        super().__init__(tokens=tokens)
-        self._strings = strings
-
-    def __missing__(self, key: str) -> list[str]:
-        if key != "strings":
-            raise KeyError(key)
-        self["strings"] = strings = self._strings()
-        return strings
-
-
 class Transformer(nn.Module):
     """A decoder-only transformer: embedding, layers, final norm, unembedding.
 
@@ -744,29 +604,10 @@ class Transformer(nn.Module):
         return hooks.logits(self.unembed(X), layer=None, positions=H.positions), H
 
     def _check_tokens(self, tokens: Tensor, H: HiddenState, pad: Tensor | None) -> None:
-        """Refuse tokens that would index outside the embedding, with the numbers."""
-        if not isinstance(tokens, Tensor) or tokens.dtype != torch.long or tokens.dim() != 2:
-            found = (
-                f"{tokens.dtype} {list(tokens.shape)}"
-                if isinstance(tokens, Tensor)
-                else type(tokens).__name__
-            )
-            raise InputError(f"tokens must be an int64 tensor [batch, pos], found {found}.")
-        if tokens.numel() == 0:
-            raise InputError(f"tokens must hold at least one token, found {list(tokens.shape)}.")
-        if pad is not None and (pad.dtype != torch.bool or pad.shape != tokens.shape):
-            raise InputError(
-                f"pad must be bool and of tokens' shape {list(tokens.shape)}, "
-                f"found {pad.dtype} {list(pad.shape)}."
-            )
+        check_tokens(tokens, pad, self.n_vocab)
         if isinstance(H.prev_lens, Tensor) and H.prev_lens.shape[0] != tokens.shape[0]:
             raise InputError(
                 f"H holds a batch of {H.prev_lens.shape[0]}, tokens one of {tokens.shape[0]}."
-            )
-        low, high = (int(x) for x in tokens.aminmax())
-        if low < 0 or high >= self.n_vocab:
-            raise InputError(
-                f"token ids must lie in 0 to {self.n_vocab - 1}, found {low if low < 0 else high}."
             )
 
     # --- looking and sampling ---
@@ -802,14 +643,14 @@ class Transformer(nn.Module):
             tokens, pad = prep_input_and_pad(ids, "right", self.device)
         elif bos is not False:
             self._check_tokens(tokens, HiddenState(self.cfg.n_layers), pad)
-            tokens, pad = self._prepend(tokens, pad, self._bos_id(bos))
+            tokens, pad = prepend(tokens, pad, self._bos_id(bos))
         wanted = [
             place
             for location in parse_locations(locations)
             for place in location.expand(self.cfg.n_layers)
         ]
         found = Activations(tokens, pad)
-        hooks = _with_recorder(hooks, wanted, found)
+        hooks = with_recorder(hooks, wanted, found)
         X, H, pad, _ = self.run_embed(tokens, None, pad, hooks)
         depths = [
             0
@@ -825,14 +666,6 @@ class Transformer(nn.Module):
         if any(p.path == "logits" for p in wanted):
             self.run_unembed(X, H, hooks)
         return found
-
-    @staticmethod
-    def _prepend(tokens: Tensor, pad: Tensor | None, bos: int) -> tuple[Tensor, Tensor | None]:
-        """A column of start tokens in front; pads may follow it, since they take no position."""
-        tokens = torch.cat([tokens.new_full((tokens.shape[0], 1), bos), tokens], dim=1)
-        if pad is not None:
-            pad = torch.cat([pad.new_zeros(pad.shape[0], 1), pad], dim=1)
-        return tokens, pad
 
     @torch.no_grad()
     def sample(
@@ -874,24 +707,15 @@ class Transformer(nn.Module):
                 f"the longest prompt has {longest} tokens; with num_tokens={num_tokens} that is more "
                 f"than the context of {self.cfg.ctx_window} holds (the last token is not read)."
             )
-        if seed is not None:
-            if generator is not None:
-                raise InputError("give generator or seed, not both.")
-            generator = torch.Generator(self.device).manual_seed(seed)
-        stops = torch.tensor(self._stop_ids(stop), dtype=torch.long, device=self.device)
-        tokens, pad = prep_input_and_pad(ids, "left", self.device)
         H = HiddenState(self.cfg.n_layers, capacity=longest + num_tokens)
-        new: list[Tensor] = []
-        done = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
-        for _ in range(num_tokens):
-            logits, H = self._last_logits(tokens, H, pad, hooks)
-            chosen = sample_from_logits(logits, temperature, top_k, top_p, generator)
-            done = done | torch.isin(chosen, stops)
-            new.append(chosen.masked_fill(done, -1))
-            if done.all():
-                break
-            tokens, pad = chosen[:, None], done[:, None]
-        rows = [[i for i in row if i >= 0] for row in torch.stack(new, dim=1).tolist()]
+        rows = generate(
+            lambda tokens, pad: self._last_logits(tokens, H, pad, hooks),
+            ids,
+            num_tokens,
+            chooser(temperature, top_k, top_p, make_generator(generator, seed, self.device)),
+            stops_to_ids(stop, self._encode),
+            self.device,
+        )
         result = Sample(rows, lambda: [decode(self.enc, row) for row in rows])
         if is_text:
             result["strings"]  # made now: the vocabulary is loaded
@@ -899,55 +723,28 @@ class Transformer(nn.Module):
 
     def _last_logits(
         self, tokens: Tensor, H: HiddenState, pad: Tensor | None, hooks: TransformerHooks | None
-    ) -> tuple[Tensor, HiddenState]:
+    ) -> Tensor:
         """Logits ``[b, v]`` after the last token; the others' only where a hook would see them."""
         if hooks is not None and not (hooks.resid.post_ln_f.is_empty() and hooks.logits.is_empty()):
-            logits, H = self(tokens, H, pad, hooks)
-            return logits[:, -1], H
+            return self(tokens, H, pad, hooks)[0][:, -1]  # type: ignore[no-any-return]
         X, H, pad, hooks = self.run_embed(tokens, H, pad, hooks)
         X, H = self.run_torso(X, H, pad, hooks)
         X, H = self.run_ln_f(X, H, hooks)
-        return self.unembed(X[:, -1]), H
+        return self.unembed(X[:, -1])  # type: ignore[no-any-return]
+
+    def _encode(self, text: str) -> list[int]:
+        return encode_prompt(self.enc, text)
+
+    def prompt_ids(self, prompts: Prompts, bos: bool | int = False) -> list[list[int]]:
+        """Token ids of prompts in any form that :meth:`sample` takes, start token in front if asked."""
+        return self._prompt_ids(prompts, bos)[0]
 
     def _prompt_ids(self, prompts: Prompts, bos: bool | int) -> tuple[list[list[int]], bool]:
-        """Prompts in any accepted form as lists of ids, and whether they were text."""
-        batch: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
-        if batch and all(isinstance(p, int) and not isinstance(p, bool) for p in batch):
-            batch = [batch]
-        if not batch:
-            raise InputError("prompts must hold at least one prompt, found none.")
-        is_text = all(isinstance(p, str) for p in batch)
-        if not is_text and not all(
-            isinstance(p, Sequence) and all(isinstance(i, int) for i in p) for p in batch
-        ):
-            raise InputError(
-                "prompts must be a str, a list of str, a list of token ids, or a list of lists of "
-                f"token ids, found {type(prompts).__name__} of {sorted({type(p).__name__ for p in batch})}."
-            )
         start = [] if bos is False else [self._bos_id(bos)]
-        ids = [start + (encode_prompt(self.enc, p) if is_text else list(p)) for p in batch]
-        if empty := [i for i, row in enumerate(ids) if not row]:
-            raise InputError(
-                f"prompt {empty[0]} has no tokens; give it at least one, or bos=True to start from "
-                "the start token."
-            )
-        return ids, is_text
+        return prompts_to_ids(prompts, self._encode, start)
 
     def _bos_id(self, bos: bool | int) -> int:
-        return self.enc.eot_token if bos is True else int(bos)
-
-    def _stop_ids(self, stop: int | str | Sequence[int | str] | None) -> list[int]:
-        if stop is None:
-            return []
-        ids = []
-        for token in [stop] if isinstance(stop, int | str) else stop:
-            encoded = [token] if isinstance(token, int) else encode_prompt(self.enc, token)
-            if len(encoded) != 1:
-                raise InputError(
-                    f"stop {token!r} must be one token, found {len(encoded)}: {encoded}."
-                )
-            ids += encoded
-        return ids
+        return start_token(self.tokenizer or self.cfg.enc) if bos is True else int(bos)
 
     # --- simplifying, loading, saving ---
 
@@ -1029,19 +826,3 @@ class Transformer(nn.Module):
         As in the original, an earlier checkpoint there is replaced (here: when the new one is whole).
         """
         save_pieces(path, self.cfg, self.state_dict(), self.tokenizer, overwrite=True)
-
-
-def _with_recorder(
-    hooks: TransformerHooks | None, wanted: list[ActivationLocation], found: Activations
-) -> TransformerHooks:
-    """A copy of ``hooks`` whose last ones keep what passes at the ``wanted`` places in ``found``."""
-    hooks = (NO_HOOKS if hooks is None else hooks).copy()
-    for path in dict.fromkeys(place.path for place in wanted):
-
-        def keep(x: Tensor, layer: int | None, path: str = path) -> Tensor:
-            found[ActivationLocation(path, layer)] = x
-            return x
-
-        layers = [p.layer for p in wanted if p.path == path and p.layer is not None]
-        hooks.append_to_path(f"{path}.fwd2", AtLayers(layers).append(keep) if layers else keep)
-    return hooks
