@@ -40,6 +40,8 @@ setup(
         "filelock",
     ],
     extras_require={
+        # Models and files of the Hugging Face hub, and any causal LM behind a context.
+        "hf": ["transformers", "huggingface_hub"],
         # What trains the embedded model; using it needs nothing beyond the core.
         "train": ["tokenizers"],
         "test": [
