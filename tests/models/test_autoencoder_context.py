@@ -397,6 +397,9 @@ def test_without_dead_latents_nothing_else_changes(activation, tied, normalizati
     torch.testing.assert_close(get_decoder_weight(pruned)[alive], get_decoder_weight(whole)[alive])
     assert not get_decoder_weight(pruned)[list(dead)].any()
     assert torch.equal(pruned.latents_activation_frequency, whole.latents_activation_frequency)
+    before = whole.latents_mean_square.clone()
+    pruned.latents_mean_square.add_(1)
+    assert torch.equal(whole.latents_mean_square, before)
     assert "in memory=8" in repr(pruned)
     assert pruned.n_latents == N_LATENTS
 
