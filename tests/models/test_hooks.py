@@ -189,7 +189,7 @@ def test_a_bwd_hook_replaces_the_gradient(tiny_model64: Transformer) -> None:
 
 
 def test_positions_while_sampling(tiny_model: Transformer) -> None:
-    """Of left-padded prompts, then of each new token; rows that have ended stay where they are."""
+    """Of left-padded prompts, then of each new token."""
     recorder = Recorder()
     hooks = at("mlp.post_act", "fwd", AtLayers(1).append(recorder))
     tiny_model.sample([[1, 2, 3], [4]], num_tokens=3, temperature=0, hooks=hooks)

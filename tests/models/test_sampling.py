@@ -297,6 +297,23 @@ def test_stops(text_model: Transformer) -> None:
         sample("xy")
 
 
+def test_rows_that_have_ended_stand_still(text_model: Transformer) -> None:
+    """They are pads to the others and to hooks: they take no position."""
+    seen: list[list[int]] = []
+
+    def hook(x: Tensor, positions: Tensor) -> Tensor:
+        seen.append(positions[:, -1].tolist())
+        x[:, -1] = 0
+        x[0, -1, ord("z")] = x[1, -1, ord("x")] = 100
+        return x
+
+    hooks = TransformerHooks()
+    hooks.logits.append_fwd(hook)
+    result = text_model.sample(["ab", "cd"], 4, hooks=hooks, stop="z")
+    assert result["strings"] == ["", "xxxx"]
+    assert seen == [[1, 1], [2, 2], [2, 3], [2, 4]]
+
+
 def test_nothing_runs_after_every_row_has_ended(text_model: Transformer) -> None:
     seen: list[Tensor] = []
     hooks = forced([*b"xyz"], 2)
