@@ -9,16 +9,25 @@ Parametrisation and state-dict keys are those of OpenAI's ``sparse_autoencoder``
 to apply an autoencoder rightly (activation, tying, input normalisation, location) is recorded with
 it; nothing of it is guessed, and nothing is kept between ``encode`` and ``decode``.
 
-Shape legend: ``b`` batch, ``s`` sequence, ``n`` inputs, ``l`` latents, ``…`` any leading axes.
+Others' dictionaries differ in a few places, each of which is there or is not:
+
+    post_bias  a bias of the output that is not ``pre_bias``
+    skip       W_skip · x is added to the output, x as the model has it
+    glu        pre_act is multiplied by sigmoid((x̂ - pre_bias) · W_gluᵀ + b_glu)
+    n_outputs  a transcoder: its output stands for another activation than its input, so that there
+               is nothing to denormalize, and its bias is always a ``post_bias``
+
+Shape legend: ``b`` batch, ``s`` sequence, ``n`` inputs, ``o`` outputs (``n`` but for transcoders),
+``l`` latents, ``…`` any leading axes.
 """
 
 import json
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, Unpack
 
 import safetensors.torch
 import torch
@@ -30,6 +39,7 @@ from neuron_explainer.errors import CheckpointError, InputError
 from neuron_explainer.models.checkpoints.autoencoder_state import (
     FORMAT_VERSION,
     NORMALIZATIONS,
+    OPTIONAL_PARAMETERS,
     PARAMETERS,
     STATISTICS,
     Entries,
@@ -37,10 +47,16 @@ from neuron_explainer.models.checkpoints.autoencoder_state import (
     check_config,
     check_sizes,
     parse_state_dict,
-    read_pt,
+    read_group_sizes,
     read_safetensors,
     unknown_normalization,
 )
+from neuron_explainer.models.checkpoints.autoencoders import (
+    Stated,
+    read_autoencoder,
+    settle,
+)
+from neuron_explainer.models.fista import Fista
 from neuron_explainer.models.latent_activations import (
     ACTIVATIONS_CLASSES,
     BatchTopK,
@@ -82,16 +98,19 @@ class AutoencoderOutput(NamedTuple):
     latents: Tensor
     """``[…, l]``"""
     recons: Tensor
-    """``[…, n]`` on the scale of the input."""
+    """``[…, o]`` on the scale of the input."""
 
 
 class InputStats(NamedTuple):
-    """What normalisation took out of an input, and decoding puts back."""
+    """What decoding needs to know of an input besides its latents."""
 
-    mean: Tensor
-    """``[…, 1]`` mean over the width."""
+    mean: Tensor | None
+    """``[…, 1]`` mean over the width; None where it was left alone."""
     std: Tensor | None
-    """``[…, 1]`` unbiased standard deviation over the width; None where it was left alone."""
+    """``[…, 1]`` what was divided by: the unbiased standard deviation over the width, or with
+    ``"rms"`` the root mean square; None where it was left alone."""
+    skip: Tensor | None = None
+    """``[…, o]`` what goes past the latents; None without a skip connection."""
 
 
 class TiedTranspose(nn.Module):
@@ -126,14 +145,24 @@ class Autoencoder(nn.Module):
         input_normalization: what is done to each input vector before encoding and undone after
             decoding: ``"none"``; ``"center"`` takes off its mean; ``"layer_norm"`` takes off its
             mean and divides by its unbiased standard deviation + 1e-5 (the eps is added to the
-            deviation, not to the variance), as OpenAI's v5 autoencoders were trained.
+            deviation, not to the variance), as OpenAI's v5 autoencoders were trained; ``"rms"``
+            divides by its root mean square, so that its norm is √n (a vector of zeros stays one).
+        n_outputs: width of the output, ``o``, of a transcoder, also where it is ``n``; None for an
+            autoencoder, whose output stands for its input.
+        post_bias: whether the output has a bias of its own instead of ``pre_bias``.
+        skip: whether a linear map of the input goes past the latents to the output.
+        glu: whether a second encoder gates the first.
+        group_sizes: of a Matryoshka autoencoder, whose first latents make an autoencoder by
+            themselves (:meth:`decode_prefix`); they add up to ``n_latents``.
         location: where in the model the inputs come from; None if not known.
+        output_location: what a transcoder's output stands for; None if not known.
         model_name: the model that it was trained on; None if not known.
         metadata: anything else worth keeping that JSON can hold; it is saved and never read.
     """
 
     pre_bias: nn.Parameter
     latent_bias: nn.Parameter
+    post_bias: nn.Parameter | None
     stats_last_nonzero: Tensor
     """``[l]`` int64: training steps since the latent was last active."""
     latents_activation_frequency: Tensor
@@ -149,19 +178,30 @@ class Autoencoder(nn.Module):
         tied: bool = False,
         *,
         input_normalization: InputNormalization = "none",
+        n_outputs: int | None = None,
+        post_bias: bool = False,
+        skip: bool = False,
+        glu: bool = False,
+        group_sizes: Sequence[int] | None = None,
         location: LocationLike | None = None,
+        output_location: LocationLike | None = None,
         model_name: str | None = None,
         metadata: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(n_latents, n_inputs, activation, input_normalization)
+        check_sizes(n_latents, n_inputs, activation, input_normalization, n_outputs)
+        _check_combination(tied, n_outputs, output_location, activation)
         self.n_latents = n_latents
         self.n_inputs = n_inputs
+        self.n_outputs = n_inputs if n_outputs is None else n_outputs
+        self.is_transcoder = n_outputs is not None
         self.tied = tied
         self.input_normalization: InputNormalization = input_normalization
-        self.location = None if location is None else ActivationLocation.parse(location)
+        self.group_sizes = read_group_sizes(group_sizes, n_latents)
+        self.location = _parse(location)
+        self.output_location = _parse(output_location)
         self.model_name = model_name
         self.metadata = dict(metadata or {})
 
@@ -173,8 +213,15 @@ class Autoencoder(nn.Module):
         self.decoder: nn.Linear | TiedTranspose = (
             TiedTranspose(self.encoder)
             if tied
-            else nn.Linear(n_latents, n_inputs, bias=False, **factory)
+            else nn.Linear(n_latents, self.n_outputs, bias=False, **factory)
         )
+        self.post_bias = (
+            nn.Parameter(torch.zeros(self.n_outputs, **factory))
+            if post_bias or self.is_transcoder
+            else None
+        )
+        self.skip = nn.Linear(n_inputs, self.n_outputs, bias=False, **factory) if skip else None
+        self.glu = nn.Linear(n_inputs, n_latents, **factory) if glu else None
         for name, (value, statistics_dtype) in STATISTICS.items():
             self.register_buffer(
                 name, torch.full((n_latents,), value, dtype=statistics_dtype, device=device)
@@ -184,20 +231,27 @@ class Autoencoder(nn.Module):
     # ---- applying ------------------------------------------------------------------------------
 
     def normalize(self, x: Tensor) -> tuple[Tensor, InputStats | None]:
-        """The input as the encoder takes it, and what :meth:`decode` needs to undo that.
+        """The input as the encoder takes it, and what else of it :meth:`decode` needs.
 
-        ``[…, n] -> […, n]`` and statistics ``[…, 1]`` (None where nothing is normalised).
+        ``[…, n] -> […, n]`` and statistics ``[…, 1]`` (None where nothing is needed).
         """
         self._check_width(x, self.n_inputs, "input")
+        skip = None
+        if self.skip is not None:
+            self._check_dtype(x)
+            skip = self.skip(x)
         if self.input_normalization == "none":
-            return x, None
+            return x, None if skip is None else InputStats(None, None, skip)
+        if self.input_normalization == "rms":
+            rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / math.sqrt(self.n_inputs)
+            return x / torch.where(rms == 0, 1.0, rms), InputStats(None, rms, skip)
         mean = x.mean(dim=-1, keepdim=True)
         x = x - mean
         if self.input_normalization == "center":
-            return x, InputStats(mean, None)
+            return x, InputStats(mean, None, skip)
         # Unbiased: n - 1. Of no rows at all torch would warn, as if the width were too small.
         std = x.std(dim=-1, keepdim=True) if x.numel() else mean
-        return x / (std + _LAYER_NORM_EPS), InputStats(mean, std)
+        return x / (std + _LAYER_NORM_EPS), InputStats(mean, std, skip)
 
     def encode_pre_act(self, x: Tensor, latent_slice: slice = slice(None)) -> Tensor:
         """Latents before the activation function, of all or a slice of them.
@@ -213,33 +267,41 @@ class Autoencoder(nn.Module):
         return self._latents(x_hat)[1]
 
     def decode(self, latents: Tensor, stats: InputStats | None = None) -> Tensor:
-        """``[…, l] -> […, n]``, on the scale of the input that ``stats`` belongs to.
+        """``[…, l] -> […, o]``, on the scale of the input that ``stats`` belongs to.
 
-        An autoencoder that normalises its inputs needs ``stats``, the second result of
-        :meth:`normalize` for the same ``x``: they are arguments, never remembered, so that two
-        batches can be in flight at once.
+        An autoencoder that normalises its inputs, or has a skip connection, needs ``stats``, the
+        second result of :meth:`normalize` for the same ``x``: they are arguments, never remembered,
+        so that two batches can be in flight at once.
         """
         self._check_width(latents, self.n_latents, "latents")
         recons = self._decode_normalized(latents)
-        if self.input_normalization == "none":
+        undo = self.input_normalization != "none" and not self.is_transcoder
+        if not undo and self.skip is None:
             return recons
-        if stats is None:
-            raise InputError(
-                f"{self._name()}: decode needs stats, because inputs are normalised "
-                f"({self.input_normalization!r}): `x_hat, stats = autoencoder.normalize(x)`, then "
-                "`autoencoder.decode(latents, stats)`. `autoencoder.reconstruct(x)` does it all."
-            )
-        if (stats.std is None) != (self.input_normalization == "center"):
-            raise InputError(
-                f"{self._name()}: these stats are not of {self.input_normalization!r} "
-                "normalisation; take them from this autoencoder's normalize(x)."
-            )
-        if stats.std is not None:
+        stats = self._check_stats(stats)
+        if undo and stats.std is not None:
             recons = recons * stats.std
-        return recons + stats.mean
+        if undo and stats.mean is not None:
+            recons = recons + stats.mean
+        return recons if stats.skip is None else recons + stats.skip
+
+    def decode_prefix(
+        self, latents: Tensor, n_latents: int, stats: InputStats | None = None
+    ) -> Tensor:
+        """Decode the first ``n_latents`` of ``[…, l]`` latents only, ``-> […, o]``.
+
+        What a Matryoshka autoencoder was trained for at the ends of its ``group_sizes``.
+        """
+        self._check_width(latents, self.n_latents, "latents")
+        if type(n_latents) is not int or not 0 <= n_latents <= self.n_latents:
+            raise InputError(
+                f"{self._name()}: n_latents must lie in 0 to {self.n_latents}, found {n_latents!r}."
+            )
+        first = F.pad(latents[..., :n_latents], (0, self.n_latents - n_latents))
+        return self.decode(first, stats)
 
     def forward(self, x: Tensor) -> AutoencoderOutput:
-        """``[…, n] -> (pre-activations […, l], latents […, l], reconstruction […, n])``.
+        """``[…, n] -> (pre-activations […, l], latents […, l], reconstruction […, o])``.
 
         Statistics of the latents are not updated, in training mode neither: a forward pass may run
         twice for one step (recomputed activations, evaluation in between) or on part of a batch,
@@ -250,26 +312,57 @@ class Autoencoder(nn.Module):
         return AutoencoderOutput(pre_act, latents, self.decode(latents, stats))
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """``[…, n] -> […, n]``: encode and decode."""
+        """``[…, n] -> […, o]``: encode and decode."""
         return self(x).recons  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
 
     def _pre_act(self, x_hat: Tensor, latent_slice: slice = slice(None)) -> Tensor:
         self._check_dtype(x_hat)
-        return F.linear(
-            x_hat - self.pre_bias,
-            self.encoder.weight[latent_slice],
-            self.latent_bias[latent_slice],
-        )
+        x_hat = x_hat - self.pre_bias
+        some = latent_slice
+        pre_act = F.linear(x_hat, self.encoder.weight[some], self.latent_bias[some])
+        if self.glu is None:
+            return pre_act
+        return pre_act * F.linear(x_hat, self.glu.weight[some], self.glu.bias[some]).sigmoid()
 
     def _latents(self, x_hat: Tensor) -> tuple[Tensor, Tensor]:
         """Before and after the activation function."""
         pre_act = self._pre_act(x_hat)
-        return pre_act, self.activation(pre_act)
+        return pre_act, self._activate(pre_act)
+
+    def _activate(self, pre_act: Tensor) -> Tensor:
+        if isinstance(self.activation, Fista):
+            return self.activation(pre_act, self.decoder.weight)  # type: ignore[no-any-return]
+        return self.activation(pre_act)  # type: ignore[no-any-return]
 
     def _decode_normalized(self, latents: Tensor) -> Tensor:
         """On the scale of normalised inputs."""
-        recons: Tensor = self.decoder(latents) + self.pre_bias
-        return recons
+        recons: Tensor = self.decoder(latents)
+        return recons + (self.pre_bias if self.post_bias is None else self.post_bias)
+
+    def _check_stats(self, stats: InputStats | None) -> InputStats:
+        if stats is None:
+            why = (
+                f"inputs are normalised ({self.input_normalization!r})"
+                if self.input_normalization != "none"
+                else "it has a skip connection"
+            )
+            raise InputError(
+                f"{self._name()}: decode needs stats, because {why}: `x_hat, stats = "
+                "autoencoder.normalize(x)`, then `autoencoder.decode(latents, stats)`. "
+                "`autoencoder.reconstruct(x)` does it all."
+            )
+        expected = (
+            self.input_normalization in ("none", "rms"),
+            self.input_normalization in ("none", "center"),
+            self.skip is None,
+        )
+        if tuple(part is None for part in stats) != expected:
+            raise InputError(
+                f"{self._name()}: these stats are not of {self.input_normalization!r} "
+                f"normalisation {'without' if self.skip is None else 'with'} a skip connection; take "
+                "them from this autoencoder's normalize(x)."
+            )
+        return stats
 
     def _check_width(self, x: Tensor, width: int, what: str) -> None:
         if x.ndim == 0 or x.shape[-1] != width:
@@ -311,6 +404,16 @@ class Autoencoder(nn.Module):
         ]
         if self.model_name is not None:
             facts.append(f"model_name={self.model_name!r}")
+        if self.is_transcoder:
+            output = None if self.output_location is None else str(self.output_location)
+            facts.append(f"n_outputs={self.n_outputs}, output_location={output!r}")
+        facts += [
+            f"{name}=True"
+            for name in ("post_bias", "skip", "glu")
+            if getattr(self, name) is not None
+        ]
+        if self.group_sizes is not None:
+            facts.append(f"group_sizes={self.group_sizes}")
         return f"{type(self).__name__}({', '.join(facts)}, dtype={self.dtype})"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -340,6 +443,7 @@ class Autoencoder(nn.Module):
         *,
         input_normalization: InputNormalization | None = None,
         location: LocationLike | None = None,
+        output_location: LocationLike | None = None,
         model_name: str | None = None,
         metadata: Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
@@ -358,6 +462,7 @@ class Autoencoder(nn.Module):
                 without a statement is read as ``"none"`` with an
                 :class:`UnstatedNormalizationWarning`.
             location: recorded on the result.
+            output_location: recorded on the result, which must be a transcoder.
             model_name: recorded on the result.
             metadata: recorded on the result.
             dtype: of the weights; None keeps that of ``encoder.weight``.
@@ -371,6 +476,7 @@ class Autoencoder(nn.Module):
             entries,
             input_normalization=_settle_normalization(entries, input_normalization),
             location=location,
+            output_location=output_location,
             model_name=model_name,
             metadata=metadata,
             dtype=dtype,
@@ -383,6 +489,7 @@ class Autoencoder(nn.Module):
         *,
         input_normalization: InputNormalization,
         location: LocationLike | None,
+        output_location: LocationLike | None,
         model_name: str | None,
         metadata: Mapping[str, Any] | None,
         dtype: torch.dtype | None,
@@ -398,13 +505,19 @@ class Autoencoder(nn.Module):
             make_activation(entries.activation, entries.activation_fields).to(device, dtype),
             entries.tied,
             input_normalization=input_normalization,
+            n_outputs=entries.n_outputs,
+            post_bias="post_bias" in entries.tensors,
+            skip="skip.weight" in entries.tensors,
+            glu="glu.weight" in entries.tensors,
+            group_sizes=entries.group_sizes,
             location=location,
+            output_location=output_location,
             model_name=model_name,
             metadata=metadata,
             device="meta",
             dtype=dtype,
         )
-        for name in PARAMETERS:
+        for name in (*PARAMETERS, *OPTIONAL_PARAMETERS):
             if name in entries.tensors:
                 weight = entries.tensors[name].detach().to(device, dtype, copy=True)
                 owner, _, leaf = name.rpartition(".")
@@ -458,7 +571,7 @@ class Autoencoder(nn.Module):
             metadata = json.loads(json.dumps(self.metadata, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise InputError(f"{self._name()}: metadata cannot be JSON: {error}.") from None
-        return {
+        config = {
             "format_version": FORMAT_VERSION,
             "kind": "autoencoder",
             "n_latents": self.n_latents,
@@ -471,6 +584,13 @@ class Autoencoder(nn.Module):
             "dtype": str(dtype).removeprefix("torch."),
             "metadata": metadata,
         }
+        if self.is_transcoder:
+            config["n_outputs"] = self.n_outputs
+        if self.output_location is not None:
+            config["output_location"] = str(self.output_location)
+        if self.group_sizes is not None:
+            config["group_sizes"] = list(self.group_sizes)
+        return config
 
     @classmethod
     def load(
@@ -478,38 +598,43 @@ class Autoencoder(nn.Module):
         source: str | Path,
         *,
         strict: bool = True,
-        input_normalization: InputNormalization | None = None,
-        location: LocationLike | None = None,
         dtype: torch.dtype | None = torch.float32,
         device: torch.device | str | None = None,
+        **stated: Unpack[Stated],
     ) -> Self:
-        """Read a folder that :meth:`save` wrote, or a ``.pt`` file of OpenAI's layout; path or URL.
+        """Read a folder that :meth:`save` wrote, or what another library did; path or URL.
+
+        The format is found from the content (:mod:`neuron_explainer.models.checkpoints.autoencoders`
+        lists them all). What a file does not say and changes numbers has to be stated here; what it
+        does say may be stated, and not contradicted.
 
         Args:
-            source: the folder or the file. A ``.pt`` file is read with torch's ``weights_only``
-                reader: code in it is never run.
-            strict: see :meth:`from_state_dict`; concerns ``.pt`` files.
-            input_normalization: for ``.pt`` files, which do not say; a contradiction of what a
-                folder says is an error.
-            location: likewise.
+            source: a folder or a file. A ``.pt`` file is read with torch's ``weights_only`` reader:
+                code in it is never run.
+            strict: see :meth:`from_state_dict`; concerns files of OpenAI's layout.
             dtype: of the weights in memory; None keeps what is stored.
             device: where to put it.
+            stated: such as ``input_normalization``, ``location``, ``norm_factor``: see
+                :class:`~neuron_explainer.models.checkpoints.autoencoders.Stated`.
         """
-        if str(source).endswith(".pt"):
-            state_dict = read_pt(files.fetch(source), source)
-            try:
-                autoencoder = cls.from_state_dict(
-                    state_dict,
-                    strict,
-                    input_normalization=input_normalization,
-                    location=location,
-                    dtype=dtype,
-                )
-            except CheckpointError as error:
-                raise CheckpointError(f"{source}: {error}") from None
-        else:
+        loaded = read_autoencoder(source, stated)
+        if loaded is None:  # of our own
             autoencoder = cls._load_folder(source, dtype)
-            autoencoder._agree(source, input_normalization, location)
+            autoencoder._agree(source, stated)
+            return autoencoder.to(device)
+        try:
+            autoencoder = cls.from_state_dict(
+                loaded.state_dict,
+                strict,
+                input_normalization=loaded.input_normalization,
+                location=loaded.location,
+                output_location=loaded.output_location,
+                model_name=loaded.model_name,
+                metadata=loaded.metadata,
+                dtype=dtype,
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"{source}: {error}") from None
         return autoencoder.to(device)
 
     @classmethod
@@ -518,7 +643,7 @@ class Autoencoder(nn.Module):
         weights_path = files.join(source, _WEIGHTS_FILE)
         config = check_config(files.read_json(files.fetch(config_path)), config_path)
         tensors = read_safetensors(files.fetch(weights_path))
-        state = dict(tensors) | {
+        state: dict[str, Any] = dict(tensors) | {
             "activation": config["activation"]["name"],
             "activation_state_dict": {
                 key: value for key, value in config["activation"].items() if key != "name"
@@ -526,6 +651,7 @@ class Autoencoder(nn.Module):
             "tied": config["tied"],
             "input_normalization": config["input_normalization"],
         }
+        state |= {key: config[key] for key in ("n_outputs", "group_sizes") if key in config}
         entries, problems, _ = parse_state_dict(state, strict=True)
         if not problems:
             found = entries.tensors["encoder.weight"]
@@ -541,31 +667,59 @@ class Autoencoder(nn.Module):
             entries,
             input_normalization=config["input_normalization"],
             location=config["location"],
+            output_location=config.get("output_location"),
             model_name=config["model_name"],
             metadata=config["metadata"],
             dtype=dtype,
         )
 
-    def _agree(
-        self, source: str | Path, normalization: str | None, location: LocationLike | None
-    ) -> None:
+    def _agree(self, source: str | Path, stated: Stated) -> None:
         """Arguments may add to what a folder says, never contradict it."""
-        if normalization is not None and normalization != self.input_normalization:
+        given_normalization = stated.get("input_normalization")
+        name = "input_normalization"
+        settle(source, "config.json", self.input_normalization, given_normalization, name)
+        if stated.get("output_location") is not None and not self.is_transcoder:
+            raise CheckpointError(f"{source}: config.json is of no transcoder: no output_location.")
+        self.location = self._agreed(source, self.location, stated.get("location"))
+        output = stated.get("output_location")
+        self.output_location = self._agreed(source, self.output_location, output)
+
+    @staticmethod
+    def _agreed(
+        source: str | Path, said: ActivationLocation | None, given: LocationLike | None
+    ) -> ActivationLocation | None:
+        if given is None:
+            return said
+        location = ActivationLocation.parse(given)
+        if said is not None and location.layer is None:
+            location = location.at(said.layer)  # less is said, nothing else
+        if said not in (None, location, location.at(None)):
             raise CheckpointError(
-                f"{source}: config.json says input_normalization {self.input_normalization!r}, the "
-                f"call says {normalization!r}."
+                f"{source}: config.json says location {str(said)!r}, the call says "
+                f"{str(location)!r}."
             )
-        if location is None:
-            return
-        given = ActivationLocation.parse(location)
-        if self.location is not None and given.layer is None:
-            given = given.at(self.location.layer)  # less is said, nothing else
-        if self.location not in (None, given, given.at(None)):
-            raise CheckpointError(
-                f"{source}: config.json says location {str(self.location)!r}, the call says "
-                f"{str(given)!r}."
-            )
-        self.location = given
+        return location
+
+
+def _parse(location: LocationLike | None) -> ActivationLocation | None:
+    return None if location is None else ActivationLocation.parse(location)
+
+
+def _check_combination(
+    tied: bool,
+    n_outputs: int | None,
+    output_location: LocationLike | None,
+    activation: nn.Module | None,
+) -> None:
+    if tied and n_outputs is not None:
+        raise InputError("Autoencoder: a transcoder's decoder cannot be tied to its encoder.")
+    if output_location is not None and n_outputs is None:
+        raise InputError("Autoencoder: output_location is for transcoders; n_outputs is not given.")
+    if isinstance(activation, Fista) and not tied:
+        raise InputError(
+            "Autoencoder: Fista codes an input in the decoder's directions; the encoder must be "
+            "tied to them (tied=True)."
+        )
 
 
 # ---- state dicts: tensors and python entries -------------------------------------------------------
@@ -591,6 +745,10 @@ def _fold_python_entries(
         state_dict[prefix + "tied"] = True
     if module.input_normalization != "none" or isinstance(module.activation, TopK):
         state_dict[prefix + "input_normalization"] = module.input_normalization
+    if module.is_transcoder:
+        state_dict[prefix + "n_outputs"] = module.n_outputs
+    if module.group_sizes is not None:
+        state_dict[prefix + "group_sizes"] = list(module.group_sizes)
 
 
 def _unfold_python_entries(
@@ -609,6 +767,8 @@ def _unfold_python_entries(
         ("activation", activation_name(autoencoder.activation), "ReLU"),
         ("tied", autoencoder.tied, False),
         ("input_normalization", autoencoder.input_normalization, "none"),
+        ("n_outputs", autoencoder.n_outputs if autoencoder.is_transcoder else None, None),
+        ("group_sizes", list(autoencoder.group_sizes) if autoencoder.group_sizes else None, None),
     ):
         found = state_dict.pop(prefix + key, default)
         if found != expected:

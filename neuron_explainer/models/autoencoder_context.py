@@ -17,6 +17,7 @@ from torch import Tensor
 
 from neuron_explainer.errors import InputError, LocationError
 from neuron_explainer.models.autoencoder import Autoencoder, InputNormalization
+from neuron_explainer.models.checkpoints.autoencoder_state import select_latents
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.hooks import AutoencoderHooks, Hook, TransformerHooks
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
@@ -212,7 +213,13 @@ class AutoencoderContext:
     ) -> None:
         chosen = self._paths if layers is None else layers
         for layer in chosen:
-            inside = AutoencoderHooks.from_autoencoder(self.get_autoencoder(layer), add_error)
+            autoencoder = self.get_autoencoder(layer)
+            if autoencoder.is_transcoder:
+                raise InputError(
+                    f"{autoencoder._name()}: is a transcoder, whose output stands for another "
+                    "activation than its input: it cannot take its input's place."
+                )
+            inside = AutoencoderHooks.from_autoencoder(autoencoder, add_error)
             if on_latents is not None:
                 inside.latents.append_fwd(on_latents)
             hooks.append_at(self.location.at(layer), inside)
@@ -420,22 +427,12 @@ def omit_least_active_latents(
 
 def _reduced(whole: Autoencoder, kept: Tensor) -> Autoencoder:
     """An autoencoder of the latents ``kept`` only."""
-    state_dict = dict(whole.state_dict())
-    for key, value in state_dict.items():
-        if key == "decoder.weight":
-            state_dict[key] = value[:, kept]
-        elif key != "pre_bias" and isinstance(value, Tensor):
-            state_dict[key] = value[kept]
-    fields = dict(state_dict["activation_state_dict"])
-    if state_dict["activation"] == "TopK":
-        fields["k"] = min(fields["k"], len(kept))
-    if state_dict["activation"] == "JumpReLU":
-        fields["threshold"] = fields["threshold"][kept]
-    state_dict["activation_state_dict"] = fields
+    state_dict = select_latents(whole.state_dict(), kept)
     return Autoencoder.from_state_dict(
         state_dict,
         input_normalization=whole.input_normalization,
         location=whole.location,
+        output_location=whole.output_location,
         model_name=whole.model_name,
         metadata=whole.metadata,
     )
@@ -459,13 +456,16 @@ class PrunedAutoencoder(Autoencoder):
             small.activation,
             small.tied,
             input_normalization=small.input_normalization,
+            n_outputs=small.n_outputs if small.is_transcoder else None,
             location=small.location,
+            output_location=small.output_location,
             model_name=small.model_name,
             metadata=small.metadata,
             device="meta",
         )
         self.pre_bias, self.latent_bias = small.pre_bias, small.latent_bias
         self.encoder, self.decoder = small.encoder, small.decoder
+        self.post_bias, self.skip, self.glu = small.post_bias, small.skip, small.glu
         for name, _ in list(small.named_buffers(recurse=False)):
             setattr(self, name, getattr(whole, name).clone())
         self.register_buffer("kept", kept.clone())
@@ -481,7 +481,7 @@ class PrunedAutoencoder(Autoencoder):
 
     def _latents(self, x_hat: Tensor) -> tuple[Tensor, Tensor]:
         pre_act = super()._pre_act(x_hat)
-        return self._all(pre_act), self._all(self.activation(pre_act))
+        return self._all(pre_act), self._all(self._activate(pre_act))
 
     def _decode_normalized(self, latents: Tensor) -> Tensor:
         used = latents.index_select(-1, self.kept)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from neuron_explainer.errors import CheckpointError, InputError, did_you_mean
+from neuron_explainer.models.fista import Fista
 
 _POSTACTS: dict[str, type[nn.Module]] = {"ReLU": nn.ReLU, "Identity": nn.Identity}
 
@@ -171,12 +172,85 @@ class BatchTopK(_Threshold):
         return f"BatchTopK(threshold={float(self.threshold):.6g}, k={self.k})"
 
 
+class GroupMax(nn.Module):
+    """Keeps the largest pre-activation of each of ``k`` equal groups of neighbours, rectified.
+
+    ``[…, l] -> […, l]``, dense. Of equal ones it is ``torch.max``'s choice. The ``groupmax`` of
+    EleutherAI's sparsify.
+    """
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = _read_k(k, "GroupMax")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % self.k:
+            raise InputError(f"GroupMax: {x.shape[-1]} latents are not {self.k} equal groups.")
+        groups = torch.relu(x).view(*x.shape[:-1], self.k, x.shape[-1] // self.k)
+        top = groups.max(dim=-1, keepdim=True)
+        return torch.zeros_like(groups).scatter(-1, top.indices, top.values).flatten(-2)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        destination[prefix + "k"] = self.k
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        self.k = _read_k(state_dict[prefix + "k"], "GroupMax")
+
+    def __repr__(self) -> str:
+        return f"GroupMax(k={self.k})"
+
+
+class Gated(nn.Module):
+    """``relu(exp(r_mag) · x + b_mag)`` where ``x + b_gate > 0``, else zero: gate and magnitude.
+
+    ``[…, l] -> […, l]``; each of the three is ``[l]``. Both paths share the encoder's weights, so
+    they are functions of one pre-activation. The gate has no gradient, as a step has none.
+
+    Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse autoencoders",
+    equations 6 and 7.
+    """
+
+    b_gate: Tensor
+    r_mag: Tensor
+    b_mag: Tensor
+
+    def __init__(self, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor) -> None:
+        super().__init__()
+        for name, value in (("b_gate", b_gate), ("r_mag", r_mag), ("b_mag", b_mag)):
+            if value.ndim != 1 or not value.is_floating_point() or len(value) != len(b_gate):
+                raise InputError(
+                    f"Gated: {name} must be a floating-point tensor [l], one number a latent, found "
+                    f"shape {list(value.shape)}, {value.dtype}."
+                )
+            setattr(self, name, nn.Parameter(value.detach().clone()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != len(self.b_gate):
+            raise InputError(
+                f"Gated: expected {len(self.b_gate)} latents in the last axis, found shape "
+                f"{list(x.shape)}."
+            )
+        magnitude = torch.relu(x * self.r_mag.exp() + self.b_mag)
+        # Written with <= so that a NaN comes out as NaN.
+        return torch.where(x + self.b_gate <= 0, 0.0, magnitude)
+
+    def __repr__(self) -> str:
+        return f"Gated([{len(self.b_gate)}])"
+
+
 ACTIVATIONS_CLASSES: dict[str, type[nn.Module]] = {
     "ReLU": nn.ReLU,
     "Identity": nn.Identity,
     "TopK": TopK,
     "JumpReLU": JumpReLU,
     "BatchTopK": BatchTopK,
+    "GroupMax": GroupMax,
+    "Gated": Gated,
+    "Fista": Fista,
 }
 """Every known activation by the name under which it is stored."""
 
@@ -186,6 +260,14 @@ _FIELDS: dict[str, list[str]] = {
     "TopK": ["k", "postact_fn"],
     "JumpReLU": ["threshold"],
     "BatchTopK": ["threshold", "k"],
+    "GroupMax": ["k"],
+    "Gated": ["b_gate", "r_mag", "b_mag"],
+    "Fista": ["penalty", "max_iterations", "tolerance"],
+}
+# Fields with one number a latent.
+PER_LATENT_FIELDS: dict[str, list[str]] = {
+    "JumpReLU": ["threshold"],
+    "Gated": ["b_gate", "r_mag", "b_mag"],
 }
 
 
@@ -210,12 +292,28 @@ def make_activation(name: str, fields: Mapping[str, Any]) -> nn.Module:
     _no_more_fields(name, fields, _FIELDS[name])
     if name == "TopK":
         return TopK.from_state_dict(fields)
-    if name in ("JumpReLU", "BatchTopK"):
-        threshold = fields.get("threshold")
-        if not isinstance(threshold, Tensor):
-            raise CheckpointError(f"{name}: expected a tensor 'threshold', found {threshold!r}.")
-        return JumpReLU(threshold) if name == "JumpReLU" else BatchTopK(threshold, fields.get("k"))
-    return ACTIVATIONS_CLASSES[name]()
+    if name == "JumpReLU":
+        return JumpReLU(_tensor(name, fields, "threshold"))
+    if name == "BatchTopK":
+        return BatchTopK(_tensor(name, fields, "threshold"), fields.get("k"))
+    if name == "Gated":
+        return Gated(*(_tensor(name, fields, field) for field in _FIELDS[name]))
+    return _from_numbers(name, fields)
+
+
+def _from_numbers(name: str, fields: Mapping[str, Any]) -> nn.Module:
+    """An activation whose fields are plain numbers, none of which may be missing."""
+    missing = [field for field in _FIELDS[name] if field not in fields]
+    if missing:
+        raise CheckpointError(f"{name}: the field {missing[0]!r} is missing.")
+    return ACTIVATIONS_CLASSES[name](**fields)
+
+
+def _tensor(name: str, fields: Mapping[str, Any], field: str) -> Tensor:
+    value = fields.get(field)
+    if not isinstance(value, Tensor):
+        raise CheckpointError(f"{name}: expected a tensor {field!r}, found {value!r}.")
+    return value
 
 
 def _postact_name(postact_fn: nn.Module) -> str:

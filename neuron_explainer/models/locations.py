@@ -160,6 +160,17 @@ class ActivationLocation:
             )
         return [self]
 
+    @property
+    def transformer_lens_name(self) -> str | None:
+        """TransformerLens's name for the same place; None where it has none, or needs a layer."""
+        blocks = {path: name for name, path in _TRANSFORMER_LENS_BLOCK.items()}
+        model = {path: name for name, path in _TRANSFORMER_LENS_MODEL.items()}
+        if self.path == "resid.post_emb":
+            return "blocks.0.hook_resid_pre"
+        if self.path in blocks and self.layer is not None:
+            return f"blocks.{self.layer}.{blocks[self.path]}"
+        return model.get(self.path)
+
     @classmethod
     def parse(cls, text: "str | ActivationLocation") -> "ActivationLocation":
         """Read ``"3/mlp.post_act"``, ``"mlp.post_act"``, any alias or a TransformerLens hook name.

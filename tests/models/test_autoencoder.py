@@ -92,12 +92,14 @@ def numpy_activation(name, ae, z):
 def numpy_forward(name, ae, x):
     """Pre-activations, latents, reconstruction of one input vector, in float64."""
     p = {k: v.detach().double().numpy() for k, v in ae.named_parameters()}
-    mean, std = 0.0, 1.0
-    if ae.input_normalization != "none":
+    mean, std, eps = 0.0, 1.0, 0.0
+    if ae.input_normalization in ("center", "layer_norm"):
         mean = sum(x) / len(x)
     if ae.input_normalization == "layer_norm":
-        std = (sum((v - mean) ** 2 for v in x) / (len(x) - 1)) ** 0.5
-    x_hat = (x - mean) / (std + 1e-5) if ae.input_normalization == "layer_norm" else x - mean
+        std, eps = (sum((v - mean) ** 2 for v in x) / (len(x) - 1)) ** 0.5, 1e-5
+    if ae.input_normalization == "rms":
+        std = (sum(v**2 for v in x) / len(x)) ** 0.5
+    x_hat = (x - mean) / (std + eps)
     pre = p["encoder.weight"] @ (x_hat - p["pre_bias"]) + p["latent_bias"]
     latents = numpy_activation(name, ae, pre)
     decoder = p["encoder.weight"].T if ae.tied else p["decoder.weight"]
@@ -304,7 +306,7 @@ def test_activations_that_do_not_fit():
         TopK(1, nn.Tanh()).state_dict()
     with pytest.raises(InputError, match="unknown latent activation Tanh"):
         Autoencoder(4, 3, nn.Tanh()).state_dict()
-    assert set(ACTIVATIONS_CLASSES) == {"ReLU", "Identity", "TopK", "JumpReLU", "BatchTopK"}
+    assert list(ACTIVATIONS_CLASSES)[:5] == ["ReLU", "Identity", "TopK", "JumpReLU", "BatchTopK"]
 
 
 # ---- construction and bad input ---------------------------------------------------------------------

@@ -3,10 +3,10 @@
 Only reading and judging: everything that is wrong is found here and told together, before an
 :class:`~neuron_explainer.models.autoencoder.Autoencoder` is made.
 
-Shape legend: ``n`` inputs, ``l`` latents.
+Shape legend: ``n`` inputs, ``o`` outputs (as many as inputs but in a transcoder), ``l`` latents.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -17,18 +17,24 @@ from neuron_explainer.errors import CheckpointError, InputError, LocationError, 
 from neuron_explainer.models.checkpoints.tensor_files import SafetensorsFile, torch_load
 from neuron_explainer.models.latent_activations import (
     ACTIVATIONS_CLASSES,
+    PER_LATENT_FIELDS,
+    Gated,
+    GroupMax,
     JumpReLU,
     TopK,
     make_activation,
 )
 from neuron_explainer.models.locations import ActivationLocation
 
-InputNormalization = Literal["none", "center", "layer_norm"]
+InputNormalization = Literal["none", "center", "layer_norm", "rms"]
 NORMALIZATIONS: tuple[str, ...] = get_args(InputNormalization)
 
 FORMAT_VERSION = 1
 
 PARAMETERS = ("pre_bias", "latent_bias", "encoder.weight", "decoder.weight")
+# What OpenAI's layout has not: a bias of the output that is not that of the input, a linear path
+# past the latents, a second encoder that gates the first. They are there or they are not.
+OPTIONAL_PARAMETERS = ("post_bias", "skip.weight", "glu.weight", "glu.bias")
 # name -> (value where nothing is known, dtype). The dtype is theirs whatever that of the weights is:
 # frequencies of 1e-8, which tell rare latents from dead ones, vanish in float16.
 STATISTICS: dict[str, tuple[float, torch.dtype]] = {
@@ -38,8 +44,16 @@ STATISTICS: dict[str, tuple[float, torch.dtype]] = {
 }
 
 
-def check_sizes(n_latents: int, n_inputs: int, activation: object, normalization: str) -> None:
-    for name, value in (("n_latents", n_latents), ("n_inputs", n_inputs)):
+def check_sizes(
+    n_latents: int,
+    n_inputs: int,
+    activation: object,
+    normalization: str,
+    n_outputs: int | None = None,
+) -> None:
+    """Refuse what cannot be an autoencoder; ``n_outputs`` None: as many as inputs."""
+    sizes = {"n_latents": n_latents, "n_inputs": n_inputs}
+    for name, value in (sizes if n_outputs is None else sizes | {"n_outputs": n_outputs}).items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(f"Autoencoder: {name} must be a whole number >= 1, found {value!r}.")
     if normalization not in NORMALIZATIONS:
@@ -54,11 +68,32 @@ def check_sizes(n_latents: int, n_inputs: int, activation: object, normalization
         )
     if isinstance(activation, TopK) and activation.k > n_latents:
         raise InputError(f"Autoencoder: TopK(k={activation.k}) on {n_latents} latents.")
+    if isinstance(activation, GroupMax) and n_latents % activation.k:
+        raise InputError(
+            f"Autoencoder: GroupMax: {n_latents} latents are not {activation.k} groups."
+        )
     if isinstance(activation, JumpReLU) and len(activation.threshold) != n_latents:
         raise InputError(
             f"Autoencoder: JumpReLU has {len(activation.threshold)} thresholds for {n_latents} "
             "latents."
         )
+    if isinstance(activation, Gated) and len(activation.b_gate) != n_latents:
+        raise InputError(
+            f"Autoencoder: Gated has {len(activation.b_gate)} gates for {n_latents} latents."
+        )
+
+
+def read_group_sizes(sizes: Any, n_latents: int) -> tuple[int, ...] | None:
+    """Sizes of Matryoshka groups, which make up all latents; None where there are none."""
+    if sizes is None:
+        return None
+    found = list(sizes) if isinstance(sizes, Sequence) and not isinstance(sizes, str) else [0]
+    if any(type(size) is not int or size < 1 for size in found) or sum(found) != n_latents:
+        raise InputError(
+            f"Autoencoder: group_sizes must be whole numbers >= 1 that add up to the {n_latents} "
+            f"latents, found {sizes!r}."
+        )
+    return tuple(found)
 
 
 def unknown_normalization(value: Any) -> str:
@@ -78,6 +113,9 @@ class Entries(NamedTuple):
     tied: bool
     input_normalization: str | None
     """None: the file does not say."""
+    n_outputs: int | None = None
+    """Of a transcoder; None for an autoencoder, which gives back what it takes."""
+    group_sizes: tuple[int, ...] | None = None
 
 
 def parse_state_dict(
@@ -91,17 +129,28 @@ def parse_state_dict(
     normalization = rest.pop("input_normalization", None)
     if normalization is not None and normalization not in NORMALIZATIONS:
         problems.append(unknown_normalization(normalization))
-    tensors = {key: rest.pop(key) for key in (*PARAMETERS, *STATISTICS) if key in rest}
+    n_outputs, group_sizes = rest.pop("n_outputs", None), rest.pop("group_sizes", None)
+    known = (*PARAMETERS, *OPTIONAL_PARAMETERS, *STATISTICS)
+    tensors = {key: rest.pop(key) for key in known if key in rest}
     notes = [] if not rest else [f"unknown entries {', '.join(sorted(rest))}"]
     missing = [key for key in STATISTICS if key not in tensors]
     if missing:
         notes.append(f"missing statistics {', '.join(missing)}")
     if strict:
         problems, notes = problems + notes, []
-    problems += _check_tensors(tensors, tied)
+    problems += _check_tensors(tensors, tied, n_outputs)
     if not problems:
-        problems += _check_activation(name, fields, tensors["encoder.weight"].shape)
-    return Entries(tensors, name, fields, tied, normalization), problems, notes
+        shape = tensors["encoder.weight"].shape
+        problems += _check_activation(name, fields, shape)
+        try:
+            group_sizes = read_group_sizes(group_sizes, shape[0])
+        except InputError as error:
+            problems.append(str(error))
+    return (
+        Entries(tensors, name, fields, tied, normalization, n_outputs, group_sizes),
+        problems,
+        notes,
+    )
 
 
 def _pop_activation(rest: dict[str, Any], problems: list[str]) -> tuple[str, dict[str, Any]]:
@@ -143,8 +192,12 @@ def _pop_tied(rest: dict[str, Any], problems: list[str]) -> bool:
     return tied
 
 
-def _check_tensors(tensors: Mapping[str, Any], tied: bool) -> list[str]:
+def _check_tensors(tensors: Mapping[str, Any], tied: bool, n_outputs: Any) -> list[str]:
     required = [key for key in PARAMETERS if not (tied and key == "decoder.weight")]
+    if n_outputs is not None:
+        required.append("post_bias")
+    if "glu.weight" in tensors or "glu.bias" in tensors:
+        required += ["glu.weight", "glu.bias"]
     problems = [_missing(key) for key in required if key not in tensors]
     not_tensors = {key for key, value in tensors.items() if not isinstance(value, Tensor)}
     problems += [f"{key} is a {type(tensors[key]).__name__}, not a tensor" for key in not_tensors]
@@ -154,15 +207,23 @@ def _check_tensors(tensors: Mapping[str, Any], tied: bool) -> list[str]:
     if weight.ndim != 2:
         return [*problems, f"encoder.weight: expected [l, n], found {list(weight.shape)}"]
     n_latents, n_inputs = weight.shape
+    if n_outputs is not None and (type(n_outputs) is not int or n_outputs < 1):
+        return [*problems, f"n_outputs is {n_outputs!r}, expected a whole number >= 1"]
+    n_outputs = n_inputs if n_outputs is None else n_outputs
     shapes = {
         "pre_bias": [n_inputs],
-        "decoder.weight": [n_inputs, n_latents],
+        "decoder.weight": [n_outputs, n_latents],
+        "post_bias": [n_outputs],
+        "skip.weight": [n_outputs, n_inputs],
+        "glu.weight": [n_latents, n_inputs],
     }
     for key in tensors.keys() - not_tensors - {"encoder.weight"}:
         expected, found = shapes.get(key, [n_latents]), list(tensors[key].shape)
         if found != expected:
             problems.append(f"{key}: expected {expected} to go with encoder.weight, found {found}")
-    for key in [key for key in PARAMETERS if key in tensors and key not in not_tensors]:
+    for key in (*PARAMETERS, *OPTIONAL_PARAMETERS):
+        if key not in tensors or key in not_tensors:
+            continue
         if not tensors[key].is_floating_point():
             problems.append(f"{key}: expected floating-point numbers, found {tensors[key].dtype}")
         elif not torch.isfinite(tensors[key]).all():
@@ -181,10 +242,34 @@ def _check_activation(name: str, fields: dict[str, Any], shape: torch.Size) -> l
         check_sizes(shape[0], shape[1], activation, "none")
     except (CheckpointError, InputError) as error:
         return [str(error)]
-    threshold = fields.get("threshold")
-    if isinstance(threshold, Tensor) and not torch.isfinite(threshold).all():
-        return [f"{name}: threshold holds NaN or infinity"]
-    return []
+    return [
+        f"{name}: {key} holds NaN or infinity"
+        for key, value in fields.items()
+        if isinstance(value, Tensor) and not torch.isfinite(value).all()
+    ]
+
+
+def select_latents(state_dict: Mapping[str, Any], kept: Tensor) -> dict[str, Any]:
+    """The state dict of the autoencoder that has only the latents ``kept``, which move together.
+
+    A ``k`` that is more than are left becomes their number. What says how latents are grouped is
+    left out, or refused where the latents would change.
+    """
+    result = dict(state_dict)
+    name, fields = result.get("activation", "ReLU"), dict(result.get("activation_state_dict", {}))
+    if name in ("GroupMax", "Fista"):
+        raise InputError(f"latents cannot be left out: {name} finds each of them among the others.")
+    result.pop("group_sizes", None)
+    for key in ("latent_bias", "encoder.weight", "glu.weight", "glu.bias", *STATISTICS):
+        if key in result:
+            result[key] = result[key][kept]
+    if "decoder.weight" in result:
+        result["decoder.weight"] = result["decoder.weight"][:, kept]
+    if name == "TopK":
+        fields["k"] = min(fields["k"], len(kept))
+    for field in PER_LATENT_FIELDS.get(name, []):
+        fields[field] = fields[field][kept]
+    return result | {"activation_state_dict": fields}
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -208,6 +293,12 @@ _CONFIG_FIELDS: dict[str, type | tuple[type, ...]] = {
     "dtype": str,
     "metadata": dict,
 }
+# Only where they are needed: a reader that does not know them refuses the folder, rightly.
+_OPTIONAL_CONFIG_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "n_outputs": int,
+    "output_location": str,
+    "group_sizes": list,
+}
 
 
 def check_config(config: Any, path: str | Path) -> dict[str, Any]:
@@ -223,10 +314,12 @@ def check_config(config: Any, path: str | Path) -> dict[str, Any]:
             f"{path}: format_version {config.get('format_version')!r} cannot be read; this version "
             f"of neuron_explainer reads {FORMAT_VERSION}."
         )
-    problems = [f"unknown field {key!r}" for key in config if key not in _CONFIG_FIELDS]
-    for key, kind in _CONFIG_FIELDS.items():
+    known = _CONFIG_FIELDS | _OPTIONAL_CONFIG_FIELDS
+    problems = [f"unknown field {key!r}" for key in config if key not in known]
+    for key, kind in known.items():
         if key not in config:
-            problems.append(f"missing field {key!r}")
+            if key in _CONFIG_FIELDS:
+                problems.append(f"missing field {key!r}")
         elif not isinstance(config[key], kind):
             problems.append(f"{key}: found {config[key]!r}")
     if not problems:
@@ -242,11 +335,12 @@ def _check_values(config: dict[str, Any]) -> list[str]:
         problems.append(f"activation: expected a 'name', found {config['activation']!r}")
     if config["input_normalization"] not in NORMALIZATIONS:
         problems.append(unknown_normalization(config["input_normalization"]))
-    if config["location"] is not None:
-        try:
-            ActivationLocation.parse(config["location"])
-        except LocationError as error:
-            problems.append(str(error))
+    for key in ("location", "output_location"):
+        if config.get(key) is not None:
+            try:
+                ActivationLocation.parse(config[key])
+            except LocationError as error:
+                problems.append(str(error))
     return problems
 
 

@@ -1,0 +1,65 @@
+"""Autoencoders written in the formats of other libraries: :func:`save_as` and :func:`convert`."""
+
+from pathlib import Path
+from typing import Literal, Unpack
+
+from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.checkpoints.autoencoders import (
+    Exported,
+    Stated,
+    WrittenFormat,
+    write_autoencoder,
+)
+
+
+def save_as(
+    autoencoder: Autoencoder,
+    folder: str | Path,
+    format: WrittenFormat | Literal["native"],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write ``folder`` in a format, so that the format's own library applies it as it is applied here.
+
+    What a format cannot express is refused, and nothing is written. What changes no number may be
+    lost: statistics of latents, the mark that a decoder is tied (it is written out).
+
+    Args:
+        autoencoder: any.
+        folder: absent or empty, unless ``overwrite``.
+        format: ``"saelens"``, ``"dictionary_learning"``, ``"sparsify"``, or ``"native"``.
+        overwrite: replace a saved thing that is there.
+    """
+    if format == "native":
+        autoencoder.save(folder, overwrite=overwrite)
+        return
+    exported = Exported(
+        format=format,
+        state_dict=autoencoder.state_dict(),
+        n_inputs=autoencoder.n_inputs,
+        n_latents=autoencoder.n_latents,
+        is_transcoder=autoencoder.is_transcoder,
+        input_normalization=autoencoder.input_normalization,
+        group_sizes=autoencoder.group_sizes,
+        location=autoencoder.location,
+        output_location=autoencoder.output_location,
+        model_name=autoencoder.model_name,
+    )
+    write_autoencoder(folder, exported, overwrite=overwrite)
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    format: WrittenFormat | Literal["native"],
+    *,
+    overwrite: bool = False,
+    **stated: Unpack[Stated],
+) -> Autoencoder:
+    """Read ``src`` of whatever format, write the folder ``dst`` in ``format``, give it back.
+
+    ``stated`` is what the files at ``src`` do not say, see :meth:`Autoencoder.load`.
+    """
+    autoencoder = Autoencoder.load(src, dtype=None, **stated)
+    save_as(autoencoder, dst, format, overwrite=overwrite)
+    return autoencoder
