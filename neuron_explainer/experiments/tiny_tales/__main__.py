@@ -101,10 +101,15 @@ def run_autoencoders(args: argparse.Namespace) -> None:
         "optimiser": "Adam; bfloat16 autocast",
         "tokens": config.steps * config.windows_per_step * model.cfg.ctx_window,
     }
-    for name in trainer.dictionaries:
+    autoencoders = {
+        name: trainer.finished(name, MODEL_NAME, {"training": training})
+        for name in trainer.dictionaries
+    }
+    autoencoder_training.record_statistics(trainer, autoencoders, n_steps=200)
+    for name, autoencoder in autoencoders.items():
         location = ActivationLocation.parse(name)
         folder = args.run / MODEL_NAME / AUTOENCODERS / location.path / str(location.layer)
-        trainer.finished(name, MODEL_NAME, {"training": training}).save(folder, torch.float16)
+        autoencoder.save(folder, torch.float16)
 
 
 def run_evaluate(args: argparse.Namespace) -> None:

@@ -24,8 +24,8 @@ from neuron_explainer.models.transformer import Transformer
 #: Widths chosen for assets of at most 40 MB; the MLP's activations are four times as wide.
 SIZES = {
     "mlp.post_act": DictionarySize(n_latents=1536, k=32),
-    "resid.torso.delta_mlp": DictionarySize(n_latents=2048, k=16),
-    "resid.torso.delta_attn": DictionarySize(n_latents=2048, k=16),
+    "resid.torso.delta_mlp": DictionarySize(n_latents=2304, k=16),
+    "resid.torso.delta_attn": DictionarySize(n_latents=2304, k=16),
 }
 
 
@@ -79,13 +79,17 @@ class AutoencoderTrainer:
         tokens = torch.cat([self.windows.batch(step)[0] for step in range(batches)])
         return harvest(self.model, tokens, list(self.sizes))
 
+    def activations(self, step: int) -> dict[str, Tensor]:
+        """What the dictionaries see at a step: ``[b, n]`` by location."""
+        tokens, _ = self.windows.batch(step)
+        return harvest(self.model, tokens, list(self.sizes))
+
     def train_step(self) -> dict[str, float]:
         """One update of every dictionary; returns each one's share of variance not explained."""
         c = self.config
         factor = warmup_stable_decay(self.step, c.steps, c.warmup_steps, c.decay_steps)
         self.optimiser.param_groups[0]["lr"] = c.lr * factor
-        tokens, _ = self.windows.batch(self.step)
-        activations = harvest(self.model, tokens, list(self.sizes))
+        activations = self.activations(self.step)
         self.optimiser.zero_grad()
         fvu: dict[str, float] = {}
         for location, dictionary in self.dictionaries.items():
@@ -142,6 +146,29 @@ class AutoencoderTrainer:
         for name, parameter in autoencoder.named_parameters():
             parameter.data.copy_(parameters[name])
         return autoencoder
+
+
+@torch.no_grad()
+def record_statistics(
+    trainer: AutoencoderTrainer, autoencoders: dict[str, Autoencoder], n_steps: int
+) -> None:
+    """Fill the autoencoders' own statistics of their latents, over ``n_steps`` batches."""
+    tokens = 0
+    for autoencoder in autoencoders.values():
+        autoencoder.latents_activation_frequency.zero_()
+    for step in range(n_steps):
+        activations = trainer.activations(trainer.step + step)
+        for location, autoencoder in autoencoders.items():
+            latents = autoencoder.encode(activations[location])
+            active = latents > 0
+            autoencoder.latents_activation_frequency += active.sum(0)
+            autoencoder.latents_mean_square += latents.square().sum(0)
+            autoencoder.stats_last_nonzero += 1
+            autoencoder.stats_last_nonzero[active.any(0)] = 0
+        tokens += len(latents)
+    for autoencoder in autoencoders.values():
+        autoencoder.latents_activation_frequency /= tokens
+        autoencoder.latents_mean_square /= tokens
 
 
 def _path(location: str) -> str:

@@ -24,6 +24,7 @@ from neuron_explainer.experiments.tiny_tales.data import EvalWindow, evaluation_
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.models.metrics import ReconstructionStats, ce_recovered
 from neuron_explainer.models.transformer import Transformer
 
 WINDOWS_PER_BATCH = 32
@@ -135,47 +136,24 @@ class AutoencoderFigures:
     loss_tokens: int
 
 
-class _Moments:
-    """Running sums for one autoencoder, in float64."""
+class _Measurement:
+    """Running totals of one autoencoder: the metrics' own, and the mean activation."""
 
     def __init__(self, autoencoder: Autoencoder) -> None:
         self.autoencoder = autoencoder
-        self.tokens = 0
-        self.active = 0
-        self.error = 0.0
-        self.square = 0.0
+        self.stats = ReconstructionStats()
         self.total = torch.zeros(autoencoder.n_inputs, dtype=torch.float64)
-        self.fired = torch.zeros(autoencoder.n_latents, dtype=torch.bool)
 
     def add(self, x: Tensor) -> None:
         """Account for activations ``[b, n]``."""
         _, latents, recons = self.autoencoder(x)
-        self.tokens += len(x)
-        self.active += int((latents != 0).sum())
-        self.error += float((x - recons).double().square().sum())
-        self.square += float(x.double().square().sum())
+        self.stats.update(x, recons, latents)
         self.total += x.double().sum(0)
-        self.fired |= (latents != 0).any(0)
 
-    @property
-    def mean(self) -> Tensor:
-        """``[n]``"""
-        return (self.total / self.tokens).float()
-
-    @property
-    def fvu(self) -> float:
-        """Squared error over squared distance from the mean."""
-        return self.error / (self.square - float(self.total.square().sum()) / self.tokens)
-
-    @property
-    def l0(self) -> float:
-        """Mean number of active latents."""
-        return self.active / self.tokens
-
-    @property
-    def dead_share(self) -> float:
-        """Share of latents that were never active."""
-        return 1 - float(self.fired.float().mean())
+    def replacements(self) -> tuple[Callable[[Tensor], Tensor], ...]:
+        """Hooks that put the reconstruction, zero and the mean in an activation's place."""
+        mean = (self.total / self.stats.n_tokens).float()
+        return self.autoencoder.reconstruct, torch.zeros_like, mean.expand_as
 
 
 def load_autoencoders(folder: Path) -> dict[ActivationLocation, tuple[Path, Autoencoder]]:
@@ -199,27 +177,27 @@ def measure_autoencoders(
     loss_every: int = 4,
 ) -> dict[ActivationLocation, AutoencoderFigures]:
     """Reconstruction on all ``windows``, losses on every ``loss_every``-th of them."""
-    moments = {location: _Moments(ae) for location, ae in autoencoders.items()}
+    measured = {location: _Measurement(ae) for location, ae in autoencoders.items()}
     for batch in tqdm(list(batches(windows)), desc="reconstruction", unit="batch"):
         captured = model.capture(batch.inputs, list(autoencoders))
-        for location, moment in moments.items():
-            moment.add(captured[location][batch.counted])
+        for location, measurement in measured.items():
+            measurement.add(captured[location][batch.counted])
     some = windows[::loss_every]
     loss_tokens = sum(len(window.tokens) - 1 - window.count_from for window in some)
     clean = mean_loss(model, some)
     figures: dict[ActivationLocation, AutoencoderFigures] = {}
-    for location, moment in tqdm(moments.items(), desc="loss recovered", unit="autoencoder"):
+    for location, measurement in tqdm(measured.items(), desc="losses", unit="autoencoder"):
         spliced, zero, mean = (
-            mean_loss(model, some, TransformerHooks().append_at(location, replace))
-            for replace in _replacements(moment)
+            mean_loss(model, some, TransformerHooks().append_at(location, replacement))
+            for replacement in measurement.replacements()
         )
         figures[location] = AutoencoderFigures(
-            fvu=moment.fvu,
-            l0=moment.l0,
-            dead_share=moment.dead_share,
-            tokens=moment.tokens,
-            loss_recovered_zero=(zero - spliced) / (zero - clean),
-            loss_recovered_mean=(mean - spliced) / (mean - clean),
+            fvu=float(measurement.stats.fvu),
+            l0=float(measurement.stats.l0),
+            dead_share=float(measurement.stats.dead_share),
+            tokens=measurement.stats.n_tokens,
+            loss_recovered_zero=_recovered(clean, spliced, zero),
+            loss_recovered_mean=_recovered(clean, spliced, mean),
             loss_clean=clean,
             loss_spliced=spliced,
             loss_zero_ablated=zero,
@@ -229,13 +207,8 @@ def measure_autoencoders(
     return figures
 
 
-def _replacements(moment: _Moments) -> tuple[Callable[[Tensor], Tensor], ...]:
-    """Hooks that put the reconstruction, zero and the mean in an activation's place."""
-    return (
-        moment.autoencoder.reconstruct,
-        torch.zeros_like,
-        lambda x: moment.mean.expand_as(x),
-    )
+def _recovered(*losses: float) -> float:
+    return float(ce_recovered(*torch.tensor(losses, dtype=torch.float64)))
 
 
 def record(folder: Path, **entries: Any) -> None:
