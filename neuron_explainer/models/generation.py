@@ -93,8 +93,12 @@ def prompts_to_ids(
 
 def stops_to_ids(stop: int | str | Sequence[int | str] | None, encode: Encode) -> list[int]:
     """The tokens that end a row, given as ids or as text of one token each."""
+    if stop is not None and not isinstance(stop, int | str | Sequence):
+        raise InputError(f"stop must be tokens, as ids or as text, found {stop!r}.")
     ids: list[int] = []
     for token in [] if stop is None else [stop] if isinstance(stop, int | str) else stop:
+        if not isinstance(token, int | str):
+            raise InputError(f"stop must be tokens, as ids or as text, found {token!r}.")
         encoded = [token] if isinstance(token, int) else encode(token)
         if len(encoded) != 1:
             raise InputError(f"stop {token!r} must be one token, found {len(encoded)}: {encoded}.")

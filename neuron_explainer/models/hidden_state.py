@@ -3,6 +3,9 @@
 Shape legend: ``b`` batch, ``s`` sequence (of one call), ``k`` key (all tokens so far), ``d`` width.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -110,8 +113,25 @@ class HiddenState:
         """An independent copy."""
         new = HiddenState(len(self), self.capacity)
         new.prev_lens, new.positions = self.prev_lens, self.positions
-        new.kv_caches = [cache and cache.copy() for cache in self.kv_caches]
+        new.kv_caches = [None if cache is None else cache.copy() for cache in self.kv_caches]
         return new
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Take back what a call that raises has done, so that one can go on from before it.
+
+        Cheap: a cache only ever writes behind its length, or replaces its tensors.
+        """
+        lens, positions, caches = self.prev_lens, self.positions, list(self.kv_caches)
+        inside = [None if c is None else (c._len, dict(c._buffers)) for c in caches]
+        try:
+            yield
+        except BaseException:
+            self.prev_lens, self.positions, self.kv_caches = lens, positions, caches
+            for cache, before in zip(caches, inside, strict=True):
+                if cache is not None and before is not None:
+                    cache._len, cache._buffers = before
+            raise
 
     def __repr__(self) -> str:
         first = self.kv_caches[0]

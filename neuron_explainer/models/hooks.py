@@ -687,6 +687,27 @@ class TransformerHooks(_Group):
             hook = AtLayers(location.layer).append(hook)
         return self.append_to_path(f"{location.path}.{kind}", hook)
 
+    def check_layers(self, n_layers: int) -> None:
+        """Refuse hooks none of whose layers a model has: they would do nothing, without a word."""
+        for path, leaf in self.leaves():
+            for chosen in map(_layers_chosen, leaf._hooks):
+                if chosen and min(chosen) >= n_layers:
+                    raise HookError(
+                        f"{path}: a hook is for layer {min(chosen)} and would never run; the model "
+                        f"has layers 0 to {n_layers - 1}."
+                    )
+
+
+def _layers_chosen(hook: Hook) -> list[int]:
+    """The layers that a hook, or those inside it, are for; empty where it does not choose."""
+    if isinstance(hook, AtLayers):
+        return hook.at_layers
+    if isinstance(hook, GradHook):
+        return _layers_chosen(hook.grad_hook)
+    if isinstance(hook, Hooks) and len(hook) == 1:
+        return _layers_chosen(hook._hooks[0])
+    return []
+
 
 NO_HOOKS = TransformerHooks()
 """The empty tree that stands for ``hooks=None``; it is not handed out and never appended to."""

@@ -84,8 +84,8 @@ def sample_from_logits(
     # Less their largest, so that a tiny temperature leads to 0 and -inf, never to inf.
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        top = logits.topk(top_k, dim=-1)  # by index: exactly so many, where several are equal too
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, top.indices, top.values)
     if top_p is not None:
         logits = _keep_nucleus(logits, top_p)
     return _draw(logits, generator)

@@ -440,7 +440,8 @@ class Transformer(nn.Module):
         self.n_vocab = cfg.n_vocab
         self.metadata: dict[str, Any] = {}
         """What the checkpoint says of itself (training data, figures); saved again with the model."""
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        # Made on "meta": torch's own initial values would only cost time and random numbers.
+        at: dict[str, Any] = {"device": "meta", "dtype": dtype}
         self.tok_embed = nn.Embedding(cfg.n_vocab, cfg.d_model, **at)
         self.pos_embed = nn.Embedding(cfg.ctx_window, cfg.d_model, **at)
         self.xf_layers = nn.ModuleList(
@@ -448,25 +449,23 @@ class Transformer(nn.Module):
         )
         self.final_ln = Norm(cfg.d_model, cfg.norm_eps, **at)
         self.unembed = nn.Linear(cfg.d_model, cfg.n_vocab, bias=False, **at)
-        if self.device.type != "meta":
+        device = torch.get_default_device() if device is None else torch.device(device)
+        if device.type != "meta":
+            self.to_empty(device=device)
             self._initialise(seed)
 
     @torch.no_grad()
     def _initialise(self, seed: int | None) -> None:
         """GPT-2's initial weights: 0.02, positions 0.01, smaller where a layer adds to the stream."""
-        generator = None
-        if seed is not None:
-            generator = torch.Generator(self.device).manual_seed(seed)
+        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
-            if parameter.dim() < 2:
-                continue  # biases and norms: already 0 and 1
+            if parameter.dim() < 2:  # biases, and the gains of norms
+                parameter.fill_(1.0 if "ln" in name and name.endswith("weight") else 0.0)
+                continue
             std = 0.01 if name == "pos_embed.weight" else 0.02
             if name.endswith(("out_proj.weight", "out_layer.weight")):
                 std /= math.sqrt(2 * self.cfg.n_layers)
             parameter.normal_(0, std, generator=generator)
-        for layer in self.layers:
-            for linear in (m for m in layer.modules() if isinstance(m, nn.Linear)):
-                linear.bias.zero_()
 
     @property
     def layers(self) -> Iterator[TransformerLayer]:
@@ -513,10 +512,12 @@ class Transformer(nn.Module):
         Returns:
             Logits ``[b, s, v]`` and the state to go on from.
         """
-        X, H, pad, hooks = self.run_embed(tokens, H, pad, hooks)
-        X, H = self.run_torso(X, H, pad, hooks)
-        X, H = self.run_ln_f(X, H, hooks)
-        return self.run_unembed(X, H, hooks)
+        H = HiddenState(self.cfg.n_layers) if H is None else H
+        with H.restored_on_error():
+            X, H, pad, hooks = self.run_embed(tokens, H, pad, hooks)
+            X, H = self.run_torso(X, H, pad, hooks)
+            X, H = self.run_ln_f(X, H, hooks)
+            return self.run_unembed(X, H, hooks)
 
     def run_embed(
         self,
@@ -528,6 +529,7 @@ class Transformer(nn.Module):
         """Token and position embeddings ``[b, s, d]``; pad comes back None where nothing is padded."""
         H = HiddenState(self.cfg.n_layers) if H is None else H
         hooks = NO_HOOKS if hooks is None else hooks
+        hooks.check_layers(self.cfg.n_layers)
         self._check_tokens(tokens, H, pad)
         if pad is not None and not pad.any():
             pad = None
@@ -580,7 +582,7 @@ class Transformer(nn.Module):
 
         def run(X: Tensor) -> Tensor:
             # From the same cache each time: running again in the backward pass must not append again.
-            kv_cache = before and before._fork()
+            kv_cache = None if before is None else before._fork()
             X, kv_cache = layer(X, kv_cache, pad, hooks, positions)
             if H[layer.layer_idx] is before:  # the first time: later, H may have gone on
                 H[layer.layer_idx] = kv_cache

@@ -777,7 +777,7 @@ def test_conditional_hooks(tiny_model: Transformer) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_layers(kind: str, tiny_model: Transformer) -> None:
     cases: list[tuple[Any, list[int]]] = [(0, [0]), ([1], [1]), ([0, 1], [0, 1])]
-    cases += [([], []), (range(2), [0, 1]), (5, [])]
+    cases += [([], []), (range(2), [0, 1]), ([1, 5], [1])]
     for layers, expected in cases:
         recorder = Recorder()
         hooks = at("mlp.post_act", kind, AtLayers(layers).append(recorder))
@@ -1012,3 +1012,34 @@ def test_errors_inside_autoencoder_hooks_say_where(codec: Codec, tiny_model64: T
 
 def test_sizes_of_this_file() -> None:
     assert (TINY.d_model, TINY.d_ff, TINY.n_heads, TINY.n_vocab) == (16, 48, 4, 29)
+
+
+# --- after an error, and hooks that would never run ---
+
+
+def test_going_on_after_a_hook_raised_is_as_if_nothing_had_happened(tiny_model) -> None:
+    tokens = torch.randint(
+        0, tiny_model.n_vocab, (2, 6), generator=torch.Generator().manual_seed(5)
+    )
+
+    def fail(x: Tensor) -> Tensor:
+        raise RuntimeError("on purpose")
+
+    hooks = TransformerHooks().append_at("1/mlp.post_act", fail)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            _, H = tiny_model(tokens[:, :4])
+            for pad in (None, torch.tensor([[True], [False]])):
+                with pytest.raises(RuntimeError, match="on purpose"):
+                    tiny_model(tokens[:, 4:5], H, pad=pad, hooks=hooks)
+            logits, _ = tiny_model(tokens[:, 4:], H)
+            expected, _ = tiny_model(tokens)
+        torch.testing.assert_close(logits, expected[:, 4:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["fwd", "bwd", "fwd2"])
+def test_hooks_for_a_layer_that_the_model_lacks_are_refused(tiny_model, kind: str) -> None:
+    n = tiny_model.cfg.n_layers
+    hooks = TransformerHooks().append_at(f"{n}/mlp.post_act", lambda x: x, kind)  # type: ignore[arg-type]
+    with pytest.raises(HookError, match=rf"mlp.post_act.{kind}.*layer {n}.*0 to {n - 1}"):
+        tiny_model(torch.tensor([[1]]), hooks=hooks)
