@@ -203,13 +203,9 @@ def finish_sae_lens(folder: Path) -> None:
     if sae.cfg.normalize_activations == "expected_average_only_in":
         sae.fold_activation_norm_scaling_factor(NORM_FACTOR)
         told = {"norm_factor": NORM_FACTOR}
-    if sae.cfg.reshape_activations == "hook_z":
-        heads = x.unflatten(-1, (2, -1))
-        latents = sae.encode(heads)
-        write(folder, "sae-lens", x, latents, sae.decode(latents).flatten(-2), told)
+        write(folder, "sae-lens", x, sae.encode(x), sae(x), told)
     else:
-        latents = sae.encode(x)
-        write(folder, "sae-lens", x, latents, sae(x), told)
+        write(folder, "sae-lens", x, *apply_sae_lens(folder / "saved", x), told)
 
 
 def load_sae_lens(saved: Path) -> Any:
@@ -227,6 +223,9 @@ def load_sae_lens(saved: Path) -> Any:
 
 def apply_sae_lens(saved: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     sae = load_sae_lens(saved)
+    if sae.cfg.reshape_activations == "hook_z":
+        x = x.unflatten(-1, (2, -1))
+        return sae.encode(x), sae(x).flatten(-2)
     return sae.encode(x), sae(x)
 
 

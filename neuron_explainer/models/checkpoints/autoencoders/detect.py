@@ -54,13 +54,11 @@ def folder_format(source: str | Path) -> AutoencoderFormat:
     if not folder.is_dir():
         raise SourceError(f"{source}: no such file or folder.")
     names = sorted(path.name for path in folder.iterdir())
-    found = {_MARKS[name]: name for name in names if name in _MARKS}
-    if (folder / "config.json").is_file():
-        config = files.read_json(folder / "config.json")
-        found |= dict.fromkeys(_config_formats(config), "config.json")
-    if (folder / "cfg.json").is_file():
-        config = files.read_json(folder / "cfg.json")
-        found |= dict.fromkeys(_cfg_formats(config), "cfg.json")
+    found: dict[AutoencoderFormat, str] = {}  # and the file that tells it
+    for name, formats_of in (("config.json", _config_formats), ("cfg.json", _cfg_formats)):
+        if (folder / name).is_file():
+            found |= dict.fromkeys(formats_of(files.read_json(folder / name)), name)
+    found |= {_MARKS[name]: name for name in names if name in _MARKS}
     if len(found) > 1:
         marks = ", ".join(f"{name} ({mark})" for name, mark in found.items())
         raise CheckpointError(
@@ -89,10 +87,8 @@ def _remote_folder_format(source: str | Path) -> AutoencoderFormat:
     """A remote folder cannot be listed: the files that each format must have are asked for."""
     for name, formats in (("config.json", _config_formats), ("cfg.json", _cfg_formats)):
         path = files.join(source, name)
-        if files.exists(path):
-            found = formats(files.read_json(files.fetch(path)))
-            if found:
-                return found[0]
+        if files.exists(path) and (found := formats(files.read_json(files.fetch(path)))):
+            return found[0]
     for name, found_format in _MARKS.items():
         if files.exists(files.join(source, name)):
             return found_format

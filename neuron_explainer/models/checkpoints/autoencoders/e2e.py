@@ -11,6 +11,7 @@ location that is wanted.
 As read in ApolloResearch/e2e_sae (July 2024).
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,13 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
 from neuron_explainer.models.locations import ActivationLocation
 
 _MARK = "encoder.0.weight"
+_KEY = re.compile(r"((?:.*\.)?)encoder\.0\.(?:weight|bias)")
 
 
 def places(content: Mapping[str, Any]) -> list[str]:
     """The prefixes under which the content of a torch file has dictionaries of this format."""
-    return [
-        key.removesuffix(_MARK)
-        for key in content
-        if isinstance(key, str) and (key == _MARK or key.endswith(f".{_MARK}"))
-    ]
+    found = [_KEY.fullmatch(key) for key in content if isinstance(key, str)]
+    return list(dict.fromkeys(match[1] for match in found if match))
 
 
 def read_e2e(where: str | Path, content: Mapping[str, Any], stated: Stated) -> LoadedAutoencoder:

@@ -38,14 +38,17 @@ from neuron_explainer.models.checkpoints.report import Shape
 
 HYPERPARAMETERS_FILE, MODEL_FILE = "hyperparams.json", "lm_config.json"
 
-_REQUIRED = {"encoder", "encoder_bias", "decoder"}
 _NORMALIZATIONS: dict[Any, InputNormalization] = {"token-wise": "rms", "none": "none"}
 
 
 def has_keys(content: Mapping[str, Any]) -> bool:
-    """Whether the content of a torch file is of this format."""
-    inner = content.get("sae", content)
-    return isinstance(inner, Mapping) and set(inner) >= _REQUIRED
+    """Whether the content of a torch file is of this format, be it incomplete."""
+    inner = content.get("sae")
+    return (
+        isinstance(inner, Mapping)
+        or "encoder_bias" in content
+        or {"encoder", "decoder"} <= set(content)
+    )
 
 
 def read_language_model_saes(

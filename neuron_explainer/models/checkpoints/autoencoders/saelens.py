@@ -353,7 +353,7 @@ def export_saelens(it: Exported) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "device": "cpu",
         "apply_b_dec_to_input": not it.has("post_bias"),
         "normalize_activations": normalizations[it.input_normalization],
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if _is_of_heads(it) else "none",
         "metadata": _metadata(it),
     }
     config |= _export_activation(it, state, tensors)
@@ -367,6 +367,11 @@ def export_saelens(it: Exported) -> tuple[dict[str, Any], dict[str, Tensor]]:
             config["architecture"] = config["architecture"].replace("transc", "skip_transc")
             tensors["W_skip"] = state["skip.weight"]
     return config, tensors
+
+
+def _is_of_heads(it: Exported) -> bool:
+    """Whether inputs are ``[…, heads, d_head]`` there, and are merged before encoding."""
+    return it.location is not None and it.location.path == "attn.v_out" and not it.is_transcoder
 
 
 def _export_activation(

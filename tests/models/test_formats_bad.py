@@ -1,0 +1,357 @@
+"""Damaged, contradictory and hostile files: one error that names file, field, expected and found."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from neuron_explainer.errors import CheckpointError, NeuronExplainerError, SourceError
+from neuron_explainer.models.autoencoder import Autoencoder
+from tests.peers.write_ours import FIXTURES
+from tests.reference import published_autoencoders as published
+
+Tensors = dict[str, Any]
+
+
+class Source(NamedTuple):
+    """A valid autoencoder on disk, and how its tensors are read and written there."""
+
+    path: Path
+    """What is loaded."""
+    weights: Path
+    """The file with the tensors."""
+    matrix: str
+    """The name of one matrix."""
+    told: dict[str, Any]
+
+    def read(self) -> Tensors:
+        suffix = self.weights.suffix
+        if suffix == ".safetensors":
+            return load_file(self.weights)
+        if suffix == ".npy":
+            return {self.matrix: torch.from_numpy(np.load(self.weights))}
+        if suffix == ".npz":
+            with np.load(self.weights) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        content: Tensors = torch.load(self.weights, weights_only=True)
+        inner: Tensors = content.get("sae", content)
+        return inner
+
+    def write(self, tensors: Tensors) -> None:
+        suffix = self.weights.suffix
+        if suffix == ".safetensors":
+            save_file({k: v.contiguous() for k, v in tensors.items()}, self.weights)
+        elif suffix == ".npy":
+            np.save(self.weights, tensors[self.matrix].numpy())
+        elif suffix == ".npz":
+            np.savez(self.weights, **{k: v.numpy() for k, v in tensors.items()})
+        else:
+            sae = "encoder_bias" in tensors or "encoder" in tensors
+            torch.save({"sae": tensors} if sae else tensors, self.weights)
+
+
+def copied(tmp_path: Path, peer: str, name: str, weights: str, matrix: str) -> Source:
+    folder = tmp_path / name
+    shutil.copytree(FIXTURES / peer / name / "saved", folder)
+    return Source(folder, folder / weights, matrix, {})
+
+
+def single(path: Path, tensors: Tensors, matrix: str, **told: Any) -> Source:
+    source = Source(path, path, matrix, told)
+    source.write(tensors)
+    return source
+
+
+def tensors_of(it: published.Published) -> Tensors:
+    return {name: torch.from_numpy(value) for name, value in it.arrays.items()}
+
+
+def native(tmp_path: Path) -> Source:
+    torch.manual_seed(0)
+    Autoencoder(12, 5).save(tmp_path / "native")
+    return Source(
+        tmp_path / "native", tmp_path / "native/autoencoder.safetensors", "encoder.weight", {}
+    )
+
+
+def openai(tmp_path: Path) -> Source:
+    tensors = tensors_of(published.openai("v1"))
+    tensors["stats_last_nonzero"] = torch.zeros(published.L, dtype=torch.int64)
+    return single(tmp_path / "openai.pt", tensors, "decoder.weight")
+
+
+SOURCES: dict[str, Callable[[Path], Source]] = {
+    "native": native,
+    "openai": openai,
+    "saelens": lambda p: copied(p, "sae-lens", "standard", "sae_weights.safetensors", "W_dec"),
+    "saelens gated": lambda p: copied(p, "sae-lens", "gated", "sae_weights.safetensors", "W_dec"),
+    "saelens old": lambda p: copied(
+        p, "sae-lens", "old-standard", "sae_weights.safetensors", "W_enc"
+    ),
+    "dictionary_learning": lambda p: copied(
+        p, "dictionary-learning", "AutoEncoder", "ae.pt", "decoder.weight"
+    ),
+    "dictionary_learning transposed": lambda p: copied(
+        p, "dictionary-learning", "JumpReluAutoEncoder", "ae.pt", "W_dec"
+    ),
+    "sparsify": lambda p: copied(p, "sparsify", "plain", "sae.safetensors", "W_dec"),
+    "language_model_saes": lambda p: single(
+        p / "final.pt",
+        tensors_of(published.language_model_saes(bias=True, glu=True, token_wise=True)),
+        "decoder",
+        input_normalization="rms",
+    ),
+    "transformer_vis": lambda p: single(
+        p / "dictionary.npy", tensors_of(published.transformer_vis()), "dictionary", penalty=0.3
+    ),
+    "e2e": lambda p: single(p / "run.pt", tensors_of(published.e2e()), "decoder.weight"),
+    "gemma_scope": lambda p: single(p / "params.npz", tensors_of(published.gemma_scope()), "W_dec"),
+}
+
+
+@pytest.fixture(params=SOURCES)
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Source:
+    return SOURCES[request.param](tmp_path)
+
+
+@pytest.fixture(params=[name for name in SOURCES if name != "transformer_vis"])
+def named(request: pytest.FixtureRequest, tmp_path: Path) -> Source:
+    """Those whose tensors have names."""
+    return SOURCES[request.param](tmp_path)
+
+
+def error_of(source: Source, path: Path | None = None) -> str:
+    with pytest.raises(NeuronExplainerError) as caught:
+        Autoencoder.load(path or source.path, **source.told)
+    return str(caught.value)
+
+
+def test_the_valid_ones_are_read(source):
+    assert Autoencoder.load(source.path, **source.told).n_latents in (12, 24)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+def test_truncated(source, share):
+    content = source.weights.read_bytes()
+    source.weights.write_bytes(content[: int(len(content) * share)])
+    text = error_of(source)
+    assert str(source.weights) in text
+    assert "damaged" in text or "refused, and nothing in it was run" in text
+
+
+def test_a_key_is_missing(named):
+    source = named
+    for name in source.read():
+        tensors = source.read()
+        removed = tensors.pop(name)
+        if name in ("scale", "feature_act_scale", "feature_act_mask", "decoder_bias"):
+            continue  # may be absent
+        kept = source.weights.read_bytes()
+        source.write(tensors)
+        text = error_of(source)
+        source.weights.write_bytes(kept)
+        assert str(source.path) in text
+        assert name in text, (name, removed.shape)
+
+
+def test_a_key_too_many(named):
+    named.write(named.read() | {"surprise": torch.ones(3)})
+    text = error_of(named)
+    assert str(named.path) in text
+    assert "surprise" in text
+
+
+def test_transposed(source):
+    tensors = source.read()
+    found = list(tensors[source.matrix].shape)
+    tensors[source.matrix] = tensors[source.matrix].T.contiguous()
+    source.write(tensors)
+    text = error_of(source)
+    assert str(source.path) in text
+    if source.weights.suffix == ".npy":
+        assert "it is transposed" in text
+    elif source.matrix not in ("encoder.weight", "W_enc"):
+        assert source.matrix in text
+        assert f"{found}" in text  # expected
+        assert f"{found[::-1]}" in text  # found
+    if source.matrix == "W_dec" or source.matrix == "decoder":
+        assert "(transposed?)" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool])
+def test_of_another_dtype(source, dtype):
+    tensors = source.read()
+    tensors[source.matrix] = tensors[source.matrix].to(dtype)
+    source.write(tensors)
+    text = error_of(source)
+    assert str(source.path) in text
+    assert "floating-point" in text or "of float32" in text
+    assert str(dtype).removeprefix("torch.") in text
+    assert source.matrix in text or source.weights.suffix == ".npy"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite(source, bad):
+    tensors = source.read()
+    tensors[source.matrix][0, 1] = bad
+    source.write(tensors)
+    text = error_of(source)
+    assert str(source.path) in text
+    assert "holds NaN or infinity" in text
+    assert source.matrix in text or source.weights.suffix == ".npy"
+
+
+def test_everything_wrong_in_one_error(tmp_path):
+    source = SOURCES["saelens"](tmp_path)
+    tensors = source.read()
+    del tensors["b_dec"]
+    tensors |= {"W_dec": tensors["W_dec"].T.contiguous(), "b_encc": torch.ones(2)}
+    tensors["b_enc"] = tensors["b_enc"].to(torch.int32)
+    source.write(tensors)
+    text = error_of(source)
+    assert "4 problems" in text
+    for part in ("W_dec: expected shape [24, 8], found [8, 24] (transposed?)", "b_dec: missing"):
+        assert part in text
+    assert "b_enc: expected a floating-point dtype, found int32" in text
+    assert "b_encc: unexpected" in text
+
+
+# ---- folders -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", ["sparsify", "dictionary_learning", "native", "gemma_scope"])
+def test_a_folder_of_two_formats(tmp_path, other):
+    source, second = SOURCES["saelens"](tmp_path), SOURCES[other](tmp_path)
+    shutil.copy(second.weights, source.path)
+    text = error_of(source)
+    assert "holds files of several formats" in text
+    assert "sae_weights.safetensors" in text
+    assert second.weights.name in text
+
+
+def test_a_folder_whose_config_is_of_another_format(tmp_path):
+    source = SOURCES["saelens"](tmp_path)
+    (source.path / "config.json").write_text('{"kind": "autoencoder"}')
+    assert "native (config.json), saelens (sae_weights.safetensors)" in error_of(source)
+    other = SOURCES["sparsify"](tmp_path)
+    (other.path / "sae.safetensors").rename(other.path / "sae_weights.safetensors")
+    assert "sparsify (cfg.json), saelens (sae_weights.safetensors)" in error_of(other)
+
+
+def test_folders_and_files_of_no_format(tmp_path):
+    source = Source(tmp_path, tmp_path, "", {})
+    assert "of no known format (found: nothing). Expected a folder with" in error_of(source)
+    (tmp_path / "notes.txt").write_text("hello")
+    assert "(found: notes.txt)" in error_of(source)
+    assert "notes.txt" in error_of(source, tmp_path / "notes.txt")
+    with pytest.raises(SourceError, match=r"nothing-there: no such file or folder"):
+        Autoencoder.load(tmp_path / "nothing-there")
+    torch.save([1, 2], tmp_path / "list.pt")
+    assert "list.pt: expected a state dict, found list" in error_of(source, tmp_path / "list.pt")
+
+
+@pytest.mark.parametrize("name", ["saelens", "sparsify"])
+def test_a_config_without_its_tensors_or_the_other_way_round(tmp_path, name):
+    source = SOURCES[name](tmp_path)
+    config = (source.path / "cfg.json").read_text()
+    (source.path / "cfg.json").unlink()
+    assert "cfg.json" in error_of(source)
+    (source.path / "cfg.json").write_text(config)
+    source.weights.unlink()
+    assert source.weights.name in error_of(source)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"d_in": 1, "d_in": 2}', "\xff"])
+@pytest.mark.parametrize("name", ["saelens", "sparsify", "dictionary_learning", "native"])
+def test_a_config_that_is_not_json(tmp_path, name, content):
+    source = SOURCES[name](tmp_path)
+    path = next(source.path.glob("*.json"))
+    path.write_bytes(content.encode("latin1"))
+    assert path.name in error_of(source)
+
+
+def test_the_tensors_alone_do_not_say_enough(tmp_path):
+    source = SOURCES["saelens"](tmp_path)
+    assert "give the folder, with its config.json or cfg.json" in error_of(source, source.weights)
+
+
+@pytest.mark.parametrize("config", [{"trainer": 3}, {"trainer": {"dict_class": 3}}])
+def test_odd_values_in_configs(tmp_path, config):
+    source = SOURCES["dictionary_learning"](tmp_path)
+    (source.path / "config.json").write_text(json.dumps(config))
+    assert "trainer: expected an object" in error_of(source) or "dict_class: " in error_of(source)
+
+
+# ---- hostile files -------------------------------------------------------------------------------
+
+
+class Hostile:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", ["openai", "dictionary_learning", "language_model_saes", "e2e"])
+def test_a_hostile_torch_file_is_refused_and_not_run(tmp_path, name, legacy):
+    source, mark = SOURCES[name](tmp_path), tmp_path / "was-run"
+    content = source.read() | {"surprise": Hostile(mark)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save(content, source.weights, _use_new_zipfile_serialization=not legacy)
+    text = error_of(source)
+    assert str(source.weights) in text
+    assert "refused, and nothing in it was run" in text
+    assert "mkdir" in text
+    assert not mark.exists()
+
+
+def test_a_bare_pickle_is_refused_whatever_its_name(tmp_path):
+    source, mark = Source(tmp_path, tmp_path, "", {}), tmp_path / "was-run"
+    for name in ("ae.pkl", "ae.pickle", "ae.pt", "ae.npy", "ae.npz", "ae"):
+        path = tmp_path / name
+        path.write_bytes(pickle.dumps(Hostile(mark)))
+        text = error_of(source, path)
+        assert str(path) in text
+        assert "refused" in text
+        assert not mark.exists()
+
+
+def test_pickles_inside_of_arrays_are_refused(tmp_path):
+    source, mark = Source(tmp_path, tmp_path, "", {"penalty": 0.3}), tmp_path / "was-run"
+    objects = np.array([Hostile(mark)], dtype=object)
+    buffer = io.BytesIO()
+    np.save(buffer, objects, allow_pickle=True)
+    (tmp_path / "dictionary.npy").write_bytes(buffer.getvalue())
+    assert "dictionary.npy" in error_of(source, tmp_path / "dictionary.npy")
+    with zipfile.ZipFile(tmp_path / "params.npz", "w") as archive:
+        archive.writestr("W_enc.npy", buffer.getvalue())
+    source = source._replace(told={})
+    assert "params.npz" in error_of(source, tmp_path / "params.npz")
+    assert not mark.exists()
+
+
+def test_one_byte_changed_is_noticed_in_archives(tmp_path):
+    for name in ("openai", "gemma_scope"):
+        source = SOURCES[name](tmp_path)
+        content = bytearray(source.weights.read_bytes())
+        middle = len(content) // 2
+        content[middle] ^= 0x10
+        source.weights.write_bytes(bytes(content))
+        with pytest.raises(CheckpointError, match=source.weights.name):
+            Autoencoder.load(source.path, **source.told)
