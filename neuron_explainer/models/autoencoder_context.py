@@ -22,6 +22,9 @@ from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.hooks import AutoencoderHooks, Hook, TransformerHooks
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
 from neuron_explainer.models.model_component_registry import Dimension, LayerIndex
+from neuron_explainer.models.model_context import ModelContext
+from neuron_explainer.models.passage import PASSAGE
+from neuron_explainer.models.verification import Verification, verify_autoencoder
 
 ACTIVATION_FREQUENCY_THRESHOLD_FOR_DEAD_LATENTS = 1e-8
 
@@ -166,11 +169,16 @@ class AutoencoderContext:
         for layer_index in self._paths:
             self.get_autoencoder(layer_index)
 
-    def check_model(self, model: HasSizes | HasConfig | TransformerConfig) -> None:
+    def check_model(
+        self,
+        model: HasSizes | HasConfig | TransformerConfig,
+        layers: Iterable[LayerIndex] | None = None,
+    ) -> None:
         """Raise unless every autoencoder fits its location in ``model``.
 
         Args:
             model: a ``Transformer``, its config, or a ``ModelContext``.
+            layers: which of them; None for all.
         """
         size = _sizes_of(model)
         width = _width_at(self.location, size)
@@ -182,6 +190,37 @@ class AutoencoderContext:
                     f"the autoencoder of {self.location.at(layer)} takes inputs of width "
                     f"{autoencoder.n_inputs}, this model has width {width} there."
                 )
+
+    def verify(
+        self,
+        model_context: ModelContext,
+        text: str = PASSAGE,
+        layers: Iterable[LayerIndex] | None = None,
+        bos: bool = False,
+    ) -> dict[LayerIndex, Verification]:
+        """Measure the autoencoders on a text: are they what was published, applied as trained?
+
+        Args:
+            model_context: the model that they were trained on.
+            text: what to run; a built-in passage if not given.
+            layers: which of them; None for all.
+            bos: begin with the start token, for autoencoders that were trained so.
+
+        Returns:
+            ``{layer: figures}``, with those recorded at training where they are known;
+            :attr:`~neuron_explainer.models.verification.Verification.problem` says what is
+            suspicious.
+        """
+        chosen = (
+            self.autoencoder_config.autoencoder_path_by_layer_index if layers is None else layers
+        )
+        self.check_model(model_context, chosen)
+        return {
+            layer: verify_autoencoder(
+                self.get_autoencoder(layer), self.location.at(layer), model_context, text, bos
+            )
+            for layer in chosen
+        }
 
     def hooks(
         self,
