@@ -5,15 +5,19 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neuron_explainer import __version__, demo, files
 from neuron_explainer.errors import InputError, NeuronExplainerError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from neuron_explainer.models.autoencoder_context import AutoencoderContext
     from neuron_explainer.models.hooks import TransformerHooks
+    from neuron_explainer.models.model_context import StandardModelContext
     from neuron_explainer.models.transformer import Transformer
 
 Result = dict[str, Any]
@@ -94,26 +98,51 @@ def run_latents(args: argparse.Namespace) -> Result:
     """The strongest latents on each token."""
     import torch
 
-    from neuron_explainer.models.model_registry import make_autoencoder_context
+    from neuron_explainer.models.model_context import StandardModelContext
 
-    model = _load_model(args)
-    context = make_autoencoder_context(args.model, args.autoencoder, device=model.device)
-    layers = [layer for layer in context.layer_indices if layer is not None]
-    layer = max(layers, default=None) if args.layer is None else args.layer
+    model_context = StandardModelContext(args.model, device=args.device)
+    model = _load_model(args, model_context)
+    context = _autoencoder_context(args, model.device)
+    layer = max(context.layer_indices, key=lambda layer: -1 if layer is None else layer)
+    layer = layer if args.layer is None else args.layer
     autoencoder = context.get_autoencoder(layer)
     location = context.location.at(layer)
     with torch.no_grad():
         found = model.capture([args.text], location, bos=args.bos)
-        latents = autoencoder.encode(found[location][0].float())
+        latents = autoencoder.encode(found[location][0])
+    measured = context.verify(model_context, layers=[layer], bos=args.bos)[layer]
+    if measured.problem is not None:
+        print(f"warning: on the built-in text, {measured.problem}", file=sys.stderr)
     return {
         "model": args.model,
         "autoencoder": args.autoencoder,
         "location": str(location),
+        "fvu": round(measured.fvu, 4),
+        "l0": round(measured.l0, 2),
         "tokens": [
             {"token": model.enc.decode([token]), "id": token, "latents": _strongest(row, args.top)}
             for token, row in zip(found.tokens[0].tolist(), latents, strict=True)
         ],
     }
+
+
+def _autoencoder_context(args: argparse.Namespace, device: "torch.device") -> "AutoencoderContext":
+    """The autoencoders that ``--autoencoder`` names: of the registry, or a folder, file or URL."""
+    from neuron_explainer.models.autoencoder import Autoencoder
+    from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
+    from neuron_explainer.models.model_registry import make_autoencoder_context
+
+    path = args.autoencoder
+    if not (files.is_remote(path) or Path(path).exists()):
+        return make_autoencoder_context(args.model, path, device=device)
+    location = Autoencoder.load(path).location
+    if location is None:
+        raise InputError(
+            f"{path} does not say where in the model it belongs; load it in Python: "
+            "AutoencoderContext(AutoencoderConfig(location, {layer: path}), device)."
+        )
+    layer = args.layer if location.layer is None else location.layer
+    return AutoencoderContext(AutoencoderConfig(location.at(None), {layer: path}), device)
 
 
 def _strongest(row: "Tensor", top: int) -> list[dict[str, float]]:
@@ -129,6 +158,9 @@ def _strongest(row: "Tensor", top: int) -> list[dict[str, float]]:
 def show_latents(result: Result) -> None:
     """A line a token, with a bar as long as its strongest latent."""
     print(f"{result['location']} of {result['model']}, {result['autoencoder']}: latent activation")
+    print(
+        f"(on the built-in text {result['l0']} latents fire, {result['fvu']:.1%} of the variance is lost)"
+    )
     most = max((la["activation"] for t in result["tokens"] for la in t["latents"]), default=1.0)
     for token in result["tokens"]:
         strongest = token["latents"][0]["activation"] if token["latents"] else 0.0
@@ -168,7 +200,6 @@ def _ablation(args: argparse.Namespace, model: "Transformer") -> tuple["Transfor
     """Hooks that set what the flags name to ``--value``, and its description."""
     from neuron_explainer.models.hooks import TransformerHooks
     from neuron_explainer.models.locations import ActivationLocation
-    from neuron_explainer.models.model_registry import make_autoencoder_context
 
     def ablate(x: "Tensor") -> "Tensor":
         if args.unit is not None and not 0 <= args.unit < x.shape[-1]:
@@ -182,7 +213,7 @@ def _ablation(args: argparse.Namespace, model: "Transformer") -> tuple["Transfor
         location.expand(model.cfg.n_layers)  # a layer outside the model is an error, not a no-op
         hooks = TransformerHooks().append_at(location, ablate)
         return hooks, f"{unit} of {location} = {args.value}"
-    context = make_autoencoder_context(args.model, args.autoencoder, device=model.device)
+    context = _autoencoder_context(args, model.device)
     layers = None if args.layer is None else [args.layer]
     where = "every layer" if args.layer is None else f"layer {args.layer}"
     hooks = context.hooks(on_latents=ablate, layers=layers)
@@ -263,14 +294,13 @@ def show_cache(result: Result) -> None:
 # --- parsing ---
 
 
-def _load_model(args: argparse.Namespace) -> "Transformer":
-    import torch
+def _load_model(
+    args: argparse.Namespace, context: "StandardModelContext | None" = None
+) -> "Transformer":
+    from neuron_explainer.models.model_context import StandardModelContext
 
-    from neuron_explainer.models.model_context import get_default_device
-    from neuron_explainer.models.transformer import Transformer
-
-    device = args.device or get_default_device()
-    return Transformer.load(args.model, device=device, dtype=torch.float32)
+    context = context or StandardModelContext(args.model, device=args.device)
+    return context.get_or_create_model()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -302,7 +332,9 @@ def _parser() -> argparse.ArgumentParser:
     latents.add_argument("text")
     _model_options(latents)
     latents.add_argument(
-        "--autoencoder", default="ae-resid-delta-mlp", help="a name (default: ae-resid-delta-mlp)"
+        "--autoencoder",
+        default="ae-resid-delta-mlp",
+        help="name, folder, file or URL (default: ae-resid-delta-mlp)",
     )
     latents.add_argument("--layer", type=int, help="(default: the last that has an autoencoder)")
     latents.add_argument("--top", type=int, default=10, help="latents a token (default: 10)")

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from neuron_explainer import cli, demo
+from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.model_registry import make_autoencoder_context
 from neuron_explainer.models.transformer import Transformer
 
@@ -51,6 +53,23 @@ def test_latents_are_the_librarys(capsys: pytest.CaptureFixture[str]) -> None:
         for shown in token["latents"]:
             assert shown["activation"] == pytest.approx(float(row[shown["latent"]]), abs=1e-5)
     assert "█" in run(capsys, *argv)
+
+
+def test_latents_of_a_folder_that_does_not_fit_warn(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    width = Transformer.load("tiny-tales").cfg.d_model
+    for location in ("1/resid.torso.delta_mlp", None):
+        Autoencoder(2 * width, width, location=location).save(tmp_path / str(location is None))
+    argv = ["latents", TEXT, "--json", "--autoencoder"]
+    assert cli.main([*argv, str(tmp_path / "False")]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["location"] == "1/resid.torso.delta_mlp"
+    assert json.loads(out)["fvu"] > 0.5
+    assert "warning" in err
+    assert "variance is unexplained" in err
+    assert "where in the model it belongs" in fail(capsys, *argv, str(tmp_path / "True"))
 
 
 def test_ablate_a_neuron_a_location_and_a_latent(capsys: pytest.CaptureFixture[str]) -> None:
