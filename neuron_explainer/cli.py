@@ -258,6 +258,24 @@ def show_models(result: Result) -> None:
             print(f"    {name}")
 
 
+def run_convert(args: argparse.Namespace) -> Result:
+    """Rewrite an autoencoder in another format; what that format cannot express is an error."""
+    from neuron_explainer.models.convert import convert
+
+    stated = {
+        name: value
+        for name in ("input_normalization", "location", "norm_factor", "k", "threshold")
+        if (value := getattr(args, name)) is not None
+    }
+    convert(args.source, args.destination, args.format, overwrite=args.overwrite, **stated)
+    return {"source": args.source, "destination": args.destination, "format": args.format}
+
+
+def show_convert(result: Result) -> None:
+    """Where it is now."""
+    print(f"{result['source']} is now in {result['destination']}, as {result['format']}")
+
+
 def run_cache_list(args: argparse.Namespace) -> Result:
     """What has been downloaded."""
     return {"folder": str(files.cache_dir()), "files": [_plain(e) for e in files.list_cache()]}
@@ -353,6 +371,28 @@ def _parser() -> argparse.ArgumentParser:
     ablate.add_argument("--top", type=int, default=10, help="tokens to show (default: 10)")
 
     _add(verbs, "models", "every model and autoencoder with a name", run_models, show_models)
+
+    convert = _add(
+        verbs, "convert", "rewrite an autoencoder in another format", run_convert, show_convert
+    )
+    convert.add_argument("source", help="folder, file or URL of any known format")
+    convert.add_argument("destination", help="folder to write")
+    convert.add_argument(
+        "--format",
+        required=True,
+        choices=["native", "saelens", "dictionary_learning", "sparsify"],
+        help="to write",
+    )
+    convert.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
+    convert.add_argument("--location", help="where it belongs, such as 8/resid.torso.delta_mlp")
+    convert.add_argument(
+        "--input-normalization",
+        choices=["none", "center", "layer_norm", "rms"],
+        help="where the source does not say it",
+    )
+    convert.add_argument("--norm-factor", type=float, help="likewise (SAELens)")
+    convert.add_argument("--k", type=int, help="likewise (dictionary_learning)")
+    convert.add_argument("--threshold", type=float, help="likewise (dictionary_learning)")
 
     cache = verbs.add_parser("cache", help="files that were downloaded", description="Downloads.")
     actions = cache.add_subparsers(dest="action", required=True, metavar="ACTION")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from neuron_explainer import cli, demo
-from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.autoencoder import Autoencoder, TopK
 from neuron_explainer.models.model_registry import make_autoencoder_context
 from neuron_explainer.models.transformer import Transformer
 
@@ -150,9 +150,31 @@ def test_python_dash_m() -> None:
     assert out.stdout.strip()
 
 
-@pytest.mark.parametrize("verb", ["demo", "sample", "latents", "ablate", "models", "cache"])
+@pytest.mark.parametrize(
+    "verb", ["demo", "sample", "latents", "ablate", "models", "convert", "cache"]
+)
 def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main([verb, "--help"])
     assert stop.value.code == 0
     assert verb in capsys.readouterr().out
+
+
+def test_convert_there_and_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(24, 8, TopK(4), location="1/resid.torso.post_mlp")
+    autoencoder.save(tmp_path / "a")
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    assert "as saelens" in run(capsys, "convert", a, b, "--format", "saelens")
+    assert (tmp_path / "b" / "sae_weights.safetensors").exists()
+    out = json.loads(run(capsys, "convert", b, c, "--format", "native", "--json"))
+    assert out == {"source": b, "destination": c, "format": "native"}
+    back, x = Autoencoder.load(c), torch.randn(5, 8)
+    torch.testing.assert_close(back(x).recons, autoencoder(x).recons)
+    assert str(back.location) == "1/resid.torso.post_mlp"
+    assert "overwrite" in fail(capsys, "convert", a, b, "--format", "sparsify")
+    error = fail(
+        capsys, "convert", a, str(tmp_path / "d"), "--format", "native", "--location", "0/logits"
+    )
+    assert "0/logits" in error or "once" in error
+    assert not (tmp_path / "d").exists()
