@@ -29,7 +29,7 @@ from neuron_explainer.experiments.tiny_tales.data import (
     read_corpus,
     token_stream,
 )
-from neuron_explainer.experiments.tiny_tales.dictionary import Dictionary, DictionarySize, largest
+from neuron_explainer.experiments.tiny_tales.dictionary import Dictionary, DictionaryConfig, largest
 from neuron_explainer.experiments.tiny_tales.fused_loss import linear_cross_entropy
 from neuron_explainer.experiments.tiny_tales.model_training import (
     ModelTrainer,
@@ -242,15 +242,15 @@ def test_model_training_learns_and_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 def test_autoencoder_training_learns_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     sizes = {
-        "mlp.post_act": DictionarySize(96, 4),
-        "resid.torso.delta_attn": DictionarySize(64, 4),
+        "mlp.post_act": DictionaryConfig(96, 4),
+        "resid.torso.delta_attn": DictionaryConfig(64, 4),
     }
     config = AutoencoderTrainingConfig(
         steps=30, decay_steps=10, warmup_steps=2, dead_after_tokens=64, sample_windows=8
     )
 
     def run(folder: Path, config: AutoencoderTrainingConfig) -> AutoencoderTrainer:
-        trainer = AutoencoderTrainer(tiny_model(), tiny_windows(), config, sizes)
+        trainer = AutoencoderTrainer(tiny_model(), tiny_windows(), config, list(sizes), sizes)
         autoencoder_training.train(trainer, folder, checkpoint_every=10)
         return trainer
 
@@ -261,7 +261,7 @@ def test_autoencoder_training_learns_and_resumes_bit_for_bit(tmp_path: Path) -> 
     for location, dictionary in whole.dictionaries.items():
         for name, value in dictionary.state_dict().items():
             assert torch.equal(value, resumed.dictionaries[location].state_dict()[name]), name
-    fresh = AutoencoderTrainer(tiny_model(), tiny_windows(), config, sizes)
+    fresh = AutoencoderTrainer(tiny_model(), tiny_windows(), config, list(sizes), sizes)
     activations = harvest(whole.model, tiny_windows(64).batch(0)[0], list(sizes))
     for location, x in activations.items():
         learnt, before = (
@@ -273,8 +273,8 @@ def test_autoencoder_training_learns_and_resumes_bit_for_bit(tmp_path: Path) -> 
 
 def test_a_finished_autoencoder_computes_what_the_dictionary_did() -> None:
     config = AutoencoderTrainingConfig(steps=5, decay_steps=0, sample_windows=8)
-    sizes = {"mlp.post_act": DictionarySize(96, 4)}
-    trainer = AutoencoderTrainer(tiny_model(), tiny_windows(), config, sizes)
+    sizes = {"mlp.post_act": DictionaryConfig(96, 4)}
+    trainer = AutoencoderTrainer(tiny_model(), tiny_windows(), config, list(sizes), sizes)
     for _ in range(5):
         trainer.train_step()
     autoencoder = trainer.finished("1/mlp.post_act", "tiny", {})
@@ -300,7 +300,7 @@ def test_the_search_by_groups_finds_the_largest(width: int) -> None:
 def test_only_silent_latents_get_the_auxiliary_loss() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(256, 12, generator=generator)
-    dictionary = Dictionary(DictionarySize(32, 2), x, generator)
+    dictionary = Dictionary(DictionaryConfig(32, 2), x, generator)
     with torch.no_grad():
         dictionary.tokens_since_active[:16] = 1000
         dictionary.latent_bias[:16] = -0.1  # behind the others, and above zero for some tokens
@@ -336,8 +336,8 @@ def test_resuming_with_another_recipe_is_refused() -> None:
 def test_figures_agree_with_their_definitions() -> None:
     model = tiny_model()
     config = AutoencoderTrainingConfig(steps=5, decay_steps=0, sample_windows=8)
-    sizes = {"resid.torso.delta_mlp": DictionarySize(64, 4)}
-    trainer = AutoencoderTrainer(model, tiny_windows(), config, sizes)
+    sizes = {"resid.torso.delta_mlp": DictionaryConfig(64, 4)}
+    trainer = AutoencoderTrainer(model, tiny_windows(), config, list(sizes), sizes)
     location = ActivationLocation.parse("1/resid.torso.delta_mlp")
     autoencoder = trainer.finished(str(location), "tiny", {})
     tokens = np.random.default_rng(5).integers(0, BOS, 61)
@@ -424,8 +424,6 @@ def test_commands_from_books_to_figures(
             enc="tiny-tales", ctx_window=32, d_model=16, n_layers=1, n_heads=2, n_vocab=n_vocab
         ),
     )
-    sizes = {"mlp.post_act": DictionarySize(96, 4)}
-    monkeypatch.setattr(autoencoder_training, "SIZES", sizes)
     run, stored = tmp_path / "run", tmp_path / "run" / "tiny-tales"
     common = ["--corpus", str(corpus), "--run", str(run)]
     main(["tokenizer", *common])

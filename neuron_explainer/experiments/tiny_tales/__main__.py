@@ -92,8 +92,7 @@ def run_autoencoders(args: argparse.Namespace) -> None:
         model.enc.eot_token,
         config.bos_share,
     )
-    sizes = {path: autoencoder_training.SIZES[path] for path in args.locations}
-    trainer = AutoencoderTrainer(model, windows, config, sizes)
+    trainer = AutoencoderTrainer(model, windows, config, args.locations)
     autoencoder_training.train(trainer, args.run)
     training = {
         **_data_record(),
@@ -102,10 +101,12 @@ def run_autoencoders(args: argparse.Namespace) -> None:
         "tokens": config.steps * config.windows_per_step * model.cfg.ctx_window,
     }
     autoencoders = {
-        name: trainer.finished(name, MODEL_NAME, {"training": training})
+        name: trainer.finished(
+            name, MODEL_NAME, {"training": {**training, "lr": trainer.lrs[name]}}
+        )
         for name in trainer.dictionaries
     }
-    autoencoder_training.record_statistics(trainer, autoencoders, n_steps=200)
+    autoencoder_training.record_statistics(trainer, autoencoders, n_steps=100)
     for name, autoencoder in autoencoders.items():
         location = ActivationLocation.parse(name)
         folder = args.run / MODEL_NAME / AUTOENCODERS / location.path / str(location.layer)
@@ -183,15 +184,15 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     _add_run(command("tokenizer", run_tokenizer))
-    training_command("train", run_train, steps=6500, decay_steps=1800, seed=0)
+    training_command("train", run_train, steps=3800, decay_steps=1000, seed=0)
     autoencoders = training_command(
-        "autoencoders", run_autoencoders, steps=5000, decay_steps=2000, seed=1
+        "autoencoders", run_autoencoders, steps=8000, decay_steps=3200, seed=1
     )
     autoencoders.add_argument(
         "--locations",
         nargs="+",
-        choices=list(autoencoder_training.SIZES),
-        default=list(autoencoder_training.SIZES),
+        choices=autoencoder_training.PATHS,
+        default=autoencoder_training.PATHS,
         help="some only, to share the work out among processes (default: all)",
     )
     evaluate = command("evaluate", run_evaluate)

@@ -5,6 +5,7 @@ location: the forward pass is paid once for all of them and nothing is stored on
 for bit, like the model's training.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,22 @@ from tqdm import tqdm
 
 from neuron_explainer.experiments.tiny_tales.checkpoints import load_checkpoint, save_checkpoint
 from neuron_explainer.experiments.tiny_tales.data import TrainingWindows
-from neuron_explainer.experiments.tiny_tales.dictionary import Dictionary, DictionarySize
+from neuron_explainer.experiments.tiny_tales.dictionary import Dictionary, DictionaryConfig
 from neuron_explainer.experiments.tiny_tales.schedule import warmup_stable_decay
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.transformer import Transformer
 
-#: Widths chosen for assets of at most 40 MB; the MLP's activations are four times as wide.
-SIZES = {
-    "mlp.post_act": DictionarySize(n_latents=1536, k=32),
-    "resid.torso.delta_mlp": DictionarySize(n_latents=2304, k=16),
-    "resid.torso.delta_attn": DictionarySize(n_latents=2304, k=16),
+PATHS = ("mlp.post_act", "resid.torso.delta_mlp", "resid.torso.delta_attn")
+
+#: By location, or by path for all layers not named. Sizes keep all assets below 40 MB. The first
+#: layer writes less variety: more latents than it needs die. Higher rates fit faster and kill more.
+CONFIGS = {
+    "mlp.post_act": DictionaryConfig(n_latents=1536, k=32, lr=2e-3),
+    "resid.torso.delta_mlp": DictionaryConfig(n_latents=2560, k=16, lr=3e-3),
+    "0/resid.torso.delta_mlp": DictionaryConfig(n_latents=1280, k=16, lr=3e-3),
+    "resid.torso.delta_attn": DictionaryConfig(n_latents=2560, k=16, lr=1.5e-3),
+    "0/resid.torso.delta_attn": DictionaryConfig(n_latents=768, k=16, lr=1.5e-3),
 }
 
 
@@ -37,8 +43,7 @@ class AutoencoderTrainingConfig:
     decay_steps: int
     warmup_steps: int = 50
     windows_per_step: int = 4
-    lr: float = 2e-3
-    dead_after_tokens: int = 100_000
+    dead_after_tokens: int = 50_000
     sample_windows: int = 64
     """Windows whose activations give means and scales."""
     bos_share: float = 0.25
@@ -61,34 +66,38 @@ class AutoencoderTrainer:
         model: Transformer,
         windows: TrainingWindows,
         config: AutoencoderTrainingConfig,
-        sizes: dict[str, DictionarySize] | None = None,
+        paths: Sequence[str] = PATHS,
+        configs: Mapping[str, DictionaryConfig] = CONFIGS,
     ) -> None:
         self.model, self.windows, self.config, self.step = model, windows, config, 0
-        self.sizes = SIZES if sizes is None else sizes
+        self.paths = list(paths)
         generator = torch.Generator().manual_seed(config.seed)
         self.dictionaries = {
-            location: Dictionary(self.sizes[_path(location)], sample, generator)
+            location: Dictionary(_config_of(location, configs), sample, generator)
             for location, sample in self._harvest_sample().items()
         }
-        parameters = [p for d in self.dictionaries.values() for p in d.parameters()]
-        self.optimiser = torch.optim.Adam(parameters, lr=config.lr, fused=True)
+        self.lrs = {location: _config_of(location, configs).lr for location in self.dictionaries}
+        self.optimiser = torch.optim.Adam(
+            [{"params": list(d.parameters())} for d in self.dictionaries.values()], fused=True
+        )
 
     def _harvest_sample(self) -> dict[str, Tensor]:
         """Activations from which means, scales and first directions are taken."""
         batches = -(-self.config.sample_windows // self.windows.batch_size)
         tokens = torch.cat([self.windows.batch(step)[0] for step in range(batches)])
-        return harvest(self.model, tokens, list(self.sizes))
+        return harvest(self.model, tokens, self.paths)
 
     def activations(self, step: int) -> dict[str, Tensor]:
         """What the dictionaries see at a step: ``[b, n]`` by location."""
         tokens, _ = self.windows.batch(step)
-        return harvest(self.model, tokens, list(self.sizes))
+        return harvest(self.model, tokens, self.paths)
 
     def train_step(self) -> dict[str, float]:
         """One update of every dictionary; returns each one's share of variance not explained."""
         c = self.config
         factor = warmup_stable_decay(self.step, c.steps, c.warmup_steps, c.decay_steps)
-        self.optimiser.param_groups[0]["lr"] = c.lr * factor
+        for group, lr in zip(self.optimiser.param_groups, self.lrs.values(), strict=True):
+            group["lr"] = lr * factor
         activations = self.activations(self.step)
         self.optimiser.zero_grad()
         fvu: dict[str, float] = {}
@@ -105,7 +114,7 @@ class AutoencoderTrainer:
 
     def _checkpoint(self, folder: Path) -> Path:
         """Named after the locations: they may be shared out among processes."""
-        return folder / f"autoencoder_training.{'+'.join(sorted(self.sizes))}.pt"
+        return folder / f"autoencoder_training.{'+'.join(sorted(self.paths))}.pt"
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint whole or not at all."""
@@ -171,6 +180,10 @@ def record_statistics(
         autoencoder.latents_mean_square /= tokens
 
 
+def _config_of(location: str, configs: Mapping[str, DictionaryConfig]) -> DictionaryConfig:
+    return configs.get(location) or configs[_path(location)]
+
+
 def _path(location: str) -> str:
     return ActivationLocation.parse(location).path
 
@@ -183,13 +196,21 @@ def train(trainer: AutoencoderTrainer, folder: Path, checkpoint_every: int = 200
         while trainer.step < trainer.config.steps:
             fvu = trainer.train_step()
             bar.update()
-            bar.set_postfix(_mean_by_path(fvu), refresh=False)
+            dead = {
+                location: dictionary.dead_share(trainer.config.dead_after_tokens)
+                for location, dictionary in trainer.dictionaries.items()
+            }
+            bar.set_postfix(fvu=_by_path(fvu), dead=_by_path(dead), refresh=False)
             if trainer.step % checkpoint_every == 0 or trainer.step == trainer.config.steps:
                 trainer.save(folder)
 
 
-def _mean_by_path(fvu: dict[str, float]) -> dict[str, str]:
+def _by_path(values: dict[str, float]) -> str:
+    """Means over the layers, as text for the progress bar."""
     by_path: dict[str, list[float]] = {}
-    for location, value in fvu.items():
+    for location, value in values.items():
         by_path.setdefault(_path(location), []).append(value)
-    return {path: f"{sum(values) / len(values):.3f}" for path, values in by_path.items()}
+    return " ".join(
+        f"{path.rpartition('.')[2]}={sum(found) / len(found):.3f}"
+        for path, found in by_path.items()
+    )

@@ -20,11 +20,12 @@ AUX_COEFFICIENT = 1 / 32
 
 
 @dataclass(frozen=True)
-class DictionarySize:
-    """Latents in all, and how many of them may be active for one token."""
+class DictionaryConfig:
+    """Latents in all, how many of them may be active for one token, and Adam's learning rate."""
 
     n_latents: int
     k: int
+    lr: float = 2e-3
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Dictionary(nn.Module):
     """Encoder and decoder for the activations of one location.
 
     Args:
-        size: latents in all and active ones.
+        config: latents in all and active ones.
         sample: ``[b, n]`` activations from which mean, scale and first directions are taken.
         generator: draws the first directions.
     """
@@ -63,10 +64,12 @@ class Dictionary(nn.Module):
     scale: Tensor
     tokens_since_active: Tensor
 
-    def __init__(self, size: DictionarySize, sample: Tensor, generator: torch.Generator) -> None:
+    def __init__(
+        self, config: DictionaryConfig, sample: Tensor, generator: torch.Generator
+    ) -> None:
         super().__init__()
-        n_latents, n_inputs = size.n_latents, sample.shape[1]
-        self.k = size.k
+        n_latents, n_inputs = config.n_latents, sample.shape[1]
+        self.k = config.k
         mean = sample.mean(0)
         self.register_buffer("mean", mean)
         self.register_buffer("scale", (sample - mean).square().mean().sqrt())
@@ -112,6 +115,10 @@ class Dictionary(nn.Module):
     def _count(self, values: Tensor, latents: Tensor) -> None:
         self.tokens_since_active += len(values)
         self.tokens_since_active[latents[values > 0]] = 0
+
+    def dead_share(self, dead_after: int) -> float:
+        """Share of latents that have been silent for ``dead_after`` tokens."""
+        return float((self.tokens_since_active > dead_after).float().mean())
 
     @torch.no_grad()
     def keep_gradient_tangential(self) -> None:
