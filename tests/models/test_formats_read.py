@@ -20,6 +20,7 @@ from neuron_explainer.models.autoencoder import Autoencoder, UnstatedNormalizati
 from neuron_explainer.models.checkpoints.autoencoders import Stated
 from neuron_explainer.models.latent_activations import activation_name
 from neuron_explainer.models.locations import ActivationLocation
+from tests.blob_server import BlobServer
 from tests.peers.write_ours import FIXTURES, fixtures
 from tests.reference import published_autoencoders as published
 
@@ -543,3 +544,98 @@ def test_stored_in_half_precision_and_loaded_in_single(tmp_path):
         ae.reconstruct(expected["x"]).detach(), expected["recons"], rtol=1e-2, atol=1e-2
     )
     assert load("sae-lens-topk", dtype=torch.float64).dtype == torch.float64
+
+
+# ---- models that SAELens edited before training --------------------------------------------------
+
+
+def test_centred_writing_weights_become_a_step_of_the_autoencoder(tmp_path):
+    """TransformerLens took the mean off the stream; models here are not edited when loaded."""
+    kwargs = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    hook = {"hook_point": "blocks.1.hook_resid_pre"}
+    centred = Autoencoder.load(edited(tmp_path, "sae-lens-old-standard", **kwargs, **hook))
+    assert centred.input_normalization == "center"
+    plain = Autoencoder.load(CASES["sae-lens-old-standard"][0] / "saved")
+    x = load_file(CASES["sae-lens-old-standard"][0] / "expected.safetensors")["x"]
+    mean = x.mean(-1, keepdim=True)
+    assert_agrees(centred.encode(x).detach(), plain.encode(x - mean).detach())
+    assert_agrees(centred.reconstruct(x).detach(), (plain.reconstruct(x - mean) + mean).detach())
+
+
+def test_centring_where_it_cannot_be_told_or_does_not_matter(tmp_path):
+    kwargs = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    name = "sae-lens-old-standard"
+    neurons = edited(tmp_path / "n", name, **kwargs, hook_point="blocks.1.mlp.hook_post")
+    assert Autoencoder.load(neurons).input_normalization == "none"
+    unknown = edited(tmp_path / "u", name, **kwargs, hook_point="somewhere")
+    with pytest.raises(CheckpointError, match="input_normalization='center' or 'none'"):
+        Autoencoder.load(unknown)
+    assert Autoencoder.load(unknown, input_normalization="none").input_normalization == "none"
+    unsaid = edited(tmp_path / "s", name, hook_point="blocks.1.hook_resid_pre")
+    assert Autoencoder.load(unsaid).input_normalization == "none"
+    assert Autoencoder.load(unsaid, input_normalization="center").input_normalization == "center"
+    layer_norm = edited(tmp_path / "l", "sae-lens-old-topk-layer_norm", **kwargs)
+    assert Autoencoder.load(layer_norm).input_normalization == "layer_norm"
+
+
+# ---- from a server -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sae-lens-topk",
+        "dictionary-learning-AutoEncoderTopK",
+        "sparsify-skip",
+        "gemma_scope",
+        "native",
+    ],
+)
+def test_a_remote_folder_is_read_and_offline_again(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("NEURON_EXPLAINER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    folder = tmp_path / "folder"
+    if name in CASES:
+        shutil.copytree(CASES[name][0] / "saved", folder)
+    elif name == "native":
+        load("sparsify-skip").save(folder)
+    else:
+        folder.mkdir()
+        np.savez(folder / "params.npz", **published.gemma_scope().arrays)
+    with BlobServer() as server:
+        for path in folder.iterdir():
+            server.put(f"/some/{path.name}", path.read_bytes())
+        source = f"{server.base}/some"
+        found = Autoencoder.load(source)
+        with pytest.raises(
+            CheckpointError, match=r"/other: of no known format\. Expected a folder"
+        ):
+            Autoencoder.load(f"{server.base}/other")
+    for other in (Autoencoder.load(source), Autoencoder.load(folder)):
+        x = torch.tensor(published.inputs(), dtype=torch.float32)
+        assert torch.equal(other.reconstruct(x), found.reconstruct(x))
+        assert repr(other) == repr(found)
+
+
+@pytest.mark.parametrize("name", ["params.npz", "dictionary.npy", "openai.pt", "ae.pt"])
+def test_a_remote_file(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("NEURON_EXPLAINER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    path, told = tmp_path / name, Stated()
+    if name == "params.npz":
+        np.savez(path, **published.gemma_scope().arrays)
+    elif name == "dictionary.npy":
+        np.save(path, published.transformer_vis().arrays["dictionary"])
+        told = {"penalty": 0.3}
+    elif name == "openai.pt":
+        state: dict[str, Any] = tensors_of(published.openai("v1"))
+        torch.save(state | {"stats_last_nonzero": torch.zeros(published.L)}, path)
+    else:
+        saved = CASES["dictionary-learning-BatchTopKSAE"][0] / "saved"
+        shutil.copy(saved / "ae.pt", path)
+    with BlobServer() as server:
+        server.put(f"/{name}", path.read_bytes())
+        if name == "ae.pt":  # the config beside it is looked for, too
+            server.put("/config.json", (saved / "config.json").read_bytes())
+        found = Autoencoder.load(f"{server.base}/{name}", **told)
+    assert repr(found).startswith("Autoencoder(n_latents=24, n_inputs=8")

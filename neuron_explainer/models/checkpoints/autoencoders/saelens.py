@@ -42,6 +42,7 @@ from neuron_explainer.models.checkpoints.autoencoders.export import (
     fold_pre_bias,
 )
 from neuron_explainer.models.checkpoints.report import Shape
+from neuron_explainer.models.locations import ActivationLocation
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 SPARSITY_FILE = "sparsity.safetensors"
@@ -131,20 +132,56 @@ def read_saelens(
     # Of one head's activations there is no location here.
     hook = None if cfg.get("hook_head_index") is not None else cfg.get("hook_name")
     output = location_of(cfg.get("hook_name_out"))
+    location = settle_location(cfg_file, location_of(hook), stated.get("location"))
     return LoadedAutoencoder(
         state,
-        settle(
-            cfg_file,
-            "normalize_activations",
-            normalization,
-            stated.get("input_normalization"),
-            "input_normalization",
-        ),
-        settle_location(cfg_file, location_of(hook), stated.get("location")),
+        _centred(cfg_file, cfg, normalization, location, stated.get("input_normalization")),
+        location,
         settle_location(cfg_file, output, stated.get("output_location")),
         read_text(cfg, "model_name"),
         metadata,
     )
+
+
+def _centred(
+    cfg_file: str,
+    cfg: Mapping[str, Any],
+    normalization: InputNormalization,
+    location: ActivationLocation | None,
+    given: InputNormalization | None,
+) -> InputNormalization:
+    """The normalisation, with the mean over the width taken off where TransformerLens had done so.
+
+    Autoencoders of a model loaded with ``center_writing_weights`` saw a residual stream, and what is
+    added to it, without its mean. Models are not edited when they are loaded here, so that step
+    belongs to the autoencoder. (A layer norm takes the mean off anyway.)
+    """
+    kwargs = cfg.get("model_from_pretrained_kwargs") or {}
+    said = kwargs.get("center_writing_weights") if isinstance(kwargs, dict) else None
+    centred = (
+        bool(said) and normalization != "layer_norm" and _on_the_stream(cfg_file, location, given)
+    )
+    if centred and normalization != "none":
+        raise CheckpointError(
+            f"{cfg_file}: center_writing_weights with normalize_activations "
+            f"{cfg.get('normalize_activations')!r}: expected one of the two; both cannot be applied."
+        )
+    if normalization == "none" and said is None and given == "center":
+        return "center"  # how the model was loaded is often not in the folder
+    found: InputNormalization = "center" if centred else normalization
+    settle(cfg_file, "the file", found, given, "input_normalization")
+    return found
+
+
+def _on_the_stream(cfg_file: str, location: ActivationLocation | None, given: Any) -> bool:
+    if location is None:
+        if given is None:
+            raise CheckpointError(
+                f"{cfg_file}: center_writing_weights is true, and the place is not one that is known "
+                "here: expected input_normalization='center' or 'none' as an argument."
+            )
+        return bool(given == "center")
+    return location.path.startswith("resid.") and "ln" not in location.path
 
 
 def add_sparsity(
