@@ -95,7 +95,9 @@ def test_datasets_md_agrees_with_the_registry() -> None:
         assert f"`{name}`" in text
     # 24 + 36 + 96 files, as the table says
     counts: dict[str, int] = {"": 0, "_v4": 0, "_v5": 0}
-    for name in model_registry.list_autoencoder_names("gpt2-small"):
+    names = model_registry.list_autoencoder_names("gpt2-small")
+    assert "gpt2-small-res-jb" in text
+    for name in filter(lambda name: name.startswith("ae-"), names):
         spec = model_registry.get_autoencoder_spec("gpt2-small", name)
         for path in spec.autoencoder_path_by_layer_index.values():
             version = re.search(r"(_v\d)?(_\d+k)?/autoencoders/\d+\.pt$", str(path))

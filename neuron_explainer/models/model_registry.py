@@ -65,6 +65,24 @@ def _openai(location: str, version: str, normalization: InputNormalization) -> A
     return AutoencoderSpec(location, paths, normalization)
 
 
+_JB_URL = "hf:jbloom/GPT2-Small-SAEs-Reformatted"
+
+
+def _saelens_jb() -> AutoencoderSpec:
+    """SAELens's ``gpt2-small-res-jb``, but for the one before layer 0 (``…-emb``).
+
+    Named there by the stream before a layer, which is the stream after the layer before. They were
+    trained on a model whose stream had been centred, which their folders do not say.
+    """
+    paths = {layer - 1: f"{_JB_URL}/blocks.{layer}.hook_resid_pre" for layer in range(1, 12)}
+    paths[11] = f"{_JB_URL}/blocks.11.hook_resid_post"
+    return AutoencoderSpec("resid_post_mlp", paths, "center")
+
+
+def _saelens_jb_embedding() -> AutoencoderSpec:
+    return AutoencoderSpec("resid.post_emb", {None: f"{_JB_URL}/blocks.0.hook_resid_pre"}, "center")
+
+
 def _packaged(location: str) -> AutoencoderSpec:
     """Autoencoders of tiny-tales: whatever layers were trained; their folders say everything."""
     wanted = ActivationLocation.parse(location)
@@ -96,6 +114,8 @@ _AUTOENCODER_SPECS: dict[str, dict[str, Callable[[], AutoencoderSpec]]] = {
         "ae-mlp-post-act-v4": partial(_openai, "mlp_post_act", "_v4", "none"),
         "ae-resid-delta-mlp-v4": partial(_openai, "resid_delta_mlp", "_v4", "none"),
         "ae-resid-delta-attn-v4": partial(_openai, "resid_delta_attn", "_v4", "none"),
+        "gpt2-small-res-jb": _saelens_jb,
+        "gpt2-small-res-jb-emb": _saelens_jb_embedding,
         # TopK with k = 32, trained on layer-normed inputs.
         **{
             f"ae-{location.replace('_', '-')}-v5-{size}": partial(

@@ -501,7 +501,7 @@ def test_names_of_gpt2_small():
         "ae-resid-delta-mlp-v4",
         "ae-resid-delta-attn-v4",
     ]
-    assert len(names) == len(set(names)) == 13
+    assert len(names) == len(set(names)) == 15
     assert list_autoencoder_names("gpt2/small") == names
     assert list_autoencoder_names("gpt2-medium") == []
     assert list_autoencoder_names("tiny-tales") == [
@@ -513,7 +513,7 @@ def test_names_of_gpt2_small():
 
 def test_all_156_published_files_are_named_once():
     paths: list[object] = []
-    for name in list_autoencoder_names():
+    for name in filter(lambda name: name.startswith("ae-"), list_autoencoder_names()):
         spec = get_autoencoder_spec("gpt2-small", name)
         assert list(spec.autoencoder_path_by_layer_index) == list(range(12))
         paths += spec.autoencoder_path_by_layer_index.values()
@@ -537,6 +537,20 @@ def test_where_published_files_are(name, location, path):
     assert context.autoencoder_config.autoencoder_path_by_layer_index == {
         layer: f"{SAE}/{path}/autoencoders/{layer}.pt" for layer in range(12)
     }
+
+
+def test_the_release_of_saelens_is_named_by_the_layer_before():
+    """``hook_resid_pre`` of a layer is the stream after the one before; thirteen folders in all."""
+    spec = get_autoencoder_spec("gpt2-small", "gpt2-small-res-jb")
+    paths = {layer: str(path) for layer, path in spec.autoencoder_path_by_layer_index.items()}
+    assert sorted(paths, key=str) == sorted(range(12), key=str)
+    for layer, path in paths.items():
+        hook = path.rpartition("/")[2]
+        assert ActivationLocation.parse(hook) == ActivationLocation(str(spec.location), layer)
+    first = get_autoencoder_spec("gpt2-small", "gpt2-small-res-jb-emb")
+    (path,) = first.autoencoder_path_by_layer_index.values()
+    assert ActivationLocation.parse(str(path).rpartition("/")[2]) == first.location
+    assert spec.input_normalization == first.input_normalization == "center"
 
 
 @pytest.mark.parametrize(
