@@ -44,18 +44,13 @@ from neuron_explainer.models.checkpoints.autoencoder_state import (
     STATISTICS,
     Entries,
     InputNormalization,
-    check_config,
     check_sizes,
     parse_state_dict,
     read_group_sizes,
-    read_safetensors,
     unknown_normalization,
 )
-from neuron_explainer.models.checkpoints.autoencoders import (
-    Stated,
-    read_autoencoder,
-    settle,
-)
+from neuron_explainer.models.checkpoints.autoencoders import Stated, read_autoencoder
+from neuron_explainer.models.checkpoints.autoencoders.native import WEIGHTS_FILE
 from neuron_explainer.models.fista import Fista
 from neuron_explainer.models.latent_activations import (
     ACTIVATIONS_CLASSES,
@@ -83,7 +78,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _LAYER_NORM_EPS = 1e-5
-_WEIGHTS_FILE = "autoencoder.safetensors"
 
 
 class UnstatedNormalizationWarning(UserWarning):
@@ -543,7 +537,7 @@ class Autoencoder(nn.Module):
         config = self._config(dtype)
         with files.atomic_folder(folder, overwrite=overwrite) as temporary:
             files.write_json(temporary / "config.json", config)
-            safetensors.torch.save_file(tensors, temporary / _WEIGHTS_FILE)
+            safetensors.torch.save_file(tensors, temporary / WEIGHTS_FILE)
 
     def _tensors_to_save(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Every tensor on the CPU; refuses what could not be loaded again."""
@@ -618,14 +612,10 @@ class Autoencoder(nn.Module):
                 :class:`~neuron_explainer.models.checkpoints.autoencoders.Stated`.
         """
         loaded = read_autoencoder(source, stated)
-        if loaded is None:  # of our own
-            autoencoder = cls._load_folder(source, dtype)
-            autoencoder._agree(source, stated)
-            return autoencoder.to(device)
         try:
             autoencoder = cls.from_state_dict(
                 loaded.state_dict,
-                strict,
+                strict or loaded.statistics != "vary",
                 input_normalization=loaded.input_normalization,
                 location=loaded.location,
                 output_location=loaded.output_location,
@@ -636,69 +626,6 @@ class Autoencoder(nn.Module):
         except CheckpointError as error:
             raise CheckpointError(f"{source}: {error}") from None
         return autoencoder.to(device)
-
-    @classmethod
-    def _load_folder(cls, source: str | Path, dtype: torch.dtype | None) -> Self:
-        config_path = files.join(source, "config.json")
-        weights_path = files.join(source, _WEIGHTS_FILE)
-        config = check_config(files.read_json(files.fetch(config_path)), config_path)
-        tensors = read_safetensors(files.fetch(weights_path))
-        state: dict[str, Any] = dict(tensors) | {
-            "activation": config["activation"]["name"],
-            "activation_state_dict": {
-                key: value for key, value in config["activation"].items() if key != "name"
-            },
-            "tied": config["tied"],
-            "input_normalization": config["input_normalization"],
-        }
-        state |= {key: config[key] for key in ("n_outputs", "group_sizes") if key in config}
-        entries, problems, _ = parse_state_dict(state, strict=True)
-        if not problems:
-            found = entries.tensors["encoder.weight"]
-            stated = (config["n_latents"], config["n_inputs"], config["dtype"])
-            if (*found.shape, str(found.dtype).removeprefix("torch.")) != stated:
-                problems.append(
-                    f"config.json says [{stated[0]}, {stated[1]}] of {stated[2]}, encoder.weight is "
-                    f"{list(found.shape)} of {str(found.dtype).removeprefix('torch.')}"
-                )
-        if problems:
-            raise CheckpointError(f"{weights_path}: {'; '.join(problems)}.")
-        return cls._build(
-            entries,
-            input_normalization=config["input_normalization"],
-            location=config["location"],
-            output_location=config.get("output_location"),
-            model_name=config["model_name"],
-            metadata=config["metadata"],
-            dtype=dtype,
-        )
-
-    def _agree(self, source: str | Path, stated: Stated) -> None:
-        """Arguments may add to what a folder says, never contradict it."""
-        given_normalization = stated.get("input_normalization")
-        name = "input_normalization"
-        settle(source, "config.json", self.input_normalization, given_normalization, name)
-        if stated.get("output_location") is not None and not self.is_transcoder:
-            raise CheckpointError(f"{source}: config.json is of no transcoder: no output_location.")
-        self.location = self._agreed(source, self.location, stated.get("location"))
-        output = stated.get("output_location")
-        self.output_location = self._agreed(source, self.output_location, output)
-
-    @staticmethod
-    def _agreed(
-        source: str | Path, said: ActivationLocation | None, given: LocationLike | None
-    ) -> ActivationLocation | None:
-        if given is None:
-            return said
-        location = ActivationLocation.parse(given)
-        if said is not None and location.layer is None:
-            location = location.at(said.layer)  # less is said, nothing else
-        if said not in (None, location, location.at(None)):
-            raise CheckpointError(
-                f"{source}: config.json says location {str(said)!r}, the call says "
-                f"{str(location)!r}."
-            )
-        return location
 
 
 def _parse(location: LocationLike | None) -> ActivationLocation | None:

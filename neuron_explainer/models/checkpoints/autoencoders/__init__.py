@@ -16,6 +16,7 @@ numbers has to be stated (:class:`Stated`); it is never guessed.
     gemma_scope          params.npz
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,12 +27,13 @@ import torch
 from torch import Tensor
 
 from neuron_explainer import files
-from neuron_explainer.errors import CheckpointError, InputError, did_you_mean
+from neuron_explainer.errors import CheckpointError, InputError, SourceError, did_you_mean
 from neuron_explainer.models.checkpoints.autoencoder_state import read_pt, read_safetensors
 from neuron_explainer.models.checkpoints.autoencoders import (
     dictionary_learning,
     gemma_scope,
     language_model_saes,
+    native,
     saelens,
     sparsify,
 )
@@ -41,7 +43,6 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     LoadedAutoencoder,
     Stated,
     check_stated,
-    settle,
     with_statistics,
 )
 from neuron_explainer.models.checkpoints.autoencoders.detect import (
@@ -79,49 +80,60 @@ __all__ = [
     "WrittenFormat",
     "check_stated",
     "read_autoencoder",
-    "settle",
     "write_autoencoder",
 ]
+
+logger = logging.getLogger(__name__)
 
 WrittenFormat = Literal["saelens", "dictionary_learning", "sparsify"]
 WRITTEN_FORMATS: tuple[WrittenFormat, ...] = get_args(WrittenFormat)
 
 
-def read_autoencoder(source: str | Path, stated: Stated) -> LoadedAutoencoder | None:
-    """What a file or folder of any format holds, path or URL; None for a native folder."""
+def read_autoencoder(source: str | Path, stated: Stated) -> LoadedAutoencoder:
+    """What a file or folder of any format holds, path or URL."""
     if is_file(source):
         loaded = _read_file(source, stated)
-        if loaded.format == "openai":  # has statistics, or should have
-            return loaded
-        return replace(loaded, state_dict=with_statistics(loaded.state_dict))
-    found = folder_format(source)
-    check_stated(source, found, stated)
-    if found == "native":
-        return None
-    loaded = _FOLDER_READERS[found](source, stated)
+    else:
+        found = folder_format(source)
+        check_stated(source, found, stated)
+        loaded = _FOLDER_READERS[found](source, stated)
+    if loaded.statistics != "none":
+        return loaded
     return replace(loaded, state_dict=with_statistics(loaded.state_dict))
 
 
 # ---- folders -------------------------------------------------------------------------------------
 
 
-def _read_cfg_folder(
-    source: str | Path, weights_file: str
+def _read_both(
+    source: str | Path, config_file: str, weights_file: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    config = files.read_json(files.fetch(files.join(source, "cfg.json")))
+    config = files.read_json(files.fetch(files.join(source, config_file)))
     return config, read_safetensors(files.fetch(files.join(source, weights_file)))
 
 
+def _native_folder(source: str | Path, stated: Stated) -> LoadedAutoencoder:
+    config, tensors = _read_both(source, native.CONFIG_FILE, native.WEIGHTS_FILE)
+    return native.read_native(source, config, tensors, stated)
+
+
 def _saelens_folder(source: str | Path, stated: Stated) -> LoadedAutoencoder:
-    loaded = read_saelens(source, *_read_cfg_folder(source, saelens.WEIGHTS_FILE), stated)
+    config, tensors = _read_both(source, saelens.CONFIG_FILE, saelens.WEIGHTS_FILE)
+    loaded = read_saelens(source, config, tensors, stated)
     path = files.join(source, saelens.SPARSITY_FILE)
-    if files.exists(path):
+    try:
+        there = files.exists(path)
+    except SourceError as error:  # offline: it only says how often latents are active
+        logger.warning("%s: statistics of latents stay unknown: %s", source, error)
+        return loaded
+    if there:
         saelens.add_sparsity(path, loaded, read_safetensors(files.fetch(path)))
     return loaded
 
 
 def _sparsify_folder(source: str | Path, stated: Stated) -> LoadedAutoencoder:
-    return read_sparsify(source, *_read_cfg_folder(source, sparsify.WEIGHTS_FILE), stated)
+    config, tensors = _read_both(source, sparsify.CONFIG_FILE, sparsify.WEIGHTS_FILE)
+    return read_sparsify(source, config, tensors, stated)
 
 
 def _dictionary_learning_folder(source: str | Path, stated: Stated) -> LoadedAutoencoder:
@@ -150,6 +162,7 @@ def _language_model_saes_folder(source: str | Path, stated: Stated) -> LoadedAut
 
 
 _FOLDER_READERS: dict[str, Callable[[str | Path, Stated], LoadedAutoencoder]] = {
+    "native": _native_folder,
     "saelens": _saelens_folder,
     "sparsify": _sparsify_folder,
     "dictionary_learning": _dictionary_learning_folder,
@@ -190,7 +203,7 @@ def _read_file(source: str | Path, stated: Stated) -> LoadedAutoencoder:
         dict(content),
         stated.get("input_normalization"),
         None if location is None else ActivationLocation.parse(location),
-        metadata={"format": "openai"},
+        statistics="vary",
     )
 
 

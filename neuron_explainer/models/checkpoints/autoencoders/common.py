@@ -90,11 +90,8 @@ class LoadedAutoencoder:
     output_location: ActivationLocation | None = None
     model_name: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def format(self) -> str:
-        """The name of the format, which is kept in the metadata."""
-        return str(self.metadata["format"])
+    statistics: Literal["none", "all", "vary"] = "none"
+    """Of latents: whether the format has no place for them, always holds them, or it varies."""
 
 
 def with_statistics(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,10 +137,11 @@ def _shown(value: Any) -> str:
 def settle_location(
     where: str | Path, found: ActivationLocation | None, given: LocationLike | None
 ) -> ActivationLocation | None:
-    """Likewise for a location; one stated without a layer takes that of the file."""
+    """Likewise for a location; where one of the two names no layer, the other's holds."""
     said = None if given is None else ActivationLocation.parse(given)
-    if found is not None and said is not None and said.layer is None:
-        said = said.at(found.layer)
+    if found is not None and said is not None:
+        said = said.at(found.layer) if said.layer is None else said
+        found = found.at(said.layer) if found.layer is None else found
     settled: ActivationLocation | None = settle(where, "the file", found, said, "location")
     return settled
 

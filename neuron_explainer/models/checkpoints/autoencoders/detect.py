@@ -12,6 +12,7 @@ from neuron_explainer.models.checkpoints.autoencoders import (
     e2e,
     gemma_scope,
     language_model_saes,
+    native,
     saelens,
     sparsify,
 )
@@ -20,10 +21,9 @@ from neuron_explainer.models.checkpoints.report import damaged
 
 FileKind = Literal["torch", "npz", "npy", "safetensors"]
 
-NATIVE_WEIGHTS_FILE = "autoencoder.safetensors"
 # Files that only a folder of one format has.
 _MARKS: dict[str, AutoencoderFormat] = {
-    NATIVE_WEIGHTS_FILE: "native",
+    native.WEIGHTS_FILE: "native",
     saelens.WEIGHTS_FILE: "saelens",
     sparsify.WEIGHTS_FILE: "sparsify",
     dictionary_learning.WEIGHTS_FILE: "dictionary_learning",
@@ -84,14 +84,28 @@ def _cfg_formats(config: Mapping[str, Any]) -> list[AutoencoderFormat]:
 
 
 def _remote_folder_format(source: str | Path) -> AutoencoderFormat:
-    """A remote folder cannot be listed: the files that each format must have are asked for."""
-    for name, formats in (("config.json", _config_formats), ("cfg.json", _cfg_formats)):
+    """A remote folder cannot be listed: the files that each format must have are asked for.
+
+    What is in the cache needs no answer, so that a folder that was read once is read offline too.
+    """
+    unanswered: SourceError | None = None
+    for name in ("config.json", "cfg.json", *_MARKS):
         path = files.join(source, name)
-        if files.exists(path) and (found := formats(files.read_json(files.fetch(path)))):
+        try:
+            there = files.exists(path)
+        except SourceError as error:
+            unanswered = unanswered or error
+            continue
+        if not there:
+            continue
+        if name in _MARKS:
+            return _MARKS[name]
+        config = files.read_json(files.fetch(path))
+        found = _config_formats(config) if name == "config.json" else _cfg_formats(config)
+        if found:
             return found[0]
-    for name, found_format in _MARKS.items():
-        if files.exists(files.join(source, name)):
-            return found_format
+    if unanswered is not None:
+        raise unanswered
     raise CheckpointError(f"{source}: of no known format. {_LAYOUTS}")
 
 
