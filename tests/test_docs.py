@@ -65,7 +65,7 @@ def test_readme_snippets_on_the_embedded_model(snippet: str) -> None:
 
 
 def test_readme_snippets_were_found() -> None:
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
     assert len(COMMANDS) >= 5
 
 
