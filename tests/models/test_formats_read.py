@@ -21,7 +21,7 @@ from neuron_explainer.models.checkpoints.autoencoders import Stated
 from neuron_explainer.models.latent_activations import activation_name
 from neuron_explainer.models.locations import ActivationLocation
 from tests.blob_server import BlobServer
-from tests.peers.write_ours import FIXTURES, fixtures
+from tests.peers.write_ours import FIXTURES, fixtures, source_in
 from tests.reference import published_autoencoders as published
 
 CASES = {name: (folder, told) for name, folder, told in fixtures()}
@@ -36,7 +36,7 @@ def assert_agrees(found: torch.Tensor, expected: Any) -> None:
 
 def load(name: str, **more: Any) -> Autoencoder:
     folder, told = CASES[name]
-    return Autoencoder.load(folder / "saved", **told, **more)
+    return Autoencoder.load(source_in(folder), **told, **more)
 
 
 def test_every_class_of_every_peer_is_there():
@@ -55,7 +55,7 @@ def test_encode_and_decode_are_the_peers(name):
     assert_agrees(ae.reconstruct(x), expected["recons"])
     one = ae(x[2])  # a row alone
     assert_agrees(one.latents, expected["latents"][2])
-    assert ae.metadata["format"] in ("saelens", "dictionary_learning", "sparsify")
+    assert ae.metadata["format"] in ("saelens", "dictionary_learning", "sparsify", "e2e")
     assert (ae.latents_activation_frequency == 1).all()
 
 

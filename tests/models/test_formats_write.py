@@ -15,7 +15,7 @@ from neuron_explainer.models.checkpoints.autoencoders import WRITTEN_FORMATS
 from neuron_explainer.models.convert import convert, save_as
 from neuron_explainer.models.fista import Fista
 from neuron_explainer.models.latent_activations import Gated, GroupMax
-from tests.peers.write_ours import fixtures
+from tests.peers.write_ours import fixtures, source_in
 
 CASES = {name: (folder, told) for name, folder, told in fixtures()}
 OWN = {"saelens": "sae-lens", "dictionary_learning": "dictionary-learning", "sparsify": "sparsify"}
@@ -25,7 +25,7 @@ N, L = 5, 12
 def load(name: str) -> tuple[Autoencoder, torch.Tensor]:
     folder, told = CASES[name]
     x = load_file(folder / "expected.safetensors")["x"]
-    return Autoencoder.load(folder / "saved", **told), x
+    return Autoencoder.load(source_in(folder), **told), x
 
 
 def assert_same_function(a: Autoencoder, b: Autoencoder, x: torch.Tensor) -> None:
@@ -45,7 +45,7 @@ def plain(autoencoder: Autoencoder) -> dict[str, Any]:
     return {key: value_of(value) for key, value in autoencoder.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("e2e")])
 def test_written_in_its_own_format_it_is_read_back_equal(tmp_path, name):
     ae, x = load(name)
     form = ae.metadata["format"]

@@ -5,7 +5,7 @@ Run inside each peer's own environment, which has nothing of this package instal
     python -m venv peer && peer/bin/pip install -r benchmarks/peers/sae-lens.txt
     peer/bin/python tests/peers/make_fixtures.py sae-lens
 
-Likewise ``dictionary-learning``, and ``sparsify`` with ``benchmarks/peers/eai-sparsify.txt``.
+Likewise ``dictionary-learning``, ``e2e_sae``, and ``sparsify`` with ``benchmarks/peers/eai-sparsify.txt``.
 
 Each class of the peer gets ``tests/fixtures/peers/<peer>/<class>/saved/``, in the peer's own format
 and written by the peer's own code, and ``expected.safetensors`` beside it with inputs ``x``, the
@@ -20,6 +20,7 @@ The other direction: folders that this package wrote, read by the peers' own loa
 
 import argparse
 import importlib
+import importlib.util
 import json
 import sys
 import warnings
@@ -328,6 +329,44 @@ def apply_sparsify(saved: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return latents, coder(x).sae_out
 
 
+# ---- e2e_sae -------------------------------------------------------------------------------------
+
+E2E_PLACES = ("blocks.2.hook_resid_pre", "blocks.6.hook_resid_pre")
+
+
+def make_e2e(root: Path) -> None:
+    """The dictionaries of one run in one file, as its training script saves them."""
+    classes, x = e2e_classes(), inputs()
+    saes = torch.nn.ModuleDict(
+        {place.replace(".", "-"): classes.SAE(D_IN, N_LATENTS) for place in E2E_PLACES}
+    )
+    fill(saes)
+    for index, place in enumerate(E2E_PLACES):
+        saved = root / f"SAE-{index}" / "saved"
+        saved.mkdir(parents=True, exist_ok=True)
+        torch.save(saes.state_dict(), saved / "samples_400000.pt")
+        recons, latents = saes[place.replace(".", "-")](x)
+        write(saved.parent, "e2e_sae", x, latents, recons, {"location": place})
+
+
+def e2e_classes() -> Any:
+    """The module with the classes, by itself: the package as a whole cannot be imported."""
+    package = importlib.util.find_spec("e2e_sae")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    path = Path(package.submodule_search_locations[0]) / "models" / "sparsifiers.py"
+    spec = importlib.util.spec_from_file_location("e2e_sparsifiers", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def apply_none(saved: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    raise SystemExit("this package does not write the format of this peer")
+
+
 # ---- both directions -----------------------------------------------------------------------------
 
 Make = Callable[[Path], None]
@@ -336,6 +375,7 @@ PEERS: dict[str, tuple[Make, Apply]] = {
     "sae-lens": (make_sae_lens, apply_sae_lens),
     "dictionary-learning": (make_dictionary_learning, apply_dictionary_learning),
     "sparsify": (make_sparsify, apply_sparsify),
+    "e2e_sae": (make_e2e, apply_none),
 }
 
 

@@ -37,12 +37,18 @@ def fixtures() -> Iterator[tuple[str, Path, dict[str, Any]]]:
         yield f"{folder.parent.name}-{folder.name}", folder, told
 
 
+def source_in(folder: Path) -> Path:
+    """What to load of a fixture: its folder, or the one file in it of a format without folders."""
+    saved = folder / "saved"
+    return next(saved.glob("samples_*.pt"), saved)
+
+
 @torch.no_grad()
 def write_all(target: Path) -> list[str]:
     """Write everything under ``target``; the names of what was written."""
     written = []
     for name, folder, told in fixtures():
-        autoencoder = Autoencoder.load(folder / "saved", **told)
+        autoencoder = Autoencoder.load(source_in(folder), **told)
         x = load_file(folder / "expected.safetensors")["x"]
         for format in WRITTEN_FORMATS:
             case = target / PEER_OF[format] / name

@@ -251,7 +251,7 @@ def check_factor(name: str, value: Any) -> float:
 # Parts of names of settings that change what an autoencoder computes.
 _NUMERIC = re.compile(
     r"norm|scal|bias|b_dec|activation_fn|nonlin|architec|threshold|top_?k|signed|gate|skip|whiten"
-    r"|center|mean_sub|transform|transpos|fold|unit|tied|rotat|project|residual|quant|mask"
+    r"|center|mean_sub|transpos|fold|tied|rotat|residual|quant|mask"
 )
 _OFF: tuple[Any, ...] = (None, False, 0, "", "none", "None", [], {})
 

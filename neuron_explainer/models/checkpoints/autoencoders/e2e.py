@@ -5,10 +5,10 @@
     latents = relu(We x + be),   recons = latents · (Wd with columns of norm 1)ᵀ + bd
 
 The decoder is normalised whenever it is applied, and is so once and for all on reading. A file of a
-whole run has these keys once a place, after ``saes.blocks-6-hook_resid_pre.`` or the like: state the
+whole run has these keys once a place, after ``blocks-6-hook_resid_pre.`` or the like: state the
 location that is wanted.
 
-As read in ApolloResearch/e2e_sae (July 2024).
+As read in e2e_sae 2.1.1: ``models/sparsifiers.py``, ``models/transformers.py``.
 """
 
 import re

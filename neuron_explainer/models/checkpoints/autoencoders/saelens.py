@@ -93,7 +93,11 @@ _HARMLESS = {
     "training_tokens",
     "model_from_pretrained_kwargs",
     "dtype",
-    "exclude_bos_from_activation_norm",
+        "n_batches_for_norm_estimate",
+    "jumprelu_tanh_scale",
+    "topk_threshold_lr",
+    "feature_reinit_scale",
+    "resample_scale",
     "device",
 }
 _ARCHITECTURES = (
