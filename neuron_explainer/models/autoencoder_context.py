@@ -508,7 +508,7 @@ class PrunedAutoencoder(Autoencoder):
         for name, _ in list(small.named_buffers(recurse=False)):
             setattr(self, name, getattr(whole, name).clone())
         self.register_buffer("kept", kept.clone())
-        self.n_latents = whole.n_latents
+        self.n_latents, self.group_sizes = whole.n_latents, whole.group_sizes
         self.train(whole.training)
 
     def _all(self, kept: Tensor) -> Tensor:

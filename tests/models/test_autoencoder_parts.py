@@ -12,7 +12,11 @@ from torch import nn
 
 from neuron_explainer.errors import CheckpointError, InputError, NeuronExplainerError
 from neuron_explainer.models.autoencoder import Autoencoder, InputStats, JumpReLU, TopK
-from neuron_explainer.models.autoencoder_context import omit_least_active_latents
+from neuron_explainer.models.autoencoder_context import (
+    AutoencoderConfig,
+    AutoencoderContext,
+    omit_least_active_latents,
+)
 from neuron_explainer.models.checkpoints.autoencoder_state import select_latents
 from neuron_explainer.models.fista import Fista, fista
 from neuron_explainer.models.hooks import AutoencoderHooks
@@ -189,6 +193,15 @@ def test_hooks_carry_the_skip_connection_along():
     torch.testing.assert_close(hooks._run(x, (), {}, "test"), ae.reconstruct(x))
 
 
+def test_a_transcoder_cannot_take_the_place_of_its_input(tmp_path):
+    make(n_outputs=N).save(tmp_path / "transcoder")
+    config = AutoencoderConfig("mlp.post_act", {3: tmp_path / "transcoder"})
+    context = AutoencoderContext(config, "cpu")
+    assert context.get_autoencoder(3).is_transcoder  # encoding with it is fine
+    with pytest.raises(InputError, match=r"of 3/mlp\.post_act: is a transcoder"):
+        context.hooks()
+
+
 # ---- activations ---------------------------------------------------------------------------------
 
 
@@ -280,7 +293,7 @@ def test_latents_are_left_out_of_every_part(parts, preserve):
     torch.testing.assert_close(pruned.reconstruct(x), ae.decode(masked, ae.normalize(x)[1]))
     assert pruned.is_transcoder == ae.is_transcoder
     assert pruned.output_location == ae.output_location
-    assert pruned.group_sizes is None
+    assert pruned.group_sizes == (ae.group_sizes if preserve else None)
 
 
 @pytest.mark.parametrize("activation", [GroupMax(4), Fista(0.1)])

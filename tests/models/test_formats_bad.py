@@ -1,9 +1,11 @@
 """Damaged, contradictory and hostile files: one error that names file, field, expected and found."""
 
+import contextlib
 import io
 import json
 import os
 import pickle
+import random
 import shutil
 import warnings
 import zipfile
@@ -344,6 +346,20 @@ def test_pickles_inside_of_arrays_are_refused(tmp_path):
     source = source._replace(told={})
     assert "params.npz" in error_of(source, tmp_path / "params.npz")
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_is_changed_it_is_read_or_refused(source, seed):
+    """No other exception, no warning: bytes changed, cut out or put in, in tensors and config."""
+    rng = random.Random(seed)
+    configs = sorted(source.path.glob("*.json")) if source.path.is_dir() else []
+    path = rng.choice([source.weights, *configs])
+    content = bytearray(path.read_bytes())
+    place, length = rng.randrange(len(content)), rng.choice([1, 5, 40])
+    content[place : place + rng.choice([0, length])] = rng.randbytes(rng.choice([0, length]))
+    path.write_bytes(bytes(content))
+    with contextlib.suppress(NeuronExplainerError):
+        Autoencoder.load(source.path, **source.told)
 
 
 def test_one_byte_changed_is_noticed_in_archives(tmp_path):

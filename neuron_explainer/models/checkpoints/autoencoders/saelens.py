@@ -93,7 +93,7 @@ _HARMLESS = {
     "training_tokens",
     "model_from_pretrained_kwargs",
     "dtype",
-        "n_batches_for_norm_estimate",
+    "n_batches_for_norm_estimate",
     "jumprelu_tanh_scale",
     "topk_threshold_lr",
     "feature_reinit_scale",
