@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import neuron_explainer
 from neuron_explainer.errors import CheckpointError, InputError, SourceError
 from neuron_explainer.experiments.tiny_tales import (
     autoencoder_training,
@@ -454,3 +455,35 @@ def test_commands_from_books_to_figures(
 def test_evaluating_a_model_without_autoencoders_says_so(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="train them first"):
         evaluation.load_autoencoders(tmp_path)
+
+
+# --- what the wheel carries ---
+
+ASSETS = Path(neuron_explainer.__file__).parent / "assets" / "tiny-tales"
+
+
+def test_stored_assets_are_complete_and_small() -> None:
+    stored = list(ASSETS.rglob("*"))
+    assert sum(path.stat().st_size for path in stored if path.is_file()) <= 40_000_000
+    model = Transformer.load(ASSETS, device="cpu")
+    assert model.dtype == torch.float16
+    assert model.metadata["training"]["held_out_books"] == list(HELD_OUT_BOOKS)
+    assert model.metadata["held_out"]["bits_per_byte"] <= 1.55
+    assert model.enc.decode(model.enc.encode("A fox, at last!")) == "A fox, at last!"
+    autoencoders = evaluation.load_autoencoders(ASSETS / "autoencoders")
+    places = {(location.path, location.layer) for location in autoencoders}
+    assert places == {(path, layer) for path in autoencoder_training.PATHS for layer in range(4)}
+
+
+def test_stored_autoencoders_have_recorded_figures() -> None:
+    for location, (_, autoencoder) in evaluation.load_autoencoders(ASSETS / "autoencoders").items():
+        figures = autoencoder.metadata["held_out"]
+        wide = location.path == "mlp.post_act"
+        assert figures["l0"] <= (32 if wide else 16), location
+        assert figures["dead_share"] <= 0.1, location
+        assert figures["loss_recovered_zero"] >= 0.95, location
+        assert autoencoder.n_latents >= (2 if wide else 4) * autoencoder.n_inputs, location
+        assert autoencoder.model_name == "tiny-tales"
+        assert float(autoencoder.latents_activation_frequency.sum()) == pytest.approx(
+            figures["l0"], rel=0.05
+        )

@@ -27,7 +27,7 @@ from neuron_explainer.experiments.tiny_tales.tokenizer import (
     tokenizer_spec,
     train_tokenizer,
 )
-from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.models.locations import ActivationLocation, parse_locations
 from neuron_explainer.models.transformer import Transformer, TransformerConfig
 
 MODEL_NAME = "tiny-tales"
@@ -117,15 +117,25 @@ def run_evaluate(args: argparse.Namespace) -> None:
     """Measure a stored model and its autoencoders, and write the figures into their configs."""
     books = read_corpus(args.corpus).held_out
     model = Transformer.load(args.model, device="cpu", dtype=torch.float32)
-    model_figures = evaluation.measure_model(model, books, model.enc)
-    print(
-        f"bits per byte {model_figures.bits_per_byte:.4f} "
-        f"({model_figures.bits_per_byte_side_by_side:.4f} in windows side by side)"
-    )
-    evaluation.record(args.model, held_out=_figures_record(model_figures))
+    if not args.autoencoders_only:
+        model_figures = evaluation.measure_model(model, books, model.enc)
+        print(
+            f"bits per byte {model_figures.bits_per_byte:.4f} "
+            f"({model_figures.bits_per_byte_side_by_side:.4f} in windows side by side)"
+        )
+        evaluation.record(args.model, held_out=_figures_record(model_figures))
     if args.model_only:
         return
-    stored = evaluation.load_autoencoders(args.model / AUTOENCODERS)
+    wanted = {
+        place
+        for location in parse_locations(args.locations)
+        for place in location.expand(model.cfg.n_layers)
+    }
+    stored = {
+        location: found
+        for location, found in evaluation.load_autoencoders(args.model / AUTOENCODERS).items()
+        if location in wanted
+    }
     ctx = model.cfg.ctx_window
     figures = evaluation.measure_autoencoders(
         model,
@@ -188,22 +198,29 @@ def parser() -> argparse.ArgumentParser:
     autoencoders = training_command(
         "autoencoders", run_autoencoders, steps=8000, decay_steps=3200, seed=1
     )
-    autoencoders.add_argument(
-        "--locations",
-        nargs="+",
-        choices=autoencoder_training.PATHS,
-        default=autoencoder_training.PATHS,
-        help="some only, to share the work out among processes (default: all)",
-    )
+    _add_locations(autoencoders)
     evaluate = command("evaluate", run_evaluate)
     evaluate.add_argument("--model", type=Path, required=True, help="folder of the stored model")
-    evaluate.add_argument("--model-only", action="store_true", help="leave the autoencoders out")
+    _add_locations(evaluate)
+    part = evaluate.add_mutually_exclusive_group()
+    part.add_argument("--model-only", action="store_true", help="leave the autoencoders out")
+    part.add_argument("--autoencoders-only", action="store_true", help="leave the model out")
     return main
 
 
 def _add_run(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--run", type=Path, required=True, help="folder for checkpoints and results of this run"
+    )
+
+
+def _add_locations(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--locations",
+        nargs="+",
+        default=autoencoder_training.PATHS,
+        help="some only, such as mlp.post_act or 0/mlp.post_act: locations may have trainings of "
+        "their own, and share the work out among processes (default: all)",
     )
 
 

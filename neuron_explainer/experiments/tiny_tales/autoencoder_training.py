@@ -51,10 +51,10 @@ class AutoencoderTrainingConfig:
 
 
 @torch.no_grad()
-def harvest(model: Transformer, tokens: Tensor, paths: list[str]) -> dict[str, Tensor]:
-    """Activations ``[b * s, n]`` of each layer at each path, by location (``3/mlp.post_act``)."""
+def harvest(model: Transformer, tokens: Tensor, locations: list[str]) -> dict[str, Tensor]:
+    """Activations ``[b * s, n]`` by single location; one without a layer stands for all layers."""
     with torch.autocast("cpu", torch.bfloat16):
-        captured = model.capture(tokens, paths)
+        captured = model.capture(tokens, locations)
     return {str(location): x.flatten(0, 1).float() for location, x in captured.items()}
 
 
@@ -66,11 +66,11 @@ class AutoencoderTrainer:
         model: Transformer,
         windows: TrainingWindows,
         config: AutoencoderTrainingConfig,
-        paths: Sequence[str] = PATHS,
+        locations: Sequence[str] = PATHS,
         configs: Mapping[str, DictionaryConfig] = CONFIGS,
     ) -> None:
         self.model, self.windows, self.config, self.step = model, windows, config, 0
-        self.paths = list(paths)
+        self.locations = list(locations)
         generator = torch.Generator().manual_seed(config.seed)
         self.dictionaries = {
             location: Dictionary(_config_of(location, configs), sample, generator)
@@ -85,12 +85,12 @@ class AutoencoderTrainer:
         """Activations from which means, scales and first directions are taken."""
         batches = -(-self.config.sample_windows // self.windows.batch_size)
         tokens = torch.cat([self.windows.batch(step)[0] for step in range(batches)])
-        return harvest(self.model, tokens, self.paths)
+        return harvest(self.model, tokens, self.locations)
 
     def activations(self, step: int) -> dict[str, Tensor]:
         """What the dictionaries see at a step: ``[b, n]`` by location."""
         tokens, _ = self.windows.batch(step)
-        return harvest(self.model, tokens, self.paths)
+        return harvest(self.model, tokens, self.locations)
 
     def train_step(self) -> dict[str, float]:
         """One update of every dictionary; returns each one's share of variance not explained."""
@@ -114,7 +114,8 @@ class AutoencoderTrainer:
 
     def _checkpoint(self, folder: Path) -> Path:
         """Named after the locations: they may be shared out among processes."""
-        return folder / f"autoencoder_training.{'+'.join(sorted(self.paths))}.pt"
+        name = "+".join(sorted(self.locations)).replace("/", "-")
+        return folder / f"autoencoder_training.{name}.pt"
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint whole or not at all."""
