@@ -4,13 +4,13 @@ Shape legend: ``b`` batch, ``s`` sequence, ``v`` vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from neuron_explainer.errors import InputError
-from neuron_explainer.models.hooks import NO_HOOKS, AtLayers, TransformerHooks
+from neuron_explainer.errors import HookError, InputError, NeuronExplainerError
+from neuron_explainer.models.hooks import NO_HOOKS, AtLayers, HookNode, TransformerHooks
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
 from neuron_explainer.models.sampling import Device, prep_input_and_pad, sample_from_logits
 
@@ -33,6 +33,9 @@ class Activations(dict[ActivationLocation, Tensor]):
             raise KeyError(f"{location} was not captured; captured: {', '.join(map(str, self))}")
         return super().__getitem__(location)
 
+    def get(self, key: LocationLike, default: Any = None, /) -> Any:
+        return super().get(ActivationLocation.parse(key), default)
+
     def __contains__(self, key: object, /) -> bool:
         return super().__contains__(ActivationLocation.parse(key) if isinstance(key, str) else key)
 
@@ -43,20 +46,28 @@ class Activations(dict[ActivationLocation, Tensor]):
 
 
 class Sample(dict[str, Any]):
-    """What :meth:`Transformer.sample` returns: ``{"tokens": list[list[int]], "strings": list[str]}``.
+    """What ``sample`` returns: ``{"tokens": list[list[int]], "strings": list[str]}``.
 
-    After prompts of token ids the strings are made when asked for: ids need no vocabulary file.
+    Token ids need no vocabulary: where it cannot be had, ``strings`` is missing, and asking for it says
+    why.
     """
 
-    def __init__(self, tokens: list[list[int]], strings: Callable[[], list[str]]) -> None:
-        super().__init__(tokens=tokens)
-        self._strings = strings
+    reason: NeuronExplainerError | None = None
 
-    def __missing__(self, key: str) -> list[str]:
-        if key != "strings":
-            raise KeyError(key)
-        self["strings"] = strings = self._strings()
-        return strings
+    @classmethod
+    def of(cls, tokens: list[list[int]], decode: Callable[[], list[str]]) -> Self:
+        """The tokens, and their text if it can be had."""
+        sample = cls(tokens=tokens)
+        try:
+            sample["strings"] = decode()
+        except NeuronExplainerError as error:
+            sample.reason = error
+        return sample
+
+    def __missing__(self, key: str) -> Any:
+        if key == "strings" and self.reason is not None:
+            raise self.reason
+        raise KeyError(key)
 
 
 def prompts_to_ids(
@@ -69,6 +80,8 @@ def prompts_to_ids(
         encode: text to token ids.
         start: tokens to put before each prompt.
     """
+    if not isinstance(prompts, str | Sequence):
+        raise InputError(f"prompts must be text or token ids, found {type(prompts).__name__}.")
     batch: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
     if batch and all(isinstance(p, int) and not isinstance(p, bool) for p in batch):
         batch = [batch]
@@ -125,6 +138,8 @@ def check_tokens(tokens: Any, pad: Any, n_vocab: int) -> None:
         raise InputError(f"tokens must be an int64 tensor [batch, pos], found {found}.")
     if tokens.numel() == 0:
         raise InputError(f"tokens must hold at least one token, found {list(tokens.shape)}.")
+    if pad is not None and not isinstance(pad, Tensor):
+        raise InputError(f"pad must be a bool tensor, found {type(pad).__name__}.")
     if pad is not None and (pad.dtype != torch.bool or pad.shape != tokens.shape):
         raise InputError(
             f"pad must be bool and of tokens' shape {list(tokens.shape)}, "
@@ -137,6 +152,17 @@ def check_tokens(tokens: Any, pad: Any, n_vocab: int) -> None:
         )
 
 
+def check_hooks(hooks: object, n_layers: int) -> None:
+    """Refuse what is not a tree for a whole model, or has hooks for layers that this one lacks."""
+    if not isinstance(hooks, TransformerHooks):
+        found = repr(hooks) if isinstance(hooks, HookNode) else type(hooks).__name__
+        raise HookError(
+            "hooks must be a TransformerHooks tree, such as `TransformerHooks().append_at("
+            f"'3/mlp.post_act', hook)`, found {found}."
+        )
+    hooks.check_layers(n_layers)
+
+
 def make_generator(
     generator: torch.Generator | None, seed: int | None, device: Device
 ) -> torch.Generator | None:
@@ -145,6 +171,8 @@ def make_generator(
         return generator
     if generator is not None:
         raise InputError("give generator or seed, not both.")
+    if not isinstance(seed, int):
+        raise InputError(f"seed must be a whole number, found {seed!r}.")
     return torch.Generator(device).manual_seed(seed)
 
 
@@ -199,7 +227,8 @@ def with_recorder(
     for path in dict.fromkeys(place.path for place in wanted):
 
         def keep(x: Tensor, layer: int | None, path: str = path) -> Tensor:
-            found[ActivationLocation(path, layer)] = x
+            # The first: with recomputation, layers run again in the backward pass.
+            found.setdefault(ActivationLocation(path, layer), x)
             return x
 
         layers = [p.layer for p in wanted if p.path == path and p.layer is not None]

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from neuron_explainer.errors import InputError
+
 
 class KeyValueCache:
     """Keys and values of one layer for the tokens seen so far, as projected: unscaled and un-hooked.
@@ -59,7 +61,9 @@ class KeyValueCache:
             if torch.is_grad_enabled():
                 self._buffers[name] = torch.cat([old[:, : self._len], value], dim=1)
                 continue
-            if old.shape[1] < end:
+            # Under inference_mode torch makes tensors that cannot be written to outside of it.
+            stuck = old.is_inference() and not torch.is_inference_mode_enabled()
+            if old.shape[1] < end or stuck:
                 room = max(self.capacity, end + end // 2)
                 grown = old.new_empty(old.shape[0], room, *old.shape[2:])
                 grown[:, : self._len] = old[:, : self._len]
@@ -136,3 +140,11 @@ class HiddenState:
     def __repr__(self) -> str:
         first = self.kv_caches[0]
         return f"HiddenState({len(self)} layers, {first if first is not None else 'empty'})"
+
+
+def check_state(H: object, n_layers: int) -> None:
+    """Refuse what is not the state of a model with so many layers."""
+    if not isinstance(H, HiddenState) or len(H) != n_layers:
+        raise InputError(
+            f"H must be a HiddenState of {n_layers} layers, as an earlier call returned, found {H!r}."
+        )

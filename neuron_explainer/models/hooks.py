@@ -83,6 +83,9 @@ class Attached(NamedTuple):
     hook: Hook
     keywords: frozenset[str] | None
     """None: any keyword."""
+    node: "HookNode | None" = None
+    """The hook, where it is a list or tree of this module and can be looked into. A user's subclass
+    with a ``__call__`` of its own is a function like any other."""
 
     def __call__(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.keywords is not None:
@@ -103,12 +106,13 @@ def _attach(hook: Hook, available: Sequence[str] | None, where: str) -> Attached
     """Look up what ``hook`` takes; refuse one that no call at this place could satisfy."""
     if not callable(hook):
         raise HookError(f"{where}: a hook is a function (x, **kwargs) -> x, found {hook!r}.")
-    if isinstance(hook, HookNode):
+    # A subclass with a __call__ of its own is run by it, like any other function.
+    if isinstance(hook, HookNode) and type(hook).__call__.__module__ == __name__:
         if available is not None:
             bound = hook.bound_kwargs if isinstance(hook, Hooks) else ()
             for inner in hook._inside():
                 _attach(inner, (*available, *bound), where)
-        return Attached(hook, None)
+        return Attached(hook, None, hook)
     try:
         # Calling a module calls its forward, whose signature nn.Module.__call__ hides.
         signature = inspect.signature(hook.forward if isinstance(hook, nn.Module) else hook)
@@ -205,8 +209,8 @@ class Hooks(HookNode):
         if self.bound_kwargs:
             kwargs = {**kwargs, **self.bound_kwargs}
         for attached in self._attached:
-            if isinstance(attached.hook, HookNode):
-                x = attached.hook._run(x, args, kwargs, where)
+            if attached.node is not None:
+                x = attached.node._run(x, args, kwargs, where)
             else:
                 result = attached(x, args, kwargs)
                 if result is not x:
@@ -223,7 +227,7 @@ class Hooks(HookNode):
     def is_empty_at(self, layer: int | None) -> bool:
         if layer is None:
             return self.is_empty()
-        return all(isinstance(h, HookNode) and h.is_empty_at(layer) for h in self._hooks)
+        return all(a.node is not None and a.node.is_empty_at(layer) for a in self._attached)
 
     def bind(self, **kwargs: Any) -> Self:
         if again := sorted(set(kwargs) & set(self.bound_kwargs)):
@@ -241,7 +245,7 @@ class Hooks(HookNode):
         new.__dict__.update(self.__dict__)
         new.bound_kwargs = dict(self.bound_kwargs)
         new._attached = tuple(
-            Attached(a.hook.copy() if isinstance(a.hook, HookNode) else a.hook, a.keywords)
+            a if a.node is None else Attached(copy := a.node.copy(), a.keywords, copy)
             for a in self._attached
         )
         return new
@@ -280,7 +284,13 @@ class AtLayers(ConditionalHooks):
                 f"AtLayers takes a layer or a list of layers >= 0, found {at_layers!r}."
             )
         self.at_layers = layers
-        super().__init__(lambda x, layer=None: layer in layers)
+
+        def condition(x: Tensor, layer: int | None = None) -> bool:
+            if layer is None:
+                raise HookError(f"{self!r} chooses layers and was called without one.")
+            return layer in layers
+
+        super().__init__(condition)
 
     def is_empty_at(self, layer: int | None) -> bool:
         return (layer is not None and layer not in self.at_layers) or super().is_empty_at(layer)
@@ -355,7 +365,7 @@ class WrapperHooks(Hooks):
 
     def append(self, hook: Hook) -> Self:
         self._validated(hook)
-        self._attached += (Attached(self.wrapper(hook), None),)
+        self._attached += (_attach(self.wrapper(hook), None, self._path),)
         return self
 
 
@@ -364,13 +374,26 @@ class HookCollection(HookNode):
 
     def __init__(self) -> None:
         self.all_hooks: OrderedDict[str, HookNode] = OrderedDict()
+        self._path = ""
 
     def add_subhooks(self, name: str, subhooks: HookNode) -> Self:
-        """Add a child, which becomes the attribute ``name``."""
+        """Add a child, or put another in its place; it becomes the attribute ``name``."""
+        if not isinstance(subhooks, HookNode):
+            raise HookError(
+                f"{type(self).__name__}.{name} is a place for hooks, not a hook: append to it, "
+                f"`….{name}.append_fwd(hook)`; found {subhooks!r}."
+            )
         self.all_hooks[name] = subhooks
         # A real attribute, not __getattr__: a forward pass looks up some twenty a layer.
-        setattr(self, name, subhooks)
+        object.__setattr__(self, name, subhooks)
+        self._place(self._path)
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("all_hooks", ()):
+            self.add_subhooks(name, value)
+        else:
+            object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "all_hooks":
@@ -392,11 +415,15 @@ class HookCollection(HookNode):
             elif isinstance(child, Hooks):
                 yield path, child
 
-    def _place(self, prefix: str) -> None:
+    def _place(self, path: str) -> None:
         """Tell every list below where it is, for its errors and for what it may accept."""
-        for path, leaf in self.leaves(prefix):
-            leaf._path = path
-            leaf._site = SITES.get(path.rpartition(".")[0])
+        self._path = path
+        for name, child in self.all_hooks.items():
+            below = f"{path}.{name}" if path else name
+            if isinstance(child, HookCollection):
+                child._place(below)
+            elif isinstance(child, Hooks):
+                child._path, child._site = below, SITES.get(path)
 
     def _run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Tensor:
         raise HookError(
@@ -441,7 +468,9 @@ class HookCollection(HookNode):
         new.__dict__.update(self.__dict__)
         new.all_hooks = OrderedDict()
         for name, child in self.all_hooks.items():
-            new.add_subhooks(name, child.copy())
+            copied = child.copy()
+            new.all_hooks[name] = copied
+            object.__setattr__(new, name, copied)
         return new
 
     def __repr__(self) -> str:
@@ -537,8 +566,8 @@ class AutoencoderHooks(HookCollection):
         self.encode = encode
         self.decode = decode
         self.add_error = add_error
-        # x -> its latents and the decoder that belongs to that x
-        self._codec: Callable[[Tensor], tuple[Tensor, Decode]] = lambda x: (encode(x), decode)
+        # x -> its latents and the decoder that belongs to that x; None: encode and decode
+        self._codec: Callable[[Tensor], tuple[Tensor, Decode]] | None = None
         for name in ("latents", "reconstruction", "error"):
             self.add_subhooks(name, FwdBwdHooks())
         self._place("")
@@ -570,7 +599,7 @@ class AutoencoderHooks(HookCollection):
         def at(site: FwdBwdHooks, value: Tensor, name: str) -> Tensor:
             return site._run(value, args, kwargs, f"{where} > {name}")
 
-        latents, decode = self._codec(x)
+        latents, decode = self._codec(x) if self._codec else (self.encode(x), self.decode)
         # A hook that edits in place gets its own copy: the error is that of the latents as encoded,
         # and the backward pass of a ReLU reads what it returned.
         hooked = latents if self.latents.is_empty() else latents.clone()
@@ -710,4 +739,4 @@ def _layers_chosen(hook: Hook) -> list[int]:
 
 
 NO_HOOKS = TransformerHooks()
-"""The empty tree that stands for ``hooks=None``; it is not handed out and never appended to."""
+"""The empty tree that stands for ``hooks=None`` inside a pass; it is never handed out."""

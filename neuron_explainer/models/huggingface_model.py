@@ -334,7 +334,7 @@ class HuggingFaceModel:
         True is the tokenizer's start token.
         """
         check_sampling_settings(num_tokens, temperature, top_k, top_p)
-        ids, is_text = self._prompt_ids(prompts, bos)
+        ids, _ = self._prompt_ids(prompts, bos)
         self._check_room(max(map(len, ids)), num_tokens)
         H = HuggingFaceState()
 
@@ -348,10 +348,7 @@ class HuggingFaceModel:
         choose = chooser(temperature, top_k, top_p, make_generator(generator, seed, self.device))
         stops = stops_to_ids(stop, self._encode)
         rows = generate(step, ids, num_tokens, choose, stops, self.device)
-        result = Sample(rows, lambda: [self.enc.decode_continuation(row) for row in rows])
-        if is_text:
-            result["strings"]  # made now: the tokenizer is there
-        return result
+        return Sample.of(rows, lambda: [self.enc.decode_continuation(row) for row in rows])
 
     def _check_room(self, longest: int, num_tokens: int) -> None:
         context = self.sizes.get(Dimension.MAX_CONTEXT_LENGTH)

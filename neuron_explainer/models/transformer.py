@@ -29,6 +29,7 @@ from neuron_explainer.models.config import SerializableDataclass, TransformerCon
 from neuron_explainer.models.generation import (
     Activations,
     Sample,
+    check_hooks,
     check_tokens,
     chooser,
     generate,
@@ -38,7 +39,7 @@ from neuron_explainer.models.generation import (
     stops_to_ids,
     with_recorder,
 )
-from neuron_explainer.models.hidden_state import HiddenState, KeyValueCache
+from neuron_explainer.models.hidden_state import HiddenState, KeyValueCache, check_state
 from neuron_explainer.models.hooks import (
     NO_HOOKS,
     AttentionHooks,
@@ -323,8 +324,10 @@ class MLP(nn.Module):
         cfg: TransformerConfig,
         device: Device | None = None,
         dtype: torch.dtype | None = None,
+        layer_idx: int | None = None,
     ) -> None:
         super().__init__()
+        self.layer_idx = layer_idx
         self.in_layer = nn.Linear(cfg.d_model, cfg.d_ff, device=device, dtype=dtype)
         self.out_layer = nn.Linear(cfg.d_ff, cfg.d_model, device=device, dtype=dtype)
         self.act = _ACTIVATIONS[cfg.activation]
@@ -333,12 +336,11 @@ class MLP(nn.Module):
         self,
         X: Tensor,
         hooks: MLPHooks | None = None,
-        layer: int | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
         """``[b, s, d] -> [b, s, d]``."""
         hooks = NO_HOOKS.mlp if hooks is None else hooks
-        at = {"layer": layer, "positions": positions}
+        at = {"layer": self.layer_idx, "positions": positions}
         pre = hooks.pre_act(self.in_layer(X), **at)
         post = self.act(pre)
         if not hooks.post_act.is_empty():
@@ -361,7 +363,7 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.cfg, self.layer_idx = cfg, layer_idx
         self.attn = MultiHeadedDotProductSelfAttention(cfg, layer_idx, device, dtype)
-        self.mlp = MLP(cfg, device, dtype)
+        self.mlp = MLP(cfg, device, dtype, layer_idx)
         self.ln_1 = Norm(cfg.d_model, cfg.norm_eps, device, dtype)
         self.ln_2 = Norm(cfg.d_model, cfg.norm_eps, device, dtype)
 
@@ -391,7 +393,7 @@ class TransformerLayer(nn.Module):
         hooks = NO_HOOKS if hooks is None else hooks
         torso, at = hooks.resid.torso, {"layer": self.layer_idx, "positions": positions}
         normed = torso.post_ln_mlp(self.ln_2(X, torso.ln_mlp, **at), **at)
-        return torso.delta_mlp(self.mlp(normed, hooks.mlp, **at), **at)
+        return torso.delta_mlp(self.mlp(normed, hooks.mlp, positions), **at)
 
     def forward(
         self,
@@ -438,6 +440,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg, self.recompute, self.tokenizer = cfg, recompute, tokenizer
         self.n_vocab = cfg.n_vocab
+        self._enc: tiktoken.Encoding | None = None
         self.metadata: dict[str, Any] = {}
         """What the checkpoint says of itself (training data, figures); saved again with the model."""
         # Made on "meta": torch's own initial values would only cost time and random numbers.
@@ -485,7 +488,11 @@ class Transformer(nn.Module):
     @property
     def enc(self) -> "tiktoken.Encoding":
         """The tokenizer. The first use reads its vocabulary, for GPT-2's from tiktoken's cache or the net."""
-        return load_encoding(self.tokenizer or self.cfg.enc)
+        return self._enc or load_encoding(self.tokenizer or self.cfg.enc)
+
+    @enc.setter
+    def enc(self, encoding: "tiktoken.Encoding") -> None:
+        self._enc = encoding
 
     def set_recompute(self, recompute: bool) -> None:
         """Choose whether the backward pass recomputes each layer."""
@@ -513,6 +520,8 @@ class Transformer(nn.Module):
             Logits ``[b, s, v]`` and the state to go on from.
         """
         H = HiddenState(self.cfg.n_layers) if H is None else H
+        check_state(H, self.cfg.n_layers)
+        hooks = NO_HOOKS if hooks is None else hooks
         with H.restored_on_error():
             X, H, pad, hooks = self.run_embed(tokens, H, pad, hooks)
             X, H = self.run_torso(X, H, pad, hooks)
@@ -528,8 +537,9 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, HiddenState, Tensor | None, TransformerHooks]:
         """Token and position embeddings ``[b, s, d]``; pad comes back None where nothing is padded."""
         H = HiddenState(self.cfg.n_layers) if H is None else H
-        hooks = NO_HOOKS if hooks is None else hooks
-        hooks.check_layers(self.cfg.n_layers)
+        # A new tree, not NO_HOOKS: it is handed out, and the caller may append to it.
+        hooks = TransformerHooks() if hooks is None else hooks
+        check_hooks(hooks, self.cfg.n_layers)
         self._check_tokens(tokens, H, pad)
         if pad is not None and not pad.any():
             pad = None
@@ -641,7 +651,7 @@ class Transformer(nn.Module):
         if not isinstance(tokens, Tensor):
             if pad is not None:
                 raise InputError("pad goes with tokens as a tensor; prompts are padded here.")
-            ids, _ = self._prompt_ids(tokens, bos)
+            ids = self.prompt_ids(tokens, bos)
             tokens, pad = prep_input_and_pad(ids, "right", self.device)
         elif bos is not False:
             self._check_tokens(tokens, HiddenState(self.cfg.n_layers), pad)
@@ -702,7 +712,7 @@ class Transformer(nn.Module):
             ``{"tokens": list[list[int]], "strings": list[str]}``: the new tokens of each prompt.
         """
         check_sampling_settings(num_tokens, temperature, top_k, top_p)
-        ids, is_text = self._prompt_ids(prompts, bos)
+        ids = self.prompt_ids(prompts, bos)
         longest = max(map(len, ids))
         if longest + num_tokens - 1 > self.cfg.ctx_window:
             raise InputError(
@@ -718,16 +728,15 @@ class Transformer(nn.Module):
             stops_to_ids(stop, self._encode),
             self.device,
         )
-        result = Sample(rows, lambda: [decode(self.enc, row) for row in rows])
-        if is_text:
-            result["strings"]  # made now: the vocabulary is loaded
-        return result
+        return Sample.of(rows, lambda: [decode(self.enc, row) for row in rows])
 
     def _last_logits(
         self, tokens: Tensor, H: HiddenState, pad: Tensor | None, hooks: TransformerHooks | None
     ) -> Tensor:
         """Logits ``[b, v]`` after the last token; the others' only where a hook would see them."""
-        if hooks is not None and not (hooks.resid.post_ln_f.is_empty() and hooks.logits.is_empty()):
+        hooks = NO_HOOKS if hooks is None else hooks
+        check_hooks(hooks, self.cfg.n_layers)
+        if not (hooks.resid.post_ln_f.is_empty() and hooks.logits.is_empty()):
             return self(tokens, H, pad, hooks)[0][:, -1]  # type: ignore[no-any-return]
         X, H, pad, hooks = self.run_embed(tokens, H, pad, hooks)
         X, H = self.run_torso(X, H, pad, hooks)
@@ -739,11 +748,8 @@ class Transformer(nn.Module):
 
     def prompt_ids(self, prompts: Prompts, bos: bool | int = False) -> list[list[int]]:
         """Token ids of prompts in any form that :meth:`sample` takes, start token in front if asked."""
-        return self._prompt_ids(prompts, bos)[0]
-
-    def _prompt_ids(self, prompts: Prompts, bos: bool | int) -> tuple[list[list[int]], bool]:
         start = [] if bos is False else [self._bos_id(bos)]
-        return prompts_to_ids(prompts, self._encode, start)
+        return prompts_to_ids(prompts, self._encode, start)[0]
 
     def _bos_id(self, bos: bool | int) -> int:
         return start_token(self.tokenizer or self.cfg.enc) if bos is True else int(bos)
@@ -810,8 +816,8 @@ class Transformer(nn.Module):
         loaded = load_checkpoint(path, dtype=dtype or self.dtype, device=device or self.device)
         if loaded.config != self.cfg:
             raise CheckpointError(f"{path}: expected {self.cfg}, found {loaded.config}.")
-        self.load_state_dict(loaded.state_dict, assign=True)
-        self.requires_grad_(True)
+        # Copied into the parameters, not put in their place: an optimizer may hold them.
+        self.load_state_dict(loaded.state_dict)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write a folder of ``config.json`` and ``model.safetensors``; tied tensors are stored once.

@@ -548,8 +548,8 @@ def test_the_release_of_saelens_is_named_by_the_layer_before():
         hook = path.rpartition("/")[2]
         assert ActivationLocation.parse(hook) == ActivationLocation(str(spec.location), layer)
     first = get_autoencoder_spec("gpt2-small", "gpt2-small-res-jb-emb")
-    (path,) = first.autoencoder_path_by_layer_index.values()
-    assert ActivationLocation.parse(str(path).rpartition("/")[2]) == first.location
+    (folder,) = first.autoencoder_path_by_layer_index.values()
+    assert ActivationLocation.parse(str(folder).rpartition("/")[2]) == first.location
     assert spec.input_normalization == first.input_normalization == "center"
 
 
