@@ -4,9 +4,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
 
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
+from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
 from neuron_explainer.models.transformer import Transformer, TransformerConfig
 
 with tempfile.TemporaryDirectory() as scratch:

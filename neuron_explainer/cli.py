@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = args.run(args)
         if args.json:
-            print(json.dumps(result, indent=2, ensure_ascii=False))
+            print(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False))
         else:
             args.show(result)
     except NeuronExplainerError as error:
@@ -98,9 +98,7 @@ def run_latents(args: argparse.Namespace) -> Result:
     """The strongest latents on each token."""
     import torch
 
-    from neuron_explainer.models.model_context import StandardModelContext
-
-    model_context = StandardModelContext(args.model, device=args.device)
+    model_context = _model_context(args)
     model = _load_model(args, model_context)
     context = _autoencoder_context(args, model.device)
     layer = max(context.layer_indices, key=lambda layer: -1 if layer is None else layer)
@@ -177,14 +175,15 @@ def run_ablate(args: argparse.Namespace) -> Result:
     ids = model.prompt_ids(args.text, args.bos)
     tokens = torch.tensor(ids, device=model.device)
     with torch.no_grad():
-        before = model(tokens)[0][0, -1].float().softmax(-1)
-        after = model(tokens, hooks=hooks)[0][0, -1].float().softmax(-1)
+        log_before = model(tokens)[0][0, -1].float().log_softmax(-1)
+        log_after = model(tokens, hooks=hooks)[0][0, -1].float().log_softmax(-1)
+    before, after = log_before.exp(), log_after.exp()
     # The tokens that matter to the comparison: likely before, or likely after.
     shown = torch.maximum(before, after).topk(min(args.top, model.n_vocab)).indices.tolist()
     return {
         "model": args.model,
         "ablated": what,
-        "kl_divergence": round(float((before * (before / after).log()).sum()), 6),
+        "kl_divergence": round(float((before * (log_before - log_after)).sum()), 6),
         "next_tokens": [
             {
                 "token": model.enc.decode([token]),
@@ -210,6 +209,10 @@ def _ablation(args: argparse.Namespace, model: "Transformer") -> tuple["Transfor
     unit = "everything" if args.unit is None else f"unit {args.unit}"
     if args.autoencoder is None:
         location = ActivationLocation.parse(args.location)
+        if args.layer is not None:
+            if location.layer not in (None, args.layer):
+                raise InputError(f"--location says layer {location.layer}, --layer {args.layer}.")
+            location = location.at(args.layer)
         location.expand(model.cfg.n_layers)  # a layer outside the model is an error, not a no-op
         hooks = TransformerHooks().append_at(location, ablate)
         return hooks, f"{unit} of {location} = {args.value}"
@@ -312,13 +315,28 @@ def show_cache(result: Result) -> None:
 # --- parsing ---
 
 
+def _model_context(args: argparse.Namespace) -> "StandardModelContext":
+    from neuron_explainer.models.model_context import StandardModelContext
+    from neuron_explainer.models.sampling import check_device
+
+    device = None if args.device is None else check_device(args.device)
+    return StandardModelContext(args.model, device=device)
+
+
 def _load_model(
     args: argparse.Namespace, context: "StandardModelContext | None" = None
 ) -> "Transformer":
-    from neuron_explainer.models.model_context import StandardModelContext
 
-    context = context or StandardModelContext(args.model, device=args.device)
+    context = context or _model_context(args)
     return context.get_or_create_model()
+
+
+def _positive(text: str) -> int:
+    """A whole number >= 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, found {text}")
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -347,7 +365,7 @@ def _parser() -> argparse.ArgumentParser:
     latents = _add(
         verbs, "latents", "the strongest latents on each token", run_latents, show_latents
     )
-    latents.add_argument("text")
+    latents.add_argument("text", help="to run the model on")
     _model_options(latents)
     latents.add_argument(
         "--autoencoder",
@@ -355,20 +373,20 @@ def _parser() -> argparse.ArgumentParser:
         help="name, folder, file or URL (default: ae-resid-delta-mlp)",
     )
     latents.add_argument("--layer", type=int, help="(default: the last that has an autoencoder)")
-    latents.add_argument("--top", type=int, default=10, help="latents a token (default: 10)")
+    latents.add_argument("--top", type=_positive, default=10, help="latents a token (default: 10)")
 
     ablate = _add(
         verbs, "ablate", "the next token with and without an ablation", run_ablate, show_ablate
     )
-    ablate.add_argument("text")
+    ablate.add_argument("text", help="whose next token is predicted")
     _model_options(ablate)
     what = ablate.add_mutually_exclusive_group(required=True)
     what.add_argument("--location", help="what to ablate, such as 1/mlp.post_act")
     what.add_argument("--autoencoder", help="whose latents to ablate, such as ae-resid-delta-mlp")
-    ablate.add_argument("--layer", type=int, help="of the autoencoder (default: every layer)")
+    ablate.add_argument("--layer", type=int, help="which layer (default: every one)")
     ablate.add_argument("--unit", type=int, help="neuron, channel or latent (default: all)")
     ablate.add_argument("--value", type=float, default=0.0, help="to set it to (default: 0)")
-    ablate.add_argument("--top", type=int, default=10, help="tokens to show (default: 10)")
+    ablate.add_argument("--top", type=_positive, default=10, help="tokens to show (default: 10)")
 
     _add(verbs, "models", "every model and autoencoder with a name", run_models, show_models)
 

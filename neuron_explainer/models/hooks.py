@@ -24,8 +24,9 @@ milliseconds, cloned autoencoders, and left stateful hooks empty.)
 """
 
 import inspect
+import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
@@ -278,8 +279,12 @@ class AtLayers(ConditionalHooks):
     """Hooks that run only in some layers: ``AtLayers(3).append(store)``, ``AtLayers([0, 1])``."""
 
     def __init__(self, at_layers: int | Sequence[int]) -> None:
-        layers = [at_layers] if isinstance(at_layers, int) else list(at_layers)
-        if any(not isinstance(layer, int) or layer < 0 for layer in layers):
+        try:  # a whole number of any kind, numpy's too, or several
+            given = at_layers if isinstance(at_layers, Iterable) else [at_layers]
+            layers = [operator.index(layer) for layer in given]
+        except TypeError:
+            layers = [-1]
+        if any(layer < 0 for layer in layers):
             raise HookError(
                 f"AtLayers takes a layer or a list of layers >= 0, found {at_layers!r}."
             )

@@ -391,7 +391,8 @@ class StandardModelContext(ModelContext):
     ) -> Tensor:
         """From an unsimplified model that is loaded (edits of it are seen), else from the checkpoint.
 
-        The weights of a simplified model are other numbers; ask that model for them.
+        Those of the model, if one has been made (folded, if only a simplified one has); so they fit
+        the activations that it computes.
         """
         place = _PLACES[location_type]
         key = place.key if layer is None else f"xf_layers.{layer}.{place.key}"
@@ -399,10 +400,11 @@ class StandardModelContext(ModelContext):
 
     def _tensor(self, key: str, device: torch.device) -> Tensor:
         with self._lock:
-            models = [model for (_, simplified), model in self._models.items() if not simplified]
-            if models:
-                model = self._models.get((canonical_device(device), False), models[0])
-                return model.get_parameter(key)
+            here = canonical_device(device)
+            # Of several models the plain one on this device, else a plain one, else what there is.
+            by_fit = sorted(self._models, key=lambda of: (of[1], of[0] != here))
+            if by_fit:
+                return self._models[by_fit[0]].get_parameter(key)
             if key not in self._tensors:
                 loaded = load_checkpoint(
                     self.load_path, dtype=self.dtype, device=self.device, keys=[key]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from neuron_explainer import files
 from neuron_explainer.errors import SourceError, did_you_mean
 from neuron_explainer.models.autoencoder import InputNormalization
 from neuron_explainer.models.autoencoder_context import (
@@ -159,6 +160,7 @@ def make_autoencoder_context(
     autoencoder_name: str,
     device: torch.device | str,
     omit_dead_latents: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> AutoencoderContext:
     """The autoencoders of that name, loaded when they are first asked for.
 
@@ -167,11 +169,17 @@ def make_autoencoder_context(
         autoencoder_name: such as ``"ae-resid-delta-mlp-v4"``.
         device: where to put them.
         omit_dead_latents: leave latents that never fired in training out of memory.
+        dtype: of the weights in memory: that of the model they are to be spliced into.
     """
     spec = get_autoencoder_spec(model_name, autoencoder_name)
-    return AutoencoderContext(AutoencoderConfig.from_spec(spec), device, omit_dead_latents)
+    return AutoencoderContext(AutoencoderConfig.from_spec(spec), device, omit_dead_latents, dtype)
 
 
 def _known_model(name: str) -> str:
+    if files.is_remote(name) or Path(name).is_dir():
+        raise SourceError(
+            f"no autoencoders are known by name for the model in {name}; give the autoencoder's own "
+            "folder or file."
+        )
     spec = get_standard_model_spec(name)
     return next(known for known, other in _MODEL_SPECS.items() if other is spec)

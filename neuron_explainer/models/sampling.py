@@ -13,6 +13,17 @@ from neuron_explainer.errors import InputError
 Device = torch.device | str
 
 
+def check_device(device: Device) -> torch.device:
+    """The device of that name; one clear error where there is none such here."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"no device {str(device)!r} here: {str(error).splitlines()[0]} Use 'cpu', or 'cuda' where "
+            "torch has one."
+        ) from None
+
+
 def prep_input_and_pad(
     X: Sequence[Sequence[int]], pad_side: str, device: Device = "cpu"
 ) -> tuple[Tensor, Tensor]:

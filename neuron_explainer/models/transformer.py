@@ -51,6 +51,7 @@ from neuron_explainer.models.locations import LocationLike, parse_locations
 from neuron_explainer.models.model_names import resolve_model_source
 from neuron_explainer.models.sampling import (
     Device,
+    check_device,
     check_sampling_settings,
     nucleus_sample,
     prep_input_and_pad,
@@ -801,7 +802,7 @@ class Transformer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> Self:
         """Load from a folder or URL, which is taken as it is: names are not looked up."""
-        device = default_device() if device is None else torch.device(device)
+        device = default_device() if device is None else check_device(device)
         loaded = load_checkpoint(path, dtype=dtype, device=device)
         # On "meta" nothing is allocated: the loaded tensors become the parameters, held once.
         model = cls(loaded.config, device="meta", tokenizer=loaded.tokenizer)

@@ -198,12 +198,17 @@ def test_a_loaded_model_gives_the_weights(
     assert context.get_weight(WeightLocationType.EMBEDDING)[3].eq(7).all()
 
 
-def test_a_simplified_model_does_not_give_the_weights(
+def test_weights_are_those_of_the_model_that_was_made(
     model: Transformer, context: StandardModelContext
 ) -> None:
-    context.get_or_create_model(simplify=True)
-    gain = context.get_weight(WeightLocationType.LAYER_NORM_GAIN_PRE_ATTN, 0)
-    assert torch.equal(gain, of_model(model, WeightLocationType.LAYER_NORM_GAIN_PRE_ATTN, 0))
+    """Folded where only a simplified model exists, as in the original; of the plain one otherwise."""
+    kind = WeightLocationType.LAYER_NORM_GAIN_PRE_ATTN
+    simplified = context.get_or_create_model(simplify=True)
+    assert context.get_weight(kind, 0).eq(1).all()
+    folded = context.get_weight(WeightLocationType.MLP_TO_HIDDEN, 0)
+    assert torch.equal(folded, next(iter(simplified.layers)).mlp.in_layer.weight.T)
+    context.get_or_create_model()
+    assert torch.equal(context.get_weight(kind, 0), of_model(model, kind, 0))
 
 
 def test_models_are_kept_apart_by_simplify_and_device(context: StandardModelContext) -> None:
