@@ -25,9 +25,11 @@ from neuron_explainer.models.transformer import Transformer
 PATHS = ("mlp.post_act", "resid.torso.delta_mlp", "resid.torso.delta_attn")
 
 #: By location, or by path for all layers not named. Sizes keep all assets below 40 MB. The first
-#: layer writes less variety: more latents than it needs die. Higher rates fit faster and kill more.
+#: layer writes less variety, and latents that it does not need die; the last is the hardest to
+#: explain. Higher rates fit faster and kill more.
 CONFIGS = {
     "mlp.post_act": DictionaryConfig(n_latents=1536, k=32, lr=2e-3),
+    "3/mlp.post_act": DictionaryConfig(n_latents=2048, k=32, lr=3e-3),
     "resid.torso.delta_mlp": DictionaryConfig(n_latents=2560, k=16, lr=3e-3),
     "0/resid.torso.delta_mlp": DictionaryConfig(n_latents=1280, k=16, lr=3e-3),
     "resid.torso.delta_attn": DictionaryConfig(n_latents=2560, k=16, lr=1.5e-3),
