@@ -452,6 +452,11 @@ def test_commands_from_books_to_figures(
     assert autoencoders[location][1].metadata["held_out"]["fvu"] > 0
 
 
+def test_commands_say_in_one_line_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="No corpus at"):
+        main(["tokenizer", "--corpus", str(tmp_path / "none"), "--run", str(tmp_path)])
+
+
 def test_evaluating_a_model_without_autoencoders_says_so(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="train them first"):
         evaluation.load_autoencoders(tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from neuron_explainer.errors import NeuronExplainerError
 from neuron_explainer.experiments.tiny_tales import autoencoder_training, evaluation, model_training
 from neuron_explainer.experiments.tiny_tales.autoencoder_training import (
     AutoencoderTrainer,
@@ -225,9 +226,12 @@ def _add_locations(sub: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command."""
+    """Run one command; what a user can mend is said in one line."""
     args = parser().parse_args(argv)
-    args.run_command(args)
+    try:
+        args.run_command(args)
+    except NeuronExplainerError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":
