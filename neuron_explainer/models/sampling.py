@@ -91,9 +91,10 @@ def sample_from_logits(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float()
-    # Less their largest, so that a tiny temperature leads to 0 and -inf, never to inf.
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    # Less their largest, so that a tiny temperature leads to 0 and -inf, never to inf; in float64,
+    # since in float32 a temperature below 1e-38 may count as 0 (torch.set_flush_denormal).
+    logits = logits.double()
+    logits = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).float()
     if top_k is not None and top_k < logits.shape[-1]:
         top = logits.topk(top_k, dim=-1)  # by index: exactly so many, where several are equal too
         logits = torch.full_like(logits, -torch.inf).scatter(-1, top.indices, top.values)
