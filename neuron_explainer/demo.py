@@ -42,7 +42,7 @@ print(out["strings"][0])""",
         """\
 text = "The king gave his daughter a golden"
 with torch.no_grad():
-    found = model.capture(text, ["1/mlp.post_act", "2/resid.torso.delta_mlp"])
+    found = model.capture(text, ["3/resid.torso.delta_mlp", "1/attn.qk_probs"])
 print(found)""",
     ),
     Step(
@@ -51,7 +51,7 @@ print(found)""",
         """\
 from neuron_explainer.models.model_registry import make_autoencoder_context
 context = make_autoencoder_context("tiny-tales", "ae-resid-delta-mlp", device="cpu")
-latents = context.get_autoencoder(2).encode(found["2/resid.torso.delta_mlp"][0])
+latents = context.get_autoencoder(3).encode(found["3/resid.torso.delta_mlp"][0])
 for token, row in zip(model.enc.encode(text), latents):
     strongest = ", ".join(f"{i}: {row[i]:.2f}" for i in row.topk(3).indices.tolist())
     print(f"{model.enc.decode([token])!r:>12}  {int((row > 0).sum())} fire; strongest  {strongest}")""",
@@ -65,26 +65,25 @@ latent = int(latents[-1].argmax())
 def ablate(latents):
     latents[..., latent] = 0
     return latents
-hooks = context.hooks(on_latents=ablate, layers=[2])
+hooks = context.hooks(on_latents=ablate, layers=[3])
 tokens = torch.tensor([model.enc.encode(text)])
 with torch.no_grad():
     before = model(tokens)[0][0, -1].softmax(-1)
     after = model(tokens, hooks=hooks)[0][0, -1].softmax(-1)
-print(f"latent {latent} of layer 2 off; the next token's probability, before and after:")
-for i in before.topk(5).indices.tolist():
+print(f"latent {latent} of layer 3 off; the next token's probability, before and after:")
+for i in (after - before).abs().topk(5).indices.tolist():
     print(f"{model.enc.decode([i])!r:>12}  {before[i]:.3f} -> {after[i]:.3f}")""",
     ),
     Step(
-        "Ablate a neuron while sampling",
-        "A hook is any function (x, layer=..., **kwargs) -> x, at any place, at every step.",
+        "Ablate while sampling",
+        "A hook is any function (x, layer=..., **kwargs) -> x, at any place, and runs at every step. Here "
+        "attention in layer 1 adds nothing to the stream.",
         """\
 from neuron_explainer.models.hooks import AtLayers, TransformerHooks
-neuron = int(found["1/mlp.post_act"][0, -1].argmax())
-def ablate_neuron(x):
-    x[..., neuron] = 0
-    return x
+def nothing(x):
+    return torch.zeros_like(x)
 hooks = TransformerHooks()
-hooks.mlp.post_act.append_fwd(AtLayers(1).append(ablate_neuron))
+hooks.resid.torso.delta_attn.append_fwd(AtLayers(1).append(nothing))
 print(hooks)
 print(text + model.sample(text, num_tokens=12, temperature=0)["strings"][0])
 print(text + model.sample(text, num_tokens=12, temperature=0, hooks=hooks)["strings"][0])""",

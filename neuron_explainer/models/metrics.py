@@ -90,7 +90,7 @@ def ce_recovered(
 
     Bricken et al. 2023 ("loss recovered"); Gao et al. 2024 on what it hides.
     """
-    values = [torch.as_tensor(value).double() for value in (original, spliced, ablated)]
+    values = [torch.as_tensor(v, dtype=torch.float64) for v in (original, spliced, ablated)]
     places = [torch.isnan(value) for value in values]
     if any(value.shape != values[0].shape for value in values) or any(
         not torch.equal(place, places[0]) for place in places

@@ -192,3 +192,9 @@ def test_bad_input():
         ce_recovered(torch.zeros(2), torch.tensor([0.0, float("nan")]), torch.ones(2))
     with pytest.raises(InputError, match="of the same tokens"):
         ce_recovered(torch.zeros(2), torch.zeros(3), torch.ones(2))
+
+
+def test_ce_recovered_of_plain_numbers_keeps_their_digits():
+    """A float32 on the way would leave seven digits of a small difference of large numbers."""
+    found = float(ce_recovered(1000.0, 1000.0 + 1e-7, 1000.0 + 1e-6))
+    assert found == pytest.approx(0.9, rel=1e-5)
