@@ -14,7 +14,7 @@ location = context.location.at(LAYER)
 with torch.no_grad():
     latents = context.get_autoencoder(LAYER).encode(model.capture([TEXT], location)[location][0])
 latent = int(latents[-1].argmax())
-strength = 4 * float(latents[-1, latent])
+strength = 1.2 * float(latents[-1, latent])
 
 
 def turn_up(latents):
@@ -25,5 +25,5 @@ def turn_up(latents):
 
 hooks = context.hooks(on_latents=turn_up, layers=[LAYER])
 for name, chosen in [("plain", None), (f"latent {latent} at {strength:.1f}", hooks)]:
-    out = model.sample("Once there was a", 30, temperature=0.7, seed=1, hooks=chosen)
+    out = model.sample("Once there was a", 30, temperature=0.6, seed=2, hooks=chosen)
     print(f"{name}: Once there was a{out['strings'][0]}\n")
