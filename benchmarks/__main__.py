@@ -2,9 +2,9 @@
 
 import argparse
 
-from benchmarks import import_time
+from benchmarks import import_time, parity
 
-BENCHMARKS = {"import": import_time.run}
+BENCHMARKS = {"import": import_time.run, "parity": parity.run}
 
 
 def main() -> None:
