@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -42,6 +42,9 @@ class AutoencoderConfig:
     once, or for one autoencoder that serves every layer; then it is the only entry."""
     input_normalization: InputNormalization | None = None
     """For files that do not record it; None where they do."""
+    stated: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever else the files do not say and :meth:`Autoencoder.load` has to be told, such as
+    ``{"norm_factor": 0.9}``."""
 
     def __post_init__(self) -> None:
         location = ActivationLocation.parse(self.location)
@@ -71,7 +74,12 @@ class AutoencoderConfig:
     @classmethod
     def from_spec(cls, spec: "AutoencoderConfig") -> Self:
         """From an entry of the registry."""
-        return cls(spec.location, spec.autoencoder_path_by_layer_index, spec.input_normalization)
+        return cls(
+            spec.location,
+            spec.autoencoder_path_by_layer_index,
+            spec.input_normalization,
+            spec.stated,
+        )
 
 
 class AutoencoderSpec(AutoencoderConfig):
@@ -159,6 +167,7 @@ class AutoencoderContext:
             input_normalization=self.autoencoder_config.input_normalization,
             location=location,
             dtype=self.dtype,
+            **self.autoencoder_config.stated,
         )
         if self.omit_dead_latents:
             autoencoder = omit_dead_latents(autoencoder)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from neuron_explainer.errors import CheckpointError, InputError
 from neuron_explainer.models.autoencoder import Autoencoder, UnstatedNormalizationWarning
+from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
 from neuron_explainer.models.checkpoints.autoencoders import Stated
 from neuron_explainer.models.latent_activations import activation_name
 from neuron_explainer.models.locations import ActivationLocation
@@ -639,3 +640,17 @@ def test_a_remote_file(tmp_path, monkeypatch, name):
             server.put("/config.json", (saved / "config.json").read_bytes())
         found = Autoencoder.load(f"{server.base}/{name}", **told)
     assert repr(found).startswith("Autoencoder(n_latents=24, n_inputs=8")
+
+
+def test_a_context_passes_on_what_is_stated():
+    saved = CASES["sae-lens-standard-expected_average_only_in"][0] / "saved"
+    location = Autoencoder.load(saved, norm_factor=2.0).location
+    place = "resid_post_mlp" if location is None else location.at(None)
+    layer = 0 if location is None else location.layer
+    config = AutoencoderConfig(place, {layer: saved}, stated={"norm_factor": 2.0})
+    found = AutoencoderContext(config, "cpu").get_autoencoder(layer)
+    expected = Autoencoder.load(saved, norm_factor=2.0)
+    x = torch.ones(1, expected.n_inputs)
+    assert torch.equal(found.encode(x), expected.encode(x))
+    with pytest.raises(CheckpointError, match="norm_factor="):
+        AutoencoderContext(AutoencoderConfig(place, {layer: saved}), "cpu").get_autoencoder(layer)
