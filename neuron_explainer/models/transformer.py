@@ -663,6 +663,8 @@ class Transformer(nn.Module):
             for place in location.expand(self.cfg.n_layers)
         ]
         found = Activations(tokens, pad)
+        if hooks is not None:
+            check_hooks(hooks, self.cfg.n_layers)
         hooks = with_recorder(hooks, wanted, found)
         X, H, pad, _ = self.run_embed(tokens, None, pad, hooks)
         depths = [
@@ -713,6 +715,8 @@ class Transformer(nn.Module):
             ``{"tokens": list[list[int]], "strings": list[str]}``: the new tokens of each prompt.
         """
         check_sampling_settings(num_tokens, temperature, top_k, top_p)
+        if hooks is not None:
+            check_hooks(hooks, self.cfg.n_layers)
         ids = self.prompt_ids(prompts, bos)
         longest = max(map(len, ids))
         if longest + num_tokens - 1 > self.cfg.ctx_window:
@@ -736,7 +740,6 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits ``[b, v]`` after the last token; the others' only where a hook would see them."""
         hooks = NO_HOOKS if hooks is None else hooks
-        check_hooks(hooks, self.cfg.n_layers)
         if not (hooks.resid.post_ln_f.is_empty() and hooks.logits.is_empty()):
             return self(tokens, H, pad, hooks)[0][:, -1]  # type: ignore[no-any-return]
         X, H, pad, hooks = self.run_embed(tokens, H, pad, hooks)

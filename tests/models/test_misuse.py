@@ -95,6 +95,7 @@ def test_at_layers_without_a_layer_is_an_error_not_a_no_op(tiny_model: Transform
         (lambda m: m(TOKENS, hooks=TransformerHooks().mlp), "hooks must be a TransformerHooks"),
         (lambda m: m(TOKENS, hooks=zero), "hooks must be a TransformerHooks.*function"),
         (lambda m: m.sample([[1]], hooks=zero), "hooks must be a TransformerHooks"),
+        (lambda m: m.capture(TOKENS, "logits", hooks=zero), "hooks must be a TransformerHooks"),
         (lambda m: m(TOKENS, H=3), "H must be a HiddenState of 2 layers"),
         (lambda m: m(TOKENS, H=HiddenState(5)), "H must be a HiddenState of 2 layers"),
         (lambda m: m(TOKENS, pad=[[False] * 3]), "pad must be a bool tensor, found list"),
