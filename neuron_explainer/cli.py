@@ -408,7 +408,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=["none", "center", "layer_norm", "rms"],
         help="where the source does not say it",
     )
-    convert.add_argument("--norm-factor", type=float, help="likewise (SAELens)")
+    convert.add_argument("--norm-factor", type=float, help="likewise (SAELens, Gemma Scope)")
     convert.add_argument("--k", type=int, help="likewise (dictionary_learning)")
     convert.add_argument("--threshold", type=float, help="likewise (dictionary_learning)")
 

@@ -118,7 +118,12 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
         p / "dictionary.npy", tensors_of(published.transformer_vis()), "dictionary", penalty=0.3
     ),
     "e2e": lambda p: single(p / "run.pt", tensors_of(published.e2e()), "decoder.weight"),
-    "gemma_scope": lambda p: single(p / "params.npz", tensors_of(published.gemma_scope()), "W_dec"),
+    "gemma_scope": lambda p: single(
+        p / "params.npz",
+        tensors_of(published.gemma_scope()),
+        "W_dec",
+        location="1/resid.torso.post_mlp",
+    ),
 }
 
 

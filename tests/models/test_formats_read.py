@@ -514,7 +514,7 @@ def test_gemma_scope(tmp_path):
     expected = published.gemma_scope()
     np.savez(tmp_path / "params.npz", **expected.arrays)
     for source in (tmp_path, tmp_path / "params.npz"):
-        ae = Autoencoder.load(source)
+        ae = Autoencoder.load(source, norm_factor=1.0)
         assert_is(ae, expected)
         assert not ae.is_transcoder
     told = Autoencoder.load(
@@ -524,13 +524,29 @@ def test_gemma_scope(tmp_path):
     assert str(told.output_location) == "3/resid.torso.delta_mlp"
     wide = published.gemma_scope(n_outputs=5)
     np.savez_compressed(tmp_path / "params.npz", **wide.arrays)
-    ae = Autoencoder.load(tmp_path)
+    ae = Autoencoder.load(tmp_path, norm_factor=1.0)
     assert ae.is_transcoder
     assert_is(ae, wide)
     arrays = wide.arrays | {"scaling_factor": np.full(published.L, 2.0, np.float32)}
     np.savez(tmp_path / "params.npz", **arrays)
     with pytest.raises(CheckpointError, match="scaling_factor: expected ones, found other values"):
         Autoencoder.load(tmp_path)
+
+
+def test_gemma_scope_where_inputs_may_be_scaled(tmp_path):
+    """Those of the embedding are, and only the name of their folder tells."""
+    expected = published.gemma_scope()
+    np.savez(tmp_path / "params.npz", **expected.arrays)
+    plain = Autoencoder.load(tmp_path, location="0/resid_post_mlp")
+    assert_is(plain, expected)
+    unsaid: list[Stated] = [{}, {"location": "resid.post_emb"}]
+    for told in unsaid:
+        with pytest.raises(CheckpointError, match=r"params\.npz.*norm_factor=…"):
+            Autoencoder.load(tmp_path, **told)
+    scaled = Autoencoder.load(tmp_path, location="resid.post_emb", norm_factor=3.0)
+    x = torch.tensor(published.inputs(), dtype=torch.float32)
+    assert_agrees(scaled.encode(x).detach(), plain.encode(3 * x).detach())
+    assert_agrees(scaled.reconstruct(x).detach(), plain.reconstruct(3 * x).detach() / 3)
 
 
 def test_stored_in_half_precision_and_loaded_in_single(tmp_path):
@@ -607,12 +623,13 @@ def test_a_remote_folder_is_read_and_offline_again(tmp_path, monkeypatch, name):
         for path in folder.iterdir():
             server.put(f"/some/{path.name}", path.read_bytes())
         source = f"{server.base}/some"
-        found = Autoencoder.load(source)
+        told: Stated = {"norm_factor": 1.0} if name == "gemma_scope" else {}
+        found = Autoencoder.load(source, **told)
         with pytest.raises(
             CheckpointError, match=r"/other: of no known format\. Expected a folder"
         ):
             Autoencoder.load(f"{server.base}/other")
-    for other in (Autoencoder.load(source), Autoencoder.load(folder)):
+    for other in (Autoencoder.load(source, **told), Autoencoder.load(folder, **told)):
         x = torch.tensor(published.inputs(), dtype=torch.float32)
         assert torch.equal(other.reconstruct(x), found.reconstruct(x))
         assert repr(other) == repr(found)
@@ -625,6 +642,7 @@ def test_a_remote_file(tmp_path, monkeypatch, name):
     path, told = tmp_path / name, Stated()
     if name == "params.npz":
         np.savez(path, **published.gemma_scope().arrays)
+        told = {"norm_factor": 1.0}
     elif name == "dictionary.npy":
         np.save(path, published.transformer_vis().arrays["dictionary"])
         told = {"penalty": 0.3}

@@ -46,7 +46,7 @@ class Stated(TypedDict, total=False):
     output_location: LocationLike | None
     """What the output stands for; makes a transcoder of a file that does not say that it is one."""
     norm_factor: float
-    """SAELens: what inputs were multiplied by in training (``expected_average_only_in``)."""
+    """SAELens (``expected_average_only_in``), Gemma Scope: what inputs were multiplied by in training."""
     k: int
     """dictionary_learning: latents active at a time, for early files."""
     threshold: float
@@ -75,7 +75,7 @@ _USED: dict[AutoencoderFormat, set[str]] = {
     "language_model_saes": COMMON,
     "transformer_vis": COMMON | {"penalty", "max_iterations", "tolerance"},
     "e2e": COMMON,
-    "gemma_scope": COMMON | {"output_location"},
+    "gemma_scope": COMMON | {"output_location", "norm_factor"},
 }
 
 

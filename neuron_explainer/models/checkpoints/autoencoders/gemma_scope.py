@@ -5,7 +5,9 @@
     latents = relu(h) where h > threshold, h = x W_enc + b_enc,   recons = latents W_dec + b_dec
 
 Nothing is taken off the input. The file does not say where its inputs come from, nor whether it is a
-transcoder: state ``location`` and, for a transcoder, ``output_location``.
+transcoder: state ``location`` and, for a transcoder, ``output_location``. Those of the embedding are
+for inputs times a factor that only the name of their folder tells: where the place is not stated, or
+is the embedding, ``norm_factor`` has to be (1.0 for all others).
 
 Lieberum et al. 2024, "Gemma Scope", section 2, and its tutorial.
 """
@@ -21,11 +23,14 @@ from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     LoadedAutoencoder,
     Stated,
+    check_factor,
     check_tensors,
+    fold_norm_factor,
     matrix_shape,
     settle,
     settle_location,
 )
+from neuron_explainer.models.locations import ActivationLocation
 
 WEIGHTS_FILE = "params.npz"
 
@@ -68,12 +73,32 @@ def read_gemma_scope(
     }
     if transcoder:
         state["n_outputs"] = n_outputs
+    location = settle_location(where, None, stated.get("location"))
+    _apply_norm_factor(where, state, location, stated.get("norm_factor"))
     return LoadedAutoencoder(
         state,
         settle(
             where, "this format", "none", stated.get("input_normalization"), "input_normalization"
         ),
-        settle_location(where, None, stated.get("location")),
+        location,
         settle_location(where, None, stated.get("output_location")),
         metadata={"format": "gemma_scope"},
     )
+
+
+def _apply_norm_factor(
+    where: str | Path,
+    state: dict[str, Any],
+    location: ActivationLocation | None,
+    factor: float | None,
+) -> None:
+    """Folds a stated factor in; asks for it where numbers may depend on it."""
+    if factor is not None:
+        fold_norm_factor(state, check_factor("norm_factor", factor))
+    elif location is None or location.path == "resid.post_emb":
+        place = "unknown" if location is None else str(location)
+        raise CheckpointError(
+            f"{where}: inputs of Gemma Scope's embedding autoencoders are scaled, which the file does "
+            f"not say; expected location=… (not the embedding) or norm_factor=… (1.0 if inputs are not "
+            f"scaled) as an argument, found location {place} and no norm_factor."
+        )
