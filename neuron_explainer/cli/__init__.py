@@ -1,0 +1,66 @@
+"""The command line: one short function a verb. Heavy imports wait until a verb needs them."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from neuron_explainer import __version__, demo
+from neuron_explainer.cli import looking, stored_files
+from neuron_explainer.cli.common import Result, add_verb
+from neuron_explainer.errors import NeuronExplainerError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0 if all is well, 1 if a check found something wrong, 2 (and one line on stderr) if the command
+        could not be carried out.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        result = args.run(args)
+        if args.json:
+            print(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False))
+        else:
+            args.show(result)
+    except NeuronExplainerError as error:
+        print(f"neuron-explainer {args.verb}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        sys.stderr.close()
+    except KeyboardInterrupt:
+        return 130
+    else:
+        return 0 if result.get("ok", True) else 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="neuron-explainer",
+        description="Look inside GPT-2-family language models: sample, encode, ablate, and learn "
+        "dictionaries of what they compute.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    about = "a tour in seconds, offline, with the calls it makes"
+    add_verb(verbs, "demo", about, run_demo, show_demo)
+    for room in (looking, stored_files):
+        room.register(verbs)
+    return parser
+
+
+def run_demo(args: argparse.Namespace) -> Result:
+    """Run the tour."""
+    return {"steps": demo.run(echo=not args.json)}
+
+
+def show_demo(result: Result) -> None:
+    """After the tour: how long it took, where to go."""
+    print(
+        f"\nAll of this ran here, offline, in {sum(s['seconds'] for s in result['steps']):.1f} s. "
+        "Next: neuron-explainer latents 'your text', neuron-explainer ablate 'your text', "
+        "neuron-explainer models, and the README."
+    )

@@ -1,0 +1,98 @@
+"""Files: convert an autoencoder, keep the cache of downloads in order."""
+
+import argparse
+import dataclasses
+from typing import Any
+
+from neuron_explainer import files
+from neuron_explainer.cli.common import Result, add_verb
+
+
+def register(verbs: Any) -> None:
+    """Declare the verbs and their options."""
+    _register_convert(verbs)
+    _register_cache(verbs)
+
+
+def _register_convert(verbs: Any) -> None:
+    convert = add_verb(
+        verbs, "convert", "rewrite an autoencoder in another format", run_convert, show_convert
+    )
+    convert.add_argument("source", help="folder, file or URL of any known format")
+    convert.add_argument("destination", help="folder to write")
+    convert.add_argument(
+        "--format",
+        required=True,
+        choices=["native", "saelens", "dictionary_learning", "sparsify"],
+        help="to write",
+    )
+    convert.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
+    convert.add_argument("--location", help="where it belongs, such as 8/resid.torso.delta_mlp")
+    convert.add_argument(
+        "--input-normalization",
+        choices=["none", "center", "layer_norm", "rms"],
+        help="where the source does not say it",
+    )
+    convert.add_argument("--norm-factor", type=float, help="likewise (SAELens, Gemma Scope)")
+    convert.add_argument("--k", type=int, help="likewise (dictionary_learning)")
+    convert.add_argument("--threshold", type=float, help="likewise (dictionary_learning)")
+
+
+def _register_cache(verbs: Any) -> None:
+    cache = verbs.add_parser("cache", help="files that were downloaded", description="Downloads.")
+    actions = cache.add_subparsers(dest="action", required=True, metavar="ACTION")
+    add_verb(actions, "list", "what is there", run_cache_list, show_cache)
+    add_verb(actions, "verify", "check sizes and hashes", run_cache_verify, show_cache)
+    remove = add_verb(actions, "remove", "delete files", run_cache_remove, show_cache)
+    remove.add_argument("source", help="URL, or a pattern with * and ?")
+
+
+def run_convert(args: argparse.Namespace) -> Result:
+    """Rewrite an autoencoder in another format; what that format cannot express is an error."""
+    from neuron_explainer.models.convert import convert
+
+    stated = {
+        name: value
+        for name in ("input_normalization", "location", "norm_factor", "k", "threshold")
+        if (value := getattr(args, name)) is not None
+    }
+    convert(args.source, args.destination, args.format, overwrite=args.overwrite, **stated)
+    return {"source": args.source, "destination": args.destination, "format": args.format}
+
+
+def show_convert(result: Result) -> None:
+    """Where it is now."""
+    print(f"{result['source']} is now in {result['destination']}, as {result['format']}")
+
+
+def run_cache_list(args: argparse.Namespace) -> Result:
+    """What has been downloaded."""
+    return {"folder": str(files.cache_dir()), "files": [_plain(e) for e in files.list_cache()]}
+
+
+def run_cache_verify(args: argparse.Namespace) -> Result:
+    """Read every file and compare it with the size and SHA-256 recorded when it came."""
+    found = [_plain(entry) for entry in files.verify_cache()]
+    return {
+        "folder": str(files.cache_dir()),
+        "files": found,
+        "ok": not any(e["problem"] for e in found),
+    }
+
+
+def run_cache_remove(args: argparse.Namespace) -> Result:
+    """Delete downloaded files."""
+    removed = files.remove_from_cache(args.source)
+    return {"folder": str(files.cache_dir()), "files": [_plain(e) for e in removed]}
+
+
+def _plain(entry: files.CacheEntry) -> Result:
+    return {**dataclasses.asdict(entry), "path": str(entry.path)}
+
+
+def show_cache(result: Result) -> None:
+    """A line a file."""
+    total = sum(entry["size"] for entry in result["files"])
+    print(f"{result['folder']}: {len(result['files'])} files, {total / 1e6:.1f} MB")
+    for entry in result["files"]:
+        print(f"  {entry['size']:>12,}  {entry['problem'] or 'ok'}  {entry['source']}")
