@@ -1,0 +1,132 @@
+"""The GEMM floor: a model's matrix products and nothing else, into memory that is there already.
+
+Each product runs in the memory layout that was fastest when tried; attention's products are those of
+the causal triangle only, in blocks. Numbers are random: what is computed is no model's result.
+"""
+
+import json
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.workloads import Work
+
+BLOCK = 128  # queries at a time, so that keys after them can be left out
+
+
+@cache
+def fastest(rows: int, n_in: int, n_out: int) -> bool:
+    """Whether ``[rows, n_in] @ [n_in, n_out]`` is faster with the weight stored transposed."""
+    x, out = torch.randn(rows, n_in), torch.empty(rows, n_out)
+    times = []
+    for weight in (torch.randn(n_in, n_out), torch.randn(n_out, n_in).T):
+        torch.mm(x, weight, out=out)
+        tries = []
+        for _ in range(3):
+            start = time.perf_counter()
+            torch.mm(x, weight, out=out)
+            tries.append(time.perf_counter() - start)
+        times.append(min(tries))
+    return times[1] < times[0]
+
+
+@cache
+def weight(place: str, n_in: int, n_out: int, transposed: bool) -> Tensor:
+    """One for each place in a model: reading them from memory is part of the work."""
+    return torch.randn(n_out, n_in).T if transposed else torch.randn(n_in, n_out)
+
+
+@cache
+def scratch(*shape: int) -> Tensor:
+    return torch.randn(*shape)
+
+
+Product = tuple[Tensor, Tensor, Tensor]
+"""Two factors and where their product goes."""
+
+
+def linear(place: str, rows: int, n_in: int, n_out: int) -> Product:
+    w = weight(place, n_in, n_out, fastest(rows, n_in, n_out))
+    return scratch(rows, n_in), w, torch.empty(rows, n_out)
+
+
+def attention(heads: int, new: int, past: int, width: int) -> list[Product]:
+    """Scores and weighted values of ``new`` queries, in blocks."""
+    products = []
+    for start in range(0, new, BLOCK):
+        end = min(start + BLOCK, new)
+        q, k = scratch(heads, end - start, width), scratch(heads, past + end, width)
+        scores = torch.empty(heads, end - start, past + end)
+        products += [(q, k.transpose(1, 2), scores), (scores, k, torch.empty_like(q))]
+    return products
+
+
+def forward_pass(
+    folder: str, batch: int, new: int, past: int = 0, last_only: bool = False
+) -> list[Product]:
+    """The products of ``batch`` rows of ``new`` tokens after ``past`` earlier ones."""
+    c = json.loads((Path(folder) / "config.json").read_text())
+    width, rows = c["n_embd"], batch * new
+    shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+    one_layer = attention(batch * c["n_head"], new, past, width // c["n_head"])
+    products = []
+    for i in range(c["n_layer"]):
+        products += [linear(f"{i}.{j}", rows, *shape) for j, shape in enumerate(shapes)]
+        products += one_layer
+    unembedded = batch if last_only else rows
+    return [*products, linear("unembed", unembedded, width, c["vocab_size"])]
+
+
+def run(products: list[Product]) -> dict[str, Tensor]:
+    for a, b, out in products:
+        torch.matmul(a, b, out=out)
+    return {}
+
+
+def logits(folder: str, tokens: list[list[int]]) -> Work:
+    products = forward_pass(folder, len(tokens), len(tokens[0]))
+    return lambda: run(products)
+
+
+def keep_post_act(folder: str, tokens: list[list[int]]) -> Work:
+    return logits(folder, tokens)
+
+
+def keep_all(folder: str, tokens: list[list[int]]) -> Work:
+    return logits(folder, tokens)
+
+
+def ablated_logits(folder: str, tokens: list[list[int]], layer: int, neuron: int) -> Work:
+    return logits(folder, tokens)
+
+
+def greedy(folder: str, prompts: list[list[int]], n_new: int) -> Work:
+    """Prompts count as as long as the longest."""
+    batch, length = len(prompts), max(map(len, prompts))
+    steps = [forward_pass(folder, batch, length, last_only=True)]
+    steps += [forward_pass(folder, batch, 1, length + i) for i in range(n_new - 1)]
+    products = [product for step in steps for product in step]
+    return lambda: run(products)
+
+
+def ablated_greedy(
+    folder: str, prompts: list[list[int]], n_new: int, layer: int, neuron: int
+) -> Work:
+    return greedy(folder, prompts, n_new)
+
+
+def load_and_run(folder: str, tokens: list[list[int]]) -> Work:
+    """The file's bytes, read into memory once, and the products of the first pass."""
+    products = forward_pass(folder, len(tokens), len(tokens[0]))
+
+    def work() -> dict[str, Tensor]:
+        size = (Path(folder) / "model.safetensors").stat().st_size
+        room = bytearray(size)
+        with (Path(folder) / "model.safetensors").open("rb", buffering=0) as file:
+            file.readinto(room)
+        return run(products)
+
+    return work

@@ -1,0 +1,154 @@
+"""transformers' GPT-2, with fused (``sdpa``) or explicit (``eager``) attention.
+
+What it has no word for is done as its users do it: forward hooks of torch on the modules.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.workloads import Prepared, Work
+
+transformers: Any = __import__("transformers")
+transformers.logging.set_verbosity_error()
+
+
+def load_model(folder: str, variant: str) -> Any:
+    model = transformers.GPT2LMHeadModel.from_pretrained(
+        folder, attn_implementation=variant, dtype=torch.float32
+    )
+    return model.eval()
+
+
+load = cache(load_model)
+
+
+@contextmanager
+def hooked(module: Any, hook: Callable[..., Any]) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def ablation(neuron: int) -> Callable[..., Any]:
+    def ablate(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+        output[..., neuron] = 0
+        return output
+
+    return ablate
+
+
+def logits(folder: str, variant: str, tokens: list[list[int]]) -> Work:
+    model, ids = load(folder, variant), torch.tensor(tokens)
+    return lambda: {"logits": model(ids, use_cache=False).logits}
+
+
+def ablated_logits(
+    folder: str, variant: str, tokens: list[list[int]], layer: int, neuron: int
+) -> Work:
+    model, ids = load(folder, variant), torch.tensor(tokens)
+
+    def work() -> dict[str, Tensor]:
+        with hooked(model.transformer.h[layer].mlp.act, ablation(neuron)):
+            return {"logits": model(ids, use_cache=False).logits}
+
+    return work
+
+
+def keep_post_act(folder: str, variant: str, tokens: list[list[int]]) -> Work:
+    model, ids = load(folder, variant), torch.tensor(tokens)
+
+    def work() -> dict[str, Any]:
+        kept: list[Tensor] = []
+        handles = [
+            block.mlp.act.register_forward_hook(lambda _m, _i, output: kept.append(output))
+            for block in model.transformer.h
+        ]
+        out = model(ids, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        return {"logits": out.logits, "post_act": kept}
+
+    return work
+
+
+def keep_all(folder: str, variant: str, tokens: list[list[int]]) -> Work | Prepared:
+    """The output of every module that gives a tensor, all hidden states, and the patterns."""
+    if variant == "sdpa":
+        return Prepared(logits(folder, variant, tokens), "keeps nothing")
+    model, ids = load(folder, variant), torch.tensor(tokens)
+
+    def run() -> tuple[Any, dict[str, Tensor]]:
+        kept: dict[str, Tensor] = {}
+
+        def keeper(name: str) -> Callable[..., None]:
+            def keep(_module: Any, _inputs: Any, output: Any) -> None:
+                if isinstance(output, Tensor):
+                    kept[name] = output
+
+            return keep
+
+        handles = [m.register_forward_hook(keeper(name)) for name, m in model.named_modules()]
+        out = model(ids, use_cache=False, output_hidden_states=True, output_attentions=True)
+        for handle in handles:
+            handle.remove()
+        return out, kept
+
+    def work() -> dict[str, Any]:
+        out, kept = run()
+        return {
+            "logits": out.logits,
+            "post_act": [kept[f"transformer.h.{i}.mlp.act"] for i in range(len(out.attentions))],
+            "pattern": list(out.attentions),
+            "resid": list(out.hidden_states[1:-1]),
+        }
+
+    out, kept = run()
+    tensors = [*kept.values(), *out.attentions, *out.hidden_states]
+    mib = sum({x.data_ptr(): x.nbytes for x in tensors}.values()) / 2**20
+    return Prepared(work, f"keeps {mib:.0f} MiB")
+
+
+def greedy(folder: str, variant: str, prompts: list[list[int]], n_new: int) -> Work:
+    """Shorter prompts are padded on the left, as ``generate`` asks."""
+    model = load(folder, variant)
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
+
+    def work() -> dict[str, list[list[int]]]:
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=n_new,
+            min_new_tokens=n_new,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
+        return {"ids": out[:, longest:].tolist()}
+
+    return work
+
+
+def ablated_greedy(
+    folder: str, variant: str, prompts: list[list[int]], n_new: int, layer: int, neuron: int
+) -> Work:
+    model, generate = load(folder, variant), greedy(folder, variant, prompts, n_new)
+
+    def work() -> Any:
+        with hooked(model.transformer.h[layer].mlp.act, ablation(neuron)):
+            return generate()
+
+    return work
+
+
+def load_and_run(folder: str, variant: str, tokens: list[list[int]]) -> Work:
+    ids = torch.tensor(tokens)
+    return lambda: {"logits": load_model(folder, variant)(ids, use_cache=False).logits}

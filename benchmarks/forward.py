@@ -1,0 +1,17 @@
+"""Logits of every position, nothing kept and nothing changed."""
+
+from benchmarks.contestants import MODELS, SDPA
+from benchmarks.harness import Race, everyone
+from benchmarks.workloads import Setup
+
+
+def races(setup: Setup) -> list[Race]:
+    """A batch of four, and one long text."""
+    return [
+        Race(
+            f"logits ({batch}, {length})",
+            everyone(MODELS, "logits", folder=setup.folder, tokens=setup.tokens(batch, length)),
+            SDPA.name,
+        )
+        for batch, length in ((4, 128), (1, 1024))
+    ]

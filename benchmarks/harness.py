@@ -1,0 +1,417 @@
+"""Contestants side by side: each in a process of its own, driven one at a time, in rotating order.
+
+**A contestant** is a module ``benchmarks/contestants/<module>.py`` that imports only its own library
+(and :mod:`benchmarks.workloads`), with one function for each workload it offers. The function gets the
+workload's settings as keywords, prepares what is not to be timed and returns what is::
+
+    def logits(folder, tokens):                       # settings: JSON values of the race
+        model, tokens = load(folder), torch.tensor(tokens)
+        return lambda: {"logits": model(tokens)}      # this call is timed
+
+The call returns ``{name: tensor, list of tensors, or (nested) list of whole numbers}``: of each, a checksum is taken after the
+first call (not timed) and compared with the others' under the same name. Returned tensors are laid out
+as :mod:`benchmarks.workloads` says, whatever the library's own layout; a name that only one
+contestant gives is not compared. Instead of a callable, a :class:`~benchmarks.workloads.Prepared` may be
+returned, which adds a remark. Gradients are off unless the race says ``grad=True``.
+
+**A table** is a module ``benchmarks/<name>.py`` with ``races(setup) -> list[Race]`` (see
+``benchmarks/forward.py``), listed in ``benchmarks/__main__.py``. A :class:`Race` is one heading: entries
+that do the same work, and the label of the one that ratios are taken to. Each race has an entry of
+the *GEMM floor*: the same matrix products, with preallocated outputs and nothing else.
+
+For every entry the harness starts the contestant (once for all races, or anew for each run where
+``fresh=True``), prepares, calls once (checksum), ``warm`` times more, once under a fresh high-water
+mark (extra peak memory), and then once a round, each round starting from another entry. Figures are
+medians over rounds; ratios are medians of the ratios within a round. An entry whose library is not
+installed, or that fails, is listed with the reason.
+"""
+
+import json
+import math
+import os
+import select
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+THREADS = 2
+ROOT = Path(__file__).parent.parent
+_SETTLE = 0.02  # seconds; the threads of the one before spin for a moment before they sleep
+_PATIENCE = 600  # seconds until a silent contestant counts as stuck
+_TOLERANCE = 1e-3  # of a checksum, in units of its scale: summation order alone makes some 1e-6
+
+
+class ContestantError(Exception):
+    """A contestant cannot take part: not installed, not offered, failed, stuck."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Who takes part."""
+
+    name: str
+    """As shown."""
+    module: str
+    """In ``benchmarks.contestants``."""
+    variant: str = ""
+    """Passed to the module's functions as ``variant`` where it is not empty."""
+    peer: str = ""
+    """Its name in ``--peers`` and in ``benchmarks/peers/<peer>.txt``; empty: needs no peer."""
+    distribution: str = ""
+    """As pip knows it, for its version."""
+    major: str = ""
+    """The version must start with this."""
+    optional: bool = False
+    """Whether it only takes part under ``--peers``."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a table: a contestant, which of its functions, with which settings."""
+
+    contestant: Contestant
+    workload: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
+    """Default: the contestant's name."""
+    fresh: bool = False
+    """Whether each run is the first of a new process."""
+    apart: bool = False
+    """Whether its result is another than the others', and so not compared."""
+
+    @property
+    def shown(self) -> str:
+        """The label."""
+        return self.label or self.contestant.name
+
+
+@dataclass(frozen=True)
+class Race:
+    """Entries that do the same work, under one heading."""
+
+    title: str
+    entries: Sequence[Entry]
+    reference: str
+    """Label of the entry that ratios are taken to."""
+    warm: int = 1
+    grad: bool = False
+    calls: int = 1
+    """Times shown are those of a run over this many calls, which the run makes itself."""
+    rounds: int | None = None
+    """At most so many, whatever the command line asks for."""
+    remark: str = ""
+
+
+@dataclass
+class Result:
+    """What one entry did."""
+
+    label: str
+    seconds: list[float] = field(default_factory=list)
+    peak_mib: float | None = None
+    checksum: dict[str, list[float]] = field(default_factory=dict)
+    note: str = ""
+    error: str = ""
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+
+def everyone(
+    contestants: Sequence[Contestant], workload: str, *, fresh: bool = False, **settings: Any
+) -> list[Entry]:
+    """The same workload with the same settings for each."""
+    return [Entry(contestant, workload, settings, fresh=fresh) for contestant in contestants]
+
+
+class Process:
+    """A contestant's process and the pipe to it: a JSON line each way for each command."""
+
+    def __init__(self, contestant: Contestant, python: str) -> None:
+        self._log = tempfile.TemporaryFile()
+        threads = {name: str(THREADS) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        self._child = subprocess.Popen(
+            [python, "-m", "benchmarks.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            cwd=ROOT,
+            env={**os.environ, **threads, **offline},
+        )
+        try:
+            self.hello = self.ask(
+                "hello",
+                module=contestant.module,
+                distribution=contestant.distribution,
+                major=contestant.major,
+                threads=THREADS,
+            )
+        except ContestantError:
+            self.close()
+            raise
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Send a command and wait for its answer.
+
+        Raises:
+            ContestantError: the answer is an error, or there is none.
+        """
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        try:
+            self._child.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
+            self._child.stdin.flush()
+        except BrokenPipeError:
+            raise ContestantError(f"its process has ended. {self._last_words()}") from None
+        if not select.select([self._child.stdout], [], [], _PATIENCE)[0]:
+            self.close()
+            raise ContestantError(f"no answer to {do!r} within {_PATIENCE} s.")
+        line = self._child.stdout.readline()
+        if not line:
+            raise ContestantError(f"its process has ended. {self._last_words()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise ContestantError(answer["error"])
+        return answer
+
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else ""
+
+    def close(self) -> None:
+        """End the process."""
+        self._child.kill()
+        self._child.communicate()
+        self._log.close()
+
+
+class Harness:
+    """Starts contestants, runs races, keeps processes from race to race. A context manager.
+
+    Args:
+        rounds: timed runs of each entry.
+        pythons: interpreters by peer name; a peer without one is looked for in this environment.
+        with_peers: whether optional contestants take part.
+    """
+
+    def __init__(
+        self, rounds: int, pythons: Mapping[str, str] | None = None, with_peers: bool = True
+    ) -> None:
+        self.rounds, self.with_peers = rounds, with_peers
+        self.pythons = dict(pythons or {})
+        self._processes: dict[Contestant, Process] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes.values():
+            process.close()
+
+    def run(self, race: Race) -> list[Result]:
+        """The results of a race, in the order of its entries."""
+        entries = [e for e in race.entries if self.with_peers or not e.contestant.optional]
+        runners = [_Runner(self, entry, race) for entry in entries]
+        for runner in runners:
+            runner.attempt(runner.prepare)
+        for index in range(min(self.rounds, race.rounds or self.rounds)):
+            start = index % len(runners)
+            for runner in [*runners[start:], *runners[:start]]:
+                runner.attempt(runner.time)
+        for runner in runners:
+            runner.attempt(runner.finish)
+        return [runner.result for runner in runners]
+
+    def process(self, contestant: Contestant, fresh: bool = False) -> Process:
+        """The contestant's running process, or (fresh) a new one that the caller closes."""
+        python = self.pythons.get(contestant.peer, sys.executable)
+        if fresh:
+            return Process(contestant, python)
+        if contestant not in self._processes:
+            self._processes[contestant] = Process(contestant, python)
+        return self._processes[contestant]
+
+
+class _Runner:
+    """One entry's way through a race; after a failure the rest is left out."""
+
+    def __init__(self, harness: Harness, entry: Entry, race: Race) -> None:
+        self.harness, self.entry, self.race = harness, entry, race
+        self.key = f"{race.title}: {entry.shown}"
+        self.result = Result(entry.shown)
+
+    def attempt(self, step: Any) -> None:
+        if self.result.error:
+            return
+        try:
+            step()
+        except ContestantError as error:
+            self.result.error = str(error)
+            print(f"  {self.key}: {error}", file=sys.stderr)
+
+    def prepare(self) -> None:
+        print(f"  {self.key}", file=sys.stderr)
+        if self.entry.fresh:
+            self._fresh_run(first=True)
+            return
+        process = self.harness.process(self.entry.contestant)
+        self._prepare_in(process)
+        first = process.ask("check", key=self.key)
+        for _ in range(self.race.warm):
+            process.ask("run", key=self.key)
+        self._note_checksum(first)
+        self.result.peak_mib = process.ask("measure", key=self.key)["peak_mib"]
+
+    def time(self) -> None:
+        time.sleep(_SETTLE)
+        if self.entry.fresh:
+            self._fresh_run(first=False)
+            return
+        process = self.harness.process(self.entry.contestant)
+        self.result.seconds.append(process.ask("run", key=self.key)["seconds"])
+
+    def finish(self) -> None:
+        if not self.entry.fresh:
+            self.harness.process(self.entry.contestant).ask("drop", key=self.key)
+
+    def _prepare_in(self, process: Process) -> None:
+        settings = dict(self.entry.settings)
+        if self.entry.contestant.variant:
+            settings["variant"] = self.entry.contestant.variant
+        prepared = process.ask(
+            "prepare",
+            key=self.key,
+            workload=self.entry.workload,
+            settings=settings,
+            grad=self.race.grad,
+        )
+        self.result.note = prepared["note"]
+
+    def _note_checksum(self, answer: dict[str, Any]) -> None:
+        if not self.entry.apart:
+            self.result.checksum = answer["checksum"]
+
+    def _fresh_run(self, first: bool) -> None:
+        process = self.harness.process(self.entry.contestant, fresh=True)
+        try:
+            self._prepare_in(process)
+            if first:
+                self._note_checksum(process.ask("check", key=self.key))
+                return
+            answer = process.ask("measure", key=self.key)
+        finally:
+            process.close()
+        self.result.seconds.append(answer["seconds"])
+        self.result.peak_mib = max(self.result.peak_mib or 0.0, answer["peak_mib"])
+
+
+# --- the table ---
+
+
+def agreement(results: Sequence[Result], reference: str) -> dict[str, str]:
+    """For each label, whether its checksums are those of the reference (or of the first that has any)."""
+    first = [r for r in results if r.label == reference and r.checksum]
+    judges = first + [r for r in results if r.checksum and r.label != reference]
+    verdicts = {}
+    for result in results:
+        shared = {
+            name: (value, judge.checksum[name])
+            for judge in reversed(judges)  # the first in line has the last word
+            if judge is not result
+            for name, value in result.checksum.items()
+            if name in judge.checksum
+        }
+        wrong = sorted(name for name, (a, b) in shared.items() if not _close(a, b))
+        if wrong:
+            verdicts[result.label] = f"**DIFFERS: {', '.join(wrong)}**"
+        else:
+            verdicts[result.label] = ", ".join(sorted(shared)) or "-"
+    return verdicts
+
+
+def _close(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Element by element, in units of the larger's largest; NaN is like nothing."""
+    scale = max(map(abs, [*a, *b]), default=0.0)
+    return len(a) == len(b) and all(
+        math.isclose(x, y, rel_tol=0.0, abs_tol=_TOLERANCE * scale)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def table(race: Race, results: Sequence[Result]) -> str:
+    """Markdown: one line an entry, those without figures last, with the reason."""
+    per_call, unit = (1e6 / race.calls, "µs a call") if race.calls > 1 else (1e3, "ms")
+    same = agreement(results, race.reference)
+    base = next((r for r in results if r.label == race.reference and not r.error), None)
+    lines = [
+        f"### {race.title}",
+        "",
+        *([race.remark, ""] if race.remark else []),
+        f"| contestant | median {unit} | min-max | ratio | extra peak MiB | same result |",
+        "|---|--:|--:|--:|--:|---|",
+    ]
+    for result in results:
+        if result.error or not result.seconds:
+            continue
+        low, high = (per_call * f(result.seconds) for f in (min, max))
+        lines.append(
+            f"| {result.label}{f' ({result.note})' if result.note else ''} "
+            f"| {per_call * result.median:.4g} | {low:.4g}-{high:.4g} | {_ratio(result, base)} "
+            f"| {_mib(result.peak_mib)} | {same[result.label]} |"
+        )
+    lines += [f"| {r.label} | - | - | - | - | {r.error} |" for r in results if r.error]
+    return "\n".join(lines) + "\n"
+
+
+def _ratio(result: Result, base: Result | None) -> str:
+    if base is None:
+        return "-"
+    pairs = zip(result.seconds, base.seconds, strict=False)
+    return f"{statistics.median(a / b for a, b in pairs):.3f}"
+
+
+def _mib(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
+def provenance() -> str:
+    """Date, hardware, interpreter and commit, for the head of a report."""
+    commit = _output("git", "rev-parse", "--short", "HEAD") or "unknown"
+    changed = " with changes" if _output("git", "status", "--porcelain") else ""
+    cpu = next(
+        (
+            line.partition(":")[2].strip()
+            for line in _lines("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
+        "unknown processor",
+    )
+    return (
+        f"{time.strftime('%Y-%m-%d')}, {cpu}, {os.cpu_count()} cores, {THREADS} threads, "
+        f"Python {sys.version.split()[0]}, commit {commit}{changed}"
+    )
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _output(*command: str) -> str:
+    try:
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return run.stdout.strip()
