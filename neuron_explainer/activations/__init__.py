@@ -1,5 +1,66 @@
-"""Text to streams of vectors: documents, token windows, activations, stores on disk, shuffling."""
+"""Text to streams of vectors: documents, token windows, activations, stores on disk, shuffling.
 
-from neuron_explainer.activations.tokens import TokenBatch
+The usual way from text to what a dictionary is trained on::
 
-__all__ = ["TokenBatch"]
+    context = ModelContext.from_model_type("tiny-tales")
+    corpus = tokenize(read_documents("books/"), context)  # or write_token_file, for more than memory holds
+    training, held_out = corpus.split(0.05)
+    windows = TokenWindows(training, 128, 32, bos=start_token(context), epochs=None)
+    source = LiveSource(Harvester(context, "2/mlp.post_act", keep_bos=False), windows)
+    with ShuffleBuffer(source, capacity=500_000, batch_size=4096, num_tokens=100_000_000) as batches:
+        for x in batches:  # [4096, n]
+            ...
+"""
+
+from neuron_explainer.activations.activation_sources import (
+    ActivationSource,
+    IterableSource,
+    LiveSource,
+    StoreSource,
+)
+from neuron_explainer.activations.buffer import ShuffleBuffer
+from neuron_explainer.activations.corpus import TokenCorpus, start_token, tokenize
+from neuron_explainer.activations.harvest import ActivationBatch, Harvester, harvest
+from neuron_explainer.activations.prefetch import Prefetcher
+from neuron_explainer.activations.sources import (
+    Documents,
+    huggingface_documents,
+    read_documents,
+    row_documents,
+)
+from neuron_explainer.activations.store import (
+    ActivationStore,
+    StoreWriter,
+    harvest_to_store,
+    write_store,
+)
+from neuron_explainer.activations.token_files import open_token_file, write_token_file
+from neuron_explainer.activations.tokens import TokenBatch, TokenIterator, TokenWindows
+
+__all__ = [
+    "ActivationBatch",
+    "ActivationSource",
+    "ActivationStore",
+    "Documents",
+    "Harvester",
+    "IterableSource",
+    "LiveSource",
+    "Prefetcher",
+    "ShuffleBuffer",
+    "StoreSource",
+    "StoreWriter",
+    "TokenBatch",
+    "TokenCorpus",
+    "TokenIterator",
+    "TokenWindows",
+    "harvest",
+    "harvest_to_store",
+    "huggingface_documents",
+    "open_token_file",
+    "read_documents",
+    "row_documents",
+    "start_token",
+    "tokenize",
+    "write_store",
+    "write_token_file",
+]

@@ -1,0 +1,122 @@
+"""Where a buffer's activations come from: chunks by number, from a model, a store or any iterable."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from neuron_explainer.activations.corpus import permutation
+from neuron_explainer.activations.harvest import ActivationBatch, Harvester
+from neuron_explainer.activations.store import ActivationStore
+from neuron_explainer.activations.tokens import TokenWindows
+from neuron_explainer.errors import InputError
+
+
+class ActivationSource(Protocol):
+    """Chunks of activations by number, the same for a number whenever it is asked for."""
+
+    @property
+    def forward_s(self) -> float:
+        """Seconds spent in a model so far."""
+
+    def chunk(self, number: int) -> ActivationBatch | None:
+        """The rows of a chunk; None: there are no more."""
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the chunks, as JSON holds it."""
+
+
+class LiveSource:
+    """Activations as a model computes them: a chunk is a batch of windows."""
+
+    def __init__(self, harvester: Harvester, windows: TokenWindows) -> None:
+        self.harvester, self.windows = harvester, windows
+
+    @property
+    def forward_s(self) -> float:
+        """Seconds spent in the model so far."""
+        return self.harvester.forward_s
+
+    def chunk(self, number: int) -> ActivationBatch | None:
+        """The activations of a batch of windows."""
+        if number == self.windows.n_batches:
+            return None
+        return self.harvester(self.windows.batch(number))
+
+    def describe(self) -> dict[str, Any]:
+        """Settings of model and windows."""
+        return {**self.harvester.describe(), **self.windows.describe()}
+
+
+class StoreSource:
+    """Activations on disk: a chunk is a run of rows, and the runs come in random order.
+
+    A buffer mixes these; so rows that are neighbours in the store are in one buffer, but not in order.
+
+    Args:
+        store: to read.
+        chunk_rows: length of the runs, but for the last of the store.
+        seed: of the order of runs; None: as they lie.
+        epochs: None: without end.
+    """
+
+    forward_s = 0.0
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        chunk_rows: int = 4096,
+        *,
+        seed: int | None = 0,
+        epochs: int | None = 1,
+    ) -> None:
+        if not len(store):
+            raise InputError(f"the store {store.folder} holds no rows.")
+        if chunk_rows < 1 or (epochs is not None and epochs < 1):
+            raise InputError(f"chunk_rows {chunk_rows} and epochs {epochs} must be at least 1.")
+        self.store, self.chunk_rows, self.seed, self.epochs = store, chunk_rows, seed, epochs
+
+    def chunk(self, number: int) -> ActivationBatch | None:
+        """The rows of a run."""
+        n_runs = -(-len(self.store) // self.chunk_rows)
+        epoch, index = divmod(number, n_runs)
+        if epoch == self.epochs:
+            return None
+        run = index if self.seed is None else int(permutation(n_runs, self.seed, epoch)[index])
+        begin = run * self.chunk_rows
+        return self.store.rows(begin, min(begin + self.chunk_rows, len(self.store)))
+
+    def describe(self) -> dict[str, Any]:
+        """Settings of store and order."""
+        return {
+            **self.store.header.to_json(),
+            "n_rows": len(self.store),
+            "chunk_rows": self.chunk_rows,
+            "seed": self.seed,
+            "epochs": self.epochs,
+        }
+
+
+class IterableSource:
+    """Activations of any iterable of batches that can be iterated again, and gives the same then."""
+
+    forward_s = 0.0
+
+    def __init__(self, batches: Iterable[ActivationBatch]) -> None:
+        self.batches = batches
+        self._iterator: Iterator[ActivationBatch] = iter(())
+        self._next = -1
+
+    def chunk(self, number: int) -> ActivationBatch | None:
+        """The batch with this number; going back starts the iteration anew."""
+        if not 0 <= self._next <= number:
+            self._iterator, self._next = iter(self.batches), 0
+        batch = None
+        while self._next <= number:
+            batch = next(self._iterator, None)
+            if batch is None:
+                return None
+            self._next += 1
+        return batch
+
+    def describe(self) -> dict[str, Any]:
+        """Nothing is known."""
+        return {}

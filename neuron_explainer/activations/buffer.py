@@ -1,0 +1,291 @@
+"""Activations in random order within bounded memory: :class:`ShuffleBuffer`.
+
+A buffer of ``capacity`` rows is filled, shuffled and read; when less than half of it is unread, the rows
+read make room for the next of the source and all is shuffled anew (the buffer of dictionary_learning,
+github.com/saprmarks/dictionary_learning). Each row that the source gives comes out exactly once.
+
+Everything random is a function of the seed and the refill's number, and a row that has been through two
+refills comes out before the next. So the rows in a buffer are from its last three refills, and a state is
+small: it says which rows of which chunks, and loading it fetches these chunks again (from a model: at most
+about one and a half buffers' worth of forwards).
+
+Shape legend: ``n`` rows of a batch, ``d`` width of a location.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neuron_explainer.activations.activation_sources import ActivationSource
+from neuron_explainer.activations.corpus import Ints, permutation
+from neuron_explainer.activations.harvest import ActivationBatch
+from neuron_explainer.activations.prefetch import Prefetcher
+from neuron_explainer.activations.tokens import check_same_settings
+from neuron_explainer.errors import InputError, LocationError
+from neuron_explainer.models.locations import ActivationLocation, LocationLike
+
+logger = logging.getLogger(__name__)
+
+
+Batch = Tensor | dict[ActivationLocation, Tensor] | tuple[Tensor, Tensor]
+
+
+class ShuffleBuffer(Iterator[Batch]):
+    """Batches of activations in random order, float32; a context manager, for its thread.
+
+    A batch is ``[n, d]`` where the source has one location, ``{location: [n, d]}`` of the same tokens
+    where it has several, and the two of ``pair`` where that is given. The last batch of a source that
+    ends may have fewer rows; no row is left out.
+
+    Args:
+        source: a :class:`LiveSource`, :class:`StoreSource` or :class:`IterableSource`.
+        capacity: rows in memory, at least two batches. With ``prefetch`` up to half as many more, and
+            a chunk, lie ready.
+        batch_size: rows of a batch.
+        seed: of the order.
+        num_tokens: rows to take from the source in all; None: those that it has.
+        pair: locations of input and target, for what maps one to the other.
+        device: where the rows lie and batches come out; default: where the source has them.
+        prefetch: fetch in a thread. The order is the same.
+    """
+
+    def __init__(
+        self,
+        source: ActivationSource,
+        capacity: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        num_tokens: int | None = None,
+        pair: tuple[LocationLike, LocationLike] | None = None,
+        device: torch.device | str | None = None,
+        prefetch: bool = True,
+    ) -> None:
+        if batch_size < 1 or capacity < 2 * batch_size:
+            raise InputError(
+                f"capacity must be at least two batches of at least one row, found {capacity} with "
+                f"batch_size {batch_size}."
+            )
+        if num_tokens is not None and num_tokens < batch_size:
+            raise InputError(
+                f"num_tokens is {num_tokens}, less than one batch of {batch_size}: there would be no "
+                "step. Take more tokens or a smaller batch_size."
+            )
+        self.source, self.capacity, self.batch_size = source, capacity, batch_size
+        self.seed, self.num_tokens, self.device = seed, num_tokens, device
+        self.pair = None if pair is None else tuple(map(ActivationLocation.parse, pair))
+        self._prefetch = prefetch
+        self._fetcher: Prefetcher[ActivationBatch] | None = None
+        self._waited_s = 0.0
+        self._slots: dict[ActivationLocation, Tensor] = {}  # [capacity, d]
+        self._reset()
+
+    def _reset(self) -> None:
+        # Of each slot: chunk, row in it, and refill at which it came; -1 where it is free.
+        self._origin = np.full((self.capacity, 3), -1, dtype=np.int64)
+        self._order = np.empty(0, dtype=np.int64)  # slots in the order in which they are read
+        self._read = 0  # how many of them have been
+        self._refills = 0
+        self._taken = 0  # rows taken from the source
+        self._chunk, self._chunk_row = 0, 0  # where the source goes on
+        self._rest: ActivationBatch | None = None  # of a chunk that did not fit
+        self._exhausted = False
+        self.close()
+
+    @property
+    def unread(self) -> int:
+        """Rows in the buffer that have not come out."""
+        return len(self._order) - self._read
+
+    @property
+    def refills(self) -> int:
+        """How often the buffer has been filled."""
+        return self._refills
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that batches have waited for the source: for the thread, or fetching without one."""
+        return self._waited_s + (self._fetcher.waited_s if self._fetcher else 0.0)
+
+    @property
+    def forward_s(self) -> float:
+        """Seconds spent in the model so far."""
+        return self.source.forward_s
+
+    def __next__(self) -> Batch:
+        if not self._exhausted and 2 * self.unread < self.capacity:
+            self._refill()
+        if not self.unread:
+            raise StopIteration
+        slots = self._order[self._read : self._read + self.batch_size]
+        self._read += len(slots)
+        self._origin[slots] = -1
+        which = torch.from_numpy(slots)
+        rows = {p: x[which.to(x.device)].float() for p, x in self._slots.items()}
+        if self.pair is not None:
+            return rows[self.pair[0]], rows[self.pair[1]]
+        return next(iter(rows.values())) if len(rows) == 1 else rows
+
+    # --- filling ---
+
+    def _refill(self) -> None:
+        free = np.flatnonzero(self._origin[:, 0] < 0)
+        filled = 0
+        while filled < len(free) and not self._exhausted:
+            rows, chunk, begin = self._take(len(free) - filled)
+            if rows is None:
+                self._exhausted = True
+                self.close()
+                self._check_amount()
+                break
+            slots = free[filled : filled + len(rows)]
+            self._put(slots, rows)
+            self._origin[slots, 0] = chunk
+            self._origin[slots, 1] = np.arange(begin, begin + len(rows))
+            self._origin[slots, 2] = self._refills
+            filled += len(rows)
+            self._taken += len(rows)
+        self._shuffle()
+
+    def _take(self, most: int) -> tuple[ActivationBatch | None, int, int]:
+        """The source's next rows, at most so many: with their chunk and the first one's place in it."""
+        if self.num_tokens is not None:
+            most = min(most, self.num_tokens - self._taken)
+            if not most:
+                return None, 0, 0
+        if self._rest is None:
+            self._rest = self._fetch()
+            self._chunk_row = 0
+        if self._rest is None:
+            return None, 0, 0
+        chunk, begin, rest = self._chunk, self._chunk_row, self._rest
+        end = min(begin + most, len(rest))
+        self._chunk_row = end
+        if end == len(rest):
+            self._rest, self._chunk, self._chunk_row = None, chunk + 1, 0
+        return rest.rows(slice(begin, end)), chunk, begin
+
+    def _fetch(self) -> ActivationBatch | None:
+        if self._prefetch:
+            if self._fetcher is None:
+                self._fetcher = Prefetcher(self.source.chunk, self._chunk, self.capacity // 2)
+            return self._fetcher.get()
+        began = time.perf_counter()
+        try:
+            return self.source.chunk(self._chunk)
+        finally:
+            self._waited_s += time.perf_counter() - began
+
+    def _put(self, slots: Ints, rows: ActivationBatch) -> None:
+        if not self._slots:
+            self._allocate(rows)
+        for place, memory in self._slots.items():
+            x = rows.activations[place]
+            memory[torch.from_numpy(slots).to(memory.device)] = x.to(memory.device)
+
+    def _allocate(self, rows: ActivationBatch) -> None:
+        missing = [str(place) for place in self.pair or () if place not in rows.activations]
+        if missing:
+            raise LocationError(
+                f"pair names {' and '.join(missing)}; the source has "
+                f"{', '.join(map(str, rows.activations))}."
+            )
+        wanted = {p: x for p, x in rows.activations.items() if self.pair is None or p in self.pair}
+        for place, x in wanted.items():
+            device = x.device if self.device is None else torch.device(self.device)
+            self._slots[place] = x.new_empty((self.capacity, x.shape[1]), device=device)
+
+    def _shuffle(self) -> None:
+        """A new order of all rows; those of two refills ago are read before the next refill."""
+        occupied = np.flatnonzero(self._origin[:, 0] >= 0)
+        order = occupied[permutation(len(occupied), self.seed, self._refills, 0)]
+        if not self._exhausted:
+            over_half = 2 * len(order) - self.capacity
+            n_next = self.batch_size * (over_half // (2 * self.batch_size) + 1)
+            is_old = self._origin[order, 2] <= self._refills - 2
+            order = np.concatenate([order[is_old], order[~is_old]])
+            order[:n_next] = order[permutation(n_next, self.seed, self._refills, 1)]
+        self._order, self._read = order, 0
+        self._refills += 1
+
+    def _check_amount(self) -> None:
+        if not self._taken:
+            raise InputError(
+                "the source gave no activations: every token was left out, or it is empty."
+            )
+        if self.num_tokens is not None and self._taken < self.num_tokens:
+            logger.warning(
+                "the source ended after %d activations, num_tokens is %d; give it more epochs",
+                self._taken,
+                self.num_tokens,
+            )
+
+    # --- leaving and going on ---
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "capacity": self.capacity,
+            "batch_size": self.batch_size,
+            "buffer_seed": self.seed,
+            "num_tokens": self.num_tokens,
+            "source": self.source.describe(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the reading is: JSON values, and ``unread`` ``[rows, 4]`` int32.
+
+        ``unread`` has slot, chunk, row in the chunk and refill of each row that has not come out, in
+        the order in which they will.
+        """
+        slots = self._order[self._read :]
+        unread = np.column_stack([slots, self._origin[slots]]).astype(np.int32)
+        return {
+            "settings": self._settings(),
+            "refills": self._refills,
+            "taken": self._taken,
+            "chunk": self._chunk,
+            "chunk_row": self._chunk_row,
+            "exhausted": self._exhausted,
+            "unread": torch.from_numpy(unread),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there, to the bit, where the source computes the same values again.
+
+        Raises:
+            CheckpointError: the state is of a buffer with other settings.
+        """
+        check_same_settings(state["settings"], self._settings(), "activations")
+        self._reset()
+        unread = state["unread"].cpu().numpy().astype(np.int64)
+        self._order = unread[:, 0].copy()
+        self._origin[self._order] = unread[:, 1:]
+        self._refills, self._taken = int(state["refills"]), int(state["taken"])
+        self._chunk, self._chunk_row = int(state["chunk"]), int(state["chunk_row"])
+        self._exhausted = bool(state["exhausted"])
+        for chunk in np.unique(unread[:, 1]).tolist():
+            of_chunk = unread[unread[:, 1] == chunk]
+            rows = self.source.chunk(chunk)
+            assert rows is not None
+            which = torch.from_numpy(of_chunk[:, 2].copy()).to(rows.tokens.device)
+            self._put(of_chunk[:, 0], rows.rows(which))
+        if self._chunk_row:
+            self._rest = self.source.chunk(self._chunk)
+
+    def close(self) -> None:
+        """Stop the thread; reading on starts it again."""
+        if self._fetcher is not None:
+            self._waited_s = self.waited_s
+            fetcher, self._fetcher = self._fetcher, None
+            fetcher.close()
+
+    def __enter__(self) -> "ShuffleBuffer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

@@ -1,0 +1,244 @@
+"""Token windows to activations: any context, any locations that hold one vector a token, one forward.
+
+Shape legend: ``b`` windows, ``s`` positions, ``n`` tokens that come out, ``d`` width of a location.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuron_explainer.activations.tokens import TokenBatch
+from neuron_explainer.errors import InputError, LocationError
+from neuron_explainer.models.locations import ActivationLocation, LocationLike, parse_locations
+from neuron_explainer.models.model_context import ModelContext
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """One of ``DTYPES``, by name (``"bfloat16"``, ``"bf16"``) or itself."""
+    name = str(dtype).removeprefix("torch.")
+    name = _SHORT.get(name, name)
+    if name not in DTYPES:
+        raise InputError(f"unknown dtype {str(dtype)!r}. Known: {', '.join([*DTYPES, *_SHORT])}.")
+    return DTYPES[name]
+
+
+@dataclass(frozen=True)
+class ActivationBatch:
+    """Activations of tokens, and which tokens they are."""
+
+    activations: dict[ActivationLocation, Tensor]
+    """``[n, d]`` at each single place."""
+    tokens: Tensor
+    """Ids ``[n]`` int64."""
+    document: Tensor
+    """Running number of each token's document, ``[n]`` int64."""
+    position: Tensor
+    """Each token's place in its window, ``[n]`` int64."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def rows(self, which: Tensor | slice) -> "ActivationBatch":
+        """Some of the tokens."""
+        return self._each(lambda x: x[which])
+
+    def to(self, device: torch.device | str) -> "ActivationBatch":
+        """The same on another device."""
+        return self._each(lambda x: x.to(device))
+
+    def _each(self, change: Any) -> "ActivationBatch":
+        kept = {place: change(x) for place, x in self.activations.items()}
+        return ActivationBatch(
+            kept, change(self.tokens), change(self.document), change(self.position)
+        )
+
+    @staticmethod
+    def cat(batches: "list[ActivationBatch]") -> "ActivationBatch":
+        """The tokens of several batches, one after the other."""
+        return ActivationBatch(
+            {
+                place: torch.cat([batch.activations[place] for batch in batches])
+                for place in batches[0].activations
+            },
+            torch.cat([batch.tokens for batch in batches]),
+            torch.cat([batch.document for batch in batches]),
+            torch.cat([batch.position for batch in batches]),
+        )
+
+
+class Harvester:
+    """Runs windows through a model and returns the vectors of their tokens, never those of pads.
+
+    One forward serves all locations and stops after the last that is needed. Values carry no gradient
+    and may be trained on.
+
+    Args:
+        context: model and device.
+        locations: such as ``"3/mlp.post_act"``; without a layer, every layer. Those with heads come
+            out with the heads side by side, ``[n, h * d_head]``.
+        keep_bos: whether start tokens and separators that were put there come out.
+        max_norm_multiple: leave out tokens whose norm, at any of the locations, is more than this
+            many times the median of those of the batch; None: leave out none.
+        dtype: of what comes out; default: as the model computes.
+        autocast_bf16: let the model compute in bfloat16 where it can; float32 comes out.
+    """
+
+    def __init__(
+        self,
+        context: ModelContext,
+        locations: LocationLike | Iterable[LocationLike],
+        *,
+        keep_bos: bool = True,
+        max_norm_multiple: float | None = None,
+        dtype: str | torch.dtype | None = None,
+        autocast_bf16: bool = False,
+    ) -> None:
+        if max_norm_multiple is not None and not max_norm_multiple > 0:
+            raise InputError(f"max_norm_multiple must be above 0, found {max_norm_multiple}.")
+        self.context = context
+        self.locations = single_locations(context, locations)
+        self.keep_bos, self.max_norm_multiple = keep_bos, max_norm_multiple
+        self.autocast_bf16 = autocast_bf16
+        self.dtype = None if dtype is None else parse_dtype(dtype)
+        self.forward_s = 0.0
+        """Seconds spent in the model so far."""
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the values, as JSON holds it."""
+        return {
+            "model": self.context.model_name,
+            "locations": [str(place) for place in self.locations],
+            "keep_bos": self.keep_bos,
+            "max_norm_multiple": self.max_norm_multiple,
+            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+            "autocast_bf16": self.autocast_bf16,
+        }
+
+    @torch.no_grad()
+    def __call__(self, batch: TokenBatch) -> ActivationBatch:
+        """The activations of a batch's tokens, row by row.
+
+        Raises:
+            InputError: the windows are longer than the model's context, an id is beyond its
+                vocabulary, or a value is not finite (says where).
+        """
+        self._check_length(batch)
+        captured, batch = self._forward(batch)
+        keep = torch.ones_like(batch.tokens, dtype=torch.bool)
+        if batch.pad is not None:
+            keep &= ~batch.pad
+        if batch.bos is not None and not self.keep_bos:
+            keep &= ~batch.bos
+        which = keep.flatten().nonzero()[:, 0]
+        found = ActivationBatch(
+            {place: self._rows(x, which) for place, x in captured.items()},
+            *(x.flatten()[which] for x in (batch.tokens, batch.document, batch.position)),
+        )
+        check_finite(found)
+        return found if self.max_norm_multiple is None else self._without_outliers(found)
+
+    def _check_length(self, batch: TokenBatch) -> None:
+        try:
+            longest = self.context.n_context
+        except InputError:  # positions that are not learned may have no end
+            return
+        if batch.tokens.shape[1] > longest:
+            raise InputError(
+                f"the windows are {batch.tokens.shape[1]} tokens long, more than the context of "
+                f"{longest} of {self.context.model_name}; set context_length to at most {longest}."
+            )
+
+    def _forward(self, batch: TokenBatch) -> tuple[dict[ActivationLocation, Tensor], TokenBatch]:
+        model = self.context.get_or_create_model()
+        began, device = time.perf_counter(), model.device
+        parts = {field.name: getattr(batch, field.name) for field in fields(batch)}
+        batch = replace(batch, **{name: x.to(device) for name, x in parts.items() if x is not None})
+        bf16 = torch.autocast(device.type, torch.bfloat16) if self.autocast_bf16 else nullcontext()
+        with bf16:
+            captured = model.capture(batch.tokens, self.locations, pad=batch.pad)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.forward_s += time.perf_counter() - began
+        return {place: captured[place] for place in self.locations}, batch
+
+    def _rows(self, x: Tensor, which: Tensor) -> Tensor:
+        """``[b, s, …] -> [n, d]``."""
+        rows = x.flatten(2).flatten(0, 1)
+        dtype = self.dtype or (torch.float32 if self.autocast_bf16 else rows.dtype)
+        if len(which) < len(rows):
+            return rows[which].to(dtype)
+        return rows.to(dtype, copy=True)  # it may be the memory of a tensor that lives on
+
+    def _without_outliers(self, found: ActivationBatch) -> ActivationBatch:
+        assert self.max_norm_multiple is not None
+        keep = torch.ones(len(found), dtype=torch.bool, device=found.tokens.device)
+        for x in found.activations.values():
+            norm = x.float().norm(dim=-1)
+            if len(norm):
+                keep &= norm <= self.max_norm_multiple * norm.median()
+        return found.rows(keep)
+
+
+def harvest(
+    context: ModelContext,
+    batches: Iterable[TokenBatch],
+    locations: LocationLike | Iterable[LocationLike],
+    *,
+    keep_bos: bool = True,
+    max_norm_multiple: float | None = None,
+    dtype: str | torch.dtype | None = None,
+    autocast_bf16: bool = False,
+) -> Iterator[ActivationBatch]:
+    """The activations of each batch of windows; arguments as of :class:`Harvester`."""
+    harvester = Harvester(
+        context,
+        locations,
+        keep_bos=keep_bos,
+        max_norm_multiple=max_norm_multiple,
+        dtype=dtype,
+        autocast_bf16=autocast_bf16,
+    )
+    return map(harvester, batches)
+
+
+def single_locations(
+    context: ModelContext, locations: LocationLike | Iterable[LocationLike]
+) -> list[ActivationLocation]:
+    """The single places meant in this model, each once; an error if one is no vector a token."""
+    places = [
+        place
+        for location in parse_locations(locations)
+        for place in location.expand(context.n_layers)
+    ]
+    if not places:
+        raise InputError("expected at least one location, found none.")
+    for place in places:
+        if "k" in place.site.shape[2:]:
+            raise LocationError(
+                f"{place} holds {list(place.site.shape)}, a number for each pair of tokens; "
+                "expected a location with one vector for each token."
+            )
+    return list(dict.fromkeys(places))
+
+
+def check_finite(batch: ActivationBatch) -> None:
+    """An error that says where, if any value is NaN or infinite."""
+    for place, x in batch.activations.items():
+        if bool(torch.isfinite(x).all()):
+            continue
+        row, column = (~torch.isfinite(x)).nonzero()[0].tolist()
+        value = float(x[row, column])
+        raise InputError(
+            f"the activation at {place} is {'NaN' if math.isnan(value) else value} in element "
+            f"{column}: document {int(batch.document[row])}, position {int(batch.position[row])}, "
+            f"token {int(batch.tokens[row])} ({x.dtype}). If the model is sound, a wider dtype helps."
+        )

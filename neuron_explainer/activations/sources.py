@@ -1,0 +1,308 @@
+"""Documents: where text comes from. Each source is an iterable of ``str`` that can be read again.
+
+A document's number is its place in its source, counted from 0, empty documents included; so it leads
+back to the text. What a file holds is told by its name: ``.txt``, ``.csv``, ``.tsv``, ``.jsonl``,
+``.ndjson`` (each also ``.gz`` or ``.zst``) and ``.parquet``; a folder is its files by name.
+"""
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any
+
+from neuron_explainer import files
+from neuron_explainer.errors import InputError, MissingExtraError, SourceError, did_you_mean
+
+_LONGEST_FIELD = 2**31 - 1
+_COMPRESSED = (".gz", ".zst")
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Texts that are read anew at each ``iter()``."""
+
+    name: str
+    """What they are, for errors and manifests."""
+    read: Callable[[], Iterator[str]]
+
+    def __iter__(self) -> Iterator[str]:
+        return self.read()
+
+
+def read_documents(
+    path: str | Path, column: str = "text", *, split: str | None = None
+) -> Documents:
+    """The documents in a file, or in all files of a folder, in the order of their names.
+
+    Args:
+        path: a local path, or a URL as :func:`neuron_explainer.files.fetch` takes it.
+        column: which field of a row is the text, where there are rows.
+        split: a regular expression at whose matches a ``.txt`` file is cut into documents, such as
+            ``"<\\|endoftext\\|>"``, or ``"\\n"``; default: a file is one document.
+    """
+    if split is not None:
+        _check_pattern(split)
+    local = files.fetch(path) if files.is_remote(str(path)) else Path(path).expanduser()
+    if not local.is_dir():
+        _reader_of(local)  # says now, not at the first document, if there is none
+
+    def read() -> Iterator[str]:
+        n_documents = 0
+        for file in _files_of(local):
+            with _as_source_errors(file):
+                for text in _reader_of(file)(file, column, split):
+                    n_documents += 1
+                    yield text
+        if not n_documents:
+            raise SourceError(f"{path} is empty: it holds no document.")
+
+    return Documents(str(path), read)
+
+
+def row_documents(
+    rows: Iterable[Mapping[str, Any]], column: str = "text", name: str = "rows"
+) -> Documents:
+    """The texts in a field of mappings, such as the rows of a ``datasets.Dataset`` in memory."""
+    return Documents(name, lambda: _texts(rows, column, name))
+
+
+def huggingface_documents(
+    dataset: str,
+    column: str = "text",
+    *,
+    split: str = "train",
+    streaming: bool = True,
+    **options: Any,
+) -> Documents:
+    """The texts of a dataset of Hugging Face, by name or folder; needs the extra ``data``.
+
+    Args:
+        dataset: as ``datasets.load_dataset`` takes it.
+        column: the field that holds the text.
+        split: of the dataset.
+        streaming: read over the network as needed, with nothing stored.
+        options: for ``load_dataset``, such as ``name=`` or ``revision=``.
+    """
+    datasets = _extra("datasets", "datasets of Hugging Face")
+    try:
+        rows = datasets.load_dataset(dataset, split=split, streaming=streaming, **options)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = (str(error).strip().splitlines() or ["no details"])[0]
+        raise SourceError(
+            f"the dataset {dataset!r} (split {split!r}) cannot be had: {type(error).__name__}: "
+            f"{first_line}. A dataset that lies on this machine is read by read_documents(folder)."
+        ) from error
+    return row_documents(rows, column, f"{dataset} ({split})")
+
+
+# --- files ---
+
+_Reader = Callable[[Path, str, str | None], Iterator[str]]
+
+
+def _read_text(path: Path, column: str, split: str | None) -> Iterator[str]:
+    with _open_text(path) as file:
+        text = file.read()
+    if not text:
+        return
+    yield from [text] if split is None else (part for part in re.split(split, text) if part)
+
+
+def _read_csv(path: Path, column: str, split: str | None) -> Iterator[str]:
+    csv.field_size_limit(_LONGEST_FIELD)  # the module's own limit is 128 KiB, less than a book
+    delimiter = "\t" if ".tsv" in path.suffixes else ","
+    with _open_text(path, newline="") as file:
+        reader = csv.DictReader(file, delimiter=delimiter)
+        _check_column(column, reader.fieldnames or (), str(path))
+        for row in reader:
+            if row[column] is None:
+                raise SourceError(
+                    f"{path}, line {reader.line_num}: the row ends before the column {column!r}."
+                )
+            yield row[column]
+
+
+def _read_jsonl(path: Path, column: str, split: str | None) -> Iterator[str]:
+    with _open_text(path) as file:
+        yield from _texts(_json_rows(file, path), column, str(path))
+
+
+def _json_rows(file: IO[str], path: Path) -> Iterator[Mapping[str, Any]]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SourceError(f"{path}, line {number}: not valid JSON: {error.msg}.") from None
+        if not isinstance(row, dict):
+            raise SourceError(
+                f"{path}, line {number}: expected a JSON object, found {type(row).__name__}."
+            )
+        yield row
+
+
+def _read_parquet(path: Path, column: str, split: str | None) -> Iterator[str]:
+    parquet = _extra("pyarrow.parquet", f"{path} (Parquet)")
+    arrow = import_module("pyarrow")
+    try:
+        with parquet.ParquetFile(path) as file:
+            _check_column(column, file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+                yield from _texts(batch.to_pylist(), column, str(path))
+    except arrow.ArrowException as error:
+        raise SourceError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+_READERS: dict[str, _Reader] = {
+    ".txt": _read_text,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def _kind_of(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _reader_of(path: Path) -> _Reader:
+    kind = _kind_of(path)
+    if kind not in _READERS:
+        raise SourceError(
+            f"{path}: expected a name that ends in {', '.join(_READERS)} (or one of these and "
+            f"{' or '.join(_COMPRESSED)}), found {kind or 'no ending'!r}."
+        )
+    return _READERS[kind]
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(file for file in path.iterdir() if _kind_of(file) in _READERS)
+        if not found:
+            raise SourceError(f"the folder {path} holds no file of text: {', '.join(_READERS)}.")
+        return found
+    if not path.exists():
+        near = path.parent.iterdir() if path.parent.is_dir() else ()
+        raise SourceError(
+            f"there is no file {path}.{did_you_mean(path.name, [p.name for p in near])}"
+        )
+    return [path]
+
+
+def _open_text(path: Path, newline: str | None = None) -> IO[str]:
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
+    if suffix == ".zst":
+        raw = _ZstandardFile(path, _extra("zstandard", f"{path} (Zstandard)"))
+        return io.TextIOWrapper(io.BufferedReader(raw), encoding="utf-8-sig", newline=newline)
+    return path.open(encoding="utf-8-sig", newline=newline)
+
+
+class _ZstandardFile(io.RawIOBase):
+    """The bytes in a ``.zst`` file of any number of frames; the package's own reader takes a file
+    that is cut off for one that ends."""
+
+    def __init__(self, path: Path, zstandard: Any) -> None:
+        self._file, self._zstandard = path.open("rb"), zstandard
+        self._frame: Any = None
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        while not self._ready:
+            packed = self._file.read(1 << 17)
+            if not packed:
+                if self._frame is not None and not self._frame.eof:
+                    raise EOFError("the last frame is not whole")
+                return 0
+            self._ready = self._unpack(packed)
+        n_bytes = min(len(buffer), len(self._ready))
+        buffer[:n_bytes], self._ready = self._ready[:n_bytes], self._ready[n_bytes:]
+        return n_bytes
+
+    def _unpack(self, packed: bytes) -> bytes:
+        pieces = []
+        while packed:
+            if self._frame is None or self._frame.eof:
+                self._frame = self._zstandard.ZstdDecompressor().decompressobj()
+            try:
+                pieces.append(self._frame.decompress(packed))
+            except self._zstandard.ZstdError as error:
+                raise EOFError(str(error)) from error
+            packed = self._frame.unused_data if self._frame.eof else b""
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+@contextmanager
+def _as_source_errors(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file becomes one error that names it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: not UTF-8 text ({error.reason}).") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise SourceError(f"{path}: damaged or cut off: {error}") from error
+    except csv.Error as error:
+        raise SourceError(f"{path}: not valid CSV: {error}") from error
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _texts(rows: Iterable[Mapping[str, Any]], column: str, name: str) -> Iterator[str]:
+    for number, row in enumerate(rows):
+        _check_column(column, row, f"{name}, row {number}")
+        text = row[column]
+        if not isinstance(text, str):
+            raise SourceError(
+                f"{name}, row {number}: {column!r} should be text, found {type(text).__name__}."
+            )
+        yield text
+
+
+def _check_column(column: str, columns: Iterable[str], where: str) -> None:
+    there = list(columns)
+    if not there:
+        raise SourceError(f"{where} is empty: it holds no document.")
+    if column not in there:
+        raise SourceError(
+            f"{where} has no column {column!r}.{did_you_mean(column, there)} "
+            f"It has: {', '.join(map(repr, there))}; choose one with column=."
+        )
+
+
+def _check_pattern(split: str) -> None:
+    try:
+        re.compile(split)
+    except re.error as error:
+        raise InputError(f"split={split!r} is not a regular expression: {error}.") from None
+
+
+def _extra(module: str, wanted_for: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{wanted_for} needs the package {module.partition('.')[0]}, which is not installed: "
+            "pip install 'neuron_explainer[data]'."
+        ) from error

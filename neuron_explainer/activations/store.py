@@ -1,0 +1,402 @@
+"""Activations on disk: a folder of safetensors shards and a ``manifest.json``, mapped when read.
+
+The manifest says model, locations, widths, dtype, settings, and of each shard its rows and SHA-256. It
+is rewritten, whole, after each shard: a process that is killed loses the rows since the last shard and
+nothing else, and the next one goes on after it. A shard holds ``[n, d]`` by location, and ``tokens``,
+``document``, ``position`` ``[n]`` (int64): every vector knows where it is from.
+
+Shape legend: ``n`` rows (tokens), ``d`` width of a location.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from neuron_explainer import files
+from neuron_explainer.activations.harvest import (
+    DTYPES,
+    ActivationBatch,
+    Harvester,
+    check_finite,
+    parse_dtype,
+)
+from neuron_explainer.activations.tokens import TokenWindows, check_same_settings
+from neuron_explainer.errors import CheckpointError, InputError, SourceError
+from neuron_explainer.models.locations import ActivationLocation
+
+MANIFEST_FILE = "manifest.json"
+_LOCK_FILE = ".lock"
+_KIND, _VERSION = "activation_store", 1
+_WHERE = ("tokens", "document", "position")
+
+
+@dataclass
+class StoreHeader:
+    """What all rows of a store have in common."""
+
+    model: str
+    widths: dict[ActivationLocation, int]
+    dtype: torch.dtype
+    settings: list[dict[str, Any]]
+    """What made the rows: seed, context length, …; JSON. More than one where others were added."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest holds it."""
+        return {
+            "model": self.model,
+            "locations": {str(place): width for place, width in self.widths.items()},
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "settings": self.settings,
+        }
+
+    @classmethod
+    def of(
+        cls, batch: ActivationBatch, model: str, dtype: torch.dtype, settings: Mapping[str, Any]
+    ) -> "StoreHeader":
+        """The header of a store that begins with this batch."""
+        widths = {place: x.shape[1] for place, x in batch.activations.items()}
+        return cls(model, widths, dtype, [dict(settings)])
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a store."""
+
+    file: str
+    rows: int
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+class ActivationStore:
+    """A store that is there, read with its rows mapped into memory.
+
+    Sizes of all files are compared on opening, a file's SHA-256 when it is first read.
+
+    Args:
+        folder: as :class:`StoreWriter` left it, finished or not.
+        verify: whether to compare the SHA-256 too.
+    """
+
+    def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
+        self.folder, self.verify = Path(folder).expanduser(), verify
+        manifest = _read_manifest(self.folder)
+        try:
+            self.header, self.shards = _header_of(manifest), _shards_of(manifest)
+            self.n_batches = int(manifest["n_batches"])
+            """Batches that have been written, from which an interrupted harvest goes on."""
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.folder / MANIFEST_FILE}: damaged: {type(error).__name__} {error}."
+            ) from error
+        for shard in self.shards:
+            _check_size(self.folder / shard.file, shard)
+        self._ends = np.cumsum([shard.rows for shard in self.shards], dtype=np.int64)
+        self._mapped: dict[int, dict[str, Tensor]] = {}
+
+    @property
+    def locations(self) -> list[ActivationLocation]:
+        """The places that each row has a vector of."""
+        return list(self.header.widths)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self.shards else 0
+
+    def rows(self, begin: int, end: int) -> ActivationBatch:
+        """Rows ``begin`` to ``end`` (not included), as they were written, copied to memory."""
+        if not 0 <= begin < end <= len(self):
+            raise InputError(f"{self.folder} has rows 0 to {len(self) - 1}; found {begin}:{end}.")
+        pieces = []
+        first = int(np.searchsorted(self._ends, begin, side="right"))
+        for index in range(first, len(self.shards)):
+            front = int(self._ends[index]) - self.shards[index].rows
+            if front >= end:
+                break
+            span = slice(max(begin - front, 0), min(end - front, self.shards[index].rows))
+            pieces.append(self._shard(index).rows(span))
+        return ActivationBatch.cat(pieces)
+
+    def batches(self, batch_size: int) -> Iterator[ActivationBatch]:
+        """All rows in the order in which they were written."""
+        for begin in range(0, len(self), batch_size):
+            yield self.rows(begin, min(begin + batch_size, len(self)))
+
+    def _shard(self, index: int) -> ActivationBatch:
+        if index not in self._mapped:
+            self._mapped[index] = self._map(self.folder / self.shards[index].file, index)
+        tensors = self._mapped[index]
+        activations = {place: tensors[str(place)] for place in self.locations}
+        return ActivationBatch(activations, *(tensors[name] for name in _WHERE))
+
+    def _map(self, path: Path, index: int) -> dict[str, Tensor]:
+        shard = self.shards[index]
+        if self.verify and (digest := files.sha256_of(path)) != shard.sha256:
+            raise CheckpointError(
+                f"{path}: damaged: expected SHA-256 {shard.sha256}, found {digest}. "
+                f"The other {len(self.shards) - 1} shards are not touched by it."
+            )
+        try:
+            tensors = safetensors.torch.load_file(path)  # maps, does not read
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        n, dtype = shard.rows, self.header.dtype
+        expected = {str(place): ([n, d], dtype) for place, d in self.header.widths.items()}
+        expected |= dict.fromkeys(_WHERE, ([n], torch.int64))
+        found = {name: (list(x.shape), x.dtype) for name, x in tensors.items()}
+        if found != expected:
+            raise CheckpointError(f"{path}: expected {expected}, found {found}.")
+        return tensors
+
+    def __repr__(self) -> str:
+        places = ", ".join(f"{place} [{d}]" for place, d in self.header.widths.items())
+        return (
+            f"ActivationStore({str(self.folder)!r}, {len(self)} rows of {places}, "
+            f"{self.header.dtype}, {len(self.shards)} shards)"
+        )
+
+
+class StoreWriter:
+    """Writes batches to a store, new or there already; a context manager.
+
+    A shard is closed by the batch with which it has ``shard_rows``, so shards hold whole batches, and
+    leaving the block closes the last, unless an error leaves it: then the batches since the last
+    closed shard are not written, and ``n_batches`` says where to go on.
+
+    Args:
+        folder: new or empty, or a store with ``append``.
+        model: the name of the model that the rows are of.
+        dtype: of the values on disk: float32, float16 or bfloat16, by name or itself.
+        shard_rows: rows from which on a shard is closed.
+        settings: what made the rows, as JSON holds it.
+        append: go on with the store in ``folder`` if there is one; it must be of the same model,
+            locations, widths and dtype.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model: str,
+        *,
+        dtype: str | torch.dtype = "float32",
+        shard_rows: int = 1 << 18,
+        settings: Mapping[str, Any] | None = None,
+        append: bool = False,
+    ) -> None:
+        if shard_rows < 1:
+            raise InputError(f"shard_rows must be at least 1, found {shard_rows}.")
+        self.folder, self.shard_rows = Path(folder).expanduser(), shard_rows
+        self._model, self._dtype = model, parse_dtype(dtype)
+        self._settings = dict(settings or {})
+        self._header: StoreHeader | None = None
+        self._shards: list[Shard] = []
+        self._pending: list[ActivationBatch] = []
+        self.n_batches = 0
+        """Batches in closed shards."""
+        self.n_rows = 0
+        """Rows added so far, those not yet written included."""
+        self._append = append
+        self._lock = FileLock(self.folder / _LOCK_FILE, timeout=0)
+
+    def __enter__(self) -> "StoreWriter":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise InputError(f"another process is writing to the store {self.folder}.") from None
+        try:
+            self._take_up()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if kind is None:
+                self.close_shard()
+        finally:
+            self._lock.release()
+
+    def _take_up(self) -> None:
+        there = [path.name for path in self.folder.iterdir() if path.name != _LOCK_FILE]
+        if there and not self._append:
+            raise InputError(f"{self.folder} is not empty; pass append=True to add to a store.")
+        # Killed before there was a manifest: nothing but a first shard, which is written again.
+        if all(name.lstrip(".").startswith("shard-00000") for name in there):
+            return
+        store = ActivationStore(self.folder)
+        self._header, self._shards = store.header, list(store.shards)
+        self.n_batches, self.n_rows = store.n_batches, len(store)
+        self._check_same(StoreHeader(self._model, store.header.widths, self._dtype, []))
+        if self._settings not in self._header.settings:
+            self._header.settings.append(self._settings)
+
+    def _check_same(self, here: StoreHeader) -> None:
+        assert self._header is not None
+        there, now = self._header.to_json(), here.to_json()
+        differing = [
+            f"{key} {there[key]!r}, not {now[key]!r}"
+            for key in ("model", "locations", "dtype")
+            if there[key] != now[key]
+        ]
+        if differing:
+            raise InputError(
+                f"the store {self.folder} cannot take these rows: it has {'; '.join(differing)}."
+            )
+
+    def check_only_settings(self) -> None:
+        """An error if any row that is there was made with other settings than these."""
+        for there in self._header.settings if self._header else []:
+            for part in there.keys() | self._settings.keys():
+                check_same_settings(
+                    there.get(part, {}), self._settings.get(part, {}), f"{part} settings"
+                )
+
+    def add(self, batch: ActivationBatch) -> None:
+        """Take a batch; it is on disk when its shard is closed."""
+        batch = ActivationBatch(
+            {place: x.detach().to("cpu", self._dtype) for place, x in batch.activations.items()},
+            *(getattr(batch, name).cpu().long() for name in _WHERE),
+        )
+        check_finite(batch)
+        here = StoreHeader.of(batch, self._model, self._dtype, self._settings)
+        if self._header is None:
+            self._header = here
+        self._check_same(here)
+        self._pending.append(batch)
+        self.n_rows += len(batch)
+        if sum(map(len, self._pending)) >= self.shard_rows:
+            self.close_shard()
+
+    def close_shard(self) -> None:
+        """Put what has been added on disk."""
+        if not self._pending:
+            return
+        rows = ActivationBatch.cat(self._pending)
+        if len(rows):
+            self._shards.append(self._write_shard(rows))
+        self.n_batches += len(self._pending)
+        self._pending = []
+        self._write_manifest()
+
+    def _write_shard(self, rows: ActivationBatch) -> Shard:
+        name = f"shard-{len(self._shards):05d}.safetensors"
+        tensors = {str(place): x.contiguous() for place, x in rows.activations.items()}
+        tensors |= {name: getattr(rows, name).contiguous() for name in _WHERE}
+        with files.atomic_write(self.folder / name) as temporary:
+            safetensors.torch.save_file(tensors, temporary)
+        path = self.folder / name
+        return Shard(name, len(rows), path.stat().st_size, files.sha256_of(path))
+
+    def _write_manifest(self) -> None:
+        assert self._header is not None
+        manifest = {
+            "format_version": _VERSION,
+            "kind": _KIND,
+            **self._header.to_json(),
+            "n_rows": sum(shard.rows for shard in self._shards),
+            "n_batches": self.n_batches,
+            "shards": [vars(shard) for shard in self._shards],
+        }
+        files.write_json(self.folder / MANIFEST_FILE, manifest)
+
+
+def harvest_to_store(
+    folder: str | Path,
+    harvester: Harvester,
+    windows: TokenWindows,
+    *,
+    dtype: str | torch.dtype = "float32",
+    shard_rows: int = 1 << 18,
+    num_tokens: int | None = None,
+    progress: bool = False,
+) -> ActivationStore:
+    """Write the activations of windows to a folder; one that was interrupted is gone on with.
+
+    Args:
+        folder: new, or that of the interrupted call, with the same arguments.
+        harvester: what to run.
+        windows: on what.
+        dtype: of the values on disk.
+        shard_rows: as of :class:`StoreWriter`.
+        num_tokens: stop with the batch that reaches as many rows; None: go through all windows.
+        progress: show a progress bar on stderr.
+    """
+    if num_tokens is None and windows.n_batches is None:
+        raise InputError("windows without end need num_tokens to stop at.")
+    settings = {"harvest": harvester.describe(), "windows": windows.describe()}
+    writer = StoreWriter(
+        folder,
+        harvester.context.model_name,
+        dtype=dtype,
+        shard_rows=shard_rows,
+        settings=settings,
+        append=True,
+    )
+    with writer, tqdm(total=num_tokens, unit=" tokens", disable=not progress) as bar:
+        writer.check_only_settings()
+        bar.update(writer.n_rows)
+        number = writer.n_batches
+        while number != windows.n_batches and writer.n_rows < (num_tokens or math.inf):
+            batch = harvester(windows.batch(number))
+            writer.add(batch)
+            bar.update(len(batch))
+            number += 1
+    return ActivationStore(folder)
+
+
+def write_store(
+    folder: str | Path, batches: Iterable[ActivationBatch], model: str, **options: Any
+) -> ActivationStore:
+    """Write batches to a store, or add them to one; ``options`` as of :class:`StoreWriter`."""
+    with StoreWriter(folder, model, **options) as writer:
+        for batch in batches:
+            writer.add(batch)
+    if not writer.n_rows:
+        raise SourceError(f"no activations came, so no store was written to {folder}.")
+    return ActivationStore(folder)
+
+
+# --- the manifest ---
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST_FILE
+    manifest = files.read_json(path)
+    if (manifest.get("kind"), manifest.get("format_version")) != (_KIND, _VERSION):
+        raise CheckpointError(
+            f"{path}: expected kind {_KIND!r} of format_version {_VERSION}, found "
+            f"{manifest.get('kind')!r} of {manifest.get('format_version')!r}."
+        )
+    return manifest
+
+
+def _header_of(manifest: dict[str, Any]) -> StoreHeader:
+    widths = {
+        ActivationLocation.parse(text): int(width) for text, width in manifest["locations"].items()
+    }
+    return StoreHeader(manifest["model"], widths, DTYPES[manifest["dtype"]], manifest["settings"])
+
+
+def _shards_of(manifest: dict[str, Any]) -> list[Shard]:
+    return [Shard(**shard) for shard in manifest["shards"]]
+
+
+def _check_size(path: Path, shard: Shard) -> None:
+    found = path.stat().st_size if path.exists() else None
+    if found != shard.size:
+        raise CheckpointError(
+            f"{path}: expected {shard.size} bytes, found {'no file' if found is None else found}: "
+            "the shard is cut off or missing. The other shards are not touched by it."
+        )

@@ -1,0 +1,163 @@
+"""Token files: a corpus on disk, tokenised once and mapped into memory ever after.
+
+A folder with ``tokens.bin`` (uint16, or uint32 where the vocabulary needs it, little-endian),
+``starts.bin`` (int64, see :class:`~neuron_explainer.activations.corpus.TokenCorpus`) and
+``manifest.json``. It appears whole or not at all.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neuron_explainer import files
+from neuron_explainer.activations.corpus import TokenCorpus
+from neuron_explainer.errors import CheckpointError, InputError, SourceError
+from neuron_explainer.models.model_context import ModelContext
+
+MANIFEST_FILE = "manifest.json"
+_KIND, _VERSION = "token_file", 1
+_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_FILES = {"tokens": "tokens.bin", "starts": "starts.bin"}
+
+
+def write_token_file(
+    folder: str | Path, documents: Iterable[str], context: ModelContext, *, progress: bool = False
+) -> TokenCorpus:
+    """Tokenise documents into a folder that must be absent or empty, and open it.
+
+    Args:
+        folder: to write.
+        documents: texts, one at a time in memory; ``<|endoftext|>`` in them is the special token.
+        context: whose tokenizer is used.
+        progress: show a progress bar on stderr.
+    """
+    vocabulary = _vocabulary_of(context)
+    dtype = "uint16" if vocabulary <= 1 << 16 else "uint32"
+    with files.atomic_folder(folder) as temporary:
+        starts = [0]
+        with (temporary / _FILES["tokens"]).open("wb") as out:
+            for text in _counted(documents, progress):
+                ids = np.asarray(context.encode(text), dtype=np.int64)
+                out.write(ids.astype(_DTYPES[dtype]).tobytes())
+                starts.append(starts[-1] + len(ids))
+        if not starts[-1]:
+            raise SourceError(f"{_name_of(documents)}: no tokens in {len(starts) - 1} documents.")
+        np.array(starts, dtype="<i8").tofile(temporary / _FILES["starts"])
+        manifest = {
+            "format_version": _VERSION,
+            "kind": _KIND,
+            "source": _name_of(documents),
+            "tokenizer": _tokenizer_name(context),
+            "vocabulary": vocabulary,
+            "dtype": dtype,
+            "n_tokens": starts[-1],
+            "n_documents": len(starts) - 1,
+            "sha256": {name: files.sha256_of(temporary / name) for name in _FILES.values()},
+        }
+        files.write_json(temporary / MANIFEST_FILE, manifest)
+    return open_token_file(folder, context)
+
+
+def open_token_file(
+    folder: str | Path, context: ModelContext | None = None, *, verify: bool = False
+) -> TokenCorpus:
+    """A corpus over the mapped file; it takes next to no memory.
+
+    Args:
+        folder: as :func:`write_token_file` left it.
+        context: the model that the tokens are for; one with another tokenizer is refused.
+        verify: compare the checksums too, which reads everything; sizes are compared always.
+    """
+    folder = Path(folder).expanduser()
+    manifest = _read_manifest(folder)
+    if context is not None:
+        _check_tokenizer(folder, manifest, context)
+    dtype, n_tokens = _DTYPES[manifest["dtype"]], manifest["n_tokens"]
+    sizes = {"tokens": n_tokens * dtype.itemsize, "starts": 8 * (manifest["n_documents"] + 1)}
+    for key, name in _FILES.items():
+        _check_file(folder / name, sizes[key], manifest["sha256"][name] if verify else None)
+    starts = np.fromfile(folder / _FILES["starts"], dtype="<i8").astype(np.int64)
+    if starts[0] != 0 or starts[-1] != n_tokens or bool((np.diff(starts) < 0).any()):
+        raise CheckpointError(f"{folder / _FILES['starts']} does not fit the {n_tokens} tokens.")
+    tokens = np.memmap(folder / _FILES["tokens"], dtype=dtype, mode="r", shape=(n_tokens,))
+    numbers = np.arange(manifest["n_documents"])
+    return TokenCorpus(tokens, starts, numbers, manifest["source"], manifest["vocabulary"])
+
+
+_FIELDS: dict[str, type] = {
+    "source": str,
+    "tokenizer": str,
+    "vocabulary": int,
+    "dtype": str,
+    "n_tokens": int,
+    "n_documents": int,
+    "sha256": dict,
+}
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST_FILE
+    manifest = files.read_json(path)
+    if (manifest.get("kind"), manifest.get("format_version")) != (_KIND, _VERSION):
+        raise CheckpointError(
+            f"{path}: expected kind {_KIND!r} of format_version {_VERSION}, found "
+            f"{manifest.get('kind')!r} of {manifest.get('format_version')!r}."
+        )
+    wrong = [
+        f"{key} should be of type {kind.__name__}, found {manifest.get(key)!r}"
+        for key, kind in _FIELDS.items()
+        if not isinstance(manifest.get(key), kind)
+    ]
+    if not wrong and manifest["dtype"] not in _DTYPES:
+        wrong.append(f"dtype should be {' or '.join(_DTYPES)}, found {manifest['dtype']!r}")
+    if not wrong and set(manifest["sha256"]) != set(_FILES.values()):
+        wrong.append(f"sha256 should name {', '.join(_FILES.values())}")
+    if not wrong and (manifest["n_tokens"] < 1 or manifest["n_documents"] < 1):
+        wrong.append("n_tokens and n_documents should be at least 1")
+    if wrong:
+        raise CheckpointError(f"{path}: {'; '.join(wrong)}. Write the token file anew.")
+    return manifest
+
+
+def _check_file(path: Path, size: int, sha256: str | None) -> None:
+    found = path.stat().st_size if path.exists() else None
+    if found != size:
+        raise CheckpointError(
+            f"{path}: expected {size} bytes, found {'no file' if found is None else found}; "
+            "write the token file anew."
+        )
+    if sha256 is not None and (digest := files.sha256_of(path)) != sha256:
+        raise CheckpointError(f"{path}: expected SHA-256 {sha256}, found {digest}: damaged.")
+
+
+def _check_tokenizer(folder: Path, manifest: dict[str, Any], context: ModelContext) -> None:
+    there = manifest["tokenizer"], manifest["vocabulary"]
+    here = _tokenizer_name(context), _vocabulary_of(context)
+    if there != here:
+        raise InputError(
+            f"{folder} was written with the tokenizer {there[0]!r} of {there[1]} tokens; "
+            f"{context.model_name} has {here[0]!r} of {here[1]}. Write a token file for this model."
+        )
+
+
+def _tokenizer_name(context: ModelContext) -> str:
+    return str(context.get_encoding().name)
+
+
+def _vocabulary_of(context: ModelContext) -> int:
+    return int(context.get_encoding().n_vocab)
+
+
+def _name_of(documents: Iterable[str]) -> str:
+    name: Any = getattr(documents, "name", "documents")
+    return str(name)
+
+
+def _counted(documents: Iterable[str], progress: bool) -> Iterator[str]:
+    if not progress:
+        return iter(documents)
+    from tqdm import tqdm
+
+    return iter(tqdm(documents, desc="tokenising", unit=" documents"))
