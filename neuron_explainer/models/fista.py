@@ -10,6 +10,9 @@ largest that cannot diverge:
     tₖ₊₁     = (1 + √(1 + 4 tₖ²)) / 2                     (ISTA: y = aₖ₊₁)
     y        = aₖ₊₁ + (tₖ - 1) / tₖ₊₁ · (aₖ₊₁ - aₖ)
 
+A row's momentum begins again, tₖ = 1, where it leads uphill: (y - aₖ₊₁) · (aₖ₊₁ - aₖ) > 0. Without,
+FISTA overshoots, and near the minimum takes up to twice the iterations.
+
 **Stopping rule.** At the minimum the gradient g = Φᵀ(Φ a - x) + penalty is 0 where a > 0 and >= 0
 where a = 0 (Karush, Kuhn, Tucker). A row stops at the first look, one in every ten iterations, at
 which no entry is further off than ``tolerance · max |Φᵀx|``, or after ``max_iterations``. Each row
@@ -17,7 +20,8 @@ stops by itself, so that its code is the one it has alone.
 
 Beck and Teboulle 2009, "A fast iterative shrinkage-thresholding algorithm", sections 3 and 4; Yun
 et al. 2021, "Transformer visualization via dictionary learning", whose dictionaries are coded with
-500 of these iterations.
+500 of these iterations. Restarts: O'Donoghue and Candès 2015, "Adaptive restart for accelerated
+gradient schemes", section 3.2.
 
 Shape legend: ``n`` inputs, ``l`` latents (atoms of the dictionary), ``r`` rows, ``…`` leading axes.
 """
@@ -56,7 +60,7 @@ def fista(
 ) -> SparseCode:
     """Codes of ``x`` ``[…, n]`` in ``dictionary`` ``[n, l]``, by FISTA.
 
-    ``tolerance=0`` takes exactly ``max_iterations``, as earlier programs did.
+    ``tolerance=0`` takes exactly ``max_iterations`` without restarts, as earlier programs did.
     """
     correlations = _correlations(x, dictionary)
     return solve(correlations, dictionary, penalty, max_iterations, tolerance, momentum=True)
@@ -103,6 +107,9 @@ class _Solve:
         self.correlations = correlations  # [r, l]
         self.dictionary = dictionary  # [n, l]
         self.penalty = penalty
+        n_inputs, n_latents = dictionary.shape
+        # ΦᵀΦ, where a product with it is cheaper than one with Φ and one with Φᵀ.
+        self.gram = dictionary.T @ dictionary if n_latents < 2 * n_inputs else None
         self.step = 1 / largest_eigenvalue(dictionary)
 
     def run(
@@ -114,13 +121,16 @@ class _Solve:
         iterations = torch.zeros(n_rows, dtype=torch.int64, device=latents.device)
         violation = torch.zeros(n_rows, dtype=latents.dtype, device=latents.device)
         rows = torch.arange(n_rows, device=latents.device)  # those under way
-        target, t = self.correlations, 1.0
+        target = self.correlations
         a = y = torch.zeros_like(target)
+        t = torch.ones_like(target[:, :1])
         for iteration in range(1, max_iterations + 1):
             new = torch.relu(y - self.step * self._gradient(y, target))
-            t_new = (1 + math.sqrt(1 + 4 * t * t)) / 2 if momentum else 1.0
-            y = new + (t - 1) / t_new * (new - a)
-            a, t = new, t_new
+            if momentum:
+                y, t = self._extrapolate(new, a, y, t, restart=tolerance > 0)
+            else:
+                y = new
+            a = new
             if iteration % _LOOK_EVERY and iteration < max_iterations:
                 continue
             off = self._violation(a, target)
@@ -137,11 +147,25 @@ class _Solve:
             if not under_way.any():
                 break
             rows, target = rows[under_way], target[under_way]
-            a, y = a[under_way], y[under_way]
+            a, y, t = a[under_way], y[under_way], t[under_way]
         return latents, iterations, violation
+
+    @staticmethod
+    def _extrapolate(
+        new: Tensor, old: Tensor, y: Tensor, t: Tensor, restart: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Where the next gradient is taken ``[r, l]``, and the momentum ``[r, 1]`` that led there."""
+        step = new - old
+        if restart:
+            uphill = ((y - new) * step).sum(dim=-1, keepdim=True) > 0
+            t = torch.where(uphill, 1.0, t)
+        t_new = (1 + (1 + 4 * t * t).sqrt()) / 2
+        return new + (t - 1) / t_new * step, t_new
 
     def _gradient(self, a: Tensor, correlations: Tensor) -> Tensor:
         """Of the objective, ``[r, l]``: Φᵀ(Φ a - x) + penalty."""
+        if self.gram is not None:
+            return a @ self.gram - correlations + self.penalty
         return (a @ self.dictionary.T) @ self.dictionary - correlations + self.penalty
 
     def _violation(self, a: Tensor, correlations: Tensor) -> Tensor:

@@ -1,0 +1,165 @@
+"""Batches of activations as they come, read into one shape and put in an order that can be resumed.
+
+Shape legend: ``n`` inputs, ``r`` rows, ``v`` vocabulary.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from neuron_explainer.dictionaries.sparse_coding.config import SparseCodingConfig
+from neuron_explainer.dictionaries.sparse_coding.frequency import frequency_weights
+from neuron_explainer.errors import InputError
+from neuron_explainer.models.locations import ActivationLocation
+
+Place = ActivationLocation | None
+"""Where activations come from; None where that is not said."""
+
+
+@runtime_checkable
+class HarvestedBatch(Protocol):
+    """What :class:`~neuron_explainer.activations.harvest.ActivationBatch` has of what is needed."""
+
+    @property
+    def activations(self) -> Mapping[ActivationLocation, Tensor]:
+        """``[r, n]`` by single location."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """Ids ``[r]``."""
+
+
+PlainBatch = Tensor | tuple[Tensor, Tensor | None]
+"""Activations ``[r, n]``, alone or with the token ids ``[r]`` that they belong to."""
+LocatedBatch = HarvestedBatch | Mapping[ActivationLocation, Tensor]
+"""Activations of several places, with token ids or without."""
+
+
+class Batch(NamedTuple):
+    """Activations of the same rows at one or more places."""
+
+    activations: dict[Place, Tensor]
+    """``[r, n]`` by single location."""
+    tokens: Tensor | None
+    """Ids ``[r]``."""
+
+
+def read_batch(raw: Any) -> Batch:
+    """Any of the forms that training takes, checked."""
+    tokens: Tensor | None = None
+    if isinstance(raw, Tensor):
+        activations: dict[Place, Tensor] = {None: raw}
+    elif isinstance(raw, tuple) and len(raw) == 2 and isinstance(raw[0], Tensor):
+        activations, tokens = {None: raw[0]}, raw[1]
+    elif isinstance(raw, Mapping):
+        activations = _located(raw)
+    elif isinstance(raw, HarvestedBatch):
+        activations, tokens = _located(raw.activations), raw.tokens
+    else:
+        raise InputError(
+            "sparse coding: a batch must be a tensor [r, n], a pair of it and token ids [r], an "
+            f"ActivationBatch or a dict of tensors by location; found {type(raw).__name__}."
+        )
+    _check(activations, tokens)
+    return Batch(activations, tokens)
+
+
+def _located(raw: Mapping[Any, Tensor]) -> dict[Place, Tensor]:
+    return {ActivationLocation.parse(location): x for location, x in raw.items()}
+
+
+def _check(activations: dict[Place, Tensor], tokens: Tensor | None) -> None:
+    if not activations:
+        raise InputError("sparse coding: a batch holds activations of no location.")
+    n_rows = len(next(iter(activations.values())))
+    for location, x in activations.items():
+        name = "activations" if location is None else str(location)
+        if x.ndim != 2 or not x.is_floating_point() or len(x) != n_rows:
+            raise InputError(
+                f"sparse coding: {name} must be floating point, [r, n] with r = {n_rows} as in the "
+                f"rest of the batch; found {list(x.shape)} of {x.dtype}."
+            )
+        if not torch.isfinite(x).all():
+            raise InputError(f"sparse coding: {name} hold NaN or infinity in this batch.")
+    if tokens is not None and tokens.shape != (n_rows,):
+        raise InputError(
+            f"sparse coding: expected one token id a row, [{n_rows}], found {list(tokens.shape)}."
+        )
+
+
+class BatchStream:
+    """The batches of all epochs one after another, and the place reached in them.
+
+    Going on means starting the epoch again and passing over what had been used, so the batches must
+    come in the same order every time.
+    """
+
+    def __init__(self, source: Iterable[Any], epochs: int, epoch: int = 0, batch: int = 0) -> None:
+        self.source, self.epochs = source, epochs
+        self.epoch, self.batch = epoch, batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self.epoch < self.epochs:
+            raw_batches = iter(self.source)
+            for passed in range(self.batch):
+                if next(raw_batches, None) is None:
+                    raise InputError(
+                        f"sparse coding: the checkpoint is at batch {self.batch} of epoch "
+                        f"{self.epoch}, but there are {passed} batches. Give those of the first run."
+                    )
+            for raw in raw_batches:
+                self.batch += 1
+                yield read_batch(raw)
+            if not self.batch:
+                raise InputError(
+                    f"sparse coding: there are no batches in epoch {self.epoch}. A generator can be "
+                    "read once: give a list, or an object whose iter() starts again."
+                )
+            self.epoch, self.batch = self.epoch + 1, 0
+
+
+def group_locations(batch: Batch, across_layers: bool) -> dict[Place, list[Place]]:
+    """The locations whose rows each dictionary learns from, by the name of the dictionary.
+
+    The name is the location; that of several layers is their path without a layer.
+    """
+    if not across_layers:
+        return {location: [location] for location in batch.activations}
+    by_path: dict[str | None, list[Place]] = {}
+    for location in batch.activations:
+        by_path.setdefault(None if location is None else location.path, []).append(location)
+    groups: dict[Place, list[Place]] = {}
+    for members in by_path.values():
+        first = members[0]
+        groups[first if len(members) == 1 or first is None else first.at(None)] = members
+    return groups
+
+
+def shuffled_parts(
+    batch: Batch,
+    members: list[Place],
+    config: SparseCodingConfig,
+    number: int,
+    token_counts: Tensor | None,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Rows ``[r, n]`` and weights ``[r]`` of equal parts of the ``number``-th batch, in its order.
+
+    The order depends on the seed and the number alone, so that nothing of it has to be kept.
+    """
+    x = torch.cat([batch.activations[location] for location in members])
+    generator = torch.Generator().manual_seed((config.seed << 32) + number)
+    order = torch.randperm(len(x), generator=generator).to(x.device)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))[order]
+    n_parts = -(-len(x) // config.batch_size)
+    if token_counts is None:
+        yield from ((part, None) for part in x.tensor_split(n_parts)) if n_parts else ()
+        return
+    if batch.tokens is None:
+        raise InputError(
+            "sparse coding: token_counts are given, but the batches come without token ids."
+        )
+    weights = frequency_weights(batch.tokens, token_counts).to(x).repeat(len(members))[order]
+    if n_parts:
+        yield from zip(x.tensor_split(n_parts), weights.tensor_split(n_parts), strict=True)

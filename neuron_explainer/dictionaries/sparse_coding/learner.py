@@ -1,0 +1,159 @@
+"""One dictionary on its way: its state, what a batch does to it, and what it is in the end.
+
+Shape legend: ``n`` inputs, ``l`` latents (atoms of the dictionary), ``r`` rows.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuron_explainer.dictionaries.sparse_coding.config import SparseCodingConfig
+from neuron_explainer.dictionaries.sparse_coding.dictionary_update import (
+    initial_dictionary,
+    moving_average,
+    updated_dictionary,
+)
+from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.fista import Fista, fista, ista
+from neuron_explainer.models.locations import ActivationLocation
+
+_SOLVERS = {"fista": fista, "ista": ista}
+
+
+class DictionaryLearner:
+    """A dictionary, its Hessian and its statistics; all of it is in :meth:`tensors`."""
+
+    def __init__(self, config: SparseCodingConfig, n_inputs: int, like: Tensor) -> None:
+        """A new one for rows of width ``n_inputs``, with the dtype and device of ``like``."""
+        self.config = config
+        n_latents = config.n_latents
+        self.dictionary = initial_dictionary(n_inputs, n_latents, config.seed).to(like)
+        """Φ, ``[n, l]``."""
+        self.hessian = like.new_zeros(n_latents)
+        """H, ``[l]``: moving average of the mean square of each latent."""
+        self.act_l1 = like.new_zeros(n_latents)
+        """``[l]``: moving average of the mean of each latent."""
+        self.averages = torch.zeros(4, dtype=torch.float64)
+        """Moving averages, a row: ‖x‖², ‖x - Φ a‖², latents that are not zero, solves cut short."""
+        self.counts = torch.zeros(2, dtype=torch.int64)
+        """Parts and rows learned from."""
+        self.fired = torch.zeros(n_latents, dtype=torch.int64, device=like.device)
+        """``[l]``: rows on which each latent was active."""
+        self.last_fired = torch.zeros(n_latents, dtype=torch.int64, device=like.device)
+        """``[l]``: the part in which each latent was last active; 0: none."""
+
+    _TENSORS = ("dictionary", "hessian", "act_l1", "averages", "counts", "fired", "last_fired")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All state."""
+        return {name: getattr(self, name) for name in self._TENSORS}
+
+    @classmethod
+    def from_tensors(
+        cls, config: SparseCodingConfig, tensors: Mapping[str, Tensor], device: torch.device
+    ) -> "DictionaryLearner":
+        """The inverse of :meth:`tensors`."""
+        dictionary = tensors["dictionary"]
+        learner = cls(config, len(dictionary), dictionary.to(device)[:0])
+        for name in cls._TENSORS:
+            where = getattr(learner, name).device
+            # Copied, because files are mapped at any address, and matrix products may be rounded
+            # otherwise there than at the addresses that torch chooses.
+            setattr(learner, name, tensors[name].to(where, copy=True))
+        return learner
+
+    @torch.no_grad()
+    def learn(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Code rows ``[r, n]`` and take one step; ``weights`` ``[r]`` are of the rows."""
+        c = self.config
+        solved = _SOLVERS[c.solver](
+            x,
+            self.dictionary,
+            c.penalty,
+            max_iterations=c.max_iterations,
+            tolerance=c.tolerance,
+        )
+        latents = solved.latents
+        residual = x - latents @ self.dictionary.T
+        self._update_statistics(x, residual, latents, solved.violation)
+        self.dictionary = updated_dictionary(
+            self.dictionary,
+            residual,
+            latents,
+            self.hessian,
+            step_size=c.step_size,
+            floor=c.hessian_floor,
+            weights=weights,
+        )
+
+    def _update_statistics(
+        self, x: Tensor, residual: Tensor, latents: Tensor, violation: Tensor
+    ) -> None:
+        history, active = self.config.history, latents > 0
+        self.hessian = moving_average(self.hessian, latents.square().mean(0), history)
+        self.act_l1 = moving_average(self.act_l1, latents.mean(0), history)
+        cut_short = violation > self.config.tolerance
+        # Over each row by itself first: what is summed over many is summed in float64.
+        by_row = [x.square().sum(1), residual.square().sum(1), active.sum(1), cut_short]
+        means = torch.stack([row.cpu().double().mean() for row in by_row])
+        self.averages = moving_average(self.averages, means, history)
+        self.counts = self.counts + torch.tensor([1, len(x)])
+        self.fired = self.fired + active.sum(0)
+        self.last_fired[active.any(0)] = self.counts[0].to(self.last_fired.device)
+
+    @property
+    def _share(self) -> float:
+        """What the moving averages, which begin at zero, have to be divided by."""
+        return float(1 - (1 - 1 / self.config.history) ** int(self.counts[0]))
+
+    def statistics(self) -> dict[str, float | int | None]:
+        """Rows so far and, as averages over the recent past, how well they were coded.
+
+        ``snr``, Σ‖x‖² / Σ‖x - Φ a‖² (not in dB; None where nothing is left over); ``act_l1_max`` and
+        ``act_l1_min`` over latents of the mean latent; ``l0``; ``cut_short``, the share of rows whose
+        solve ended at ``max_iterations``.
+        """
+        signal, noise, l0, cut_short = (self.averages / self._share).tolist()
+        act_l1 = self.act_l1 / self._share
+        return {
+            "rows": int(self.counts[1]),
+            "snr": signal / noise if noise else None,
+            "act_l1_max": float(act_l1.max()),
+            "act_l1_min": float(act_l1.min()),
+            "l0": l0,
+            "cut_short": cut_short,
+        }
+
+    def autoencoder(
+        self,
+        location: ActivationLocation | None,
+        model_name: str | None,
+        metadata: Mapping[str, Any],
+    ) -> Autoencoder:
+        """The dictionary as a tied autoencoder whose activation is FISTA.
+
+        Its inputs are neither centred nor scaled, as they were not in training.
+        """
+        c, (parts, rows) = self.config, self.counts.tolist()
+        facts = {"method": "sparse coding", "config": asdict(c), **self.statistics(), **metadata}
+        autoencoder = Autoencoder(
+            c.n_latents,
+            len(self.dictionary),
+            Fista(c.penalty, c.max_iterations, c.tolerance),
+            tied=True,
+            input_normalization="none",
+            location=location,
+            model_name=model_name,
+            metadata=facts,
+            device=self.dictionary.device,
+            dtype=self.dictionary.dtype,
+        )
+        with torch.no_grad():
+            autoencoder.encoder.weight.copy_(self.dictionary.T)
+        autoencoder.stats_last_nonzero.copy_(parts - self.last_fired)
+        autoencoder.latents_activation_frequency.copy_(self.fired / rows)
+        autoencoder.latents_mean_square.copy_(self.hessian / self._share)
+        return autoencoder
