@@ -1,0 +1,54 @@
+"""Latents kept as what they are, few of many: :class:`Latents`.
+
+Shape legend: ``k`` entries kept of each row, ``l`` latents, ``o`` outputs, ``…`` any leading axes.
+"""
+
+from typing import NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Latents(NamedTuple):
+    """The active latents of each row; all others are zero."""
+
+    values: Tensor
+    """``[…, k]``; 0 where fewer than ``k`` are active."""
+    indices: Tensor
+    """``[…, k]`` int64, no index twice in a row but where its value is 0."""
+    n_latents: int
+
+    def dense(self) -> Tensor:
+        """``[…, l]``; differentiable with respect to the values."""
+        zeros = self.values.new_zeros(*self.values.shape[:-1], self.n_latents)
+        return zeros.scatter_add(-1, self.indices, self.values)
+
+    @classmethod
+    def of(cls, dense: Tensor) -> Self:
+        """The entries of ``[…, l]`` that are not zero, padded to the row that has the most.
+
+        Padding has value 0 and index 0. Indices ascend. Differentiable.
+        """
+        rows = dense.reshape(-1, dense.shape[-1])
+        row, column = rows.detach().nonzero(as_tuple=True)
+        counts = torch.bincount(row, minlength=len(rows))
+        place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+        width = int(counts.max()) if counts.numel() else 0
+        indices = column.new_zeros(len(rows), width).index_put((row, place), column)
+        values = rows.new_zeros(len(rows), width).index_put((row, place), rows[row, column])
+        shape = (*dense.shape[:-1], width)
+        return cls(values.view(shape), indices.view(shape), dense.shape[-1])
+
+    def decode(self, rows: Tensor) -> Tensor:
+        """The sum of the decoder's rows ``[l, o]``, weighted by the values: ``[…, o]``."""
+        width = self.values.shape[-1]
+        if not self.values.numel():
+            return rows.new_zeros(*self.values.shape[:-1], rows.shape[1])
+        recons = F.embedding_bag(
+            self.indices.reshape(-1, width),
+            rows,
+            per_sample_weights=self.values.reshape(-1, width),
+            mode="sum",
+        )
+        return recons.view(*self.values.shape[:-1], rows.shape[1])

@@ -1,0 +1,70 @@
+"""TopK encoders without the dense latents: the ``k`` largest pre-activations of each row.
+
+Rows go through in chunks with one reused buffer, so that no ``[b, l]`` is ever held. Where the
+hardware is quick at bfloat16, the search is done in it and proven right
+(:mod:`neuron_explainer.models.certified`); what comes out is float32 either way.
+
+Shape legend: ``b`` rows, ``n`` inputs, ``l`` latents, ``k`` wanted.
+"""
+
+import torch
+from torch import Tensor
+
+from neuron_explainer.errors import InputError
+from neuron_explainer.models.certified import Prepared, certified_top_k, prepare, use_certified
+from neuron_explainer.models.selection import top_k
+
+__all__ = ["Prepared", "encode_top_k", "prepare", "top_k"]
+
+_CHUNK_BYTES = 2**25
+
+
+@torch.no_grad()
+def encode_top_k(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    prepared: Prepared | None = None,
+    certified: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest entries of each row of ``x · weightᵀ + bias``, and where they are.
+
+    ``x`` ``[b, n]``, ``weight`` ``[l, n]``, ``bias`` ``[l]`` to values ``[b, k]`` and indices
+    ``[b, k]`` int64, in the order of :func:`top_k`, ties to the lowest index. Without gradient.
+
+    Args:
+        prepared: of :func:`prepare`, to be used again while it holds; where it does not, or none is
+            given, it is made anew.
+        certified: whether to search in bfloat16; None: where it pays
+            (:func:`~neuron_explainer.models.certified.use_certified`), which the environment
+            variable NEURON_EXPLAINER_CERTIFIED (0 or 1) overrides.
+    """
+    if not 1 <= k <= len(weight):
+        raise InputError(f"encode_top_k: k={k!r} of {len(weight)} latents.")
+    x, weight, bias = x.detach(), weight.detach(), None if bias is None else bias.detach()
+    if not use_certified(x, weight, certified):
+        return _encode_plain(x, weight, bias, k)
+    prepared = prepare(weight, bias, prepared)
+    values, indices, proven = certified_top_k(x, weight, bias, k, prepared)
+    left = (~proven).nonzero().squeeze(1)
+    if len(left):
+        values[left], indices[left] = _encode_plain(x[left], weight, bias, k)
+    return values, indices
+
+
+def _encode_plain(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """In the dtype of the weights throughout."""
+    values = x.new_empty(len(x), k)
+    indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    step = max(1, min(len(x), _CHUNK_BYTES // (weight.element_size() * len(weight))))
+    buffer = weight.new_empty(step, len(weight))
+    for start in range(0, len(x), step):
+        rows = slice(start, start + step)
+        out = buffer[: len(x[rows])]
+        if bias is None:
+            torch.mm(x[rows], weight.t(), out=out)
+        else:
+            torch.addmm(bias, x[rows], weight.t(), out=out)
+        values[rows], indices[rows] = top_k(out, k)
+    return values, indices
