@@ -17,16 +17,18 @@ Shape legend: ``b`` tokens of a batch, ``n`` inputs, ``o`` outputs, ``l`` latent
 are searched, ``k`` chosen latents of a token.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from neuron_explainer.dictionaries.sparse_memory import empty
 from neuron_explainer.errors import InputError
 
 _CHUNK_ELEMENTS = 1 << 24  # pre-activations that exist at a time: 64 MiB in float32
+_BLOCK_ELEMENTS = 1 << 19  # of a weight's gradient that are computed at a time
 _GROUP = 8  # of pre-activations, in the search for the largest
 
 
@@ -36,6 +38,7 @@ def encode_top_k(
     bias: Tensor,
     k: int,
     *,
+    pre_bias: Tensor | None = None,
     latents: Tensor | None = None,
     certified: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -46,6 +49,8 @@ def encode_top_k(
     done about it (a ReLU) is the caller's. No ``[b, l]`` tensor exists, before or after.
 
     Args:
+        pre_bias: ``[n]``, taken off ``x`` first; differentiable. Its gradient is one product of the
+            bias's with ``weight``, where that of ``x - pre_bias`` would be one for each token.
         latents: ``[m]`` int64: look among these rows of ``weight`` only; each at most once. Indices
             are still rows of ``weight``.
         certified: how the largest are found, the result being the same: True, by products in
@@ -60,7 +65,9 @@ def encode_top_k(
         raise InputError(
             f"encode_top_k: expected k from 1 to the {n_searched} latents searched, found {k}."
         )
-    outputs: tuple[Tensor, Tensor] = _EncodeTopK.apply(x, weight, bias, k, latents, certified)  # type: ignore[no-untyped-call]
+    outputs: tuple[Tensor, Tensor] = _EncodeTopK.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, pre_bias, k, latents, certified
+    )
     return outputs
 
 
@@ -81,32 +88,37 @@ class _EncodeTopK(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
+        pre_bias: Tensor | None,
         k: int,
         latents: Tensor | None,
         certified: bool | None,
     ) -> tuple[Tensor, Tensor]:
+        centred = x if pre_bias is None else x - pre_bias
         if latents is None:
-            values, indices = _search(x, weight, bias, k)
+            values, indices = _search(centred, weight, bias, k)
         else:
-            values, chosen = _search(x, weight[latents], bias[latents], k)
+            values, chosen = _search(centred, weight[latents], bias[latents], k)
             indices = latents[chosen]
-        ctx.save_for_backward(x, weight, indices)
+        ctx.save_for_backward(centred, weight, indices)
         ctx.mark_non_differentiable(indices)
         return values, indices
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, indices = ctx.saved_tensors
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _gather_rows(grad, indices, weight)
-        if ctx.needs_input_grad[1]:
-            grad_weight = _collect_rows(grad, indices, x, len(weight))
-        if ctx.needs_input_grad[2]:
+        centred, weight, indices = ctx.saved_tensors
+        of_x, of_weight, of_bias, of_pre_bias = ctx.needs_input_grad[:4]
+        grad_x = _gather_rows(grad, indices, weight) if of_x else None
+        grad_weight = grad_bias = grad_pre_bias = None
+        if of_weight:
+            pairs = _by_latent(indices, len(weight))
+            grad_weight = _collect_rows(grad.flatten()[pairs.order], pairs, centred)
+        if of_bias or of_pre_bias:
             grad_bias = grad.new_zeros(len(weight))
             grad_bias.index_add_(0, indices.flatten(), grad.flatten())
-        return grad_x, grad_weight, grad_bias, None, None, None
+        if of_pre_bias:
+            grad_pre_bias = -(grad_bias @ weight)
+        return grad_x, grad_weight, grad_bias, grad_pre_bias, None, None, None
 
 
 class _DecodeRows(torch.autograd.Function):
@@ -119,12 +131,35 @@ class _DecodeRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, indices, decoder = ctx.saved_tensors
+        grad = grad.contiguous()
+        pairs = _by_latent(indices, len(decoder))
         grad_values = grad_decoder = None
         if ctx.needs_input_grad[0]:
-            grad_values = _dot_rows(grad, indices, decoder)
+            grad_values = torch.empty_like(values)
+            grad_values.view(-1)[pairs.order] = _products(pairs, decoder, grad)
         if ctx.needs_input_grad[2]:
-            grad_decoder = _collect_rows(values, indices, grad, len(decoder))
+            grad_decoder = _collect_rows(values.flatten()[pairs.order], pairs, grad)
         return grad_values, None, grad_decoder
+
+
+class _Pairs(NamedTuple):
+    """The pairs (token, latent) of a batch, in the order of latents."""
+
+    latents: Tensor
+    """``[b k]`` int64, ascending."""
+    tokens: Tensor
+    """``[b k]`` int64."""
+    order: Tensor
+    """``[b k]`` int64: where in ``indices.flatten()`` the pair stands."""
+    first: Tensor
+    """``[l + 1]`` int64: where each latent's pairs start; the number of all."""
+
+
+def _by_latent(indices: Tensor, n_latents: int) -> _Pairs:
+    latents, order = indices.flatten().sort(stable=True)
+    tokens = order.div(indices.shape[1], rounding_mode="floor")
+    every = torch.arange(n_latents + 1, device=indices.device)
+    return _Pairs(latents, tokens, order, torch.searchsorted(latents, every))
 
 
 def _gather_rows(values: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
@@ -132,32 +167,40 @@ def _gather_rows(values: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
     return F.embedding_bag(indices, rows, per_sample_weights=values.contiguous(), mode="sum")
 
 
-def _collect_rows(values: Tensor, indices: Tensor, rows: Tensor, n_latents: int) -> Tensor:
-    """``[b, k], [b, k], [b, n] -> [l, n]``: for each latent, the weighted sum of its tokens' rows.
+def _collect_rows(values: Tensor, pairs: _Pairs, rows: Tensor) -> Tensor:
+    """``[b k], pairs, [b, n] -> [l, n]``: for each latent, the weighted sum of its tokens' rows.
 
-    The pairs in the order of latents are the bags of an ``embedding_bag`` over the batch, which
-    writes each row of the result once, those of latents that are nobody's included.
+    A latent's pairs are a bag of an ``embedding_bag`` over the batch; a latent that is nobody's has
+    an empty one, and a row of zeros.
     """
-    latents, order = indices.flatten().sort(stable=True)
-    first = torch.searchsorted(latents, torch.arange(n_latents + 1, device=latents.device))
+    n_latents, rows = len(pairs.first) - 1, rows.contiguous()
+    step = max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1]))
+    if rows.device.type != "cpu" or n_latents <= step:
+        return _bags(pairs.tokens, rows, pairs.first, values)
+    # By blocks of latents, so that what embedding_bag allocates is small enough for malloc to
+    # keep: for the whole it would map and unmap fresh memory each time.
+    collected = empty((n_latents, rows.shape[1]), like=rows)
+    for start in range(0, n_latents, step):
+        first = pairs.first[start : start + step + 1]
+        own = slice(int(first[0]), int(first[-1]))
+        collected[start : start + step] = _bags(
+            pairs.tokens[own], rows, first - first[0], values[own]
+        )
+    return collected
+
+
+def _bags(tokens: Tensor, rows: Tensor, first: Tensor, values: Tensor) -> Tensor:
     return F.embedding_bag(
-        order.div(indices.shape[1], rounding_mode="floor"),
-        rows.contiguous(),
-        first,
-        per_sample_weights=values.flatten()[order],
-        mode="sum",
-        include_last_offset=True,
+        tokens, rows, first, per_sample_weights=values, mode="sum", include_last_offset=True
     )
 
 
-def _dot_rows(x: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
-    """``[b, n], [b, k], [l, n] -> [b, k]``: each token's products with its latents' rows."""
-    token = torch.arange(len(x), device=x.device)
-    k = indices.shape[1]
+def _products(pairs: _Pairs, rows: Tensor, x: Tensor) -> Tensor:
+    """``pairs, [l, n], [b, n] -> [b k]``: of each pair, its latent's row times its token's."""
     products: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        x.contiguous(), rows, indices.flatten(), token * k, token.repeat_interleave(k), 0
+        rows.contiguous(), x, pairs.tokens, pairs.first[:-1], pairs.latents, 0
     )
-    return products.view_as(indices)
+    return products
 
 
 def _search(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -165,7 +208,7 @@ def _search(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Te
     values = x.new_empty(len(x), k)
     indices = torch.empty(len(x), k, dtype=torch.long, device=x.device)
     step = max(1, _CHUNK_ELEMENTS // len(weight))
-    buffer = x.new_empty(min(step, len(x)), len(weight))
+    buffer = empty((min(step, len(x)), len(weight)), like=x)
     for start in range(0, len(x), step):
         rows = slice(start, min(start + step, len(x)))
         pre_act = torch.addmm(bias, x[rows], weight.t(), out=buffer[: rows.stop - rows.start])

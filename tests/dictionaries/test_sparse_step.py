@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuron_explainer.dictionaries import sparse_step
+from neuron_explainer.dictionaries.sparse_memory import empty
 from neuron_explainer.dictionaries.sparse_step import decode_rows, encode_top_k
 from neuron_explainer.errors import InputError
 
@@ -18,6 +19,7 @@ B, N, L, N_OUT, K = 5, 6, 24, 7, 3
 def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr(sparse_step, "_CHUNK_ELEMENTS", 2 * L)  # chunks of 2, 2 and 1 tokens
+    monkeypatch.setattr(sparse_step, "_BLOCK_ELEMENTS", 10 * N)  # blocks of 10, 10 and 4 latents
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -45,6 +47,16 @@ def test_encode_gradients_among_some_latents() -> None:
     assert torch.autograd.gradcheck(
         lambda x, w, b: encode_top_k(x, w, b, 2, latents=latents)[0], inputs
     )
+
+
+def test_encode_gradients_with_pre_bias() -> None:
+    def values(x: Tensor, weight: Tensor, bias: Tensor, pre_bias: Tensor) -> Tensor:
+        return encode_top_k(x, weight, bias, K, pre_bias=pre_bias)[0]
+
+    inputs = (drawn(B, N), drawn(L, N), drawn(L), drawn(N))
+    assert torch.autograd.gradcheck(values, inputs)
+    x, weight, bias, pre_bias = inputs
+    torch.testing.assert_close(values(*inputs), dense_twin(x - pre_bias, weight, bias, K)[0])
 
 
 @pytest.mark.parametrize("repeated", [False, True])
@@ -182,3 +194,26 @@ def test_gradients_only_where_wanted() -> None:
 def test_k_out_of_range(k: int) -> None:
     with pytest.raises(InputError, match=f"from 1 to the {L} latents searched, found {k}"):
         encode_top_k(torch.ones(B, N), torch.ones(L, N), torch.ones(L), k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [0, 3, 1 << 14])
+def test_large_tensors_are_ordinary_tensors(rows: int, dtype: torch.dtype) -> None:
+    like = torch.ones((), dtype=dtype)
+    tensor = empty((rows, 256), like).fill_(2)
+    assert (tensor.shape, tensor.dtype) == ((rows, 256), dtype)
+    assert tensor.is_contiguous()
+    view = tensor[1:]
+    del tensor
+    assert float(view.sum()) == 2 * 256 * max(0, rows - 1)
+
+
+def test_a_large_gradient_becomes_grad_without_a_copy() -> None:
+    weight = torch.nn.Parameter(torch.ones(1 << 14, 256))
+    values, indices = encode_top_k(torch.ones(2, 256), weight, torch.zeros(1 << 14), 1)
+    seen: list[int] = []
+    weight.register_hook(lambda grad: seen.append(grad.data_ptr()))
+    values.sum().backward()
+    assert weight.grad is not None
+    assert [weight.grad.data_ptr()] == seen
+    assert weight.grad.sum() == 2 * 256
