@@ -8,13 +8,37 @@ Shape legend: ``b`` batch, ``s`` sequence, ``n`` inputs of an autoencoder, ``l``
 vocabulary, ``…`` any leading axes: all of them count as tokens.
 """
 
-from typing import Self
+import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from neuron_explainer.errors import InputError
+from neuron_explainer.models.reconstruction_stats import (
+    ReconstructionStats,
+    check_pad,
+    kept_rows,
+)
+
+__all__ = [
+    "DensityHistogram",
+    "ReconstructionStats",
+    "ce_recovered",
+    "cosine_similarity",
+    "cross_entropy_per_token",
+    "dead_share",
+    "density_histogram",
+    "explained_variance",
+    "explained_variance_per_token",
+    "fvu",
+    "kl_divergence_per_token",
+    "l0",
+    "l1",
+    "norm_ratio",
+    "relative_reconstruction_bias",
+]
 
 
 def fvu(x: Tensor, recons: Tensor) -> Tensor:
@@ -32,6 +56,48 @@ def fvu(x: Tensor, recons: Tensor) -> Tensor:
     return ReconstructionStats().update(x, recons).fvu
 
 
+def explained_variance(x: Tensor, recons: Tensor) -> Tensor:
+    """``1 - fvu(x, recons)``: 1 for a perfect reconstruction, 0 for the mean. ``-> []`` in float64."""
+    return 1 - fvu(x, recons)
+
+
+def explained_variance_per_token(
+    x: Tensor, recons: Tensor, mean: Tensor | None = None, pad: Tensor | None = None
+) -> Tensor:
+    """One minus each token's error over its own distance from the mean, averaged over tokens.
+
+        mean over tokens of 1 - ‖x - x̂‖² / ‖x - x̄‖²
+
+    ``[…, n], […, n], [n] -> []`` in float64. Tokens near the mean weigh as much as those far away, so
+    it is lower than :func:`explained_variance` where small activations are reconstructed badly. ``x̄``
+    is ``mean``, or the mean of the tokens given. (SAELens's "legacy" has each batch's mean for x̄.)
+    """
+    if mean is None:
+        mean = kept_rows(x.detach(), pad, "x").double().mean(dim=0)
+    return ReconstructionStats(mean).update(x, recons, pad=pad).explained_variance_per_token
+
+
+def cosine_similarity(x: Tensor, recons: Tensor) -> Tensor:
+    """Mean over tokens of ``cos(x, x̂)``, 0 where either is zero. ``[…, n], […, n] -> []``, float64."""
+    return ReconstructionStats().update(x, recons).cosine_similarity
+
+
+def norm_ratio(x: Tensor, recons: Tensor) -> Tensor:
+    """Mean of ``‖x̂‖ / ‖x‖`` over the tokens that are not zero. ``[…, n], […, n] -> []`` in float64.
+
+    Below 1 where an autoencoder shrinks what it reconstructs, as those trained with L1 do.
+    """
+    return ReconstructionStats().update(x, recons).norm_ratio
+
+
+def relative_reconstruction_bias(x: Tensor, recons: Tensor) -> Tensor:
+    """``Σ ‖x̂‖² / Σ ⟨x, x̂⟩``: 1 if no rescaling of ``x̂`` would lower the error, less if it shrinks.
+
+    ``[…, n], […, n] -> []`` in float64. Rajamanoharan et al. 2024, equation 10.
+    """
+    return ReconstructionStats().update(x, recons).relative_reconstruction_bias
+
+
 def l0(latents: Tensor) -> Tensor:
     """Mean number of latents per token that are not zero. ``[…, l] -> []`` in float64.
 
@@ -39,6 +105,12 @@ def l0(latents: Tensor) -> Tensor:
     """
     tokens = _rows(latents, "latents")
     return (tokens != 0).sum().double() / len(tokens)
+
+
+def l1(latents: Tensor) -> Tensor:
+    """Mean over tokens of the sum of the latents' magnitudes. ``[…, l] -> []`` in float64."""
+    tokens = _rows(latents, "latents")
+    return tokens.double().abs().sum() / len(tokens)
 
 
 def dead_share(latents: Tensor) -> Tensor:
@@ -69,11 +141,56 @@ def cross_entropy_per_token(logits: Tensor, tokens: Tensor, pad: Tensor | None =
     ).view(len(tokens), -1)
     if pad is None:
         return losses
-    if pad.shape != tokens.shape or pad.dtype != torch.bool:
-        raise InputError(
-            f"expected a bool pad mask {list(tokens.shape)}, found {list(pad.shape)} of {pad.dtype}."
-        )
+    check_pad(pad, tokens.shape)
     return losses.masked_fill(pad[:, 1:] | pad[:, :-1], float("nan"))
+
+
+def kl_divergence_per_token(original: Tensor, logits: Tensor, pad: Tensor | None = None) -> Tensor:
+    """How far the predictions have moved at each token, in nats.
+
+        kl[b, i] = Σ_v p_v (log p_v - log q_v),   p = softmax(original[b, i]), q = softmax(logits[b, i])
+
+    ``[b, s, v], [b, s, v], [b, s] -> [b, s]``. NaN, not 0, at padding. 0 where nothing has changed.
+    """
+    if original.shape != logits.shape or original.ndim != 3:
+        raise InputError(
+            f"expected two logits [b, s, v], found {list(original.shape)} and {list(logits.shape)}."
+        )
+    check_pad(pad, original.shape[:-1])
+    found = logits.new_empty(
+        logits.shape[:-1], dtype=torch.promote_types(logits.dtype, torch.float32)
+    )
+    # Row by row: the three copies that this takes of all logits at once would be gigabytes.
+    for row, (p, q) in enumerate(zip(original, logits, strict=True)):
+        log_p, log_q = (F.log_softmax(values.to(found.dtype), dim=-1) for values in (p, q))
+        found[row] = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
+    return found if pad is None else found.masked_fill(pad, float("nan"))
+
+
+class DensityHistogram(NamedTuple):
+    """How many latents fire how often."""
+
+    edges: list[float]
+    """Powers of ten that bound the bins, ascending: a bin holds ``edge <= frequency < next edge``."""
+    counts: list[int]
+    """Latents in each bin, one fewer than edges."""
+    never: int
+    """Latents that fired on no token; they are in no bin."""
+
+
+def density_histogram(frequency: Tensor, per_decade: int = 4) -> DensityHistogram:
+    """Sort latents by the logarithm of the share of tokens on which they fire.
+
+    ``[l]`` (:attr:`ReconstructionStats.frequency`) ``->`` bins of a quarter of a decade, from the
+    decade of the rarest latent to 1. A latent that always fires is in the last bin.
+    """
+    fired = frequency[frequency > 0].double().cpu()
+    lowest = min(-1, math.floor(float(fired.min().log10()))) if len(fired) else -1
+    exponents = torch.linspace(lowest, 0, -lowest * per_decade + 1, dtype=torch.float64)
+    edges = 10**exponents
+    places = (torch.bucketize(fired, edges, right=True) - 1).clamp(0, len(edges) - 2)
+    counts = torch.bincount(places, minlength=len(edges) - 1)
+    return DensityHistogram(edges.tolist(), counts.tolist(), len(frequency) - len(fired))
 
 
 def ce_recovered(
@@ -104,127 +221,6 @@ def ce_recovered(
     return (ce_ablated - ce_spliced) / (ce_ablated - ce_original)
 
 
-class ReconstructionStats:
-    """Running totals over batches of tokens: FVU, L0, how often each latent fires.
-
-    Batches may be cut anywhere and come in any order; the results agree to rounding in float64. The
-    variance is merged by Chan, Golub and LeVeque's update, since subtracting the square of the mean
-    from the mean of squares loses all digits where the mean is large.
-
-        stats = ReconstructionStats()
-        for x in batches:
-            out = autoencoder(x)
-            stats.update(x, out.recons, out.latents)
-        stats.fvu, stats.l0, stats.dead_share
-    """
-
-    def __init__(self) -> None:
-        self.n_tokens = 0
-        self._mean: Tensor | None = None  # [n]
-        self._deviation = torch.zeros((), dtype=torch.float64)  # Σ ‖x - mean‖²
-        self._error = torch.zeros((), dtype=torch.float64)  # Σ ‖x - x̂‖²
-        self._fired: Tensor | None = None  # [l], tokens on which each latent is not zero
-        self._tokens_with_latents = 0
-
-    def update(
-        self, x: Tensor, recons: Tensor, latents: Tensor | None = None, pad: Tensor | None = None
-    ) -> Self:
-        """Add tokens ``[…, n]``, their reconstructions and, for L0 and dead latents, ``[…, l]``.
-
-        ``pad`` ``[…]`` is True at the tokens that do not count.
-        """
-        if x.shape != recons.shape:
-            raise InputError(
-                f"x and its reconstruction must have one shape, found {list(x.shape)} and "
-                f"{list(recons.shape)}."
-            )
-        if latents is not None and latents.shape[:-1] != x.shape[:-1]:
-            raise InputError(
-                f"latents must have the leading axes of x {list(x.shape)}, found "
-                f"{list(latents.shape)}."
-            )
-        rows = _kept(x.detach(), pad, "x").double()
-        batch = ReconstructionStats()
-        if len(rows):
-            batch.n_tokens = len(rows)
-            batch._mean = rows.mean(dim=0)
-            batch._deviation = (rows - batch._mean).square().sum()
-            batch._error = (rows - _kept(recons.detach(), pad, "recons")).square().sum()
-            if latents is not None:
-                active = _kept(latents.detach(), pad, "latents") != 0
-                batch._fired = active.sum(dim=0)
-                batch._tokens_with_latents = len(rows)
-        return self.merge(batch)
-
-    def merge(self, other: "ReconstructionStats") -> Self:
-        """Add the tokens of another accumulator, of another process perhaps."""
-        if other._mean is None:
-            return self
-        if self._mean is None:
-            self._mean = other._mean
-            self._deviation = other._deviation
-        else:
-            mean, deviation = other._mean.to(self._mean.device), other._deviation
-            _check_same_width("x", self._mean, mean)
-            total = self.n_tokens + other.n_tokens
-            delta = mean - self._mean
-            shift = delta.square().sum() * (self.n_tokens * other.n_tokens / total)
-            self._deviation = self._deviation + deviation.to(delta.device) + shift
-            self._mean = self._mean + delta * (other.n_tokens / total)
-        self._error = self._error.to(self._mean.device) + other._error.to(self._mean.device)
-        self.n_tokens += other.n_tokens
-        if other._fired is not None:
-            fired = other._fired
-            if self._fired is not None:
-                _check_same_width("latents", self._fired, fired)
-                fired = self._fired + fired.to(self._fired.device)
-            self._fired = fired
-            self._tokens_with_latents += other._tokens_with_latents
-        return self
-
-    @property
-    def fvu(self) -> Tensor:
-        """``[]``, see :func:`fvu`, over all tokens so far."""
-        self._require(self.n_tokens, "tokens")
-        return self._error / self._deviation
-
-    @property
-    def mse(self) -> Tensor:
-        """``[]``: squared error per token, summed over the width and averaged over tokens."""
-        self._require(self.n_tokens, "tokens")
-        return self._error / self.n_tokens
-
-    @property
-    def frequency(self) -> Tensor:
-        """``[l]``: share of tokens on which each latent is not zero."""
-        self._require(self._tokens_with_latents, "latents")
-        assert self._fired is not None
-        return self._fired.double() / self._tokens_with_latents
-
-    @property
-    def l0(self) -> Tensor:
-        """``[]``, see :func:`l0`, over all tokens so far."""
-        return self.frequency.sum()
-
-    @property
-    def dead_share(self) -> Tensor:
-        """``[]``, see :func:`dead_share`; report ``n_tokens`` with it."""
-        return (self.frequency == 0).double().mean()
-
-    @staticmethod
-    def _require(count: int, what: str) -> None:
-        if not count:
-            raise InputError(f"no {what} have been added yet.")
-
-    def __repr__(self) -> str:
-        facts = [f"n_tokens={self.n_tokens}"]
-        if self.n_tokens:
-            facts.append(f"fvu={float(self.fvu):.6g}")
-        if self._tokens_with_latents:
-            facts += [f"l0={float(self.l0):.6g}", f"dead_share={float(self.dead_share):.6g}"]
-        return f"ReconstructionStats({', '.join(facts)})"
-
-
 def _rows(values: Tensor, what: str) -> Tensor:
     """``[…, w] -> [tokens, w]``."""
     if values.ndim == 0 or not values.numel():
@@ -232,23 +228,3 @@ def _rows(values: Tensor, what: str) -> Tensor:
             f"{what}: expected at least one token […, width], found {list(values.shape)}."
         )
     return values.reshape(-1, values.shape[-1])
-
-
-def _kept(values: Tensor, pad: Tensor | None, what: str) -> Tensor:
-    """``[…, w] -> [tokens, w]`` without those that are padding."""
-    if values.ndim == 0:
-        raise InputError(f"{what}: expected […, width], found a single number.")
-    rows = values.reshape(-1, values.shape[-1])
-    if pad is None:
-        return rows
-    if pad.shape != values.shape[:-1] or pad.dtype != torch.bool:
-        raise InputError(
-            f"expected a bool pad mask {list(values.shape[:-1])}, found {list(pad.shape)} of "
-            f"{pad.dtype}."
-        )
-    return rows[~pad.flatten()]
-
-
-def _check_same_width(what: str, one: Tensor, other: Tensor) -> None:
-    if one.shape != other.shape:
-        raise InputError(f"{what}: width {len(one)} so far, found {len(other)}.")

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neuron_explainer.errors import InputError
+from neuron_explainer.models import metrics
+from neuron_explainer.models.latents import Latents
 from neuron_explainer.models.metrics import (
     ReconstructionStats,
     ce_recovered,
@@ -198,3 +200,154 @@ def test_ce_recovered_of_plain_numbers_keeps_their_digits():
     """A float32 on the way would leave seven digits of a small difference of large numbers."""
     found = float(ce_recovered(1000.0, 1000.0 + 1e-7, 1000.0 + 1e-6))
     assert found == pytest.approx(0.9, rel=1e-5)
+
+
+# ---- beyond the variance: each figure against its formula, one token at a time ---------------------
+
+
+def numpy_tokens(*tensors):
+    return [t.double().numpy().reshape(-1, t.shape[-1]) for t in tensors]
+
+
+def numpy_figures(x, recons, mean=None):
+    """Every figure of a reconstruction, by the definition in its docstring."""
+    x, recons = numpy_tokens(x, recons)
+    mean = x.mean(0) if mean is None else mean.double().numpy()
+    tokens = list(zip(x, recons, strict=True))
+    per_token = [1 - ((a - b) ** 2).sum() / ((a - mean) ** 2).sum() for a, b in tokens]
+    cosines = [
+        a @ b / math.sqrt((a @ a) * (b @ b)) if (a @ a) * (b @ b) > 0 else 0.0 for a, b in tokens
+    ]
+    ratios = [math.sqrt((b @ b) / (a @ a)) for a, b in tokens if a @ a > 0]
+    return {
+        "explained_variance_per_token": math.fsum(per_token) / len(tokens),
+        "cosine_similarity": math.fsum(cosines) / len(tokens),
+        "norm_ratio": math.fsum(ratios) / len(ratios),
+        "relative_reconstruction_bias": math.fsum(b @ b for _, b in tokens)
+        / math.fsum(a @ b for a, b in tokens),
+    }
+
+
+FIGURES = {
+    function.__name__: function
+    for function in (
+        metrics.explained_variance_per_token,
+        metrics.cosine_similarity,
+        metrics.norm_ratio,
+        metrics.relative_reconstruction_bias,
+    )
+}
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+def test_figures_are_their_definitions(mean):
+    x = tokens_of(4, 5, 6, mean=mean)
+    recons = 0.8 * x + 0.3 * tokens_of(4, 5, 6, seed=1)
+    x[0, 0] = 0  # no direction and no norm
+    recons[1, 1] = 0
+    expected = numpy_figures(x, recons)
+    for name, function in FIGURES.items():
+        assert function(x, recons).dtype == torch.float64
+        assert function(x, recons).item() == pytest.approx(expected[name], rel=1e-9), name
+    assert metrics.explained_variance(x, recons) == 1 - fvu(x, recons)
+
+
+def test_figures_at_their_fixed_points():
+    x = tokens_of(50, 7, mean=3, dtype=torch.float64)
+    for name, function in FIGURES.items():
+        assert function(x, x).item() == pytest.approx(1, abs=1e-12), name
+    mean = x.mean(0).expand_as(x)
+    assert metrics.explained_variance(x, mean).item() == pytest.approx(0, abs=1e-12)
+    assert metrics.explained_variance_per_token(x, mean).item() == pytest.approx(0, abs=1e-12)
+    assert metrics.norm_ratio(x, x / 4).item() == pytest.approx(0.25)
+    assert metrics.relative_reconstruction_bias(x, x / 4).item() == pytest.approx(0.25)
+    assert metrics.cosine_similarity(x, -x / 4).item() == pytest.approx(-1)
+
+
+def test_variance_per_token_can_be_about_a_known_mean_and_skips_pads():
+    x, recons = tokens_of(3, 4, 5), tokens_of(3, 4, 5, seed=1)
+    about = tokens_of(5, seed=2, mean=1)
+    found = metrics.explained_variance_per_token(x, recons, about).item()
+    expected = numpy_figures(x, recons, about)["explained_variance_per_token"]
+    assert found == pytest.approx(expected, rel=1e-9)
+    pad = torch.zeros(3, 4, dtype=torch.bool)
+    pad[:, 2:] = True
+    found = metrics.explained_variance_per_token(x, recons, pad=pad).item()
+    expected = numpy_figures(x[:, :2], recons[:, :2])["explained_variance_per_token"]
+    assert found == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(InputError, match="needs the mean of all tokens"):
+        _ = ReconstructionStats().update(x, recons).explained_variance_per_token
+
+
+def test_l1_by_hand():
+    latents = torch.tensor([[[0.0, 2.0, -1.0, 0.0], [0.0, 0.0, 3.0, 0.0]]])
+    assert metrics.l1(latents) == 3
+    x = tokens_of(1, 2, 5)
+    assert ReconstructionStats().update(x, x, latents).l1 == 3
+
+
+def test_all_totals_merge_and_resume():
+    """Cut in pieces, saved and read again in between: the same figures."""
+    x, recons = tokens_of(60, 5, mean=10), tokens_of(60, 5, mean=10, seed=1)
+    latents = torch.relu(tokens_of(60, 9, mean=-1.5, seed=2))
+    mean = x.double().mean(0)
+    whole = ReconstructionStats(mean).update(x, recons, latents)
+    pieces = ReconstructionStats(mean)
+    for a, b in itertools.pairwise([0, 7, 7, 31, 60]):
+        pieces = ReconstructionStats.from_state_dict(pieces.state_dict())
+        if a < 31:
+            pieces.update(x[a:b], recons[a:b], latents[a:b])
+        else:  # of another process
+            other = ReconstructionStats(mean).update(x[a:b], recons[a:b], latents[a:b])
+            pieces.merge(ReconstructionStats.from_state_dict(other.state_dict()))
+    for name in (*FIGURES, "fvu", "mse", "l0", "l1", "dead_share", "explained_variance"):
+        assert float(getattr(pieces, name)) == pytest.approx(float(getattr(whole, name)), rel=1e-12)
+    assert torch.allclose(pieces.mean, mean, rtol=1e-12)
+
+
+def test_sparse_latents_are_the_dense_ones():
+    latents = torch.relu(tokens_of(3, 4, 9, mean=-0.5, seed=2))
+    values, indices = latents.topk(5, dim=-1)
+    kept = torch.zeros_like(latents).scatter(-1, indices, values)
+    x, pad = tokens_of(3, 4, 6), torch.zeros(3, 4, dtype=torch.bool)
+    pad[1, 2:] = True
+    dense = ReconstructionStats().update(x, x, kept, pad)
+    sparse = ReconstructionStats().update(x, x, Latents(values, indices, 9), pad)
+    assert 0 < (values == 0).sum() < values.numel()
+    assert torch.equal(dense.frequency, sparse.frequency)
+    assert sparse.l1.item() == pytest.approx(dense.l1.item(), rel=1e-12)
+    with pytest.raises(InputError, match="leading axes"):
+        ReconstructionStats().update(x, x, Latents(values[:2], indices[:2], 9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_divergence_is_its_definition(dtype):
+    one, other = 5 * tokens_of(2, 3, 6, dtype=dtype), 5 * tokens_of(2, 3, 6, seed=1, dtype=dtype)
+    found = metrics.kl_divergence_per_token(one, other)
+    p, q = (torch.softmax(v.double(), -1).numpy() for v in (one, other))
+    np.testing.assert_allclose(
+        found.double().numpy(), (p * (np.log(p) - np.log(q))).sum(-1), rtol=1e-5, atol=1e-6
+    )
+    assert (metrics.kl_divergence_per_token(one, one) == 0).all()
+    pad = torch.tensor([[True, False, False], [False, False, True]])
+    assert torch.equal(metrics.kl_divergence_per_token(one, other, pad).isnan(), pad)
+    assert torch.equal(metrics.kl_divergence_per_token(one, other, pad)[~pad], found[~pad])
+    with pytest.raises(InputError, match=r"two logits \[b, s, v\]"):
+        metrics.kl_divergence_per_token(one, other[:1])
+    with pytest.raises(InputError, match="bool pad mask"):
+        metrics.kl_divergence_per_token(one, other, torch.zeros(2, 3))
+
+
+def test_densities_fall_in_their_bins():
+    frequency = torch.tensor([0.0, 1.0, 0.5, 0.1, 0.0999, 0.011, 0.0, 0.002], dtype=torch.float64)
+    found = metrics.density_histogram(frequency, per_decade=1)
+    assert found.edges == pytest.approx([1e-3, 1e-2, 1e-1, 1])
+    assert found.counts == [1, 2, 3]  # the edge 0.1 belongs to the bin above it
+    assert found.never == 2
+    fine = metrics.density_histogram(frequency)
+    assert len(fine.counts) == 12
+    assert sum(fine.counts) + fine.never == 8
+    nothing = metrics.density_histogram(torch.zeros(5))
+    assert (sum(nothing.counts), nothing.never) == (0, 5)
+    always = metrics.density_histogram(torch.ones(5))
+    assert (sum(always.counts), always.never) == (5, 0)
