@@ -1,0 +1,29 @@
+"""Learning dictionaries: one loop, many objectives, an ordinary ``Autoencoder`` in the end."""
+
+from neuron_explainer.dictionaries.config import TrainConfig
+from neuron_explainer.dictionaries.config_files import read_config
+from neuron_explainer.dictionaries.objectives import (
+    Loss,
+    Moment,
+    Objective,
+    ObjectiveConfig,
+    SparseLatents,
+    TopKConfig,
+    register,
+)
+from neuron_explainer.dictionaries.train import StepReport, train, train_many
+
+__all__ = [
+    "Loss",
+    "Moment",
+    "Objective",
+    "ObjectiveConfig",
+    "SparseLatents",
+    "StepReport",
+    "TopKConfig",
+    "TrainConfig",
+    "read_config",
+    "register",
+    "train",
+    "train_many",
+]

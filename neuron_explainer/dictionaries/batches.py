@@ -1,0 +1,130 @@
+"""Where batches come from, and how a resumed run gets the one after the last it had.
+
+Any iterable of batches will do. One with ``state_dict`` and ``load_state_dict`` is put back to its
+place; a plain one that gives the same batches each time is started again and skipped forward; an
+iterator that can be gone through once only cannot be resumed, and says so.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuron_explainer.errors import InputError
+
+
+class BatchSource:
+    """Batches one by one, from the start again when they end; knows its place.
+
+    Args:
+        batches: any iterable.
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+        self._iterator: Iterator[Any] | None = None
+        self._taken = 0  # of the current pass over the batches, those waiting included
+        self._waiting: list[Any] = []
+
+    def next(self) -> Any:
+        """The next batch."""
+        return self._waiting.pop(0) if self._waiting else self._draw()
+
+    def peek(self, n: int) -> list[Any]:
+        """The next ``n`` batches, which :meth:`next` will still give."""
+        while len(self._waiting) < n:
+            self._waiting.append(self._draw())
+        return self._waiting[:n]
+
+    def _draw(self) -> Any:
+        for _ in range(2):
+            if self._iterator is None:
+                self._iterator, self._taken = iter(self._batches), 0
+            for batch in self._iterator:
+                self._taken += 1
+                return batch
+            self._iterator = None
+        raise InputError(
+            "the batches have come to an end and cannot be started again. Give fewer steps, or an "
+            "object that can be iterated over more than once (a list, a class with __iter__)."
+        )
+
+    @property
+    def _stateful(self) -> Any:
+        """What knows its own place: the iterator, or the batches themselves; None if neither."""
+        for candidate in (self._iterator, self._batches):
+            if hasattr(candidate, "state_dict") and hasattr(candidate, "load_state_dict"):
+                return candidate
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values from which :meth:`restore` finds back to this place."""
+        stateful = self._stateful
+        return {
+            "taken": self._taken,
+            "waiting": list(self._waiting),
+            "source": None if stateful is None else stateful.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go to the place where ``state`` was taken."""
+        self._waiting, self._taken = state["waiting"], state["taken"]
+        self._iterator = iter(self._batches)
+        if state["source"] is not None:
+            if self._stateful is None:
+                raise InputError(
+                    "the run was started with batches that have state_dict and load_state_dict; "
+                    "these have not, and their place cannot be found again."
+                )
+            self._stateful.load_state_dict(state["source"])
+            return
+        if self._iterator is self._batches:
+            raise InputError(
+                "an unfinished run is to be resumed, but its batches are an iterator that cannot be "
+                "started again. Give an object that can be iterated over more than once (a list, a "
+                "class with __iter__), or one with state_dict and load_state_dict."
+            )
+        for skipped in range(self._taken):
+            if next(self._iterator, self) is self:
+                raise InputError(
+                    f"an unfinished run had {self._taken} batches, and now they end after {skipped}: "
+                    "these are other batches."
+                )
+
+
+class TensorBatches:
+    """Rows of one tensor ``[N, n]`` in batches, in another seeded order each time through.
+
+    What is left over at the end of a pass is not used in it, so that all batches are of one size.
+    """
+
+    def __init__(self, rows: Tensor, batch_size: int, seed: int) -> None:
+        if rows.ndim != 2 or len(rows) < batch_size:
+            raise InputError(
+                f"expected a tensor [N, n] of at least one batch of {batch_size} activations, found "
+                f"{list(rows.shape)}; give more of them, or a smaller batch_size."
+            )
+        self._rows, self._batch_size, self._seed = rows, batch_size, seed
+        self._next = 0  # batch, over all passes
+        self._order = torch.empty(0, dtype=torch.int64)
+        self._pass = -1
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    def __next__(self) -> Tensor:
+        per_pass = len(self._rows) // self._batch_size
+        which, within = divmod(self._next, per_pass)
+        if which != self._pass:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + which)
+            self._order, self._pass = torch.randperm(len(self._rows), generator=generator), which
+        chosen = self._order[within * self._batch_size :][: self._batch_size]
+        self._next += 1
+        return self._rows[chosen.to(self._rows.device)]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self._next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._next = state["next"]

@@ -1,0 +1,207 @@
+"""What a run of dictionary learning is given: one flat, frozen dataclass, checked when it is made.
+
+The objective's own settings are a dataclass of their own, so that no field is there that has no
+meaning. ``config_files.py`` reads both from TOML and JSON, ``flags.py`` makes command lines of them.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from neuron_explainer.dictionaries.dictionary import DecoderNorm
+from neuron_explainer.dictionaries.normalization import DecoderBias
+from neuron_explainer.dictionaries.objectives import ObjectiveConfig, TopKConfig
+from neuron_explainer.dictionaries.schedules import Decay
+from neuron_explainer.errors import InputError
+
+Normalization = Literal["none", "constant", "center", "layer_norm", "rms"]
+Remedy = Literal["none", "resample", "ghost"]
+
+_DEFAULT_EXPANSION = 8.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a dictionary, next to its batches."""
+
+    objective: ObjectiveConfig = field(default_factory=TopKConfig)
+    """Which variant is trained, with its own settings."""
+
+    n_latents: int | None = None
+    """Number of latents; expansion times the width if not given."""
+    expansion: float | None = None
+    """Latents for each entry of the input, instead of n_latents; 8 if neither is given."""
+    tied: bool = False
+    """Whether the decoder is the transpose of the encoder."""
+    transcoder: bool = False
+    """Whether the output stands for another activation: batches are then pairs (input, target)."""
+    skip: bool = False
+    """Whether a linear map of a transcoder's input goes past the latents to its output."""
+
+    steps: int | None = None
+    """Number of batches to train on; give this or num_tokens."""
+    num_tokens: int | None = None
+    """Number of activations to train on, in batches of batch_size; what is left over is not used."""
+    batch_size: int = 4096
+    """Activations in a batch, where batches are made here; batches that are given are taken as they
+    are, and this only turns num_tokens into steps."""
+
+    lr: float = 3e-4
+    """Adam's learning rate once it is warmed up."""
+    beta1: float = 0.9
+    """Adam's decay of the mean of gradients."""
+    beta2: float = 0.999
+    """Adam's decay of the mean of squared gradients."""
+    eps: float = 1e-8
+    """Adam's eps."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises linearly."""
+    decay: Decay = "none"
+    """How the learning rate falls at the end: none, linear or cosine."""
+    decay_steps: int = 0
+    """Steps, the last ones, in which it falls; all if 0 and decay is not none."""
+    lr_end: float = 0.0
+    """Share of lr towards which it falls."""
+    grad_clip: float | None = None
+    """Largest norm of all gradients of a dictionary together; longer ones are shortened to it."""
+    sparsity_warmup_steps: int = 0
+    """Steps in which penalties for active latents rise linearly from zero."""
+
+    input_normalization: Normalization = "constant"
+    """What is done to activations before training. constant takes off the mean and divides by one
+    scale so that the variance is 1, both measured on the first batches and folded into the finished
+    weights; center, layer_norm and rms work on each vector by itself and are recorded in the
+    autoencoder; none leaves activations as they are."""
+    sample_batches: int = 1
+    """First batches on which mean, scale and first bias are measured; they are trained on too."""
+    decoder_bias: DecoderBias = "geometric_median"
+    """Where the decoder's bias starts: geometric_median or mean of the first batches, or zeros."""
+    decoder_norm: DecoderNorm = "unit"
+    """Norm of decoder rows: unit keeps each at 1, at_most_unit lets it shrink, free leaves it."""
+
+    dead_after_tokens: int = 10_000_000
+    """Activations in a row without which a latent counts as dead."""
+    remedy: Remedy = "none"
+    """What is done for dead latents besides AuxK: resample gives them the directions of badly
+    reconstructed activations every resample_every steps, ghost adds a loss that only they get."""
+    resample_every: int = 25_000
+    """Steps between two resamplings; the learning rate warms up again after each."""
+
+    seed: int = 0
+    """Of the first directions, of resampling, and of the order of batches that are made here."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Of the weights while they are trained."""
+    autocast: bool = False
+    """Whether matrix products are computed in bfloat16."""
+    device: str | None = None
+    """Where to train; where the batches are if not given."""
+
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints, if there is a folder."""
+    keep_checkpoints: int = 2
+    """Checkpoints that stay, the newest."""
+    log_every: int = 100
+    """Steps between two lines of the log."""
+
+    location: str | None = None
+    """Where in the model the inputs come from, such as 3/mlp.post_act; recorded."""
+    output_location: str | None = None
+    """What a transcoder's output stands for; recorded."""
+    model_name: str | None = None
+    """The model whose activations these are; recorded."""
+
+    def __post_init__(self) -> None:
+        _ = self.objective.name  # an error if it is none
+        self._check_numbers()
+        self._check_size()
+        self._check_schedule()
+        self._check_transcoder()
+        self._check_decoder()
+
+    def _check_numbers(self) -> None:
+        for name in ("batch_size", "sample_batches", "dead_after_tokens", "resample_every"):
+            _check(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
+            _check(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        for name in ("warmup_steps", "decay_steps", "sparsity_warmup_steps"):
+            _check(name, getattr(self, name) >= 0, "at least 0", getattr(self, name))
+        _check("lr", self.lr > 0 and math.isfinite(self.lr), "above 0", self.lr)
+        _check("eps", self.eps > 0, "above 0", self.eps)
+        _check("beta1", 0 <= self.beta1 < 1, "in 0 to 1, 1 excluded", self.beta1)
+        _check("beta2", 0 <= self.beta2 < 1, "in 0 to 1, 1 excluded", self.beta2)
+        _check("lr_end", 0 <= self.lr_end <= 1, "a share of lr, in 0 to 1", self.lr_end)
+        if self.grad_clip is not None:
+            _check("grad_clip", self.grad_clip > 0, "above 0, or not given", self.grad_clip)
+
+    def _check_size(self) -> None:
+        if self.n_latents is not None and self.expansion is not None:
+            raise InputError("give n_latents or expansion, not both.")
+        for name in ("n_latents", "expansion", "steps"):
+            value = getattr(self, name)
+            if value is not None:
+                _check(name, value > 0, "above 0", value)
+        if (self.steps is None) == (self.num_tokens is None):
+            raise InputError("give one of steps and num_tokens: how long to train.")
+        if self.num_tokens is not None and self.num_tokens < self.batch_size:
+            raise InputError(
+                f"num_tokens = {self.num_tokens} is less than one batch of {self.batch_size}: there "
+                "would be nothing to train on. Give more tokens, or a smaller batch_size."
+            )
+
+    def _check_schedule(self) -> None:
+        if self.decay == "none" and self.decay_steps:
+            raise InputError("decay_steps needs decay = linear or cosine.")
+        for name in ("warmup_steps", "decay_steps"):
+            if getattr(self, name) > self.total_steps:
+                raise InputError(
+                    f"{name} = {getattr(self, name)} is more than the {self.total_steps} steps of "
+                    "the run: the learning rate would never be what it should."
+                )
+
+    def _check_transcoder(self) -> None:
+        if self.transcoder:
+            if self.tied:
+                raise InputError("a transcoder's decoder cannot be tied to its encoder.")
+            if self.skip and self.input_normalization not in ("none", "constant"):
+                raise InputError(
+                    f"skip with input_normalization = {self.input_normalization}: the skip "
+                    "connection takes inputs as the model has them; use constant or none."
+                )
+            return
+        if self.skip or self.output_location is not None:
+            raise InputError("skip and output_location are for transcoders: set transcoder = true.")
+
+    def _check_decoder(self) -> None:
+        if self.remedy == "resample" and self.decay != "none":
+            start = self.total_steps - (self.decay_steps or self.total_steps)
+            if start < self.resample_every:
+                raise InputError(
+                    "the learning rate decays before the first resampling; make decay_steps or "
+                    "resample_every smaller."
+                )
+
+    @property
+    def total_steps(self) -> int:
+        """Batches to train on."""
+        if self.steps is not None:
+            return self.steps
+        assert self.num_tokens is not None
+        return self.num_tokens // self.batch_size
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
+    def latents_for(self, n_inputs: int) -> int:
+        """Number of latents for activations of a width."""
+        if self.n_latents is not None:
+            return self.n_latents
+        return max(1, round((self.expansion or _DEFAULT_EXPANSION) * n_inputs))
+
+
+def _check(name: str, right: bool, expected: str, found: object) -> None:
+    if not right:
+        raise InputError(f"{name} must be {expected}, found {found!r}.")

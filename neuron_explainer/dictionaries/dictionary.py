@@ -1,0 +1,189 @@
+"""A dictionary while it is being learned: encoder and decoder, and the scale that inputs get.
+
+Rows are latents in both matrices, so that what is done to a latent is done to a row of memory. What
+training gives in the end is a plain ``Autoencoder`` of activations as the model has them.
+
+Shape legend: ``b`` tokens of a batch, ``n`` inputs, ``o`` outputs, ``l`` latents, ``k`` active ones.
+"""
+
+import contextlib
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neuron_explainer.models.autoencoder import Autoencoder
+
+DecoderNorm = Literal["unit", "at_most_unit", "free"]
+
+
+class Dictionary(nn.Module):
+    """Encoder ``[l, n]``, decoder ``[l, o]`` and their biases, in units of normalised inputs.
+
+    Args:
+        n_latents: ``l``.
+        n_inputs: ``n``.
+        n_outputs: ``o`` of a transcoder, whose output stands for another activation than its
+            input; None for an autoencoder.
+        tied: whether the decoder is the encoder.
+        skip: whether a linear map of the input goes past the latents; transcoders only.
+        autocast: whether matrix products are computed in bfloat16.
+        generator: draws the first directions, on the CPU so that they do not depend on the device.
+    """
+
+    input_mean: Tensor
+    """``[n]``, taken off inputs."""
+    input_scale: Tensor
+    """``[]``, inputs are divided by it."""
+    target_mean: Tensor
+    target_scale: Tensor
+    variance: Tensor
+    """``[]``: mean squared distance of a normalised target from the mean of all."""
+
+    def __init__(
+        self,
+        n_latents: int,
+        n_inputs: int,
+        n_outputs: int | None = None,
+        *,
+        tied: bool = False,
+        skip: bool = False,
+        autocast: bool = False,
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_latents, self.n_inputs = n_latents, n_inputs
+        self.is_transcoder = n_outputs is not None
+        self.n_outputs = n_inputs if n_outputs is None else n_outputs
+        self.autocast = autocast
+        directions = _unit_rows(n_latents, n_inputs, generator, dtype)
+        self.encoder = nn.Parameter(directions)
+        self.decoder: nn.Parameter | None = None
+        if not tied:
+            # A transcoder's two spaces are strangers; an autoencoder's latent starts as one direction.
+            same = not self.is_transcoder
+            self.decoder = nn.Parameter(
+                directions.clone()
+                if same
+                else _unit_rows(n_latents, self.n_outputs, generator, dtype)
+            )
+        self.latent_bias = nn.Parameter(torch.zeros(n_latents, dtype=dtype))
+        self.pre_bias = nn.Parameter(torch.zeros(n_inputs, dtype=dtype))
+        self.post_bias: nn.Parameter | None = None
+        self.skip: nn.Parameter | None = None
+        if self.is_transcoder:
+            self.post_bias = nn.Parameter(torch.zeros(self.n_outputs, dtype=dtype))
+        if skip:
+            self.skip = nn.Parameter(torch.zeros(self.n_outputs, n_inputs, dtype=dtype))
+        for side, width in (("input", n_inputs), ("target", self.n_outputs)):
+            self.register_buffer(f"{side}_mean", torch.zeros(width, dtype=dtype))
+            self.register_buffer(f"{side}_scale", torch.ones((), dtype=dtype))
+        self.register_buffer("variance", torch.ones((), dtype=dtype))
+
+    @property
+    def rows(self) -> nn.Parameter:
+        """``[l, o]``: the directions that latents add to the output."""
+        return self.encoder if self.decoder is None else self.decoder
+
+    @property
+    def out_bias(self) -> nn.Parameter:
+        """``[o]``: what the output is when no latent is active."""
+        return self.pre_bias if self.post_bias is None else self.post_bias
+
+    def encoder_bias(self, latents: Tensor | None = None) -> Tensor:
+        """``[l]``, or of some: the bias with ``pre_bias`` in it.
+
+        Taken apart from the input, which then needs no gradient: a third of the encoder's work.
+        """
+        weight, bias = self._encoder_of(latents)
+        return bias - weight @ self.pre_bias
+
+    def pre_act(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
+        """``[b, n] -> [b, l]``, or of some latents only, before the activation function."""
+        weight, bias = self._encoder_of(latents)
+        with self.products(x):
+            return F.linear(x, weight, bias - weight @ self.pre_bias).to(x.dtype)
+
+    def decode(self, latents: Tensor, x: Tensor) -> Tensor:
+        """``[b, l]`` dense, ``[b, n]`` (for the skip connection) ``-> [b, o]``."""
+        with self.products(x):
+            recons = (latents @ self.rows).to(x.dtype)
+        return self.add_rest(recons, x)
+
+    def add_rest(self, recons: Tensor, x: Tensor) -> Tensor:
+        """``[b, o]``: what the latents give, plus bias and skip connection."""
+        recons = recons + self.out_bias
+        if self.skip is None:
+            return recons
+        with self.products(x):
+            return recons + F.linear(x, self.skip).to(x.dtype)
+
+    def products(self, x: Tensor) -> contextlib.AbstractContextManager[Any]:
+        """Matrix products inside run in bfloat16 if this dictionary was told to."""
+        if not self.autocast:
+            return contextlib.nullcontext()
+        return torch.autocast(x.device.type, torch.bfloat16)
+
+    def _encoder_of(self, latents: Tensor | None) -> tuple[Tensor, Tensor]:
+        if latents is None:
+            return self.encoder, self.latent_bias
+        return self.encoder[latents], self.latent_bias[latents]
+
+    # ---- the norm of decoder rows --------------------------------------------------------------
+
+    @torch.no_grad()
+    def constrain_gradient(self, norm: DecoderNorm) -> None:
+        """Before a step: drop the part of the gradient that only moves a row's length.
+
+        With ``"at_most_unit"`` a row shorter than 1 may change its length, and one of length 1 may
+        become shorter.
+        """
+        rows, grad = self.rows, self.rows.grad
+        if norm == "free" or grad is None:
+            return
+        along = torch.linalg.vecdot(grad, rows)
+        squared = torch.linalg.vecdot(rows, rows)
+        if norm == "at_most_unit":
+            along = torch.where((squared >= 1 - 1e-5) & (along < 0), along, 0.0)
+        grad.addcmul_(rows, (along / squared.clamp_min(1e-12))[:, None], value=-1)
+
+    @torch.no_grad()
+    def constrain_rows(self, norm: DecoderNorm) -> None:
+        """After a step: rows of length exactly, or at most, 1."""
+        if norm == "free":
+            return
+        length = torch.linalg.vector_norm(self.rows, dim=1, keepdim=True)
+        self.rows.div_(length.clamp_min(1e-12 if norm == "unit" else 1.0))
+
+    # ---- what comes of it ----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fold_into(self, autoencoder: Autoencoder) -> None:
+        """Write the same function of activations as the model has them into ``autoencoder``.
+
+        The activation functions commute with a positive factor, so the scale moves from the
+        inputs to the latents: they come out in units of the target.
+        """
+        ratio = self.target_scale / self.input_scale
+        autoencoder.encoder.weight.copy_(self.encoder * ratio)
+        autoencoder.latent_bias.copy_(self.latent_bias * self.target_scale)
+        autoencoder.pre_bias.copy_(self.pre_bias * self.input_scale + self.input_mean)
+        if self.decoder is not None:
+            autoencoder.decoder.weight.copy_(self.decoder.t())
+        if self.post_bias is None:
+            return
+        assert autoencoder.post_bias is not None
+        post_bias = self.post_bias * self.target_scale + self.target_mean
+        if self.skip is not None:
+            assert autoencoder.skip is not None
+            autoencoder.skip.weight.copy_(self.skip * ratio)
+            post_bias = post_bias - (self.skip * ratio) @ self.input_mean
+        autoencoder.post_bias.copy_(post_bias)
+
+
+def _unit_rows(
+    n_rows: int, width: int, generator: torch.Generator | None, dtype: torch.dtype
+) -> Tensor:
+    return F.normalize(torch.randn(n_rows, width, generator=generator, dtype=dtype), dim=1)

@@ -1,0 +1,30 @@
+"""The variants of dictionary learning, each a small config and a loss.
+
+Importing this registers all of them; see :mod:`.base` for how to add one from outside.
+"""
+
+from neuron_explainer.dictionaries.objectives.base import (
+    Loss,
+    Moment,
+    Objective,
+    ObjectiveConfig,
+    SparseLatents,
+    config_class,
+    make_objective,
+    register,
+    registered,
+)
+from neuron_explainer.dictionaries.objectives.topk import TopKConfig
+
+__all__ = [
+    "Loss",
+    "Moment",
+    "Objective",
+    "ObjectiveConfig",
+    "SparseLatents",
+    "TopKConfig",
+    "config_class",
+    "make_objective",
+    "register",
+    "registered",
+]

@@ -1,0 +1,153 @@
+"""What a variant of dictionary learning is: a loss, an activation, perhaps something after a step.
+
+The loop in ``train.py`` knows no variant. A new one is a frozen dataclass of its settings and a
+subclass of :class:`Objective` that is registered for it:
+
+    @dataclass(frozen=True)
+    class MyConfig(ObjectiveConfig):
+        strength: float = 1.0
+
+    @register("mine", MyConfig)
+    class Mine(Objective[MyConfig]):
+        def loss(self, dictionary, x, target, moment): ...
+        def activation(self, scale): ...
+
+Shape legend: ``b`` tokens of a batch, ``n`` inputs, ``o`` outputs, ``l`` latents, ``k`` active ones.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+from neuron_explainer.dictionaries.dictionary import Dictionary
+from neuron_explainer.errors import InputError, did_you_mean
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Settings of one objective; each objective has its own subclass."""
+
+    @property
+    def name(self) -> str:
+        """Under which the objective is registered."""
+        for name, (config_class, _) in _REGISTRY.items():
+            if type(self) is config_class:
+                return name
+        raise InputError(
+            f"{type(self).__name__} is not registered as the settings of an objective."
+        )
+
+
+class Moment(NamedTuple):
+    """Where in the run a loss is computed."""
+
+    step: int
+    """From 0."""
+    sparsity: float
+    """Factor on sparsity penalties, 1 after their warm-up."""
+    dead: Tensor
+    """``[d]`` int64: latents that have been silent for too long."""
+
+
+class SparseLatents(NamedTuple):
+    """Which latents were active, without a ``[b, l]`` tensor."""
+
+    values: Tensor
+    """``[b, k]`` or ``[m]``; 0 where none is active."""
+    indices: Tensor
+    """Of the same shape, int64."""
+
+
+class Loss(NamedTuple):
+    """What an objective makes of a batch."""
+
+    total: Tensor
+    """``[]``, minimised."""
+    terms: dict[str, Tensor]
+    """``[]`` each, detached: the parts of ``total``, for the log."""
+    error: Tensor
+    """``[b, o]``, detached: target minus reconstruction, normalised."""
+    latents: Tensor | SparseLatents
+    """``[b, l]``, detached, or the active ones only."""
+
+
+C = TypeVar("C", bound=ObjectiveConfig)
+
+
+class Objective(nn.Module, ABC, Generic[C]):
+    """A loss, with the parameters and running numbers that only training needs.
+
+    All that changes from step to step is kept in parameters and buffers: they are what a checkpoint
+    holds. Parameters whose first axis is ``l`` have Adam's moments reset with their latent.
+    """
+
+    trains_latent_bias: ClassVar[bool] = True
+
+    def __init__(self, config: C, dictionary: Dictionary) -> None:
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
+        """Of normalised inputs ``[b, n]`` and targets ``[b, o]`` (the same tensor but for
+        transcoders). Losses of tokens are summed over the width and averaged over the batch."""
+
+    @abstractmethod
+    def activation(self, scale: float) -> nn.Module:
+        """For the finished ``Autoencoder``, whose latents are ``scale`` times those in training."""
+
+    def after_step(self, dictionary: Dictionary, loss: Loss, moment: Moment) -> None:
+        """Called after each step of the optimiser, without gradients."""
+
+    def revive(self, latents: Tensor) -> None:
+        """Called when ``latents`` ``[d]`` got new directions: forget what was learned of the old."""
+
+    def group_sizes(self) -> tuple[int, ...] | None:
+        """Of a Matryoshka dictionary."""
+        return None
+
+
+_REGISTRY: dict[str, tuple[type[ObjectiveConfig], type[Objective[Any]]]] = {}
+
+
+def register(
+    name: str, config_class: type[ObjectiveConfig]
+) -> Callable[[type[Objective[Any]]], type[Objective[Any]]]:
+    """Class decorator: makes an objective known by a name and by the class of its settings."""
+
+    def decorate(objective: type[Objective[Any]]) -> type[Objective[Any]]:
+        known = _REGISTRY.get(name)
+        if known is not None and known[1].__qualname__ != objective.__qualname__:
+            raise InputError(f"an objective {name!r} is registered already: {known[1].__name__}.")
+        _REGISTRY[name] = (config_class, objective)
+        return objective
+
+    return decorate
+
+
+def registered() -> list[str]:
+    """Names of all known objectives."""
+    return sorted(_REGISTRY)
+
+
+def config_class(name: str) -> type[ObjectiveConfig]:
+    """The settings that the objective ``name`` takes."""
+    if name not in _REGISTRY:
+        raise InputError(
+            f"unknown objective {name!r}.{did_you_mean(name, _REGISTRY)} "
+            f"Known: {', '.join(registered())}."
+        )
+    return _REGISTRY[name][0]
+
+
+def make_objective(config: ObjectiveConfig, dictionary: Dictionary) -> Objective[Any]:
+    """The objective that ``config`` sets, for one dictionary."""
+    return _REGISTRY[config.name][1](config, dictionary)
+
+
+def squared_error(error: Tensor) -> Tensor:
+    """``[b, o] -> []``: summed over the width, averaged over the batch."""
+    return error.square().sum() / len(error)

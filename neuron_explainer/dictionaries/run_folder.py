@@ -1,0 +1,176 @@
+"""The folder of a run: its config, its log, its checkpoints, and what comes of it in the end.
+
+    config.json                      the run's settings, for the record and for resuming
+    log.jsonl                        one line each log_every steps
+    checkpoints/00001200/            state.json, state.safetensors: all that is needed to go on
+    autoencoders/<name>/             what was trained (``autoencoder/`` where there is only one)
+    finished.json                    written last
+
+A folder is never overwritten. The same settings on an unfinished one go on with it.
+"""
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from neuron_explainer import files
+from neuron_explainer.errors import CheckpointError, InputError
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+_STATE, _TENSORS = "state.json", "state.safetensors"
+
+
+class RunFolder:
+    """One run on disk.
+
+    Args:
+        path: absent, empty, or the folder of an unfinished run with the same settings.
+        settings: of the run, as JSON can hold them.
+        keep: how many checkpoints stay.
+    """
+
+    def __init__(self, path: str | Path, settings: dict[str, Any], keep: int) -> None:
+        self.path = Path(path)
+        self._settings, self._keep = settings, keep
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """Check that the folder is ours to use, and keep others out of it in the meantime."""
+        config = self.path / "config.json"
+        if not config.exists() and self.path.exists() and _visible(self.path):
+            raise InputError(f"{self.path} is not empty and holds no run; choose another folder.")
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise InputError(f"{self.path} is in use: another process trains there.") from None
+        try:
+            if config.exists():
+                self._check_same(files.read_json(config))
+            else:
+                content = {"format_version": FORMAT_VERSION, "kind": "dictionary_training"}
+                files.write_json(config, {**content, **self._settings})
+            yield
+        finally:
+            lock.release()
+
+    def _check_same(self, stored: Mapping[str, Any]) -> None:
+        if (self.path / "finished.json").exists():
+            raise InputError(
+                f"{self.path} holds a finished run: load what it trained with Autoencoder.load("
+                f"{str(self.path / 'autoencoder')!r}), or train in another folder."
+            )
+        known = {"format_version": FORMAT_VERSION, "kind": "dictionary_training"}
+        if any(stored.get(key) != value for key, value in known.items()):
+            raise CheckpointError(f"{self.path / 'config.json'} is not that of a run known here.")
+        differences = list(_differences(stored, {**known, **self._settings}))
+        if differences:
+            raise InputError(
+                f"{self.path} holds an unfinished run with other settings ("
+                + "; ".join(differences[:5])
+                + "). Give the same settings to go on with it, or another folder."
+            )
+
+    # ---- checkpoints ---------------------------------------------------------------------------
+
+    def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint, whole or not at all; then, and only then, older ones may go."""
+        tensors: dict[str, Tensor] = {}
+        tree = _take_tensors(state, "", tensors)
+        target = self.path / "checkpoints" / f"{step:08d}"
+        if target.exists():  # a damaged one, passed over when the run was resumed
+            shutil.rmtree(target)
+        with files.atomic_folder(target) as temporary:
+            safetensors.torch.save_file(tensors, temporary / _TENSORS)
+            files.write_json(
+                temporary / _STATE,
+                {"format_version": FORMAT_VERSION, "step": step, "state": tree},
+            )
+        for old in self._checkpoints()[self._keep :]:
+            shutil.rmtree(old)
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The newest state that can be read; None if there is none.
+
+        Leftovers of writes that were cut off are removed.
+        """
+        for leftover in (self.path / "checkpoints").glob(".*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        found = self._checkpoints()
+        for folder in found:
+            try:
+                tensors = safetensors.torch.load_file(folder / _TENSORS)
+                stored = files.read_json(folder / _STATE)
+                state: dict[str, Any] = _put_tensors(stored["state"], tensors)
+                return state
+            except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+                logger.warning("%s is damaged and passed over: %s", folder, error)
+        if found:
+            raise CheckpointError(
+                f"none of the checkpoints in {self.path / 'checkpoints'} can be read; remove them "
+                "to begin the run anew."
+            )
+        return None
+
+    def _checkpoints(self) -> list[Path]:
+        """Newest first."""
+        folder = self.path / "checkpoints"
+        if not folder.exists():
+            return []
+        found = [path for path in folder.iterdir() if path.name.isdigit()]
+        return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+    def finish(self, step: int, metrics: dict[str, Any]) -> None:
+        """Mark the run as finished."""
+        files.write_json(self.path / "finished.json", {"step": step, "metrics": metrics})
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
+    """``name: old -> new`` for every value that is not the same in two trees."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in dict.fromkeys([*old, *new]):
+            inner = f"{where}.{key}" if where else str(key)
+            yield from _differences(old.get(key), new.get(key), inner)
+    elif old != new:
+        yield f"{where}: {old!r} there, {new!r} now"
+
+
+def _take_tensors(tree: Any, where: str, tensors: dict[str, Tensor]) -> Any:
+    """``tree`` with each tensor moved to ``tensors`` and its name left in its place."""
+    if isinstance(tree, Tensor):
+        # A copy: safetensors refuses tensors that share memory.
+        tensors[where] = tree.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": where}
+    if isinstance(tree, Mapping):
+        assert all(isinstance(key, str) for key in tree), f"{where}: keys must be text"
+        return {"map": {k: _take_tensors(v, f"{where}/{k}", tensors) for k, v in tree.items()}}
+    if isinstance(tree, list | tuple):
+        return {"list": [_take_tensors(v, f"{where}/{i}", tensors) for i, v in enumerate(tree)]}
+    return {"value": tree}
+
+
+def _put_tensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of :func:`_take_tensors`; tuples have become lists."""
+    ((kind, content),) = tree.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "map":
+        return {key: _put_tensors(value, tensors) for key, value in content.items()}
+    if kind == "list":
+        return [_put_tensors(value, tensors) for value in content]
+    return content

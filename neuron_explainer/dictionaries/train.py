@@ -1,0 +1,369 @@
+"""The loop: batches in, autoencoders out. It knows no objective; it owns order, schedule and state.
+
+    autoencoder = train(TrainConfig(TopKConfig(k=32), n_latents=4096, steps=10_000), batches)
+
+With a folder it writes checkpoints and a log, and a run that was killed at any moment goes on when
+it is started again, to the same weights bit for bit (CPU, same machine and number of threads).
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from neuron_explainer.dictionaries.batches import BatchSource, TensorBatches
+from neuron_explainer.dictionaries.config import TrainConfig
+from neuron_explainer.dictionaries.config_files import to_dict
+from neuron_explainer.dictionaries.denormals import flush_denormals
+from neuron_explainer.dictionaries.logs import JsonLines, Logger, ProgressBar, open_loggers
+from neuron_explainer.dictionaries.objectives import Loss
+from neuron_explainer.dictionaries.run_folder import RunFolder
+from neuron_explainer.dictionaries.trainee import Trainee
+from neuron_explainer.errors import InputError
+from neuron_explainer.models.autoencoder import Autoencoder
+
+ONLY = "autoencoder"
+"""Name of the dictionary where there is only one."""
+
+# All dictionaries of a run share these: one step, one checkpoint, one line of the log for all.
+_SHARED = ("total_steps", "sample_batches", "checkpoint_every", "keep_checkpoints", "log_every")
+
+Batch = Mapping[str, tuple[Tensor, Tensor]]
+"""By dictionary: inputs ``[b, n]`` and targets ``[b, o]``, the same tensor but for transcoders."""
+
+
+class StepReport(NamedTuple):
+    """What callbacks get after each step. Looking into a tensor waits for the device."""
+
+    step: int
+    """Steps done so far, this one included."""
+    losses: Mapping[str, Loss]
+    """By dictionary."""
+    trainees: Mapping[str, Trainee]
+    """By dictionary; not to be changed."""
+
+
+Callback = Callable[[StepReport], None]
+
+
+def train(
+    config: TrainConfig,
+    batches: Iterable[Any],
+    folder: str | Path | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = True,
+    log_to: Sequence[str] = (),
+) -> Autoencoder:
+    """Train one dictionary and return it as an autoencoder of activations as the model has them.
+
+    Args:
+        config: what to train and how.
+        batches: any iterable of tensors ``[b, n]``, or for a transcoder of pairs ``[b, n], [b, o]``.
+            It is gone through again when it ends. A single tensor ``[N, n]`` is cut into shuffled
+            batches of ``config.batch_size``.
+        folder: for config, log, checkpoints and result; without it nothing is written. An
+            unfinished run with the same config is resumed; any other content is an error.
+        callbacks: called with a :class:`StepReport` after each step.
+        progress: whether to show a progress bar.
+        log_to: any of ``"tensorboard"``, ``"wandb"``, next to ``log.jsonl``.
+    """
+    if isinstance(batches, Tensor):
+        batches = TensorBatches(batches, config.batch_size, config.seed)
+    run = _Run({ONLY: config}, batches, single=True)
+    return run.to_end(folder, callbacks, progress, log_to)[ONLY]
+
+
+def train_many(
+    configs: Mapping[str, TrainConfig],
+    batches: Iterable[Mapping[str, Any]],
+    folder: str | Path | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = True,
+    log_to: Sequence[str] = (),
+) -> dict[str, Autoencoder]:
+    """:func:`train` of several dictionaries at once, on batches ``{name: tensor}``.
+
+    For activations of many locations that come from one forward pass. The dictionaries may differ
+    in everything but the number of steps and how often there is a checkpoint or a line of the log.
+    """
+    if not configs:
+        raise InputError("train_many: no configs were given.")
+    run = _Run(dict(configs), batches, single=False)
+    return run.to_end(folder, callbacks, progress, log_to)
+
+
+class _Run:
+    """Dictionaries, their optimiser, their batches, and the step they have reached."""
+
+    def __init__(
+        self, configs: dict[str, TrainConfig], batches: Iterable[Any], *, single: bool
+    ) -> None:
+        self.configs, self.single = configs, single
+        self.shared = next(iter(configs.values()))
+        for name in _SHARED:
+            values = {getattr(config, name) for config in configs.values()}
+            if len(values) > 1:
+                raise InputError(
+                    f"dictionaries that are trained together need the same {name}, found "
+                    f"{', '.join(map(str, sorted(values)))}."
+                )
+        self.source = BatchSource(batches)
+        self.step = 0
+        self.tokens = 0
+        self.trainees: dict[str, Trainee] = {}
+        self.unchecked: list[tuple[int, str, Loss]] = []
+
+    # ---- beginning ---------------------------------------------------------------------------------
+
+    def settings(self) -> dict[str, Any]:
+        return {"dictionaries": {name: to_dict(c) for name, c in self.configs.items()}}
+
+    def begin(self) -> None:
+        """A new run: sizes, means and scales come from the first batches, left for training."""
+        sample = [self.read(raw) for raw in self.source.peek(self.shared.sample_batches)]
+        for name, config in self.configs.items():
+            pairs = [batch[name] for batch in sample]
+            (x, target) = pairs[0]
+            n_outputs = target.shape[1] if config.transcoder else None
+            trainee = Trainee(config, x.shape[1], n_outputs, x.device)
+            self.trainees[name] = trainee.measure(pairs)
+        self.make_optimizer()
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        for name, config in self.configs.items():
+            n_inputs, n_outputs, device = state["sizes"][name]
+            trainee = Trainee(config, n_inputs, n_outputs, torch.device(device))
+            trainee.load_state(state["trainees"][name])
+            self.trainees[name] = trainee
+        self.make_optimizer()
+        for name, moments in state["optimizer"].items():
+            parameter = self.parameters[name]
+            # "step" stays where it is, on the CPU or not: Adam made it there itself.
+            self.optimizer.state[parameter] = {
+                key: value.to(parameter.device) for key, value in moments.items()
+            }
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.source.restore(state["source"])
+
+    def make_optimizer(self) -> None:
+        self.parameters = {
+            f"{name}/{inner}": parameter
+            for name, trainee in self.trainees.items()
+            for inner, parameter in trainee.named_parameters()
+            if parameter.requires_grad
+        }
+        groups = [
+            {
+                "params": [p for p in trainee.parameters() if p.requires_grad],
+                "lr": trainee.config.lr,
+                "betas": (trainee.config.beta1, trainee.config.beta2),
+                "eps": trainee.config.eps,
+            }
+            for trainee in self.trainees.values()
+        ]
+        self.optimizer = torch.optim.Adam(groups, fused=True)
+
+    def state(self) -> dict[str, Any]:
+        """All that :meth:`resume` needs."""
+        sizes = {}
+        for name, trainee in self.trainees.items():
+            d = trainee.dictionary
+            n_outputs = d.n_outputs if d.is_transcoder else None
+            sizes[name] = [d.n_inputs, n_outputs, str(d.encoder.device)]
+        return {
+            "sizes": sizes,
+            "trainees": {name: trainee.state() for name, trainee in self.trainees.items()},
+            "optimizer": {
+                name: dict(self.optimizer.state[parameter])
+                for name, parameter in self.parameters.items()
+                if parameter in self.optimizer.state
+            },
+            "step": self.step,
+            "tokens": self.tokens,
+            "source": self.source.state(),
+        }
+
+    # ---- one step --------------------------------------------------------------------------------
+
+    def read(self, raw: Any) -> Batch:
+        """A batch as it came, as pairs on the right device, or an error that says what it is."""
+        by_name = {ONLY: raw} if self.single else raw
+        if not isinstance(by_name, Mapping):
+            raise InputError(
+                f"expected batches {{name: tensor}} for {', '.join(self.configs)}, found "
+                f"{type(raw).__name__}."
+            )
+        missing = [name for name in self.configs if name not in by_name]
+        if missing:
+            raise InputError(
+                f"a batch has nothing for {', '.join(missing)}; it has {', '.join(by_name)}."
+            )
+        return {
+            name: _pair(by_name[name], config, self.trainees.get(name))
+            for name, config in self.configs.items()
+        }
+
+    def train_step(self) -> tuple[dict[str, Loss], Batch]:
+        """One update of every dictionary; losses and the normalised batch."""
+        batch = self.read(self.source.next())
+        self.tokens += len(next(iter(batch.values()))[0])
+        self.optimizer.zero_grad()
+        losses, seen = {}, {}
+        for group, (name, trainee) in zip(
+            self.optimizer.param_groups, self.trainees.items(), strict=True
+        ):
+            group["lr"] = trainee.lr(self.step)
+            x, target = trainee.normalize(*batch[name])
+            loss = trainee.loss(x, target, self.step)
+            self.note(name, loss, x, target)
+            loss.total.backward()  # type: ignore[no-untyped-call]
+            trainee.before_step()
+            losses[name], seen[name] = loss._replace(total=loss.total.detach()), (x, target)
+        self.optimizer.step()
+        for name, trainee in self.trainees.items():
+            trainee.after_step(*seen[name], losses[name], self.step, self.optimizer)
+        self.step += 1
+        return losses, seen
+
+    def note(self, name: str, loss: Loss, x: Tensor, target: Tensor) -> None:
+        """Look at once for NaN where that costs nothing; elsewhere before the next log line."""
+        self.unchecked.append((self.step, name, loss))
+        if loss.total.device.type == "cpu":
+            self.check(x, target)
+
+    def check(self, x: Tensor | None = None, target: Tensor | None = None) -> None:
+        """An error if a loss since the last look was not finite."""
+        for step, name, loss in self.unchecked:
+            if bool(torch.isfinite(loss.total)):
+                continue
+            bad = [t for t, value in loss.terms.items() if not bool(torch.isfinite(value))]
+            what = f"the term {', '.join(bad) or 'total'} of the loss is not finite"
+            if any(t is not None and not bool(torch.isfinite(t).all()) for t in (x, target)):
+                what = f"the batch holds NaN or infinity, so that {what}"
+            raise InputError(
+                f"step {step + 1}, {name}: {what}. Nothing of this step is saved; the last checkpoint "
+                "stays. Look at the batch, or lower the learning rate."
+            )
+        self.unchecked.clear()
+
+    # ---- the loop --------------------------------------------------------------------------------
+
+    def to_end(
+        self,
+        folder: str | Path | None,
+        callbacks: Sequence[Callback],
+        progress: bool,
+        log_to: Sequence[str],
+    ) -> dict[str, Autoencoder]:
+        with flush_denormals():
+            if folder is None:
+                open_loggers(log_to, None, 0, {})
+                self.begin()
+                self.loop(None, callbacks, progress, log_to)
+                return {name: trainee.finish() for name, trainee in self.trainees.items()}
+            place = RunFolder(folder, self.settings(), self.shared.keep_checkpoints)
+            with place.open():
+                state = place.load_checkpoint()
+                if state is None:
+                    self.begin()
+                else:
+                    self.resume(state)
+                metrics = self.loop(place, callbacks, progress, log_to)
+                return self.save_results(place, metrics)
+
+    def loop(
+        self,
+        place: RunFolder | None,
+        callbacks: Sequence[Callback],
+        progress: bool,
+        log_to: Sequence[str],
+    ) -> dict[str, dict[str, float]]:
+        """Steps, from the one reached to the last; returns the last metrics."""
+        c, metrics = self.shared, dict[str, dict[str, float]]()
+        bar = ProgressBar(c.total_steps, self.step, progress)
+        lines = None if place is None else JsonLines(place.path / "log.jsonl", self.step)
+        path = None if place is None else place.path
+        loggers: list[Logger] = [bar, *([lines] if lines else [])]
+        loggers += open_loggers(log_to, path, self.step, self.settings())
+        clock = _Clock(self.tokens)
+        try:
+            while self.step < c.total_steps:
+                losses, seen = self.train_step()
+                bar.step()
+                last = self.step == c.total_steps
+                if self.step % c.log_every == 0 or last:
+                    self.check()
+                    common = {"tokens": self.tokens, "tokens_per_second": clock.rate(self.tokens)}
+                    metrics = {
+                        name: {**t.metrics(losses[name], seen[name][1]), "lr": t.lr(self.step - 1)}
+                        for name, t in self.trainees.items()
+                    }
+                    for logger in loggers:
+                        logger.write(self.step, common, metrics)
+                for callback in callbacks:
+                    callback(StepReport(self.step, losses, self.trainees))
+                if place is not None and (self.step % c.checkpoint_every == 0 or last):
+                    self.check()
+                    assert lines is not None
+                    lines.sync()
+                    place.save_checkpoint(self.step, self.state())
+        finally:
+            for logger in loggers:
+                logger.close()
+        return metrics
+
+    def save_results(
+        self, place: RunFolder, metrics: dict[str, dict[str, float]]
+    ) -> dict[str, Autoencoder]:
+        found = {name: trainee.finish() for name, trainee in self.trainees.items()}
+        for name, autoencoder in found.items():
+            autoencoder.save(result_folder(place.path, name), overwrite=True)
+        place.finish(self.step, metrics)
+        return found
+
+
+def result_folder(folder: str | Path, name: str = ONLY) -> Path:
+    """Where a run's folder holds a finished autoencoder."""
+    if name == ONLY:
+        return Path(folder) / ONLY
+    return Path(folder) / "autoencoders" / re.sub(r"[^\w.+-]", "-", name)
+
+
+class _Clock:
+    """Tokens per second since it was last asked."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens, self._time = tokens, time.perf_counter()
+
+    def rate(self, tokens: int) -> float:
+        before, now = self._time, time.perf_counter()
+        done, self._tokens, self._time = tokens - self._tokens, tokens, now
+        return done / max(now - before, 1e-9)
+
+
+def _pair(found: Any, config: TrainConfig, trainee: Trainee | None) -> tuple[Tensor, Tensor]:
+    """Input and target of one dictionary, on its device and of its dtype."""
+    pair = tuple(found) if isinstance(found, tuple | list) else (found,)
+    expected = "a pair of tensors [b, n], [b, o]" if config.transcoder else "a tensor [b, n]"
+    if len(pair) != 1 + config.transcoder or not all(
+        isinstance(x, Tensor) and x.ndim == 2 and x.is_floating_point() and len(x) for x in pair
+    ):
+        shapes = [list(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in pair]
+        raise InputError(f"expected a batch to be {expected}, found {shapes}.")
+    if len(pair[0]) != len(pair[-1]):
+        raise InputError(f"inputs and targets differ in number: {len(pair[0])}, {len(pair[-1])}.")
+    if trainee is not None:
+        d = trainee.dictionary
+        widths = [x.shape[1] for x in pair]
+        if widths != [d.n_inputs, d.n_outputs][: len(pair)]:
+            raise InputError(f"the batches' width was {d.n_inputs}, and now it is {widths[0]}.")
+    device = config.device if trainee is None else trainee.dictionary.encoder.device
+    moved = tuple(x.detach().to(device=device, dtype=config.torch_dtype) for x in pair)
+    return moved[0], moved[-1]

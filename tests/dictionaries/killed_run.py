@@ -1,0 +1,154 @@
+"""Small runs that are killed: one process imports torch, its children train and die.
+
+    python -m tests.dictionaries.killed_run folder '[["step", 12], ["write", 30], ...]'
+
+Each entry is a run of its own, in ``folder/<its index>``: a child is killed, another one goes on to
+the end. ``step``: after that step; ``write``: in the middle of the first checkpoint written at or
+after it; ``rename``: when that is written and has no name yet; ``tidy``: when it has, and an older
+one is being removed; ``results``: while the finished autoencoders are written; ``outside``: by the
+parent, after that many milliseconds. Also imported, for the run that nobody disturbs.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuron_explainer import files
+from neuron_explainer.dictionaries import TopKConfig, TrainConfig, train_many
+from neuron_explainer.dictionaries.train import StepReport
+from tests.dictionaries.planted import planted
+
+STEPS = 60
+
+
+class Batches:
+    """Batches for two dictionaries; knows its place, and draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        self.rows = planted(512)[0]
+        self.generator = torch.Generator().manual_seed(7)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        chosen = torch.randint(len(self.rows), (32,), generator=self.generator)
+        return {"0/one": self.rows[chosen], "0/other": self.rows[chosen].flip(1)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+
+
+class Plain:
+    """The same from the start each time; knows nothing of its place."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(Batches())
+
+
+def configs() -> dict[str, TrainConfig]:
+    shared: dict[str, Any] = {
+        "steps": STEPS,
+        "lr": 3e-3,
+        "warmup_steps": 5,
+        "decay": "linear",
+        "decay_steps": 20,
+        "grad_clip": 1.0,
+        "dead_after_tokens": 200,
+        "sample_batches": 2,
+        "checkpoint_every": 7,
+        "log_every": 5,
+    }
+    annealed = TopKConfig(k=2, multi_k=4, k_anneal_steps=30, k_start=6)
+    return {
+        "0/one": TrainConfig(annealed, n_latents=64, **shared),
+        "0/other": TrainConfig(
+            TopKConfig(k=3, aux_coefficient=0),
+            n_latents=40,
+            remedy="resample",
+            resample_every=9,
+            seed=3,
+            **shared,
+        ),
+    }
+
+
+def run(folder: Path, callback: Any = None, plain: bool = False) -> None:
+    train_many(
+        configs(),
+        Plain() if plain else Batches(),
+        folder,
+        callbacks=[callback] if callback else [],
+        progress=False,
+    )
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_and_die(folder: Path, moment: str, step: int) -> None:
+    """Does not come back unless the kill is to come from outside."""
+    reached = [0]
+
+    def callback(report: StepReport) -> None:
+        reached[0] = report.step
+        if moment == "step" and report.step == step:
+            die()
+
+    def dying(function: Any, at: str, where: str) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if moment == at and reached[0] >= step and where in str(args[0]):
+                die()
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    files.write_json = dying(files.write_json, "write", "state.json")
+    os.rename = dying(os.rename, "rename", "checkpoints")
+    shutil.rmtree = dying(shutil.rmtree, "tidy", "checkpoints/000")
+    files.write_json = dying(files.write_json, "results", "finished.json")
+    run(folder, callback)
+
+
+def in_child(function: Any, kill_after: float | None = None) -> int:
+    """Status of a forked child that calls ``function``."""
+    child = os.fork()
+    if child == 0:
+        function()
+        os._exit(0)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    base, points = Path(sys.argv[1]), json.loads(sys.argv[2])
+    for index, (moment, step) in enumerate(points):
+        folder = base / str(index)
+        wait = step / 1000 if moment == "outside" else None
+        status = in_child(lambda f=folder, m=moment, s=step: run_and_die(f, m, s), wait)
+        if status != signal.SIGKILL and moment != "outside":
+            raise SystemExit(f"{moment} {step}: expected a death, found status {status}")
+        if not (folder / "finished.json").exists():
+            status = in_child(lambda f=folder: run(f))
+            if status:
+                raise SystemExit(f"{moment} {step}: resuming ended with status {status}")
+
+
+if __name__ == "__main__":
+    main()

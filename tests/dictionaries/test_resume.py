@@ -1,0 +1,225 @@
+"""A run that is killed at any moment ends with the weights of one that is not, bit for bit."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from neuron_explainer.dictionaries import TopKConfig, TrainConfig, train
+from neuron_explainer.errors import CheckpointError, InputError, SourceError
+from neuron_explainer.models.autoencoder import Autoencoder
+from tests.dictionaries import killed_run
+from tests.dictionaries.planted import planted
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name in killed_run.configs():
+        autoencoder = Autoencoder.load(folder / "autoencoders" / name.replace("/", "-"))
+        found |= {f"{name} {key}": value for key, value in autoencoder.named_parameters()}
+    return found
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    """The log but for what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["tokens_per_second"]
+    return lines
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    killed_run.run(folder)
+    torch.set_num_threads(threads)
+    return folder
+
+
+def assert_same(folder: Path, undisturbed: Path, what: str) -> None:
+    found, expected = weights(folder), weights(undisturbed)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), f"{what}: {name}"
+    assert log(folder) == log(undisturbed), what
+
+
+def test_killed_at_any_moment(undisturbed: Path, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    points: list[tuple[str, int]] = [
+        *(("step", rng.randint(1, killed_run.STEPS)) for _ in range(10)),
+        *(("write", rng.randint(1, killed_run.STEPS)) for _ in range(3)),
+        *(("rename", rng.randint(1, killed_run.STEPS)) for _ in range(3)),
+        *(("tidy", rng.randint(15, killed_run.STEPS)) for _ in range(2)),
+        ("results", killed_run.STEPS),
+        *(("outside", rng.randint(20, 300)) for _ in range(4)),
+    ]
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.dictionaries.killed_run", str(tmp_path), json.dumps(points)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    for index, (moment, step) in enumerate(points):
+        assert_same(tmp_path / str(index), undisturbed, f"{moment} {step}")
+
+
+class Stop(Exception):
+    """Raised in the middle of a run."""
+
+
+def stop_at(step: int) -> Any:
+    def callback(report: Any) -> None:
+        if report.step == step:
+            raise Stop
+
+    return callback
+
+
+def test_plain_batches_are_skipped_forward(undisturbed: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        killed_run.run(tmp_path / "run", stop_at(40), plain=True)
+    killed_run.run(tmp_path / "run", plain=True)
+    assert_same(tmp_path / "run", undisturbed, "plain")
+
+
+def test_a_checkpoint_before_the_sample_is_used_up(tmp_path: Path) -> None:
+    config = TrainConfig(
+        TopKConfig(k=2), n_latents=40, steps=12, sample_batches=6, checkpoint_every=1, batch_size=16
+    )
+    rows = planted(64)[0]
+    with pytest.raises(Stop):
+        train(config, rows, tmp_path / "run", callbacks=[stop_at(3)], progress=False)
+    resumed = train(config, rows, tmp_path / "run", progress=False)
+    whole = train(config, rows, progress=False)
+    assert torch.equal(resumed.decoder.weight, whole.decoder.weight)
+
+
+def small(**fields: Any) -> TrainConfig:
+    values: dict[str, Any] = {"steps": 9, "checkpoint_every": 2, "batch_size": 16, **fields}
+    return TrainConfig(TopKConfig(k=2), n_latents=40, **values)
+
+
+def half_done(folder: Path, **fields: Any) -> TrainConfig:
+    config = small(**fields)
+    with pytest.raises(Stop):
+        train(config, planted(64)[0], folder, callbacks=[stop_at(7)], progress=False)
+    return config
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder / "checkpoints"))
+
+
+def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
+    half_done(tmp_path / "run", keep_checkpoints=2)
+    assert checkpoints(tmp_path / "run") == ["00000004", "00000006"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    config = half_done(folder)
+    tensors = folder / "checkpoints" / "00000006" / "state.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    resumed = train(config, planted(64)[0], folder, progress=False)
+    assert "00000006 is damaged" in caplog.text
+    whole = train(config, planted(64)[0], progress=False)
+    assert torch.equal(resumed.decoder.weight, whole.decoder.weight)
+
+
+def test_no_checkpoint_that_can_be_read(tmp_path: Path) -> None:
+    config = half_done(tmp_path / "run")
+    for state in (tmp_path / "run").glob("checkpoints/*/state.json"):
+        state.write_text("{")
+    with pytest.raises(CheckpointError, match="none of the checkpoints"):
+        train(config, planted(64)[0], tmp_path / "run", progress=False)
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    folder, config, save = tmp_path / "run", small(), safetensors.torch.save_file
+
+    def full(tensors: Any, path: Path) -> None:
+        if "00000006" in str(path):
+            path.write_bytes(b"as much as there was room for")
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(SourceError, match="cannot write"):
+        train(config, planted(64)[0], folder, progress=False)
+    assert checkpoints(folder) == ["00000002", "00000004"]
+    monkeypatch.setattr(safetensors.torch, "save_file", save)
+    resumed = train(config, planted(64)[0], folder, progress=False)
+    whole = train(config, planted(64)[0], progress=False)
+    assert torch.equal(resumed.decoder.weight, whole.decoder.weight)
+
+
+def test_a_folder_is_never_overwritten(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = half_done(folder)
+    with pytest.raises(InputError, match=r"other settings .*lr: 0.0003 there, 0.01 now"):
+        train(small(lr=0.01), planted(64)[0], folder, progress=False)
+    train(config, planted(64)[0], folder, progress=False)
+    with pytest.raises(InputError, match=r"holds a finished run: load .*Autoencoder\.load"):
+        train(config, planted(64)[0], folder, progress=False)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty and holds no run"):
+        train(config, planted(64)[0], tmp_path / "other", progress=False)
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    def again(report: Any) -> None:
+        with pytest.raises(InputError, match="another process"):
+            train(small(), planted(64)[0], tmp_path / "run", progress=False)
+
+    train(small(), planted(64)[0], tmp_path / "run", callbacks=[again], progress=False)
+
+
+def test_an_iterator_cannot_be_resumed(tmp_path: Path) -> None:
+    rows = planted(400)[0]
+    config = small()
+    with pytest.raises(Stop):
+        train(
+            config, iter(rows.split(16)), tmp_path / "run", callbacks=[stop_at(5)], progress=False
+        )
+    with pytest.raises(InputError, match="an iterator that cannot be started again"):
+        train(config, iter(rows.split(16)), tmp_path / "run", progress=False)
+    train(config, rows.split(16), tmp_path / "run", progress=False)
+
+
+def test_other_batches_are_noticed(tmp_path: Path) -> None:
+    rows, config = planted(400)[0], small()
+    with pytest.raises(Stop):
+        train(config, rows.split(16), tmp_path / "run", callbacks=[stop_at(7)], progress=False)
+    with pytest.raises(InputError, match="these are other batches"):
+        train(config, rows[:32].split(16), tmp_path / "run", progress=False)
+    half_done(tmp_path / "own")
+    with pytest.raises(InputError, match="their place cannot be found again"):
+        train(config, rows.split(16), tmp_path / "own", progress=False)
