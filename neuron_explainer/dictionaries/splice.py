@@ -1,0 +1,114 @@
+"""Forward passes of one batch of tokens: as it is, and with the activation at one place replaced.
+
+Everything before the place is as it was, so a replaced pass starts at the layer of the place, from
+the residual stream that the first pass has left there; with other models than ours it runs whole.
+
+Shape legend: ``b`` batch, ``s`` sequence, ``n`` width at a place, ``d`` model width, ``v`` vocabulary.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from neuron_explainer.errors import InputError
+from neuron_explainer.models.hooks import TransformerHooks
+from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.models.model_context import HookableModel
+from neuron_explainer.models.transformer import Transformer
+
+_LOGITS = ActivationLocation("logits")
+
+
+def stream_before(location: ActivationLocation, n_layers: int) -> ActivationLocation | None:
+    """The residual stream from which a pass with this place replaced can start; None: the tokens."""
+    layer = _first_layer(location, n_layers)
+    if layer == 0:
+        return None
+    return ActivationLocation("resid.torso.post_mlp", layer - 1)
+
+
+class SplicedPasses:
+    """The passes of one batch.
+
+    Args:
+        model: of a context.
+        tokens: ids ``[b, s]``.
+        pad: pad mask ``[b, s]``, or None.
+        locations: where activations are wanted, each a single place.
+        logits: whether logits are wanted too; without, the pass stops after the last place, and
+            nothing can be replaced.
+    """
+
+    def __init__(
+        self,
+        model: HookableModel,
+        tokens: Tensor,
+        pad: Tensor | None,
+        locations: Iterable[ActivationLocation],
+        logits: bool = True,
+    ) -> None:
+        self.model = model
+        self.tokens = tokens.to(model.device)
+        self.pad = None if pad is None else pad.to(model.device)
+        wanted = dict.fromkeys(locations)
+        if logits:
+            wanted |= dict.fromkeys(self._streams(wanted))
+            wanted[_LOGITS] = None
+        self._found = model.capture(self.tokens, list(wanted), self.pad)
+
+    def activation(self, location: ActivationLocation) -> Tensor:
+        """``[b, s, n]`` as the model has it; the heads' vectors, where there are heads, in a row."""
+        axes = location.site.shape
+        if sum(axis in ("s", "q", "k") for axis in axes) != 1:
+            raise InputError(
+                f"{location}: expected a place with one vector a token, found axes "
+                f"{', '.join(axes)}."
+            )
+        return self._found[location].flatten(2)
+
+    @property
+    def logits(self) -> Tensor:
+        """``[b, s, v]`` with nothing replaced."""
+        return self._found[_LOGITS]
+
+    def replaced(self, location: ActivationLocation, value: Tensor) -> Tensor:
+        """Logits ``[b, s, v]`` with ``value`` ``[b, s, n]`` for what is at ``location``."""
+
+        def replace(x: Tensor) -> Tensor:
+            return value.to(x.dtype).view_as(x)
+
+        hooks = TransformerHooks().append_at(location, replace)
+        if not isinstance(self.model, Transformer):
+            return self.model(self.tokens, pad=self.pad, hooks=hooks)[0]
+        n_layers = self.model.cfg.n_layers
+        x, state, pad, hooks = self.model.run_embed(self.tokens, None, self.pad, hooks)
+        stream = stream_before(location, n_layers)
+        if stream is not None:
+            x = self._found[stream]
+        for layer in list(self.model.layers)[_first_layer(location, n_layers) :]:
+            x, _ = layer(x, None, pad, hooks, state.positions)
+        x, state = self.model.run_ln_f(x, state, hooks)
+        return self.model.run_unembed(x, state, hooks)[0]
+
+    def _streams(self, locations: Iterable[ActivationLocation]) -> list[ActivationLocation]:
+        if not isinstance(self.model, Transformer):
+            return []
+        found = [stream_before(place, self.model.cfg.n_layers) for place in locations]
+        return [stream for stream in found if stream is not None]
+
+
+def scored(tokens: Tensor, pad: Tensor | None, bos: Tensor | None, score_bos: bool) -> Tensor:
+    """``[b, s]`` bool: the tokens whose activations count; no pads, and start tokens if wanted."""
+    counted = torch.ones_like(tokens, dtype=torch.bool)
+    if pad is not None:
+        counted &= ~pad.to(tokens.device)
+    if bos is not None and not score_bos:
+        counted &= ~bos.to(tokens.device)
+    return counted
+
+
+def _first_layer(location: ActivationLocation, n_layers: int) -> int:
+    if location.layer is not None:
+        return location.layer
+    return 0 if location.path == "resid.post_emb" else n_layers
