@@ -3,12 +3,15 @@
 Shape legend: ``n`` inputs, ``r`` rows, ``v`` vocabulary.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from neuron_explainer.activations.activation_sources import ActivationSource
+from neuron_explainer.activations.harvest import ActivationBatch
 from neuron_explainer.dictionaries.sparse_coding.config import SparseCodingConfig
 from neuron_explainer.dictionaries.sparse_coding.frequency import frequency_weights
 from neuron_explainer.errors import InputError
@@ -17,23 +20,9 @@ from neuron_explainer.models.locations import ActivationLocation
 Place = ActivationLocation | None
 """Where activations come from; None where that is not said."""
 
-
-@runtime_checkable
-class HarvestedBatch(Protocol):
-    """What :class:`~neuron_explainer.activations.harvest.ActivationBatch` has of what is needed."""
-
-    @property
-    def activations(self) -> Mapping[ActivationLocation, Tensor]:
-        """``[r, n]`` by single location."""
-
-    @property
-    def tokens(self) -> Tensor:
-        """Ids ``[r]``."""
-
-
 PlainBatch = Tensor | tuple[Tensor, Tensor | None]
 """Activations ``[r, n]``, alone or with the token ids ``[r]`` that they belong to."""
-LocatedBatch = HarvestedBatch | Mapping[ActivationLocation, Tensor]
+LocatedBatch = ActivationBatch | Mapping[ActivationLocation, Tensor]
 """Activations of several places, with token ids or without."""
 
 
@@ -55,7 +44,7 @@ def read_batch(raw: Any) -> Batch:
         activations, tokens = {None: raw[0]}, raw[1]
     elif isinstance(raw, Mapping):
         activations = _located(raw)
-    elif isinstance(raw, HarvestedBatch):
+    elif isinstance(raw, ActivationBatch):
         activations, tokens = _located(raw.activations), raw.tokens
     else:
         raise InputError(
@@ -92,24 +81,23 @@ def _check(activations: dict[Place, Tensor], tokens: Tensor | None) -> None:
 class BatchStream:
     """The batches of all epochs one after another, and the place reached in them.
 
-    Going on means starting the epoch again and passing over what had been used, so the batches must
-    come in the same order every time.
+    An :class:`ActivationSource` is asked for the next batch by its number. Any other iterable is
+    started again and what had been used is passed over, so it must give the same batches every time.
     """
 
-    def __init__(self, source: Iterable[Any], epochs: int, epoch: int = 0, batch: int = 0) -> None:
+    def __init__(
+        self,
+        source: Iterable[Any] | ActivationSource,
+        epochs: int,
+        epoch: int = 0,
+        batch: int = 0,
+    ) -> None:
         self.source, self.epochs = source, epochs
         self.epoch, self.batch = epoch, batch
 
     def __iter__(self) -> Iterator[Batch]:
         while self.epoch < self.epochs:
-            raw_batches = iter(self.source)
-            for passed in range(self.batch):
-                if next(raw_batches, None) is None:
-                    raise InputError(
-                        f"sparse coding: the checkpoint is at batch {self.batch} of epoch "
-                        f"{self.epoch}, but there are {passed} batches. Give those of the first run."
-                    )
-            for raw in raw_batches:
+            for raw in self._rest_of_epoch():
                 self.batch += 1
                 yield read_batch(raw)
             if not self.batch:
@@ -118,6 +106,26 @@ class BatchStream:
                     "read once: give a list, or an object whose iter() starts again."
                 )
             self.epoch, self.batch = self.epoch + 1, 0
+
+    def _rest_of_epoch(self) -> Iterator[Any]:
+        if not isinstance(self.source, Iterable):
+            chunk = self.source.chunk
+            return iter(lambda: chunk(self.batch), None)
+        batches = iter(self.source)
+        for passed in range(self.batch):
+            if next(batches, None) is None:
+                raise InputError(
+                    f"sparse coding: the checkpoint is at batch {self.batch} of epoch {self.epoch}, "
+                    f"but there are {passed} batches. Give those of the first run."
+                )
+        return batches
+
+
+def describe_source(source: Iterable[Any] | ActivationSource) -> dict[str, Any]:
+    """What a source says of the batches that it gives, as JSON has it."""
+    described = {} if isinstance(source, Iterable) else source.describe()
+    plain: dict[str, Any] = json.loads(json.dumps(described))
+    return plain
 
 
 def group_locations(batch: Batch, across_layers: bool) -> dict[Place, list[Place]]:

@@ -22,6 +22,8 @@ from typing import Any, overload
 from torch import Tensor
 from tqdm import tqdm
 
+from neuron_explainer.activations.activation_sources import ActivationSource
+from neuron_explainer.activations.tokens import check_same_settings
 from neuron_explainer.dictionaries.sparse_coding.config import SparseCodingConfig
 from neuron_explainer.dictionaries.sparse_coding.data import (
     Batch,
@@ -29,6 +31,7 @@ from neuron_explainer.dictionaries.sparse_coding.data import (
     LocatedBatch,
     Place,
     PlainBatch,
+    describe_source,
     group_locations,
     shuffled_parts,
 )
@@ -42,7 +45,7 @@ from neuron_explainer.models.locations import ActivationLocation
 @overload
 def train_sparse_coding(
     config: SparseCodingConfig,
-    batches: Iterable[LocatedBatch],
+    batches: Iterable[LocatedBatch] | ActivationSource,
     folder: str | Path | None = None,
     *,
     token_counts: Tensor | None = None,
@@ -65,7 +68,7 @@ def train_sparse_coding(
 
 def train_sparse_coding(
     config: SparseCodingConfig,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | ActivationSource,
     folder: str | Path | None = None,
     *,
     token_counts: Tensor | None = None,
@@ -76,10 +79,13 @@ def train_sparse_coding(
 
     Args:
         config: settings.
-        batches: what :func:`~neuron_explainer.activations.harvest.harvest` yields, dicts of tensors
-            ``[r, n]`` by location, tensors ``[r, n]``, or pairs of these and token ids ``[r]``. They
-            are gone through ``config.epochs`` times, and in the same order each time; pads must
-            not be among them.
+        batches: an activation source such as
+            :class:`~neuron_explainer.activations.activation_sources.LiveSource`, which a run that
+            goes on need not run again from its beginning; or an iterable of what
+            :func:`~neuron_explainer.activations.harvest.harvest` yields, of dicts of tensors
+            ``[r, n]`` by location, of tensors ``[r, n]``, or of pairs of these and token ids
+            ``[r]``. They are gone through ``config.epochs`` times, in the same order each time; pads
+            must not be among them.
         folder: of checkpoints, log and results (:mod:`.run_folder`); a run that is found there goes
             on. None: nothing is kept.
         token_counts: how often each token id stands in the training set, ``[v]``
@@ -93,16 +99,16 @@ def train_sparse_coding(
         The dictionary as an autoencoder; by location, where batches have locations. The key of a
         dictionary of several layers is their location without a layer.
     """
-    run = _Run(config, token_counts, model_name)
+    run = _Run(config, describe_source(batches), token_counts, model_name)
     disk = None if folder is None else RunFolder(folder, config)
     if disk is not None and (checkpoint := disk.resume()) is not None:
         run.load(checkpoint)
-    stream = BatchStream(batches, config.epochs, run.epoch, run.batch)
-    saved_at = run.batches
+    stream = BatchStream(batches, config.epochs, *run.place)
+    saved = run.place
     with tqdm(initial=run.batches, unit="batch", disable=None if progress else True) as bar:
         for batch in stream:
             run.learn(batch)
-            run.epoch, run.batch = stream.epoch, stream.batch
+            run.place = stream.epoch, stream.batch
             bar.update()
             if run.batches % config.log_every == 0:
                 records = run.records()
@@ -111,13 +117,13 @@ def train_sparse_coding(
                     disk.log(records)
             if disk is not None and run.batches % config.checkpoint_every == 0:
                 disk.save(*run.checkpoint())
-                saved_at = run.batches
+                saved = run.place
     if not run.learners:
         raise InputError("sparse coding: there are no rows of activations in any batch.")
-    run.epoch, run.batch = stream.epoch, stream.batch
+    run.place = stream.epoch, stream.batch
     autoencoders = run.autoencoders()
     if disk is not None:
-        if saved_at != run.batches:
+        if saved != run.place:
             disk.save(*run.checkpoint())
         disk.save_autoencoders(autoencoders)
     return autoencoders.get(None, autoencoders)
@@ -127,12 +133,19 @@ class _Run:
     """All dictionaries of a run and the place reached."""
 
     def __init__(
-        self, config: SparseCodingConfig, token_counts: Tensor | None, model_name: str | None
+        self,
+        config: SparseCodingConfig,
+        source: dict[str, Any],
+        token_counts: Tensor | None,
+        model_name: str | None,
     ) -> None:
-        self.config, self.token_counts, self.model_name = config, token_counts, model_name
+        self.config, self.source = config, source
+        self.token_counts, self.model_name = token_counts, model_name
         self.groups: dict[Place, list[Place]] = {}
         self.learners: dict[Place, DictionaryLearner] = {}
-        self.batches = self.epoch = self.batch = 0
+        self.batches = 0
+        self.place = (0, 0)
+        """Epoch, and batches of it that have been learned from."""
 
     def learn(self, batch: Batch) -> None:
         """Take every dictionary through a batch."""
@@ -182,6 +195,7 @@ class _Run:
                 {
                     "locations": [_name(member) for member in self.groups[place]],
                     "frequency_weights": self.token_counts is not None,
+                    "source": self.source,
                 },
             )
             for place, learner in self.learners.items()
@@ -191,8 +205,9 @@ class _Run:
         """Facts for JSON and all tensors."""
         facts = {
             "batches": self.batches,
-            "epoch": self.epoch,
-            "batch": self.batch,
+            "epoch": self.place[0],
+            "batch": self.place[1],
+            "source": self.source,
             "token_counts": _digest(self.token_counts),
             "dictionaries": [[_text(m) for m in members] for members in self.groups.values()],
             "places": [_text(place) for place in self.groups],
@@ -207,17 +222,16 @@ class _Run:
     def load(self, checkpoint: Checkpoint) -> None:
         """The inverse of :meth:`checkpoint`."""
         facts, tensors = checkpoint
+        check_same_settings(facts["source"], self.source, "activations")
         if facts["token_counts"] != _digest(self.token_counts):
             raise CheckpointError(
                 "sparse coding: the run was started with other token_counts. Give the same ones to "
                 "go on, or another folder to begin anew."
             )
-        self.batches, self.epoch, self.batch = (
-            facts[name] for name in ("batches", "epoch", "batch")
-        )
-        if (self.epoch, self.batch) > (self.config.epochs, 0):
+        self.batches, self.place = facts["batches"], (facts["epoch"], facts["batch"])
+        if self.place > (self.config.epochs, 0):
             raise CheckpointError(
-                f"sparse coding: the run is in epoch {self.epoch} (from 0), beyond the "
+                f"sparse coding: the run is in epoch {self.place[0]} (from 0), beyond the "
                 f"{self.config.epochs} asked for now. Raise epochs, or give another folder."
             )
         places = [_place(text) for text in facts["places"]]

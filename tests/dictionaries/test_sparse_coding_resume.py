@@ -1,0 +1,232 @@
+"""A run that is interrupted, at any moment, ends with the same bytes as one that is not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from neuron_explainer import files
+from neuron_explainer.activations.harvest import ActivationBatch
+from neuron_explainer.dictionaries.sparse_coding import SparseCodingConfig, train_sparse_coding
+from neuron_explainer.errors import CheckpointError, InputError
+from neuron_explainer.models.locations import ActivationLocation
+from tests.dictionaries.sparse_coding_runs import (
+    COUNTS,
+    N_BATCHES,
+    Batches,
+    contents,
+    log_of,
+    run,
+)
+
+
+class Interrupted(Exception):
+    """Stands for a power cut."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a run leaves that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder)
+    return contents(folder)
+
+
+def stop_at(number):
+    def on_read(n):
+        if n == number:
+            raise Interrupted
+
+    return on_read
+
+
+def test_what_a_run_leaves(whole):
+    assert sorted(whole) == [
+        "autoencoder/autoencoder.safetensors",
+        "autoencoder/config.json",
+        "checkpoints/000000012/config.json",
+        "checkpoints/000000012/state.safetensors",
+        "checkpoints/000000014/config.json",
+        "checkpoints/000000014/state.safetensors",
+        "log.jsonl",
+    ]
+    assert whole["log.jsonl"].count(b"\n") == 2 * N_BATCHES
+
+
+@pytest.mark.parametrize("number", range(1, 2 * N_BATCHES + 1))
+def test_interrupted_at_any_batch(number, whole, tmp_path):
+    with pytest.raises(Interrupted):
+        run(tmp_path, Batches(stop_at(number)))
+    seen: list[int] = []
+    run(tmp_path, Batches(seen.append))
+    assert contents(tmp_path) == whole
+    if number == 10:  # after eight batches, one of them in the second epoch: seven do not run again
+        assert len(seen) == 7
+
+
+def test_interrupted_while_writing(whole, tmp_path, monkeypatch):
+    """At every file that is synced to disk, one after the other, in one and the same run."""
+    usual, n_interrupted = os.fsync, 0
+    while True:
+        left = n_interrupted % 5 + 1  # fsyncs until the next interruption
+
+        def fsync(handle):
+            nonlocal left
+            left -= 1
+            if not left:
+                raise Interrupted
+            usual(handle)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        try:
+            run(tmp_path, checkpoint_every=2 - n_interrupted % 2)
+        except Interrupted:
+            n_interrupted += 1
+            if n_interrupted == 12:
+                break
+            continue
+        break
+    monkeypatch.setattr(os, "fsync", usual)
+    assert n_interrupted > 6
+    run(tmp_path)
+    assert {k: v for k, v in contents(tmp_path).items() if "config.json" not in k} == {
+        k: v for k, v in whole.items() if "config.json" not in k
+    }
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [("sync", 17), *(pytest.param("batch", n, marks=pytest.mark.slow) for n in (2, 6))],
+)
+def test_killed(moment, number, whole, tmp_path):
+    command = [sys.executable, "-m", "tests.dictionaries.sparse_coding_runs"]
+    root = Path(__file__).parents[2]
+    killed = subprocess.run(
+        [*command, str(tmp_path), moment, str(number)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert killed.returncode == -9, killed.stderr
+    assert contents(tmp_path) != whole
+    run(tmp_path)
+    assert contents(tmp_path) == whole
+
+
+def test_leftovers_of_a_killed_process_are_removed(whole, tmp_path):
+    with pytest.raises(Interrupted):
+        run(tmp_path, Batches(stop_at(6)))
+    checkpoints = tmp_path / "checkpoints"
+    for name in (".000000006.abc.tmp", ".000000002.deleted"):
+        (checkpoints / name).mkdir()
+        (checkpoints / name / "state.safetensors").write_bytes(b"half")
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"batches": 5, "dictionary": "activ')
+    run(tmp_path)
+    assert contents(tmp_path) == whole
+
+
+def test_one_epoch_and_another_are_two(whole, tmp_path):
+    run(tmp_path, epochs=1)
+    assert len(log_of(tmp_path)) == N_BATCHES
+    found = run(tmp_path)
+    assert torch.equal(found.encoder.weight, run(None).encoder.weight)
+    weights = "autoencoder/autoencoder.safetensors"
+    assert contents(tmp_path)[weights] == whole[weights]
+    # there is nothing left to do
+    again = run(tmp_path, Batches(stop_at(1)))
+    assert torch.equal(again.encoder.weight, found.encoder.weight)
+    with pytest.raises(CheckpointError, match=r"the run is in epoch 2 .* beyond the 1 asked for"):
+        run(tmp_path, epochs=1)
+
+
+def test_without_the_hessian_it_would_be_another(tmp_path, monkeypatch, whole):
+    with pytest.raises(Interrupted):
+        run(tmp_path, Batches(stop_at(6)))
+    load = safetensors.torch.load_file
+
+    def without(path):
+        tensors = load(path)
+        return {k: v * 0 if "hessian" in k else v for k, v in tensors.items()}
+
+    monkeypatch.setattr(safetensors.torch, "load_file", without)
+    run(tmp_path)
+    weights = "autoencoder/autoencoder.safetensors"
+    assert contents(tmp_path)[weights] != whole[weights]
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    run(tmp_path, keep_checkpoints=3)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["000000010", "000000012", "000000014"]
+
+
+def test_a_run_is_not_continued_with_other_settings_or_data(tmp_path):
+    run(tmp_path, epochs=1)
+    with pytest.raises(CheckpointError, match=r"other settings \(penalty: 0.2 -> 0.3\)"):
+        run(tmp_path, penalty=0.3)
+    config = SparseCodingConfig(24, 0.2, epochs=3, batch_size=16, step_size=0.05)
+    with pytest.raises(CheckpointError, match="started with other token_counts"):
+        train_sparse_coding(config, Batches(), tmp_path, token_counts=COUNTS + 1)
+    run(tmp_path, epochs=3, checkpoint_every=4)
+    facts = files.read_json(tmp_path / "checkpoints" / "000000021" / "config.json")
+    assert (facts["epoch"], facts["batch"]) == (3, 0)
+    files.write_json(
+        tmp_path / "checkpoints" / "000000021" / "config.json", facts | {"epoch": 2, "batch": 30}
+    )
+    with pytest.raises(InputError, match="at batch 30 of epoch 2, but there are 7 batches"):
+        run(tmp_path, epochs=3)
+    files.write_json(tmp_path / "checkpoints" / "000000021" / "config.json", {"kind": "other"})
+    with pytest.raises(CheckpointError, match="expected a sparse coding checkpoint"):
+        run(tmp_path, epochs=3)
+
+
+PLACE = ActivationLocation("resid.torso.post_mlp", 1)
+
+
+class Chunks:
+    """An activation source: batches by number."""
+
+    forward_s = 0.0
+
+    def __init__(self, on_read=lambda number: None, name="seven"):
+        self.on_read, self.name = on_read, name
+        nothing = torch.zeros(40, dtype=torch.int64)
+        self.batches = [
+            ActivationBatch({PLACE: x}, tokens, nothing, nothing) for x, tokens in Batches()
+        ]
+
+    def chunk(self, number: int) -> ActivationBatch | None:
+        self.on_read(number)
+        return self.batches[number] if number < N_BATCHES else None
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+
+def test_a_source_goes_on_where_it_was(tmp_path):
+    config = SparseCodingConfig(24, 0.2, epochs=2, batch_size=16, checkpoint_every=2)
+    expected = train_sparse_coding(config, list(Batches()))
+    with pytest.raises(Interrupted):
+        train_sparse_coding(config, Chunks(stop_at(5)), tmp_path)
+    with pytest.raises(CheckpointError, match="name was 'seven', is 'other'"):
+        train_sparse_coding(config, Chunks(name="other"), tmp_path)
+    seen: list[int] = []
+    found = train_sparse_coding(config, Chunks(seen.append), tmp_path)
+    assert torch.equal(found[PLACE].encoder.weight, expected.encoder.weight)
+    assert seen == [4, 5, 6, 7, *range(8)]
+    assert found[PLACE].metadata["source"] == {"name": "seven"}
