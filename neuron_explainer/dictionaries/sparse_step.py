@@ -26,10 +26,9 @@ from torch.autograd.function import once_differentiable
 
 from neuron_explainer.dictionaries.sparse_memory import empty
 from neuron_explainer.errors import InputError
+from neuron_explainer.models import topk
 
-_CHUNK_ELEMENTS = 1 << 24  # pre-activations that exist at a time: 64 MiB in float32
 _BLOCK_ELEMENTS = 1 << 19  # of a weight's gradient that are computed at a time
-_GROUP = 8  # of pre-activations, in the search for the largest
 
 
 def encode_top_k(
@@ -95,9 +94,11 @@ class _EncodeTopK(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         centred = x if pre_bias is None else x - pre_bias
         if latents is None:
-            values, indices = _search(centred, weight, bias, k)
+            values, indices = topk.encode_top_k(centred, weight, bias, k, certified=certified)
         else:
-            values, chosen = _search(centred, weight[latents], bias[latents], k)
+            values, chosen = topk.encode_top_k(
+                centred, weight[latents], bias[latents], k, certified=certified
+            )
             indices = latents[chosen]
         ctx.save_for_backward(centred, weight, indices)
         ctx.mark_non_differentiable(indices)
@@ -201,28 +202,3 @@ def _products(pairs: _Pairs, rows: Tensor, x: Tensor) -> Tensor:
         rows.contiguous(), x, pairs.tokens, pairs.first[:-1], pairs.latents, 0
     )
     return products
-
-
-def _search(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``[b, k], [b, k]``, by a few tokens at a time."""
-    values = x.new_empty(len(x), k)
-    indices = torch.empty(len(x), k, dtype=torch.long, device=x.device)
-    step = max(1, _CHUNK_ELEMENTS // len(weight))
-    buffer = empty((min(step, len(x)), len(weight)), like=x)
-    for start in range(0, len(x), step):
-        rows = slice(start, min(start + step, len(x)))
-        pre_act = torch.addmm(bias, x[rows], weight.t(), out=buffer[: rows.stop - rows.start])
-        values[rows], indices[rows] = _largest(pre_act, k)
-    return values, indices
-
-
-def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``x.topk(k, dim=1)``, by groups: the ``k`` largest lie within the ``k`` groups of largest maxima."""
-    n_groups = x.shape[1] // _GROUP
-    if x.shape[1] % _GROUP or n_groups < 2 * k:
-        return x.topk(k, dim=1)
-    groups = x.view(len(x), _GROUP, n_groups)  # a group is a column: maxima are taken row by row
-    best = groups.amax(1).topk(k, dim=1, sorted=False).indices
-    candidates = groups.gather(2, best[:, None].expand(-1, _GROUP, -1)).flatten(1)
-    values, chosen = candidates.topk(k, dim=1)
-    return values, chosen // k * n_groups + best.gather(1, chosen % k)

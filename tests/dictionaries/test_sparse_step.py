@@ -11,6 +11,7 @@ from neuron_explainer.dictionaries import sparse_step
 from neuron_explainer.dictionaries.sparse_memory import empty
 from neuron_explainer.dictionaries.sparse_step import decode_rows, encode_top_k
 from neuron_explainer.errors import InputError
+from neuron_explainer.models import topk
 
 B, N, L, N_OUT, K = 5, 6, 24, 7, 3
 
@@ -18,7 +19,7 @@ B, N, L, N_OUT, K = 5, 6, 24, 7, 3
 @pytest.fixture(autouse=True)
 def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(sparse_step, "_CHUNK_ELEMENTS", 2 * L)  # chunks of 2, 2 and 1 tokens
+    monkeypatch.setattr(topk, "_CHUNK_BYTES", 2 * L * 8)  # chunks of 2, 2 and 1 tokens
     monkeypatch.setattr(sparse_step, "_BLOCK_ELEMENTS", 10 * N)  # blocks of 10, 10 and 4 latents
 
 
@@ -127,13 +128,14 @@ def test_auxk_alone_trains_the_encoder() -> None:
     assert weight.grad[:9].abs().sum() == weight.grad[15:].abs().sum() == 0
 
 
-def test_in_float32() -> None:
+@pytest.mark.parametrize("certified", [False, True])
+def test_in_float32(certified: bool) -> None:
     inputs = [drawn(64, 32, dtype=torch.float32), drawn(512, 32, dtype=torch.float32)]
     inputs += [drawn(512, dtype=torch.float32), drawn(512, 32, dtype=torch.float32)]
 
     def gradients(*wide: Tensor) -> tuple[Tensor, ...]:
         x, weight, bias, decoder = wide
-        values, indices = encode_top_k(x, weight, bias, 8)
+        values, indices = encode_top_k(x, weight, bias, 8, certified=certified)
         return torch.autograd.grad(
             (decode_rows(values, indices, decoder) - x).square().mean(), wide
         )
@@ -210,7 +212,7 @@ def test_large_tensors_are_ordinary_tensors(rows: int, dtype: torch.dtype) -> No
 
 def test_a_large_gradient_becomes_grad_without_a_copy() -> None:
     weight = torch.nn.Parameter(torch.ones(1 << 14, 256))
-    values, indices = encode_top_k(torch.ones(2, 256), weight, torch.zeros(1 << 14), 1)
+    values, _ = encode_top_k(torch.ones(2, 256), weight, torch.zeros(1 << 14), 1)
     seen: list[int] = []
     weight.register_hook(lambda grad: seen.append(grad.data_ptr()))
     values.sum().backward()
