@@ -26,7 +26,8 @@ from neuron_explainer.activations.tokens import TokenBatch
 from neuron_explainer.dictionaries.compat import PeerBatch, PeerLosses, PeerStats
 from neuron_explainer.dictionaries.evaluation import Evaluation, LossTotals
 from neuron_explainer.dictionaries.splice import SplicedPasses, scored
-from neuron_explainer.errors import InputError, LocationError
+from neuron_explainer.dictionaries.subjects import Subject, subjects_of
+from neuron_explainer.errors import InputError
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
@@ -157,7 +158,7 @@ def evaluate_all(
     if ce_every < 0:
         raise InputError(f"ce_every must be at least 0, found {ce_every}.")
     model = context.get_or_create_model()
-    subjects = _subjects(autoencoders, context.get_dim_size(Dimension.LAYERS))
+    subjects = subjects_of(autoencoders, context.get_dim_size(Dimension.LAYERS))
     batches = list(batches) if isinstance(batches, Iterator) else batches
     bar: Any = tqdm(desc="evaluating", unit="batch", disable=not progress)
     targets = dict.fromkeys(subject.target for subject in subjects.values())
@@ -173,64 +174,6 @@ def evaluate_all(
         bar.update()
     bar.close()
     return {name: totals[name].result(str(subjects[name].target)) for name in subjects}
-
-
-# ---- what is measured where ------------------------------------------------------------------------
-
-
-class _Subject(NamedTuple):
-    autoencoder: Autoencoder
-    source: ActivationLocation
-    """Where its inputs come from."""
-    target: ActivationLocation
-    """What its output stands for."""
-
-
-def _subjects(
-    autoencoders: Mapping[str, Autoencoder] | AutoencoderContext, n_layers: int
-) -> dict[str, _Subject]:
-    if isinstance(autoencoders, AutoencoderContext):
-        return {
-            str(place): _subject(str(place), autoencoders.get_autoencoder(layer), place)
-            for layer in sorted(autoencoders.layer_indices, key=lambda layer: layer or 0)
-            for place in autoencoders.location.at(layer).expand(n_layers)
-        }
-    if not autoencoders:
-        raise InputError("no autoencoder to evaluate.")
-    return {
-        name: _subject(name, autoencoder, _single(name, autoencoder.location, n_layers))
-        for name, autoencoder in autoencoders.items()
-    }
-
-
-def _single(name: str, location: ActivationLocation | None, n_layers: int) -> ActivationLocation:
-    """The one place that an autoencoder's inputs come from: as it says, or as its name does."""
-    if location is None or (location.site.per_layer and location.layer is None):
-        try:
-            location = ActivationLocation.parse(name)
-        except LocationError:
-            raise InputError(
-                f"autoencoder {name!r} does not say which place its inputs come from; state "
-                "location= when it is loaded, or name it by its location, such as '3/mlp.post_act'."
-            ) from None
-    places = location.expand(n_layers)
-    if len(places) != 1:
-        raise InputError(f"autoencoder {name!r}: expected a place in one layer, found {location}.")
-    return places[0]
-
-
-def _subject(name: str, autoencoder: Autoencoder, source: ActivationLocation) -> _Subject:
-    if not autoencoder.is_transcoder:
-        return _Subject(autoencoder, source, source)
-    target = autoencoder.output_location
-    if target is None:
-        raise InputError(
-            f"transcoder {name!r} does not say what its output stands for; state output_location= "
-            "when it is loaded."
-        )
-    if target.site.per_layer and target.layer is None:
-        target = target.at(source.layer)
-    return _Subject(autoencoder, source, target)
 
 
 # ---- adding up -------------------------------------------------------------------------------------
@@ -301,7 +244,7 @@ def _means(
 def _add_batch(
     model: HookableModel,
     batch: TokenBatch,
-    subjects: Mapping[str, _Subject],
+    subjects: Mapping[str, Subject],
     totals: Mapping[str, _Totals],
     means: Mapping[ActivationLocation, Tensor],
     score_bos: bool,
