@@ -18,11 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.workloads import Prepared
-
-
-class Refusal(Exception):
-    """Why a contestant does not take part."""
+from benchmarks.workloads import Prepared, Refusal
 
 
 def checksum(value: Any) -> list[float]:

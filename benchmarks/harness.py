@@ -8,11 +8,12 @@ workload's settings as keywords, prepares what is not to be timed and returns wh
         model, tokens = load(folder), torch.tensor(tokens)
         return lambda: {"logits": model(tokens)}      # this call is timed
 
-The call returns ``{name: tensor, list of tensors, or (nested) list of whole numbers}``: of each, a checksum is taken after the
-first call (not timed) and compared with the others' under the same name. Returned tensors are laid out
+The call returns ``{name: tensor, list of tensors, or (nested) list of whole numbers}``: of each, a
+checksum is taken after the first call (not timed) and compared with the others' under the same name. Returned tensors are laid out
 as :mod:`benchmarks.workloads` says, whatever the library's own layout; a name that only one
 contestant gives is not compared. Instead of a callable, a :class:`~benchmarks.workloads.Prepared` may be
-returned, which adds a remark. Gradients are off unless the race says ``grad=True``.
+returned, which adds a remark; one that cannot do the work raises
+:class:`~benchmarks.workloads.Refusal`. Gradients are off unless the race says ``grad=True``.
 
 **A table** is a module ``benchmarks/<name>.py`` with ``races(setup) -> list[Race]`` (see
 ``benchmarks/forward.py``), listed in ``benchmarks/__main__.py``. A :class:`Race` is one heading: entries

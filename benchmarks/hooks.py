@@ -1,6 +1,6 @@
 """What hooks cost, and a model's other modes."""
 
-from benchmarks.contestants import FLOOR, MODELS, OURS, SDPA
+from benchmarks.contestants import FLOOR, HOOKED, MODELS, OURS, SDPA
 from benchmarks.harness import Entry, Race, everyone
 from benchmarks.workloads import Setup
 
@@ -31,7 +31,7 @@ def races(setup: Setup) -> list[Race]:
         Race(
             "one call at a site",
             [
-                *everyone(MODELS[:-1], "calls_no_op_hook", **calls),
+                *everyone([OURS, SDPA, HOOKED], "calls_no_op_hook", **calls),
                 Entry(OURS, "calls_no_hook", calls, "neuron_explainer, no hook there"),
             ],
             OURS.name,

@@ -34,6 +34,10 @@ class Prepared:
     note: str = ""
 
 
+class Refusal(Exception):
+    """Why a contestant does not take part."""
+
+
 @dataclass
 class Setup:
     """One run of the benchmarks: sizes, and a scratch folder with the weights."""
@@ -62,7 +66,7 @@ class Setup:
     @cached_property
     def folder(self) -> str:
         """The weights as a Hugging Face folder; written at first use."""
-        path = self.scratch / "huggingface"
+        path = self.scratch / "gpt2"
         write_model(path, self.sizes, **self.ablated)
         return str(path)
 
@@ -93,7 +97,7 @@ def write_model(folder: Path, sizes: dict[str, int], layer: int, neuron: int) ->
 
     state = {
         "wte.weight": normal(sizes["vocab_size"], width),
-        "wpe.weight": normal(sizes["n_positions"], width),
+        "wpe.weight": normal(sizes["n_positions"], width, std=0.2),
         "ln_f.weight": normal(width, std=0.1, mean=1.0),
         "ln_f.bias": normal(width),
     }
@@ -111,7 +115,7 @@ def write_model(folder: Path, sizes: dict[str, int], layer: int, neuron: int) ->
             state[f"h.{i}.{name}.weight"] = normal(n_in, n_out)
             state[f"h.{i}.{name}.bias"] = normal(n_out)
     state[f"h.{layer}.mlp.c_fc.bias"][neuron] = 3.0
-    state[f"h.{layer}.mlp.c_proj.weight"][neuron] *= 40
+    state[f"h.{layer}.mlp.c_proj.weight"][neuron] *= 8
     config = {
         **sizes,
         "model_type": "gpt2",

@@ -3,6 +3,7 @@
 What it has no word for is done as its users do it: forward hooks of torch on the modules.
 """
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from benchmarks.workloads import Prepared, Work
 
-transformers: Any = __import__("transformers")
+transformers: Any = importlib.import_module("transformers")
 transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 
 
 def load_model(folder: str, variant: str) -> Any:
@@ -152,3 +154,16 @@ def ablated_greedy(
 def load_and_run(folder: str, variant: str, tokens: list[list[int]]) -> Work:
     ids = torch.tensor(tokens)
     return lambda: {"logits": load_model(folder, variant)(ids, use_cache=False).logits}
+
+
+def calls_no_op_hook(calls: int, width: int, variant: str) -> Work:
+    """Of a module that does nothing, with one of torch's forward hooks."""
+    module, x = torch.nn.Identity(), torch.zeros(1, 1, width)
+    module.register_forward_hook(lambda _module, _inputs, output: output)
+
+    def work() -> dict[str, Tensor]:
+        for _ in range(calls):
+            module(x)
+        return {}
+
+    return work
