@@ -15,7 +15,6 @@ from neuron_explainer.dictionaries.sparse_coding import (
 )
 from neuron_explainer.dictionaries.sparse_coding.dictionary_update import normalize_columns
 from neuron_explainer.errors import InputError
-from neuron_explainer.files import read_json
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
 from neuron_explainer.models.fista import Fista, fista
@@ -158,7 +157,7 @@ def test_locations_share_a_dictionary_or_have_their_own(tmp_path):
     for location, x in batches[0].items():
         alone = train_sparse_coding(config, [x])
         assert torch.equal(own[location].encoder.weight, alone.encoder.weight)
-        folder = tmp_path / "own" / "autoencoders" / location.path / str(location.layer)
+        folder = tmp_path / "own" / "autoencoders" / f"{location.layer}-{location.path}"
         assert Autoencoder.load(folder).location == location
     # one file serves both layers of a context
     path = tmp_path / "shared" / "autoencoders" / RESID
@@ -204,7 +203,7 @@ def test_the_signal_rises_over_the_noise_on_a_models_states(context, windows, tm
     found = train_sparse_coding(config, source, tmp_path, token_counts=counts)
     assert list(map(str, found)) == [RESID, f"2/{ATTN}"]
     for name in map(str, found):
-        snr = [line["snr"] for line in log_of(tmp_path) if line["dictionary"] == name]
+        snr = [line["dictionaries"][name]["snr"] for line in log_of(tmp_path)]
         assert len(snr) == 3 * windows.batches_per_epoch
         assert snr[-1] > 1.5 * snr[0]
         assert snr[-1] > snr[len(snr) // 2] > snr[0]
@@ -298,9 +297,3 @@ def test_a_generator_serves_one_epoch():
     )
     with pytest.raises(InputError, match="no batches in epoch 1"):
         train_sparse_coding(SparseCodingConfig(4, 0.1, epochs=2), iter(batches))
-
-
-def test_config_of_a_folder_is_readable(tmp_path):
-    train_sparse_coding(SparseCodingConfig(4, 0.1), small(), tmp_path)
-    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
-    assert read_json(checkpoint / "config.json")["config"]["penalty"] == 0.1

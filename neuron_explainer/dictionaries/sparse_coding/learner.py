@@ -109,23 +109,23 @@ class DictionaryLearner:
         """What the moving averages, which begin at zero, have to be divided by."""
         return float(1 - (1 - 1 / self.config.history) ** int(self.counts[0]))
 
-    def statistics(self) -> dict[str, float | int | None]:
+    def statistics(self) -> dict[str, float]:
         """Rows so far and, as averages over the recent past, how well they were coded.
 
-        ``snr``, Σ‖x‖² / Σ‖x - Φ a‖² (not in dB; None where nothing is left over); ``act_l1_max`` and
-        ``act_l1_min`` over latents of the mean latent; ``l0``; ``cut_short``, the share of rows whose
-        solve ended at ``max_iterations``.
+        ``snr``, Σ‖x‖² / Σ‖x - Φ a‖², not in dB (left out where nothing is left over);
+        ``act_l1_max`` and ``act_l1_min``, over latents, of the mean latent; ``l0``; ``cut_short``,
+        the share of rows whose solve ended at ``max_iterations``.
         """
         signal, noise, l0, cut_short = (self.averages / self._share).tolist()
         act_l1 = self.act_l1 / self._share
-        return {
+        found = {
             "rows": int(self.counts[1]),
-            "snr": signal / noise if noise else None,
             "act_l1_max": float(act_l1.max()),
             "act_l1_min": float(act_l1.min()),
             "l0": l0,
             "cut_short": cut_short,
         }
+        return {"snr": signal / noise, **found} if noise else found
 
     def autoencoder(
         self,

@@ -16,6 +16,8 @@ linear superposition of transformer factors".
 
 import hashlib
 from collections.abc import Iterable
+from contextlib import closing, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, overload
 
@@ -23,8 +25,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from neuron_explainer.activations.activation_sources import ActivationSource
-from neuron_explainer.activations.tokens import check_same_settings
-from neuron_explainer.dictionaries.sparse_coding.config import SparseCodingConfig
+from neuron_explainer.dictionaries.denormals import flush_denormals
+from neuron_explainer.dictionaries.logs import JsonLines
+from neuron_explainer.dictionaries.run_folder import RunFolder
+from neuron_explainer.dictionaries.sparse_coding.config import FREE_TO_CHANGE, SparseCodingConfig
 from neuron_explainer.dictionaries.sparse_coding.data import (
     Batch,
     BatchStream,
@@ -36,8 +40,8 @@ from neuron_explainer.dictionaries.sparse_coding.data import (
     shuffled_parts,
 )
 from neuron_explainer.dictionaries.sparse_coding.learner import DictionaryLearner
-from neuron_explainer.dictionaries.sparse_coding.run_folder import Checkpoint, RunFolder
-from neuron_explainer.errors import CheckpointError, InputError
+from neuron_explainer.dictionaries.train import ONLY, result_folder
+from neuron_explainer.errors import InputError
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.locations import ActivationLocation
 
@@ -86,13 +90,14 @@ def train_sparse_coding(
             ``[r, n]`` by location, of tensors ``[r, n]``, or of pairs of these and token ids
             ``[r]``. They are gone through ``config.epochs`` times, in the same order each time; pads
             must not be among them.
-        folder: of checkpoints, log and results (:mod:`.run_folder`); a run that is found there goes
-            on. None: nothing is kept.
+        folder: for config, log, checkpoints and results, as
+            :mod:`~neuron_explainer.dictionaries.run_folder` has them. A run with the same settings
+            goes on, also one that has ended, if ``config.epochs`` was raised. None: nothing is kept.
         token_counts: how often each token id stands in the training set, ``[v]``
             (:func:`~neuron_explainer.dictionaries.sparse_coding.frequency.count_tokens`); rows are
             weighted by its inverse root. None: all rows weigh the same.
         model_name: recorded with the results.
-        progress: show a bar, where there is a terminal, with ``snr``, largest and smallest mean
+        progress: show a bar, where there is a terminal, with ``snr``, smallest and largest mean
             latent (``l1``) and ``l0`` of the first dictionary.
 
     Returns:
@@ -100,33 +105,21 @@ def train_sparse_coding(
         dictionary of several layers is their location without a layer.
     """
     run = _Run(config, describe_source(batches), token_counts, model_name)
-    disk = None if folder is None else RunFolder(folder, config)
-    if disk is not None and (checkpoint := disk.resume()) is not None:
-        run.load(checkpoint)
-    stream = BatchStream(batches, config.epochs, *run.place)
-    saved = run.place
-    with tqdm(initial=run.batches, unit="batch", disable=None if progress else True) as bar:
-        for batch in stream:
-            run.learn(batch)
-            run.place = stream.epoch, stream.batch
-            bar.update()
-            if run.batches % config.log_every == 0:
-                records = run.records()
-                bar.set_postfix_str(_postfix(records[0]))
-                if disk is not None:
-                    disk.log(records)
-            if disk is not None and run.batches % config.checkpoint_every == 0:
-                disk.save(*run.checkpoint())
-                saved = run.place
-    if not run.learners:
-        raise InputError("sparse coding: there are no rows of activations in any batch.")
-    run.place = stream.epoch, stream.batch
-    autoencoders = run.autoencoders()
-    if disk is not None:
-        if saved != run.place:
-            disk.save(*run.checkpoint())
-        disk.save_autoencoders(autoencoders)
-    return autoencoders.get(None, autoencoders)
+    with flush_denormals():
+        if folder is None:
+            run.to_end(batches, None, progress)
+            found = run.autoencoders()
+        else:
+            place = RunFolder(folder, run.settings(), config.keep_checkpoints)
+            with place.open():
+                if (state := place.load_checkpoint()) is not None:
+                    run.load(state)
+                run.to_end(batches, place, progress)
+                found = run.autoencoders()
+                for name, autoencoder in found.items():
+                    target = result_folder(folder, ONLY if name is None else str(name))
+                    autoencoder.save(target, overwrite=True)
+    return found.get(None, found)
 
 
 class _Run:
@@ -144,7 +137,7 @@ class _Run:
         self.groups: dict[Place, list[Place]] = {}
         self.learners: dict[Place, DictionaryLearner] = {}
         self.batches = 0
-        self.place = (0, 0)
+        self.place: tuple[int, int] = (0, 0)
         """Epoch, and batches of it that have been learned from."""
 
     def learn(self, batch: Batch) -> None:
@@ -179,12 +172,44 @@ class _Run:
             )
         return learner
 
-    def records(self) -> list[dict[str, Any]]:
-        """A line of the log for every dictionary."""
-        return [
-            {"batches": self.batches, "dictionary": _name(place), **learner.statistics()}
-            for place, learner in self.learners.items()
-        ]
+    def to_end(
+        self, batches: Iterable[Any] | ActivationSource, place: RunFolder | None, progress: bool
+    ) -> None:
+        """Learn from all batches that are left."""
+        c, stream = self.config, BatchStream(batches, self.config.epochs, *self.place)
+        lines = None if place is None else JsonLines(place.path / "log.jsonl", self.batches)
+        saved = self.batches
+        with (
+            tqdm(initial=self.batches, unit="batch", disable=None if progress else True) as bar,
+            nullcontext() if lines is None else closing(lines),
+        ):
+            for batch in stream:
+                # Before a batch and not after one: at the last there is another checkpoint.
+                if self.batches % c.checkpoint_every == 0 and self.batches > saved:
+                    self._save(place, lines)
+                    saved = self.batches
+                self.learn(batch)
+                self.place = stream.epoch, stream.batch
+                bar.update()
+                if self.batches % c.log_every == 0:
+                    statistics = self.statistics()
+                    bar.set_postfix_str(_postfix(next(iter(statistics.values()), {})))
+                    if lines is not None:
+                        lines.write(self.batches, {"epoch": stream.epoch}, statistics)
+            if not self.learners:
+                raise InputError("sparse coding: there are no rows of activations in any batch.")
+            self.place = stream.epoch, stream.batch
+            if self.batches > saved:
+                self._save(place, lines)
+
+    def _save(self, place: RunFolder | None, lines: JsonLines | None) -> None:
+        if place is not None and lines is not None:
+            lines.sync()
+            place.save_checkpoint(self.batches, self.state())
+
+    def statistics(self) -> dict[str, dict[str, float]]:
+        """Of every dictionary, by name."""
+        return {_name(place): learner.statistics() for place, learner in self.learners.items()}
 
     def autoencoders(self) -> dict[Place, Autoencoder]:
         """The dictionaries as they are now."""
@@ -201,46 +226,41 @@ class _Run:
             for place, learner in self.learners.items()
         }
 
-    def checkpoint(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Facts for JSON and all tensors."""
-        facts = {
-            "batches": self.batches,
-            "epoch": self.place[0],
-            "batch": self.place[1],
+    def settings(self) -> dict[str, Any]:
+        """What may not change when the run goes on."""
+        fixed = {k: v for k, v in asdict(self.config).items() if k not in FREE_TO_CHANGE}
+        return {
+            "method": "sparse coding",
+            "config": fixed,
             "source": self.source,
             "token_counts": _digest(self.token_counts),
-            "dictionaries": [[_text(m) for m in members] for members in self.groups.values()],
-            "places": [_text(place) for place in self.groups],
         }
-        tensors = {
-            f"{number}.{name}": tensor
-            for number, learner in enumerate(self.learners.values())
-            for name, tensor in learner.tensors().items()
-        }
-        return facts, tensors
 
-    def load(self, checkpoint: Checkpoint) -> None:
-        """The inverse of :meth:`checkpoint`."""
-        facts, tensors = checkpoint
-        check_same_settings(facts["source"], self.source, "activations")
-        if facts["token_counts"] != _digest(self.token_counts):
-            raise CheckpointError(
-                "sparse coding: the run was started with other token_counts. Give the same ones to "
-                "go on, or another folder to begin anew."
-            )
-        self.batches, self.place = facts["batches"], (facts["epoch"], facts["batch"])
-        if self.place > (self.config.epochs, 0):
-            raise CheckpointError(
-                f"sparse coding: the run is in epoch {self.place[0]} (from 0), beyond the "
+    def state(self) -> dict[str, Any]:
+        """All that :meth:`load` needs: tensors and plain values."""
+        return {
+            "batches": self.batches,
+            "place": list(self.place),
+            "groups": [[_text(m) for m in (name, *group)] for name, group in self.groups.items()],
+            "learners": [learner.tensors() for learner in self.learners.values()],
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state`."""
+        epoch, batch = self.place = tuple(state["place"])
+        if (epoch, batch) > (self.config.epochs, 0):
+            raise InputError(
+                f"sparse coding: the run is in epoch {epoch} (from 0), beyond the "
                 f"{self.config.epochs} asked for now. Raise epochs, or give another folder."
             )
-        places = [_place(text) for text in facts["places"]]
-        for number, (place, members) in enumerate(zip(places, facts["dictionaries"], strict=True)):
-            prefix = f"{number}."
-            own = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-            device = own["dictionary"].device
-            self.groups[place] = [_place(text) for text in members]
-            self.learners[place] = DictionaryLearner.from_tensors(self.config, own, device)
+        self.batches = state["batches"]
+        for texts, tensors in zip(state["groups"], state["learners"], strict=True):
+            name, *members = (_place(text) for text in texts)
+            self.groups[name] = members
+            learner = DictionaryLearner.from_tensors(
+                self.config, tensors, tensors["dictionary"].device
+            )
+            self.learners[name] = learner
 
 
 def _text(place: Place) -> str | None:
@@ -265,7 +285,6 @@ def _digest(counts: Tensor | None) -> str | None:
     return hashlib.sha256(counts.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def _postfix(record: dict[str, Any]) -> str:
-    snr = "-" if record["snr"] is None else f"{record['snr']:.3g}"
-    smallest, largest = record["act_l1_min"], record["act_l1_max"]
-    return f"snr={snr} l1={smallest:.2g}-{largest:.2g} l0={record['l0']:.1f}"
+def _postfix(found: dict[str, float]) -> str:
+    short = {"snr": "snr", "act_l1_min": "min l1", "act_l1_max": "max l1", "l0": "l0"}
+    return " ".join(f"{text}={found[name]:.3g}" for name, text in short.items() if name in found)
