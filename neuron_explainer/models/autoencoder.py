@@ -18,7 +18,7 @@ Others' dictionaries differ in a few places, each of which is there or is not:
                is nothing to denormalize, and its bias is always a ``post_bias``
 
 Shape legend: ``b`` batch, ``s`` sequence, ``n`` inputs, ``o`` outputs (``n`` but for transcoders),
-``l`` latents, ``…`` any leading axes.
+``l`` latents, ``k`` latents kept of a row, ``…`` any leading axes.
 """
 
 import json
@@ -60,7 +60,10 @@ from neuron_explainer.models.latent_activations import (
     activation_name,
     make_activation,
 )
+from neuron_explainer.models.latents import Latents
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
+from neuron_explainer.models.selection import top_k
+from neuron_explainer.models.topk import Prepared, encode_top_k, prepare, use_certified
 
 __all__ = [
     "ACTIVATIONS_CLASSES",
@@ -78,6 +81,11 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _LAYER_NORM_EPS = 1e-5
+# Dense latents held at a time where they are not the result.
+_CHUNK_BYTES = 2**24
+_TOPK_ROWS = 1024
+# Decoding row by row beats a matrix product below this share of active latents.
+_SPARSE_SHARE = 1 / 32
 
 
 class UnstatedNormalizationWarning(UserWarning):
@@ -207,7 +215,7 @@ class Autoencoder(nn.Module):
         self.decoder: nn.Linear | TiedTranspose = (
             TiedTranspose(self.encoder)
             if tied
-            else nn.Linear(n_latents, self.n_outputs, bias=False, **factory)
+            else _decoder_by_latent(n_latents, self.n_outputs, factory)
         )
         self.post_bias = (
             nn.Parameter(torch.zeros(self.n_outputs, **factory))
@@ -220,6 +228,7 @@ class Autoencoder(nn.Module):
             self.register_buffer(
                 name, torch.full((n_latents,), value, dtype=statistics_dtype, device=device)
             )
+        self._prepared: Prepared | None = None  # a copy of weights: no part of the state
         self.register_state_dict_post_hook(_fold_python_entries)  # type: ignore[no-untyped-call]
 
     # ---- applying ------------------------------------------------------------------------------
@@ -258,16 +267,40 @@ class Autoencoder(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """``[…, n] -> […, l]``, dense; ``x`` is an activation as the model has it."""
         x_hat, _ = self.normalize(x)
-        return self._latents(x_hat)[1]
+        if self._needs_graph(x):
+            return self._latents(x_hat)[1]
+        if isinstance(self.activation, TopK) and self.glu is None:
+            return self._top_k(x_hat, self.activation).dense()
+        return self._activate_in_place(self._pre_act(x_hat))
 
-    def decode(self, latents: Tensor, stats: InputStats | None = None) -> Tensor:
+    def encode_sparse(self, x: Tensor) -> Latents:
+        """``[…, n]`` to the active latents of each row; ``x`` is an activation as the model has it.
+
+        TopK gives ``k`` entries a row, largest first. All others give as many as the row that has
+        the most active latents, in the order of their indices, and pad the rest. Differentiable, as
+        :meth:`encode` is. The same latents, but that of equal pre-activations of which not all are
+        kept, the first is.
+        """
+        x_hat, _ = self.normalize(x)
+        if not isinstance(self.activation, TopK):
+            return self._padded(x_hat, x)
+        if self.glu is None and not self._needs_graph(x):
+            return self._top_k(x_hat, self.activation)
+        pre_act = self._pre_act(x_hat)
+        indices = top_k(pre_act, self.activation.k)[1]
+        values = self.activation.postact_fn(pre_act.gather(-1, indices))
+        return Latents(values, indices, self.n_latents)
+
+    def decode(self, latents: Tensor | Latents, stats: InputStats | None = None) -> Tensor:
         """``[…, l] -> […, o]``, on the scale of the input that ``stats`` belongs to.
+
+        ``latents`` are dense, or sparse as :meth:`encode_sparse` gives them.
 
         An autoencoder that normalises its inputs, or has a skip connection, needs ``stats``, the
         second result of :meth:`normalize` for the same ``x``: they are arguments, never remembered,
         so that two batches can be in flight at once.
         """
-        self._check_width(latents, self.n_latents, "latents")
+        self._check_latents(latents)
         recons = self._decode_normalized(latents)
         undo = self.input_normalization != "none" and not self.is_transcoder
         if not undo and self.skip is None:
@@ -306,8 +339,17 @@ class Autoencoder(nn.Module):
         return AutoencoderOutput(pre_act, latents, self.decode(latents, stats))
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """``[…, n] -> […, o]``: encode and decode."""
-        return self(x).recons  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+        """``[…, n] -> […, o]``: encode and decode.
+
+        Where no gradient is asked for, a part of the rows at a time and only through the active
+        latents: dense latents are never held for all rows.
+        """
+        if self._needs_graph(x) or isinstance(self.activation, Fista):
+            return self(x).recons  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+        self._check_width(x, self.n_inputs, "input")
+        rows = x.reshape(-1, self.n_inputs)
+        parts = [self._reconstruct_rows(part) for part in torch.split(rows, self._rows_at_a_time())]
+        return torch.cat(parts).view(*x.shape[:-1], self.n_outputs)
 
     def _pre_act(self, x_hat: Tensor, latent_slice: slice = slice(None)) -> Tensor:
         self._check_dtype(x_hat)
@@ -328,10 +370,67 @@ class Autoencoder(nn.Module):
             return self.activation(pre_act, self.decoder.weight)  # type: ignore[no-any-return]
         return self.activation(pre_act)  # type: ignore[no-any-return]
 
-    def _decode_normalized(self, latents: Tensor) -> Tensor:
+    def _decode_normalized(self, latents: Tensor | Latents) -> Tensor:
         """On the scale of normalised inputs."""
-        recons: Tensor = self.decoder(latents)
+        recons: Tensor = (
+            latents.decode(self.decoder.weight.t())
+            if isinstance(latents, Latents)
+            else self.decoder(latents)
+        )
         return recons + (self.pre_bias if self.post_bias is None else self.post_bias)
+
+    # ---- without a graph: the same results, with less time and memory ----------------------------
+
+    def _needs_graph(self, x: Tensor) -> bool:
+        """Whether something would notice that a computation took another way than the formula's.
+
+        Gradients do, and automatic casting, and hooks on modules inside.
+        """
+        if torch.is_autocast_enabled(x.device.type):
+            return True
+        if torch.is_grad_enabled() and (
+            x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+        ):
+            return True
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+
+    def _top_k(self, x_hat: Tensor, activation: TopK) -> Latents:
+        self._check_dtype(x_hat)
+        rows = (x_hat - self.pre_bias).reshape(-1, self.n_inputs)
+        weight, bias = self.encoder.weight, self.latent_bias
+        if use_certified(rows, weight, None):
+            self._prepared = prepare(weight, bias, self._prepared)
+        values, indices = encode_top_k(rows, weight, bias, activation.k, self._prepared)
+        shape = (*x_hat.shape[:-1], activation.k)
+        return Latents(
+            activation.postact_fn(values).view(shape), indices.view(shape), self.n_latents
+        )
+
+    def _padded(self, x_hat: Tensor, x: Tensor) -> Latents:
+        if self._needs_graph(x) or isinstance(self.activation, Fista):
+            return Latents.of(self._latents(x_hat)[1])
+        rows = x_hat.reshape(-1, self.n_inputs)
+        parts = [
+            Latents.of(self._activate_in_place(self._pre_act(part)))
+            for part in torch.split(rows, self._rows_at_a_time())
+        ]
+        return Latents.cat(parts).unflatten(x_hat.shape[:-1])
+
+    def _activate_in_place(self, pre_act: Tensor) -> Tensor:
+        return pre_act.relu_() if type(self.activation) is nn.ReLU else self._activate(pre_act)
+
+    def _rows_at_a_time(self) -> int:
+        if isinstance(self.activation, TopK) and self.glu is None:
+            return _TOPK_ROWS
+        return max(1, _CHUNK_BYTES // (self.n_latents * self.encoder.weight.element_size()))
+
+    def _reconstruct_rows(self, x: Tensor) -> Tensor:
+        x_hat, stats = self.normalize(x)
+        if isinstance(self.activation, TopK) and self.glu is None:
+            return self.decode(self._top_k(x_hat, self.activation), stats)
+        latents = self._activate_in_place(self._pre_act(x_hat))
+        few = torch.count_nonzero(latents) < _SPARSE_SHARE * latents.numel()
+        return self.decode(Latents.of(latents) if few else latents, stats)
 
     def _check_stats(self, stats: InputStats | None) -> InputStats:
         if stats is None:
@@ -357,6 +456,17 @@ class Autoencoder(nn.Module):
                 "them from this autoencoder's normalize(x)."
             )
         return stats
+
+    def _check_latents(self, latents: Tensor | Latents) -> None:
+        if not isinstance(latents, Latents):
+            self._check_width(latents, self.n_latents, "latents")
+            return
+        self._check_dtype(latents.values)
+        if latents.n_latents != self.n_latents:
+            raise InputError(
+                f"{self._name()}: expected latents out of {self.n_latents}, found some out of "
+                f"{latents.n_latents}."
+            )
 
     def _check_width(self, x: Tensor, width: int, what: str) -> None:
         if x.ndim == 0 or x.shape[-1] != width:
@@ -413,6 +523,7 @@ class Autoencoder(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """torch's hook behind ``.to``, ``.half`` and the like: statistics keep their dtype."""
         before = {name: getattr(self, name) for name in STATISTICS}
+        self._prepared = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = getattr(self, name)
@@ -421,6 +532,10 @@ class Autoencoder(nn.Module):
         return self
 
     # ---- state dicts ---------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which make copies of weights for themselves."""
+        return {**self.__dict__, "_prepared": None}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -513,7 +628,12 @@ class Autoencoder(nn.Module):
         )
         for name in (*PARAMETERS, *OPTIONAL_PARAMETERS):
             if name in entries.tensors:
-                weight = entries.tensors[name].detach().to(device, dtype, copy=True)
+                weight = entries.tensors[name].detach()
+                weight = (
+                    _by_latent(weight, device, dtype)
+                    if name == "decoder.weight"
+                    else weight.to(device, dtype, copy=True)
+                )
                 owner, _, leaf = name.rpartition(".")
                 setattr(autoencoder.get_submodule(owner), leaf, nn.Parameter(weight))
         for name, (value, statistics_dtype) in STATISTICS.items():
@@ -630,6 +750,22 @@ class Autoencoder(nn.Module):
 
 def _parse(location: LocationLike | None) -> ActivationLocation | None:
     return None if location is None else ActivationLocation.parse(location)
+
+
+def _decoder_by_latent(n_latents: int, n_outputs: int, factory: dict[str, Any]) -> nn.Linear:
+    decoder = nn.Linear(n_latents, n_outputs, bias=False, **factory)
+    weight = decoder.weight.detach()
+    decoder.weight = nn.Parameter(_by_latent(weight, weight.device, weight.dtype))
+    return decoder
+
+
+def _by_latent(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A copy of a decoder's ``[o, l]`` in which what a latent writes lies together in memory.
+
+    Sparse decoding reads few whole columns; a matrix product takes either layout.
+    """
+    by_latent = weight.t().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+    return by_latent.t()
 
 
 def _check_combination(

@@ -46,6 +46,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -298,5 +299,5 @@ def _fast_bfloat16(device: torch.device) -> bool:
     mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if device.type != "cpu" or not mkldnn:
         return False
-    known = torch.cpu.get_capabilities()
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 has none
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))

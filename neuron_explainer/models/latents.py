@@ -3,6 +3,7 @@
 Shape legend: ``k`` entries kept of each row, ``l`` latents, ``o`` outputs, ``…`` any leading axes.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -40,6 +41,24 @@ class Latents(NamedTuple):
         shape = (*dense.shape[:-1], width)
         return cls(values.view(shape), indices.view(shape), dense.shape[-1])
 
+    @classmethod
+    def cat(cls, parts: Sequence["Latents"]) -> Self:
+        """Rows ``[·, k]`` of one dictionary after one another, padded to the widest."""
+        width = max(part.values.shape[-1] for part in parts)
+        pads = [(0, width - part.values.shape[-1]) for part in parts]
+        values = [F.pad(part.values, pad) for part, pad in zip(parts, pads, strict=True)]
+        indices = [F.pad(part.indices, pad) for part, pad in zip(parts, pads, strict=True)]
+        return cls(torch.cat(values), torch.cat(indices), parts[0].n_latents)
+
+    def unflatten(self, shape: Sequence[int]) -> Self:
+        """Rows ``[b, k]`` as ``[*shape, k]``."""
+        values, indices, n_latents = self
+        return type(self)(
+            values.view(*shape, values.shape[-1]),
+            indices.view(*shape, indices.shape[-1]),
+            n_latents,
+        )
+
     def decode(self, rows: Tensor) -> Tensor:
         """The sum of the decoder's rows ``[l, o]``, weighted by the values: ``[…, o]``."""
         width = self.values.shape[-1]
@@ -47,8 +66,8 @@ class Latents(NamedTuple):
             return rows.new_zeros(*self.values.shape[:-1], rows.shape[1])
         recons = F.embedding_bag(
             self.indices.reshape(-1, width),
-            rows,
-            per_sample_weights=self.values.reshape(-1, width),
+            rows.contiguous(),
+            per_sample_weights=self.values.reshape(-1, width).to(rows.dtype),
             mode="sum",
         )
         return recons.view(*self.values.shape[:-1], rows.shape[1])

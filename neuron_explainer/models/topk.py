@@ -14,7 +14,7 @@ from neuron_explainer.errors import InputError
 from neuron_explainer.models.certified import Prepared, certified_top_k, prepare, use_certified
 from neuron_explainer.models.selection import top_k
 
-__all__ = ["Prepared", "encode_top_k", "prepare", "top_k"]
+__all__ = ["Prepared", "encode_top_k", "prepare", "top_k", "use_certified"]
 
 _CHUNK_BYTES = 2**25
 
