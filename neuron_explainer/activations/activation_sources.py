@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from neuron_explainer.activations.corpus import permutation
-from neuron_explainer.activations.harvest import ActivationBatch, Harvester
+from neuron_explainer.activations.harvest import ActivationBatch, Harvester, check_context_length
 from neuron_explainer.activations.store import ActivationStore
 from neuron_explainer.activations.tokens import TokenWindows
 from neuron_explainer.errors import InputError
@@ -28,6 +28,7 @@ class LiveSource:
     """Activations as a model computes them: a chunk is a batch of windows."""
 
     def __init__(self, harvester: Harvester, windows: TokenWindows) -> None:
+        check_context_length(harvester.context, windows.context_length)
         self.harvester, self.windows = harvester, windows
 
     @property
@@ -96,7 +97,10 @@ class StoreSource:
 
 
 class IterableSource:
-    """Activations of any iterable of batches that can be iterated again, and gives the same then."""
+    """Activations of any iterable of batches.
+
+    To resume from a state it is iterated from its beginning again, and has to give the same again.
+    """
 
     forward_s = 0.0
 
@@ -108,6 +112,11 @@ class IterableSource:
     def chunk(self, number: int) -> ActivationBatch | None:
         """The batch with this number; going back starts the iteration anew."""
         if not 0 <= self._next <= number:
+            if self._next >= 0 and isinstance(self.batches, Iterator):
+                raise InputError(
+                    f"a {type(self.batches).__name__} can be read once only, and batch {number} has "
+                    "gone by; to go back, give what can be iterated again, such as a list."
+                )
             self._iterator, self._next = iter(self.batches), 0
         batch = None
         while self._next <= number:

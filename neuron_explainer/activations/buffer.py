@@ -26,7 +26,7 @@ from neuron_explainer.activations.corpus import Ints, permutation
 from neuron_explainer.activations.harvest import ActivationBatch
 from neuron_explainer.activations.prefetch import Prefetcher
 from neuron_explainer.activations.tokens import check_same_settings
-from neuron_explainer.errors import InputError, LocationError
+from neuron_explainer.errors import CheckpointError, InputError, LocationError
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
 
 logger = logging.getLogger(__name__)
@@ -258,7 +258,7 @@ class ShuffleBuffer(Iterator[Batch]):
         """Go on from there, to the bit, where the source computes the same values again.
 
         Raises:
-            CheckpointError: the state is of a buffer with other settings.
+            CheckpointError: the state is of a buffer with other settings, or the source has changed.
         """
         check_same_settings(state["settings"], self._settings(), "activations")
         self._reset()
@@ -271,7 +271,10 @@ class ShuffleBuffer(Iterator[Batch]):
         for chunk in np.unique(unread[:, 1]).tolist():
             of_chunk = unread[unread[:, 1] == chunk]
             rows = self.source.chunk(chunk)
-            assert rows is not None
+            if rows is None or len(rows) <= of_chunk[:, 2].max():
+                raise CheckpointError(
+                    f"the source no longer gives all rows of chunk {chunk}, which the state is of."
+                )
             which = torch.from_numpy(of_chunk[:, 2].copy()).to(rows.tokens.device)
             self._put(of_chunk[:, 0], rows.rows(which))
         if self._chunk_row:

@@ -49,16 +49,11 @@ class ActivationBatch:
 
     def rows(self, which: Tensor | slice) -> "ActivationBatch":
         """Some of the tokens."""
-        return self._each(lambda x: x[which])
-
-    def to(self, device: torch.device | str) -> "ActivationBatch":
-        """The same on another device."""
-        return self._each(lambda x: x.to(device))
-
-    def _each(self, change: Any) -> "ActivationBatch":
-        kept = {place: change(x) for place, x in self.activations.items()}
         return ActivationBatch(
-            kept, change(self.tokens), change(self.document), change(self.position)
+            {place: x[which] for place, x in self.activations.items()},
+            self.tokens[which],
+            self.document[which],
+            self.position[which],
         )
 
     @staticmethod
@@ -131,7 +126,7 @@ class Harvester:
             InputError: the windows are longer than the model's context, an id is beyond its
                 vocabulary, or a value is not finite (says where).
         """
-        self._check_length(batch)
+        check_context_length(self.context, batch.tokens.shape[1])
         captured, batch = self._forward(batch)
         keep = torch.ones_like(batch.tokens, dtype=torch.bool)
         if batch.pad is not None:
@@ -145,17 +140,6 @@ class Harvester:
         )
         check_finite(found)
         return found if self.max_norm_multiple is None else self._without_outliers(found)
-
-    def _check_length(self, batch: TokenBatch) -> None:
-        try:
-            longest = self.context.n_context
-        except InputError:  # positions that are not learned may have no end
-            return
-        if batch.tokens.shape[1] > longest:
-            raise InputError(
-                f"the windows are {batch.tokens.shape[1]} tokens long, more than the context of "
-                f"{longest} of {self.context.model_name}; set context_length to at most {longest}."
-            )
 
     def _forward(self, batch: TokenBatch) -> tuple[dict[ActivationLocation, Tensor], TokenBatch]:
         model = self.context.get_or_create_model()
@@ -228,6 +212,19 @@ def single_locations(
                 "expected a location with one vector for each token."
             )
     return list(dict.fromkeys(places))
+
+
+def check_context_length(context: ModelContext, length: int) -> None:
+    """An error if windows are longer than the model can read."""
+    try:
+        longest = context.n_context
+    except InputError:  # positions that are not learned may have no end
+        return
+    if length > longest:
+        raise InputError(
+            f"the windows are {length} tokens long, more than the context of {longest} of "
+            f"{context.model_name}; set context_length to at most {longest}."
+        )
 
 
 def check_finite(batch: ActivationBatch) -> None:

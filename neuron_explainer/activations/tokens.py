@@ -164,11 +164,13 @@ class TokenWindows:
         end = int(self._offsets[-1])
         if self.bos is None:
             return np.append(np.arange(0, end, self.context_length), end)
-        cuts, place, fronts = [], 0, set(self._offsets.tolist())
+        cuts, place = [], 0
         while place < end:
-            cuts.append(place)
-            place += self.context_length - (place not in fronts)
-        return np.array([*cuts, end], dtype=np.int64)
+            front = _next_front(self._offsets, place, self.context_length - 1)
+            cuts.append(np.arange(place, front + 1, self.context_length - 1))
+            place = front + self.context_length
+        places = np.concatenate(cuts)
+        return np.append(places[places < end], end)
 
     def _window(self, which: int) -> _Window:
         if not self.concat:
@@ -247,6 +249,19 @@ def check_same_settings(saved: dict[str, Any], here: dict[str, Any], what: str) 
     ]
     if differing:
         raise CheckpointError(f"the state is of other {what}: {'; '.join(differing)}.")
+
+
+def _next_front(offsets: Ints, place: int, step: int) -> int:
+    """The first document at ``place``, ``place + step``, …; the end of the stream if there is none.
+
+    That is some ``step`` documents on, as a rule: a look at a few thousand finds it.
+    """
+    for begin in range(int(np.searchsorted(offsets, place)), len(offsets), 4096):
+        some = offsets[begin : begin + 4096]
+        hits = np.flatnonzero((some - place) % step == 0)
+        if len(hits):
+            return int(some[hits[0]])
+    return int(offsets[-1])
 
 
 def _stack(windows: list[_Window], length: int | None) -> TokenBatch:

@@ -181,6 +181,25 @@ def test_the_state_of_another_buffer_is_refused() -> None:
         buffer_of([9] * 9, 22, 4, seed=1).load_state_dict(state)
 
 
+def test_a_generator_is_read_once_and_says_so() -> None:
+    batches = numbered([9] * 9).batches
+    buffer = ShuffleBuffer(IterableSource(iter(batches)), 20, 4, pair=(PLACE, OTHER))
+    with buffer:
+        first = next(buffer)
+        state = buffer.state_dict()
+        assert sorted(itertools.chain(*values([first, *buffer]))) == list(range(81))
+        with pytest.raises(InputError, match=r"can be read once only, and batch 0 has gone by"):
+            buffer.load_state_dict(state)
+
+
+def test_a_source_that_has_changed_is_refused() -> None:
+    buffer = buffer_of([9] * 9, 20, 4)
+    next(buffer)
+    for sizes in ([9], [8] * 9):
+        with pytest.raises(CheckpointError, match="no longer gives all rows of chunk"):
+            buffer_of(sizes, 20, 4).load_state_dict(buffer.state_dict())
+
+
 # --- from a model, from a store ---
 
 

@@ -9,6 +9,7 @@ import torch
 from neuron_explainer.activations import (
     ActivationBatch,
     Harvester,
+    LiveSource,
     TokenWindows,
     harvest,
 )
@@ -201,6 +202,8 @@ def test_windows_longer_than_the_context_are_refused(context: ModelContext) -> N
         InputError, match=r"13 tokens long, more than the context of 12.*at most 12"
     ):
         list(harvest(context, TokenWindows(random_corpus([40]), 13, 1), SITE))
+    with pytest.raises(InputError, match="more than the context of 12"):
+        LiveSource(Harvester(context, SITE), TokenWindows(random_corpus([4]), 13, 1))
 
 
 def test_settings_that_cannot_be(context: ModelContext) -> None:

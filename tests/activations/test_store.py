@@ -133,7 +133,9 @@ def test_windows_without_end_stop_at_num_tokens(tmp_path: Path, context: ModelCo
     harvester = Harvester(context, SITE)
     with pytest.raises(InputError, match="need num_tokens"):
         harvest_to_store(tmp_path / "s", harvester, windows(epochs=None))
-    store = harvest_to_store(tmp_path / "s", harvester, windows(epochs=None), num_tokens=200)
+    store = harvest_to_store(
+        tmp_path / "s", harvester, windows(epochs=None), num_tokens=200, progress=True
+    )
     assert 200 <= len(store) < 200 + 16
 
 

@@ -228,7 +228,7 @@ def tales() -> ModelContext:
 
 def test_a_file_holds_what_memory_holds(tmp_path: Path, tales: ModelContext) -> None:
     in_memory = tokenize(TEXTS, tales)
-    written = write_token_file(tmp_path / "tokens", TEXTS, tales)
+    written = write_token_file(tmp_path / "tokens", TEXTS, tales, progress=True)
     opened = open_token_file(tmp_path / "tokens", tales, verify=True)
     for corpus in (written, opened):
         assert isinstance(corpus.tokens, np.memmap)
