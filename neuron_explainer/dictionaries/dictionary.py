@@ -120,6 +120,11 @@ class Dictionary(nn.Module):
         with self.products(x):
             return recons + F.linear(x, self.skip).to(x.dtype)
 
+    def frozen_rest(self, x: Tensor) -> Tensor:
+        """What :meth:`add_rest` adds, ``[b, o]`` or ``[o]``, as a constant to the gradient."""
+        with torch.no_grad():
+            return self.add_rest(torch.zeros((), dtype=x.dtype, device=x.device), x)
+
     def products(self, x: Tensor) -> contextlib.AbstractContextManager[Any]:
         """Matrix products inside run in bfloat16 if this dictionary was told to."""
         if not self.autocast:

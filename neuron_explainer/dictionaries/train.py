@@ -200,6 +200,7 @@ class _Run:
                 f"expected batches {{name: tensor}} for {', '.join(self.configs)}, found "
                 f"{type(raw).__name__}."
             )
+        by_name = {str(name): x for name, x in by_name.items()}  # a location is known by its text
         missing = [name for name in self.configs if name not in by_name]
         if missing:
             raise InputError(

@@ -94,7 +94,7 @@ class Trainee(nn.Module):
     def loss(self, x: Tensor, target: Tensor, step: int) -> Loss:
         """Of normalised activations; counts which latents were active."""
         dead = self.counter.dead(self.config.dead_after_tokens)
-        moment = Moment(step, ramp(step, self.config.sparsity_warmup_steps), dead)
+        moment = self.moment(step, dead)
         loss: Loss = self.objective.loss(self.dictionary, x, target, moment)
         self.counter.update(loss.latents, len(x))
         if self.config.remedy != "ghost" or not len(dead):
@@ -105,6 +105,11 @@ class Trainee(nn.Module):
         return loss._replace(
             total=loss.total + ghost, terms={**loss.terms, "ghost": ghost.detach()}
         )
+
+    def moment(self, step: int, dead: Tensor) -> Moment:
+        """What an objective is told of a step."""
+        c = self.config
+        return Moment(step, c.total_steps, ramp(step, c.sparsity_warmup_steps), dead)
 
     def lr(self, step: int) -> float:
         """Learning rate of a step."""
@@ -137,8 +142,7 @@ class Trainee(nn.Module):
         """Parameters have changed: rows back to their norm, dead latents to life."""
         c = self.config
         self.dictionary.constrain_rows(c.decoder_norm)
-        moment = Moment(step, ramp(step, c.sparsity_warmup_steps), self.counter.silent[:0])
-        self.objective.after_step(self.dictionary, loss, moment)
+        self.objective.after_step(self.dictionary, loss, self.moment(step, self.counter.silent[:0]))
         if c.remedy != "resample" or (step + 1) % c.resample_every or step + 1 == c.total_steps:
             return
         dead = self.counter.dead(c.dead_after_tokens)
@@ -168,7 +172,7 @@ class Trainee(nn.Module):
         autoencoder = Autoencoder(
             d.n_latents,
             d.n_inputs,
-            self.objective.activation(float(d.target_scale)),
+            self.objective.activation(d),
             c.tied,
             input_normalization="none" if each is None else each.input_normalization,
             n_outputs=d.n_outputs if d.is_transcoder else None,

@@ -27,7 +27,7 @@ from neuron_explainer.dictionaries import TopKConfig, TrainConfig, train_many
 from neuron_explainer.dictionaries.train import StepReport
 from tests.dictionaries.planted import planted
 
-STEPS = 60
+STEPS = 40
 
 
 class Batches:
@@ -64,14 +64,14 @@ def configs() -> dict[str, TrainConfig]:
         "lr": 3e-3,
         "warmup_steps": 5,
         "decay": "linear",
-        "decay_steps": 20,
+        "decay_steps": 15,
         "grad_clip": 1.0,
         "dead_after_tokens": 200,
         "sample_batches": 2,
         "checkpoint_every": 7,
         "log_every": 5,
     }
-    annealed = TopKConfig(k=2, multi_k=4, k_anneal_steps=30, k_start=6)
+    annealed = TopKConfig(k=2, multi_k=4, k_anneal_steps=25, k_start=6)
     return {
         "0/one": TrainConfig(annealed, n_latents=64, **shared),
         "0/other": TrainConfig(
@@ -137,7 +137,9 @@ def in_child(function: Any, kill_after: float | None = None) -> int:
 
 def main() -> None:
     torch.set_num_threads(1)
+    os.fsync = lambda fd: None  # what it protects from, power cuts, is not tested here
     base, points = Path(sys.argv[1]), json.loads(sys.argv[2])
+    run(base / "warm")  # what torch imports when it is first used, the children have then
     for index, (moment, step) in enumerate(points):
         folder = base / str(index)
         wait = step / 1000 if moment == "outside" else None

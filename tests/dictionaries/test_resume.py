@@ -71,7 +71,7 @@ def test_killed_at_any_moment(undisturbed: Path, tmp_path: Path) -> None:
         *(("rename", rng.randint(1, killed_run.STEPS)) for _ in range(3)),
         *(("tidy", rng.randint(15, killed_run.STEPS)) for _ in range(2)),
         ("results", killed_run.STEPS),
-        *(("outside", rng.randint(20, 300)) for _ in range(4)),
+        *(("outside", rng.randint(10, 250)) for _ in range(4)),
     ]
     run = subprocess.run(
         [sys.executable, "-m", "tests.dictionaries.killed_run", str(tmp_path), json.dumps(points)],
@@ -100,7 +100,7 @@ def stop_at(step: int) -> Any:
 
 def test_plain_batches_are_skipped_forward(undisturbed: Path, tmp_path: Path) -> None:
     with pytest.raises(Stop):
-        killed_run.run(tmp_path / "run", stop_at(40), plain=True)
+        killed_run.run(tmp_path / "run", stop_at(25), plain=True)
     killed_run.run(tmp_path / "run", plain=True)
     assert_same(tmp_path / "run", undisturbed, "plain")
 

@@ -14,13 +14,23 @@ from neuron_explainer.dictionaries.objectives.base import (
     register,
     registered,
 )
+from neuron_explainer.dictionaries.objectives.batch_topk import BatchTopKConfig, MatryoshkaConfig
+from neuron_explainer.dictionaries.objectives.gated import GatedConfig
+from neuron_explainer.dictionaries.objectives.jumprelu import JumpReLUConfig
+from neuron_explainer.dictionaries.objectives.relu import PAnnealConfig, ReLUConfig
 from neuron_explainer.dictionaries.objectives.topk import TopKConfig
 
 __all__ = [
+    "BatchTopKConfig",
+    "GatedConfig",
+    "JumpReLUConfig",
     "Loss",
+    "MatryoshkaConfig",
     "Moment",
     "Objective",
     "ObjectiveConfig",
+    "PAnnealConfig",
+    "ReLUConfig",
     "SparseLatents",
     "TopKConfig",
     "config_class",

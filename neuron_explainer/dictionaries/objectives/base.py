@@ -10,7 +10,7 @@ subclass of :class:`Objective` that is registered for it:
     @register("mine", MyConfig)
     class Mine(Objective[MyConfig]):
         def loss(self, dictionary, x, target, moment): ...
-        def activation(self, scale): ...
+        def activation(self, dictionary): ...
 
 Shape legend: ``b`` tokens of a batch, ``n`` inputs, ``o`` outputs, ``l`` latents, ``k`` active ones.
 """
@@ -46,6 +46,8 @@ class Moment(NamedTuple):
 
     step: int
     """From 0."""
+    steps: int
+    """Of the whole run."""
     sparsity: float
     """Factor on sparsity penalties, 1 after their warm-up."""
     dead: Tensor
@@ -96,8 +98,9 @@ class Objective(nn.Module, ABC, Generic[C]):
         transcoders). Losses of tokens are summed over the width and averaged over the batch."""
 
     @abstractmethod
-    def activation(self, scale: float) -> nn.Module:
-        """For the finished ``Autoencoder``, whose latents are ``scale`` times those in training."""
+    def activation(self, dictionary: Dictionary) -> nn.Module:
+        """For the finished ``Autoencoder``, whose latents are ``dictionary.target_scale`` times
+        those in training; so must thresholds be."""
 
     def after_step(self, dictionary: Dictionary, loss: Loss, moment: Moment) -> None:
         """Called after each step of the optimiser, without gradients."""

@@ -144,5 +144,5 @@ class TopK(Objective[TopKConfig]):
     ) -> Tensor:
         return target - dictionary.add_rest(decode_rows(values, indices, dictionary.rows), x)
 
-    def activation(self, scale: float) -> nn.Module:
+    def activation(self, dictionary: Dictionary) -> nn.Module:
         return TopKActivation(self.config.k)

@@ -1,0 +1,178 @@
+"""BatchTopK: the k times batch size largest pre-activations of a whole batch; and its nested form.
+
+    BatchTopK    loss = ‖e‖² / σ²  +  c_aux AuxK
+    Matryoshka   loss = mean over prefixes of ‖e_prefix‖² / σ²  +  c_aux AuxK
+
+σ² is the variance of targets; AuxK that of TopK. In training a token has as many active latents as it
+deserves; the finished autoencoder uses one threshold instead, so that a token's latents do not depend
+on the others. A prefix is the reconstruction from the first latents only.
+
+- Bussmann, Leask, Nanda 2024, "BatchTopK sparse autoencoders" (arXiv:2412.06410)
+- Bussmann et al. 2025, "Learning multi-level features with Matryoshka SAEs" (arXiv:2503.17547)
+
+Shape legend: ``b`` tokens of a batch, ``n`` inputs, ``o`` outputs, ``l`` latents, ``m`` active pairs
+(token, latent) of a batch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neuron_explainer.dictionaries.dictionary import Dictionary
+from neuron_explainer.dictionaries.objectives.base import (
+    Loss,
+    Moment,
+    Objective,
+    SparseLatents,
+    register,
+    squared_error,
+)
+from neuron_explainer.dictionaries.objectives.topk import AuxKConfig, aux_k_loss, check_k, k_at
+from neuron_explainer.errors import InputError
+from neuron_explainer.models.latent_activations import BatchTopK as BatchTopKActivation
+
+
+@dataclass(frozen=True)
+class BatchTopKConfig(AuxKConfig):
+    """BatchTopK (Bussmann et al. 2024)."""
+
+
+@dataclass(frozen=True)
+class MatryoshkaConfig(AuxKConfig):
+    """Matryoshka BatchTopK (Bussmann et al. 2025)."""
+
+    group_fractions: tuple[float, ...] = (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+    """Shares of the latents that each prefix adds to the one before; they add up to 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.group_fractions or min(self.group_fractions) <= 0:
+            raise InputError(f"group_fractions must be above 0, found {self.group_fractions}.")
+        if abs(sum(self.group_fractions) - 1) > 1e-6:
+            raise InputError(
+                f"group_fractions must add up to 1, found {self.group_fractions}, which add up to "
+                f"{sum(self.group_fractions):g}."
+            )
+
+
+class Active(NamedTuple):
+    """The active pairs (token, latent) of a batch, in the order of tokens."""
+
+    values: Tensor
+    """``[m]``, rectified."""
+    latents: Tensor
+    """``[m]`` int64."""
+    starts: Tensor
+    """``[b]`` int64: where each token's pairs begin."""
+
+    def decode(self, dictionary: Dictionary) -> Tensor:
+        """``[b, o]``: the sum of the active latents' rows, without bias."""
+        return F.embedding_bag(
+            self.latents, dictionary.rows, self.starts, mode="sum", per_sample_weights=self.values
+        )
+
+
+def batch_top_k(pre_act: Tensor, k: int) -> Active:
+    """``[b, l]``: the ``b · k`` largest of all, rectified."""
+    n_tokens, n_latents = pre_act.shape
+    values, flat = pre_act.flatten().topk(min(n_tokens * k, pre_act.numel()), sorted=False)
+    flat, order = flat.sort()
+    tokens = flat.div(n_latents, rounding_mode="floor")
+    starts = torch.searchsorted(tokens, torch.arange(n_tokens, device=flat.device))
+    return Active(values[order].relu(), flat % n_latents, starts)
+
+
+C = TypeVar("C", bound=AuxKConfig)
+
+
+class _BatchTopK(Objective[C]):
+    """What the two share; they differ in what of a batch's active latents is reconstructed."""
+
+    threshold: Tensor
+    """``[]``: mean over recent batches of the smallest value that was active."""
+    seen: Tensor
+    """``[]``: batches so far."""
+
+    def __init__(self, config: C, dictionary: Dictionary) -> None:
+        super().__init__(config, dictionary)
+        check_k(config, dictionary, k_at(config, dictionary, 0))
+        dtype = dictionary.encoder.dtype
+        self.register_buffer("threshold", torch.zeros((), dtype=dtype))
+        self.register_buffer("seen", torch.zeros((), dtype=dtype))
+
+    def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
+        k = k_at(self.config, dictionary, moment.step)
+        active = batch_top_k(dictionary.pre_act(x), k)
+        errors = [target - recons for recons in self.reconstructions(dictionary, x, active)]
+        losses = [squared_error(error) / dictionary.variance for error in errors]
+        total = torch.stack(losses).mean()
+        terms = {"reconstruction": losses[-1].detach()}
+        if len(losses) > 1:
+            terms |= {f"prefix_{i}": loss.detach() for i, loss in enumerate(losses[:-1])}
+        error = errors[-1].detach()
+        if len(moment.dead) and self.config.aux_coefficient:
+            aux = aux_k_loss(self.config, dictionary, x, error, moment.dead)
+            total = total + self.config.aux_coefficient * aux
+            terms["aux"] = aux.detach()
+        return Loss(total, terms, error, SparseLatents(active.values.detach(), active.latents))
+
+    def reconstructions(
+        self, dictionary: Dictionary, x: Tensor, active: Active
+    ) -> Iterator[Tensor]:
+        """``[b, o]`` each; the last one is that of all latents."""
+        yield dictionary.add_rest(active.decode(dictionary), x)
+
+    def after_step(self, dictionary: Dictionary, loss: Loss, moment: Moment) -> None:
+        """Follow the threshold: a running mean over the last tenth of the steps, at most 1000.
+
+        With a window of fixed length, short runs would end with the threshold of their beginning.
+        """
+        assert isinstance(loss.latents, SparseLatents)
+        values = loss.latents.values
+        smallest = torch.where(values > 0, values, torch.inf).min()
+        self.seen += 1
+        weight = 1 / (self.seen / 10).clamp(1, 1000)
+        moved = torch.lerp(self.threshold, smallest, weight)
+        self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
+
+    def activation(self, dictionary: Dictionary) -> nn.Module:
+        return BatchTopKActivation(self.threshold * dictionary.target_scale, self.config.k)
+
+
+@register("batch_topk", BatchTopKConfig)
+class BatchTopK(_BatchTopK[BatchTopKConfig]):
+    """One reconstruction, from all active latents."""
+
+
+@register("matryoshka", MatryoshkaConfig)
+class Matryoshka(_BatchTopK[MatryoshkaConfig]):
+    """A reconstruction from each prefix of the latents."""
+
+    def __init__(self, config: MatryoshkaConfig, dictionary: Dictionary) -> None:
+        super().__init__(config, dictionary)
+        total, ends = dictionary.n_latents, list[int]()
+        for fraction in config.group_fractions:
+            ends.append(round((ends[-1] if ends else 0) + fraction * total))
+        ends[-1] = total
+        self.sizes = tuple(b - a for a, b in zip([0, *ends], ends, strict=False))
+        if min(self.sizes) < 1:
+            raise InputError(f"matryoshka: {total} latents are too few for groups {self.sizes}.")
+
+    def reconstructions(
+        self, dictionary: Dictionary, x: Tensor, active: Active
+    ) -> Iterator[Tensor]:
+        # Each pair is looked at once: what a group adds, on top of the groups before it.
+        ends = torch.tensor(self.sizes, device=x.device).cumsum(0)
+        group = torch.searchsorted(ends, active.latents, right=True)
+        recons: Any = 0
+        for index in range(len(self.sizes)):
+            values = torch.where(group == index, active.values, 0.0)
+            recons = recons + active._replace(values=values).decode(dictionary)
+            yield dictionary.add_rest(recons, x)
+
+    def group_sizes(self) -> tuple[int, ...]:
+        return self.sizes

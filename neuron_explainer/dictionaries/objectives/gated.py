@@ -1,0 +1,83 @@
+"""Gated: one path says which latents are active, another, with the same directions, how strongly.
+
+    g = (x - b_pre) · W_encᵀ + b_gate         f = 1[g > 0] · relu(exp(r) (x - b_pre) · W_encᵀ + b_mag)
+    loss = ‖x - x̂(f)‖²  +  c Σ relu(g)  +  ‖x - x̂_frozen(relu(g))‖²
+
+The last term teaches the gate, which gets no gradient from f, to open where that helps; x̂_frozen has
+the decoder and its bias as constants. The penalty falls on the gate only, so magnitudes are not shrunk.
+
+Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse autoencoders"
+(arXiv:2404.16014), equations 6 to 8.
+
+Shape legend: ``b`` tokens of a batch, ``n`` inputs, ``o`` outputs, ``l`` latents.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from neuron_explainer.dictionaries.dictionary import Dictionary
+from neuron_explainer.dictionaries.objectives.base import (
+    Loss,
+    Moment,
+    Objective,
+    ObjectiveConfig,
+    register,
+    squared_error,
+)
+from neuron_explainer.errors import InputError
+from neuron_explainer.models.latent_activations import Gated as GatedActivation
+
+
+@dataclass(frozen=True)
+class GatedConfig(ObjectiveConfig):
+    """Gated (Rajamanoharan et al. 2024)."""
+
+    l1_coefficient: float = 1.0
+    """Weight of the penalty on the gate, in the units of relu's."""
+
+    def __post_init__(self) -> None:
+        if self.l1_coefficient < 0:
+            raise InputError(f"l1_coefficient must not be negative, found {self.l1_coefficient}.")
+
+
+@register("gated", GatedConfig)
+class Gated(Objective[GatedConfig]):
+    """Penalises the gate's pre-activations."""
+
+    trains_latent_bias = False  # each path has its own
+
+    def __init__(self, config: GatedConfig, dictionary: Dictionary) -> None:
+        super().__init__(config, dictionary)
+        zeros = torch.zeros(dictionary.n_latents, dtype=dictionary.encoder.dtype)
+        self.b_gate = nn.Parameter(zeros.clone())
+        self.r_mag = nn.Parameter(zeros.clone())
+        self.b_mag = nn.Parameter(zeros.clone())
+
+    def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
+        pre_act = dictionary.pre_act(x)
+        gate = pre_act + self.b_gate
+        magnitude = (pre_act * self.r_mag.exp() + self.b_mag).relu()
+        latents = torch.where(gate > 0, magnitude, 0.0)
+        error = target - dictionary.decode(latents, x)
+        reconstruction = squared_error(error)
+        opening = gate.relu()
+        penalty = self.config.l1_coefficient * moment.sparsity * opening.sum() / len(x)
+        frozen = opening @ dictionary.rows.detach() + dictionary.frozen_rest(x)
+        auxiliary = squared_error(target - frozen)
+        terms = {
+            "reconstruction": reconstruction.detach(),
+            "sparsity": penalty.detach(),
+            "gate": auxiliary.detach(),
+        }
+        total = reconstruction + penalty + auxiliary
+        return Loss(total, terms, error.detach(), latents.detach())
+
+    def revive(self, latents: Tensor) -> None:
+        for parameter in (self.b_gate, self.r_mag, self.b_mag):
+            parameter.data[latents] = 0
+
+    def activation(self, dictionary: Dictionary) -> nn.Module:
+        scale = dictionary.target_scale
+        return GatedActivation(self.b_gate * scale, self.r_mag, self.b_mag * scale)

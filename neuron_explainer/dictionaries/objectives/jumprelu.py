@@ -1,0 +1,133 @@
+"""JumpReLU: each latent has a threshold, learned by straight-through gradients, below which it is off.
+
+    f = z 1[z > θ]           loss = ‖e‖² / σ²  +  c L0        or  c (L0 / target - 1)²
+
+    ∂f/∂θ  := -(θ/ε) K((z - θ)/ε)        ∂1[z > θ]/∂θ := -(1/ε) K((z - θ)/ε)
+
+K is 1 in -½ to ½, else 0: neither f nor L0 has a useful derivative with respect to θ, the expected loss
+has, and this is a kernel estimate of it. θ and ε are in units of σ, the root of the variance of
+targets, as if activations had been scaled to a mean squared norm of 1.
+
+Rajamanoharan et al. 2024, "Jumping ahead" (arXiv:2407.14435), equations 9 to 12; the penalty with a
+target is that of Smith et al. 2025 (Google DeepMind's negative results update).
+
+Shape legend: ``b`` tokens of a batch, ``n`` inputs, ``o`` outputs, ``l`` latents.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuron_explainer.dictionaries.dictionary import Dictionary
+from neuron_explainer.dictionaries.objectives.base import (
+    Loss,
+    Moment,
+    Objective,
+    ObjectiveConfig,
+    register,
+    squared_error,
+)
+from neuron_explainer.errors import InputError
+from neuron_explainer.models.latent_activations import JumpReLU as JumpReLUActivation
+
+
+@dataclass(frozen=True)
+class JumpReLUConfig(ObjectiveConfig):
+    """JumpReLU (Rajamanoharan et al. 2024)."""
+
+    coefficient: float = 1.0
+    """Weight of the penalty; without target_l0 it multiplies the number of active latents itself,
+    and values around 0.001 are usual."""
+    target_l0: float | None = 20.0
+    """Mean number of active latents to aim at; if not given, fewer are always better."""
+    bandwidth: float = 0.001
+    """Width of the kernel that estimates gradients of thresholds."""
+    first_threshold: float = 0.001
+    """Where thresholds start."""
+
+    def __post_init__(self) -> None:
+        for name in ("bandwidth", "first_threshold", "target_l0"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise InputError(f"{name} must be above 0, found {value}.")
+        if self.coefficient < 0:
+            raise InputError(f"coefficient must not be negative, found {self.coefficient}.")
+
+
+@register("jumprelu", JumpReLUConfig)
+class JumpReLU(Objective[JumpReLUConfig]):
+    """Penalises the number of active latents."""
+
+    def __init__(self, config: JumpReLUConfig, dictionary: Dictionary) -> None:
+        super().__init__(config, dictionary)
+        first = torch.full(
+            (dictionary.n_latents,), config.first_threshold, dtype=dictionary.encoder.dtype
+        )
+        self.log_threshold = nn.Parameter(first.log())  # so that thresholds stay positive
+
+    def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
+        c, unit = self.config, dictionary.variance.sqrt()
+        threshold, bandwidth = self.log_threshold.exp() * unit, c.bandwidth * unit
+        pre_act = dictionary.pre_act(x).relu()
+        latents = jump_relu(pre_act, threshold, bandwidth)
+        l0 = step(pre_act, threshold, bandwidth).sum() / len(x)
+        error = target - dictionary.decode(latents, x)
+        reconstruction = squared_error(error) / dictionary.variance
+        excess = l0 if c.target_l0 is None else (l0 / c.target_l0 - 1).square()
+        penalty = c.coefficient * moment.sparsity * excess
+        terms = {"reconstruction": reconstruction.detach(), "sparsity": penalty.detach()}
+        return Loss(reconstruction + penalty, terms, error.detach(), latents.detach())
+
+    def revive(self, latents: Tensor) -> None:
+        self.log_threshold.data[latents] = torch.tensor(self.config.first_threshold).log().item()
+
+    def activation(self, dictionary: Dictionary) -> nn.Module:
+        unit = dictionary.variance.sqrt() * dictionary.target_scale
+        return JumpReLUActivation(self.log_threshold.exp() * unit)
+
+
+def jump_relu(z: Tensor, threshold: Tensor, bandwidth: Tensor | float) -> Tensor:
+    """``z 1[z > θ]``: ``[b, l], [l] -> [b, l]``, with the kernel's gradient for ``θ``."""
+    latents: Tensor = _JumpReLU.apply(z, threshold, bandwidth)  # type: ignore[no-untyped-call]
+    return latents
+
+
+def step(z: Tensor, threshold: Tensor, bandwidth: Tensor | float) -> Tensor:
+    """``1[z > θ]``: ``[b, l], [l] -> [b, l]``, with the kernel's gradient for ``θ``, none for ``z``."""
+    on: Tensor = _Step.apply(z, threshold, bandwidth)  # type: ignore[no-untyped-call]
+    return on
+
+
+def _kernel(z: Tensor, threshold: Tensor, bandwidth: Tensor | float) -> Tensor:
+    return (z - threshold).abs() <= bandwidth / 2
+
+
+class _JumpReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: Any) -> Tensor:
+        ctx.save_for_backward(z, threshold)
+        ctx.bandwidth = bandwidth
+        return torch.where(z > threshold, z, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        z, threshold = ctx.saved_tensors
+        near = torch.where(_kernel(z, threshold, ctx.bandwidth), grad, 0.0)
+        to_threshold = -(threshold / ctx.bandwidth) * near.sum(0)
+        return torch.where(z > threshold, grad, 0.0), to_threshold, None
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: Any) -> Tensor:
+        ctx.save_for_backward(z, threshold)
+        ctx.bandwidth = bandwidth
+        return (z > threshold).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        z, threshold = ctx.saved_tensors
+        near = torch.where(_kernel(z, threshold, ctx.bandwidth), grad, 0.0)
+        return None, -near.sum(0) / ctx.bandwidth, None

@@ -1,0 +1,158 @@
+"""ReLU latents with an L1 penalty, and the same with a penalty that anneals towards L0.
+
+    loss = ‖e‖²  +  c Σ w f^p
+
+f are the latents, e the error of their reconstruction; w is 1, or the norm of each latent's decoder
+row, without which rows that may have any norm would grow to make latents small. p is 1 but for
+p-annealing.
+
+- unit-norm decoder: Bricken et al. 2023, "Towards monosemanticity"; tied: Cunningham et al. 2023
+  (arXiv:2309.08600)
+- weighted by the norm: Conerly et al. 2024, "Update on how we train SAEs" (Circuits Updates, April)
+- p-annealing: Karvonen et al. 2024 (arXiv:2408.00113), section 4
+
+Shape legend: ``b`` tokens of a batch, ``n`` inputs, ``o`` outputs, ``l`` latents.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuron_explainer.dictionaries.dictionary import Dictionary
+from neuron_explainer.dictionaries.objectives.base import (
+    Loss,
+    Moment,
+    Objective,
+    ObjectiveConfig,
+    register,
+    squared_error,
+)
+from neuron_explainer.errors import InputError
+
+
+@dataclass(frozen=True)
+class ReLUConfig(ObjectiveConfig):
+    """ReLU and L1."""
+
+    l1_coefficient: float = 1.0
+    """Weight of the penalty: summed over latents, as the squared error is over the width. With
+    constant normalisation, values of 1 to 10 are usual at the width of a language model."""
+    weighted: bool = False
+    """Whether each latent counts with the norm of its decoder row; for decoder_norm free."""
+
+    def __post_init__(self) -> None:
+        if self.l1_coefficient < 0:
+            raise InputError(f"l1_coefficient must not be negative, found {self.l1_coefficient}.")
+
+
+@register("relu", ReLUConfig)
+class ReLU(Objective[ReLUConfig]):
+    """Penalises the sum of latents."""
+
+    def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
+        latents = dictionary.pre_act(x).relu()
+        error = target - dictionary.decode(latents, x)
+        reconstruction = squared_error(error)
+        penalty = self.penalty(dictionary, latents, moment)
+        terms = {"reconstruction": reconstruction.detach(), "sparsity": penalty.detach()}
+        return Loss(reconstruction + penalty, terms, error.detach(), latents.detach())
+
+    def penalty(self, dictionary: Dictionary, latents: Tensor, moment: Moment) -> Tensor:
+        """``[]``: what sparsity costs."""
+        if self.config.weighted:
+            latents = latents * torch.linalg.vector_norm(dictionary.rows, dim=1)
+        return self.config.l1_coefficient * moment.sparsity * latents.sum() / len(latents)
+
+    def activation(self, dictionary: Dictionary) -> nn.Module:
+        return nn.ReLU()
+
+
+@dataclass(frozen=True)
+class PAnnealConfig(ObjectiveConfig):
+    """ReLU and Lp, p falling from 1 in steps."""
+
+    l1_coefficient: float = 1.0
+    """Weight of the penalty while p is 1; when p falls it is rescaled so that the penalty of recent
+    batches stays what it was."""
+    p_end: float = 0.2
+    """The last p."""
+    n_updates: int = 10
+    """How many times p falls."""
+    anneal_start: int = 0
+    """Step at which it falls first; the other times are spread evenly from there to the end."""
+    memory: int = 10
+    """Batches before a change on which the rescaling is measured."""
+
+    def __post_init__(self) -> None:
+        if self.l1_coefficient < 0 or not 0 < self.p_end <= 1:
+            raise InputError(
+                "l1_coefficient must not be negative and p_end must be in 0 to 1, 0 excluded (the "
+                f"gradient of L0 is zero), found {self.l1_coefficient} and {self.p_end}."
+            )
+        if self.n_updates < 1 or self.memory < 1 or self.anneal_start < 0:
+            raise InputError("n_updates and memory must be at least 1, anneal_start at least 0.")
+
+
+@register("p_anneal", PAnnealConfig)
+class PAnneal(Objective[PAnnealConfig]):
+    """Penalises Σ f^p."""
+
+    coefficient: Tensor
+    """``[]``: by which the penalty is multiplied, changed whenever p is."""
+    sums: Tensor
+    """``[2]``: Σ f^p over recent batches with the present p, and with the next."""
+
+    def __init__(self, config: PAnnealConfig, dictionary: Dictionary) -> None:
+        super().__init__(config, dictionary)
+        self.register_buffer(
+            "coefficient", torch.tensor(config.l1_coefficient, dtype=torch.float64)
+        )
+        self.register_buffer("sums", torch.zeros(2, dtype=torch.float64))
+
+    def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
+        latents = dictionary.pre_act(x).relu()
+        error = target - dictionary.decode(latents, x)
+        reconstruction = squared_error(error)
+        power = power_sum(latents, self.p_after(self.updates(moment.step, moment.steps)))
+        penalty = self.coefficient.to(x.dtype) * moment.sparsity * power
+        terms = {"reconstruction": reconstruction.detach(), "sparsity": penalty.detach()}
+        return Loss(reconstruction + penalty, terms, error.detach(), latents.detach())
+
+    def updates(self, step: int, steps: int) -> int:
+        """How many times p has fallen before ``step``."""
+        start, n = self.config.anneal_start, self.config.n_updates
+        if step < start or steps <= start:
+            return 0
+        return min(n, (step - start) * n // (steps - start) + 1)
+
+    def p_after(self, updates: int) -> float:
+        """p when it has fallen that many times."""
+        return 1 + (self.config.p_end - 1) * updates / self.config.n_updates
+
+    def after_step(self, dictionary: Dictionary, loss: Loss, moment: Moment) -> None:
+        """In the last batches before a change of p: measure it; then rescale the coefficient."""
+        now = self.updates(moment.step, moment.steps)
+        soon = self.updates(moment.step + self.config.memory, moment.steps)
+        if soon == now:
+            return
+        assert isinstance(loss.latents, Tensor)
+        for index, updates in enumerate((now, now + 1)):
+            self.sums[index] += power_sum(loss.latents, self.p_after(updates))
+        if self.updates(moment.step + 1, moment.steps) > now:
+            known = self.sums[1] > 0
+            self.coefficient *= torch.where(known, self.sums[0] / self.sums[1], 1.0)
+            self.sums.zero_()
+
+    def activation(self, dictionary: Dictionary) -> nn.Module:
+        return nn.ReLU()
+
+
+def power_sum(latents: Tensor, p: float) -> Tensor:
+    """``[b, l] -> []``: Σ f^p over latents, mean over tokens. Latents at rest get no gradient."""
+    if p == 1:
+        return latents.sum() / len(latents)
+    active = latents > 0
+    powers: Any = torch.where(active, latents, 1.0).pow(p)
+    return torch.where(active, powers, 0.0).sum() / len(latents)
