@@ -125,7 +125,7 @@ class _Solve:
         a = y = torch.zeros_like(target)
         t = torch.ones_like(target[:, :1])
         for iteration in range(1, max_iterations + 1):
-            new = torch.relu(y - self.step * self._gradient(y, target))
+            new = self._descend(y, target)
             if momentum:
                 y, t = self._extrapolate(new, a, y, t, restart=tolerance > 0)
             else:
@@ -150,6 +150,15 @@ class _Solve:
             a, y, t = a[under_way], y[under_way], t[under_way]
         return latents, iterations, violation
 
+    def _descend(self, y: Tensor, correlations: Tensor) -> Tensor:
+        """``[r, l]``: max(0, y - step · gradient), in few passes over memory."""
+        if self.gram is not None:
+            new = torch.addmm(y, y, self.gram, alpha=-self.step)
+        else:
+            new = torch.addmm(y, y @ self.dictionary.T, self.dictionary, alpha=-self.step)
+        new.add_(correlations, alpha=self.step).sub_(self.step * self.penalty)
+        return new.relu_()
+
     @staticmethod
     def _extrapolate(
         new: Tensor, old: Tensor, y: Tensor, t: Tensor, restart: bool
@@ -157,10 +166,10 @@ class _Solve:
         """Where the next gradient is taken ``[r, l]``, and the momentum ``[r, 1]`` that led there."""
         step = new - old
         if restart:
-            uphill = ((y - new) * step).sum(dim=-1, keepdim=True) > 0
+            uphill = torch.linalg.vecdot(y - new, step)[:, None] > 0
             t = torch.where(uphill, 1.0, t)
         t_new = (1 + (1 + 4 * t * t).sqrt()) / 2
-        return new + (t - 1) / t_new * step, t_new
+        return torch.addcmul(new, step, (t - 1) / t_new), t_new
 
     def _gradient(self, a: Tensor, correlations: Tensor) -> Tensor:
         """Of the objective, ``[r, l]``: Φᵀ(Φ a - x) + penalty."""
