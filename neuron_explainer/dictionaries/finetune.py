@@ -1,0 +1,123 @@
+"""Undo shrinkage: train the decoder of a finished autoencoder, the encoder frozen.
+
+An autoencoder trained with a penalty on its latents makes them, and so what it reconstructs, too
+small (Wright and Sharkey 2024, "Addressing feature suppression in SAEs"). Which latents are active is
+left exactly as it is; a scale for each latent, its decoder direction and the output's bias are trained
+on the reconstruction alone.
+
+In the end the scale is part of the decoder: latents have the values that they had, and directions
+have the length that reconstruction needs. (A scale within the encoder would be of no other effect with
+ReLU, and with TopK would change which latents are active.)
+
+Shape legend: ``b`` tokens, ``n`` inputs, ``o`` outputs, ``l`` latents, ``k`` active ones.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from neuron_explainer.dictionaries.evaluate import Activations
+from neuron_explainer.dictionaries.rebuild import rebuilt
+from neuron_explainer.errors import InputError
+from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.latent_activations import activation_name
+from neuron_explainer.models.latents import Latents
+
+
+def finetune_decoder(
+    autoencoder: Autoencoder,
+    batches: Activations,
+    *,
+    lr: float = 1e-5,
+    betas: tuple[float, float] = (0.9, 0.999),
+    progress: bool = True,
+) -> Autoencoder:
+    """Train scale, decoder and bias on the reconstruction, one step of Adam a batch.
+
+    The loss is the fraction of the batch's variance that is unexplained, in units of normalised inputs.
+
+    Args:
+        autoencoder: left as it is. One whose decoder is tied gets a decoder of its own, and one
+            without a bias of its output gets one.
+        batches: activations as the model has them ``[…, n]``; of a transcoder, pairs with what its
+            output stands for. At least two tokens each.
+        lr: learning rate of all three.
+        betas: of Adam.
+        progress: show a progress bar.
+
+    Returns:
+        A new autoencoder with the same latents; ``metadata["finetuned"]`` says on how many tokens.
+    """
+    if activation_name(autoencoder.activation) == "Fista":
+        raise InputError(
+            f"{autoencoder._name()}: Fista finds latents by the decoder's directions; they cannot be "
+            "trained while latents stay what they are."
+        )
+    decoder = _Decoder(autoencoder)
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=lr, betas=betas)
+    n_tokens = 0
+    for batch in tqdm(batches, desc="fine-tuning", unit="batch", disable=not progress):
+        latents, target = _frozen(autoencoder, batch)
+        error = (decoder(latents) - target).square().sum()
+        loss = error / (target - target.mean(dim=0)).square().sum()
+        if not torch.isfinite(loss):
+            raise InputError(
+                f"{autoencoder._name()}: the loss after {n_tokens} tokens is {float(loss.detach())}; expected "
+                "finite activations, of at least two different tokens in each batch."
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        n_tokens += len(target)
+    if not n_tokens:
+        raise InputError("fine-tuning needs activations; no tokens were given.")
+    return decoder.folded(autoencoder, {"n_tokens": n_tokens, "lr": lr})
+
+
+class _Decoder(nn.Module):
+    """What is trained."""
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        weight = autoencoder.decoder.weight.detach()
+        bias = autoencoder.pre_bias if autoencoder.post_bias is None else autoencoder.post_bias
+        self.scale = nn.Parameter(weight.new_ones(autoencoder.n_latents))  # [l]
+        self.directions = nn.Parameter(weight.t().contiguous().clone())  # [l, o]
+        self.bias = nn.Parameter(bias.detach().clone())  # [o]
+
+    def forward(self, latents: Latents) -> Tensor:
+        """``[b, o]`` in units of normalised inputs."""
+        values = latents.values * self.scale[latents.indices]
+        recons = latents._replace(values=values).decode(self.directions)
+        return recons + self.bias
+
+    def folded(self, autoencoder: Autoencoder, facts: dict[str, Any]) -> Autoencoder:
+        state = dict(autoencoder.state_dict())
+        state.pop("tied", None)
+        state["decoder.weight"] = (self.scale[:, None] * self.directions).detach().t()
+        state["post_bias"] = self.bias.detach()
+        return rebuilt(autoencoder, state, {**autoencoder.metadata, "finetuned": facts})
+
+
+@torch.no_grad()
+def _frozen(
+    autoencoder: Autoencoder, batch: Tensor | tuple[Tensor, Tensor]
+) -> tuple[Latents, Tensor]:
+    """The latents of a batch, and what the decoder has to give: ``[b, o]``."""
+    x, target = batch if isinstance(batch, tuple) else (batch, batch)
+    if autoencoder.is_transcoder and not isinstance(batch, tuple):
+        raise InputError(
+            f"{autoencoder._name()}: a transcoder is trained on pairs of its input and what its output "
+            f"stands for; found a batch {list(x.shape)} alone."
+        )
+    x, target = (t.flatten(0, -2).to(autoencoder.device, autoencoder.dtype) for t in (x, target))
+    _, stats = autoencoder.normalize(x)
+    if stats is not None:  # the inverse of what decode does to the decoder's output
+        mean, std, skip = stats
+        target = target if skip is None else target - skip
+        if not autoencoder.is_transcoder:
+            target = target if mean is None else target - mean
+            target = target if std is None else target / std.masked_fill(std == 0, 1)
+    return Latents.of(autoencoder.encode(x)), target
