@@ -13,8 +13,9 @@ ones), and as values come in descending order, one search with a larger ``k`` se
 (multi-TopK: ``values[:, :k]``). Gao et al. 2024, "Scaling and evaluating sparse autoencoders",
 sections 2.3, 2.4, A.2, D.
 
-Shape legend: ``b`` tokens of a batch, ``n`` inputs, ``o`` outputs, ``l`` latents, ``m`` latents that
-are searched, ``k`` chosen latents of a token.
+Shape legend: ``b`` tokens of a batch, ``n`` inputs, ``o`` outputs, ``l`` latents, ``c`` latents that
+are searched, ``k`` chosen latents of a token, ``m`` pairs
+(token, latent).
 """
 
 from typing import Any, NamedTuple
@@ -50,7 +51,7 @@ def encode_top_k(
     Args:
         pre_bias: ``[n]``, taken off ``x`` first; differentiable. Its gradient is one product of the
             bias's with ``weight``, where that of ``x - pre_bias`` would be one for each token.
-        latents: ``[m]`` int64: look among these rows of ``weight`` only; each at most once. Indices
+        latents: ``[c]`` int64: look among these rows of ``weight`` only; each at most once. Indices
             are still rows of ``weight``.
         certified: how the largest are found, the result being the same: True, by products in
             bfloat16 and a proof that nothing was missed; False, by exact products throughout; None,
@@ -113,7 +114,7 @@ class _EncodeTopK(torch.autograd.Function):
         grad_weight = grad_bias = grad_pre_bias = None
         if of_weight:
             pairs = _by_latent(indices, len(weight))
-            grad_weight = _collect_rows(grad.flatten()[pairs.order], pairs, centred)
+            grad_weight = collect_rows(grad.flatten()[pairs.order], pairs, centred)
         if of_bias or of_pre_bias:
             grad_bias = grad.new_zeros(len(weight))
             grad_bias.index_add_(0, indices.flatten(), grad.flatten())
@@ -137,30 +138,35 @@ class _DecodeRows(torch.autograd.Function):
         grad_values = grad_decoder = None
         if ctx.needs_input_grad[0]:
             grad_values = torch.empty_like(values)
-            grad_values.view(-1)[pairs.order] = _products(pairs, decoder, grad)
+            grad_values.view(-1)[pairs.order] = pair_products(pairs, decoder, grad)
         if ctx.needs_input_grad[2]:
-            grad_decoder = _collect_rows(values.flatten()[pairs.order], pairs, grad)
+            grad_decoder = collect_rows(values.flatten()[pairs.order], pairs, grad)
         return grad_values, None, grad_decoder
 
 
-class _Pairs(NamedTuple):
+class Pairs(NamedTuple):
     """The pairs (token, latent) of a batch, in the order of latents."""
 
     latents: Tensor
-    """``[b k]`` int64, ascending."""
+    """``[m]`` int64, ascending."""
     tokens: Tensor
-    """``[b k]`` int64."""
+    """``[m]`` int64."""
     order: Tensor
-    """``[b k]`` int64: where in ``indices.flatten()`` the pair stands."""
+    """``[m]`` int64: where the pair stood before."""
     first: Tensor
     """``[l + 1]`` int64: where each latent's pairs start; the number of all."""
 
 
-def _by_latent(indices: Tensor, n_latents: int) -> _Pairs:
-    latents, order = indices.flatten().sort(stable=True)
-    tokens = order.div(indices.shape[1], rounding_mode="floor")
-    every = torch.arange(n_latents + 1, device=indices.device)
-    return _Pairs(latents, tokens, order, torch.searchsorted(latents, every))
+def sort_by_latent(tokens: Tensor, latents: Tensor, n_latents: int) -> Pairs:
+    """Pairs given as ``[m]`` int64 each, in whatever order."""
+    latents, order = latents.sort(stable=True)
+    every = torch.arange(n_latents + 1, device=latents.device)
+    return Pairs(latents, tokens[order], order, torch.searchsorted(latents, every))
+
+
+def _by_latent(indices: Tensor, n_latents: int) -> Pairs:
+    tokens = torch.arange(len(indices), device=indices.device)
+    return sort_by_latent(tokens.repeat_interleave(indices.shape[1]), indices.flatten(), n_latents)
 
 
 def _gather_rows(values: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
@@ -168,8 +174,8 @@ def _gather_rows(values: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
     return F.embedding_bag(indices, rows, per_sample_weights=values.contiguous(), mode="sum")
 
 
-def _collect_rows(values: Tensor, pairs: _Pairs, rows: Tensor) -> Tensor:
-    """``[b k], pairs, [b, n] -> [l, n]``: for each latent, the weighted sum of its tokens' rows.
+def collect_rows(values: Tensor, pairs: Pairs, rows: Tensor) -> Tensor:
+    """``[m], pairs, [b, n] -> [l, n]``: for each latent, the weighted sum of its tokens' rows.
 
     A latent's pairs are a bag of an ``embedding_bag`` over the batch; a latent that is nobody's has
     an empty one, and a row of zeros.
@@ -177,27 +183,29 @@ def _collect_rows(values: Tensor, pairs: _Pairs, rows: Tensor) -> Tensor:
     n_latents, rows = len(pairs.first) - 1, rows.contiguous()
     step = max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1]))
     if rows.device.type != "cpu" or n_latents <= step:
-        return _bags(pairs.tokens, rows, pairs.first, values)
+        return bags(pairs.tokens, rows, pairs.first, values)
     # By blocks of latents, so that what embedding_bag allocates is small enough for malloc to
     # keep: for the whole it would map and unmap fresh memory each time.
     collected = empty((n_latents, rows.shape[1]), like=rows)
     for start in range(0, n_latents, step):
         first = pairs.first[start : start + step + 1]
         own = slice(int(first[0]), int(first[-1]))
-        collected[start : start + step] = _bags(
+        collected[start : start + step] = bags(
             pairs.tokens[own], rows, first - first[0], values[own]
         )
     return collected
 
 
-def _bags(tokens: Tensor, rows: Tensor, first: Tensor, values: Tensor) -> Tensor:
+def bags(indices: Tensor, rows: Tensor, first: Tensor, values: Tensor) -> Tensor:
+    """``[m], [r, n], [s + 1], [m] -> [s, n]``: weighted sums of rows; sum i is of the ``indices`` from
+    ``first[i]`` to ``first[i + 1]``."""
     return F.embedding_bag(
-        tokens, rows, first, per_sample_weights=values, mode="sum", include_last_offset=True
+        indices, rows, first, per_sample_weights=values, mode="sum", include_last_offset=True
     )
 
 
-def _products(pairs: _Pairs, rows: Tensor, x: Tensor) -> Tensor:
-    """``pairs, [l, n], [b, n] -> [b k]``: of each pair, its latent's row times its token's."""
+def pair_products(pairs: Pairs, rows: Tensor, x: Tensor) -> Tensor:
+    """``pairs, [l, n], [b, n] -> [m]``: of each pair, its latent's row times its token's."""
     products: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         rows.contiguous(), x, pairs.tokens, pairs.first[:-1], pairs.latents, 0
     )
