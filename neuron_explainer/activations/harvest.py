@@ -157,10 +157,8 @@ class Harvester:
     def _rows(self, x: Tensor, which: Tensor) -> Tensor:
         """``[b, s, …] -> [n, d]``."""
         rows = x.flatten(2).flatten(0, 1)
-        dtype = self.dtype or (torch.float32 if self.autocast_bf16 else rows.dtype)
-        if len(which) < len(rows):
-            return rows[which].to(dtype)
-        return rows.to(dtype, copy=True)  # it may be the memory of a tensor that lives on
+        rows = rows if len(which) == len(rows) else rows[which]
+        return rows.to(self.dtype or (torch.float32 if self.autocast_bf16 else rows.dtype))
 
     def _without_outliers(self, found: ActivationBatch) -> ActivationBatch:
         assert self.max_norm_multiple is not None

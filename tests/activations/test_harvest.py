@@ -10,6 +10,7 @@ from neuron_explainer.activations import (
     ActivationBatch,
     Harvester,
     LiveSource,
+    TokenBatch,
     TokenWindows,
     harvest,
 )
@@ -127,16 +128,16 @@ def test_vectors_can_be_trained_on(context: ModelContext) -> None:
     assert weight.grad is not None
 
 
-def test_vectors_are_copies(context: ModelContext) -> None:
-    """Writing into them must not reach what the model holds."""
-    batch = TokenWindows(random_corpus([24]), 12, 2).batch(0)  # no pads: nothing to select
-    first = Harvester(context, "resid.post_emb")(batch)
-    kept = {place: x.clone() for place, x in first.activations.items()}
-    for x in first.activations.values():
-        x.fill_(7)
-    again = Harvester(context, "resid.post_emb")(batch)
-    for place, x in kept.items():
-        assert torch.equal(again.activations[place], x)
+def test_pads_may_stand_on_the_left(context: ModelContext) -> None:
+    right = windows().batch(0)
+    assert right.pad is not None
+    left = TokenBatch(right.tokens.flip(1), right.document.flip(1), right.position.flip(1))
+    rows = [row[keep] for row, keep in zip(left.tokens, left.position >= 0, strict=True)]
+    position = (left.position >= 0).cumsum(1) - 1
+    position[left.position < 0] = -1
+    left = TokenBatch(left.tokens, left.document, position, right.pad.flip(1))
+    (found,) = Harvester(context, SITE)(left).activations.values()
+    torch.testing.assert_close(found, torch.cat([solo(context, row.tolist()) for row in rows]))
 
 
 def test_dtypes(context: ModelContext) -> None:
