@@ -17,13 +17,14 @@ of float32, for hardware that truncates or aligns before it adds. So
 
 up to the last rounding. The right side is itself an inner product: with eight more columns,
 
-    row     x̂   ‖x - x̂‖ + g ‖x̂‖ + tiny   ‖x̂‖                1   1   1   1                0
-    latent  ŵ   ‖w‖                      ‖w - ŵ‖ + tiny     β₁  β₂  β₃  g |β| + tiny     0
+    row     x̂   ‖x - x̂‖ + g ‖x̂‖   ‖x̂‖       1   1   1   1              0
+    latent  ŵ   ‖w‖               ‖w - ŵ‖   β₁  β₂  β₃  g |β| + tiny   0
 
 where norms are rounded upwards and β = β₁ + β₂ + β₃ exactly, one matrix product gives an upper bound
 U of every latent. Nothing has to be assumed of how large the norms are or how much they differ.
-``tiny`` = 2⁻¹⁰⁰ covers numbers below the normal range, which hardware may take for zero; rows that
-might overflow are not tried.
+``tiny`` = 2⁻¹⁰⁰ covers products below the normal range, which hardware may take for zero. 2⁻⁵⁴ is
+added to every norm: entries below 2⁻⁶³ have squares below that range, and their part of a norm is at
+most √n 2⁻⁶³. Rows that might overflow are not tried.
 
 **The proof.** U comes rounded to bfloat16, by at most u|U|. If T is the largest U of the latents left
 out, none of them exceeds T + u|T|. If the k-th largest float32 value of those computed does, the k
@@ -57,6 +58,7 @@ from neuron_explainer.models.selection import search, settle_ties
 _ROUNDOFF = 2.0**-8
 _ADDITION = 2.0**-22
 _TINY = 2.0**-100
+_TINY_NORM = 2.0**-54
 _LARGEST = 2.0**120
 _EXTRA_COLUMNS = 8
 _MAX_INPUTS = 2**16
@@ -99,7 +101,7 @@ def prepare(weight: Tensor, bias: Tensor | None, previous: Prepared | None = Non
         rows, out = weight[start : start + _PREPARE_ROWS], operand[start : start + _PREPARE_ROWS]
         norm, residual = _round_into(rows, out[:, :n_inputs])
         out[:, n_inputs] = _up(norm)
-        out[:, n_inputs + 1] = _up(residual + _TINY)
+        out[:, n_inputs + 1] = _up(residual)
         largest = torch.maximum(largest, norm.max())
     if bias is not None:
         rest = bias.clone()
@@ -175,7 +177,7 @@ def _row_operand(x: Tensor, largest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     operand = x.new_zeros(len(x), n_inputs + _EXTRA_COLUMNS, dtype=torch.bfloat16)
     norm, residual = _round_into(x, operand[:, :n_inputs])
     rounded = norm + residual  # at least the norm of the rounded row
-    operand[:, n_inputs] = _up(residual + _accumulation(n_inputs) * rounded + _TINY)
+    operand[:, n_inputs] = _up(residual + _accumulation(n_inputs) * rounded)
     operand[:, n_inputs + 1] = _up(rounded)
     operand[:, n_inputs + 2 : n_inputs + 6] = 1
     # A NaN here makes the whole row NaN, which is never proven.
@@ -215,8 +217,8 @@ def _exact(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor, kept
 def _round_into(rows: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """Round ``[b, n]`` into ``out``; the norms ``[b]`` of the rows and of what was rounded off."""
     out.copy_(rows)
-    residual = torch.linalg.vector_norm(rows - out, dim=1)
-    return torch.linalg.vector_norm(rows, dim=1), residual
+    residual = torch.linalg.vector_norm(rows - out, dim=1) + _TINY_NORM
+    return torch.linalg.vector_norm(rows, dim=1) + _TINY_NORM, residual
 
 
 def _up(x: Tensor) -> Tensor:
