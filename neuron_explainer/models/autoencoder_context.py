@@ -20,6 +20,8 @@ from neuron_explainer.models.autoencoder import Autoencoder, InputNormalization
 from neuron_explainer.models.checkpoints.autoencoder_state import select_latents
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.hooks import AutoencoderHooks, Hook, TransformerHooks
+from neuron_explainer.models.latent_activations import TopK
+from neuron_explainer.models.latents import Latents
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
 from neuron_explainer.models.model_component_registry import Dimension, LayerIndex
 from neuron_explainer.models.model_context import ModelContext
@@ -531,17 +533,28 @@ class PrunedAutoencoder(Autoencoder):
         pre_act = super()._pre_act(x_hat)
         return self._all(pre_act), self._all(self._activate(pre_act))
 
-    def _decode_normalized(self, latents: Tensor) -> Tensor:
-        used = latents.index_select(-1, self.kept)
+    def _top_k(self, x_hat: Tensor, activation: TopK) -> Latents:
+        found = super()._top_k(x_hat, activation)
+        return found._replace(indices=self.kept[found.indices])
+
+    def _activate_in_place(self, pre_act: Tensor) -> Tensor:
+        return self._all(self._activate(pre_act.index_select(-1, self.kept)))
+
+    def _decode_normalized(self, latents: Tensor | Latents) -> Tensor:
+        if isinstance(latents, Latents):
+            place = self.kept.new_full((self.n_latents,), -1)
+            place[self.kept] = torch.arange(len(self.kept), device=place.device)
+            indices = place[latents.indices]
+            lost = latents.indices[(indices < 0) & (latents.values != 0)]
+            used: Tensor | Latents = Latents(latents.values, indices.clamp(min=0), len(self.kept))
+        else:
+            used = latents.index_select(-1, self.kept)
+            lost = self.kept[:0]
+            if (used != 0).sum() != (latents != 0).sum():
+                active = (latents != 0).reshape(-1, self.n_latents).any(0)
+                lost = active.index_fill(0, self.kept, False).nonzero().flatten()
         # Without this, an edit of a latent that is not there would be lost without a word.
-        if (used != 0).sum() != (latents != 0).sum():
-            lost = (
-                (latents != 0)
-                .reshape(-1, self.n_latents)
-                .any(0)
-                .index_fill(0, self.kept, False)
-                .nonzero()
-            )
+        if len(lost):
             raise InputError(
                 f"{self._name()}: latent {int(lost[0])} is not zero but was left out of memory; load "
                 "the autoencoder with omit_dead_latents=False to set it."

@@ -404,6 +404,28 @@ def test_without_dead_latents_nothing_else_changes(activation, tied, normalizati
     assert pruned.n_latents == N_LATENTS
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_sparse_way_is_the_dense_one(activation, grad):
+    """Without a graph latents are never dense; indices are those of all latents."""
+    pruned = omit_dead_latents(make(activation, dead=(0, 3, 7))).requires_grad_(grad)
+    x = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        _, latents, recons = pruned(x)
+    assert latents.any()
+    with torch.set_grad_enabled(grad):
+        sparse = pruned.encode_sparse(x)
+        torch.testing.assert_close(sparse.dense().detach(), latents)
+        torch.testing.assert_close(pruned.reconstruct(x).detach(), recons)
+        stats = pruned.normalize(x)[1]
+        torch.testing.assert_close(pruned.decode(sparse, stats).detach(), recons)
+        lost = sparse._replace(
+            values=torch.ones_like(sparse.values), indices=torch.full_like(sparse.indices, 7)
+        )
+        with pytest.raises(InputError, match="latent 7 is not zero but was left out of memory"):
+            pruned.decode(lost, stats)
+
+
 def test_setting_a_latent_that_is_not_there_is_an_error():
     pruned = omit_dead_latents(make(dead=(3, 7)))
     for shape in ((), (2, 5)):
