@@ -7,7 +7,7 @@
 Token batches are gone through twice: once for the mean activation, which mean ablation and the
 explained variance per token need, then for everything else. A batch costs one pass as it is and,
 where losses are wanted, one for each autoencoder and two for each place; these start at the layer of
-the place. Dense latents exist for a piece of a batch at a time.
+the place. Latents are computed for a piece of a batch at a time.
 
 What each figure means stands in :class:`~neuron_explainer.dictionaries.evaluation.Evaluation`.
 
@@ -30,6 +30,7 @@ from neuron_explainer.dictionaries.subjects import Subject, subjects_of
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
+from neuron_explainer.models.latents import Latents
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
 from neuron_explainer.models.metrics import (
     ReconstructionStats,
@@ -40,7 +41,7 @@ from neuron_explainer.models.model_component_registry import Dimension
 from neuron_explainer.models.model_context import HookableModel, ModelContext
 
 LATENTS_AT_ONCE = 2**25
-"""Dense latents in memory at a time: 128 MiB in float32."""
+"""How many latents of how many tokens are computed at a time: 128 MiB in float32."""
 
 Activations = Iterable[Tensor | tuple[Tensor, Tensor]]
 """Batches of activations ``[…, n]``; of a transcoder, pairs with what its output stands for."""
@@ -49,20 +50,25 @@ Activations = Iterable[Tensor | tuple[Tensor, Tensor]]
 class Coded(NamedTuple):
     """What an autoencoder makes of some tokens."""
 
-    latents: Any
-    """``[t, l]``, or sparse as ``Autoencoder.encode_sparse`` gives them."""
+    latents: Latents
+    """Of ``t`` tokens."""
     recons: Tensor
     """``[t, o]``"""
 
 
 def coded_pieces(autoencoder: Autoencoder, rows: Tensor) -> Iterator[tuple[slice, Coded]]:
-    """Encode and decode ``[t, n]`` in pieces small enough for dense latents. No gradients."""
+    """Encode and decode ``[t, n]``, a piece at a time. No gradients.
+
+    Latents are sparse, but an autoencoder that is not, such as one at the beginning of its training,
+    has as many as dense ones.
+    """
     size = max(1, LATENTS_AT_ONCE // autoencoder.n_latents)
     for start in range(0, len(rows), size):
         piece = slice(start, start + size)
         with torch.no_grad():
             x = rows[piece].to(autoencoder.device, autoencoder.dtype)
-            _, latents, recons = autoencoder(x)
+            latents = autoencoder.encode_sparse(x)
+            recons = autoencoder.decode(latents, autoencoder.normalize(x)[1])
         yield piece, Coded(latents, recons)
 
 
@@ -207,7 +213,7 @@ class _Totals:
             self.stats.update(target[piece], found, coded.latents)
             recons[piece] = found
             if self.peers:
-                values = coded.latents
+                values = coded.latents.values
                 l0.append((values != 0).sum(dim=-1))
                 l1.append(values.abs().sum(dim=-1, dtype=torch.float64))
         if self.peers and l0:

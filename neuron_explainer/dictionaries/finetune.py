@@ -64,8 +64,8 @@ def finetune_decoder(
         loss = error / (target - target.mean(dim=0)).square().sum()
         if not torch.isfinite(loss):
             raise InputError(
-                f"{autoencoder._name()}: the loss after {n_tokens} tokens is {float(loss.detach())}; expected "
-                "finite activations, of at least two different tokens in each batch."
+                f"{autoencoder._name()}: the loss after {n_tokens} tokens is {float(loss.detach())}; "
+                "expected finite activations, of at least two different tokens in each batch."
             )
         optimizer.zero_grad()
         loss.backward()
@@ -120,4 +120,4 @@ def _frozen(
         if not autoencoder.is_transcoder:
             target = target if mean is None else target - mean
             target = target if std is None else target / std.masked_fill(std == 0, 1)
-    return Latents.of(autoencoder.encode(x)), target
+    return autoencoder.encode_sparse(x), target

@@ -35,14 +35,13 @@ class LatentActivity:
         self.largest = torch.zeros(n_latents)
         """``[l]``: its largest value, in the autoencoder's units."""
 
-    def update(self, latents: Tensor | Latents) -> Self:
-        """Add ``[…, l]``."""
-        dense = latents if isinstance(latents, Tensor) else latents.dense()
-        rows = dense.detach().reshape(-1, len(self.fired))
-        if len(rows):
-            self.n_tokens += len(rows)
-            self.fired += (rows != 0).sum(dim=0).cpu()
-            self.largest = torch.maximum(self.largest, rows.amax(dim=0).float().cpu())
+    def update(self, latents: Latents) -> Self:
+        """Add the latents of any number of tokens."""
+        values = latents.values.detach().flatten().float().cpu()
+        indices = latents.indices.flatten().cpu()
+        self.n_tokens += latents.values.shape[:-1].numel()
+        self.fired.scatter_add_(0, indices, (values != 0).long())
+        self.largest.scatter_reduce_(0, indices, values, "amax")
         return self
 
     def merge(self, other: "LatentActivity") -> Self:

@@ -162,7 +162,7 @@ def _means(
         rows = captured[subject.source].flatten(2)[:, int(bos) :][~pad]
         codes = rows.new_zeros(len(ids), subject.autoencoder.n_latents, dtype=torch.float64)
         for piece, coded in coded_pieces(subject.autoencoder, rows):
-            codes.index_add_(0, owner[piece], coded.latents.to(codes))
+            codes.index_add_(0, owner[piece], coded.latents.dense().to(codes))
         sums = rows.new_zeros(len(ids), rows.shape[1], dtype=torch.float64)
         sums.index_add_(0, owner, rows.double())
         counts = owner.bincount(minlength=len(ids))[:, None]

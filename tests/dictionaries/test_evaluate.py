@@ -16,7 +16,11 @@ from neuron_explainer.dictionaries.evaluate import evaluate, evaluate_all, measu
 from neuron_explainer.dictionaries.evaluation import Evaluation, evaluation_table
 from neuron_explainer.errors import InputError, LocationError
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
-from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
+from neuron_explainer.models.autoencoder_context import (
+    AutoencoderConfig,
+    AutoencoderContext,
+    omit_dead_latents,
+)
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.model_context import ModelContext, StandardModelContext
@@ -293,6 +297,16 @@ def test_latents_are_encoded_in_pieces(
     assert [len(c.recons) for _, c in evaluating.coded_pieces(autoencoder, rows)] == [3, 3, 1]
     pieces = evaluate(context, autoencoder, [batch_of(ROWS)], progress=False).figures()
     assert pieces == pytest.approx(whole, rel=1e-12)
+
+
+def test_latents_that_were_left_out_are_zero(context: ModelContext) -> None:
+    autoencoder = random_autoencoder(context.n_residual_stream_channels, activation=TopK(4))
+    autoencoder.latents_activation_frequency[::3] = 0
+    small = omit_dead_latents(autoencoder)
+    found = evaluate(context, small, [batch_of(ROWS)], progress=False)
+    assert found.n_latents == autoencoder.n_latents
+    assert_as(found, Oracle(context, small, False).run(ROWS))
+    assert not found.frequency[::3].any()
 
 
 def test_separators_within_a_row_are_neither_scored_nor_predicted(context: ModelContext) -> None:

@@ -42,7 +42,7 @@ def planted() -> tuple[Autoencoder, torch.Tensor]:
 
 def test_shrinkage_goes() -> None:
     shrunk, x = planted()
-    found = finetune_decoder(shrunk, list(x.split(50)) * 4, lr=1e-2, progress=False)
+    found = finetune_decoder(shrunk, list(x.split(100)) * 3, lr=1e-2, progress=False)
     before, after = measure(shrunk, [x]), measure(found, [x])
     assert before.norm_ratio == pytest.approx(0.6)
     assert after.norm_ratio == pytest.approx(1, abs=0.01)

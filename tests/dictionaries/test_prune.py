@@ -117,8 +117,8 @@ def test_bounds_are_strict_or_not_as_documented() -> None:
 
 def test_activity_adds_up() -> None:
     latents = torch.relu(tokens(50)[:, :5] - 0.5)
-    one = LatentActivity(5).update(latents)
-    parts = LatentActivity(5).update(latents[:20]).update(latents[:0])
+    one = LatentActivity(5).update(Latents.of(latents))
+    parts = LatentActivity(5).update(Latents.of(latents[:20])).update(Latents.of(latents[:0]))
     parts.merge(LatentActivity(5).update(Latents.of(latents[20:].view(3, 10, 5))))
     for activity in (one, parts):
         assert activity.n_tokens == 50
