@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.errors import InputError
+from neuron_explainer.models.packing import WeightCopies
 
 
 class KeyValueCache:
@@ -99,6 +100,8 @@ class HiddenState:
         """Positions ``[b, s]`` of the tokens of the latest call; hooks are given them."""
         self.kv_caches: list[KeyValueCache | None] = [None] * n_layers
         self.capacity = capacity
+        self.weight_copies: WeightCopies | None = None
+        """Copies of the model's weights to multiply with, within a generation."""
 
     def set_prev_lens(self, prev_lens: Tensor | int) -> None:
         """Set the number of tokens that each row has had."""
@@ -117,6 +120,7 @@ class HiddenState:
         """An independent copy."""
         new = HiddenState(len(self), self.capacity)
         new.prev_lens, new.positions = self.prev_lens, self.positions
+        new.weight_copies = self.weight_copies
         new.kv_caches = [None if cache is None else cache.copy() for cache in self.kv_caches]
         return new
 

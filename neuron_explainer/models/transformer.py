@@ -6,7 +6,8 @@ order and state-dict keys are those of OpenAI's Transformer Debugger; the mathem
 Hugging Face's.
 
 There is one meaning and two ways to compute it: fused attention and ``F.layer_norm`` run wherever no
-hook would see inside them; the explicit formulas run where one does.
+hook would see inside them; the explicit formulas run where one does. Products with weights go through
+:mod:`neuron_explainer.models.packing`, which knows the fastest kernel for each.
 
 Shape legend: ``b`` batch, ``s`` sequence (of this call), ``q`` query (= s), ``k`` key (earlier calls'
 tokens and this one's), ``h`` head, ``d`` model width, ``f`` MLP width, ``v`` vocabulary.
@@ -49,6 +50,7 @@ from neuron_explainer.models.hooks import (
 )
 from neuron_explainer.models.locations import LocationLike, parse_locations
 from neuron_explainer.models.model_names import resolve_model_source
+from neuron_explainer.models.packing import WeightCopies, linear, linears
 from neuron_explainer.models.sampling import (
     Device,
     check_device,
@@ -95,6 +97,9 @@ __all__ = [
     "safe_div",
     "split_heads",
 ]
+
+STEPS_WORTH_COPIES = 32
+"""Tokens from which a generation makes copies of the weights (see :mod:`.packing`)."""
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
@@ -170,8 +175,7 @@ class Norm(nn.Module):
         centered = hooks.post_mean_subtraction(centered - centered.mean(-1, keepdim=True), **at)
         # Of the hooked values: an edit above changes the scale, as in the original.
         scale = (centered.square().mean(-1, keepdim=True) + self.eps).sqrt()
-        # clone: sqrt's backward reads its output, which a hook may edit in place.
-        scale = hooks.scale(scale if hooks.scale.is_empty() else scale.clone(), **at)
+        scale = hooks.scale(scale if hooks.scale.is_empty() else _editable(scale), **at)
         normed = hooks.post_scale(centered / scale, **at)
         return (normed * weight + bias).to(x.dtype)
 
@@ -181,6 +185,11 @@ class Norm(nn.Module):
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _editable(x: Tensor) -> Tensor:
+    """A copy for hooks, which may edit in place, of what the backward pass will read as it was."""
+    return x.clone() if x.requires_grad else x
 
 
 class MultiHeadedDotProductSelfAttention(nn.Module):
@@ -211,6 +220,7 @@ class MultiHeadedDotProductSelfAttention(nn.Module):
         hooks: AttentionHooks | None = None,
         positions: Tensor | None = None,
         capacity: int = 0,
+        copies: WeightCopies | None = None,
     ) -> tuple[Tensor, KeyValueCache]:
         """Attend from the new tokens to all tokens so far.
 
@@ -219,13 +229,14 @@ class MultiHeadedDotProductSelfAttention(nn.Module):
             kv_cache: of the tokens before; updated in place.
             pad: pad mask ``[b, s]`` of the new tokens; None where there is no pad.
             capacity: tokens that a new cache should make room for.
+            copies: of the weights, in a generation.
 
         Returns:
             What attention adds to the residual stream ``[b, s, d]``, and the cache.
         """
         hooks = NO_HOOKS.attn if hooks is None else hooks
         at = {"layer": self.layer_idx, "positions": positions}
-        Q, K, V = self.q_proj(X), self.k_proj(X), self.v_proj(X)
+        Q, K, V = linears(X, (self.q_proj, self.k_proj, self.v_proj), copies)
         if kv_cache is None:
             kv_cache = KeyValueCache(K, V, pad, capacity)
         else:
@@ -244,9 +255,8 @@ class MultiHeadedDotProductSelfAttention(nn.Module):
         else:
             v_out = _fused_attention(q, k, v, allowed, scale)
         if not hooks.v_out.is_empty():
-            # clone: fused attention's backward reads its output, which a hook may edit in place.
-            v_out = hooks.v_out(v_out if explicit else v_out.clone(), **at)
-        return self.out_proj(merge_heads(v_out)), kv_cache
+            v_out = hooks.v_out(v_out if explicit else _editable(v_out), **at)
+        return linear(merge_heads(v_out), self.out_proj, copies), kv_cache
 
 
 def _causal(n_new: int, n_all: int, device: torch.device) -> Tensor:
@@ -300,21 +310,26 @@ def _explicit_attention(
     hooks: AttentionHooks,
     at: dict[str, Any],
 ) -> Tensor:
-    """The same, with the pattern ``[b, q, k, h]`` formed for hooks to see; q and k come scaled."""
+    """The same, with the pattern formed for hooks to see; q and k come scaled.
+
+    Hooks see ``[b, q, k, h]``; in memory it is ``[b, h, q, k]``, a query's keys side by side, which
+    products and softmax read twice as fast.
+    """
     if allowed is None:
         allowed = _causal(q.shape[1], k.shape[1], q.device)[None]
-    logits = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).permute(0, 2, 3, 1)
-    logits = logits.masked_fill(~allowed[..., None], -torch.inf)
-    logits = hooks.qk_logits(logits, **at).to(_at_least_float32(q.dtype))
+    logits = q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
+    logits = logits.masked_fill_(~allowed[:, None], -torch.inf).permute(0, 2, 3, 1)
+    logits = hooks.qk_logits(logits, **at).to(_at_least_float32(q.dtype)).permute(0, 3, 1, 2)
     if hooks.qk_softmax_denominator.is_empty():
-        probs = logits.softmax(dim=-2)
-        # clone: softmax's backward reads its output, which a hook may edit in place.
-        probs = probs if hooks.qk_probs.is_empty() else probs.clone()
+        probs = logits.softmax(dim=-1)
+        if not hooks.qk_probs.is_empty():
+            probs = _editable(probs)
     else:
-        exps = (logits - logits.amax(dim=-2, keepdim=True).detach()).exp()
-        probs = exps / hooks.qk_softmax_denominator(exps.sum(dim=-2, keepdim=True), **at)
-    probs = hooks.qk_probs(probs.to(q.dtype), **at)
-    return (probs.permute(0, 3, 1, 2) @ v.transpose(1, 2)).transpose(1, 2)
+        exps = (logits - logits.amax(dim=-1, keepdim=True).detach()).exp_()
+        total = exps.sum(dim=-1, keepdim=True).permute(0, 2, 3, 1)
+        probs = exps / hooks.qk_softmax_denominator(total, **at).permute(0, 3, 1, 2)
+    probs = hooks.qk_probs(probs.to(q.dtype).permute(0, 2, 3, 1), **at).permute(0, 3, 1, 2)
+    return (probs @ v.transpose(1, 2)).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -338,17 +353,19 @@ class MLP(nn.Module):
         X: Tensor,
         hooks: MLPHooks | None = None,
         positions: Tensor | None = None,
+        copies: WeightCopies | None = None,
     ) -> Tensor:
         """``[b, s, d] -> [b, s, d]``."""
         hooks = NO_HOOKS.mlp if hooks is None else hooks
         at = {"layer": self.layer_idx, "positions": positions}
-        pre = hooks.pre_act(self.in_layer(X), **at)
-        post = self.act(pre)
+        if self.act is gelu and hooks.pre_act.is_empty():
+            post = linear(X, self.in_layer, copies, gelu=True)
+        else:
+            post = self.act(hooks.pre_act(linear(X, self.in_layer, copies), **at))
         if not hooks.post_act.is_empty():
-            # clone: the backward pass of a ReLU reads its output, which a hook may edit in place.
-            post = post.clone() if self.act is F.relu else post
+            post = _editable(post) if self.act is F.relu else post
             post = hooks.post_act(post, **at, out_layer=self.out_layer)
-        return self.out_layer(post)  # type: ignore[no-any-return]
+        return linear(post, self.out_layer, copies)
 
 
 class TransformerLayer(nn.Module):
@@ -376,12 +393,13 @@ class TransformerLayer(nn.Module):
         hooks: TransformerHooks | None = None,
         positions: Tensor | None = None,
         capacity: int = 0,
+        copies: WeightCopies | None = None,
     ) -> tuple[Tensor, KeyValueCache]:
         """What attention adds to the stream ``[b, s, d]``, and the updated cache."""
         hooks = NO_HOOKS if hooks is None else hooks
         torso, at = hooks.resid.torso, {"layer": self.layer_idx, "positions": positions}
         normed = torso.post_ln_attn(self.ln_1(X, torso.ln_attn, **at), **at)
-        delta, kv_cache = self.attn(normed, kv_cache, pad, hooks.attn, positions, capacity)
+        delta, kv_cache = self.attn(normed, kv_cache, pad, hooks.attn, positions, capacity, copies)
         return torso.delta_attn(delta, **at), kv_cache
 
     def mlp_block(
@@ -389,12 +407,13 @@ class TransformerLayer(nn.Module):
         X: Tensor,
         hooks: TransformerHooks | None = None,
         positions: Tensor | None = None,
+        copies: WeightCopies | None = None,
     ) -> Tensor:
         """What the MLP adds to the stream ``[b, s, d]``."""
         hooks = NO_HOOKS if hooks is None else hooks
         torso, at = hooks.resid.torso, {"layer": self.layer_idx, "positions": positions}
         normed = torso.post_ln_mlp(self.ln_2(X, torso.ln_mlp, **at), **at)
-        return torso.delta_mlp(self.mlp(normed, hooks.mlp, positions), **at)
+        return torso.delta_mlp(self.mlp(normed, hooks.mlp, positions, copies), **at)
 
     def forward(
         self,
@@ -404,13 +423,14 @@ class TransformerLayer(nn.Module):
         hooks: TransformerHooks | None = None,
         positions: Tensor | None = None,
         capacity: int = 0,
+        copies: WeightCopies | None = None,
     ) -> tuple[Tensor, KeyValueCache]:
         """The stream after this layer ``[b, s, d]``, and the updated cache."""
         hooks = NO_HOOKS if hooks is None else hooks
         torso, at = hooks.resid.torso, {"layer": self.layer_idx, "positions": positions}
-        delta, kv_cache = self.attn_block(X, kv_cache, pad, hooks, positions, capacity)
+        delta, kv_cache = self.attn_block(X, kv_cache, pad, hooks, positions, capacity, copies)
         X = torso.post_attn(X + delta, **at)
-        X = torso.post_mlp(X + self.mlp_block(X, hooks, positions), **at)
+        X = torso.post_mlp(X + self.mlp_block(X, hooks, positions, copies), **at)
         return X, kv_cache
 
     def simplify(self) -> None:
@@ -442,6 +462,7 @@ class Transformer(nn.Module):
         self.cfg, self.recompute, self.tokenizer = cfg, recompute, tokenizer
         self.n_vocab = cfg.n_vocab
         self._enc: tiktoken.Encoding | None = None
+        self._weight_copies: WeightCopies | None = None
         self.metadata: dict[str, Any] = {}
         """What the checkpoint says of itself (training data, figures); saved again with the model."""
         # Made on "meta": torch's own initial values would only cost time and random numbers.
@@ -577,7 +598,7 @@ class Transformer(nn.Module):
                 X = self._run_layer_recomputed(layer, X, H, pad, hooks)
             else:
                 X, H[layer.layer_idx] = layer(
-                    X, H[layer.layer_idx], pad, hooks, H.positions, H.capacity
+                    X, H[layer.layer_idx], pad, hooks, H.positions, H.capacity, H.weight_copies
                 )
         return X, H
 
@@ -614,7 +635,8 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, HiddenState]:
         """Logits: ``[b, s, d] -> [b, s, v]``."""
         hooks = NO_HOOKS if hooks is None else hooks
-        return hooks.logits(self.unembed(X), layer=None, positions=H.positions), H
+        logits = linear(X, self.unembed, H.weight_copies)
+        return hooks.logits(logits, layer=None, positions=H.positions), H
 
     def _check_tokens(self, tokens: Tensor, H: HiddenState, pad: Tensor | None) -> None:
         check_tokens(tokens, pad, self.n_vocab)
@@ -725,6 +747,7 @@ class Transformer(nn.Module):
                 f"than the context of {self.cfg.ctx_window} holds (the last token is not read)."
             )
         H = HiddenState(self.cfg.n_layers, capacity=longest + num_tokens)
+        H.weight_copies = self._copies_for(len(ids), num_tokens)
         rows = generate(
             lambda tokens, pad: self._last_logits(tokens, H, pad, hooks),
             ids,
@@ -734,6 +757,33 @@ class Transformer(nn.Module):
             self.device,
         )
         return Sample.of(rows, lambda: [decode(self.enc, row) for row in rows])
+
+    def _copies_for(self, n_rows: int, n_steps: int) -> WeightCopies | None:
+        """Copies of the weights for a generation, if it is long enough to pay for making them."""
+        single = n_rows == 1
+        if self._weight_copies is None or self._weight_copies.single != single:
+            if n_steps < STEPS_WORTH_COPIES:
+                return None
+            self._weight_copies = WeightCopies(single)
+        self._weight_copies.drop_stale()
+        return self._weight_copies
+
+    def drop_weight_copies(self) -> None:
+        """Free the copies of weights that :meth:`sample` keeps; it makes them anew when needed."""
+        self._weight_copies = None
+
+    @property
+    def weight_copies_nbytes(self) -> int:
+        """Memory of the copies of weights that :meth:`sample` keeps, in bytes."""
+        return 0 if self._weight_copies is None else self._weight_copies.nbytes
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.drop_weight_copies()  # of parameters that are about to move or change
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_weight_copies": None}  # what copy and pickle take
 
     def _last_logits(
         self, tokens: Tensor, H: HiddenState, pad: Tensor | None, hooks: TransformerHooks | None
@@ -745,7 +795,7 @@ class Transformer(nn.Module):
         X, H, pad, hooks = self.run_embed(tokens, H, pad, hooks)
         X, H = self.run_torso(X, H, pad, hooks)
         X, H = self.run_ln_f(X, H, hooks)
-        return self.unembed(X[:, -1])  # type: ignore[no-any-return]
+        return linear(X[:, -1], self.unembed, H.weight_copies)
 
     def _encode(self, text: str) -> list[int]:
         return encode_prompt(self.enc, text)

@@ -1,0 +1,230 @@
+"""Products with weights by the fastest kernel at hand, and the copies of weights that a generation keeps.
+
+``F.linear`` is what a product means, and what runs wherever a gradient is wanted. Where none is, in
+float32 on a CPU, two things are faster and differ from it by rounding alone:
+
+- oneDNN's own product, with the bias and GPT-2's GELU in the same pass, for products that are large
+  enough to be worth its set-up. It reads the parameter itself: nothing is kept.
+- In a generation each step multiplies a few rows with every weight, and the layout of the weights in
+  memory decides how long that takes. :class:`WeightCopies` holds them as that wants it: for one row
+  with the longer side last, for several in oneDNN's blocks; queries, keys and values as one matrix.
+
+A copy that differs from its parameter would be silently wrong. So copies serve only
+``Transformer.sample``, are dropped as soon as a parameter is another one or its version has changed,
+and are compared with the weights (:func:`_fingerprint`) at the beginning of each generation, because
+torch does not count changes made through ``.data`` or numpy.
+
+Shape legend: ``...`` rows, ``i`` inputs, ``o`` outputs of a linear map.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
+
+LARGE = 2**21
+"""Multiplications from which a product goes to oneDNN: below, its set-up for each new shape shows."""
+
+Maps = tuple[nn.Linear, ...]
+"""Linear maps that read the same input."""
+
+
+def _operator(name: str) -> Any:
+    """One of torch's oneDNN operators, or None: they are no public interface and may go."""
+    try:
+        return getattr(torch.ops.mkldnn, name)
+    except (AttributeError, RuntimeError):
+        return None
+
+
+_product = _operator("_linear_pointwise") if torch._C._has_mkldnn else None
+_pack = _operator("_reorder_linear_weight") if _product is not None else None
+
+
+def linear(
+    x: Tensor, layer: nn.Linear, copies: "WeightCopies | None" = None, gelu: bool = False
+) -> Tensor:
+    """``layer(x)``, and GPT-2's GELU of it: ``[..., i] -> [..., o]``."""
+    return _linears(x, (layer,), copies, gelu)[0]
+
+
+def linears(x: Tensor, layers: Maps, copies: "WeightCopies | None" = None) -> Sequence[Tensor]:
+    """Each layer of the same input: ``[..., i] -> [..., o]`` each."""
+    return _linears(x, layers, copies, gelu=False)
+
+
+def _linears(
+    x: Tensor, layers: Maps, copies: "WeightCopies | None", gelu: bool
+) -> Sequence[Tensor]:
+    if not all(_without_gradient(x, layer) for layer in layers):
+        results = [layer(x) for layer in layers]
+        return [F.gelu(result, approximate="tanh") for result in results] if gelu else results
+    copy = None if copies is None else copies.of(layers, x.numel() // x.shape[-1])
+    if copy is not None:
+        result = _multiply(x, copy.weight, copy.bias, copy.onednn, gelu)
+        return torch.split(result, copy.sizes, dim=-1) if len(layers) > 1 else [result]
+    return [
+        _multiply(x, layer.weight, layer.bias, x.numel() * layer.out_features >= LARGE, gelu)
+        for layer in layers
+    ]
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool, gelu: bool) -> Tensor:
+    if onednn and _product is not None:
+        name, algorithm = ("gelu", "tanh") if gelu else ("none", "")
+        return _product(x, weight, bias, name, [], algorithm)  # type: ignore[no-any-return]
+    result = F.linear(x, weight, bias)
+    # In place: no one else has seen it.
+    return torch.ops.aten.gelu_(result, approximate="tanh") if gelu else result
+
+
+def _without_gradient(x: Tensor, layer: nn.Linear) -> bool:
+    """Whether the product is plain numbers: no gradient, no transformation of torch's, no one looking on."""
+    if type(layer) is not nn.Linear or type(x) is not Tensor:
+        return False
+    weight, bias = layer.weight, layer.bias
+    return (
+        x.dtype is torch.float32 is weight.dtype
+        and x.is_cpu
+        and weight.is_cpu
+        and not (
+            torch.is_grad_enabled()
+            and (
+                x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+            )
+        )
+        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+        and not is_transformed()
+    )
+
+
+def is_transformed() -> bool:
+    """Whether torch traces, transforms or casts what is computed now, or someone counts operators."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch.is_autocast_enabled("cpu")
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Copy:
+    """The weights of some maps in another layout, and what tells that they are still those."""
+
+    weight: Tensor
+    """``[o, i]`` of all maps together; in whatever order in memory, or packed by oneDNN."""
+    bias: Tensor | None
+    onednn: bool
+    """Whether it is for oneDNN's product."""
+    sizes: list[int]
+    """Outputs of each map."""
+    parameters: list[tuple[nn.Linear, nn.Parameter, int, int]]
+    """Of each weight and bias: its map, itself, its version and address."""
+    fingerprints: list[Tensor]
+
+    def has_these(self, layers: Maps) -> bool:
+        """Whether these are the maps, with their parameters unchanged as far as torch counts."""
+        return all(
+            (parameter is layer.weight or parameter is layer.bias)
+            and parameter._version == version
+            and parameter.data_ptr() == address
+            for layer, parameter, version, address in self.parameters
+        ) and sum(1 + (layer.bias is not None) for layer in layers) == len(self.parameters)
+
+
+class WeightCopies:
+    """Copies of a model's weights for steps of a generation, each made when it is first used.
+
+    Args:
+        single: whether a step has one row; else several.
+    """
+
+    def __init__(self, single: bool) -> None:
+        self.single = single
+        self._copies: dict[Maps, _Copy] = {}
+
+    def of(self, layers: Maps, n_rows: int) -> _Copy | None:
+        """The copy for a product of so many rows; None: the parameters themselves do."""
+        if (self.single and n_rows > 1) or any(p.is_inference() for p in _parameters(layers)):
+            return None
+        copy = self._copies.get(layers)
+        if copy is None or not copy.has_these(layers):
+            copy = self._copies[layers] = _copied(layers, self.single, n_rows)
+        return copy
+
+    def drop_stale(self) -> None:
+        """Drop each copy whose parameters are not what they were, whoever changed them."""
+        self._copies = {
+            layers: copy
+            for layers, copy in self._copies.items()
+            if copy.has_these(layers)
+            and all(map(_same_bits, map(_fingerprint, _parameters(layers)), copy.fingerprints))
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the copies take."""
+        return sum(
+            copy.weight.numel() * copy.weight.element_size()
+            for copy in self._copies.values()
+            if all(copy.weight.data_ptr() != p[3] for p in copy.parameters)
+        )
+
+
+def _parameters(layers: Maps) -> list[nn.Parameter]:
+    return [
+        parameter
+        for layer in layers
+        for parameter in (layer.weight, layer.bias)
+        if parameter is not None
+    ]
+
+
+@torch.no_grad()
+def _copied(layers: Maps, single: bool, n_rows: int) -> _Copy:
+    parts: list[Tensor] = [layer.weight for layer in layers]
+    weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+    bias: Tensor | None = layers[0].bias
+    if len(layers) > 1 and bias is not None:
+        bias = torch.cat([layer.bias for layer in layers])
+    narrows = weight.shape[0] < weight.shape[1]
+    if single:
+        # The longer side last: the one row times the matrix is read from memory along it.
+        weight = weight.contiguous() if narrows else weight.t().contiguous().t()
+    elif _pack is not None:
+        weight = _pack(weight, n_rows)
+    return _Copy(
+        weight,
+        bias,
+        narrows or not single,
+        [layer.out_features for layer in layers],
+        [(layer, p, p._version, p.data_ptr()) for layer in layers for p in _parameters((layer,))],
+        [_fingerprint(p) for p in _parameters(layers)],
+    )
+
+
+def _fingerprint(parameter: Tensor) -> Tensor:
+    """A vector that a change of any element changes: ``[o, i] -> [i]``, at the cost of one reading.
+
+    A weighted sum of the rows. A change so small that it is lost in rounding here is lost in the
+    product that the copy is for.
+    """
+    values = parameter.detach()
+    if values.dim() < 2:
+        return values.clone()
+    weights = torch.arange(values.shape[0], dtype=torch.float32).mul_(0.618034).frac_().add_(0.5)
+    return torch.mv(values.t(), weights)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
