@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
-from neuron_explainer.activations.corpus import permutation
+from neuron_explainer.activations.corpus import Ints, permutation
 from neuron_explainer.activations.harvest import ActivationBatch, Harvester, check_context_length
 from neuron_explainer.activations.store import ActivationStore
-from neuron_explainer.activations.tokens import TokenWindows
+from neuron_explainer.activations.tokens import TokenWindows, check_rank
 from neuron_explainer.errors import InputError
 
 
@@ -57,6 +57,8 @@ class StoreSource:
         chunk_rows: length of the runs, but for the last of the store.
         seed: of the order of runs; None: as they lie.
         epochs: None: without end.
+        rank: take runs ``rank``, ``rank + world``, … only: for process ``rank`` of ``world``.
+        world: see ``rank``.
     """
 
     forward_s = 0.0
@@ -68,22 +70,32 @@ class StoreSource:
         *,
         seed: int | None = 0,
         epochs: int | None = 1,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         if not len(store):
             raise InputError(f"the store {store.folder} holds no rows.")
         if chunk_rows < 1 or (epochs is not None and epochs < 1):
             raise InputError(f"chunk_rows {chunk_rows} and epochs {epochs} must be at least 1.")
+        check_rank(rank, world)
         self.store, self.chunk_rows, self.seed, self.epochs = store, chunk_rows, seed, epochs
+        self.rank, self.world = rank, world
+        self._order: tuple[int, Ints] | None = None
 
     def chunk(self, number: int) -> ActivationBatch | None:
         """The rows of a run."""
         n_runs = -(-len(self.store) // self.chunk_rows)
-        epoch, index = divmod(number, n_runs)
-        if epoch == self.epochs:
+        epoch, index = divmod(self.rank + number * self.world, n_runs)
+        if self.epochs is not None and epoch >= self.epochs:
             return None
-        run = index if self.seed is None else int(permutation(n_runs, self.seed, epoch)[index])
+        run = index if self.seed is None else int(self._order_of(epoch, n_runs, self.seed)[index])
         begin = run * self.chunk_rows
         return self.store.rows(begin, min(begin + self.chunk_rows, len(self.store)))
+
+    def _order_of(self, epoch: int, n_runs: int, seed: int) -> Ints:
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, permutation(n_runs, seed, epoch)
+        return self._order[1]
 
     def describe(self) -> dict[str, Any]:
         """Settings of store and order."""
@@ -93,6 +105,8 @@ class StoreSource:
             "chunk_rows": self.chunk_rows,
             "seed": self.seed,
             "epochs": self.epochs,
+            "rank": self.rank,
+            "world": self.world,
         }
 
 

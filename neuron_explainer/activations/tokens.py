@@ -83,8 +83,7 @@ class TokenWindows:
             raise InputError(f"context_length leaves no room for text, found {context_length}.")
         if batch_size < 1 or (epochs is not None and epochs < 1):
             raise InputError(f"batch_size {batch_size} and epochs {epochs} must be at least 1.")
-        if not 0 <= rank < world:
-            raise InputError(f"rank must be 0 to {world - 1} of {world}, found {rank}.")
+        check_rank(rank, world)
         if not corpus.n_tokens:
             raise InputError(f"{corpus!r} holds no tokens.")
         self.corpus, self.context_length, self.batch_size = corpus, context_length, batch_size
@@ -238,6 +237,12 @@ class TokenIterator(Iterator[TokenBatch]):
         """Go on from there; an error where the state is of other windows."""
         check_same_settings(state["windows"], self.windows.describe(), "token windows")
         self._next = int(state["next_batch"])
+
+
+def check_rank(rank: int, world: int) -> None:
+    """An error unless ``rank`` is that of one of ``world`` processes."""
+    if not 0 <= rank < world:
+        raise InputError(f"rank must be 0 to {world - 1} of {world}, found {rank}.")
 
 
 def check_same_settings(saved: dict[str, Any], here: dict[str, Any], what: str) -> None:

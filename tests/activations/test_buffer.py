@@ -290,6 +290,12 @@ def test_a_store_is_read_once_an_epoch_in_another_order(
         [orders.chunk(epoch * n_runs + i) for i in range(n_runs)] for epoch in (0, 1)
     ]
     assert [c.tokens.tolist() for c in epochs[0]] != [c.tokens.tolist() for c in epochs[1]]
+    shared = [StoreSource(store, 8, rank=rank, world=3) for rank in range(3)]
+    for number in range(n_runs):
+        part = shared[number % 3].chunk(number // 3)
+        assert part is not None
+        assert torch.equal(part.tokens, epochs[0][number].tokens)
+    assert all(source.chunk(n_runs) is None for source in shared)
     with ShuffleBuffer(orders, 30, 4) as first, ShuffleBuffer(orders, 30, 4) as second:
         for _ in range(25):
             next(first)
