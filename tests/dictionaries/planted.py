@@ -18,5 +18,5 @@ def planted(
 
 def recovered(atoms: Tensor, rows: Tensor, cosine: float = 0.95) -> float:
     """Share of atoms that some row of a decoder points to."""
-    similarity = atoms @ F.normalize(rows, dim=1).t()
+    similarity = atoms @ F.normalize(rows.detach(), dim=1).t()
     return float((similarity.amax(1) > cosine).float().mean())

@@ -105,8 +105,8 @@ def aux_k_loss(
     values, indices = encode_top_k(x, dictionary.encoder, bias, k, latents=dead)
     explained = decode_rows(values.relu(), indices, dictionary.rows)
     deviation = (error - error.mean(0)).square().sum() / len(error)
-    # A perfect reconstruction leaves nothing to explain, not NaN.
-    return squared_error(error - explained) / deviation.clamp_min(torch.finfo(x.dtype).tiny)
+    share = squared_error(error - explained) / torch.where(deviation > 0, deviation, 1.0)
+    return torch.where(deviation > 0, share, 0.0)  # nothing to explain is not infinitely hard
 
 
 @register("topk", TopKConfig)
