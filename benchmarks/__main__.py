@@ -7,22 +7,32 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import import_time, parity
-from benchmarks.harness import Harness, provenance, table
+from benchmarks.harness import THREADS, Harness, provenance, table
 from benchmarks.workloads import Setup
 
 RACES = ["forward", "capture", "hooks", "sample", "encode", "train_step", "load"]
 """Modules with ``races(setup)``."""
+PEERS = sorted(path.stem for path in (Path(__file__).parent / "peers").glob("*.txt"))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the chosen tables, in markdown; progress goes to stderr."""
-    args = _parser().parse_args(argv)
-    pythons = dict(pair.split("=", 1) for pair in args.peers or [])
+    parser = _parser()
+    args = parser.parse_args(argv)
+    pythons = {}
+    for pair in args.peers or []:
+        name, equals, python = pair.partition("=")
+        if not equals or name not in PEERS:
+            parser.error(
+                f"--peers takes NAME=PYTHON, NAME one of {', '.join(PEERS)}; found {pair!r}"
+            )
+        pythons[name] = python
+    threads = 1 if args.quick else THREADS
     names = [*RACES, "import", "parity"] if "all" in args.names else args.names
     print(f"{provenance()}\n")
     with (
         tempfile.TemporaryDirectory() as scratch,
-        Harness(args.rounds, pythons, with_peers=args.peers is not None) as harness,
+        Harness(args.rounds, pythons, args.peers is not None, threads) as harness,
     ):
         setup = Setup(Path(scratch), args.quick, pythons)
         for name in names:
@@ -31,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
                 for race in importlib.import_module(f"benchmarks.{name}").races(setup):
                     print(table(race, harness.run(race)), flush=True)
             elif name == "import":
-                print(import_time.run(args.rounds))
+                print(import_time.run(args.rounds, pythons))
             else:
                 print(parity.run(args.rounds))
     sys.stdout.flush()
@@ -50,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each (default: 5)")
     parser.add_argument(
-        "--quick", action="store_true", help="a tiny model: shows that it runs, not how fast"
+        "--quick",
+        action="store_true",
+        help="a tiny model and one thread: shows that it runs, not how fast",
     )
     return parser
 

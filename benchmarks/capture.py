@@ -11,12 +11,12 @@ def races(setup: Setup) -> list[Race]:
     return [
         Race(
             "logits (4, 128), keeping MLP activations of every layer",
-            everyone(MODELS, "keep_post_act", **work),
+            everyone(MODELS, "keep_post_act", work),
             SDPA.name,
         ),
         Race(
             "logits (4, 128), keeping every site, attention patterns included",
-            everyone(MODELS, "keep_all", **work),
+            everyone(MODELS, "keep_all", work),
             SDPA.name,
             remark="What each library calls everything; how many MiB that is stands beside its name. "
             "transformers with sdpa forms no patterns: its line keeps nothing, as a yardstick.",

@@ -10,7 +10,9 @@ def races(setup: Setup) -> list[Race]:
     return [
         Race(
             f"logits ({batch}, {length})",
-            everyone(MODELS, "logits", folder=setup.folder, tokens=setup.tokens(batch, length)),
+            everyone(
+                MODELS, "logits", {"folder": setup.folder, "tokens": setup.tokens(batch, length)}
+            ),
             SDPA.name,
         )
         for batch, length in ((4, 128), (1, 1024))

@@ -9,11 +9,11 @@ workload's settings as keywords, prepares what is not to be timed and returns wh
         return lambda: {"logits": model(tokens)}      # this call is timed
 
 The call returns ``{name: tensor, list of tensors, or (nested) list of whole numbers}``: of each, a
-checksum is taken after the first call (not timed) and compared with the others' under the same name. Returned tensors are laid out
-as :mod:`benchmarks.workloads` says, whatever the library's own layout; a name that only one
-contestant gives is not compared. Instead of a callable, a :class:`~benchmarks.workloads.Prepared` may be
-returned, which adds a remark; one that cannot do the work raises
-:class:`~benchmarks.workloads.Refusal`. Gradients are off unless the race says ``grad=True``.
+checksum is taken after the first call (not timed) and compared with the others' under the same name.
+Returned tensors are laid out as :mod:`benchmarks.workloads` says, whatever the library's own layout; a
+name that only one contestant gives is not compared. Instead of a callable, a
+:class:`~benchmarks.workloads.Prepared` may be returned, which adds a remark; one that cannot do the
+work raises :class:`~benchmarks.workloads.Refusal`. Gradients are off unless the race says ``grad=True``.
 
 **A table** is a module ``benchmarks/<name>.py`` with ``races(setup) -> list[Race]`` (see
 ``benchmarks/forward.py``), listed in ``benchmarks/__main__.py``. A :class:`Race` is one heading: entries
@@ -127,34 +127,38 @@ class Result:
 
 
 def everyone(
-    contestants: Sequence[Contestant], workload: str, *, fresh: bool = False, **settings: Any
+    contestants: Sequence[Contestant], workload: str, settings: Mapping[str, Any]
 ) -> list[Entry]:
     """The same workload with the same settings for each."""
-    return [Entry(contestant, workload, settings, fresh=fresh) for contestant in contestants]
+    return [Entry(contestant, workload, settings) for contestant in contestants]
 
 
 class Process:
     """A contestant's process and the pipe to it: a JSON line each way for each command."""
 
-    def __init__(self, contestant: Contestant, python: str) -> None:
-        self._log = tempfile.TemporaryFile()
-        threads = {name: str(THREADS) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    def __init__(self, contestant: Contestant, python: str, threads: int) -> None:
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        numbers = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        self._child = subprocess.Popen(
-            [python, "-m", "benchmarks.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            cwd=ROOT,
-            env={**os.environ, **threads, **offline},
-        )
+        try:
+            self._child = subprocess.Popen(
+                [python, "-m", "benchmarks.child"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                cwd=ROOT,
+                env={**os.environ, **numbers, **offline},
+            )
+        except OSError as error:
+            self._log.close()
+            raise ContestantError(f"its interpreter does not start: {error}") from None
         try:
             self.hello = self.ask(
                 "hello",
                 module=contestant.module,
                 distribution=contestant.distribution,
                 major=contestant.major,
-                threads=THREADS,
+                threads=threads,
             )
         except ContestantError:
             self.close()
@@ -203,12 +207,17 @@ class Harness:
         rounds: timed runs of each entry.
         pythons: interpreters by peer name; a peer without one is looked for in this environment.
         with_peers: whether optional contestants take part.
+        threads: of each contestant.
     """
 
     def __init__(
-        self, rounds: int, pythons: Mapping[str, str] | None = None, with_peers: bool = True
+        self,
+        rounds: int,
+        pythons: Mapping[str, str] | None = None,
+        with_peers: bool = True,
+        threads: int = THREADS,
     ) -> None:
-        self.rounds, self.with_peers = rounds, with_peers
+        self.rounds, self.with_peers, self.threads = rounds, with_peers, threads
         self.pythons = dict(pythons or {})
         self._processes: dict[Contestant, Process] = {}
 
@@ -237,9 +246,9 @@ class Harness:
         """The contestant's running process, or (fresh) a new one that the caller closes."""
         python = self.pythons.get(contestant.peer, sys.executable)
         if fresh:
-            return Process(contestant, python)
+            return Process(contestant, python, self.threads)
         if contestant not in self._processes:
-            self._processes[contestant] = Process(contestant, python)
+            self._processes[contestant] = Process(contestant, python, self.threads)
         return self._processes[contestant]
 
 

@@ -14,7 +14,7 @@ def races(setup: Setup) -> list[Race]:
     return [
         Race(
             "logits (4, 128), one neuron ablated",
-            everyone(MODELS, "ablated_logits", **work, **setup.ablated),
+            everyone(MODELS, "ablated_logits", {**work, **setup.ablated}),
             SDPA.name,
         ),
         Race(
@@ -31,7 +31,7 @@ def races(setup: Setup) -> list[Race]:
         Race(
             "one call at a site",
             [
-                *everyone([OURS, SDPA, HOOKED], "calls_no_op_hook", **calls),
+                *everyone([OURS, SDPA, HOOKED], "calls_no_op_hook", calls),
                 Entry(OURS, "calls_no_hook", calls, "neuron_explainer, no hook there"),
             ],
             OURS.name,

@@ -1,41 +1,77 @@
-"""What ``import neuron_explainer.models`` costs beyond ``import torch``, in fresh interpreters."""
+"""What an import costs beyond ``import torch``, in fresh interpreters."""
 
+import math
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 
-CONTESTANTS = {
-    "python": "pass",
-    "neuron_explainer": "import neuron_explainer",
-    "torch": "import torch",
-    "torch + neuron_explainer.models": "import torch, neuron_explainer.models",
+IMPORTS = {
+    "neuron_explainer": ("", "neuron_explainer"),
+    "neuron_explainer.models": ("", "torch, neuron_explainer.models"),
+    "transformers, GPT-2": ("transformers", "torch, transformers.models.gpt2.modeling_gpt2"),
+    "TransformerLens 3": ("transformer-lens-3", "torch, transformer_lens"),
+    "TransformerLens 4": ("transformer-lens-4", "torch, transformer_lens"),
+    "nnsight": ("nnsight", "torch, nnsight"),
+    "SAELens": ("sae-lens", "torch, sae_lens"),
+    "dictionary_learning": ("dictionary-learning", "torch, dictionary_learning"),
+    "sparsify": ("eai-sparsify", "torch, sparsify"),
 }
+"""A line's name: the peer whose interpreter runs it (none: this one), and what is imported."""
 
 
-def seconds(code: str) -> float:
-    """Wall-clock seconds of ``code`` in a new interpreter, start-up left out."""
-    timed = f"import time; t = time.perf_counter(); {code}; print(time.perf_counter() - t)"
-    run = subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True, check=True)
+class ImportFails(Exception):
+    """The last line that the interpreter wrote."""
+
+
+def seconds(python: str, modules: str) -> float:
+    """Wall-clock seconds of an import in a new interpreter, start-up left out."""
+    timed = (
+        f"import time; t = time.perf_counter(); import {modules}; print(time.perf_counter() - t)"
+    )
+    try:
+        run = subprocess.run([python, "-c", timed], capture_output=True, text=True)
+    except OSError as error:
+        raise ImportFails(str(error)) from None
+    if run.returncode:
+        raise ImportFails(run.stderr.strip().splitlines()[-1])
     return float(run.stdout.split()[-1])
 
 
-def run(repeats: int) -> str:
-    """A table of medians; the contestants take turns so that a busy moment hits them all."""
-    times: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
-    for code in CONTESTANTS.values():
-        seconds(code)  # warm the disk cache
-    for _ in range(repeats):
-        for name, code in CONTESTANTS.items():
-            times[name].append(seconds(code))
-    lines = [f"{'import':<34} median s   min-max ({repeats} rounds)"]
-    for name, values in times.items():
-        median = statistics.median(values)
-        lines.append(f"{name:<34} {median:8.3f}   {min(values):.3f}-{max(values):.3f}")
-    extra = [
-        both - torch
-        for both, torch in zip(
-            times["torch + neuron_explainer.models"], times["torch"], strict=True
+def run(rounds: int, pythons: Mapping[str, str] | None = None) -> str:
+    """A table of medians.
+
+    Args:
+        rounds: imports of each; they take turns so that a busy moment hits them all, each beside an
+            ``import torch`` of the same interpreter, which is subtracted.
+        pythons: interpreters by peer name; a peer without one is left out.
+    """
+    pythons = {"": sys.executable, **(pythons or {})}
+    lines = ["| import | median s | min-max | beyond torch, s |", "|---|--:|--:|--:|"]
+    chosen = {
+        name: (pythons[peer], modules)
+        for name, (peer, modules) in IMPORTS.items()
+        if peer in pythons
+    }
+    times: dict[str, list[float]] = {name: [] for name in chosen}
+    beyond: dict[str, list[float]] = {name: [] for name in chosen}
+    for round_ in range(-1, rounds):  # the first warms the disk cache
+        for name, (python, modules) in list(chosen.items()):
+            try:
+                base = seconds(python, "torch") if modules.startswith("torch") else math.nan
+                total = seconds(python, modules)
+            except ImportFails as error:
+                lines.append(f"| {name} | - | - | {error} |")
+                del chosen[name]
+                continue
+            if round_ >= 0:
+                times[name].append(total)
+                beyond[name].append(total - base)
+    for name in chosen:
+        extra = statistics.median(beyond[name])
+        lines.append(
+            f"| {name} | {statistics.median(times[name]):.3f} "
+            f"| {min(times[name]):.3f}-{max(times[name]):.3f} "
+            f"| {'does not import it' if math.isnan(extra) else f'{extra:.3f}'} |"
         )
-    ]
-    lines.append(f"{'models beyond torch':<34} {statistics.median(extra):8.3f}")
     return "\n".join(lines)

@@ -3,43 +3,54 @@
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.contestants import FLOOR, MODELS, OURS, SDPA
-from benchmarks.harness import Entry, Race
+from benchmarks.contestants import MODELS, OURS, SDPA
+from benchmarks.harness import Contestant, Entry, Race
 from benchmarks.workloads import Setup
 
 
 def races(setup: Setup) -> list[Race]:
-    """Imports are not timed; extra peak memory is over what was resident after them."""
-    from neuron_explainer.models.transformer import Transformer
+    """Three formats of this library's, and the others from Hugging Face's."""
+    formats = write_formats(setup.folder, setup.scratch / "formats")
+    tiny = Setup(setup.scratch / "tiny", quick=True)
+    tiny_formats = write_formats(tiny.folder, tiny.scratch / "formats")
+    tokens = tiny.tokens(1, 16)
 
-    model = Transformer.load(setup.folder, device="cpu")
-    model.cfg = replace(model.cfg, enc="gpt2")  # pieces must name a tokenizer, which is not read
-    native, pieces = setup.scratch / "native", setup.scratch / "pieces"
-    model.save(native)
-    model.save_checkpoint(pieces)
-    del model
-    tokens = setup.tokens(1, 16)
+    def entry(contestant: Contestant, format_: str = "Hugging Face's folder") -> Entry:
+        settings = {
+            "folder": formats[format_],
+            "first_folder": tiny_formats[format_],
+            "tokens": tokens,
+        }
+        label = f"{contestant.name}, {format_}" if contestant is OURS else contestant.name
+        return Entry(contestant, "load_and_run", settings, label, fresh=True)
 
-    def entry(folder: Path | str, label: str) -> Entry:
-        settings = {"folder": str(folder), "tokens": tokens}
-        return Entry(OURS, "load_and_run", settings, f"{OURS.name}, {label}", fresh=True)
-
-    others = [c for c in MODELS if c not in (OURS, FLOOR)]
-    settings = {"folder": setup.folder, "tokens": tokens}
     size = (Path(setup.folder) / "model.safetensors").stat().st_size
     return [
         Race(
             f"load {size / 1e6:.0f} MB and run 16 tokens",
             [
-                entry(setup.folder, "Hugging Face's folder"),
-                entry(native, "its own"),
-                entry(pieces, "the original's pieces"),
-                *(Entry(c, "load_and_run", settings, fresh=True) for c in others),
-                Entry(FLOOR, "load_and_run", settings, "read the file, GEMM floor", fresh=True),
+                *(entry(OURS, format_) for format_ in formats),
+                *(entry(c) for c in MODELS if c is not OURS),
             ],
             SDPA.name,
             rounds=3,
-            remark="A file that is mapped counts as memory when its pages are touched, though the page "
-            "cache holds them anyway.",
+            remark="Each in a new process that has loaded a tiny model before, so that imports do not "
+            "count. A mapped file's pages count as memory when they are touched. The floor reads the "
+            "file's bytes once and multiplies.",
         )
     ]
+
+
+def write_formats(folder: str, scratch: Path) -> dict[str, str]:
+    """The folder, and the same model in this library's other formats."""
+    from neuron_explainer.models.transformer import Transformer
+
+    model = Transformer.load(folder, device="cpu")
+    model.cfg = replace(model.cfg, enc="gpt2")  # pieces must name a tokenizer, which is not read
+    model.save(scratch / "native")
+    model.save_checkpoint(scratch / "pieces")
+    return {
+        "Hugging Face's folder": folder,
+        "its own format": str(scratch / "native"),
+        "the original's pieces": str(scratch / "pieces"),
+    }

@@ -14,13 +14,13 @@ def races(setup: Setup) -> list[Race]:
     what = f"{n_new} tokens after {PROMPT}"
     equal = "neuron_explainer, equal lengths, no hook"
     return [
-        Race(f"{what}", everyone(MODELS, "greedy", **one), SDPA.name),
+        Race(f"{what}", everyone(MODELS, "greedy", one), SDPA.name),
         Race(
             f"{what}, a neuron ablated",
-            everyone(MODELS, "ablated_greedy", **one, **ablated),
+            everyone(MODELS, "ablated_greedy", {**one, **ablated}),
             SDPA.name,
         ),
-        Race(f"{what}, batch of {BATCH}", everyone(MODELS, "greedy", **batch), SDPA.name),
+        Race(f"{what}, batch of {BATCH}", everyone(MODELS, "greedy", batch), SDPA.name),
         Race(
             f"{n_new} tokens after {min(UNEQUAL)} to {max(UNEQUAL)}, batch of {BATCH}, a neuron ablated",
             [
@@ -28,8 +28,7 @@ def races(setup: Setup) -> list[Race]:
                 *everyone(
                     [c for c in MODELS if c not in (PLAIN, FLOOR)],
                     "ablated_greedy",
-                    **unequal,
-                    **ablated,
+                    {**unequal, **ablated},
                 ),
                 Entry(FLOOR, "greedy", batch),
             ],

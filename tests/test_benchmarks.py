@@ -1,16 +1,155 @@
 """The benchmarks run: a small smoke of each, no time is judged."""
 
-from benchmarks import import_time, parity
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__, capture, child, forward, harness, import_time, parity, sample
+from benchmarks.contestants import BRIDGE_4, FLOOR, OURS, PLAIN
+from benchmarks.harness import Contestant, Entry, Harness, Race, Result
+from benchmarks.workloads import Setup
 
 
-def test_import_prints_its_table() -> None:
-    table = import_time.run(1)
-    assert "models beyond torch" in table
-    assert len(table.splitlines()) == 6
+@pytest.fixture(scope="module")
+def running() -> Iterator[Harness]:
+    with Harness(rounds=2, threads=1) as harness:
+        yield harness
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    return Setup(tmp_path_factory.mktemp("benchmarks"), quick=True)
+
+
+def of(race: Race, *contestants: Contestant) -> Race:
+    """The race with some of its entries only."""
+    entries = [entry for entry in race.entries if entry.contestant in contestants]
+    return Race(race.title, entries, entries[0].shown)
+
+
+def test_contestants_run_and_agree(running: Harness, setup: Setup) -> None:
+    races = [capture.races(setup)[0], sample.races(setup)[1]]
+    for race in races:
+        race = of(race, OURS, PLAIN, FLOOR)
+        ours, plain, floor = results = running.run(race)
+        assert not any(result.error for result in results), results
+        assert [len(result.seconds) for result in results] == [2, 2, 2]
+        assert ours.checksum.keys() == plain.checksum.keys()
+        assert not floor.checksum
+        same = harness.agreement(results, ours.label)
+        assert same["plain torch"] in ("ids", "logits, post_act"), same
+        assert "| plain torch |" in harness.table(race, results)
+
+
+def test_the_ablated_neuron_shows(running: Harness, setup: Setup) -> None:
+    """Otherwise a contestant that ablates nothing would pass for one that does."""
+    plain, ablated = (of(race, OURS) for race in sample.races(setup)[:2])
+    assert running.run(plain)[0].checksum != running.run(ablated)[0].checksum
+
+
+def test_who_is_missing_is_listed_with_the_reason(running: Harness) -> None:
+    absent = Contestant("absent", "ours", distribution="no-such-distribution")
+    old = Contestant("old", "ours", distribution="torch", major="0.")
+    race = Race(
+        "a race",
+        [Entry(absent, "logits"), Entry(old, "logits"), Entry(OURS, "no_such_workload")],
+        OURS.name,
+    )
+    absent_, old_, ours = running.run(race)
+    assert absent_.error == "not installed"
+    assert old_.error.startswith("not installed (version")
+    assert ours.error == "not offered"
+    assert "| absent | - | - | - | - | not installed |" in harness.table(race, running.run(race))
+
+
+def test_peers_take_part_only_when_asked_for() -> None:
+    with Harness(rounds=1, with_peers=False, threads=1) as alone:
+        assert alone.run(
+            Race("a race", [Entry(OURS, "nothing"), Entry(BRIDGE_4, "nothing")], "")
+        ) == [Result(OURS.name, error="not offered")]
+
+
+def test_different_results_are_flagged() -> None:
+    def result(label: str, **checksum: list[float]) -> Result:
+        return Result(label, [1.0], checksum=checksum)
+
+    race = Race("a race", [], "a")
+    results = [
+        result("a", logits=[1.0, 2.0]),
+        result("b", logits=[1.0, 2.0001], more=[3.0]),
+        result("c", logits=[1.0, 2.1]),
+        result("d", logits=[1.0, math.nan]),
+        result("e", logits=[1.0]),
+    ]
+    assert harness.agreement(results, race.reference) == {
+        "a": "logits",
+        "b": "logits",
+        "c": "**DIFFERS: logits**",
+        "d": "**DIFFERS: logits**",
+        "e": "**DIFFERS: logits**",
+    }
+
+
+def test_a_checksum_depends_on_every_element_and_its_place() -> None:
+    x = torch.arange(6.0).reshape(2, 3)
+    assert child.checksum(x)[:2] == [2.5, 2.5]
+    assert child.checksum(x) == child.checksum([x[0], x[1]])
+    assert child.checksum(x) != child.checksum(x.flip(0))
+    assert child.checksum([[5, 7], [3]]) == [5.0, 7.0, 3.0]
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    race = Race("a race", [], "a", calls=1000)
+    results = [Result("a", [1.0, 4.0, 2.0]), Result("b", [3.0, 8.0, 2.0], peak_mib=7.4, note="so")]
+    line = harness.table(race, results).splitlines()[-1]
+    assert line == "| b (so) | 3000 | 2000-8000 | 2.000 | 7 | - |"
+
+
+def test_the_command_prints_tables(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(forward, "MODELS", [OURS, BRIDGE_4])
+    __main__.main(["forward", "--rounds", "1", "--quick", "--peers", "transformer-lens-4=no-such"])
+    out = capsys.readouterr().out
+    assert out.count("| neuron_explainer | ") == 2
+    assert "its interpreter does not start" in out
+
+
+def test_unknown_peers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        __main__.main(["forward", "--peers", "transformer-lens=python"])
+    assert "transformer-lens-4" in capsys.readouterr().err
+
+
+def test_import_prints_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = {
+        "ours": ("", "neuron_explainer"),
+        "beyond torch": ("", "torch, json"),
+        "broken": ("", "no_such_module"),
+        "no interpreter": ("nnsight", "torch"),
+        "not asked for": ("sae-lens", "torch"),
+    }
+    monkeypatch.setattr(import_time, "IMPORTS", lines)
+    table = import_time.run(1, {"nnsight": "no-such-interpreter"}).splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == [
+        "| broken",
+        "| no interpreter",
+        "| ours",
+        "| beyond torch",
+    ]
+    assert "No module named 'no_such_module'" in table[2]
+    assert table[4].endswith("| does not import it |")
+    assert float(table[5].split(" | ")[1]) > 0.05
 
 
 def test_parity_is_a_difference_over_the_largest_value() -> None:
-    import torch
-
     expected = torch.tensor([1.0, -4.0, float("-inf")])
     assert parity.relative(torch.tensor([1.0, -3.0, 7.0]), expected) == 0.25
+
+
+def test_weights_are_the_same_every_time(tmp_path: Path) -> None:
+    files = [Path(Setup(tmp_path / str(i), quick=True).folder, "model.safetensors") for i in (0, 1)]
+    assert files[0].read_bytes() == files[1].read_bytes()

@@ -118,7 +118,7 @@ def ablated_greedy(
     return greedy(folder, prompts, n_new)
 
 
-def load_and_run(folder: str, tokens: list[list[int]]) -> Work:
+def load_and_run(folder: str, tokens: list[list[int]], first_folder: str) -> Work:
     """The file's bytes, read into memory once, and the products of the first pass."""
     products = forward_pass(folder, len(tokens), len(tokens[0]))
 

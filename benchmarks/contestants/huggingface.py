@@ -151,9 +151,13 @@ def ablated_greedy(
     return work
 
 
-def load_and_run(folder: str, variant: str, tokens: list[list[int]]) -> Work:
-    ids = torch.tensor(tokens)
-    return lambda: {"logits": load_model(folder, variant)(ids, use_cache=False).logits}
+def load_and_run(folder: str, variant: str, tokens: list[list[int]], first_folder: str) -> Work:
+    def run(folder: str) -> dict[str, Tensor]:
+        model = load_model(folder, variant)
+        return {"logits": model(torch.tensor(tokens), use_cache=False).logits}
+
+    run(first_folder)
+    return lambda: run(folder)
 
 
 def calls_no_op_hook(calls: int, width: int, variant: str) -> Work:

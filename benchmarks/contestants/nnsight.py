@@ -138,13 +138,12 @@ def ablated_greedy(
     return work
 
 
-def load_and_run(folder: str, tokens: list[list[int]]) -> Work:
-    ids = torch.tensor(tokens)
-
-    def work() -> dict[str, Tensor]:
+def load_and_run(folder: str, tokens: list[list[int]], first_folder: str) -> Work:
+    def run(folder: str) -> dict[str, Tensor]:
         model = load_model(folder)
-        with model.trace(ids, use_cache=False):
+        with model.trace(torch.tensor(tokens), use_cache=False):
             out = model.lm_head.output.save()
         return {"logits": out}
 
-    return work
+    run(first_folder)
+    return lambda: run(folder)

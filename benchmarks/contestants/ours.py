@@ -87,9 +87,12 @@ def ablated_greedy(
     return greedy(folder, prompts, n_new, ablation(layer, neuron))
 
 
-def load_and_run(folder: str, tokens: list[list[int]]) -> Work:
-    ids = torch.tensor(tokens)
-    return lambda: {"logits": Transformer.load(folder, device="cpu")(ids)[0]}
+def load_and_run(folder: str, tokens: list[list[int]], first_folder: str) -> Work:
+    def run(folder: str) -> dict[str, Tensor]:
+        return {"logits": Transformer.load(folder, device="cpu")(torch.tensor(tokens))[0]}
+
+    run(first_folder)
+    return lambda: run(folder)
 
 
 def bf16_logits(folder: str, tokens: list[list[int]]) -> Prepared:

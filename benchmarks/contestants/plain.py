@@ -124,11 +124,10 @@ def ablated_greedy(
     return greedy(folder, prompts, n_new, ablation(layer, neuron))
 
 
-def load_and_run(folder: str, tokens: list[list[int]]) -> Work:
-    ids = torch.tensor(tokens)
-
-    def work() -> dict[str, Tensor]:
+def load_and_run(folder: str, tokens: list[list[int]], first_folder: str) -> Work:
+    def run(folder: str) -> dict[str, Tensor]:
         model = Plain(folder)
-        return {"logits": F.linear(model.stream(ids), model.w["wte.weight"])}
+        return {"logits": F.linear(model.stream(torch.tensor(tokens)), model.w["wte.weight"])}
 
-    return work
+    run(first_folder)
+    return lambda: run(folder)

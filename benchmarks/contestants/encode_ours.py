@@ -1,0 +1,50 @@
+"""This library's autoencoder."""
+
+import os
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.contestants.encoding import activations, biases, directions
+from benchmarks.workloads import Prepared, Work
+from neuron_explainer.models.autoencoder import Autoencoder, TopK
+from neuron_explainer.models.certified import certified_top_k, prepare
+
+
+@cache
+def load(width: int, latents: int, k: int | None) -> Autoencoder:
+    autoencoder = Autoencoder(latents, width, nn.ReLU() if k is None else TopK(k))
+    for own, given in zip(
+        (autoencoder.latent_bias, autoencoder.pre_bias), biases(latents, width), strict=True
+    ):
+        own.copy_(given)
+    autoencoder.encoder.weight.copy_(directions(latents, width))
+    autoencoder.decoder.weight.copy_(directions(latents, width).t())
+    return autoencoder
+
+
+def relu_encode(tokens: int, width: int, latents: int, variant: str = "") -> Work:
+    autoencoder, x = load(width, latents, None), activations(tokens, width)
+    return lambda: {"latents": autoencoder.encode(x)}
+
+
+def topk_reconstruct(tokens: int, width: int, latents: int, k: int, variant: str) -> Prepared:
+    """``variant``: how the largest are searched, ``float32`` or ``certified``."""
+    certified = variant == "certified"
+    autoencoder, x = load(width, latents, k), activations(tokens, width)
+
+    def work() -> dict[str, Tensor]:
+        os.environ["NEURON_EXPLAINER_CERTIFIED"] = str(int(certified))
+        return {"recons": autoencoder.reconstruct(x)}
+
+    return Prepared(work, _remark(autoencoder, x, k) if certified else "")
+
+
+def _remark(autoencoder: Autoencoder, x: Tensor, k: int) -> str:
+    weight, bias = autoencoder.encoder.weight, autoencoder.latent_bias
+    prepared = prepare(weight, bias)
+    proven = certified_top_k(x - autoencoder.pre_bias, weight, bias, k, prepared)[2]
+    kept = prepared.operand.nbytes / 2**20
+    redone = 1 - float(proven.to(torch.float64).mean())
+    return f"{redone:.2%} of rows redone in float32; keeps {kept:.0f} MiB between calls"

@@ -1,0 +1,45 @@
+"""What a step cannot do without: its matrix products, into memory that is there already."""
+
+import torch
+
+from benchmarks.contestants.training import activations, directions
+from benchmarks.workloads import Work
+from neuron_explainer.models.selection import top_k
+
+
+def topk_step(
+    tokens: int, width: int, latents: int, k: int, aux: bool = False, variant: str = "ours"
+) -> Work:
+    """Encode and find the largest; ``torch.topk`` or ours."""
+    x, weight = activations(tokens, width), directions(latents, width)
+    out = torch.empty(tokens, latents).fill_(0.0)
+    parts = out.split(512)
+
+    def work() -> dict[str, torch.Tensor]:
+        torch.mm(x, weight.t(), out=out)
+        if variant == "torch":
+            out.topk(k, dim=1, sorted=False)
+        else:
+            for part in parts:
+                top_k(part, k)
+        return {}
+
+    return work
+
+
+def five_products(tokens: int, width: int, latents: int) -> Work:
+    """Encode, decode, and the gradients of decoder, latents and encoder, all of them dense."""
+    x, weight = activations(tokens, width), directions(latents, width)
+    latent = torch.empty(tokens, latents).fill_(0.0)
+    grad_latent = torch.empty(tokens, latents).fill_(0.0)
+    output, grad_weight = torch.empty_like(x), torch.empty(latents, width).fill_(0.0)
+
+    def work() -> dict[str, torch.Tensor]:
+        torch.mm(x, weight.t(), out=latent)
+        torch.mm(latent, weight, out=output)
+        torch.mm(latent.t(), output, out=grad_weight)
+        torch.mm(output, weight.t(), out=grad_latent)
+        torch.mm(grad_latent.t(), x, out=grad_weight)
+        return {}
+
+    return work

@@ -1,0 +1,55 @@
+"""Autoencoders applied: dense ReLU latents, and TopK encoded and decoded.
+
+The GEMM floor is the one product that a float32 encoder cannot do without, into memory that is there
+already; the bfloat16 product, what a certified search cannot do without. ``--peers`` adds the
+libraries. Extra peak memory is that of a warm call, the result included; what is kept between calls
+stands beside the name.
+"""
+
+from benchmarks.harness import Contestant, Entry, Race
+from benchmarks.workloads import Setup
+
+FLOOR = Contestant("one product", "encode_floor", "float32")
+FLOOR_BFLOAT16 = Contestant("one product, bfloat16", "encode_floor", "bfloat16")
+OURS = Contestant("neuron_explainer", "encode_ours")
+FLOAT32 = Contestant("neuron_explainer, float32", "encode_ours", "float32")
+CERTIFIED = Contestant("neuron_explainer, certified", "encode_ours", "certified")
+ORIGINAL = Contestant("the original's formula", "encode_plain", "original")
+PLAIN = Contestant("plain torch", "encode_plain", "plain")
+CHUNKED = Contestant("plain torch, in chunks", "encode_plain", "plain")
+
+
+def _peer(name: str, module: str, distribution: str) -> Contestant:
+    return Contestant(name, module, peer=distribution, distribution=distribution, optional=True)
+
+
+SAE_LENS = _peer("SAELens", "encode_sae_lens", "sae-lens")
+LEARNING = _peer("dictionary_learning", "encode_dictionary_learning", "dictionary-learning")
+SPARSIFY = _peer("sparsify", "encode_sparsify", "eai-sparsify")
+K = 32
+
+
+def races(setup: Setup) -> list[Race]:
+    """ReLU, and TopK."""
+    tokens, width, latents = (300, 64, 4096) if setup.quick else (4096, 768, 32768)
+    size = {"tokens": tokens, "width": width, "latents": latents}
+    title = f"{latents} latents, {tokens} tokens of width {width}"
+    relu = [OURS, SAE_LENS, LEARNING, ORIGINAL, PLAIN]
+    topk = [FLOAT32, CERTIFIED, SAE_LENS, LEARNING, SPARSIFY, ORIGINAL, CHUNKED]
+    floor = Entry(FLOOR, "product", size)
+    return [
+        Race(
+            f"ReLU encode, {title}",
+            [floor, *(Entry(c, "relu_encode", size) for c in relu)],
+            FLOOR.name,
+        ),
+        Race(
+            f"TopK encode and decode, {title}, k = {K}",
+            [
+                floor,
+                Entry(FLOOR_BFLOAT16, "product", size),
+                *(Entry(c, "topk_reconstruct", {**size, "k": K}) for c in topk),
+            ],
+            FLOOR.name,
+        ),
+    ]

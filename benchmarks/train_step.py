@@ -1,0 +1,67 @@
+"""One step of dictionary learning: loss, gradients, clipping, optimiser, decoder's norm.
+
+Each library runs its own trainer, on the same activations from the same weights. The reference is what
+no TopK step gets around: one product and the search for the largest; for ReLU, the five products.
+"""
+
+from benchmarks.harness import Contestant, Entry, Race
+from benchmarks.workloads import Setup
+
+FLOOR = Contestant("one product + top-k", "train_floor", "ours")
+FLOOR_TORCH = Contestant("one product + torch.topk", "train_floor", "torch")
+PRODUCTS = Contestant("five products", "train_floor")
+FLOAT32 = Contestant("neuron_explainer, float32", "train_ours", "float32")
+CERTIFIED = Contestant("neuron_explainer, certified", "train_ours", "certified")
+OURS = Contestant("neuron_explainer", "train_ours")
+
+
+def _peer(name: str, module: str, distribution: str, variant: str = "") -> Contestant:
+    return Contestant(
+        name, module, variant, peer=distribution, distribution=distribution, optional=True
+    )
+
+
+SAE_LENS = _peer("SAELens", "train_sae_lens", "sae-lens", "dense")
+SAE_LENS_SPARSE = _peer("SAELens, sparse", "train_sae_lens", "sae-lens", "sparse")
+SAE_LENS_RELU = _peer("SAELens", "train_sae_lens", "sae-lens")
+LEARNING = _peer("dictionary_learning", "train_dictionary_learning", "dictionary-learning")
+SPARSIFY = _peer("sparsify", "train_sparsify", "eai-sparsify")
+
+TOPK = [FLOOR, FLOOR_TORCH, FLOAT32, CERTIFIED, SAE_LENS, SAE_LENS_SPARSE, LEARNING, SPARSIFY]
+K = 32
+
+
+def races(setup: Setup) -> list[Race]:
+    """TopK at two sizes, once more with dead latents, and ReLU + L1."""
+    tokens, width = (256, 64) if setup.quick else (4096, 768)
+    sizes = (512, 1024) if setup.quick else (16384, 32768)
+    work = {"tokens": tokens, "width": width}
+    topk = [
+        _topk(
+            f"{latents} latents{', 5 % of them dead' if aux else ''}", aux, **work, latents=latents
+        )
+        for latents, aux in ((sizes[0], False), (sizes[1], False), (sizes[0], True))
+    ]
+    relu = {**work, "latents": sizes[0]}
+    entries = [Entry(c, "relu_step", relu) for c in (OURS, SAE_LENS_RELU, LEARNING)]
+    dense = [Entry(PRODUCTS, "five_products", {**work, "latents": n}) for n in sizes]
+    return [
+        *topk,
+        Race(
+            f"ReLU + L1, {sizes[0]} latents, {tokens} tokens of width {width}",
+            [dense[0], *entries],
+            PRODUCTS.name,
+            grad=True,
+        ),
+    ]
+
+
+def _topk(title: str, aux: bool, tokens: int, width: int, latents: int) -> Race:
+    settings = {"tokens": tokens, "width": width, "latents": latents, "k": K, "aux": aux}
+    return Race(
+        f"TopK, {title}, {tokens} tokens of width {width}, k = {K}",
+        [Entry(contestant, "topk_step", settings) for contestant in TOPK],
+        FLOOR.name,
+        grad=True,
+        remark="A ratio of 1.25 is 0.80 of the reference's rate.",
+    )
