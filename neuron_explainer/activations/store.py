@@ -170,8 +170,7 @@ class StoreWriter:
     """Writes batches to a store, new or there already; a context manager.
 
     A shard is closed by the batch with which it has ``shard_rows``, so shards hold whole batches, and
-    leaving the block closes the last, unless an error leaves it: then the batches since the last
-    closed shard are not written, and ``n_batches`` says where to go on.
+    leaving the block closes the last, also where an error leaves it. ``n_batches`` says where to go on.
 
     Args:
         folder: new or empty, or a store with ``append``.
@@ -223,8 +222,7 @@ class StoreWriter:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
-            if kind is None:
-                self.close_shard()
+            self.close_shard()  # after an error too: what came before it is whole
         finally:
             self._lock.release()
 

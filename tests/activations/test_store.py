@@ -110,6 +110,8 @@ class _Interrupted(Harvester):
 def test_an_interrupted_harvest_goes_on(tmp_path: Path, context: ModelContext, stop: int) -> None:
     with pytest.raises(_KilledError):
         harvest_to_store(tmp_path / "s", _Interrupted(context, stop), windows(), shard_rows=20)
+    if stop:
+        assert ActivationStore(tmp_path / "s").n_batches == stop  # none is done again
     harvester = Harvester(context, PLACES)
     store = harvest_to_store(tmp_path / "s", harvester, windows(), shard_rows=20)
     assert_same(everything(store), ActivationBatch.cat(live(context)))
@@ -185,7 +187,7 @@ def test_a_batch_that_cannot_be_stored_loses_nothing_of_those_before(
     with pytest.raises(
         InputError, match=rf"{SITE} is NaN.*document {document}, position {position}"
     ):
-        write_store(tmp_path / "s", with_nan(), "tiny", shard_rows=1)
+        write_store(tmp_path / "s", with_nan(), "tiny")
     store = ActivationStore(tmp_path / "s")
     assert_same(everything(store), ActivationBatch.cat(batches[:3]))
 
