@@ -144,6 +144,15 @@ def test_the_order_is_mixed_and_the_seeds_are_apart() -> None:
     assert sum(n_chunks) / len(n_chunks) > 5
 
 
+def test_old_rows_and_new_are_mixed_in_every_batch() -> None:
+    buffer = buffer_of([50] * 60, 400, 20)
+    while buffer.refills < 6:
+        next(buffer)
+    came = buffer.state_dict()["unread"][:, 3]  # at which refill, in the order of reading
+    for begin in range(0, 160, 40):
+        assert set(came[begin : begin + 40].tolist()) == {3, 4, 5}
+
+
 @settings(max_examples=20, deadline=None)
 @given(shape=shapes)
 def test_a_thread_changes_nothing(shape: tuple[list[int], int, int]) -> None:
