@@ -26,8 +26,9 @@ def checksum(value: Any) -> list[float]:
 
     A list of tensors counts as their stack.
 
-    Mean magnitude, mean, and the mean under weights that change from element to element (so that no
-    two places can be exchanged), in float64.
+    The mean magnitude, and projections on three directions whose weights change from element to
+    element, in units of the elements: a change of any of them by about a thousandth shows, and no two
+    places can be exchanged.
     """
     import torch
 
@@ -36,8 +37,12 @@ def checksum(value: Any) -> list[float]:
     elif isinstance(value, list):
         return [float(x) for row in value for x in (row if isinstance(row, list) else [row])]
     flat = value.detach().flatten().double()
-    weights = torch.arange(flat.numel(), dtype=torch.float64).mul_(0.7548776662466927).frac_()
-    return [float(flat.abs().mean()), float(flat.mean()), float((flat * weights).mean())]
+    index = torch.arange(flat.numel(), dtype=torch.float64)
+    projections = [
+        float(flat @ (index * step).frac_().sub_(0.5)) * (12 / flat.numel()) ** 0.5
+        for step in (0.618033988749895, 0.7548776662466927, 0.8191725133961645)
+    ]
+    return [float(flat.abs().mean()), *projections]
 
 
 class Child:

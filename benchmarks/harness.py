@@ -329,7 +329,10 @@ class _Runner:
 
 
 def agreement(results: Sequence[Result], reference: str) -> dict[str, str]:
-    """For each label, whether its checksums are those of the reference (or of the first that has any)."""
+    """For each label, what was compared with the reference (or, without it, the first that has any).
+
+    Named where it is the same, with a digest; named loudly where it is not.
+    """
     first = [r for r in results if r.label == reference and r.checksum]
     judges = first + [r for r in results if r.checksum and r.label != reference]
     verdicts = {}
@@ -345,8 +348,15 @@ def agreement(results: Sequence[Result], reference: str) -> dict[str, str]:
         if wrong:
             verdicts[result.label] = f"**DIFFERS: {', '.join(wrong)}**"
         else:
-            verdicts[result.label] = ", ".join(sorted(shared)) or "-"
+            verdicts[result.label] = (
+                ", ".join(_digest(result, name) for name in sorted(shared)) or "-"
+            )
     return verdicts
+
+
+def _digest(result: Result, name: str) -> str:
+    """A name and one number that stands for its checksum."""
+    return f"{name} {statistics.fmean(map(abs, result.checksum[name])):.5g}"
 
 
 def _close(a: Sequence[float], b: Sequence[float]) -> bool:
