@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from neuron_explainer.dictionaries.compat import PeerStats
@@ -164,7 +165,10 @@ class Evaluation:
 
 
 class LossTotals:
-    """Running sums of cross-entropies and divergences per token; NaN is what does not count."""
+    """Running sums of cross-entropies and divergences per token; NaN is what does not count.
+
+    The names are those of :class:`Losses` that begin with ``ce_`` or ``kl``.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, int]] = {}
@@ -181,6 +185,17 @@ class LossTotals:
         for name, (total, count) in other._sums.items():
             own_total, own_count = self._sums.get(name, (0.0, 0))
             self._sums[name] = (own_total + total, own_count + count)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything added so far, ``[2]`` a name: the sum and the number of predictions."""
+        return {name: torch.tensor(v, dtype=torch.float64) for name, v in self._sums.items()}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> "LossTotals":
+        """The accumulator that :meth:`state_dict` describes."""
+        totals = cls()
+        totals._sums = {name: (float(v[0]), int(v[1])) for name, v in state.items()}
+        return totals
 
     def result(self) -> Losses | None:
         """The means, and what is made of them; None if there is no prediction."""

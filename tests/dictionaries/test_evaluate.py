@@ -13,7 +13,7 @@ from torch import Tensor
 from neuron_explainer.activations.tokens import TokenBatch
 from neuron_explainer.dictionaries import evaluate as evaluating
 from neuron_explainer.dictionaries.evaluate import evaluate, evaluate_all, measure
-from neuron_explainer.dictionaries.evaluation import Evaluation, evaluation_table
+from neuron_explainer.dictionaries.evaluation import Evaluation, LossTotals, evaluation_table
 from neuron_explainer.errors import InputError, LocationError
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
 from neuron_explainer.models.autoencoder_context import (
@@ -441,6 +441,37 @@ def test_measure_a_transcoder() -> None:
     )
     with pytest.raises(InputError, match="pairs of its input and what its output stands for"):
         measure(transcoder, [x])
+
+
+def test_losses_merge_and_resume() -> None:
+    generator = torch.Generator().manual_seed(0)
+    names = [f"{kind}_{how}_ablated" for kind in ("ce", "kl") for how in ("zero", "mean")]
+    parts = [
+        {
+            n: torch.rand(3, 4, generator=generator)
+            for n in ["ce_original", "ce_spliced", "kl", *names]
+        }
+        for _ in range(3)
+    ]
+    for values in parts[0].values():
+        values[0, 1] = float("nan")
+    whole = LossTotals()
+    for part in parts:
+        whole.update(**part)
+    one, other = LossTotals(), LossTotals()
+    one.update(**parts[0])
+    one = LossTotals.from_state_dict(one.state_dict())
+    one.update(**parts[1])
+    other.update(**parts[2])
+    one.merge(other)
+    expected, found = whole.result(), one.result()
+    assert expected is not None
+    assert found is not None
+    assert expected.n_tokens == 35
+    assert vars(found) == pytest.approx(vars(expected), rel=1e-12)
+    by_hand = torch.cat([part["kl"].flatten() for part in parts])
+    assert found.kl == pytest.approx(float(by_hand.double().nanmean()), rel=1e-12)
+    assert LossTotals().result() is None
 
 
 # ---- results and errors ----------------------------------------------------------------------------
