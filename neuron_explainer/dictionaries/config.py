@@ -15,6 +15,7 @@ from neuron_explainer.dictionaries.normalization import DecoderBias
 from neuron_explainer.dictionaries.objectives import ObjectiveConfig, TopKConfig
 from neuron_explainer.dictionaries.schedules import Decay
 from neuron_explainer.errors import InputError
+from neuron_explainer.models.locations import ActivationLocation
 
 Normalization = Literal["none", "constant", "center", "layer_norm", "rms"]
 Remedy = Literal["none", "resample", "ghost"]
@@ -114,6 +115,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _ = self.objective.name  # an error if it is none
+        for location in (self.location, self.output_location):
+            if location is not None:
+                ActivationLocation.parse(location)  # an error if there is none
         self._check_numbers()
         self._check_size()
         self._check_schedule()

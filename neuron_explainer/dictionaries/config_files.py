@@ -43,31 +43,34 @@ def from_dict(config_type: type[T], values: Mapping[str, Any], where: str = "con
                 f"{where}: unknown field {name!r}.{did_you_mean(name, names)} "
                 f"Known: {', '.join(names)}."
             )
-        if (
-            isinstance(value, Mapping)
-            and "value" in value
-            and set(value) <= {"value", "description"}
-        ):
-            value = value["value"]
-        read[name] = _read(hints[name], value, f"{where}: {name}")
+        read[name] = _read(hints[name], plain_value(value), f"{where}: {name}")
     return config_type(**read)
 
 
 def read_config(config_type: type[T], path: str | Path) -> T:
     """A config from a ``.toml`` or ``.json`` file."""
+    return from_dict(config_type, read_values(path), str(path))
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """What a ``.toml`` or ``.json`` file holds."""
     path = Path(path)
-    if path.suffix == ".toml":
-        try:
-            values = tomllib.loads(path.read_text("utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not valid TOML: {error}") from None
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    elif path.suffix == ".json":
-        values = files.read_json(path)
-    else:
+    if path.suffix == ".json":
+        return files.read_json(path)
+    if path.suffix != ".toml":
         raise InputError(f"{path}: expected a .toml or .json file.")
-    return from_dict(config_type, values, str(path))
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def plain_value(entry: Any) -> Any:
+    """``value`` of ``{"value": …, "description": …}``; anything else as it is."""
+    described = isinstance(entry, Mapping) and {"value"} <= set(entry) <= {"value", "description"}
+    return entry["value"] if described else entry
 
 
 def _read(hint: Any, value: Any, where: str) -> Any:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neuron_explainer.dictionaries.sparse_memory import row_blocks
 from neuron_explainer.models.autoencoder import Autoencoder
 
 DecoderNorm = Literal["unit", "at_most_unit", "free"]
@@ -145,22 +146,24 @@ class Dictionary(nn.Module):
         With ``"at_most_unit"`` a row shorter than 1 may change its length, and one of length 1 may
         become shorter.
         """
-        rows, grad = self.rows, self.rows.grad
-        if norm == "free" or grad is None:
+        if norm == "free" or self.rows.grad is None:
             return
-        along = torch.linalg.vecdot(grad, rows)
-        squared = torch.linalg.vecdot(rows, rows)
-        if norm == "at_most_unit":
-            along = torch.where((squared >= 1 - 1e-5) & (along < 0), along, 0.0)
-        grad.addcmul_(rows, (along / squared.clamp_min(1e-12))[:, None], value=-1)
+        for rows, grad in row_blocks(self.rows, self.rows.grad):
+            along = torch.linalg.vecdot(grad, rows)
+            squared = torch.linalg.vecdot(rows, rows)
+            if norm == "at_most_unit":
+                along = torch.where((squared >= 1 - 1e-5) & (along < 0), along, 0.0)
+            grad.addcmul_(rows, (along / squared.clamp_min(1e-12))[:, None], value=-1)
 
     @torch.no_grad()
     def constrain_rows(self, norm: DecoderNorm) -> None:
         """After a step: rows of length exactly, or at most, 1."""
         if norm == "free":
             return
-        length = torch.linalg.vector_norm(self.rows, dim=1, keepdim=True)
-        self.rows.div_(length.clamp_min(1e-12 if norm == "unit" else 1.0))
+        shortest = 1e-12 if norm == "unit" else 1.0
+        for (rows,) in row_blocks(self.rows):
+            length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+            rows.div_(length.clamp_min(shortest))
 
     # ---- what comes of it ----------------------------------------------------------------------
 

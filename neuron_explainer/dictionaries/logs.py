@@ -1,18 +1,20 @@
 """What a run says of itself: a progress bar, a JSON line for each logged step, other loggers if asked."""
 
+import contextlib
 import importlib
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, Self, TypeVar
 
 from tqdm import tqdm
 
 from neuron_explainer import files
+from neuron_explainer.dictionaries.run_folder import RunFolder
 from neuron_explainer.errors import InputError, MissingExtraError, did_you_mean
 
-LoggerName = Literal["tensorboard", "wandb"]
 Metrics = Mapping[str, Mapping[str, float]]
 """By dictionary, then by name."""
 
@@ -23,6 +25,9 @@ class Logger(Protocol):
     def write(self, step: int, common: Mapping[str, float], metrics: Metrics) -> None: ...
 
     def close(self) -> None: ...
+
+
+L = TypeVar("L", bound=Logger)
 
 
 class JsonLines:
@@ -46,7 +51,7 @@ class JsonLines:
         self._file.flush()
 
     def sync(self) -> None:
-        """Make all lines so far last, as the checkpoint does that comes after them."""
+        """Wait until all lines so far are on the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -112,21 +117,85 @@ class Wandb:
         self._run.finish()
 
 
-def open_loggers(
-    names: Iterable[str], folder: Path | None, step: int, settings: Mapping[str, Any]
-) -> list[Logger]:
-    """The extra loggers that were asked for."""
-    loggers: list[Logger] = []
-    for name in names:
-        if name not in ("tensorboard", "wandb"):
-            hint = did_you_mean(name, ["tensorboard", "wandb"])
-            raise InputError(f"unknown logger {name!r}.{hint} Known: tensorboard, wandb.")
-        if folder is None:
-            raise InputError(f"logging to {name} needs a folder for the run.")
-        loggers.append(
-            TensorBoard(folder, step) if name == "tensorboard" else Wandb(folder, step, settings)
-        )
-    return loggers
+class Logs:
+    """All that a run writes to while it goes on; closed together, in whatever way it ends.
+
+    Args:
+        steps: of the whole run.
+        step: from which it goes on.
+        place: the run's folder, if it has one.
+        progress: whether to show a bar.
+        log_to: ``"tensorboard"``, ``"wandb"``; they need a folder.
+        settings: of the run, for loggers that record them.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        step: int,
+        place: RunFolder | None,
+        progress: bool,
+        log_to: Iterable[str],
+        settings: Mapping[str, Any],
+    ) -> None:
+        folder = None if place is None else place.path
+        for name in log_to:
+            _check_known(name, folder)
+        self._lines: JsonLines | None = None
+        with contextlib.ExitStack() as stack:  # what is open is closed if the next cannot be
+            self._bar = _keep(stack, ProgressBar(steps, step, progress))
+            self._loggers: list[Logger] = [self._bar]
+            if folder is not None:
+                self._lines = _keep(stack, JsonLines(folder / "log.jsonl", step))
+                self._loggers.append(self._lines)
+                for name in log_to:
+                    extra: Logger = (
+                        TensorBoard(folder, step)
+                        if name == "tensorboard"
+                        else Wandb(folder, step, settings)
+                    )
+                    self._loggers.append(_keep(stack, extra))
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def start_clock(self, tokens: int) -> None:
+        """From here on tokens per second are counted."""
+        self._tokens, self._time = tokens, time.perf_counter()
+
+    def step(self) -> None:
+        """A step is done."""
+        self._bar.step()
+
+    def write(self, step: int, tokens: int, metrics: Metrics) -> None:
+        """The numbers of a step, to all."""
+        now = time.perf_counter()
+        rate = (tokens - self._tokens) / max(now - self._time, 1e-9)
+        self.start_clock(tokens)
+        for logger in self._loggers:
+            logger.write(step, {"tokens": tokens, "tokens_per_second": rate}, metrics)
+
+    def sync(self) -> None:
+        """Make all lines so far last, as the checkpoint does that comes after them."""
+        if self._lines is not None:
+            self._lines.sync()
+
+
+def _keep(stack: contextlib.ExitStack, logger: L) -> L:
+    stack.callback(logger.close)
+    return logger
+
+
+def _check_known(name: str, folder: Path | None) -> None:
+    if name not in ("tensorboard", "wandb"):
+        hint = did_you_mean(name, ["tensorboard", "wandb"])
+        raise InputError(f"unknown logger {name!r}.{hint} Known: tensorboard, wandb.")
+    if folder is None:
+        raise InputError(f"logging to {name} needs a folder for the run.")
 
 
 def _flat(common: Mapping[str, float], metrics: Metrics) -> dict[str, float]:

@@ -7,7 +7,6 @@ it is started again, to the same weights bit for bit (CPU, same machine and numb
 """
 
 import re
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from neuron_explainer.dictionaries.batches import BatchSource, TensorBatches
 from neuron_explainer.dictionaries.config import TrainConfig
 from neuron_explainer.dictionaries.config_files import to_dict
 from neuron_explainer.dictionaries.denormals import flush_denormals
-from neuron_explainer.dictionaries.logs import JsonLines, Logger, ProgressBar, open_loggers
+from neuron_explainer.dictionaries.logs import Logs
 from neuron_explainer.dictionaries.objectives import Loss
 from neuron_explainer.dictionaries.run_folder import RunFolder
 from neuron_explainer.dictionaries.trainee import Trainee
@@ -58,6 +57,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
     log_to: Sequence[str] = (),
+    record: Mapping[str, Any] | None = None,
 ) -> Autoencoder:
     """Train one dictionary and return it as an autoencoder of activations as the model has them.
 
@@ -71,10 +71,12 @@ def train(
         callbacks: called with a :class:`StepReport` after each step.
         progress: whether to show a progress bar.
         log_to: any of ``"tensorboard"``, ``"wandb"``, next to ``log.jsonl``.
+        record: what else the folder's config is to say, of the data for example; a run is resumed
+            only with the same.
     """
     if isinstance(batches, Tensor):
         batches = TensorBatches(batches, config.batch_size, config.seed)
-    run = _Run({ONLY: config}, batches, single=True)
+    run = _Run({ONLY: config}, batches, single=True, record=record)
     return run.to_end(folder, callbacks, progress, log_to)[ONLY]
 
 
@@ -86,6 +88,7 @@ def train_many(
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
     log_to: Sequence[str] = (),
+    record: Mapping[str, Any] | None = None,
 ) -> dict[str, Autoencoder]:
     """:func:`train` of several dictionaries at once, on batches ``{name: tensor}``.
 
@@ -94,7 +97,7 @@ def train_many(
     """
     if not configs:
         raise InputError("train_many: no configs were given.")
-    run = _Run(dict(configs), batches, single=False)
+    run = _Run(dict(configs), batches, single=False, record=record)
     return run.to_end(folder, callbacks, progress, log_to)
 
 
@@ -102,9 +105,14 @@ class _Run:
     """Dictionaries, their optimiser, their batches, and the step they have reached."""
 
     def __init__(
-        self, configs: dict[str, TrainConfig], batches: Iterable[Any], *, single: bool
+        self,
+        configs: dict[str, TrainConfig],
+        batches: Iterable[Any],
+        *,
+        single: bool,
+        record: Mapping[str, Any] | None,
     ) -> None:
-        self.configs, self.single = configs, single
+        self.configs, self.single, self.record = configs, single, dict(record or {})
         self.shared = next(iter(configs.values()))
         for name in _SHARED:
             values = {getattr(config, name) for config in configs.values()}
@@ -122,7 +130,8 @@ class _Run:
     # ---- beginning ---------------------------------------------------------------------------------
 
     def settings(self) -> dict[str, Any]:
-        return {"dictionaries": {name: to_dict(c) for name, c in self.configs.items()}}
+        dictionaries = {name: to_dict(c) for name, c in self.configs.items()}
+        return {"dictionaries": dictionaries, **({"record": self.record} if self.record else {})}
 
     def begin(self) -> None:
         """A new run: sizes, means and scales come from the first batches, left for training."""
@@ -265,7 +274,6 @@ class _Run:
     ) -> dict[str, Autoencoder]:
         with flush_denormals():
             if folder is None:
-                open_loggers(log_to, None, 0, {})
                 self.begin()
                 self.loop(None, callbacks, progress, log_to)
                 return {name: trainee.finish() for name, trainee in self.trainees.items()}
@@ -288,37 +296,31 @@ class _Run:
     ) -> dict[str, dict[str, float]]:
         """Steps, from the one reached to the last; returns the last metrics."""
         c, metrics = self.shared, dict[str, dict[str, float]]()
-        bar = ProgressBar(c.total_steps, self.step, progress)
-        lines = None if place is None else JsonLines(place.path / "log.jsonl", self.step)
-        path = None if place is None else place.path
-        loggers: list[Logger] = [bar, *([lines] if lines else [])]
-        loggers += open_loggers(log_to, path, self.step, self.settings())
-        clock = _Clock(self.tokens)
-        try:
+        with Logs(c.total_steps, self.step, place, progress, log_to, self.settings()) as logs:
+            logs.start_clock(self.tokens)
             while self.step < c.total_steps:
                 losses, seen = self.train_step()
-                bar.step()
+                logs.step()
                 last = self.step == c.total_steps
                 if self.step % c.log_every == 0 or last:
                     self.check()
-                    common = {"tokens": self.tokens, "tokens_per_second": clock.rate(self.tokens)}
-                    metrics = {
-                        name: {**t.metrics(losses[name], seen[name][1]), "lr": t.lr(self.step - 1)}
-                        for name, t in self.trainees.items()
-                    }
-                    for logger in loggers:
-                        logger.write(self.step, common, metrics)
+                    metrics = self.metrics(losses, seen)
+                    logs.write(self.step, self.tokens, metrics)
+                # Before the checkpoint: a run that dies in between calls them again, never not.
                 for callback in callbacks:
                     callback(StepReport(self.step, losses, self.trainees))
                 if place is not None and (self.step % c.checkpoint_every == 0 or last):
                     self.check()
-                    assert lines is not None
-                    lines.sync()
+                    logs.sync()
                     place.save_checkpoint(self.step, self.state())
-        finally:
-            for logger in loggers:
-                logger.close()
         return metrics
+
+    def metrics(self, losses: Mapping[str, Loss], seen: Batch) -> dict[str, dict[str, float]]:
+        """What the log says of the step that was just done."""
+        return {
+            name: {**trainee.metrics(losses[name], seen[name][1]), "lr": trainee.lr(self.step - 1)}
+            for name, trainee in self.trainees.items()
+        }
 
     def save_results(
         self, place: RunFolder, metrics: dict[str, dict[str, float]]
@@ -335,18 +337,6 @@ def result_folder(folder: str | Path, name: str = ONLY) -> Path:
     if name == ONLY:
         return Path(folder) / ONLY
     return Path(folder) / "autoencoders" / re.sub(r"[^\w.+-]", "-", name)
-
-
-class _Clock:
-    """Tokens per second since it was last asked."""
-
-    def __init__(self, tokens: int) -> None:
-        self._tokens, self._time = tokens, time.perf_counter()
-
-    def rate(self, tokens: int) -> float:
-        before, now = self._time, time.perf_counter()
-        done, self._tokens, self._time = tokens - self._tokens, tokens, now
-        return done / max(now - before, 1e-9)
 
 
 def _pair(found: Any, config: TrainConfig, trainee: Trainee | None) -> tuple[Tensor, Tensor]:

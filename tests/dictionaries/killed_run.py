@@ -27,7 +27,7 @@ from neuron_explainer.dictionaries import TopKConfig, TrainConfig, train_many
 from neuron_explainer.dictionaries.train import StepReport
 from tests.dictionaries.planted import planted
 
-STEPS = 40
+STEPS = 30
 
 
 class Batches:
@@ -71,7 +71,7 @@ def configs() -> dict[str, TrainConfig]:
         "checkpoint_every": 7,
         "log_every": 5,
     }
-    annealed = TopKConfig(k=2, multi_k=4, k_anneal_steps=25, k_start=6)
+    annealed = TopKConfig(k=2, multi_k=4, k_anneal_steps=15, k_start=6)
     return {
         "0/one": TrainConfig(annealed, n_latents=64, **shared),
         "0/other": TrainConfig(

@@ -1,0 +1,209 @@
+"""Settings: checked when made, read strictly from files and flags, documented where they stand."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neuron_explainer.dictionaries import (
+    JumpReLUConfig,
+    MatryoshkaConfig,
+    ReLUConfig,
+    TopKConfig,
+    TrainConfig,
+    read_config,
+)
+from neuron_explainer.dictionaries.config_files import from_dict, to_dict
+from neuron_explainer.dictionaries.field_docs import field_docs
+from neuron_explainer.dictionaries.flags import add_flags, from_flags
+from neuron_explainer.dictionaries.objectives import config_class, registered
+from neuron_explainer.dictionaries.params_json import read_params
+from neuron_explainer.errors import CheckpointError, InputError, LocationError
+
+
+def test_every_field_has_a_docstring() -> None:
+    classes: list[type[Any]] = [TrainConfig, *(config_class(name) for name in registered())]
+    for cls in classes:
+        assert [name for name, doc in field_docs(cls).items() if not doc] == [], cls
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "one of steps and num_tokens"),
+        ({"steps": 5, "num_tokens": 5}, "one of steps and num_tokens"),
+        ({"num_tokens": 10_000, "batch_size": 16_384}, "less than one batch of 16384"),
+        ({"steps": 5, "n_latents": 8, "expansion": 2.0}, "not both"),
+        ({"steps": 5, "lr": 0.0}, "lr must be above 0"),
+        ({"steps": 5, "beta2": 1.0}, "beta2 must be"),
+        ({"steps": 5, "grad_clip": 0.0}, "grad_clip must be above 0"),
+        ({"steps": 5, "log_every": 0}, "log_every must be at least 1"),
+        ({"steps": 5, "warmup_steps": 6}, "more than the 5 steps"),
+        ({"steps": 5, "decay_steps": 2}, "needs decay"),
+        ({"steps": 5, "transcoder": True, "tied": True}, "cannot be tied"),
+        ({"steps": 5, "skip": True}, "transcoder = true"),
+        (
+            {"steps": 5, "transcoder": True, "skip": True, "input_normalization": "rms"},
+            "takes inputs as the model has them",
+        ),
+        (
+            {"steps": 50, "remedy": "resample", "resample_every": 30, "decay": "linear"},
+            "decays before the first resampling",
+        ),
+    ],
+)
+def test_settings_that_cannot_be(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TrainConfig(**fields)
+
+
+def test_a_location_is_checked_when_the_config_is_made() -> None:
+    with pytest.raises(LocationError, match=r"mlp\.post_act"):
+        TrainConfig(steps=1, location="3/mlp.post_akt")
+
+
+FULL = TrainConfig(
+    MatryoshkaConfig(k=8, group_fractions=(0.25, 0.75)), n_latents=96, steps=7, lr=1e-3, tied=True
+)
+
+
+def test_round_trip_through_json() -> None:
+    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(FULL)))) == FULL
+
+
+def test_toml(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(
+        "n_latents = 96\nsteps = 7\nlr = 1e-3\ntied = true\n"
+        '[objective]\nname = "matryoshka"\nk = 8\ngroup_fractions = [0.25, 0.75]\n'
+    )
+    assert read_config(TrainConfig, path) == FULL
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"steps": 5, "n_latent": 4}, r"unknown field 'n_latent'\. Did you mean 'n_latents'"),
+        ({"steps": 5, "objective": "topc"}, r"unknown objective 'topc'\. Did you mean 'topk'"),
+        ({"steps": 5, "objective": {"name": "topk", "kk": 1}}, r"\(topk\): unknown field 'kk'"),
+        ({"steps": 5, "objective": 3}, "expected a name"),
+        ({"steps": "5"}, "steps: expected int, found '5'"),
+        ({"steps": 5, "tied": 1}, "tied: expected bool"),
+        ({"steps": 5, "decay": "liner"}, "Did you mean 'linear'"),
+        (
+            {"steps": 5, "objective": {"name": "matryoshka", "group_fractions": 1}},
+            "expected a list",
+        ),
+    ],
+)
+def test_files_are_read_strictly(content: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        read_config(TrainConfig, path)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("steps = ")
+    with pytest.raises(InputError, match="not valid TOML"):
+        read_config(TrainConfig, tmp_path / "run.toml")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_config(TrainConfig, tmp_path / "absent.toml")
+    with pytest.raises(InputError, match=r"expected a \.toml or \.json"):
+        read_config(TrainConfig, tmp_path / "run.yaml")
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        read_config(TrainConfig, tmp_path / "run.json")
+
+
+# ---- flags -------------------------------------------------------------------------------------
+
+
+def parsed(line: str, file: Path | None = None) -> TrainConfig:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, TrainConfig)
+    return from_flags(parser.parse_args(line.split()), TrainConfig, file)
+
+
+def test_flags() -> None:
+    line = "--objective matryoshka --k 8 --group-fractions 0.25 0.75 --n-latents 96 --steps 7"
+    assert parsed(line + " --lr 1e-3 --tied") == FULL
+    assert parsed("--steps 7") == TrainConfig(steps=7)
+
+
+def test_flags_go_before_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(to_dict(FULL)))
+    assert parsed("", path) == FULL
+    assert parsed("--lr 0.5 --no-tied", path) == dataclasses.replace(FULL, lr=0.5, tied=False)
+    assert parsed("--k 3", path).objective == MatryoshkaConfig(k=3, group_fractions=(0.25, 0.75))
+    other = parsed("--objective jumprelu --target-l0 5", path).objective
+    assert other == JumpReLUConfig(target_l0=5.0)
+
+
+def test_a_setting_of_another_objective_is_an_error() -> None:
+    with pytest.raises(InputError, match="--target-l0 is no setting of the objective topk"):
+        parsed("--steps 5 --target-l0 4")
+
+
+def test_help_comes_from_the_docstrings() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, TrainConfig)
+    text = " ".join(parser.format_help().split())
+    assert "Adam's learning rate once it is warmed up. [0.0003]" in text
+    assert "Latents that are active for a token." in text
+
+
+# ---- params.json -------------------------------------------------------------------------------
+
+
+def test_params_json(tmp_path: Path) -> None:
+    path = tmp_path / "params.json"
+    entries = {
+        "sae_batch_size": {"value": 512, "description": "activations in a batch"},
+        "num_tokens": {"value": 100_000, "description": ""},
+        "layer": {"value": 2, "description": "which block"},
+        "random_seed": 7,
+        "context_length": {"value": 64},
+    }
+    path.write_text(json.dumps(entries))
+    params = read_params(path)
+    assert params.config.total_steps == 195
+    assert params.config.warmup_steps == 19
+    assert params.config.seed == 7
+    assert params.config.objective == ReLUConfig(l1_coefficient=2.0)
+    assert params.config.latents_for(512) == 4096
+    assert params.config.location == "2/resid.torso.post_mlp"
+    assert params.data["context_length"] == 64
+    assert params.data["dataset_name"] == "monology/pile-uncopyrighted"
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"num_token": {"value": 5, "description": ""}}, "Did you mean 'num_tokens'"),
+        ({"layer": {"value": "3", "description": ""}}, "layer: expected int, found '3'"),
+        ({"num_tokens": {"value": 100, "description": ""}}, "less than one batch of 8192"),
+    ],
+)
+def test_params_json_is_read_strictly(entries: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "params.json"
+    path.write_text(json.dumps(entries))
+    with pytest.raises(InputError, match=message):
+        read_params(path)
+
+
+def test_the_scripts_own_defaults_run(tmp_path: Path) -> None:
+    """10,000 tokens in batches of 8192: one step, which the script itself divides by zero on."""
+    (tmp_path / "params.json").write_text("{}")
+    config = read_params(tmp_path / "params.json").config
+    assert (config.total_steps, config.log_every, config.warmup_steps) == (1, 1, 0)
+
+
+def test_config_of_values_with_descriptions() -> None:
+    config = from_dict(TrainConfig, {"steps": {"value": 5, "description": "batches"}})
+    assert config == TrainConfig(steps=5)
+    assert config.objective == TopKConfig()
