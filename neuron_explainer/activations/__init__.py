@@ -20,6 +20,14 @@ from neuron_explainer.activations.activation_sources import (
 )
 from neuron_explainer.activations.buffer import ShuffleBuffer
 from neuron_explainer.activations.corpus import TokenCorpus, start_token, tokenize
+from neuron_explainer.activations.data_config import (
+    DataConfig,
+    is_store,
+    open_buffer,
+    open_corpus,
+    open_harvester,
+    open_windows,
+)
 from neuron_explainer.activations.harvest import ActivationBatch, Harvester, harvest
 from neuron_explainer.activations.prefetch import Prefetcher
 from neuron_explainer.activations.sources import (
@@ -41,6 +49,7 @@ __all__ = [
     "ActivationBatch",
     "ActivationSource",
     "ActivationStore",
+    "DataConfig",
     "Documents",
     "Harvester",
     "IterableSource",
@@ -56,7 +65,12 @@ __all__ = [
     "harvest",
     "harvest_to_store",
     "huggingface_documents",
+    "is_store",
+    "open_buffer",
+    "open_corpus",
+    "open_harvester",
     "open_token_file",
+    "open_windows",
     "read_documents",
     "row_documents",
     "start_token",

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from neuron_explainer import __version__, demo
-from neuron_explainer.cli import looking, stored_files
-from neuron_explainer.cli.common import Result, add_verb
+from neuron_explainer.cli import learning, looking, measuring, stored_files
+from neuron_explainer.cli.common import Result, VerbParser, add_verb
 from neuron_explainer.errors import NeuronExplainerError
 
 
@@ -44,10 +44,12 @@ def _parser() -> argparse.ArgumentParser:
         "dictionaries of what they compute.",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = parser.add_subparsers(
+        dest="verb", required=True, metavar="VERB", parser_class=VerbParser
+    )
     about = "a tour in seconds, offline, with the calls it makes"
     add_verb(verbs, "demo", about, run_demo, show_demo)
-    for room in (looking, stored_files):
+    for room in (looking, learning, measuring, stored_files):
         room.register(verbs)
     return parser
 

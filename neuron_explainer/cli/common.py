@@ -19,16 +19,32 @@ Result = dict[str, Any]
 """What a verb found, as plain values: printed as JSON with ``--json``, else by the verb's printer."""
 
 
+class VerbParser(argparse.ArgumentParser):
+    """A verb's parser; options that take a heavy import to know are declared when it is called."""
+
+    declare: Callable[[argparse.ArgumentParser], None] | None = None
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As argparse does, with all options there are."""
+        if self.declare is not None:
+            declare, self.declare = self.declare, None
+            declare(self)
+        return super().parse_known_args(*args, **kwargs)
+
+
 def add_verb(
     verbs: Any,
     name: str,
     help: str,
     run: Callable[[argparse.Namespace], Result],
     show: Callable[[Result], None],
+    declare: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> argparse.ArgumentParser:
-    verb: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=f"{run.__doc__}")
+    """A verb: what it does, how its result is shown, and options to be declared when it is called."""
+    verb: VerbParser = verbs.add_parser(name, help=help, description=f"{run.__doc__}")
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
     verb.set_defaults(run=run, show=show)
+    verb.declare = declare
     return verb
 
 

@@ -1,0 +1,201 @@
+"""Which text, cut how and harvested how: one frozen dataclass from which whole pipelines are opened.
+
+windows = open_windows(context, "books/", DataConfig(context_length=256), epochs=None)
+batches = open_buffer(context, "books/", "3/mlp.post_act", DataConfig(), batch_size=4096)
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from neuron_explainer import files
+from neuron_explainer.activations.activation_sources import (
+    ActivationSource,
+    LiveSource,
+    StoreSource,
+)
+from neuron_explainer.activations.buffer import ShuffleBuffer
+from neuron_explainer.activations.corpus import TokenCorpus, start_token, tokenize
+from neuron_explainer.activations.harvest import ActivationBatch, Harvester
+from neuron_explainer.activations.sources import read_documents
+from neuron_explainer.activations.store import ActivationStore
+from neuron_explainer.activations.token_files import open_token_file
+from neuron_explainer.activations.tokens import TokenWindows
+from neuron_explainer.errors import InputError, LocationError
+from neuron_explainer.models.locations import ActivationLocation, LocationLike, parse_locations
+from neuron_explainer.models.model_context import ModelContext
+
+Part = Literal["training", "held_out", "all"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How text becomes vectors."""
+
+    column: str = "text"
+    """Which field of a row is the text, in CSV, JSONL and Parquet files."""
+    split: str | None = None
+    """A regular expression at whose matches .txt files are cut into documents; a file is one document
+    if not given."""
+    hold_out: float = 0.05
+    """Share of the documents that is set apart, to measure on; 0 for none."""
+    context_length: int = 128
+    """Tokens of a window, start token included."""
+    windows_per_forward: int = 32
+    """Windows that go through the model at once."""
+    pack: bool = True
+    """Whether documents are packed one after the other; else each is a row, cut and padded."""
+    bos: bool = True
+    """Whether each window and each document begins with the model's start token."""
+    keep_bos: bool = False
+    """Whether activations of start tokens that were put there come out."""
+    max_norm_multiple: float | None = None
+    """Leave out tokens whose norm is more than this many times the median; none if not given."""
+    buffer_tokens: int = 262_144
+    """Activations in memory, among which batches are drawn at random."""
+    model_autocast: bool = False
+    """Whether the model computes in bfloat16 where it can."""
+    data_seed: int = 0
+    """Of the split, of the order of windows, and of batches."""
+
+
+def open_corpus(context: ModelContext, text: str | Path, config: DataConfig) -> TokenCorpus:
+    """All documents of a file, of a folder of files, or of a token file's folder."""
+    if _manifest_kind(text) == "token_file":
+        return open_token_file(text, context)
+    return tokenize(read_documents(text, config.column, split=config.split), context)
+
+
+def open_windows(
+    context: ModelContext,
+    text: str | Path,
+    config: DataConfig,
+    *,
+    part: Part = "training",
+    epochs: int | None = 1,
+) -> TokenWindows:
+    """Windows of one part of the text, in seeded order.
+
+    Args:
+        context: the model that they are for.
+        text: a file or folder of documents, or the folder of a token file.
+        config: how it is read and cut.
+        part: ``"training"`` leaves out what ``config.hold_out`` sets apart, ``"held_out"`` is that.
+        epochs: None: without end.
+    """
+    corpus = open_corpus(context, text, config)
+    if part != "all" and config.hold_out:
+        training, held_out = corpus.split(config.hold_out, config.data_seed)
+        corpus = held_out if part == "held_out" else training
+    elif part == "held_out":
+        raise InputError("hold_out is 0, so no document is held out; set it above 0.")
+    return TokenWindows(
+        corpus,
+        config.context_length,
+        config.windows_per_forward,
+        concat=config.pack,
+        bos=start_token(context) if config.bos else None,
+        seed=config.data_seed,
+        epochs=epochs,
+    )
+
+
+def open_harvester(
+    context: ModelContext, locations: LocationLike | Iterable[LocationLike], config: DataConfig
+) -> Harvester:
+    """What takes the activations of windows."""
+    return Harvester(
+        context,
+        locations,
+        keep_bos=config.keep_bos,
+        max_norm_multiple=config.max_norm_multiple,
+        autocast_bf16=config.model_autocast,
+    )
+
+
+def open_buffer(
+    context: ModelContext,
+    source: str | Path,
+    locations: LocationLike | Iterable[LocationLike],
+    config: DataConfig,
+    batch_size: int,
+    *,
+    pair: tuple[LocationLike, LocationLike] | None = None,
+    epochs: int | None = None,
+) -> ShuffleBuffer:
+    """Shuffled batches of activations, live or from an activation store.
+
+    Args:
+        context: the model; of a store, the one that it was made with.
+        source: text as of :func:`open_windows`, or the folder of a store.
+        locations: which activations; a store must have them.
+        config: how text becomes vectors; of a store only the buffer's settings matter.
+        batch_size: rows of a batch.
+        pair: as of :class:`ShuffleBuffer`.
+        epochs: None: without end.
+    """
+    opened: ActivationSource
+    if is_store(source):
+        store = ActivationStore(source)
+        wanted = _stored_places(store, context, locations)
+        opened = _Some(StoreSource(store, seed=config.data_seed, epochs=epochs), wanted)
+    else:
+        windows = open_windows(context, source, config, epochs=epochs)
+        opened = LiveSource(open_harvester(context, locations, config), windows)
+    capacity = max(config.buffer_tokens, 2 * batch_size)
+    return ShuffleBuffer(opened, capacity, batch_size, seed=config.data_seed, pair=pair)
+
+
+def is_store(path: str | Path) -> bool:
+    """Whether a path is the folder of an activation store."""
+    return _manifest_kind(path) == "activation_store"
+
+
+def _manifest_kind(path: str | Path) -> object:
+    if files.is_remote(str(path)) or not (manifest := Path(path) / "manifest.json").exists():
+        return None
+    return files.read_json(manifest).get("kind")
+
+
+class _Some:
+    """Some of the locations of a source."""
+
+    forward_s = 0.0
+
+    def __init__(self, source: StoreSource, places: list[ActivationLocation]) -> None:
+        self.source, self.places = source, places
+
+    def chunk(self, number: int) -> ActivationBatch | None:
+        """The source's, with the places wanted."""
+        batch = self.source.chunk(number)
+        if batch is None:
+            return None
+        return replace(batch, activations={p: batch.activations[p] for p in self.places})
+
+    def describe(self) -> dict[str, Any]:
+        """The source's, and the places."""
+        return {**self.source.describe(), "places": [str(place) for place in self.places]}
+
+
+def _stored_places(
+    store: ActivationStore,
+    context: ModelContext,
+    locations: LocationLike | Iterable[LocationLike],
+) -> list[ActivationLocation]:
+    """The single places that are wanted; an error if the store is of another model, or lacks one."""
+    if store.header.model != context.model_name:
+        raise InputError(
+            f"{store.folder} holds activations of {store.header.model}, not of {context.model_name}."
+        )
+    wanted = [
+        place
+        for location in parse_locations(locations)
+        for place in location.expand(context.n_layers)
+    ]
+    if missing := [str(place) for place in wanted if place not in store.locations]:
+        raise LocationError(
+            f"{store.folder} has no {', '.join(missing)}; it has "
+            f"{', '.join(map(str, store.locations))}."
+        )
+    return wanted
