@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from neuron_explainer.activations import TokenWindows
+    from neuron_explainer.activations.data_config import Part
     from neuron_explainer.dictionaries.evaluation import Evaluation
     from neuron_explainer.models.autoencoder import Autoencoder
     from neuron_explainer.models.model_context import ModelContext
@@ -110,7 +111,7 @@ class _Opened:
         for name, value in recorded.items():  # what the run did, unless flags say otherwise
             if name not in vars(args):
                 setattr(args, name, value)
-        self.config: DataConfig = from_flags(args, DataConfig)
+        self.config = from_flags(args, DataConfig)
         self.part: Part = "held_out" if args.text is None else "all"
         text = args.text or self.record.get("source")
         if text is None:
