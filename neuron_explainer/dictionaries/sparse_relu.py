@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from neuron_explainer.dictionaries.sparse_memory import empty
+from neuron_explainer.dictionaries.sparse_memory import empty, row_blocks
 from neuron_explainer.dictionaries.sparse_step import (
     bags,
     collect_rows,
@@ -26,9 +26,9 @@ from neuron_explainer.dictionaries.sparse_step import (
     sort_by_latent,
 )
 
-_CHUNK_ELEMENTS = 1 << 23  # pre-activations that are looked at together
-# Share of latents that are active, above which dense products are faster.
-_SPARSE = 0.03
+_CHUNK_ELEMENTS = 1 << 24  # pre-activations that are looked at together
+# Share of latents that are active above which dense products are faster (measured: about 0.15).
+_SPARSE = 0.1
 
 
 class ReLUOutput(NamedTuple):
@@ -83,15 +83,13 @@ class _Active(NamedTuple):
 def _latents(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor | _Active:
     """``[b, l]``, or the active ones if few of the first tokens' are."""
     step = max(1, _CHUNK_ELEMENTS // len(weight))
-    first = torch.addmm(bias, x[:step], weight.t()).relu_()
-    # NaN counts as active.
-    if first.numel() and int(first.count_nonzero()) > _SPARSE * first.numel():
-        latents = empty((len(x), len(weight)), like=x)
-        latents[:step] = first
+    dense = empty((len(x), len(weight)), like=x)  # what is never written to takes no memory
+    first = torch.addmm(bias, x[:step], weight.t(), out=dense[:step]).relu_()
+    if int(first.count_nonzero()) > _SPARSE * first.numel():  # NaN counts as active
         for start in range(step, len(x), step):
             rows = slice(start, start + step)
-            torch.addmm(bias, x[rows], weight.t(), out=latents[rows]).relu_()
-        return latents
+            torch.addmm(bias, x[rows], weight.t(), out=dense[rows]).relu_()
+        return dense
     parts = []
     for start in range(0, max(1, len(x)), step):
         chunk = first[: len(x[start : start + step])]
@@ -124,9 +122,10 @@ class _Dense(torch.autograd.Function):
             rows = slice(start, start + step)
             active = latents[rows]
             inner = torch.mm(grad[rows], decoder.t(), out=buffer[: len(active)])
-            inner.addcmul_(grad_sums[rows, None], ones)
-            torch.ops.aten.threshold_backward(inner, active, 0, grad_input=inner)
-            grad_bias += inner.sum(0)
+            for part, gate, of_sum in row_blocks(inner, active, grad_sums[rows, None]):
+                part.addcmul_(of_sum, ones)
+                torch.ops.aten.threshold_backward(part, gate, 0, grad_input=part)
+                grad_bias += part.sum(0)
             if grad_weight is not None:
                 grad_weight.addmm_(inner.t(), centred[rows])
             if grad_x is not None:

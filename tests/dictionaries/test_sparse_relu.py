@@ -91,7 +91,7 @@ def test_nan_stays_in_its_row() -> None:
 
 @pytest.mark.parametrize("way", ["dense"], indirect=True)
 def test_which_way_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse_relu, "_SPARSE", 0.03)
+    monkeypatch.setattr(sparse_relu, "_SPARSE", 0.1)
     x, weight, decoder = torch.randn(8, N), torch.randn(100, N), torch.randn(100, N_OUT)
     assert relu_autoencoder(x, weight, torch.zeros(100), decoder).indices is None
     rare = relu_autoencoder(x, weight, torch.full((100,), -100.0), decoder)

@@ -101,8 +101,10 @@ def aux_k_loss(
     The error is taken as it is, without gradient: live latents are not to leave work for dead ones.
     """
     k = min(config.aux_k or max(1, dictionary.n_outputs // 2), len(dead))
-    bias = dictionary.encoder_bias()
-    values, indices = encode_top_k(x, dictionary.encoder, bias, k, latents=dead)
+    d = dictionary
+    values, indices = encode_top_k(
+        x, d.encoder, d.latent_bias, k, pre_bias=d.pre_bias, latents=dead
+    )
     explained = decode_rows(values.relu(), indices, dictionary.rows)
     deviation = (error - error.mean(0)).square().sum() / len(error)
     share = squared_error(error - explained) / torch.where(deviation > 0, deviation, 1.0)
@@ -120,9 +122,9 @@ class TopK(Objective[TopKConfig]):
     def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
         config = self.config
         k = k_at(config, dictionary, moment.step)
-        bias = dictionary.encoder_bias()
+        d, larger = dictionary, max(k, config.multi_k or 0)
         # One search for both numbers: values come in descending order.
-        every, which = encode_top_k(x, dictionary.encoder, bias, max(k, config.multi_k or 0))
+        every, which = encode_top_k(x, d.encoder, d.latent_bias, larger, pre_bias=d.pre_bias)
         every = every.relu()
         values, indices = every[:, :k], which[:, :k]
         error = self._error(dictionary, x, target, values, indices)
