@@ -95,7 +95,8 @@ class TrainConfig:
     dtype: Literal["float32", "float64"] = "float32"
     """Of the weights while they are trained."""
     autocast: bool = False
-    """Whether matrix products are computed in bfloat16."""
+    """Whether dense matrix products are computed in bfloat16; topk and relu, which have sparse ones,
+    choose for themselves."""
     device: str | None = None
     """Where to train; where the batches are if not given."""
 

@@ -26,9 +26,11 @@ from neuron_explainer.dictionaries.objectives.base import (
     Moment,
     Objective,
     ObjectiveConfig,
+    SparseLatents,
     register,
     squared_error,
 )
+from neuron_explainer.dictionaries.sparse_relu import relu_autoencoder
 from neuron_explainer.errors import InputError
 
 
@@ -52,18 +54,17 @@ class ReLU(Objective[ReLUConfig]):
     """Penalises the sum of latents."""
 
     def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
-        latents = dictionary.pre_act(x).relu()
-        error = target - dictionary.decode(latents, x)
+        d, c = dictionary, self.config
+        norms = torch.linalg.vector_norm(d.rows, dim=1) if c.weighted else None
+        out = relu_autoencoder(
+            x, d.encoder, d.latent_bias, d.rows, pre_bias=d.pre_bias, scale=norms
+        )
+        error = target - d.add_rest(out.output, x)
         reconstruction = squared_error(error)
-        penalty = self.penalty(dictionary, latents, moment)
+        penalty = c.l1_coefficient * moment.sparsity * out.sums.mean()
         terms = {"reconstruction": reconstruction.detach(), "sparsity": penalty.detach()}
-        return Loss(reconstruction + penalty, terms, error.detach(), latents.detach())
-
-    def penalty(self, dictionary: Dictionary, latents: Tensor, moment: Moment) -> Tensor:
-        """``[]``: what sparsity costs."""
-        if self.config.weighted:
-            latents = latents * torch.linalg.vector_norm(dictionary.rows, dim=1)
-        return self.config.l1_coefficient * moment.sparsity * latents.sum() / len(latents)
+        active = out.values if out.indices is None else SparseLatents(out.values, out.indices)
+        return Loss(reconstruction + penalty, terms, error.detach(), active)
 
     def activation(self, dictionary: Dictionary) -> nn.Module:
         return nn.ReLU()
