@@ -9,7 +9,11 @@ import torch
 from neuron_explainer.dictionaries.prune import LatentActivity, prune, prune_by
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.autoencoder import Autoencoder, BatchTopK, JumpReLU, TopK
-from neuron_explainer.models.autoencoder_context import count_dead_latents, omit_dead_latents
+from neuron_explainer.models.autoencoder_context import (
+    count_dead_latents,
+    get_decoder_weight,
+    omit_dead_latents,
+)
 from neuron_explainer.models.latent_activations import Gated
 from neuron_explainer.models.latents import Latents
 
@@ -84,6 +88,7 @@ def test_of_any_kind(kwargs: dict[str, Any], tmp_path: Path) -> None:
     found.autoencoder.save(tmp_path / "ae")
     again = Autoencoder.load(tmp_path / "ae", dtype=None)
     assert torch.equal(again.reconstruct(x), found.autoencoder.reconstruct(x))
+    assert not get_decoder_weight(again)[~found.kept].any()
     assert again.location == whole.location
     assert again.metadata["pruned"]["n_kept"] == found.n_kept
     assert count_dead_latents(again) == N_LATENTS - found.n_kept
