@@ -42,7 +42,14 @@ setup(
     extras_require={
         # Models and files of the Hugging Face hub, and any causal LM behind a context.
         "hf": ["transformers", "huggingface_hub"],
-        # What trains the embedded model; using it needs nothing beyond the core.
+        # Texts in compressed files, in Parquet, and in datasets of Hugging Face.
+        "data": ["zstandard", "pyarrow", "datasets"],
+        # The pictures of a report.
+        "plots": ["matplotlib"],
+        # Where training can log to, next to its own log.jsonl.
+        "tensorboard": ["tensorboard"],
+        "wandb": ["wandb"],
+        # What trains the embedded model's tokenizer; using it needs nothing beyond the core.
         "train": ["tokenizers"],
         "test": [
             "pytest",
@@ -50,6 +57,10 @@ setup(
             "hypothesis",
             "transformers",
             "tokenizers",
+            "scikit-learn",
+            "matplotlib",
+            "zstandard",
+            "pyarrow",
             "mypy",
             "ruff",
         ],
