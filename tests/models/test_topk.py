@@ -213,6 +213,25 @@ def test_every_latent_is_below_its_bound(make):
     assert tried.any() or make is huge_and_tiny
 
 
+def test_bounds_have_room_for_roundings_of_norms_and_of_sums():
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 7)
+    x = 1 + signs * 2.0**-9  # what bfloat16 takes off is the latents themselves: no slack at all
+    prepared = prepare(signs, None)
+    operand, _, _ = certified._row_operand(x, prepared.largest)
+    upper = operand.double() @ prepared.operand.double().T
+    terms = operand[:, :7].double().abs() @ prepared.operand[:, :7].double().abs().T
+    assert (upper - x.double() @ signs.double().T >= (7 + 8) * 2.0**-22 * terms).all()
+
+
+def test_the_rounding_of_the_bounds_themselves_is_reckoned_with():
+    # All bounds round to 1: nothing can be proven, though sums of zeros are exact.
+    order = torch.randperm(L, generator=torch.Generator().manual_seed(0))
+    x, weight, bias = torch.zeros(3, 2), torch.zeros(L, 2), 1 + order * 2.0**-18
+    assert not certified_top_k(x, weight, bias, K, prepare(weight, bias))[2].any()
+    distinct = assert_right(x, weight, bias, K, True)
+    assert distinct.all()
+
+
 def test_rounding_alone_would_be_wrong():
     x, weight, bias = residuals_of_the_rows()
     naive = (x.bfloat16() @ weight.bfloat16().T).float().topk(K).indices
@@ -269,7 +288,7 @@ def test_rows_that_are_not_finite_are_those_of_float32(bad):
 
 
 @pytest.mark.parametrize("where", ["weight", "bias"])
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("bad", [NAN, INF, -INF, 3.4e38])
 def test_weights_that_are_not_finite_are_never_proven(where, bad):
     x, weight, bias = gaussian()
     (weight if where == "weight" else bias)[3] = bad
