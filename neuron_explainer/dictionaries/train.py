@@ -110,7 +110,7 @@ class _Run:
         batches: Iterable[Any],
         *,
         single: bool,
-        record: Mapping[str, Any] | None,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
         self.configs, self.single, self.record = configs, single, dict(record or {})
         self.shared = next(iter(configs.values()))

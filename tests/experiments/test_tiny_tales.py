@@ -18,9 +18,11 @@ from neuron_explainer.experiments.tiny_tales import (
 )
 from neuron_explainer.experiments.tiny_tales.__main__ import main
 from neuron_explainer.experiments.tiny_tales.autoencoder_training import (
-    AutoencoderTrainer,
-    AutoencoderTrainingConfig,
-    harvest,
+    Size,
+    places,
+    record_statistics,
+    size_of,
+    train_config,
 )
 from neuron_explainer.experiments.tiny_tales.checkpoints import check_same_recipe
 from neuron_explainer.experiments.tiny_tales.data import (
@@ -30,7 +32,6 @@ from neuron_explainer.experiments.tiny_tales.data import (
     read_corpus,
     token_stream,
 )
-from neuron_explainer.experiments.tiny_tales.dictionary import Dictionary, DictionaryConfig, largest
 from neuron_explainer.experiments.tiny_tales.fused_loss import linear_cross_entropy
 from neuron_explainer.experiments.tiny_tales.model_training import (
     ModelTrainer,
@@ -44,7 +45,11 @@ from neuron_explainer.experiments.tiny_tales.tokenizer import (
     tokenizer_spec,
     train_tokenizer,
 )
+from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.latent_activations import TopK
 from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.models.metrics import fvu
+from neuron_explainer.models.model_context import StandardModelContext
 from neuron_explainer.models.transformer import Transformer, TransformerConfig
 
 CTX = 8
@@ -241,82 +246,39 @@ def test_model_training_learns_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert whole.train_step(*batch) < fresh.train_step(*batch)
 
 
-def test_autoencoder_training_learns_and_resumes_bit_for_bit(tmp_path: Path) -> None:
-    sizes = {
-        "mlp.post_act": DictionaryConfig(96, 4),
-        "resid.torso.delta_attn": DictionaryConfig(64, 4),
-    }
-    config = AutoencoderTrainingConfig(
-        steps=30, decay_steps=10, warmup_steps=2, dead_after_tokens=64, sample_windows=8
-    )
+def test_autoencoders_of_all_layers_are_learnt_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autoencoder_training, "BATCH", 64)
+    monkeypatch.setattr(autoencoder_training, "BUFFER", 512)
+    tiny_model().save(tmp_path / "model")
+    context = StandardModelContext(tmp_path / "model", device="cpu")
+    sizes = {"mlp.post_act": Size(96, 4, 1e-2), "1/resid.torso.delta_attn": Size(64, 2, 1e-2)}
 
-    def run(folder: Path, config: AutoencoderTrainingConfig) -> AutoencoderTrainer:
-        trainer = AutoencoderTrainer(tiny_model(), tiny_windows(), config, list(sizes), sizes)
-        autoencoder_training.train(trainer, folder, checkpoint_every=10)
-        return trainer
+    def trained(steps: int, folder: Path | None) -> dict[str, Autoencoder]:
+        configs = {
+            str(place): train_config(place, size_of(place, sizes), steps, steps // 2, seed=0)
+            for place in places(context, list(sizes))
+        }
+        return autoencoder_training.train(context, tiny_windows(), configs, folder)
 
-    whole = run(tmp_path / "whole", config)
-    run(tmp_path / "parts", replace(config, steps=17, decay_steps=0))
-    resumed = run(tmp_path / "parts", config)
-    assert set(whole.dictionaries) == {f"{layer}/{path}" for layer in range(2) for path in sizes}
-    for location, dictionary in whole.dictionaries.items():
-        for name, value in dictionary.state_dict().items():
-            assert torch.equal(value, resumed.dictionaries[location].state_dict()[name]), name
-    fresh = AutoencoderTrainer(tiny_model(), tiny_windows(), config, list(sizes), sizes)
-    activations = harvest(whole.model, tiny_windows(64).batch(0)[0], list(sizes))
-    for location, x in activations.items():
-        learnt, before = (
-            float(trainer.dictionaries[location].loss(x, dead_after=10**9).fvu)
-            for trainer in (whole, fresh)
+    little, much = trained(1, None), trained(60, tmp_path / "run")
+    assert set(much) == {"0/mlp.post_act", "1/mlp.post_act", "1/resid.torso.delta_attn"}
+    tokens = tiny_windows(32).batch(0)[0]
+    captured = context.get_or_create_model().capture(tokens, list(much))
+    for location, autoencoder in much.items():
+        x = captured[ActivationLocation.parse(location)]
+        assert fvu(x, autoencoder.reconstruct(x)) < 0.8 * fvu(x, little[location].reconstruct(x))
+        assert str(autoencoder.location) == location
+        assert autoencoder.model_name == "tiny-tales"
+    record_statistics(context, tiny_windows(), much, n_batches=4)
+    for location, autoencoder in much.items():
+        active = (autoencoder.latents_activation_frequency > 0).float()
+        assert (
+            autoencoder.latents_activation_frequency.sum()
+            <= size_of(ActivationLocation.parse(location), sizes).k
         )
-        assert learnt < 0.9 * before, location
-
-
-def test_a_finished_autoencoder_computes_what_the_dictionary_did() -> None:
-    config = AutoencoderTrainingConfig(steps=5, decay_steps=0, sample_windows=8)
-    sizes = {"mlp.post_act": DictionaryConfig(96, 4)}
-    trainer = AutoencoderTrainer(tiny_model(), tiny_windows(), config, list(sizes), sizes)
-    for _ in range(5):
-        trainer.train_step()
-    autoencoder = trainer.finished("1/mlp.post_act", "tiny", {})
-    x = harvest(trainer.model, tiny_windows().batch(9)[0], list(sizes))["1/mlp.post_act"]
-    dictionary = trainer.dictionaries["1/mlp.post_act"]
-    with torch.no_grad():
-        share = float(dictionary.loss(x, dead_after=10**9).fvu)
-        error = (x - autoencoder.reconstruct(x)).square().mean() / dictionary.scale**2
-    assert float(error) == pytest.approx(share, rel=0.05)  # the dictionary encodes in bfloat16
-    assert str(autoencoder.location) == "1/mlp.post_act"
-    norms = autoencoder.decoder.weight.norm(dim=0)
-    torch.testing.assert_close(norms, torch.ones_like(norms))
-
-
-@pytest.mark.parametrize("width", [1536, 1000, 40])
-def test_the_search_by_groups_finds_the_largest(width: int) -> None:
-    x = torch.randn(50, width, generator=torch.Generator().manual_seed(0))
-    values, indices = largest(x, 16)
-    assert torch.equal(values.sort(1).values, x.topk(16, dim=1).values.sort(1).values)
-    assert torch.equal(x.gather(1, indices), values)
-
-
-def test_only_silent_latents_get_the_auxiliary_loss() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(256, 12, generator=generator)
-    dictionary = Dictionary(DictionaryConfig(32, 2), x, generator)
-    with torch.no_grad():
-        dictionary.tokens_since_active[:16] = 1000
-        dictionary.latent_bias[:16] = -0.1  # behind the others, and above zero for some tokens
-    quiet = dictionary.loss(x, dead_after=10**9)
-    assert quiet.total.item() == quiet.fvu.item()
-    with torch.no_grad():
-        dictionary.tokens_since_active[:16] = 1000
-    cared_for = dictionary.loss(x, dead_after=999)
-    assert cared_for.total.item() > cared_for.fvu.item()
-    grads = [
-        torch.autograd.grad(loss.total, dictionary.decoder, retain_graph=True)[0].norm(dim=1)
-        for loss in (quiet, cared_for)
-    ]
-    torch.testing.assert_close(grads[0][16:], grads[1][16:])
-    assert (grads[0][:16] != grads[1][:16]).any()
+        assert torch.equal(active, (autoencoder.latents_mean_square > 0).float())
 
 
 def test_resuming_with_another_recipe_is_refused() -> None:
@@ -336,11 +298,8 @@ def test_resuming_with_another_recipe_is_refused() -> None:
 
 def test_figures_agree_with_their_definitions() -> None:
     model = tiny_model()
-    config = AutoencoderTrainingConfig(steps=5, decay_steps=0, sample_windows=8)
-    sizes = {"resid.torso.delta_mlp": DictionaryConfig(64, 4)}
-    trainer = AutoencoderTrainer(model, tiny_windows(), config, list(sizes), sizes)
     location = ActivationLocation.parse("1/resid.torso.delta_mlp")
-    autoencoder = trainer.finished(str(location), "tiny", {})
+    autoencoder = Autoencoder(64, 16, TopK(4), location=location)
     tokens = np.random.default_rng(5).integers(0, BOS, 61)
     windows = list(evaluation_windows(tokens, CTX, CTX, BOS))
     figures = evaluation.measure_autoencoders(
@@ -425,6 +384,8 @@ def test_commands_from_books_to_figures(
             enc="tiny-tales", ctx_window=32, d_model=16, n_layers=1, n_heads=2, n_vocab=n_vocab
         ),
     )
+    monkeypatch.setattr(autoencoder_training, "BATCH", 64)
+    monkeypatch.setattr(autoencoder_training, "BUFFER", 256)
     run, stored = tmp_path / "run", tmp_path / "run" / "tiny-tales"
     common = ["--corpus", str(corpus), "--run", str(run)]
     main(["tokenizer", *common])

@@ -10,10 +10,6 @@ import torch
 
 from neuron_explainer.errors import NeuronExplainerError
 from neuron_explainer.experiments.tiny_tales import autoencoder_training, evaluation, model_training
-from neuron_explainer.experiments.tiny_tales.autoencoder_training import (
-    AutoencoderTrainer,
-    AutoencoderTrainingConfig,
-)
 from neuron_explainer.experiments.tiny_tales.data import (
     HELD_OUT_BOOKS,
     TrainingWindows,
@@ -29,6 +25,7 @@ from neuron_explainer.experiments.tiny_tales.tokenizer import (
     train_tokenizer,
 )
 from neuron_explainer.models.locations import ActivationLocation, parse_locations
+from neuron_explainer.models.model_context import StandardModelContext
 from neuron_explainer.models.transformer import Transformer, TransformerConfig
 
 MODEL_NAME = "tiny-tales"
@@ -80,38 +77,31 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def run_autoencoders(args: argparse.Namespace) -> None:
-    """Train all autoencoders on the stored model, and store them in float16."""
-    config = AutoencoderTrainingConfig(
-        steps=args.steps, decay_steps=args.decay_steps, seed=args.seed
-    )
-    model = Transformer.load(args.run / MODEL_NAME, device="cpu", dtype=torch.float32)
+    """Train autoencoders on the stored model, and store them in float16."""
+    context = StandardModelContext(str(args.run / MODEL_NAME), device=torch.device("cpu"))
+    enc = context.get_encoding()
     windows = TrainingWindows(
-        token_stream(read_corpus(args.corpus).training, model.enc),
-        model.cfg.ctx_window,
-        config.windows_per_step,
-        config.seed,
-        model.enc.eot_token,
-        config.bos_share,
+        token_stream(read_corpus(args.corpus).training, enc),
+        context.n_context,
+        autoencoder_training.WINDOWS_PER_FORWARD,
+        args.seed,
+        enc.eot_token,
     )
-    trainer = AutoencoderTrainer(model, windows, config, args.locations)
-    autoencoder_training.train(trainer, args.run)
-    training = {
-        **_data_record(),
-        **asdict(config),
-        "optimiser": "Adam; bfloat16 autocast",
-        "tokens": config.steps * config.windows_per_step * model.cfg.ctx_window,
-    }
-    autoencoders = {
-        name: trainer.finished(
-            name, MODEL_NAME, {"training": {**training, "lr": trainer.lrs[name]}}
+    configs = {
+        str(place): autoencoder_training.train_config(
+            place, autoencoder_training.size_of(place), args.steps, args.decay_steps, args.seed
         )
-        for name in trainer.dictionaries
+        for place in autoencoder_training.places(context, args.locations)
     }
-    autoencoder_training.record_statistics(trainer, autoencoders, n_steps=100)
-    for name, autoencoder in autoencoders.items():
-        location = ActivationLocation.parse(name)
-        folder = args.run / MODEL_NAME / AUTOENCODERS / location.path / str(location.layer)
-        autoencoder.save(folder, torch.float16)
+    name = "+".join(sorted(args.locations)).replace("/", "-")
+    found = autoencoder_training.train(context, windows, configs, args.run / f"training.{name}")
+    autoencoder_training.record_statistics(context, windows, found, n_batches=25)
+    for name, autoencoder in found.items():
+        training = autoencoder_training.training_record(configs[name], HELD_OUT_BOOKS)
+        autoencoder.metadata = {"training": training}
+        place = ActivationLocation.parse(name)
+        folder = args.run / MODEL_NAME / AUTOENCODERS / place.path / str(place.layer)
+        autoencoder.save(folder, torch.float16, overwrite=True)
 
 
 def run_evaluate(args: argparse.Namespace) -> None:

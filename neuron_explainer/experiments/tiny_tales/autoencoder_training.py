@@ -1,219 +1,183 @@
-"""Trains one TopK autoencoder for every layer and location of the model, all at once.
+"""Trains one TopK autoencoder for every layer and location of the model, with the library's own rooms.
 
-Each step runs the frozen model on new windows and gives every dictionary the activations of its
-location: the forward pass is paid once for all of them and nothing is stored on disk. Resumable bit
-for bit, like the model's training.
+The frozen model runs on windows of the books as activations are needed, once for all dictionaries
+of a process; nothing is stored but checkpoints. Resumable bit for bit.
 """
 
+import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from neuron_explainer.experiments.tiny_tales.checkpoints import load_checkpoint, save_checkpoint
+from neuron_explainer.activations import ActivationBatch, Harvester, ShuffleBuffer, TokenBatch
+from neuron_explainer.dictionaries import TopKConfig, TrainConfig, train_many
 from neuron_explainer.experiments.tiny_tales.data import TrainingWindows
-from neuron_explainer.experiments.tiny_tales.dictionary import Dictionary, DictionaryConfig
-from neuron_explainer.experiments.tiny_tales.schedule import warmup_stable_decay
-from neuron_explainer.models.autoencoder import Autoencoder, TopK
-from neuron_explainer.models.locations import ActivationLocation
-from neuron_explainer.models.transformer import Transformer
+from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.locations import ActivationLocation, parse_locations
+from neuron_explainer.models.model_context import ModelContext
 
 PATHS = ("mlp.post_act", "resid.torso.delta_mlp", "resid.torso.delta_attn")
+BATCH = 1024
+"""Activations a step. Small batches fit better for the same number of tokens: 4,096 left 10 % more
+variance unexplained after a million tokens."""
+BUFFER = 256 * BATCH
+WINDOWS_PER_FORWARD = 16
+
+
+@dataclass(frozen=True)
+class Size:
+    """Latents in all, how many of them may be active for one token, and Adam's learning rate."""
+
+    n_latents: int
+    k: int
+    lr: float
+
 
 #: By location, or by path for all layers not named. Sizes keep all assets below 40 MB. The first
 #: layer writes less variety, and latents that it does not need die; the last is the hardest to
 #: explain. Higher rates fit faster and kill more.
-CONFIGS = {
-    "mlp.post_act": DictionaryConfig(n_latents=1536, k=32, lr=2e-3),
-    "3/mlp.post_act": DictionaryConfig(n_latents=2048, k=32, lr=3e-3),
-    "resid.torso.delta_mlp": DictionaryConfig(n_latents=2560, k=16, lr=3e-3),
-    "0/resid.torso.delta_mlp": DictionaryConfig(n_latents=1280, k=16, lr=3e-3),
-    "resid.torso.delta_attn": DictionaryConfig(n_latents=2560, k=16, lr=1.5e-3),
-    "0/resid.torso.delta_attn": DictionaryConfig(n_latents=768, k=16, lr=1.5e-3),
+SIZES = {
+    "mlp.post_act": Size(n_latents=1536, k=32, lr=2e-3),
+    "3/mlp.post_act": Size(n_latents=2048, k=32, lr=3e-3),
+    "resid.torso.delta_mlp": Size(n_latents=2560, k=16, lr=3e-3),
+    "0/resid.torso.delta_mlp": Size(n_latents=1280, k=16, lr=3e-3),
+    "resid.torso.delta_attn": Size(n_latents=2560, k=16, lr=1.5e-3),
+    "0/resid.torso.delta_attn": Size(n_latents=768, k=16, lr=1.5e-3),
 }
 
 
-@dataclass(frozen=True)
-class AutoencoderTrainingConfig:
-    """Everything that decides the dictionaries, next to the model and the data."""
-
-    steps: int
-    decay_steps: int
-    warmup_steps: int = 50
-    windows_per_step: int = 4
-    dead_after_tokens: int = 50_000
-    sample_windows: int = 64
-    """Windows whose activations give means and scales."""
-    bos_share: float = 0.25
-    seed: int = 1
+def size_of(location: ActivationLocation, sizes: Mapping[str, Size] = SIZES) -> Size:
+    """Of the location, or of its path."""
+    return sizes.get(str(location)) or sizes[location.path]
 
 
-@torch.no_grad()
-def harvest(model: Transformer, tokens: Tensor, locations: list[str]) -> dict[str, Tensor]:
-    """Activations ``[b * s, n]`` by single location; one without a layer stands for all layers."""
-    with torch.autocast("cpu", torch.bfloat16):
-        captured = model.capture(tokens, locations)
-    return {str(location): x.flatten(0, 1).float() for location, x in captured.items()}
+def places(context: ModelContext, locations: Sequence[str]) -> list[ActivationLocation]:
+    """The single locations meant; one without a layer stands for all layers."""
+    return [p for each in parse_locations(locations) for p in each.expand(context.n_layers)]
 
 
-class AutoencoderTrainer:
-    """All dictionaries of a model, their optimiser and the step they have reached."""
+def train_config(
+    location: ActivationLocation, size: Size, steps: int, decay_steps: int, seed: int
+) -> TrainConfig:
+    """The recipe; sizes and rates differ from location to location, all else is the same."""
+    return TrainConfig(
+        TopKConfig(k=size.k, aux_k=64),
+        n_latents=size.n_latents,
+        steps=steps,
+        batch_size=BATCH,
+        lr=size.lr,
+        beta2=0.99,
+        warmup_steps=min(50, steps),
+        decay="linear" if decay_steps else "none",
+        decay_steps=decay_steps,
+        sample_batches=16,
+        decoder_bias="mean",
+        dead_after_tokens=50_000,
+        seed=seed,
+        checkpoint_every=500,
+        location=str(location),
+        model_name="tiny-tales",
+    )
 
-    def __init__(
-        self,
-        model: Transformer,
-        windows: TrainingWindows,
-        config: AutoencoderTrainingConfig,
-        locations: Sequence[str] = PATHS,
-        configs: Mapping[str, DictionaryConfig] = CONFIGS,
-    ) -> None:
-        self.model, self.windows, self.config, self.step = model, windows, config, 0
-        self.locations = list(locations)
-        generator = torch.Generator().manual_seed(config.seed)
-        self.dictionaries = {
-            location: Dictionary(_config_of(location, configs), sample, generator)
-            for location, sample in self._harvest_sample().items()
+
+class BookActivations:
+    """Activations of the training windows, by number: a source for :class:`ShuffleBuffer`."""
+
+    def __init__(self, harvester: Harvester, windows: TrainingWindows) -> None:
+        self.harvester, self.windows = harvester, windows
+
+    @property
+    def forward_s(self) -> float:
+        """Seconds spent in the model so far."""
+        return self.harvester.forward_s
+
+    def chunk(self, number: int) -> ActivationBatch:
+        """Of one batch of windows; there is always another."""
+        tokens, _ = self.windows.batch(number)
+        position = torch.arange(tokens.shape[1]).expand_as(tokens)
+        return self.harvester(TokenBatch(tokens, torch.zeros_like(tokens), position))
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the values."""
+        windows = self.windows
+        return {
+            **self.harvester.describe(),
+            "tokens": len(windows.stream),
+            "windows": [windows.ctx_window, windows.batch_size, windows.seed, windows.bos_share],
         }
-        self.lrs = {location: _config_of(location, configs).lr for location in self.dictionaries}
-        self.optimiser = torch.optim.Adam(
-            [{"params": list(d.parameters())} for d in self.dictionaries.values()], fused=True
-        )
 
-    def _harvest_sample(self) -> dict[str, Tensor]:
-        """Activations from which means, scales and first directions are taken."""
-        batches = -(-self.config.sample_windows // self.windows.batch_size)
-        tokens = torch.cat([self.windows.batch(step)[0] for step in range(batches)])
-        return harvest(self.model, tokens, self.locations)
 
-    def activations(self, step: int) -> dict[str, Tensor]:
-        """What the dictionaries see at a step: ``[b, n]`` by location."""
-        tokens, _ = self.windows.batch(step)
-        return harvest(self.model, tokens, self.locations)
+def train(
+    context: ModelContext,
+    windows: TrainingWindows,
+    configs: Mapping[str, TrainConfig],
+    folder: Path | None,
+) -> dict[str, Autoencoder]:
+    """Autoencoders by location; goes on from the checkpoint in ``folder`` where there is one."""
+    source = BookActivations(Harvester(context, list(configs), autocast_bf16=True), windows)
+    seed = next(iter(configs.values())).seed
+    with ShuffleBuffer(source, BUFFER, BATCH, seed=seed, prefetch=False) as batches:
+        named = _Named(batches, next(iter(configs)))
+        return train_many(configs, named, folder)
 
-    def train_step(self) -> dict[str, float]:
-        """One update of every dictionary; returns each one's share of variance not explained."""
-        c = self.config
-        factor = warmup_stable_decay(self.step, c.steps, c.warmup_steps, c.decay_steps)
-        for group, lr in zip(self.optimiser.param_groups, self.lrs.values(), strict=True):
-            group["lr"] = lr * factor
-        activations = self.activations(self.step)
-        self.optimiser.zero_grad()
-        fvu: dict[str, float] = {}
-        for location, dictionary in self.dictionaries.items():
-            loss = dictionary.loss(activations[location], c.dead_after_tokens)
-            loss.total.backward()  # type: ignore[no-untyped-call]
-            dictionary.keep_gradient_tangential()
-            fvu[location] = float(loss.fvu)
-        self.optimiser.step()
-        for dictionary in self.dictionaries.values():
-            dictionary.normalise_decoder()
-        self.step += 1
-        return fvu
 
-    def _checkpoint(self, folder: Path) -> Path:
-        """Named after the locations: they may be shared out among processes."""
-        name = "+".join(sorted(self.locations)).replace("/", "-")
-        return folder / f"autoencoder_training.{name}.pt"
+class _Named:
+    """A buffer's batches by location, also where there is but one."""
 
-    def save(self, folder: Path) -> None:
-        """Write the checkpoint whole or not at all."""
-        save_checkpoint(
-            self._checkpoint(folder),
-            config=asdict(self.config),
-            step=self.step,
-            state={
-                "dictionaries": {k: d.state_dict() for k, d in self.dictionaries.items()},
-                "optimiser": self.optimiser.state_dict(),
-            },
-        )
+    def __init__(self, batches: ShuffleBuffer, only: str) -> None:
+        self.batches, self.only = batches, only
+        self.state_dict, self.load_state_dict = batches.state_dict, batches.load_state_dict
 
-    def load(self, folder: Path) -> bool:
-        """Take up the checkpoint in ``folder``, if there is one; says whether there was."""
-        stored = load_checkpoint(self._checkpoint(folder), asdict(self.config))
-        if stored is None:
-            return False
-        for location, state in stored.state["dictionaries"].items():
-            self.dictionaries[location].load_state_dict(state)
-        self.optimiser.load_state_dict(stored.state["optimiser"])
-        self.step = stored.step
-        return True
+    def __iter__(self) -> "_Named":
+        return self
 
-    def finished(self, location: str, model_name: str, metadata: dict[str, Any]) -> Autoencoder:
-        """The dictionary of a location as a plain autoencoder of raw activations."""
-        dictionary = self.dictionaries[location]
-        n_latents, n_inputs = dictionary.encoder.shape
-        autoencoder = Autoencoder(
-            n_latents,
-            n_inputs,
-            TopK(dictionary.k),
-            location=location,
-            model_name=model_name,
-            metadata=metadata,
-        )
-        parameters = dictionary.folded_state_dict()
-        for name, parameter in autoencoder.named_parameters():
-            parameter.data.copy_(parameters[name])
-        return autoencoder
+    def __next__(self) -> Any:
+        batch = next(self.batches)
+        return {self.only: batch} if isinstance(batch, torch.Tensor) else batch
 
 
 @torch.no_grad()
 def record_statistics(
-    trainer: AutoencoderTrainer, autoencoders: dict[str, Autoencoder], n_steps: int
+    context: ModelContext,
+    windows: TrainingWindows,
+    autoencoders: Mapping[str, Autoencoder],
+    n_batches: int,
 ) -> None:
-    """Fill the autoencoders' own statistics of their latents, over ``n_steps`` batches."""
+    """Fill the autoencoders' own statistics of their latents, over ``n_batches`` batches of windows."""
+    source = BookActivations(Harvester(context, list(autoencoders), autocast_bf16=True), windows)
     tokens = 0
     for autoencoder in autoencoders.values():
         autoencoder.latents_activation_frequency.zero_()
-    for step in range(n_steps):
-        activations = trainer.activations(trainer.step + step)
-        for location, autoencoder in autoencoders.items():
-            latents = autoencoder.encode(activations[location])
+    for number in range(n_batches):
+        chunk = source.chunk(number)
+        for location, x in chunk.activations.items():
+            autoencoder = autoencoders[str(location)]
+            latents = autoencoder.encode(x)
             active = latents > 0
             autoencoder.latents_activation_frequency += active.sum(0)
             autoencoder.latents_mean_square += latents.square().sum(0)
             autoencoder.stats_last_nonzero += 1
             autoencoder.stats_last_nonzero[active.any(0)] = 0
-        tokens += len(latents)
+        tokens += len(chunk)
     for autoencoder in autoencoders.values():
         autoencoder.latents_activation_frequency /= tokens
         autoencoder.latents_mean_square /= tokens
 
 
-def _config_of(location: str, configs: Mapping[str, DictionaryConfig]) -> DictionaryConfig:
-    return configs.get(location) or configs[_path(location)]
-
-
-def _path(location: str) -> str:
-    return ActivationLocation.parse(location).path
-
-
-def train(trainer: AutoencoderTrainer, folder: Path, checkpoint_every: int = 200) -> None:
-    """Run to ``config.steps``, from the checkpoint in ``folder`` where there is one."""
-    torch.set_flush_denormal(True)
-    trainer.load(folder)
-    with tqdm(total=trainer.config.steps, initial=trainer.step, unit="step") as bar:
-        while trainer.step < trainer.config.steps:
-            fvu = trainer.train_step()
-            bar.update()
-            dead = {
-                location: dictionary.dead_share(trainer.config.dead_after_tokens)
-                for location, dictionary in trainer.dictionaries.items()
-            }
-            bar.set_postfix(fvu=_by_path(fvu), dead=_by_path(dead), refresh=False)
-            if trainer.step % checkpoint_every == 0 or trainer.step == trainer.config.steps:
-                trainer.save(folder)
-
-
-def _by_path(values: dict[str, float]) -> str:
-    """Means over the layers, as text for the progress bar."""
-    by_path: dict[str, list[float]] = {}
-    for location, value in values.items():
-        by_path.setdefault(_path(location), []).append(value)
-    return " ".join(
-        f"{path.rpartition('.')[2]}={sum(found) / len(found):.3f}"
-        for path, found in by_path.items()
-    )
+def training_record(config: TrainConfig, held_out_books: Sequence[str]) -> dict[str, Any]:
+    """What an autoencoder's config says of how it was made."""
+    return {
+        "data": "35 public-domain books in English",
+        "held_out_books": list(held_out_books),
+        "date": datetime.date.today().isoformat(),
+        "optimiser": f"Adam, betas ({config.beta1}, {config.beta2}), in float32",
+        "steps": config.total_steps,
+        "batch": BATCH,
+        "tokens": config.total_steps * BATCH,
+        "lr": config.lr,
+        "decay_steps": config.decay_steps,
+        "seed": config.seed,
+    }
