@@ -15,6 +15,7 @@ from neuron_explainer.experiments.tiny_tales import (
     autoencoder_training,
     evaluation,
     model_training,
+    reach,
 )
 from neuron_explainer.experiments.tiny_tales.__main__ import main
 from neuron_explainer.experiments.tiny_tales.autoencoder_training import (
@@ -336,6 +337,22 @@ def test_figures_agree_with_their_definitions() -> None:
         (figures.loss_zero_ablated - figures.loss_spliced)
         / (figures.loss_zero_ablated - figures.loss_clean)
     )
+
+
+def test_reach_of_a_decoder_that_needs_no_more_than_it_may_use() -> None:
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(12, 12, generator=generator))[0]
+    autoencoder = Autoencoder(12, 12, TopK(3))
+    with torch.no_grad():
+        autoencoder.decoder.weight.copy_(directions.t())
+        autoencoder.encoder.weight.copy_(
+            directions + 0.3 * torch.randn(12, 12, generator=generator)
+        )
+    codes = torch.rand(200, 12, generator=generator).topk(3, dim=1)
+    x = torch.zeros(200, 12).scatter(1, codes.indices, codes.values) @ directions
+    found = reach.reach(autoencoder, x, 3)
+    assert found.pursuit < 1e-6  # orthogonal directions: the pursuit finds the very ones
+    assert found.pursuit < found.refit < found.encoder
 
 
 def test_bits_per_byte_of_a_model_that_knows_nothing(corpus: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The four commands that make the embedded model ``tiny-tales``; see README.md beside this file."""
+"""The commands that make the embedded model ``tiny-tales``; see README.md beside this file."""
 
 import argparse
 import datetime
@@ -9,7 +9,12 @@ from typing import Any
 import torch
 
 from neuron_explainer.errors import NeuronExplainerError
-from neuron_explainer.experiments.tiny_tales import autoencoder_training, evaluation, model_training
+from neuron_explainer.experiments.tiny_tales import (
+    autoencoder_training,
+    evaluation,
+    model_training,
+    reach,
+)
 from neuron_explainer.experiments.tiny_tales.data import (
     HELD_OUT_BOOKS,
     TrainingWindows,
@@ -24,6 +29,7 @@ from neuron_explainer.experiments.tiny_tales.tokenizer import (
     tokenizer_spec,
     train_tokenizer,
 )
+from neuron_explainer.models.latent_activations import TopK
 from neuron_explainer.models.locations import ActivationLocation, parse_locations
 from neuron_explainer.models.model_context import StandardModelContext
 from neuron_explainer.models.transformer import Transformer, TransformerConfig
@@ -138,6 +144,27 @@ def run_evaluate(args: argparse.Namespace) -> None:
     print(evaluation.table(figures))
 
 
+def run_reach(args: argparse.Namespace) -> None:
+    """How much of the stored autoencoders' error is their encoders', on a sample of held-out text."""
+    model = Transformer.load(args.model, device="cpu", dtype=torch.float32)
+    enc, ctx = model.enc, model.cfg.ctx_window
+    windows = evaluation.held_out_windows(read_corpus(args.corpus).held_out, enc, ctx, ctx)
+    step = max(1, len(windows) // args.windows)
+    tokens = torch.stack(
+        [torch.from_numpy(w.tokens[:-1]) for w in windows[::step] if len(w.tokens) == ctx + 1]
+    )
+    found = {}
+    for location, (_, autoencoder) in evaluation.load_autoencoders(
+        args.model / AUTOENCODERS
+    ).items():
+        x = model.capture(tokens, location)[location].detach().flatten(0, 1)
+        activation = autoencoder.float().activation
+        assert isinstance(activation, TopK)
+        found[str(location)] = reach.reach(autoencoder, x, activation.k)
+    print(f"FVU on {tokens.numel()} held-out tokens, by where the codes come from")
+    print(reach.table(found))
+
+
 def _data_record() -> dict[str, Any]:
     return {
         "data": "35 public-domain books in English",
@@ -193,6 +220,11 @@ def parser() -> argparse.ArgumentParser:
     evaluate = command("evaluate", run_evaluate)
     evaluate.add_argument("--model", type=Path, required=True, help="folder of the stored model")
     _add_locations(evaluate)
+    of_codes = command("reach", run_reach)
+    of_codes.add_argument("--model", type=Path, required=True, help="folder of the stored model")
+    of_codes.add_argument(
+        "--windows", type=int, default=16, help="to measure on (default: %(default)s)"
+    )
     part = evaluate.add_mutually_exclusive_group()
     part.add_argument("--model-only", action="store_true", help="leave the autoencoders out")
     part.add_argument("--autoencoders-only", action="store_true", help="leave the model out")
