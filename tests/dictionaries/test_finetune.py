@@ -74,6 +74,17 @@ def test_latents_stay_and_the_loss_falls(kwargs: dict[str, Any]) -> None:
     assert all(torch.equal(value, before[name]) for name, value in whole.named_parameters())
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_each_token_counts_by_its_normalised_error(skip: bool) -> None:
+    """So the length of an input, which normalisation takes away, makes no difference."""
+    whole, x = dictionary(input_normalization="rms", skip=skip), tokens()
+    lengths = torch.linspace(0.1, 1000, len(x)).double()[:, None]
+    one, other = (
+        finetune_decoder(whole, [batch] * 3, lr=1e-2, progress=False) for batch in (x, lengths * x)
+    )
+    torch.testing.assert_close(one.decoder.weight, other.decoder.weight)
+
+
 def test_a_transcoder_learns_its_target() -> None:
     whole = dictionary(n_outputs=3, skip=True, output_location="0/mlp.post_act")
     x, y = tokens(), tokens(seed=2, width=3)
