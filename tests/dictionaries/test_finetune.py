@@ -92,6 +92,10 @@ def test_a_transcoder_learns_its_target() -> None:
     assert torch.equal(found.encode(x), whole.encode(x))
     assert measure(found, [(x, y)]).fvu < 0.7 * measure(whole, [(x, y)]).fvu
     assert found.output_location == whole.output_location
+    own = [(x, whole.reconstruct(x))]  # nothing is left to learn, given what the skip adds
+    torch.testing.assert_close(
+        finetune_decoder(whole, own, lr=0.1, progress=False).decoder.weight, whole.decoder.weight
+    )
     with pytest.raises(InputError, match="a transcoder is trained on pairs"):
         finetune_decoder(whole, [x], progress=False)
 
