@@ -1,15 +1,21 @@
-"""This library: whole steps of its training loop."""
+"""This library: whole steps of ``train``, which is let go on by one step at a call."""
 
 import os
+import threading
 from typing import Any
 
 import torch
 
-from benchmarks.contestants.training import L1, LR, activations, dead, directions
+from benchmarks.contestants.training import L1, LR, activations, dead
 from benchmarks.workloads import Work
-from neuron_explainer.dictionaries import TopKConfig, TrainConfig
-from neuron_explainer.dictionaries.objectives import ObjectiveConfig, config_class
-from neuron_explainer.dictionaries.train import ONLY, _Run
+from neuron_explainer.dictionaries import (
+    ObjectiveConfig,
+    ReLUConfig,
+    StepReport,
+    TopKConfig,
+    TrainConfig,
+    train,
+)
 
 
 def topk_step(
@@ -17,36 +23,54 @@ def topk_step(
 ) -> Work:
     """``variant``: how the largest are searched, ``float32`` or ``certified``."""
     os.environ["NEURON_EXPLAINER_CERTIFIED"] = str(int(variant == "certified"))
-    return _steps(TopKConfig(k=k), tokens, width, latents, aux)
+    return _Steps(TopKConfig(k=k), tokens, width, latents, aux)
 
 
 def relu_step(tokens: int, width: int, latents: int) -> Work:
-    objective: Any = config_class("relu")
-    return _steps(objective(l1_coefficient=L1), tokens, width, latents, False)
+    return _Steps(ReLUConfig(l1_coefficient=L1), tokens, width, latents, False)
 
 
-def _steps(objective: ObjectiveConfig, tokens: int, width: int, latents: int, aux: bool) -> Work:
-    torch.set_flush_denormal(True)  # as the loop does
-    config = TrainConfig(
-        objective,
-        n_latents=latents,
-        steps=10**6,
-        lr=LR,
-        grad_clip=1.0,
-        input_normalization="none",
-        decoder_bias="zeros",
-    )
-    run = _Run({ONLY: config}, [activations(tokens, width)], single=True)
-    run.begin()
-    trainee = run.trainees[ONLY]
-    with torch.no_grad():
-        trainee.dictionary.encoder.copy_(directions(latents, width))
-        trainee.dictionary.rows.copy_(directions(latents, width))
-    silent = dead(latents) if aux else torch.empty(0, dtype=torch.long)
+class _Steps:
+    """A run in a thread of its own, halted after each step until the next call."""
 
-    def work() -> dict[str, torch.Tensor]:
-        trainee.counter.silent[silent] = 10**9
-        loss = run.train_step()[0][ONLY]
-        return {"squared error": loss.error.square().sum() / len(loss.error)}
+    def __init__(
+        self, objective: ObjectiveConfig, tokens: int, width: int, latents: int, aux: bool
+    ) -> None:
+        config = TrainConfig(
+            objective,
+            n_latents=latents,
+            steps=10**9,
+            lr=LR,
+            grad_clip=1.0,
+            input_normalization="none",
+            decoder_bias="zeros",
+            log_every=10**9,
+            seed=0,  # whose first directions the others are given
+        )
+        self.silent = dead(latents) if aux else torch.empty(0, dtype=torch.long)
+        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+        self.error: BaseException | None = None
+        batches = [activations(tokens, width)]
+        threading.Thread(target=self._train, args=(config, batches), daemon=True).start()
 
-    return work
+    def _train(self, config: TrainConfig, batches: Any) -> None:
+        self.go.acquire()
+        try:
+            train(config, batches, callbacks=[self._halt], progress=False)
+        except BaseException as error:
+            self.error = error
+            self.done.release()
+
+    def _halt(self, report: StepReport) -> None:
+        error = next(iter(report.losses.values())).error
+        self.result = error.square().sum() / len(error)
+        next(iter(report.trainees.values())).counter.silent[self.silent] = 10**9
+        self.done.release()
+        self.go.acquire()
+
+    def __call__(self) -> dict[str, torch.Tensor]:
+        self.go.release()
+        self.done.acquire()
+        if self.error is not None:
+            raise self.error
+        return {"squared error": self.result}

@@ -28,7 +28,7 @@ def activations(tokens: int, width: int) -> Tensor:
 @cache
 def directions(latents: int, width: int) -> Tensor:
     """``[l, n]`` of unit norm."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(0)  # as this library draws them
     rows = torch.randn(latents, width, generator=generator)
     return torch.nn.functional.normalize(rows, dim=1)
 
