@@ -47,6 +47,8 @@ class RunFolder:
     def open(self) -> Iterator[None]:
         """Check that the folder is ours to use, and keep others out of it in the meantime."""
         config = self.path / "config.json"
+        if self.path.is_file():
+            raise InputError(f"{self.path} is a file; a run needs a folder.")
         if not config.exists() and self.path.exists() and _visible(self.path):
             raise InputError(f"{self.path} is not empty and holds no run; choose another folder.")
         self.path.mkdir(parents=True, exist_ok=True)
@@ -68,8 +70,8 @@ class RunFolder:
     def _check_same(self, stored: Mapping[str, Any]) -> None:
         if (self.path / "finished.json").exists():
             raise InputError(
-                f"{self.path} holds a finished run: load what it trained with Autoencoder.load("
-                f"{str(self.path / 'autoencoder')!r}), or train in another folder."
+                f"{self.path} holds a finished run: load what it trained with Autoencoder.load, or "
+                "train in another folder."
             )
         known = {"format_version": FORMAT_VERSION, "kind": "dictionary_training"}
         if any(stored.get(key) != value for key, value in known.items()):

@@ -125,7 +125,7 @@ class _Run:
         self.step = 0
         self.tokens = 0
         self.trainees: dict[str, Trainee] = {}
-        self.unchecked: list[tuple[int, str, Loss]] = []
+        self.unchecked: list[tuple[int, str, Tensor, Mapping[str, Tensor]]] = []
 
     # ---- beginning ---------------------------------------------------------------------------------
 
@@ -154,7 +154,7 @@ class _Run:
         self.make_optimizer()
         for name, moments in state["optimizer"].items():
             parameter = self.parameters[name]
-            # "step" stays where it is, on the CPU or not: Adam made it there itself.
+            # "step" too: fused Adam keeps it beside the parameter.
             self.optimizer.state[parameter] = {
                 key: value.to(parameter.device) for key, value in moments.items()
             }
@@ -234,8 +234,9 @@ class _Run:
             loss = trainee.loss(x, target, self.step)
             self.note(name, loss, x, target)
             loss.total.backward()  # type: ignore[no-untyped-call]
-            trainee.before_step()
             losses[name], seen[name] = loss._replace(total=loss.total.detach()), (x, target)
+        for trainee in self.trainees.values():
+            trainee.before_step()
         self.optimizer.step()
         for name, trainee in self.trainees.items():
             trainee.after_step(*seen[name], losses[name], self.step, self.optimizer)
@@ -244,16 +245,16 @@ class _Run:
 
     def note(self, name: str, loss: Loss, x: Tensor, target: Tensor) -> None:
         """Look at once for NaN where that costs nothing; elsewhere before the next log line."""
-        self.unchecked.append((self.step, name, loss))
+        self.unchecked.append((self.step, name, loss.total.detach(), loss.terms))
         if loss.total.device.type == "cpu":
             self.check(x, target)
 
     def check(self, x: Tensor | None = None, target: Tensor | None = None) -> None:
         """An error if a loss since the last look was not finite."""
-        for step, name, loss in self.unchecked:
-            if bool(torch.isfinite(loss.total)):
+        for step, name, total, terms in self.unchecked:
+            if bool(torch.isfinite(total)):
                 continue
-            bad = [t for t, value in loss.terms.items() if not bool(torch.isfinite(value))]
+            bad = [term for term, value in terms.items() if not bool(torch.isfinite(value))]
             what = f"the term {', '.join(bad) or 'total'} of the loss is not finite"
             if any(t is not None and not bool(torch.isfinite(t).all()) for t in (x, target)):
                 what = f"the batch holds NaN or infinity, so that {what}"

@@ -76,7 +76,7 @@ def configs() -> dict[str, TrainConfig]:
         "0/one": TrainConfig(annealed, n_latents=64, **shared),
         "0/other": TrainConfig(
             TopKConfig(k=3, aux_coefficient=0),
-            n_latents=40,
+            n_latents=200,  # of which many are dead when others are resampled
             remedy="resample",
             resample_every=9,
             seed=3,

@@ -98,11 +98,13 @@ def stop_at(step: int) -> Any:
     return callback
 
 
-def test_plain_batches_are_skipped_forward(undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("plain", [False, True])
+def test_batches_go_on_where_they_were(plain: bool, undisturbed: Path, tmp_path: Path) -> None:
+    """Put back to their place, or, where they do not know it, skipped forward."""
     with pytest.raises(Stop):
-        killed_run.run(tmp_path / "run", stop_at(25), plain=True)
-    killed_run.run(tmp_path / "run", plain=True)
-    assert_same(tmp_path / "run", undisturbed, "plain")
+        killed_run.run(tmp_path / "run", stop_at(25), plain=plain)
+    killed_run.run(tmp_path / "run", plain=plain)
+    assert_same(tmp_path / "run", undisturbed, "stopped")
 
 
 def test_a_checkpoint_before_the_sample_is_used_up(tmp_path: Path) -> None:
@@ -192,6 +194,8 @@ def test_a_folder_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="not empty and holds no run"):
         train(config, planted(64)[0], tmp_path / "other", progress=False)
+    with pytest.raises(InputError, match="is a file"):
+        train(config, planted(64)[0], tmp_path / "other" / "thesis.txt", progress=False)
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
