@@ -4,6 +4,7 @@ import argparse
 import importlib
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from benchmarks import import_time, parity
@@ -37,13 +38,15 @@ def main(argv: list[str] | None = None) -> None:
         setup = Setup(Path(scratch), args.quick, pythons)
         for name in names:
             print(f"## {name}\n", flush=True)
+            start = time.monotonic()
             if name in RACES:
                 for race in importlib.import_module(f"benchmarks.{name}").races(setup):
                     print(table(race, harness.run(race)), flush=True)
             elif name == "import":
-                print(import_time.run(args.rounds, pythons))
+                print(import_time.run(min(args.rounds, 3), pythons))
             else:
                 print(parity.run(args.rounds))
+            print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr)
     sys.stdout.flush()
 
 

@@ -18,6 +18,7 @@ def races(setup: Setup) -> list[Race]:
             "logits (4, 128), keeping every site, attention patterns included",
             everyone(MODELS, "keep_all", work),
             SDPA.name,
+            rounds=3,
             remark="What each library calls everything; how many MiB that is stands beside its name. "
             "transformers with sdpa forms no patterns: its line keeps nothing, as a yardstick.",
         ),

@@ -14,6 +14,7 @@ def races(setup: Setup) -> list[Race]:
                 MODELS, "logits", {"folder": setup.folder, "tokens": setup.tokens(batch, length)}
             ),
             SDPA.name,
+            rounds=rounds,
         )
-        for batch, length in ((4, 128), (1, 1024))
+        for batch, length, rounds in ((4, 128, None), (1, 1024, 3))
     ]

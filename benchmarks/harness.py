@@ -21,7 +21,7 @@ that do the same work, and the label of the one that ratios are taken to. Each r
 the *GEMM floor*: the same matrix products, with preallocated outputs and nothing else.
 
 For every entry the harness starts the contestant (once for all races, or anew for each run where
-``fresh=True``), prepares, calls once (checksum), ``warm`` times more, once under a fresh high-water
+``fresh=True``), prepares, calls once (checksum), once more under a fresh high-water
 mark (extra peak memory), and then once a round, each round starting from another entry. Figures are
 medians over rounds; ratios are medians of the ratios within a round. An entry whose library is not
 installed, or that fails, is listed with the reason.
@@ -100,7 +100,6 @@ class Race:
     entries: Sequence[Entry]
     reference: str
     """Label of the entry that ratios are taken to."""
-    warm: int = 1
     grad: bool = False
     calls: int = 1
     """Times shown are those of a run over this many calls, which the run makes itself."""
@@ -272,20 +271,17 @@ class _Runner:
     def prepare(self) -> None:
         print(f"  {self.key}", file=sys.stderr)
         if self.entry.fresh:
-            self._fresh_run(first=True)
             return
         process = self.harness.process(self.entry.contestant)
         self._prepare_in(process)
         first = process.ask("check", key=self.key)
-        for _ in range(self.race.warm):
-            process.ask("run", key=self.key)
         self._note_checksum(first)
         self.result.peak_mib = process.ask("measure", key=self.key)["peak_mib"]
 
     def time(self) -> None:
         time.sleep(_SETTLE)
         if self.entry.fresh:
-            self._fresh_run(first=False)
+            self._fresh_run()
             return
         process = self.harness.process(self.entry.contestant)
         self.result.seconds.append(process.ask("run", key=self.key)["seconds"])
@@ -311,14 +307,13 @@ class _Runner:
         if not self.entry.apart:
             self.result.checksum = answer["checksum"]
 
-    def _fresh_run(self, first: bool) -> None:
+    def _fresh_run(self) -> None:
         process = self.harness.process(self.entry.contestant, fresh=True)
         try:
             self._prepare_in(process)
-            if first:
-                self._note_checksum(process.ask("check", key=self.key))
-                return
             answer = process.ask("measure", key=self.key)
+            if not self.result.seconds:
+                self._note_checksum(process.ask("check", key=self.key))
         finally:
             process.close()
         self.result.seconds.append(answer["seconds"])

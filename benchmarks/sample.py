@@ -20,7 +20,7 @@ def races(setup: Setup) -> list[Race]:
             everyone(MODELS, "ablated_greedy", {**one, **ablated}),
             SDPA.name,
         ),
-        Race(f"{what}, batch of {BATCH}", everyone(MODELS, "greedy", batch), SDPA.name),
+        Race(f"{what}, batch of {BATCH}", everyone(MODELS, "greedy", batch), SDPA.name, rounds=3),
         Race(
             f"{n_new} tokens after {min(UNEQUAL)} to {max(UNEQUAL)}, batch of {BATCH}, a neuron ablated",
             [
@@ -33,5 +33,6 @@ def races(setup: Setup) -> list[Race]:
                 Entry(FLOOR, "greedy", batch),
             ],
             equal,
+            rounds=3,
         ),
     ]

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import __main__, capture, child, forward, harness, import_time, parity, sample
-from benchmarks.contestants import BRIDGE_4, FLOOR, OURS, PLAIN
+from benchmarks import __main__, child, forward, harness, import_time, parity, sample
+from benchmarks.contestants import BRIDGE_4, FLOOR, OURS, PLAIN, ours, plain
 from benchmarks.harness import Contestant, Entry, Harness, Race, Result
-from benchmarks.workloads import Setup
+from benchmarks.workloads import Prepared, Setup
 
 
 @pytest.fixture(scope="module")
@@ -24,31 +25,37 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     return Setup(tmp_path_factory.mktemp("benchmarks"), quick=True)
 
 
-def of(race: Race, *contestants: Contestant) -> Race:
-    """The race with some of its entries only."""
-    entries = [entry for entry in race.entries if entry.contestant in contestants]
-    return Race(race.title, entries, entries[0].shown)
-
-
 def test_contestants_run_and_agree(running: Harness, setup: Setup) -> None:
-    races = [capture.races(setup)[0], sample.races(setup)[1]]
-    for race in races:
-        race = of(race, OURS, PLAIN, FLOOR)
-        ours, plain, floor = results = running.run(race)
-        assert not any(result.error for result in results), results
-        assert [len(result.seconds) for result in results] == [2, 2, 2]
-        assert ours.checksum.keys() == plain.checksum.keys()
-        assert not floor.checksum
-        same = harness.agreement(results, ours.label)
-        assert same["plain torch"] == same[OURS.name], same
-        assert same["plain torch"].startswith(("ids ", "logits ")), same
-        assert "| plain torch |" in harness.table(race, results)
+    race = sample.races(setup)[1]
+    chosen = [entry for entry in race.entries if entry.contestant in (OURS, PLAIN, FLOOR)]
+    race = Race(race.title, chosen, OURS.name)
+    first, second, floor = results = running.run(race)
+    assert not any(result.error for result in results), results
+    assert [len(result.seconds) for result in results] == [2, 2, 2]
+    assert len(first.checksum["ids"]) == setup.new_tokens
+    assert first.checksum == second.checksum
+    assert not floor.checksum
+    assert "| plain torch | " in harness.table(race, results)
+    assert all(result.peak_mib is not None and result.peak_mib >= 0 for result in results)
 
 
-def test_the_ablated_neuron_shows(running: Harness, setup: Setup) -> None:
-    """Otherwise a contestant that ablates nothing would pass for one that does."""
-    plain, ablated = (of(race, OURS) for race in sample.races(setup)[:2])
-    assert running.run(plain)[0].checksum != running.run(ablated)[0].checksum
+@pytest.mark.parametrize("module", [ours, plain])
+def test_workloads_do_what_they_say(module: Any, setup: Setup) -> None:
+    """And the ablated neuron shows: otherwise one that ablates nothing would pass."""
+    work = {"folder": setup.folder, "tokens": setup.tokens(2, 12)}
+    with torch.no_grad():
+        logits = module.logits(**work)()["logits"]
+        assert logits.shape == (2, 12, setup.sizes["vocab_size"])
+        ablated = module.ablated_logits(**work, **setup.ablated)()["logits"]
+        kept = module.keep_post_act(**work)
+        kept = kept.work() if isinstance(kept, Prepared) else kept()
+        loaded = module.load_and_run(**work, first_folder=setup.folder)()["logits"]
+    checksum = {"x": child.checksum(logits)}
+    pair = [Result("a", checksum=checksum), Result("b", checksum={"x": child.checksum(ablated)})]
+    assert harness.agreement(pair, "a")["b"] == "**DIFFERS: x**"
+    assert torch.equal(kept["logits"], logits)
+    assert [x.shape for x in kept["post_act"]] == [(2, 12, 4 * setup.sizes["n_embd"])] * 2
+    assert torch.equal(loaded, logits)
 
 
 def test_who_is_missing_is_listed_with_the_reason(running: Harness) -> None:
@@ -59,10 +66,10 @@ def test_who_is_missing_is_listed_with_the_reason(running: Harness) -> None:
         [Entry(absent, "logits"), Entry(old, "logits"), Entry(OURS, "no_such_workload")],
         OURS.name,
     )
-    absent_, old_, ours = running.run(race)
+    absent_, old_, lacking = running.run(race)
     assert absent_.error == "not installed"
     assert old_.error.startswith("not installed (version")
-    assert ours.error == "not offered"
+    assert lacking.error == "not offered"
     assert "| absent | - | - | - | - | not installed |" in harness.table(race, running.run(race))
 
 
