@@ -68,10 +68,48 @@ def _linears(
     if copy is not None:
         result = _multiply(x, copy.weight, copy.bias, copy.onednn, gelu)
         return torch.split(result, copy.sizes, dim=-1) if len(layers) > 1 else [result]
+    joined = _joined(layers)
+    if joined is not None:
+        result = _multiply(x, joined, _joined_bias(layers), _is_large(x, joined), gelu)
+        return torch.split(result, [layer.out_features for layer in layers], dim=-1)
     return [
-        _multiply(x, layer.weight, layer.bias, x.numel() * layer.out_features >= LARGE, gelu)
-        for layer in layers
+        _multiply(x, layer.weight, layer.bias, _is_large(x, layer.weight), gelu) for layer in layers
     ]
+
+
+def _is_large(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN has an advantage; it is very slow with a weight that is a part of a matrix."""
+    dense = weight.is_contiguous() or weight.t().is_contiguous()
+    return dense and x.numel() * weight.shape[0] >= LARGE
+
+
+def _joined(layers: Maps) -> Tensor | None:
+    """The matrix ``[o, i]`` of all weights together, where they are columns of one ``[i, o]`` in memory.
+
+    So are Hugging Face's queries, keys and values when a model was loaded from such a folder.
+    """
+    first, n_out, n_in = (
+        layers[0].weight,
+        sum(m.out_features for m in layers),
+        layers[0].in_features,
+    )
+    start = first.storage_offset()
+    for layer in layers:
+        weight = layer.weight
+        if (
+            weight.stride() != (1, n_out)
+            or weight.storage_offset() != start
+            or weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        ):
+            return None
+        start += layer.out_features
+    return first.as_strided((n_out, n_in), (1, n_out)) if len(layers) > 1 else None
+
+
+def _joined_bias(layers: Maps) -> Tensor | None:
+    if any(layer.bias is None for layer in layers):
+        return None
+    return torch.cat([layer.bias for layer in layers])
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool, gelu: bool) -> Tensor:
@@ -128,7 +166,7 @@ class _Copy:
     """Whether it is for oneDNN's product."""
     sizes: list[int]
     """Outputs of each map."""
-    parameters: list[tuple[nn.Linear, nn.Parameter, int, int]]
+    parameters: list[tuple[nn.Linear, Tensor, int, int]]
     """Of each weight and bias: its map, itself, its version and address."""
     fingerprints: list[Tensor]
 
@@ -177,11 +215,12 @@ class WeightCopies:
         return sum(
             copy.weight.numel() * copy.weight.element_size()
             for copy in self._copies.values()
-            if all(copy.weight.data_ptr() != p[3] for p in copy.parameters)
+            # A weight that already lay as wanted was not copied.
+            if copy.weight.is_mkldnn or all(copy.weight.data_ptr() != p[3] for p in copy.parameters)
         )
 
 
-def _parameters(layers: Maps) -> list[nn.Parameter]:
+def _parameters(layers: Maps) -> list[Tensor]:
     return [
         parameter
         for layer in layers
@@ -192,11 +231,10 @@ def _parameters(layers: Maps) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def _copied(layers: Maps, single: bool, n_rows: int) -> _Copy:
-    parts: list[Tensor] = [layer.weight for layer in layers]
-    weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+    weight: Tensor = layers[0].weight
     bias: Tensor | None = layers[0].bias
-    if len(layers) > 1 and bias is not None:
-        bias = torch.cat([layer.bias for layer in layers])
+    if len(layers) > 1:
+        weight, bias = torch.cat([layer.weight for layer in layers]), _joined_bias(layers)
     narrows = weight.shape[0] < weight.shape[1]
     if single:
         # The longer side last: the one row times the matrix is read from memory along it.

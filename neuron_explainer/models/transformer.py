@@ -439,6 +439,12 @@ class TransformerLayer(nn.Module):
         apply_layernorm_foldin(self.ln_2, [self.mlp.in_layer])
 
 
+def _uninitialised_embedding(n_rows: int, width: int, **at: Any) -> nn.Embedding:
+    # With a weight given, or torch would draw normal values, for which on "meta" it imports its
+    # compiler: a second.
+    return nn.Embedding(n_rows, width, _weight=torch.empty(n_rows, width, **at))
+
+
 class Transformer(nn.Module):
     """A decoder-only transformer: embedding, layers, final norm, unembedding.
 
@@ -467,8 +473,8 @@ class Transformer(nn.Module):
         """What the checkpoint says of itself (training data, figures); saved again with the model."""
         # Made on "meta": torch's own initial values would only cost time and random numbers.
         at: dict[str, Any] = {"device": "meta", "dtype": dtype}
-        self.tok_embed = nn.Embedding(cfg.n_vocab, cfg.d_model, **at)
-        self.pos_embed = nn.Embedding(cfg.ctx_window, cfg.d_model, **at)
+        self.tok_embed = _uninitialised_embedding(cfg.n_vocab, cfg.d_model, **at)
+        self.pos_embed = _uninitialised_embedding(cfg.ctx_window, cfg.d_model, **at)
         self.xf_layers = nn.ModuleList(
             TransformerLayer(cfg, layer, **at) for layer in range(cfg.n_layers)
         )

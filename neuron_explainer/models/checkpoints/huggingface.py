@@ -1,7 +1,8 @@
 """Hugging Face's GPT-2 folders: ``config.json`` and safetensors, one file or shards.
 
 Differences from our state dict: a ``transformer.`` prefix that some files lack; linear layers are
-``Conv1D``, whose weights are transposed; q, k and v are one matrix; the unembedding is usually the
+``Conv1D``, whose weights are transposed (ours are views with the strides of theirs, no copies); q, k
+and v are one matrix; the unembedding is usually the
 embedding ("tied") and not stored. Settings that would change a number and that our transformer does
 not have are refused by name.
 """
@@ -27,7 +28,6 @@ from neuron_explainer.models.checkpoints.report import (
     compare,
     expected_shapes,
     make_config,
-    own_copy,
     same_bytes,
     wanted_keys,
 )
@@ -35,6 +35,7 @@ from neuron_explainer.models.checkpoints.tensor_files import (
     SafetensorsFile,
     TensorFile,
     TorchFile,
+    take,
 )
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.tokenizers import NO_TOKENIZER, TokenizerSpec
@@ -145,7 +146,9 @@ def load_huggingface(
         tensors.check(_their_shapes(cfg, places), tied=tied)
         for key in wanted:
             place = places[key]
-            state_dict[key] = own_copy(place.take(tensors.read(place.name)), dtype, device)
+            again = tied and key == "unembed.weight"
+            part, full = tensors.at(place.name)
+            state_dict[key] = take(part, full, dtype, device, place.take, again=again)
     sizes = {*_SIZES, "n_inner", "n_ctx", "activation_function", "layer_norm_epsilon"}
     rest = {name: value for name, value in config.items() if name not in sizes}
     return LoadedCheckpoint(cfg, state_dict, tokenizer, {"huggingface": rest}, "huggingface")
@@ -231,9 +234,13 @@ class _Tensors:
             )
         self._at[name] = (part, full)
 
-    def read(self, name: str) -> torch.Tensor:
+    def at(self, name: str) -> tuple[TensorFile, str]:
+        """The file that holds a tensor, and its name there."""
+        return self._at[name]
+
+    def _read(self, name: str) -> torch.Tensor:
         part, full = self._at[name]
-        return part.read(full)
+        return part.read_apart(full)
 
     def _info(self, name: str) -> TensorInfo:
         part, full = self._at[name]
@@ -249,7 +256,7 @@ class _Tensors:
             self._check_tie()
 
     def _check_tie(self) -> None:
-        if not same_bytes(self.read(_LM_HEAD), self.read("wte.weight")):
+        if not same_bytes(self._read(_LM_HEAD), self._read("wte.weight")):
             raise CheckpointError(
                 f"{self._report.where}: config.json says the unembedding is the embedding "
                 f"(tie_word_embeddings), yet {_LM_HEAD} differs from wte.weight. Set "

@@ -1,8 +1,9 @@
 """Our own format: ``config.json`` and ``model.safetensors`` in a folder, with its tokenizer.
 
 Tensors that hold the same bits, such as a tied ``unembed.weight``, are stored once; ``shared`` in
-the config says which name stands for which. Loading gives each its own memory again: a model whose
-two names shared one tensor would train it twice as fast, without a word.
+the config says which name stands for which. Loading gives each a map of its own, so that a change of
+one never reaches the other: a model whose two names shared one tensor would train it twice as fast,
+without a word.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,11 +25,10 @@ from neuron_explainer.models.checkpoints.report import (
     compare,
     config_from,
     expected_shapes,
-    own_copy,
     same_bytes,
     wanted_keys,
 )
-from neuron_explainer.models.checkpoints.tensor_files import SafetensorsFile
+from neuron_explainer.models.checkpoints.tensor_files import SafetensorsFile, take
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.tokenizers import TOKENIZER_FILE, TokenizerSpec, write_tiktoken
 
@@ -138,7 +138,8 @@ def load_native(
         file = SafetensorsFile(files.fetch(files.join(source, WEIGHTS_FILE)))
         _check_tensors(file, expected, shared)
         state_dict = {
-            name: own_copy(file.read(shared.get(name, name)), dtype, device) for name in wanted
+            name: take(file, shared.get(name, name), dtype, device, again=name in shared)
+            for name in wanted
         }
     return LoadedCheckpoint(
         config=cfg,

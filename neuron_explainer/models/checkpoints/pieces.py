@@ -110,9 +110,11 @@ def load_pieces(
     report.raise_if_any(_FITS)
     state_dict: StateDict = {}
     for name in wanted:
-        # Each map of a file is closed as soon as it was copied.
+        # Each map of a file that was copied is closed at once.
         piece = read[name] if name == _EMBEDDING else read.pop(name)
-        state_dict[name] = own_copy(piece, dtype, device)
+        as_stored = dtype in (None, piece.dtype) and torch.device(device).type == "cpu"
+        keep = as_stored and piece.is_contiguous()
+        state_dict[name] = piece.detach() if keep else own_copy(piece, dtype, device)
     return LoadedCheckpoint(cfg, state_dict, tokenizer=None, metadata={}, format="pieces")
 
 

@@ -26,7 +26,8 @@ class LoadedCheckpoint:
 
     config: TransformerConfig
     state_dict: StateDict
-    """Tensors that own their memory: none is a view of a file or of another one."""
+    """Tensors that no other one shares memory with; views of privately mapped files, where they are
+    loaded as they are stored: a change of one reaches neither its file nor another."""
     tokenizer: TokenizerSpec | None
     """The folder's own tokenizer; None where it has none and ``config.enc`` names a known one."""
     metadata: dict[str, Any]

@@ -1,23 +1,29 @@
 """Reading single tensors out of safetensors files and of ``torch.save``'s files.
 
-Both are memory-mapped and every tensor is copied out of the map on its own, so that loading takes
-the memory of the result and no more, and nothing that is loaded hangs on the file afterwards: a
-file that is overwritten cannot change, or kill, a model that was read from it.
+Both are memory-mapped, privately: what is loaded as it is stored, to the CPU, are views of the map.
+Loading then takes no time and no memory; pages are read when they are first used, and a change made
+to a tensor goes to a copy of its pages, never to the file or to another tensor. What is cast or goes to
+a device is copied out tensor by tensor, and the map given back.
+
+A model that was loaded so hangs on its file as long as it lives. A file that is replaced or deleted,
+as every writer of this library does it, stays there for the model; one that is rewritten or cut in
+place by another program changes, or kills, the model. ``copy.deepcopy(model)`` has memory of its own.
 """
 
 import pickle
 import re
 import warnings
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from neuron_explainer.errors import CheckpointError
-from neuron_explainer.models.checkpoints.report import TensorInfo, damaged
+from neuron_explainer.models.checkpoints.report import TensorInfo, damaged, own_copy
 
 # Names in safetensors headers; every other dtype is an integer or boolean one.
 _FLOATS = {
@@ -38,7 +44,11 @@ class TensorFile(ABC):
 
     @abstractmethod
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, perhaps a view of the mapped file: copy it before you keep it."""
+        """One tensor, a view of a map of its own or of all that was read."""
+
+    @abstractmethod
+    def read_apart(self, name: str) -> torch.Tensor:
+        """One tensor that shares no memory with others read."""
 
 
 class SafetensorsFile(TensorFile):
@@ -47,6 +57,7 @@ class SafetensorsFile(TensorFile):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.infos = {}
+        self._map: Any = None
         with self._open() as file:
             for name in file.keys():  # noqa: SIM118  # not a mapping
                 part = file.get_slice(name)
@@ -56,7 +67,11 @@ class SafetensorsFile(TensorFile):
                 )
 
     def read(self, name: str) -> torch.Tensor:
-        # Opened anew for each tensor, which takes 0.1 ms: what was read of the map is given back.
+        # One map for all: to open the file takes 0.1 ms.
+        self._map = self._map or self._open()
+        return self._map.get_tensor(name)  # type: ignore[no-any-return]
+
+    def read_apart(self, name: str) -> torch.Tensor:
         with self._open() as file:
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor
@@ -95,6 +110,31 @@ class TorchFile(TensorFile):
     def read(self, name: str) -> torch.Tensor:
         return self._tensors[name]
 
+    def read_apart(self, name: str) -> torch.Tensor:
+        return self._tensors[name].clone()
+
+
+def take(
+    file: TensorFile,
+    name: str,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    view: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach,
+    *,
+    again: bool = False,
+) -> torch.Tensor:
+    """A part of one tensor of a file, as it is stored where that is what is asked for.
+
+    Args:
+        view: takes the part.
+        again: whether another name holds the same part; each then has memory of its own.
+    """
+    info = file.infos[name]
+    stored = dtype is None or str(dtype) == f"torch.{info.dtype}"
+    if stored and torch.device(device).type == "cpu":
+        return view(file.read_apart(name) if again else file.read(name))
+    return own_copy(view(file.read_apart(name)), dtype, device)
+
 
 def torch_load(path: Path) -> Any:
     """``torch.load`` of tensors and plain values only: a pickle that would run code is refused."""
@@ -121,14 +161,45 @@ def torch_load(path: Path) -> Any:
 
 def _check_sums(path: Path) -> None:
     """torch itself does not look at the checksums that it writes, and would load flipped bits."""
-    with zipfile.ZipFile(path) as archive:
-        broken = archive.testzip()
-    if broken is not None:
-        raise CheckpointError(
-            f"{path}: the checksum of {broken} in it is not that of its content: this file is "
-            "damaged (or was written with torch.serialization.set_crc32_options(False)). Copy or "
-            "download it again; nothing of it was used."
-        )
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for entry in archive.infolist():
+            # zipfile's own reading of large entries takes several times as long.
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size < 2**16:
+                _read_entry(archive, entry)  # checks it
+            elif _stored_sum(file, archive, entry) != entry.CRC:
+                raise _broken(path, entry.filename)
+
+
+def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    try:
+        archive.read(entry)
+    except zipfile.BadZipFile as error:
+        raise _broken(Path(str(archive.filename)), entry.filename) from error
+
+
+def _stored_sum(file: IO[bytes], archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
+    """The checksum of an uncompressed entry's content."""
+    with archive.open(
+        entry
+    ):  # reads the entry's own header, whose end is the beginning of the data
+        start = archive.fp.tell()  # type: ignore[union-attr]  # an open archive has one
+    file.seek(start)
+    chunk, total, left = bytearray(2**20), 0, entry.file_size
+    while left:
+        read = file.readinto(memoryview(chunk)[:left])  # type: ignore[attr-defined]  # a buffered file
+        if not read:
+            break
+        total = zlib.crc32(memoryview(chunk)[:read], total)
+        left -= read
+    return total
+
+
+def _broken(path: Path, entry: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: the checksum of {entry} in it is not that of its content: this file is "
+        "damaged (or was written with torch.serialization.set_crc32_options(False)). Copy or "
+        "download it again; nothing of it was used."
+    )
 
 
 def _reason(error: Exception) -> str:
