@@ -105,7 +105,7 @@ class Wandb:
         record = folder / "wandb.json"
         identity = files.read_json(record)["id"] if record.exists() else None
         self._run = module.init(
-            config=dict(settings), id=identity, resume="allow", name=folder.name
+            config=dict(settings), id=identity, resume="allow", name=folder.name, dir=str(folder)
         )
         if identity is None:
             files.write_json(record, {"id": self._run.id})
