@@ -213,14 +213,19 @@ def test_every_latent_is_below_its_bound(make):
     assert tried.any() or make is huge_and_tiny
 
 
-def test_bounds_have_room_for_roundings_of_norms_and_of_sums():
-    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 7)
-    x = 1 + signs * 2.0**-9  # what bfloat16 takes off is the latents themselves: no slack at all
+def test_bounds_have_room_for_errors_of_adding():
+    # Nothing is lost by rounding here: all that is added to the products is for adding them up.
+    signs = normal(300, 64).sign()
     prepared = prepare(signs, None)
-    operand, _, _ = certified._row_operand(x, prepared.largest)
+    operand, _, _ = certified._row_operand(signs[:20], prepared.largest)
     upper = operand.double() @ prepared.operand.double().T
-    terms = operand[:, :7].double().abs() @ prepared.operand[:, :7].double().abs().T
-    assert (upper - x.double() @ signs.double().T >= (7 + 8) * 2.0**-22 * terms).all()
+    exact = signs[:20].double() @ signs.double().T
+    assert (upper - exact >= (64 + 8) * 2.0**-22 * 64).all()
+
+
+def test_norms_are_rounded_upwards():
+    norms = normal(10_000).abs()
+    assert (certified._up(norms).double() >= norms.double() * (1 + 2.0**-9)).all()
 
 
 def test_the_rounding_of_the_bounds_themselves_is_reckoned_with():
