@@ -32,6 +32,10 @@ class InputError(NeuronExplainerError):
     """Tokens, prompts, tensors or settings that a call cannot work with."""
 
 
+class DistributedError(NeuronExplainerError):
+    """Another of the processes that share a run is gone, or did not answer in time."""
+
+
 class MissingExtraError(NeuronExplainerError, ImportError):
     """An optional dependency is needed for this call and is not installed."""
 

@@ -31,6 +31,7 @@ class Dictionary(nn.Module):
         skip: whether a linear map of the input goes past the latents; transcoders only.
         autocast: whether matrix products are computed in bfloat16.
         generator: draws the first directions, on the CPU so that they do not depend on the device.
+        here: which of the latents this has, the others being in other processes; all if None.
     """
 
     input_mean: Tensor
@@ -53,13 +54,15 @@ class Dictionary(nn.Module):
         autocast: bool = False,
         dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
+        here: range | None = None,
     ) -> None:
         super().__init__()
-        self.n_latents, self.n_inputs = n_latents, n_inputs
+        here = range(n_latents) if here is None else here
+        self.n_latents_everywhere, self.n_latents, self.n_inputs = n_latents, len(here), n_inputs
         self.is_transcoder = n_outputs is not None
         self.n_outputs = n_inputs if n_outputs is None else n_outputs
         self.autocast = autocast
-        directions = _unit_rows(n_latents, n_inputs, generator, dtype)
+        directions = _unit_rows(n_latents, n_inputs, generator, dtype, here)
         self.encoder = nn.Parameter(directions)
         self.decoder: nn.Parameter | None = None
         if not tied:
@@ -68,9 +71,9 @@ class Dictionary(nn.Module):
             self.decoder = nn.Parameter(
                 directions.clone()
                 if same
-                else _unit_rows(n_latents, self.n_outputs, generator, dtype)
+                else _unit_rows(n_latents, self.n_outputs, generator, dtype, here)
             )
-        self.latent_bias = nn.Parameter(torch.zeros(n_latents, dtype=dtype))
+        self.latent_bias = nn.Parameter(torch.zeros(len(here), dtype=dtype))
         self.pre_bias = nn.Parameter(torch.zeros(n_inputs, dtype=dtype))
         self.post_bias: nn.Parameter | None = None
         self.skip: nn.Parameter | None = None
@@ -191,7 +194,20 @@ class Dictionary(nn.Module):
         autoencoder.post_bias.copy_(post_bias)
 
 
+_BLOCK = 4096  # rows that are drawn at a time
+
+
 def _unit_rows(
-    n_rows: int, width: int, generator: torch.Generator | None, dtype: torch.dtype
+    n_rows: int, width: int, generator: torch.Generator | None, dtype: torch.dtype, here: range
 ) -> Tensor:
-    return F.normalize(torch.randn(n_rows, width, generator=generator, dtype=dtype), dim=1)
+    """Those rows ``here`` of the ``n_rows`` that would be drawn at once, but never held so."""
+    if len(here) == n_rows:
+        return F.normalize(torch.randn(n_rows, width, generator=generator, dtype=dtype), dim=1)
+    parts = []
+    # A multiple of 16 numbers at a time, and no few at last, are drawn as in one piece.
+    ends = [*range(_BLOCK, n_rows - _BLOCK + 1, _BLOCK), n_rows]
+    for start, end in zip([0, *ends], ends, strict=False):
+        drawn = torch.randn(end - start, width, generator=generator, dtype=dtype)
+        own = drawn[max(0, here.start - start) : max(0, here.stop - start)]
+        parts.append(F.normalize(own, dim=1))
+    return torch.cat(parts)

@@ -2,7 +2,8 @@
 
     config.json                      the run's settings, for the record and for resuming
     log.jsonl                        one line each log_every steps
-    checkpoints/00001200/            state.json, state.safetensors: all that is needed to go on
+    checkpoints/00001200/            state.json, state.safetensors: all that is needed to go on (one
+                                     of each for every process where these hold some latents each)
     autoencoders/<name>/             what was trained (``autoencoder/`` where there is only one)
     finished.json                    written last
 
@@ -22,12 +23,12 @@ import safetensors.torch
 from torch import Tensor
 
 from neuron_explainer import files
+from neuron_explainer.dictionaries.distributed import ALONE, World
 from neuron_explainer.errors import CheckpointError, InputError
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-_STATE, _TENSORS = "state.json", "state.safetensors"
 
 
 class RunFolder:
@@ -37,15 +38,27 @@ class RunFolder:
         path: absent, empty, or the folder of an unfinished run with the same settings.
         settings: of the run, as JSON can hold them.
         keep: how many checkpoints stay.
+        world: the processes that share it. The first one writes, but for the parts of a state that
+            others alone have; all read.
     """
 
-    def __init__(self, path: str | Path, settings: dict[str, Any], keep: int) -> None:
-        self.path = Path(path)
+    def __init__(
+        self, path: str | Path, settings: dict[str, Any], keep: int, world: World = ALONE
+    ) -> None:
+        self.path, self._world = Path(path), world
+        part = f"-{world.rank + 1}-of-{world.size}" if world.splits_latents else ""
+        self._state, self._tensors = f"state{part}.json", f"state{part}.safetensors"
         self._settings, self._keep = settings, keep
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
         """Check that the folder is ours to use, and keep others out of it in the meantime."""
+        with contextlib.ExitStack() as stack:
+            self._world.on_first(lambda: stack.enter_context(self._open()))
+            yield
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
         config = self.path / "config.json"
         if self.path.is_file():
             raise InputError(f"{self.path} is a file; a run needs a folder.")
@@ -87,43 +100,67 @@ class RunFolder:
     # ---- checkpoints ---------------------------------------------------------------------------
 
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, whole or not at all; then, and only then, older ones may go."""
+        """Write a checkpoint, whole or not at all; then, and only then, older ones may go.
+
+        Nobody goes on before it is there.
+        """
+        target = self.path / "checkpoints" / f"{step:08d}"
+        with contextlib.ExitStack() as stack:
+
+            def begin() -> str:
+                if target.exists():  # a damaged one, passed over when the run was resumed
+                    shutil.rmtree(target)
+                return str(stack.enter_context(files.atomic_folder(target)))
+
+            temporary = Path(self._world.on_first(begin))
+            if self._world.is_first or self._world.splits_latents:
+                self._write(temporary, step, state)
+            self._world.everyone(True)  # has written
+        self._world.on_first(self._remove_old)
+
+    def _write(self, folder: Path, step: int, state: dict[str, Any]) -> None:
         tensors: dict[str, Tensor] = {}
         tree = _take_tensors(state, "", tensors)
-        target = self.path / "checkpoints" / f"{step:08d}"
-        if target.exists():  # a damaged one, passed over when the run was resumed
-            shutil.rmtree(target)
-        with files.atomic_folder(target) as temporary:
-            safetensors.torch.save_file(tensors, temporary / _TENSORS)
-            files.write_json(
-                temporary / _STATE,
-                {"format_version": FORMAT_VERSION, "step": step, "state": tree},
-            )
+        safetensors.torch.save_file(tensors, folder / self._tensors)
+        content = {"format_version": FORMAT_VERSION, "step": step, "state": tree}
+        files.write_json(folder / self._state, content)
+
+    def _remove_old(self) -> None:
         for old in self._checkpoints()[self._keep :]:
             shutil.rmtree(old)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The newest state that can be read; None if there is none.
+        """The newest state that can be read, by all processes; None if there is none.
 
         Leftovers of writes that were cut off are removed.
         """
-        for leftover in (self.path / "checkpoints").glob(".*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        found = self._checkpoints()
-        for folder in found:
-            try:
-                tensors = safetensors.torch.load_file(folder / _TENSORS)
-                stored = files.read_json(folder / _STATE)
-                state: dict[str, Any] = _put_tensors(stored["state"], tensors)
+        found = self._world.on_first(self._tidied)
+        for name in found:
+            state = self._read(self.path / "checkpoints" / name)
+            if self._world.everyone(state is not None):
                 return state
-            except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-                logger.warning("%s is damaged and passed over: %s", folder, error)
         if found:
             raise CheckpointError(
                 f"none of the checkpoints in {self.path / 'checkpoints'} can be read; remove them "
                 "to begin the run anew."
             )
         return None
+
+    def _tidied(self) -> list[str]:
+        """Names of checkpoints, newest first, when leftovers are gone."""
+        for leftover in (self.path / "checkpoints").glob(".*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        return [folder.name for folder in self._checkpoints()]
+
+    def _read(self, folder: Path) -> dict[str, Any] | None:
+        try:
+            tensors = safetensors.torch.load_file(folder / self._tensors)
+            stored = files.read_json(folder / self._state)
+            state: dict[str, Any] = _put_tensors(stored["state"], tensors)
+        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+            logger.warning("%s is damaged and passed over: %s", folder, error)
+            return None
+        return state
 
     def _checkpoints(self) -> list[Path]:
         """Newest first."""

@@ -18,6 +18,7 @@ from neuron_explainer.dictionaries.batches import BatchSource, TensorBatches
 from neuron_explainer.dictionaries.config import TrainConfig
 from neuron_explainer.dictionaries.config_files import to_dict
 from neuron_explainer.dictionaries.denormals import flush_denormals
+from neuron_explainer.dictionaries.distributed import ALONE, World
 from neuron_explainer.dictionaries.logs import Logs
 from neuron_explainer.dictionaries.objectives import Loss
 from neuron_explainer.dictionaries.run_folder import RunFolder
@@ -58,6 +59,7 @@ def train(
     progress: bool = True,
     log_to: Sequence[str] = (),
     record: Mapping[str, Any] | None = None,
+    world: World = ALONE,
 ) -> Autoencoder:
     """Train one dictionary and return it as an autoencoder of activations as the model has them.
 
@@ -73,10 +75,14 @@ def train(
         log_to: any of ``"tensorboard"``, ``"wandb"``, next to ``log.jsonl``.
         record: what else the folder's config is to say, of the data for example; a run is resumed
             only with the same.
+        world: the processes that train together, of
+            :func:`~neuron_explainer.dictionaries.distributed.open_world`. Each is given the same
+            ``batches``, whole, and all see the same ``folder``. Where each holds some of the latents,
+            the first process gets the autoencoder and the others what they hold of it.
     """
     if isinstance(batches, Tensor):
         batches = TensorBatches(batches, config.batch_size, config.seed)
-    run = _Run({ONLY: config}, batches, single=True, record=record)
+    run = _Run({ONLY: config}, batches, single=True, record=record, world=world)
     return run.to_end(folder, callbacks, progress, log_to)[ONLY]
 
 
@@ -89,6 +95,7 @@ def train_many(
     progress: bool = True,
     log_to: Sequence[str] = (),
     record: Mapping[str, Any] | None = None,
+    world: World = ALONE,
 ) -> dict[str, Autoencoder]:
     """:func:`train` of several dictionaries at once, on batches ``{name: tensor}``.
 
@@ -97,7 +104,7 @@ def train_many(
     """
     if not configs:
         raise InputError("train_many: no configs were given.")
-    run = _Run(dict(configs), batches, single=False, record=record)
+    run = _Run(dict(configs), batches, single=False, record=record, world=world)
     return run.to_end(folder, callbacks, progress, log_to)
 
 
@@ -111,9 +118,10 @@ class _Run:
         *,
         single: bool,
         record: Mapping[str, Any] | None = None,
+        world: World = ALONE,
     ) -> None:
         self.configs, self.single, self.record = configs, single, dict(record or {})
-        self.shared = next(iter(configs.values()))
+        self.shared, self.world = next(iter(configs.values())), world
         for name in _SHARED:
             values = {getattr(config, name) for config in configs.values()}
             if len(values) > 1:
@@ -124,6 +132,7 @@ class _Run:
         self.source = BatchSource(batches)
         self.step = 0
         self.tokens = 0
+        self.n_tokens = 0  # of the last batch, with the parts of all processes
         self.trainees: dict[str, Trainee] = {}
         self.unchecked: list[tuple[int, str, Tensor, Mapping[str, Tensor]]] = []
 
@@ -131,7 +140,13 @@ class _Run:
 
     def settings(self) -> dict[str, Any]:
         dictionaries = {name: to_dict(c) for name, c in self.configs.items()}
-        return {"dictionaries": dictionaries, **({"record": self.record} if self.record else {})}
+        settings = {
+            "dictionaries": dictionaries,
+            **({"record": self.record} if self.record else {}),
+        }
+        if self.world.splits_latents:  # a checkpoint then has a part for each process
+            settings["processes"] = self.world.size
+        return settings
 
     def begin(self) -> None:
         """A new run: sizes, means and scales come from the first batches, left for training."""
@@ -140,7 +155,7 @@ class _Run:
             pairs = [batch[name] for batch in sample]
             (x, target) = pairs[0]
             n_outputs = target.shape[1] if config.transcoder else None
-            trainee = Trainee(config, x.shape[1], n_outputs, x.device)
+            trainee = Trainee(config, x.shape[1], n_outputs, x.device, self.world)
             self.trainees[name] = trainee.measure(pairs)
         self.make_optimizer()
 
@@ -148,7 +163,8 @@ class _Run:
         """Go on from a checkpoint."""
         for name, config in self.configs.items():
             n_inputs, n_outputs, device = state["sizes"][name]
-            trainee = Trainee(config, n_inputs, n_outputs, torch.device(device))
+            place = self.world.device or torch.device(device)
+            trainee = Trainee(config, n_inputs, n_outputs, place, self.world)
             trainee.load_state(state["trainees"][name])
             self.trainees[name] = trainee
         self.make_optimizer()
@@ -216,30 +232,32 @@ class _Run:
                 f"a batch has nothing for {', '.join(missing)}; it has {', '.join(by_name)}."
             )
         return {
-            name: _pair(by_name[name], config, self.trainees.get(name))
+            name: _pair(by_name[name], config, self.trainees.get(name), self.world)
             for name, config in self.configs.items()
         }
 
     def train_step(self) -> tuple[dict[str, Loss], Batch]:
-        """One update of every dictionary; losses and the normalised batch."""
+        """One update of every dictionary; losses of the whole batch, and its part that is here,
+        normalised."""
         batch = self.read(self.source.next())
-        self.tokens += len(next(iter(batch.values()))[0])
+        self.n_tokens = n_tokens = len(next(iter(batch.values()))[0])
+        self.tokens += n_tokens
+        rows = self.world.rows(n_tokens)
         self.optimizer.zero_grad()
         losses, seen = {}, {}
         for group, (name, trainee) in zip(
             self.optimizer.param_groups, self.trainees.items(), strict=True
         ):
             group["lr"] = trainee.lr(self.step)
-            x, target = trainee.normalize(*batch[name])
-            loss = trainee.loss(x, target, self.step)
+            x, target = trainee.normalize(*_part(batch[name], rows))
+            loss = trainee.backward(trainee.loss(x, target, self.step, n_tokens), n_tokens)
             self.note(name, loss, x, target)
-            loss.total.backward()  # type: ignore[no-untyped-call]
-            losses[name], seen[name] = loss._replace(total=loss.total.detach()), (x, target)
+            losses[name], seen[name] = loss, (x, target)
         for trainee in self.trainees.values():
             trainee.before_step()
         self.optimizer.step()
         for name, trainee in self.trainees.items():
-            trainee.after_step(*seen[name], losses[name], self.step, self.optimizer)
+            trainee.after_step(*seen[name], losses[name], self.step, n_tokens, self.optimizer)
         self.step += 1
         return losses, seen
 
@@ -278,7 +296,7 @@ class _Run:
                 self.begin()
                 self.loop(None, callbacks, progress, log_to)
                 return {name: trainee.finish() for name, trainee in self.trainees.items()}
-            place = RunFolder(folder, self.settings(), self.shared.keep_checkpoints)
+            place = RunFolder(folder, self.settings(), self.shared.keep_checkpoints, self.world)
             with place.open():
                 state = place.load_checkpoint()
                 if state is None:
@@ -297,7 +315,10 @@ class _Run:
     ) -> dict[str, dict[str, float]]:
         """Steps, from the one reached to the last; returns the last metrics."""
         c, metrics = self.shared, dict[str, dict[str, float]]()
-        with Logs(c.total_steps, self.step, place, progress, log_to, self.settings()) as logs:
+        if not self.world.is_first:  # the first one speaks for all
+            progress, log_to = False, ()
+        logged = place if self.world.is_first else None
+        with Logs(c.total_steps, self.step, logged, progress, log_to, self.settings()) as logs:
             logs.start_clock(self.tokens)
             while self.step < c.total_steps:
                 losses, seen = self.train_step()
@@ -319,7 +340,10 @@ class _Run:
     def metrics(self, losses: Mapping[str, Loss], seen: Batch) -> dict[str, dict[str, float]]:
         """What the log says of the step that was just done."""
         return {
-            name: {**trainee.metrics(losses[name], seen[name][1]), "lr": trainee.lr(self.step - 1)}
+            name: {
+                **trainee.metrics(losses[name], seen[name][1], self.n_tokens),
+                "lr": trainee.lr(self.step - 1),
+            }
             for name, trainee in self.trainees.items()
         }
 
@@ -327,9 +351,13 @@ class _Run:
         self, place: RunFolder, metrics: dict[str, dict[str, float]]
     ) -> dict[str, Autoencoder]:
         found = {name: trainee.finish() for name, trainee in self.trainees.items()}
-        for name, autoencoder in found.items():
-            autoencoder.save(result_folder(place.path, name), overwrite=True)
-        place.finish(self.step, metrics)
+
+        def save() -> None:
+            for name, autoencoder in found.items():
+                autoencoder.save(result_folder(place.path, name), overwrite=True)
+            place.finish(self.step, metrics)
+
+        self.world.on_first(save)
         return found
 
 
@@ -340,7 +368,15 @@ def result_folder(folder: str | Path, name: str = ONLY) -> Path:
     return Path(folder) / "autoencoders" / re.sub(r"[^\w.+-]", "-", name)
 
 
-def _pair(found: Any, config: TrainConfig, trainee: Trainee | None) -> tuple[Tensor, Tensor]:
+def _part(pair: tuple[Tensor, Tensor], rows: slice) -> tuple[Tensor, Tensor]:
+    """Rows of both; one tensor stays one."""
+    x = pair[0][rows]
+    return x, x if pair[1] is pair[0] else pair[1][rows]
+
+
+def _pair(
+    found: Any, config: TrainConfig, trainee: Trainee | None, world: World
+) -> tuple[Tensor, Tensor]:
     """Input and target of one dictionary, on its device and of its dtype."""
     pair = tuple(found) if isinstance(found, tuple | list) else (found,)
     expected = "a pair of tensors [b, n], [b, o]" if config.transcoder else "a tensor [b, n]"
@@ -356,6 +392,7 @@ def _pair(found: Any, config: TrainConfig, trainee: Trainee | None) -> tuple[Ten
         widths = [x.shape[1] for x in pair]
         if widths != [d.n_inputs, d.n_outputs][: len(pair)]:
             raise InputError(f"the batches' width was {d.n_inputs}, and now it is {widths[0]}.")
-    device = config.device if trainee is None else trainee.dictionary.encoder.device
+    first = world.device or config.device
+    device = first if trainee is None else trainee.dictionary.encoder.device
     moved = tuple(x.detach().to(device=device, dtype=config.torch_dtype) for x in pair)
     return moved[0], moved[-1]

@@ -17,10 +17,18 @@ from neuron_explainer.dictionaries.dead_latents import (
     resample,
 )
 from neuron_explainer.dictionaries.dictionary import Dictionary
+from neuron_explainer.dictionaries.distributed import ALONE, World
 from neuron_explainer.dictionaries.normalization import first_bias, mean_and_scale, variance
-from neuron_explainer.dictionaries.objectives import Loss, Moment, SparseLatents, make_objective
+from neuron_explainer.dictionaries.objectives import (
+    Loss,
+    Moment,
+    Objective,
+    SparseLatents,
+    make_objective,
+)
 from neuron_explainer.dictionaries.objectives.base import squared_error
 from neuron_explainer.dictionaries.schedules import learning_rate_factor, ramp
+from neuron_explainer.errors import InputError
 from neuron_explainer.models.autoencoder import Autoencoder
 
 
@@ -32,16 +40,23 @@ class Trainee(nn.Module):
         n_inputs: width of inputs.
         n_outputs: width of targets of a transcoder, else None.
         device: where it lives.
+        world: the processes that train it, each with the whole of it or with some of its latents.
     """
 
     def __init__(
-        self, config: TrainConfig, n_inputs: int, n_outputs: int | None, device: torch.device
+        self,
+        config: TrainConfig,
+        n_inputs: int,
+        n_outputs: int | None,
+        device: torch.device,
+        world: World = ALONE,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.world = config, world
+        n_latents = config.latents_for(n_inputs)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.dictionary = Dictionary(
-            config.latents_for(n_inputs),
+            n_latents,
             n_inputs,
             n_outputs,
             tied=config.tied,
@@ -49,8 +64,10 @@ class Trainee(nn.Module):
             autocast=config.autocast,
             dtype=config.torch_dtype,
             generator=self.generator,
+            here=world.latents(n_latents),
         )
         self.objective = make_objective(config.objective, self.dictionary)
+        check_split(config, self.objective, world)
         self.dictionary.latent_bias.requires_grad_(self.objective.trains_latent_bias)
         self.counter = ActivityCounter(self.dictionary.n_latents)
         self.to(device)
@@ -77,7 +94,19 @@ class Trainee(nn.Module):
         d.pre_bias.copy_(first_bias(x, self.config.decoder_bias))
         if d.post_bias is not None:
             d.post_bias.copy_(first_bias(target, self.config.decoder_bias))
+        self.world.agree([*self.shared_parameters(), *d.buffers()])
         return self
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """All that every process has the same of."""
+        if not self.world.splits_latents:
+            return list(self.parameters())
+        d = self.dictionary
+        return [
+            p
+            for p in self.parameters()
+            if all(p is not q for q in (d.encoder, d.rows, d.latent_bias))
+        ]
 
     def normalize(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Activations as the dictionary takes them; an autoencoder's target is its input."""
@@ -91,12 +120,15 @@ class Trainee(nn.Module):
         x = (x - d.input_mean) / d.input_scale
         return x, x if same else (target - d.target_mean) / d.target_scale
 
-    def loss(self, x: Tensor, target: Tensor, step: int) -> Loss:
-        """Of normalised activations; counts which latents were active."""
+    def loss(self, x: Tensor, target: Tensor, step: int, n_tokens: int | None = None) -> Loss:
+        """Of normalised activations, those that are here of a batch of ``n_tokens`` (all, if not
+        given); counts which latents were active."""
+        n_tokens = len(x) if n_tokens is None else n_tokens
         dead = self.counter.dead(self.config.dead_after_tokens)
-        moment = self.moment(step, dead)
+        moment = self.moment(step, dead, n_tokens)
         loss: Loss = self.objective.loss(self.dictionary, x, target, moment)
-        self.counter.update(loss.latents, len(x))
+        self.counter.update(loss.latents, n_tokens)
+        self.counter.silent.copy_(self.world.smallest(self.counter.silent))
         if self.config.remedy != "ghost" or not len(dead):
             return loss
         # In the units of the objective's own reconstruction term.
@@ -106,10 +138,23 @@ class Trainee(nn.Module):
             total=loss.total + ghost, terms={**loss.terms, "ghost": ghost.detach()}
         )
 
-    def moment(self, step: int, dead: Tensor) -> Moment:
+    def moment(self, step: int, dead: Tensor, n_tokens: int = 0) -> Moment:
         """What an objective is told of a step."""
         c = self.config
-        return Moment(step, c.total_steps, ramp(step, c.sparsity_warmup_steps), dead)
+        sparsity = ramp(step, c.sparsity_warmup_steps)
+        return Moment(step, c.total_steps, sparsity, dead, n_tokens, self.world)
+
+    def backward(self, loss: Loss, n_tokens: int) -> Loss:
+        """Gradients of the loss of a whole batch; that loss, of which one process has a part."""
+        share = self.world.share(n_tokens)
+        (loss.total * share if share < 1 else loss.total).backward()  # type: ignore[no-untyped-call]
+        self.world.sum_gradients(self.shared_parameters())
+        total = loss.total.detach()
+        if not self.world.splits_batch:
+            return loss._replace(total=total)
+        parts = torch.stack([total, *(term.to(total) for term in loss.terms.values())])
+        total, *terms = self.world.sum_(parts * share)
+        return loss._replace(total=total, terms=dict(zip(loss.terms, terms, strict=True)))
 
     def lr(self, step: int) -> float:
         """Learning rate of a step."""
@@ -128,7 +173,19 @@ class Trainee(nn.Module):
         """Gradients are there: clip them and keep them on the rows' sphere."""
         self.dictionary.constrain_gradient(self.config.decoder_norm)
         if self.config.grad_clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters(), self.config.grad_clip)
+            self._clip_gradient(self.config.grad_clip)
+
+    def _clip_gradient(self, most: float) -> None:
+        if not self.world.splits_latents:
+            nn.utils.clip_grad_norm_(self.parameters(), most)
+            return
+        shared = {id(parameter) for parameter in self.shared_parameters()}
+        squares = self.dictionary.encoder.new_zeros(2)  # of what is here only; of what all have
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                squares[int(id(parameter) in shared)] += parameter.grad.square().sum()
+        norm = (self.world.sum_(squares[0].clone()) + squares[1]).sqrt()
+        nn.utils.clip_grads_with_norm_(self.parameters(), most, norm)
 
     @torch.no_grad()
     def after_step(
@@ -137,40 +194,73 @@ class Trainee(nn.Module):
         target: Tensor,
         loss: Loss,
         step: int,
+        n_tokens: int,
         optimizer: torch.optim.Optimizer,
     ) -> None:
         """Parameters have changed: rows back to their norm, dead latents to life."""
         c = self.config
         self.dictionary.constrain_rows(c.decoder_norm)
-        self.objective.after_step(self.dictionary, loss, self.moment(step, self.counter.silent[:0]))
+        moment = self.moment(step, self.counter.silent[:0], n_tokens)
+        self.objective.after_step(self.dictionary, loss, moment)
         if c.remedy != "resample" or (step + 1) % c.resample_every or step + 1 == c.total_steps:
             return
         dead = self.counter.dead(c.dead_after_tokens)
-        dead = resample(self.dictionary, dead, x, target, loss.error, self.generator)
+        x, target, error = (self.world.gather_rows(t, n_tokens) for t in (x, target, loss.error))
+        dead = resample(self.dictionary, dead, x, target, error, self.generator)
         forget_moments(dict(self.named_parameters()), optimizer, dead, self.dictionary.n_latents)
         self.objective.revive(dead)
         self.counter.revive(dead)
 
-    def metrics(self, loss: Loss, target: Tensor) -> dict[str, float]:
-        """What the log says of a batch. Waits for the device."""
+    def metrics(self, loss: Loss, target: Tensor, n_tokens: int) -> dict[str, float]:
+        """What the log says of a batch. Waits for the device, and for all processes."""
+        error, target = (self.world.gather_rows(t, n_tokens) for t in (loss.error, target))
         active = (
             loss.latents.values if isinstance(loss.latents, SparseLatents) else loss.latents
         ) > 0
         dead = self.counter.dead(self.config.dead_after_tokens)
+        n_active = self.world.sum_(active.sum())
         return {
             "loss": float(loss.total),
             **{name: float(term) for name, term in loss.terms.items()},
-            "fvu": float(squared_error(loss.error) / variance(target)),
-            "l0": float(active.sum()) / len(target),
-            "dead": len(dead),
+            "fvu": float(squared_error(error) / variance(target)),
+            "l0": float(n_active) / n_tokens,
+            "dead": self.world.count(len(dead)),
         }
 
     @torch.no_grad()
     def finish(self) -> Autoencoder:
-        """The dictionary as a plain autoencoder of activations as the model has them."""
+        """The dictionary as a plain autoencoder of activations as the model has them.
+
+        Where each process has some of the latents, the first one gets all of them, on the CPU, and
+        the others their own.
+        """
+        own = self._empty(self.dictionary.n_latents, self.dictionary.encoder.device)
+        self.dictionary.fold_into(own)
+        return self._join(own) if self.world.splits_latents else own
+
+    def _join(self, own: Autoencoder) -> Autoencoder:
+        """One process's latents after the other's."""
+        n_latents = self.dictionary.n_latents_everywhere
+        whole = self._empty(n_latents, torch.device("cpu")) if self.world.is_first else own
+        for theirs, ours in zip(own.parameters(), whole.parameters(), strict=True):
+            if theirs.shape == ours.shape:
+                ours.copy_(theirs)
+        pairs = [(own.encoder.weight, whole.encoder.weight), (own.latent_bias, whole.latent_bias)]
+        if not self.config.tied:
+            pairs.append((own.decoder.weight.t(), whole.decoder.weight.t()))
+        for rank in range(self.world.size):
+            rows = slice(len(own.latent_bias) * rank, len(own.latent_bias) * (rank + 1))
+            for here, there in pairs:
+                part = self.world.send_to_first(here, rank, here.shape)
+                if part is not None:
+                    there[rows] = part
+        return whole
+
+    def _empty(self, n_latents: int, device: torch.device) -> Autoencoder:
+        """An autoencoder with the settings of this run."""
         c, d, each = self.config, self.dictionary, self._per_vector
-        autoencoder = Autoencoder(
-            d.n_latents,
+        return Autoencoder(
+            n_latents,
             d.n_inputs,
             self.objective.activation(d),
             c.tied,
@@ -181,11 +271,9 @@ class Trainee(nn.Module):
             location=c.location,
             output_location=c.output_location,
             model_name=c.model_name,
-            device=d.encoder.device,
+            device=device,
             dtype=c.torch_dtype,
         )
-        d.fold_into(autoencoder)
-        return autoencoder
 
     def state(self) -> dict[str, Any]:
         """All that changes in training, but for the optimiser."""
@@ -195,3 +283,18 @@ class Trainee(nn.Module):
         """Take up what :meth:`state` gave."""
         self.load_state_dict(state["module"])
         self.generator.set_state(state["generator"])
+
+
+def check_split(config: TrainConfig, objective: Objective[Any], world: World) -> None:
+    """An error where processes are to hold some latents each and the run needs all in one place."""
+    if not world.splits_latents:
+        return
+    if not objective.splits_latents:
+        raise InputError(
+            f"{config.objective.name} needs all latents in one process: divide the data instead, or "
+            "train topk."
+        )
+    if config.remedy != "none":
+        raise InputError(
+            f"remedy = {config.remedy} needs all latents in one process; AuxK does without one."
+        )

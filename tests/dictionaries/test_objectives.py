@@ -331,7 +331,7 @@ def test_aux_k_gradients_are_those_of_the_formula_with_a_given_error() -> None:
 
 def test_aux_k_of_a_perfect_reconstruction() -> None:
     dictionary = identity()
-    aux = aux_k_loss(TopKConfig(k=1), dictionary, X, torch.zeros_like(X), torch.tensor([0]))
+    aux = aux_k_loss(TopKConfig(k=1), dictionary, X, torch.zeros_like(X), moment(dead=torch.tensor([0])))
     aux.backward()
     assert float(aux.detach()) == 0
     gradient = dictionary.encoder.grad

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from neuron_explainer.dictionaries.dictionary import Dictionary
+from neuron_explainer.dictionaries.distributed import ALONE, World
 from neuron_explainer.errors import InputError, did_you_mean
 
 
@@ -52,6 +53,15 @@ class Moment(NamedTuple):
     """Factor on sparsity penalties, 1 after their warm-up."""
     dead: Tensor
     """``[d]`` int64: latents that have been silent for too long."""
+    n_tokens: int = 0
+    """Of the whole batch."""
+    world: World = ALONE
+    """The processes that share a run: ``x`` is this one's part of the batch, or ``dictionary`` its
+    part of the latents."""
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Over the whole batch, of what ``x`` is the mean of over the rows that are here."""
+        return self.world.mean(x, self.n_tokens)
 
 
 class SparseLatents(NamedTuple):
@@ -82,11 +92,17 @@ C = TypeVar("C", bound=ObjectiveConfig)
 class Objective(nn.Module, ABC, Generic[C]):
     """A loss, with the parameters and running numbers that only training needs.
 
+    Where processes share a batch, a loss that is a mean over its tokens needs nothing more: such
+    losses are averaged. What else is taken of a batch, to divide by for example, has to go through
+    ``moment.mean``, or its like in ``moment.world``.
+
     All that changes from step to step is kept in parameters and buffers: they are what a checkpoint
     holds. Parameters whose first axis is ``l`` have Adam's moments reset with their latent.
     """
 
     trains_latent_bias: ClassVar[bool] = True
+    splits_latents: ClassVar[bool] = False
+    """Whether it can be computed where each process holds some of the latents."""
 
     def __init__(self, config: C, dictionary: Dictionary) -> None:
         super().__init__()

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuron_explainer.dictionaries.dictionary import Dictionary
+from neuron_explainer.dictionaries.distributed import ALONE, World
 from neuron_explainer.dictionaries.objectives.base import (
     Loss,
     Moment,
@@ -76,10 +77,19 @@ class Active(NamedTuple):
         )
 
 
-def batch_top_k(pre_act: Tensor, k: int) -> Active:
-    """``[b, l]``: the ``b · k`` largest of all, rectified."""
+def batch_top_k(
+    pre_act: Tensor, k: int, world: World = ALONE, n_everywhere: int | None = None
+) -> Active:
+    """``[b, l]``: the ``b · k`` largest of all, rectified.
+
+    Where processes share a batch of ``n_everywhere`` tokens: those that are here of the largest of it.
+    """
     n_tokens, n_latents = pre_act.shape
-    values, flat = pre_act.flatten().topk(min(n_tokens * k, pre_act.numel()), sorted=False)
+    count = k * (n_everywhere if world.splits_batch and n_everywhere else n_tokens)
+    values, flat = pre_act.flatten().topk(min(count, pre_act.numel()), sorted=False)
+    if world.splits_batch:
+        chosen = world.among_largest(values, count)
+        values, flat = values[chosen], flat[chosen]
     flat, order = flat.sort()
     tokens = flat.div(n_latents, rounding_mode="floor")
     starts = torch.searchsorted(tokens, torch.arange(n_tokens, device=flat.device))
@@ -106,7 +116,7 @@ class _BatchTopK(Objective[C]):
 
     def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
         k = k_at(self.config, dictionary, moment.step)
-        active = batch_top_k(dictionary.pre_act(x), k)
+        active = batch_top_k(dictionary.pre_act(x), k, moment.world, moment.n_tokens)
         errors = [target - recons for recons in self.reconstructions(dictionary, x, active)]
         losses = [squared_error(error) / dictionary.variance for error in errors]
         total = torch.stack(losses).mean()
@@ -114,8 +124,8 @@ class _BatchTopK(Objective[C]):
         if len(losses) > 1:
             terms |= {f"prefix_{i}": loss.detach() for i, loss in enumerate(losses[:-1])}
         error = errors[-1].detach()
-        if len(moment.dead) and self.config.aux_coefficient:
-            aux = aux_k_loss(self.config, dictionary, x, error, moment.dead)
+        aux = aux_k_loss(self.config, dictionary, x, error, moment)
+        if aux is not None:
             total = total + self.config.aux_coefficient * aux
             terms["aux"] = aux.detach()
         return Loss(total, terms, error, SparseLatents(active.values.detach(), active.latents))
@@ -133,7 +143,8 @@ class _BatchTopK(Objective[C]):
         """
         assert isinstance(loss.latents, SparseLatents)
         values = loss.latents.values
-        smallest = torch.where(values > 0, values, torch.inf).min()
+        positive = F.pad(torch.where(values > 0, values, torch.inf), (0, 1), value=torch.inf)
+        smallest = moment.world.smallest(positive.min())
         self.seen += 1
         weight = 1 / (self.seen / 10).clamp(1, 1000)
         moved = torch.lerp(self.threshold, smallest, weight)

@@ -72,7 +72,7 @@ class JumpReLU(Objective[JumpReLUConfig]):
         threshold, bandwidth = self.log_threshold.exp() * unit, c.bandwidth * unit
         pre_act = dictionary.pre_act(x).relu()
         latents = jump_relu(pre_act, threshold, bandwidth)
-        l0 = step(pre_act, threshold, bandwidth).sum() / len(x)
+        l0 = moment.mean(step(pre_act, threshold, bandwidth).sum() / len(x))
         error = target - dictionary.decode(latents, x)
         reconstruction = squared_error(error) / dictionary.variance
         excess = l0 if c.target_l0 is None else (l0 / c.target_l0 - 1).square()

@@ -140,7 +140,7 @@ class PAnneal(Objective[PAnnealConfig]):
             return
         assert isinstance(loss.latents, Tensor)
         for index, updates in enumerate((now, now + 1)):
-            self.sums[index] += power_sum(loss.latents, self.p_after(updates))
+            self.sums[index] += moment.mean(power_sum(loss.latents, self.p_after(updates)))
         if self.updates(moment.step + 1, moment.steps) > now:
             known = self.sums[1] > 0
             self.coefficient *= torch.where(known, self.sums[0] / self.sums[1], 1.0)

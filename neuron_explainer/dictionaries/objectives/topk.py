@@ -11,11 +11,13 @@ Shape legend: ``b`` tokens of a batch, ``n`` inputs, ``o`` outputs, ``l`` latent
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from neuron_explainer.dictionaries.dictionary import Dictionary
+from neuron_explainer.dictionaries.distributed import World
 from neuron_explainer.dictionaries.objectives.base import (
     Loss,
     Moment,
@@ -80,40 +82,80 @@ class TopKConfig(AuxKConfig):
 
 def check_k(config: AuxKConfig, dictionary: Dictionary, largest: int) -> None:
     """An error if more latents are to be active than there are."""
-    if largest > dictionary.n_latents:
+    there_are = dictionary.n_latents_everywhere
+    if largest > there_are:
         raise InputError(
-            f"{config.name}: {largest} active latents are more than the {dictionary.n_latents} there "
+            f"{config.name}: {largest} active latents are more than the {there_are} there "
             "are; give more latents, or a smaller k."
         )
 
 
 def k_at(config: AuxKConfig, dictionary: Dictionary, step: int) -> int:
     """Number of active latents a token at a step."""
-    start = config.k_start or max(config.k, min(dictionary.n_inputs, dictionary.n_latents))
+    most = min(dictionary.n_inputs, dictionary.n_latents_everywhere)
+    start = config.k_start or max(config.k, most)
     return annealed_k(step, config.k, start, config.k_anneal_steps)
 
 
 def aux_k_loss(
-    config: AuxKConfig, dictionary: Dictionary, x: Tensor, error: Tensor, dead: Tensor
-) -> Tensor:
-    """``[]``: how badly the best of the dead latents explain ``error`` ``[b, o]``.
+    config: AuxKConfig, dictionary: Dictionary, x: Tensor, error: Tensor, moment: Moment
+) -> Tensor | None:
+    """``[]``: how badly the best of the dead latents explain ``error`` ``[b, o]``; None if none is dead.
 
     The error is taken as it is, without gradient: live latents are not to leave work for dead ones.
     """
-    k = min(config.aux_k or max(1, dictionary.n_outputs // 2), len(dead))
-    d = dictionary
-    values, indices = encode_top_k(
-        x, d.encoder, d.latent_bias, k, pre_bias=d.pre_bias, latents=dead
-    )
-    explained = decode_rows(values.relu(), indices, dictionary.rows)
-    deviation = (error - error.mean(0)).square().sum() / len(error)
+    if not config.aux_coefficient or not (n_dead := moment.world.count(len(moment.dead))):
+        return None
+    k = min(config.aux_k or max(1, dictionary.n_outputs // 2), n_dead)
+    values, indices = largest(dictionary, x, k, moment.world, moment.dead).of(k)
+    explained = moment.world.add_up(decode_rows(values, indices, dictionary.rows))
+    deviation = moment.mean(squared_error(error - moment.mean(error.mean(0))))
     share = squared_error(error - explained) / torch.where(deviation > 0, deviation, 1.0)
     return torch.where(deviation > 0, share, 0.0)  # nothing to explain is not infinitely hard
+
+
+class Largest(NamedTuple):
+    """The largest pre-activations of each token, rectified, and whose they are: ``[b, k]`` each.
+
+    Where processes hold some latents each, those that are here of the largest of all.
+    """
+
+    values: Tensor
+    indices: Tensor
+    standing: Tensor | None
+    """``[b, k]``: how many latents of all processes are larger; None: as many as stand before."""
+
+    def of(self, k: int) -> tuple[Tensor, Tensor]:
+        """Values and indices of the ``k`` largest only."""
+        if self.standing is None:
+            return self.values[:, :k], self.indices[:, :k]
+        among = self.standing < k
+        most = int(among.sum(1).max())  # of a token; the others are in vain
+        values = torch.where(among, self.values, 0.0)
+        return values[:, :most], self.indices[:, :most]
+
+
+def largest(
+    dictionary: Dictionary, x: Tensor, k: int, world: World, latents: Tensor | None = None
+) -> Largest:
+    """The ``k`` largest of all latents, or of those ``[c]`` that are given."""
+    d, k_here = dictionary, min(k, dictionary.n_latents if latents is None else len(latents))
+    if not k_here:
+        nothing = x.new_zeros(len(x), 0)
+        values, indices = nothing, nothing.long()
+    else:
+        values, indices = encode_top_k(
+            x, d.encoder, d.latent_bias, k_here, pre_bias=d.pre_bias, latents=latents
+        )
+    standing = world.standing(values, k) if world.splits_latents else None
+    return Largest(values.relu(), indices, standing)
 
 
 @register("topk", TopKConfig)
 class TopK(Objective[TopKConfig]):
     """Keeps the largest pre-activations of each token; no tensor of all latents outlives that."""
+
+    splits_latents = True
 
     def __init__(self, config: TopKConfig, dictionary: Dictionary) -> None:
         super().__init__(config, dictionary)
@@ -122,29 +164,30 @@ class TopK(Objective[TopKConfig]):
     def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
         config = self.config
         k = k_at(config, dictionary, moment.step)
-        d, larger = dictionary, max(k, config.multi_k or 0)
         # One search for both numbers: values come in descending order.
-        every, which = encode_top_k(x, d.encoder, d.latent_bias, larger, pre_bias=d.pre_bias)
-        every = every.relu()
-        values, indices = every[:, :k], which[:, :k]
-        error = self._error(dictionary, x, target, values, indices)
+        every = largest(dictionary, x, max(k, config.multi_k or 0), moment.world)
+        values, indices = every.of(k)
+        error = target - self._recons(dictionary, x, values, indices, moment.world)
         total = reconstruction = squared_error(error) / dictionary.variance
         terms = {"reconstruction": reconstruction.detach()}
         if config.multi_k is not None:
-            multi = squared_error(self._error(dictionary, x, target, every, which))
-            multi = multi / dictionary.variance
+            more = self._recons(dictionary, x, *every.of(config.multi_k), moment.world)
+            multi = squared_error(target - more) / dictionary.variance
             total = total + config.multi_coefficient * multi
             terms["multi"] = multi.detach()
-        if len(moment.dead) and config.aux_coefficient:
-            aux = aux_k_loss(config, dictionary, x, error.detach(), moment.dead)
+        aux = aux_k_loss(config, dictionary, x, error.detach(), moment)
+        if aux is not None:
             total = total + config.aux_coefficient * aux
             terms["aux"] = aux.detach()
         return Loss(total, terms, error.detach(), SparseLatents(values.detach(), indices))
 
-    def _error(
-        self, dictionary: Dictionary, x: Tensor, target: Tensor, values: Tensor, indices: Tensor
+    def _recons(
+        self, dictionary: Dictionary, x: Tensor, values: Tensor, indices: Tensor, world: World
     ) -> Tensor:
-        return target - dictionary.add_rest(decode_rows(values, indices, dictionary.rows), x)
+        recons = decode_rows(values, indices, dictionary.rows)
+        if not world.splits_latents or world.is_first:  # what all share is added once
+            recons = dictionary.add_rest(recons, x)
+        return world.add_up(recons)
 
     def activation(self, dictionary: Dictionary) -> nn.Module:
         return TopKActivation(self.config.k)

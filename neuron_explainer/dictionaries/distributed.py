@@ -1,0 +1,323 @@
+"""Training on several processes: each takes a part of every batch, or a part of the latents.
+
+    torchrun --nproc-per-node 4 -m neuron_explainer train …        or, in Python,
+    with open_world() as world:
+        train(config, batches, folder, world=world)
+
+Every process goes through the same batches, those that one process alone would have. With ``"data"``
+each computes on its rows of a batch; gradients, and whatever else is a mean over the batch (the
+normaliser of AuxK, the L0 that JumpReLU aims at, the threshold of BatchTopK, which latents fired), are
+those of the whole. With ``"latents"`` each holds its rows of encoder and decoder and sees the whole
+batch; the k largest pre-activations are found among all. Either way the result is that of one process,
+up to the order in which floating point numbers are added.
+
+Collectives are called on the way forward and between passes only, never in a backward pass, so that
+all processes call the same ones in the same order.
+
+Shape legend: ``b`` tokens of a batch, ``r`` of them in this process, ``l`` latents, ``k`` active ones.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neuron_explainer.errors import DistributedError, InputError
+
+Split = Literal["data", "latents"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, seen from one of them. Alone, every method gives what it was given."""
+
+    rank: int = 0
+    """Of this process, from 0."""
+    size: int = 1
+    """How many there are."""
+    split: Split = "data"
+    """What each has a part of."""
+    device: torch.device | None = None
+    """Where this one computes; where config or batches say if not given."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    @property
+    def splits_batch(self) -> bool:
+        return self.size > 1 and self.split == "data"
+
+    @property
+    def splits_latents(self) -> bool:
+        return self.size > 1 and self.split == "latents"
+
+    # ---- parts of a batch ------------------------------------------------------------------------
+
+    def rows(self, n: int, rank: int | None = None) -> slice:
+        """Which rows of a batch of ``n`` are this process's, or another's."""
+        if not self.splits_batch:
+            return slice(0, n)
+        if n < self.size:
+            raise InputError(
+                f"a batch of {n} rows cannot be divided among {self.size} processes; make batch_size "
+                "larger or take fewer processes."
+            )
+        rank = self.rank if rank is None else rank
+        return slice(n * rank // self.size, n * (rank + 1) // self.size)
+
+    def share(self, n: int) -> float:
+        """Part of a batch of ``n`` rows that is this process's."""
+        rows = self.rows(n)
+        return (rows.stop - rows.start) / n if self.splits_batch else 1.0
+
+    def mean(self, x: Tensor, n: int) -> Tensor:
+        """Over a batch of ``n`` rows, of what ``x`` is the mean of over this process's rows.
+
+        Its gradient is that of ``x``: gradients are averaged later, and so is this one.
+        """
+        if not self.splits_batch:
+            return x
+        return _with_value(x, self.sum_(x.detach() * self.share(n)))
+
+    def smallest(self, x: Tensor) -> Tensor:
+        """Entry by entry, the smallest over the parts of a batch; without gradient."""
+        return self._reduce(x.detach().clone(), dist.ReduceOp.MIN) if self.splits_batch else x
+
+    def gather_rows(self, x: Tensor, n: int) -> Tensor:
+        """``[r, …] -> [b, …]``: of each process its rows of a batch of ``n``; without gradient."""
+        if not self.splits_batch:
+            return x
+        own = [self.rows(n, rank) for rank in range(self.size)]
+        lengths = [rows.stop - rows.start for rows in own]
+        parts = self._gather(_padded(x.detach(), max(lengths), 0))
+        return torch.cat([p[:length] for p, length in zip(parts, lengths, strict=True)])
+
+    def among_largest(self, values: Tensor, count: int) -> Tensor:
+        """``[m] -> [m]`` bool: which of them are among the ``count`` largest of a whole batch.
+
+        ``m`` may differ from process to process; the lower rank comes first where values are equal.
+        """
+        longest = -int(self.smallest(torch.tensor(-len(values))))
+        everyone = torch.cat(self._gather(_padded(values.detach(), longest, -torch.inf)))
+        chosen = torch.zeros(len(everyone), dtype=torch.bool, device=values.device)
+        order = everyone.sort(descending=True, stable=True).indices
+        chosen[order[:count]] = True
+        return chosen[self.rank * longest :][: len(values)]
+
+    # ---- parts of the latents --------------------------------------------------------------------
+
+    def latents(self, n_latents: int) -> range:
+        """Which of a dictionary's latents are this process's."""
+        if not self.splits_latents:
+            return range(n_latents)
+        each, rest = divmod(n_latents, self.size)
+        if rest:
+            raise InputError(
+                f"{n_latents} latents cannot be divided evenly among {self.size} processes; make "
+                f"n_latents {self.size * each} or {self.size * (each + 1)}."
+            )
+        return range(each * self.rank, each * (self.rank + 1))
+
+    def count(self, n: int) -> int:
+        """Sum over the parts of the latents, where these are what is divided."""
+        return int(self.sum_(torch.tensor(n))) if self.splits_latents else n
+
+    def add_up(self, x: Tensor) -> Tensor:
+        """Sum over the parts of the latents; every process computes the same loss of it, so that its
+        gradient is that of this process's part."""
+        return _with_value(x, self.sum_(x.detach().clone())) if self.splits_latents else x
+
+    def standing(self, values: Tensor, k: int) -> Tensor:
+        """``[b, ≤ k] -> [b, ≤ k]`` int64: for each token, how many latents of all processes have a
+        larger value, each process having given its largest; the lower latent where values are equal.
+        """
+        width = values.shape[1]
+        padded = F.pad(values.detach(), (0, k - width), value=-torch.inf)
+        everyone = torch.cat(self._gather(padded), 1)
+        order = everyone.sort(dim=1, descending=True, stable=True).indices
+        places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        return torch.empty_like(order).scatter_(1, order, places)[:, self.rank * k :][:, :width]
+
+    def send_to_first(self, x: Tensor, source: int, shape: Sequence[int]) -> Tensor | None:
+        """``x`` of the process ``source``, of that shape, for the first one, on the CPU."""
+        if source == self.rank:
+            x = x.detach().cpu().contiguous()
+            if source:
+                self._do(dist.send, x, 0)
+            return x if self.is_first else None
+        if not self.is_first:
+            return None
+        received = torch.empty(*shape, dtype=x.dtype)
+        self._do(dist.recv, received, source)
+        return received
+
+    # ---- for either ------------------------------------------------------------------------------
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """Sum over processes, written to ``x``."""
+        return self._reduce(x, dist.ReduceOp.SUM) if self.size > 1 else x
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum over processes of the gradients of what all of them hold."""
+        if self.size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None and self.splits_latents:  # used by the first process alone
+                parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad is not None:
+                self.sum_(parameter.grad)
+
+    def agree(self, tensors: Iterable[Tensor]) -> None:
+        """Give all processes the first one's values."""
+        if self.size > 1:
+            for tensor in tensors:
+                self._do(dist.broadcast, tensor.detach(), 0)
+
+    def everyone(self, holds: bool) -> bool:
+        """Whether something holds in every process."""
+        if self.size == 1:
+            return holds
+        return bool(self._reduce(torch.tensor(int(holds)), dist.ReduceOp.MIN))
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """What ``function`` gives in the first process, or an error in all if it fails there.
+
+        The others wait for it. It must give what JSON can hold.
+        """
+        if self.size == 1:
+            return function()
+        if not self.is_first:
+            told = self.tell(None, 0)
+            if "error" in told:
+                raise InputError(told["error"])
+            return told["value"]  # type: ignore[no-any-return]
+        try:
+            value = function()
+        except Exception as error:
+            with contextlib.suppress(DistributedError):
+                self.tell({"error": str(error)}, 0)
+            raise
+        self.tell({"value": value}, 0)
+        return value
+
+    def tell(self, message: Any, source: int) -> Any:
+        """What the process ``source`` says, as JSON holds it."""
+        text = json.dumps(message).encode() if source == self.rank else b""
+        length = torch.tensor(len(text))
+        self._do(dist.broadcast, length, source)
+        content = torch.empty(int(length), dtype=torch.uint8)
+        if text:
+            content.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        self._do(dist.broadcast, content, source)
+        return json.loads(bytes(content.numpy()))
+
+    def broadcast_(self, x: Tensor, source: int) -> Tensor:
+        """The values of the process ``source``, written to ``x``."""
+        self._do(dist.broadcast, x, source)
+        return x
+
+    def _gather(self, x: Tensor) -> list[Tensor]:
+        parts = [x.new_empty(x.shape) for _ in range(self.size)]
+        self._do(dist.all_gather, parts, x.contiguous())
+        return parts
+
+    def _reduce(self, x: Tensor, how: Any) -> Tensor:
+        self._do(dist.all_reduce, x, how)
+        return x
+
+    def _do(self, collective: Callable[..., Any], *args: Any) -> None:
+        try:
+            collective(*args)
+        except (
+            RuntimeError
+        ) as error:  # of the backend: a connection that is closed, a wait too long
+            raise DistributedError(
+                f"process {self.rank} of {self.size}: another process of this run is gone or did not "
+                f"answer in time ({str(error).splitlines()[0]}). What it said stands above. Start the "
+                "same command again to go on from the last checkpoint."
+            ) from error
+
+
+ALONE = World()
+"""One process."""
+
+
+class _WithValue(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _with_value(x: Tensor, value: Tensor) -> Tensor:
+    """``value``, with the gradient of ``x``."""
+    result: Tensor = _WithValue.apply(x, value)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _padded(x: Tensor, length: int, filling: float) -> Tensor:
+    padding = x.new_full((length - len(x), *x.shape[1:]), filling)
+    return torch.cat([x, padding])
+
+
+@contextlib.contextmanager
+def open_world(
+    split: Split = "data", *, timeout: float = 600.0, device: str | None = None
+) -> Iterator[World]:
+    """The processes that ``torchrun`` has started; one alone if it has not.
+
+    On GPUs each process takes the one of its ``LOCAL_RANK``, and NCCL connects them; else gloo.
+
+    Args:
+        split: what each is to have a part of.
+        timeout: seconds after which a process that does not answer is given up. It must be longer
+            than it takes to write a checkpoint.
+        device: ``"cpu"`` or ``"cuda"``; the best there is if not given.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    where = _device(device)
+    try:
+        dist.init_process_group(
+            "gloo" if where.type == "cpu" else "cpu:gloo,cuda:nccl",
+            timeout=datetime.timedelta(seconds=timeout),
+        )
+    except (RuntimeError, ValueError) as error:
+        raise DistributedError(
+            f"cannot join the {size} processes that WORLD_SIZE promises ({error}). Start them with "
+            "torchrun, which sets RANK, MASTER_ADDR and MASTER_PORT."
+        ) from error
+    yield World(dist.get_rank(), size, split, where)
+    # Not after an error: what is under way then may never end, and the process ends anyway.
+    dist.destroy_process_group()
+
+
+def _device(name: str | None) -> torch.device:
+    """Where this process is to compute."""
+    wanted = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if wanted.type == "cpu":
+        return wanted
+    index, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if wanted.type != "cuda" or ":" in str(wanted) or index >= there:
+        raise InputError(
+            f"device {name!r} for process {index} of this machine, which has {there} GPUs: give cuda, "
+            "of which each process takes its own, or cpu."
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
