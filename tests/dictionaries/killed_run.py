@@ -55,7 +55,7 @@ class Plain:
     """The same from the start each time; knows nothing of its place."""
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return iter(Batches())
+        yield from Batches()
 
 
 def configs() -> dict[str, TrainConfig]:
