@@ -179,6 +179,9 @@ def collect_rows(values: Tensor, pairs: Pairs, rows: Tensor) -> Tensor:
 
     A latent's pairs are a bag of an ``embedding_bag`` over the batch; a latent that is nobody's has
     an empty one, and a row of zeros.
+
+    Rejected, at 768 wide with 4,096 x 32 pairs and 16,384 latents on two cores: a CSR matrix times
+    the batch took 1.8 times as long, ``index_add_`` 9 times, ``segment_reduce`` 15 times.
     """
     n_latents, rows = len(pairs.first) - 1, rows.contiguous()
     step = max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1]))
