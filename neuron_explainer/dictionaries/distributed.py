@@ -242,10 +242,11 @@ class World:
         except (
             RuntimeError
         ) as error:  # of the backend: a connection that is closed, a wait too long
+            reason = str(error).partition(". This is")[0]
             raise DistributedError(
                 f"process {self.rank} of {self.size}: another process of this run is gone or did not "
-                f"answer in time ({str(error).splitlines()[0]}). What it said stands above. Start the "
-                "same command again to go on from the last checkpoint."
+                f"answer in time ({reason}). What it said stands above. Start the same command again "
+                "to go on from the last checkpoint."
             ) from error
 
 

@@ -140,10 +140,9 @@ class _Run:
 
     def settings(self) -> dict[str, Any]:
         dictionaries = {name: to_dict(c) for name, c in self.configs.items()}
-        settings = {
-            "dictionaries": dictionaries,
-            **({"record": self.record} if self.record else {}),
-        }
+        settings: dict[str, Any] = {"dictionaries": dictionaries}
+        if self.record:
+            settings["record"] = self.record
         if self.world.splits_latents:  # a checkpoint then has a part for each process
             settings["processes"] = self.world.size
         return settings

@@ -67,7 +67,7 @@ class Trainee(nn.Module):
             here=world.latents(n_latents),
         )
         self.objective = make_objective(config.objective, self.dictionary)
-        check_split(config, self.objective, world)
+        check_split(config, self.objective, n_latents, world)
         self.dictionary.latent_bias.requires_grad_(self.objective.trains_latent_bias)
         self.counter = ActivityCounter(self.dictionary.n_latents)
         self.to(device)
@@ -285,7 +285,9 @@ class Trainee(nn.Module):
         self.generator.set_state(state["generator"])
 
 
-def check_split(config: TrainConfig, objective: Objective[Any], world: World) -> None:
+def check_split(
+    config: TrainConfig, objective: Objective[Any], n_latents: int, world: World
+) -> None:
     """An error where processes are to hold some latents each and the run needs all in one place."""
     if not world.splits_latents:
         return
@@ -293,6 +295,11 @@ def check_split(config: TrainConfig, objective: Objective[Any], world: World) ->
         raise InputError(
             f"{config.objective.name} needs all latents in one process: divide the data instead, or "
             "train topk."
+        )
+    here, k = len(world.latents(n_latents)), getattr(config.objective, "k", 1)
+    if k > here:
+        raise InputError(
+            f"k = {k} is more than the {here} latents of each process; take fewer processes."
         )
     if config.remedy != "none":
         raise InputError(

@@ -130,7 +130,7 @@ class Largest(NamedTuple):
         if self.standing is None:
             return self.values[:, :k], self.indices[:, :k]
         among = self.standing < k
-        most = int(among.sum(1).max())  # of a token; the others are in vain
+        most = max(1, int(among.sum(1).max()))  # of a token; what comes after is nobody's
         values = torch.where(among, self.values, 0.0)
         return values[:, :most], self.indices[:, :most]
 
@@ -141,8 +141,8 @@ def largest(
     """The ``k`` largest of all latents, or of those ``[c]`` that are given."""
     d, k_here = dictionary, min(k, dictionary.n_latents if latents is None else len(latents))
     if not k_here:
-        nothing = x.new_zeros(len(x), 0)
-        values, indices = nothing, nothing.long()
+        values = x.new_full((len(x), 1), -torch.inf)  # the others' are larger
+        indices = torch.zeros_like(values, dtype=torch.int64)
     else:
         values, indices = encode_top_k(
             x, d.encoder, d.latent_bias, k_here, pre_bias=d.pre_bias, latents=latents
