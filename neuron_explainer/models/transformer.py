@@ -448,6 +448,11 @@ def _uninitialised_embedding(n_rows: int, width: int, **at: Any) -> nn.Embedding
 class Transformer(nn.Module):
     """A decoder-only transformer: embedding, layers, final norm, unembedding.
 
+    ``fast = torch.compile(model)`` compiles what runs without hooks; ``model`` itself runs as before.
+
+    In bfloat16, parameters, products and the residual stream are bfloat16; norms and softmax compute in
+    float32 inside.
+
     Args:
         cfg: its sizes.
         recompute: whether to recompute each layer in the backward pass instead of keeping its inner
