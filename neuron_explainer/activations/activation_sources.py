@@ -38,7 +38,8 @@ class LiveSource:
 
     def chunk(self, number: int) -> ActivationBatch | None:
         """The activations of a batch of windows."""
-        if number == self.windows.n_batches:
+        n_batches = self.windows.n_batches
+        if n_batches is not None and number >= n_batches:
             return None
         return self.harvester(self.windows.batch(number))
 

@@ -4,7 +4,7 @@ windows = open_windows(context, "books/", DataConfig(context_length=256), epochs
 batches = open_buffer(context, "books/", "3/mlp.post_act", DataConfig(), batch_size=4096)
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from neuron_explainer.activations.sources import read_documents
 from neuron_explainer.activations.store import ActivationStore
 from neuron_explainer.activations.token_files import open_token_file
 from neuron_explainer.activations.tokens import TokenWindows
-from neuron_explainer.errors import InputError, LocationError
+from neuron_explainer.errors import InputError, LocationError, SourceError, did_you_mean
 from neuron_explainer.models.locations import ActivationLocation, LocationLike, parse_locations
 from neuron_explainer.models.model_context import ModelContext
 
@@ -62,6 +62,10 @@ class DataConfig:
 
 def open_corpus(context: ModelContext, text: str | Path, config: DataConfig) -> TokenCorpus:
     """All documents of a file, of a folder of files, or of a token file's folder."""
+    if not (files.is_remote(str(text)) or Path(text).exists()):
+        parent = Path(text).parent
+        near = [str(parent / path.name) for path in parent.glob("*")]
+        raise SourceError(f"there is no file or folder {text}.{did_you_mean(str(text), near)}")
     if _manifest_kind(text) == "token_file":
         return open_token_file(text, context)
     return tokenize(read_documents(text, config.column, split=config.split), context)
@@ -86,6 +90,12 @@ def open_windows(
     """
     corpus = open_corpus(context, text, config)
     if part != "all" and config.hold_out:
+        if len(corpus) == 1:
+            raise InputError(
+                f"{corpus.name} is a single document, of which none can be set apart to measure on: "
+                "set split to a pattern that cuts it (such as '\\n\\n'), or hold_out to 0 and measure "
+                "on another text."
+            )
         training, held_out = corpus.split(config.hold_out, config.data_seed)
         corpus = held_out if part == "held_out" else training
     elif part == "held_out":
@@ -123,6 +133,7 @@ def open_buffer(
     *,
     pair: tuple[LocationLike, LocationLike] | None = None,
     epochs: int | None = None,
+    share: Callable[[ActivationSource], ActivationSource] | None = None,
 ) -> ShuffleBuffer:
     """Shuffled batches of activations, live or from an activation store.
 
@@ -134,8 +145,11 @@ def open_buffer(
         batch_size: rows of a batch.
         pair: as of :class:`ShuffleBuffer`.
         epochs: None: without end.
+        share: what makes of activations that are computed live those that several processes compute
+            in turn; the buffer then fetches them in the thread that reads it.
     """
     opened: ActivationSource
+    prefetch = True
     if is_store(source):
         store = ActivationStore(source)
         wanted = _stored_places(store, context, locations)
@@ -143,8 +157,12 @@ def open_buffer(
     else:
         windows = open_windows(context, source, config, epochs=epochs)
         opened = LiveSource(open_harvester(context, locations, config), windows)
+        if share is not None:
+            opened, prefetch = share(opened), False
     capacity = max(config.buffer_tokens, 2 * batch_size)
-    return ShuffleBuffer(opened, capacity, batch_size, seed=config.data_seed, pair=pair)
+    return ShuffleBuffer(
+        opened, capacity, batch_size, seed=config.data_seed, pair=pair, prefetch=prefetch
+    )
 
 
 def is_store(path: str | Path) -> bool:

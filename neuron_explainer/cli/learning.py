@@ -2,16 +2,21 @@
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neuron_explainer import files
-from neuron_explainer.cli.common import Result, add_verb
+from neuron_explainer.cli.common import Result, add_verb, positive
 from neuron_explainer.errors import InputError
 
 if TYPE_CHECKING:
     from neuron_explainer.dictionaries import TrainConfig
+    from neuron_explainer.dictionaries.distributed import World
     from neuron_explainer.models.model_context import ModelContext
+
+SOURCE_FILE = "source.json"
+"""In a store's folder: model, text and settings of the harvest, so that what was set apart is known."""
 
 
 def register(verbs: Any) -> None:
@@ -19,25 +24,55 @@ def register(verbs: Any) -> None:
     harvest = add_verb(
         verbs, "harvest", "activations of a text, to disk", run_harvest, show_harvest, data_options
     )
-    harvest.add_argument("text", help="file or folder: txt, csv, jsonl (.gz, .zst), parquet")
+    harvest.usage = "%(prog)s TEXT --location PLACE [PLACE ...] --out STORE [options]"
+    harvest.add_argument(
+        "text", metavar="TEXT", help="file or folder: txt, csv, jsonl (.gz, .zst), parquet"
+    )
     any_model_options(harvest)
     harvest.add_argument(
-        "--location", nargs="+", required=True, help="such as 1/mlp.post_act; no layer: all layers"
+        "--location",
+        nargs="+",
+        required=True,
+        metavar="PLACE",
+        help="such as 1/mlp.post_act; no layer: all layers",
     )
-    harvest.add_argument("--out", required=True, help="folder of the store, new or interrupted")
     harvest.add_argument(
-        "--num-tokens", type=int, help="stop after so many (default: all there are)"
+        "--out", required=True, metavar="STORE", help="folder to write, new or interrupted"
     )
-    harvest.add_argument("--dtype", default="float32", help="on disk: float32, float16, bfloat16")
+    harvest.add_argument(
+        "--num-tokens",
+        type=positive,
+        metavar="N",
+        help="stop with the batch that reaches so many (default: all there are)",
+    )
+    harvest.add_argument(
+        "--dtype",
+        default="float32",
+        metavar="NAME",
+        help="on disk: float32, float16, bfloat16 (default: float32)",
+    )
 
     train = add_verb(
         verbs, "train", "a dictionary, from text or a store", run_train, show_train, train_options
     )
-    train.add_argument("source", nargs="?", help="text as of harvest, or the folder of a store")
-    any_model_options(train)
-    train.add_argument("--out", help="folder of the run; an unfinished one is gone on with")
-    train.add_argument("--config", help=".toml or .json file with settings; flags go before it")
-    train.add_argument("--params", help="params.json of the dictionary_learning script, instead")
+    train.usage = (
+        "%(prog)s SOURCE --location PLACE (--num-tokens N | --steps N) --out RUN [options]"
+    )
+    train.add_argument(
+        "source", nargs="?", metavar="SOURCE", help="text as of harvest, or the folder of a store"
+    )
+    any_model_options(train, "what the store was harvested from, else tiny-tales")
+    train.add_argument(
+        "--out", metavar="RUN", help="folder of the run; an unfinished one is gone on with"
+    )
+    train.add_argument(
+        "--config", metavar="FILE", help=".toml or .json file with settings; flags win over it"
+    )
+    train.add_argument(
+        "--params",
+        metavar="FILE",
+        help="params.json of the dictionary_learning script, instead of --config",
+    )
     train.add_argument(
         "--log-to",
         nargs="+",
@@ -45,16 +80,33 @@ def register(verbs: Any) -> None:
         choices=["tensorboard", "wandb"],
         help="next to log.jsonl",
     )
+    train.add_argument(
+        "--divide",
+        default="data",
+        choices=["data", "latents"],
+        help="of what each process that torchrun started has a part: of every batch, or of the "
+        "latents of a dictionary that is too large for one device (default: data)",
+    )
+    train.add_argument(
+        "--dist-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="after which a process that does not answer is given up (default: 600)",
+    )
 
 
-def any_model_options(verb: argparse.ArgumentParser) -> None:
+def any_model_options(verb: argparse.ArgumentParser, default: str = "tiny-tales") -> None:
     """Which model, of this library or of Hugging Face."""
     verb.add_argument(
         "--model",
+        metavar="NAME",
         help="name, folder or URL; hf:NAME or hf:FOLDER for any causal model of Hugging Face "
-        "(default: tiny-tales)",
+        f"(default: {default})",
     )
-    verb.add_argument("--device", help="such as cpu or cuda:0 (default: the best there is)")
+    verb.add_argument(
+        "--device", metavar="NAME", help="such as cpu or cuda:0 (default: the best there is)"
+    )
 
 
 def open_model(name: str | None, device: str | None) -> "ModelContext":
@@ -100,6 +152,7 @@ def run_harvest(args: argparse.Namespace) -> Result:
     )
     from neuron_explainer.dictionaries.flags import from_flags
 
+    _check_store_folder(Path(args.out))
     context = open_model(args.model, args.device)
     config = from_flags(args, DataConfig)
     harvester = open_harvester(context, args.location, config)
@@ -112,6 +165,8 @@ def run_harvest(args: argparse.Namespace) -> Result:
         num_tokens=args.num_tokens,
         progress=not args.json,
     )
+    origin = _origin(args.model or "tiny-tales", args.text, config)
+    files.write_json(Path(args.out) / SOURCE_FILE, origin)
     return {
         "store": args.out,
         "model": args.model or "tiny-tales",
@@ -119,6 +174,25 @@ def run_harvest(args: argparse.Namespace) -> Result:
         "locations": {str(place): width for place, width in store.header.widths.items()},
         "rows": len(store),
         "bytes": sum(shard.size for shard in store.shards),
+    }
+
+
+def _check_store_folder(out: Path) -> None:
+    """An error, before anything is computed or written, if the folder is for something else."""
+    from neuron_explainer.activations import is_store
+
+    there = [path.name for path in out.glob("[!.]*")] if out.is_dir() else []
+    begun = all(name.startswith("shard-00000") for name in there)  # cut off in its first shard
+    if out.is_file() or not (begun or is_store(out)):
+        raise InputError(f"{out} is there and is no store of activations; choose another --out.")
+
+
+def _origin(model: str, source: str, data: Any) -> Result:
+    """Where vectors come from: what ``evaluate`` needs to find what was set apart."""
+    return {
+        "model": model,
+        "source": source if files.is_remote(source) else str(Path(source).resolve()),
+        "data": dataclasses.asdict(data),
     }
 
 
@@ -130,10 +204,11 @@ def show_harvest(result: Result) -> None:
     )
     for location, width in result["locations"].items():
         print(f"  {location} [{width}]")
-    location = next(iter(result["locations"]))
+    rows = result["rows"]
+    few = f"--batch-size {max(1, rows // 8)} " if rows < 8 * 4096 else ""
     print(
-        f"Next: neuron-explainer train {result['store']} --model {result['model']} "
-        f"--location {location} --num-tokens {result['rows']} --out RUN"
+        f"Next: neuron-explainer train {result['store']} --location {next(iter(result['locations']))} "
+        f"--num-tokens {rows} {few}--out RUN"
     )
 
 
@@ -141,31 +216,55 @@ def show_harvest(result: Result) -> None:
 
 
 def run_train(args: argparse.Namespace) -> Result:
-    """Train a dictionary for each location meant; a run that was interrupted is gone on with."""
+    """Train a dictionary for each location meant; a run that was interrupted is gone on with. With
+    several processes (torchrun --nproc-per-node N -m neuron_explainer train ...) each takes a part."""
+    from neuron_explainer.dictionaries.distributed import open_world
+
+    with open_world(args.divide, timeout=args.dist_timeout, device=args.device) as world:
+        result = _train(args, world)
+    if not world.is_first:  # the first one speaks for all
+        args.json, args.show = False, lambda _: None
+    return result
+
+
+def _train(args: argparse.Namespace, world: "World") -> Result:
+    from functools import partial
+
     from neuron_explainer.activations import open_buffer
     from neuron_explainer.dictionaries import train, train_many
+    from neuron_explainer.dictionaries.shared_source import SharedSource
 
     config, data, source, out = _settings(args)
-    model = args.model or config.model_name
-    context = open_model(model, args.device)
+    harvested = origin_of_store(source)
+    model = args.model or config.model_name or harvested.get("model")
+    context = open_model(model, args.device if world.device is None else str(world.device))
     config = dataclasses.replace(config, model_name=context.model_name, device=args.device)
-    configs = _configs(context, config)
-    record = {
-        "model": model or "tiny-tales",
-        "source": source if files.is_remote(source) else str(Path(source).resolve()),
-        "data": dataclasses.asdict(data),
-    }
-    options = {"log_to": args.log_to, "progress": not args.json, "record": record}
+    configs = _configs(context, config, source)
+    record = _origin(model or "tiny-tales", source, data)
+    if harvested:
+        record["harvest"] = harvested
+    options: dict[str, Any] = {"log_to": args.log_to, "progress": not args.json, "record": record}
+    options["world"] = world
+    share = partial(SharedSource, world=world) if world.size > 1 else None
     places, pair = list(configs), None
     if config.transcoder:
         pair = places[0], config.output_location or ""
         places.append(pair[1])
-    with open_buffer(context, source, places, data, config.batch_size, pair=pair) as batches:
-        if len(configs) == 1:
-            train(next(iter(configs.values())), batches, out, **options)
-        else:
-            by_location: Any = batches  # mappings, since there are several
-            train_many(configs, by_location, out, **options)
+    with open_buffer(
+        context, source, places, data, config.batch_size, pair=pair, share=share
+    ) as batches:
+        try:
+            if len(configs) == 1:
+                train(next(iter(configs.values())), batches, out, **options)
+            else:
+                by_location: Any = batches  # mappings, since there are several
+                train_many(configs, by_location, out, **options)
+        except KeyboardInterrupt:
+            print(
+                f"\ninterrupted: the same command goes on from the last checkpoint in {out}",
+                file=sys.stderr,
+            )
+            raise
         waited, forward = batches.waited_s, batches.forward_s
     finished = files.read_json(Path(out) / "finished.json")
     return {
@@ -178,9 +277,17 @@ def run_train(args: argparse.Namespace) -> Result:
     }
 
 
+def origin_of_store(source: str) -> Result:
+    """What ``harvest`` noted in a store's folder; nothing of a text, or of another maker's store."""
+    from neuron_explainer.activations import is_store
+
+    note = Path(source) / SOURCE_FILE
+    return files.read_json(note) if is_store(source) and note.exists() else {}
+
+
 def _settings(args: argparse.Namespace) -> "tuple[TrainConfig, Any, str, str]":
     """What to train, on what data, from which source, to which folder."""
-    from neuron_explainer.activations import DataConfig
+    from neuron_explainer.activations import DataConfig, is_store
     from neuron_explainer.dictionaries import TrainConfig
     from neuron_explainer.dictionaries.flags import from_flags
     from neuron_explainer.dictionaries.params_json import read_params
@@ -204,19 +311,25 @@ def _settings(args: argparse.Namespace) -> "tuple[TrainConfig, Any, str, str]":
         args.device = args.device or config.device
     if source is None or out is None:
         raise InputError("train needs a text or store to learn from, and --out, a folder to write.")
-    if config.location is None:
+    if config.location is None and not is_store(source):
         raise InputError(
             "--location is missing: which activations to learn, such as 1/mlp.post_act."
         )
     return config, data, source, out
 
 
-def _configs(context: "ModelContext", config: "TrainConfig") -> "dict[str, TrainConfig]":
-    """A config for each single location that ``config.location`` means."""
+def _configs(
+    context: "ModelContext", config: "TrainConfig", source: str
+) -> "dict[str, TrainConfig]":
+    """A config for each single location that ``config.location`` means; for all that a store has if
+    it is not given."""
+    from neuron_explainer.activations import ActivationStore
     from neuron_explainer.models.locations import ActivationLocation
 
-    assert config.location is not None
-    places = ActivationLocation.parse(config.location).expand(context.n_layers)
+    if config.location is None:
+        places = ActivationStore(source).locations
+    else:
+        places = ActivationLocation.parse(config.location).expand(context.n_layers)
     if config.transcoder and (len(places) > 1 or config.output_location is None):
         raise InputError("a transcoder needs one --location and one --output-location.")
     return {str(place): dataclasses.replace(config, location=str(place)) for place in places}

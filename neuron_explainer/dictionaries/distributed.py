@@ -239,9 +239,7 @@ class World:
     def _do(self, collective: Callable[..., Any], *args: Any) -> None:
         try:
             collective(*args)
-        except (
-            RuntimeError
-        ) as error:  # of the backend: a connection that is closed, a wait too long
+        except RuntimeError as error:  # the backend's: a connection is closed, a wait was too long
             reason = str(error).partition(". This is")[0]
             raise DistributedError(
                 f"process {self.rank} of {self.size}: another process of this run is gone or did not "

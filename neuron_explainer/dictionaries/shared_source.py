@@ -1,0 +1,87 @@
+"""Activations that the processes of a run compute in turn: a forward pass is made once, for all."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuron_explainer.activations.activation_sources import ActivationSource
+from neuron_explainer.activations.harvest import ActivationBatch
+from neuron_explainer.dictionaries.distributed import World
+from neuron_explainer.errors import InputError, NeuronExplainerError
+from neuron_explainer.models.locations import ActivationLocation
+
+
+class SharedSource:
+    """The chunks of a source, the same in every process, each computed by one of them.
+
+    Chunk ``i`` comes from process ``i`` modulo their number; while it computes that one the others
+    compute the next. All have to ask for the same chunks in the same order, from the thread that
+    trains: a buffer of these is one without ``prefetch``. What comes out does not depend on how many
+    processes there are, so that a run is gone on with by any number of them.
+    """
+
+    def __init__(self, source: ActivationSource, world: World) -> None:
+        self.source, self.world = source, world
+        self._number = -1
+        self._own: ActivationBatch | NeuronExplainerError | None = None
+
+    @property
+    def forward_s(self) -> float:
+        """Seconds that this process has spent in the model so far."""
+        return self.source.forward_s
+
+    def describe(self) -> dict[str, Any]:
+        """The source's."""
+        return self.source.describe()
+
+    def chunk(self, number: int) -> ActivationBatch | None:
+        """The rows of a chunk; None: there are no more."""
+        turn, owner = divmod(number, self.world.size)
+        own = turn * self.world.size + self.world.rank
+        if own != self._number:
+            self._number = own
+            try:
+                self._own = self.source.chunk(own)
+            except NeuronExplainerError as error:
+                self._own = error
+        header = self.world.tell(self._header(), owner)
+        if header is None:
+            return None
+        if "error" in header:
+            raise InputError(header["error"])
+        return self._exchange(header, owner)
+
+    def _header(self) -> dict[str, Any] | None:
+        """What has to be known of this process's chunk before its tensors can be received."""
+        own = self._own
+        if own is None:
+            return None
+        if isinstance(own, NeuronExplainerError):
+            return {"error": str(own)}
+        return {
+            "rows": len(own),
+            "places": {
+                str(place): [x.shape[1], str(x.dtype).removeprefix("torch.")]
+                for place, x in own.activations.items()
+            },
+        }
+
+    def _exchange(self, header: dict[str, Any], owner: int) -> ActivationBatch:
+        n, own, device = header["rows"], self._own, self.world.device
+
+        def same(of_owner: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            if owner != self.world.rank or of_owner is None:
+                of_owner = torch.empty(shape, dtype=dtype, device=device)
+            return self.world.broadcast_(of_owner.contiguous(), owner)
+
+        mine = own if isinstance(own, ActivationBatch) else None
+        activations = {}
+        for name, (width, dtype) in header["places"].items():
+            place = ActivationLocation.parse(name)
+            x = None if mine is None else mine.activations[place]
+            activations[place] = same(x, (n, width), getattr(torch, dtype))
+        which = None
+        if mine is not None:
+            which = torch.stack([mine.tokens, mine.document, mine.position])
+        return ActivationBatch(activations, *same(which, (3, n), torch.int64))
