@@ -202,3 +202,30 @@ def test_rows_are_drawn_as_if_at_once() -> None:
         for i in range(2)
     ]
     assert torch.equal(torch.cat([part.encoder for part in parts]), whole.encoder)
+
+
+def test_train_under_torchrun(tmp_path: Path) -> None:
+    """From text to autoencoder: what two processes find is what one finds, and one of them speaks."""
+    words = ["once", "upon", "a", "time", "a", "girl", "had", "a", "dog", "and", "it", "sang"]
+    text = " ".join(words[i * i % len(words)] for i in range(4000))
+    (tmp_path / "text.txt").write_text(text)
+    train_options = (
+        f"train {tmp_path / 'text.txt'} --location 1/mlp.post_act --steps 8 --batch-size 65 "
+        "--n-latents 64 --k 4 --context-length 32 --windows-per-forward 4 --buffer-tokens 512 "
+        "--hold-out 0 --checkpoint-every 4 --log-every 4 --dead-after-tokens 200 --json --device cpu"
+    )
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m neuron_explainer "
+    found = []
+    for name, launcher in (("one", "-m neuron_explainer "), ("two", torchrun)):
+        run = subprocess.run(
+            [sys.executable, *f"{launcher}{train_options} --out {tmp_path / name}".split()],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+        assert json.loads(run.stdout)["steps"] == 8
+        found.append(Autoencoder.load(tmp_path / name / "autoencoder").encoder.weight.detach())
+    assert float((found[0] - found[1]).abs().max()) < 1e-5
