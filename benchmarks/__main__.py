@@ -13,6 +13,9 @@ from benchmarks.workloads import Setup
 
 RACES = ["forward", "capture", "hooks", "sample", "encode", "train_step", "load"]
 """Modules with ``races(setup)``."""
+OTHERS = ["import", "parity", "planted"]
+LEARNING = ["quality", "end_to_end"]
+"""Modules with ``run(corpus, scratch, pythons, quick)``."""
 PEERS = sorted(path.stem for path in (Path(__file__).parent / "peers").glob("*.txt"))
 
 
@@ -28,8 +31,10 @@ def main(argv: list[str] | None = None) -> None:
                 f"--peers takes NAME=PYTHON, NAME one of {', '.join(PEERS)}; found {pair!r}"
             )
         pythons[name] = python
+    if args.corpus is None and (missing := [name for name in args.names if name in LEARNING]):
+        parser.error(f"{' and '.join(missing)} need --corpus, text to learn from")
     threads = 1 if args.quick else THREADS
-    names = [*RACES, "import", "parity"] if "all" in args.names else args.names
+    names = [*RACES, *OTHERS] if "all" in args.names else args.names
     print(f"{provenance()}\n")
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -42,6 +47,12 @@ def main(argv: list[str] | None = None) -> None:
             if name in RACES:
                 for race in importlib.import_module(f"benchmarks.{name}").races(setup):
                     print(table(race, harness.run(race)), flush=True)
+            elif name in LEARNING:
+                module = importlib.import_module(f"benchmarks.{name}")
+                peers = None if args.peers is None else pythons
+                print(module.run(args.corpus, Path(scratch), peers, args.quick))
+            elif name == "planted":
+                print(importlib.import_module("benchmarks.planted").run(args.quick))
             elif name == "import":
                 print(import_time.run(min(args.rounds, 3), pythons))
             else:
@@ -52,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="+", choices=[*RACES, "import", "parity", "all"])
+    parser.add_argument("names", nargs="+", choices=[*RACES, *OTHERS, *LEARNING, "all"])
     parser.add_argument(
         "--peers",
         nargs="*",
@@ -60,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
         help="let other libraries take part: those of this environment, and those of the "
         "environments whose interpreters are given, such as nnsight=/path/to/bin/python; "
         "NAME is that of a file in benchmarks/peers/",
+    )
+    parser.add_argument(
+        "--corpus", type=Path, help="a file or folder of text, for quality and end_to_end"
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each (default: 5)")
     parser.add_argument(

@@ -1,0 +1,117 @@
+"""From text to a measured dictionary: where the time goes.
+
+Activations are harvested live by a thread while the dictionary is trained, as ``neuron-explainer train``
+does. Shares are of the wall time of training from the first batch on; the first filling of the buffer,
+a fixed cost, stands apart, and in the second share of waiting it counts too. *Waiting* is when there
+was no batch for the next step because the model had not got there; *forward* is the thread's time in
+the model, which overlaps with the step; *step* is what is left of the training's time after waiting
+and taking batches from the buffer.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from neuron_explainer.activations import DataConfig, ShuffleBuffer, open_buffer, open_windows
+from neuron_explainer.dictionaries import TopKConfig, TrainConfig, train
+from neuron_explainer.dictionaries.evaluate import evaluate
+from neuron_explainer.models.model_context import ModelContext
+
+MODEL, LOCATION = "tiny-tales", "1/resid.torso.delta_mlp"
+BATCH = 4096
+EVALUATED = 16
+"""Batches of windows."""
+
+
+@dataclass
+class Clock:
+    """Batches of a buffer, and the seconds spent getting them; the first batch fills the buffer."""
+
+    buffer: ShuffleBuffer
+    taking: float = 0.0
+    first: dict[str, float] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            start = time.perf_counter()
+            batch = next(self.buffer)
+            self.taking += time.perf_counter() - start
+            self.first = self.first or self.now()
+            yield batch
+
+    def now(self) -> dict[str, float]:
+        """Seconds so far."""
+        return {
+            "wall": time.perf_counter(),
+            "taking": self.taking,
+            "waiting": self.buffer.waited_s,
+            "forward": self.buffer.forward_s,
+        }
+
+    def since_first(self) -> dict[str, float]:
+        """Seconds since the first batch was there."""
+        now = self.now()
+        return {name: now[name] - self.first[name] for name in now}
+
+
+def run(corpus: Path, scratch: Path, pythons: Mapping[str, str] | None, quick: bool) -> str:
+    """Harvest, train, evaluate, and return the table.
+
+    Args:
+        corpus: text, as of ``open_windows``.
+        scratch: not needed.
+        pythons: not needed.
+        quick: a few steps only, to see that it runs.
+    """
+    return "\n".join([HEAD, RULE, *(line(corpus, quick, n, k) for n, k in SIZES)]) + "\n"
+
+
+SIZES = [(1536, 16), (6144, 32)]
+"""Latents, and how many of them are active."""
+HEAD = (
+    f"| TopK on {LOCATION} of {MODEL} | tokens/s | step | waiting | with filling | taking batches | forward "
+    "(overlaps) | first filling s | training s | evaluation s | FVU | CE recovered |"
+)
+RULE = "|---|" + "--:|" * (HEAD.count("|") - 2)
+
+
+def line(corpus: Path, quick: bool, latents: int, k: int) -> str:
+    """One size's row."""
+    context = ModelContext.from_model_type(MODEL)
+    data = DataConfig(buffer_tokens=16_384 if quick else 65_536)
+    steps = 12 if quick else 256
+    config = TrainConfig(
+        TopKConfig(k=k), n_latents=latents, steps=steps, batch_size=BATCH, lr=1.5e-3
+    )
+    start = time.perf_counter()
+    with open_buffer(context, corpus, LOCATION, data, BATCH) as buffer:
+        opened = time.perf_counter()
+        clock = Clock(buffer)
+        autoencoder = train(config, clock, progress=False)
+        spent = clock.since_first()
+        filling = clock.first["wall"] - opened
+    print(f"  tokenized in {opened - start:.0f} s", file=sys.stderr)
+    start = time.perf_counter()
+    held = open_windows(context, corpus, data, part="held_out", epochs=None)
+    batches = list(islice(held, 1 if quick else EVALUATED))
+    found = evaluate(context, autoencoder, batches, location=LOCATION, progress=False)
+    evaluation = time.perf_counter() - start
+    assert found.losses is not None
+    wall, taking = spent["wall"], spent["taking"] - spent["waiting"]
+    shares = {
+        "step": wall - spent["taking"],
+        "waiting": spent["waiting"],
+        "with filling": (spent["waiting"] + filling) * wall / (wall + filling),
+        "taking": taking,
+        "forward": spent["forward"],
+    }
+    return (
+        f"| {latents} latents, k = {k} | {(steps - 1) * BATCH / wall:,.0f} | "
+        + " | ".join(f"{seconds / wall:.1%}" for seconds in shares.values())
+        + f" | {filling:.1f} | {wall:.1f} | {evaluation:.1f} | {found.fvu:.4f} "
+        f"| {found.losses.recovered_zero:.4f} |"
+    )

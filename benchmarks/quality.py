@@ -1,0 +1,284 @@
+"""Dictionaries of three libraries' own trainers, on the same activations, measured by one evaluation.
+
+Same for all: the activations (harvested once, the same batches in the same order), steps, number of
+latents, a schedule (learning rate and L1 penalty warm up over the first 20th, the rate falls linearly to
+0 over the last 5th: what both peers recommend), the number of steps after which a latent is dead,
+and the search: the learning rate is the best of ``LEARNING_RATES`` in runs of a ``PILOT``-th of the
+steps, and of ReLU dictionaries the L1 coefficient is searched, at each learning rate and again in the
+full run, until L0 is within ``NEAR`` of the wanted. Each library's own: first weights, scale of
+activations, loss, AuxK, clipping, decoder norm, optimiser.
+
+Choices are made on one part of the held-out documents, figures come from another.
+"""
+
+import json
+import math
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.contestants.quality_runs import Run
+from benchmarks.harness import ROOT
+from neuron_explainer.activations import DataConfig, TokenBatch, open_buffer, open_windows
+from neuron_explainer.dictionaries.evaluate import evaluate_all
+from neuron_explainer.dictionaries.evaluation import Evaluation
+from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.model_context import ModelContext
+
+MODEL, LOCATION = "tiny-tales", "1/resid.torso.delta_mlp"
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+FIRST_L1 = 4.0
+NEAR = 0.1
+ATTEMPTS = 5
+"""Trainings at most in a search for an L1 coefficient."""
+PILOT = 4
+ENDED = '{"error": "its process has ended; is it installed?"}'
+PATIENCE = 3600
+"""Seconds until a silent contestant counts as stuck."""
+
+LIBRARIES = {
+    "neuron_explainer": ("quality_ours", ""),
+    "dictionary_learning": ("quality_dictionary_learning", "dictionary-learning"),
+    "SAELens": ("quality_sae_lens", "sae-lens"),
+}
+"""Module in ``benchmarks.contestants``, name in ``--peers``."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the comparison."""
+
+    tokens: int = 2**19
+    batch: int = 1024
+    latents: int = 1536
+    k: int = 16
+    l0: float = 32.0
+    """Of ReLU dictionaries."""
+    held_out: tuple[int, int] = (8, 24)
+    """Batches of windows to choose by, and to measure on."""
+
+
+QUICK = Sizes(tokens=64 * 40, batch=64, latents=256, k=4, l0=20.0, held_out=(1, 1))
+
+
+class Failure(Exception):
+    """A library cannot take part: why."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A trained dictionary."""
+
+    run: Run
+    evaluation: Evaluation
+    trainings: int
+    """How many it took to find it, pilots included."""
+    seconds: float
+    """Its own training."""
+
+
+class Library:
+    """A library's process, which trains what it is told to."""
+
+    def __init__(self, module: str, python: str) -> None:
+        environment = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+        try:
+            self._child = subprocess.Popen(
+                [python, "-m", f"benchmarks.contestants.{module}"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                cwd=ROOT,
+                env={**os.environ, **environment},
+            )
+        except OSError as error:
+            raise Failure(f"its interpreter does not start: {error}") from None
+
+    def train(self, run: Run) -> float:
+        """Returns seconds."""
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        start = time.monotonic()
+        try:
+            self._child.stdin.write(json.dumps(asdict(run)).encode() + b"\n")
+            self._child.stdin.flush()
+        except BrokenPipeError:
+            raise Failure("its process has ended") from None
+        if not select.select([self._child.stdout], [], [], PATIENCE)[0]:
+            raise Failure(f"no answer within {PATIENCE} s")
+        answer = json.loads(self._child.stdout.readline() or ENDED)
+        if "error" in answer:
+            raise Failure(answer["error"])
+        return time.monotonic() - start
+
+    def close(self) -> None:
+        """End the process."""
+        self._child.kill()
+        self._child.communicate()
+
+
+class Comparison:
+    """Model, activations and held-out windows; trains with a library and measures what comes back."""
+
+    def __init__(self, corpus: Path, scratch: Path, sizes: Sizes) -> None:
+        self.sizes, self.scratch, self.trained = sizes, scratch, 0
+        self.context = ModelContext.from_model_type(MODEL)
+        data = DataConfig(buffer_tokens=min(DataConfig.buffer_tokens, sizes.tokens))
+        self._write_batches(corpus, data)
+        held = iter(open_windows(self.context, corpus, data, part="held_out", epochs=None))
+        choose, final = ([next(held) for _ in range(n)] for n in sizes.held_out)
+        self.windows: Mapping[str, list[TokenBatch]] = {"choose": choose, "final": final}
+
+    def _write_batches(self, corpus: Path, data: DataConfig) -> None:
+        batch = self.sizes.batch
+        with open_buffer(self.context, corpus, LOCATION, data, batch) as batches:
+            for number in range(self.sizes.tokens // batch):
+                x = next(batches)
+                assert isinstance(x, torch.Tensor)
+                self.width = x.shape[1]
+                torch.save(x, self.scratch / f"{number}.pt")
+
+    def run(self, lr: float, **kind: Any) -> Run:
+        """A run of the full length."""
+        s = self.sizes
+        steps = s.tokens // s.batch
+        return Run(str(self.scratch), "", steps, s.batch, self.width, s.latents, lr, **kind)
+
+    def attempt(self, library: Library, run: Run, name: str) -> Found:
+        """Train and measure."""
+        self.trained += 1
+        run = replace(run, folder=str(self.scratch / f"dictionary-{self.trained}"))
+        seconds = library.train(run)
+        autoencoder = Autoencoder.load(run.folder, location=LOCATION)
+        found = Found(run, self.evaluate(autoencoder, "choose"), 1, seconds)
+        print(
+            f"  {name}: {run.steps} steps, lr {run.lr:g}, l1 {run.l1:.4g}: FVU "
+            f"{found.evaluation.fvu:.4f}, L0 {found.evaluation.l0:.2f}, {seconds:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+        return found
+
+    def evaluate(self, autoencoder: Autoencoder, part: str) -> Evaluation:
+        """On held-out windows; losses only where figures are final."""
+        return evaluate_all(
+            self.context,
+            {LOCATION: autoencoder},
+            self.windows[part],
+            ce_every=int(part == "final"),
+            progress=False,
+        )[LOCATION]
+
+    def best(self, library: Library, name: str, k: int) -> Found:
+        """Pilots at each learning rate, then the full run with the best."""
+        s = self.sizes
+
+        def trained(run: Run) -> Found:
+            return self.attempt(library, run, name)
+
+        def sought(run: Run) -> Found:
+            return trained(run) if k else at_l0(trained, run, s.l0)
+
+        pilots: list[Found] = []
+        for lr in LEARNING_RATES:
+            run = self.run(lr, k=k, l1=0.0 if k else pilots[-1].run.l1 if pilots else FIRST_L1)
+            pilots.append(sought(replace(run, steps=run.steps // PILOT)))
+        near = [pilot for pilot in pilots if k or is_near(pilot, s.l0)] or pilots
+        chosen = min(near, key=lambda pilot: pilot.evaluation.fvu).run
+        found = sought(self.run(chosen.lr, k=k, l1=chosen.l1))
+        final = self.evaluate(Autoencoder.load(found.run.folder, location=LOCATION), "final")
+        trainings = found.trainings + sum(pilot.trainings for pilot in pilots)
+        return replace(found, evaluation=final, trainings=trainings)
+
+
+def is_near(found: Found, l0: float) -> bool:
+    """Whether dictionaries may be compared as equally sparse."""
+    return abs(found.evaluation.l0 / l0 - 1) <= NEAR
+
+
+def at_l0(trained: Callable[[Run], Found], run: Run, l0: float) -> Found:
+    """Train with other L1 coefficients, by secants of log L0 over log coefficient, until L0 is near."""
+    tried: list[tuple[float, float]] = []
+    for _ in range(ATTEMPTS):
+        found = trained(run)
+        tried.append((math.log(run.l1), math.log(max(found.evaluation.l0, 1e-3))))
+        if is_near(found, l0):
+            break
+        slope = -1.5
+        if len(tried) > 1:
+            (x, y), (last_x, last_y) = tried[-2:]
+            slope = min(-0.5, (last_y - y) / (last_x - x))
+        step = (math.log(l0) - tried[-1][1]) / slope
+        run = replace(run, l1=run.l1 * math.exp(max(-1.0, min(1.0, step))))
+    return replace(found, trainings=len(tried))
+
+
+def run(corpus: Path, scratch: Path, pythons: Mapping[str, str] | None, quick: bool) -> str:
+    """Train, measure, and return the tables.
+
+    Args:
+        corpus: text, as of ``open_windows``.
+        scratch: a folder for activations and dictionaries.
+        pythons: interpreters by peer name, a peer without one being looked for in this environment;
+            None: no peers.
+        quick: tiny sizes, to see that it runs.
+    """
+    return compare(Comparison(corpus, scratch, QUICK if quick else Sizes()), pythons)
+
+
+def compare(comparison: Comparison, pythons: Mapping[str, str] | None) -> str:
+    """The tables of a comparison, each library's line as soon as it is known on stderr too."""
+    s = comparison.sizes
+    text = (
+        f"{LOCATION} of {MODEL}, {s.latents} latents, {s.tokens:,} tokens in batches of {s.batch}; "
+        f"learning rates {', '.join(f'{lr:g}' for lr in LEARNING_RATES)}\n"
+    )
+    for title, k in (
+        (f"TopK, k = {s.k}", s.k),
+        (f"ReLU + L1 at L0 = {s.l0:g} ± {NEAR:.0%}", 0),
+    ):
+        lines = []
+        for name, (module, peer) in LIBRARIES.items():
+            if peer and pythons is None:
+                continue
+            python = (pythons or {}).get(peer, sys.executable)
+            lines.append(_line(comparison, name, module, python, k))
+            print(lines[-1], file=sys.stderr, flush=True)
+        text += "\n".join(["", f"### {title}", "", HEAD, RULE, *lines, ""])
+    return text
+
+
+def _line(comparison: Comparison, name: str, module: str, python: str, k: int) -> str:
+    try:
+        library = Library(module, python)
+        try:
+            return _row(name, comparison.best(library, name, k))
+        finally:
+            library.close()
+    except Failure as failure:
+        return f"| {name} | {failure} |" + " - |" * (HEAD.count("|") - 3)
+
+
+HEAD = (
+    "| library | FVU | L0 | CE recovered (zero) | (mean) | dead | learning rate | L1 | trainings "
+    "| seconds |"
+)
+RULE = "|---|" + "--:|" * (HEAD.count("|") - 2)
+
+
+def _row(name: str, found: Found) -> str:
+    e = found.evaluation
+    assert e.losses is not None
+    return (
+        f"| {name} | {e.fvu:.4f} | {e.l0:.2f} | {e.losses.recovered_zero:.4f} "
+        f"| {e.losses.recovered_mean:.4f} | {e.dead_share:.1%} | {found.run.lr:g} "
+        f"| {f'{found.run.l1:.3g}' if found.run.l1 else '-'} | {found.trainings} "
+        f"| {found.seconds:.0f} |"
+    )
