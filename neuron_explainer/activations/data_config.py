@@ -133,6 +133,7 @@ def open_buffer(
     *,
     pair: tuple[LocationLike, LocationLike] | None = None,
     epochs: int | None = None,
+    num_tokens: int | None = None,
     share: Callable[[ActivationSource], ActivationSource] | None = None,
 ) -> ShuffleBuffer:
     """Shuffled batches of activations, live or from an activation store.
@@ -145,6 +146,7 @@ def open_buffer(
         batch_size: rows of a batch.
         pair: as of :class:`ShuffleBuffer`.
         epochs: None: without end.
+        num_tokens: activations to take in all; the buffer is not filled with more.
         share: what makes of activations that are computed live those that several processes compute
             in turn; the buffer then fetches them in the thread that reads it.
     """
@@ -161,7 +163,13 @@ def open_buffer(
             opened, prefetch = share(opened), False
     capacity = max(config.buffer_tokens, 2 * batch_size)
     return ShuffleBuffer(
-        opened, capacity, batch_size, seed=config.data_seed, pair=pair, prefetch=prefetch
+        opened,
+        capacity,
+        batch_size,
+        seed=config.data_seed,
+        num_tokens=num_tokens,
+        pair=pair,
+        prefetch=prefetch,
     )
 
 

@@ -250,8 +250,10 @@ def _train(args: argparse.Namespace, world: "World") -> Result:
     if config.transcoder:
         pair = places[0], config.output_location or ""
         places.append(pair[1])
+    size = config.batch_size
+    total = config.total_steps * size
     with open_buffer(
-        context, source, places, data, config.batch_size, pair=pair, share=share
+        context, source, places, data, size, pair=pair, num_tokens=total, share=share
     ) as batches:
         try:
             if len(configs) == 1:

@@ -1,12 +1,13 @@
 """What dictionaries are worth, and making them leaner: evaluate, prune, finetune, report, sentences."""
 
 import argparse
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neuron_explainer import files
-from neuron_explainer.cli.common import Result, add_verb
+from neuron_explainer.cli.common import Result, add_verb, positive
 from neuron_explainer.cli.learning import any_model_options, data_options, open_model
 from neuron_explainer.errors import InputError
 
@@ -25,8 +26,14 @@ def register(verbs: Any) -> None:
     evaluate = add_verb(
         verbs, "evaluate", "how good autoencoders are", run_evaluate, show_evaluate, data_options
     )
-    _subject(evaluate)
-    evaluate.add_argument("--ce-every", type=int, default=1, help="losses on every n-th batch only")
+    _subject(evaluate, "what was set apart in training")
+    evaluate.add_argument(
+        "--ce-every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="losses on every n-th batch only, on none if 0 (default: 1)",
+    )
     evaluate.add_argument(
         "--compat",
         nargs="+",
@@ -37,11 +44,16 @@ def register(verbs: Any) -> None:
     prune = add_verb(
         verbs, "prune", "leave out latents that do nothing", run_prune, show_prune, data_options
     )
-    _subject(prune)
-    prune.add_argument("--out", required=True, help="folder to write")
-    prune.add_argument("--min-frequency", type=float, default=1e-6, help="(default: 1e-6)")
-    prune.add_argument("--min-max-activation", type=float, default=1.0, help="(default: 1)")
-    prune.add_argument("--min-decoder-norm", type=float, default=0.99, help="(default: 0.99)")
+    _subject(prune, "what it was trained on", "--out FOLDER")
+    prune.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
+    for name, default, kept in (
+        ("--min-frequency", 1e-6, "keep latents that fire on this share of tokens"),
+        ("--min-max-activation", 1.0, "keep latents that fire this strongly once"),
+        ("--min-decoder-norm", 0.99, "keep latents with this long a decoder row"),
+    ):
+        prune.add_argument(
+            name, type=float, default=default, metavar="X", help=f"{kept} (default: {default:g})"
+        )
     prune.add_argument("--renumber", action="store_true", help="move the latents kept together")
     finetune = add_verb(
         verbs,
@@ -51,46 +63,74 @@ def register(verbs: Any) -> None:
         show_finetune,
         data_options,
     )
-    _subject(finetune)
-    finetune.add_argument("--out", required=True, help="folder to write")
-    finetune.add_argument("--lr", type=float, default=1e-5, help="(default: 1e-5)")
-    finetune.add_argument("--batch-size", type=int, default=4096, help="(default: 4096)")
+    _subject(finetune, "what it was trained on", "--out FOLDER")
+    finetune.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
+    finetune.add_argument(
+        "--lr", type=float, default=1e-5, metavar="X", help="learning rate (default: 1e-5)"
+    )
+    finetune.add_argument(
+        "--batch-size", type=positive, default=4096, metavar="N", help="tokens (default: 4096)"
+    )
     report = add_verb(
         verbs, "report", "a run as one HTML page", run_report, show_report, data_options
     )
-    _subject(report)
-    report.add_argument("--out", help="file to write (default: report.html in the run's folder)")
+    _subject(report, "what was set apart in training")
+    report.add_argument(
+        "--out", metavar="FILE", help="file to write (default: report.html in the run's folder)"
+    )
     _register_sentences(verbs)
 
 
-def _subject(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("autoencoder", help="a run's folder, or an autoencoder's folder, file or URL")
-    verb.add_argument("--text", help="to measure on (default: what the run set apart)")
-    any_model_options(verb)
-    verb.add_argument("--num-tokens", type=int, default=200_000, help="at most (default: 200000)")
+def _subject(verb: argparse.ArgumentParser, text: str, needed: str = "") -> None:
+    """The autoencoders, and the text for them; its default is ``text``."""
+    verb.usage = " ".join(["%(prog)s AUTOENCODER", needed, "[--text TEXT] [options]"])
+    verb.add_argument(
+        "autoencoder",
+        metavar="AUTOENCODER",
+        help="a run's folder, or an autoencoder's folder, file or URL",
+    )
+    verb.add_argument("--text", metavar="TEXT", help=f"text or folder of texts (default: {text})")
+    any_model_options(verb, "the one that it was trained on, else tiny-tales")
+    verb.add_argument(
+        "--num-tokens",
+        type=positive,
+        default=200_000,
+        metavar="N",
+        help="stop with the batch that reaches so many (default: 200000)",
+    )
 
 
 def _register_sentences(verbs: Any) -> None:
     sentences = add_verb(
         verbs, "sentences", "a table of sentences and their codes", run_sentences, show_sentences
     )
-    sentences.add_argument("csv", help="CSV file with a header")
-    sentences.add_argument("--column", default="sentence", help="(default: sentence)")
+    sentences.usage = "%(prog)s CSV [--autoencoder NAME] [--layer N] [options]"
+    sentences.add_argument("csv", metavar="CSV", help="CSV file with a header")
+    sentences.add_argument(
+        "--column",
+        default="sentence",
+        metavar="NAME",
+        help="which column the sentences are in (default: sentence)",
+    )
     any_model_options(sentences)
     sentences.add_argument(
         "--autoencoder",
         default="ae-resid-delta-mlp",
+        metavar="NAME",
         help="name, run's folder, folder, file or URL (default: ae-resid-delta-mlp)",
     )
-    sentences.add_argument("--layer", type=int, help="(default: all that there are)")
+    sentences.add_argument(
+        "--layer", type=int, metavar="N", help="only this one (default: all that there are)"
+    )
     sentences.add_argument("--bos", action="store_true", help="put the start token before each")
     sentences.add_argument(
         "--code",
         choices=["mean_of_codes", "code_of_mean"],
         default="mean_of_codes",
-        help="a sentence's latents: mean of its tokens' codes, or the code of their mean",
+        help="a sentence's latents: mean of its tokens' codes, or the code of their mean "
+        "(default: mean_of_codes)",
     )
-    sentences.add_argument("--csv-out", help="write the table to this file too")
+    sentences.add_argument("--csv-out", metavar="FILE", help="write the table to this file too")
 
 
 # --- what is measured, on what ---
@@ -99,26 +139,27 @@ def _register_sentences(verbs: Any) -> None:
 class _Opened:
     """Autoencoders by name, their model, and text to measure on."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, part: "Part") -> None:
         from neuron_explainer.activations import DataConfig
         from neuron_explainer.dictionaries.flags import from_flags
 
         self.autoencoders, self.record = open_autoencoders(args.autoencoder)
         self.num_tokens = args.num_tokens
-        if self.num_tokens < 2:
-            raise InputError(f"--num-tokens must be at least 2, found {self.num_tokens}.")
-        recorded = self.record.get("data", {})
-        for name, value in recorded.items():  # what the run did, unless flags say otherwise
+        origin = self.record.get("harvest", self.record)
+        for name, value in origin.get("data", {}).items():  # unless flags say otherwise
             if name not in vars(args):
                 setattr(args, name, value)
         self.config = from_flags(args, DataConfig)
-        self.part: Part = "held_out" if args.text is None else "all"
-        text = args.text or self.record.get("source")
+        self.part: Part = part if args.text is None else "all"
+        text = args.text or origin.get("source")
         if text is None:
-            raise InputError("--text is missing: a file or folder of text to measure on.")
+            raise InputError(
+                f"{args.autoencoder} does not say what text it was trained on; give --text, a file "
+                "or folder of text."
+            )
         self.text: str = text
         recorded_name = {ae.model_name for ae in self.autoencoders.values()} - {None}
-        name = args.model or self.record.get("model") or next(iter(recorded_name), None)
+        name = args.model or origin.get("model") or next(iter(recorded_name), None)
         self.context: ModelContext = open_model(name, args.device)
 
     def windows(self) -> "TokenWindows":
@@ -126,8 +167,8 @@ class _Opened:
 
         if is_store(self.text):
             raise InputError(
-                f"{self.text} is a store of activations, which has no text to run the model on; give "
-                "--text."
+                f"{self.text} is a store of activations that does not say what text they are of; "
+                "give --text, a file or folder of text."
             )
         return open_windows(self.context, self.text, self.config, part=self.part)
 
@@ -157,6 +198,12 @@ class _Opened:
             found = tuple(batch.activations[place] for place in places)
             yield found[0] if len(found) == 1 else (found[0], found[1])
 
+    def save(self, autoencoder: "Autoencoder", out: str) -> None:
+        """Save what came of the one there was, with what is known of its training."""
+        if self.record:
+            autoencoder.metadata["record"] = self.record
+        autoencoder.save(out)
+
     def only(self) -> "Autoencoder":
         """The one autoencoder there is."""
         if len(self.autoencoders) > 1:
@@ -171,17 +218,39 @@ def open_autoencoders(path: str) -> "tuple[dict[str, Autoencoder], Result]":
     """By name: those of a run's folder with what the run recorded, or the one at a path."""
     from neuron_explainer.models.autoencoder import Autoencoder
 
-    config = Path(path) / "config.json"
-    if files.is_remote(path) or not config.exists():
-        return {path: Autoencoder.load(path)}, {}
-    stored = files.read_json(config)
-    if stored.get("kind") != "dictionary_training":
-        return {path: Autoencoder.load(path)}, {}
+    run = None if files.is_remote(path) else _run_settings(Path(path))
+    if run is None:
+        autoencoder = Autoencoder.load(path)
+        return {path: autoencoder}, _record_of(path, autoencoder)
     if not (Path(path) / "finished.json").exists():
         raise InputError(f"{path} is a run that has not finished; give its train command again.")
     folders = [Path(path) / "autoencoder", *sorted((Path(path) / "autoencoders").glob("*"))]
     found = {str(f): Autoencoder.load(f) for f in folders if f.exists()}
-    return found, stored.get("record", {})
+    return found, run.get("record", {})
+
+
+def _run_settings(folder: Path) -> Result | None:
+    """What the run in a folder was given; None if there is no run."""
+    config = folder / "config.json"
+    stored = files.read_json(config) if config.exists() else {}
+    return stored if stored.get("kind") == "dictionary_training" else None
+
+
+def _record_of(path: str, autoencoder: "Autoencoder") -> Result:
+    """What is known of an autoencoder's training: by itself, or by the run whose folder it is in."""
+    if "record" in autoencoder.metadata:
+        return dict(autoencoder.metadata["record"])
+    if files.is_remote(path):
+        return {}
+    runs = map(_run_settings, list(Path(path).resolve().parents)[:2])
+    return next((run.get("record", {}) for run in runs if run is not None), {})
+
+
+def _check_out(folder: str) -> None:
+    """An error, before anything is computed, if something is in the folder."""
+    path = Path(folder)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise InputError(f"{folder} is there and not empty; choose another --out.")
 
 
 def _by_location(autoencoders: "dict[str, Autoencoder]") -> "dict[str, Autoencoder]":
@@ -193,14 +262,20 @@ def _by_location(autoencoders: "dict[str, Autoencoder]") -> "dict[str, Autoencod
 
 def run_evaluate(args: argparse.Namespace) -> Result:
     """Measure autoencoders on text that they were not trained on."""
-    opened = _Opened(args)
+    from neuron_explainer.dictionaries.evaluation import evaluation_table
+
+    opened = _Opened(args, "held_out")
     found = _evaluate(opened, args.ce_every, args.compat, progress=not args.json)
-    return {
+    result: Result = {
         "autoencoder": args.autoencoder,
         "text": opened.text,
         "part": opened.part,
         "evaluations": {name: evaluation.to_dict() for name, evaluation in found.items()},
     }
+    if not args.json:
+        tables = [evaluation.table() for evaluation in found.values()]
+        result["table"] = tables[0] if len(tables) == 1 else evaluation_table(found)
+    return result
 
 
 def _evaluate(
@@ -220,20 +295,12 @@ def _evaluate(
 
 
 def show_evaluate(result: Result) -> None:
-    """A column an autoencoder."""
-    for name, evaluation in result["evaluations"].items():
-        print(f"{name} on {result['text']} ({result['part'].replace('_', ' ')})")
-        _print_figures(evaluation)
+    """All figures of one autoencoder, the most looked-at ones of several."""
+    print(f"{result['autoencoder']} on {result['text']} ({result['part'].replace('_', ' ')})")
+    print(result["table"])
+    if len(result["evaluations"]) > 1:
+        print("All figures, and compat ones: --json")
     print(f"Next: neuron-explainer report {result['autoencoder']}")
-
-
-def _print_figures(figures: Result, indent: str = "  ") -> None:
-    for name, value in figures.items():
-        if isinstance(value, int | float):
-            print(f"{indent}{name:<32} {value:.6g}")
-        elif isinstance(value, dict) and name != "density":
-            print(f"{indent}{name}")
-            _print_figures(value, indent + "  ")
 
 
 # --- prune, finetune ---
@@ -243,7 +310,8 @@ def run_prune(args: argparse.Namespace) -> Result:
     """Leave out latents that fire too seldom, never strongly, or have next to no decoder."""
     from neuron_explainer.dictionaries.prune import prune
 
-    opened = _Opened(args)
+    _check_out(args.out)
+    opened = _Opened(args, "training")
     autoencoder = opened.only()
     pruning = prune(
         autoencoder,
@@ -253,12 +321,13 @@ def run_prune(args: argparse.Namespace) -> Result:
         min_decoder_norm=args.min_decoder_norm,
         keep_indices=not args.renumber,
     )
-    pruning.autoencoder.save(args.out)
+    opened.save(pruning.autoencoder, args.out)
     counts = ("n_kept", "n_tokens", "too_rare", "too_weak", "too_short")
     return {
         "autoencoder": args.autoencoder,
         "out": args.out,
         "text": opened.text,
+        "part": opened.part,
         "n_latents": autoencoder.n_latents,
         **{name: getattr(pruning, name) for name in counts},
     }
@@ -271,22 +340,30 @@ def show_prune(result: Result) -> None:
         f"{result['n_tokens']:,} tokens (too rare {result['too_rare']:,}, too weak "
         f"{result['too_weak']:,}, decoder too short {result['too_short']:,})"
     )
-    print(f"Next: neuron-explainer evaluate {result['out']} --text {result['text']}")
+    _show_next(result)
+
+
+def _show_next(result: Result) -> None:
+    # Text that was given may have nothing set apart.
+    text = f" --text {result['text']}" if result["part"] == "all" else ""
+    print(f"Next: neuron-explainer evaluate {result['out']}{text}")
 
 
 def run_finetune(args: argparse.Namespace) -> Result:
     """Train scale, decoder and bias on the reconstruction alone; which latents fire stays."""
     from neuron_explainer.dictionaries.finetune import finetune_decoder
 
-    opened = _Opened(args)
+    _check_out(args.out)
+    opened = _Opened(args, "training")
     autoencoder = opened.only()
     batches = _rebatched(opened.activations(autoencoder), args.batch_size)
     finetuned = finetune_decoder(autoencoder, batches, lr=args.lr, progress=not args.json)
-    finetuned.save(args.out)
+    opened.save(finetuned, args.out)
     return {
         "autoencoder": args.autoencoder,
         "out": args.out,
         "text": opened.text,
+        "part": opened.part,
         **finetuned.metadata["finetuned"],
     }
 
@@ -296,20 +373,27 @@ def _rebatched(batches: Iterator[Any], size: int) -> Iterator[Any]:
     import torch
 
     held: list[Any] = []
+    n_batches = 0
     for batch in batches:
         held.append(batch if isinstance(batch, tuple) else (batch,))
         sides = [torch.cat(side) for side in zip(*held, strict=True)]
         n_whole = len(sides[0]) // size
+        n_batches += n_whole
         for index in range(n_whole):
             some = tuple(side[index * size : (index + 1) * size] for side in sides)
             yield some[0] if len(some) == 1 else some
         held = [tuple(side[n_whole * size :] for side in sides)]
+    if not n_batches:
+        raise InputError(
+            f"{len(held[0][0]) if held else 0} tokens are less than one batch of {size}: give more "
+            "text and --num-tokens, or a smaller --batch-size."
+        )
 
 
 def show_finetune(result: Result) -> None:
     """Where it is."""
     print(f"{result['out']}: fine-tuned on {result['n_tokens']:,} tokens")
-    print(f"Next: neuron-explainer evaluate {result['out']} --text {result['text']}")
+    _show_next(result)
 
 
 # --- report ---
@@ -319,8 +403,10 @@ def run_report(args: argparse.Namespace) -> Result:
     """Write one self-contained page: curves, figures, what the latents look like."""
     from neuron_explainer.dictionaries.report import write_report
 
-    opened = _Opened(args)
+    opened = _Opened(args, "held_out")
     folder = Path(args.autoencoder)
+    if not (args.out or folder.is_dir()):
+        raise InputError(f"{args.autoencoder} is no folder to put a report in; give --out, a file.")
     out = Path(args.out) if args.out else folder / "report.html"
     log = folder / "log.jsonl"
     write_report(
@@ -331,12 +417,13 @@ def run_report(args: argparse.Namespace) -> Result:
         evaluations=_evaluate(opened, 1, [], progress=not args.json),
         settings=opened.record,
     )
-    return {"report": str(out)}
+    return {"report": str(out), "autoencoders": list(opened.autoencoders)}
 
 
 def show_report(result: Result) -> None:
     """Where it is."""
     print(f"{result['report']}: open it in a browser")
+    print(f"Next: neuron-explainer prune {result['autoencoders'][0]} --out FOLDER")
 
 
 # --- sentences ---
@@ -353,11 +440,8 @@ def run_sentences(args: argparse.Namespace) -> Result:
     if args.csv_out:
         with files.atomic_write(args.csv_out) as path:
             path.write_text(sentences.to_csv(found, args.code), "utf-8")
-    return {
-        "code": args.code,
-        "rows": sentences.rows_of(found, args.code),
-        "table": sentences.to_table(found, args.code),
-    }
+    result: Result = {"csv": args.csv, "sentences": [dataclasses.asdict(each) for each in found]}
+    return result if args.json else {**result, "table": sentences.to_table(found, args.code)}
 
 
 def _named_autoencoders(

@@ -1,7 +1,13 @@
-"""Learning dictionaries: one loop, many objectives, an ordinary ``Autoencoder`` in the end."""
+"""Learning dictionaries: one loop, many objectives, an ordinary ``Autoencoder`` in the end.
+
+And what comes after: measuring it, making it leaner, showing it.
+"""
 
 from neuron_explainer.dictionaries.config import TrainConfig
 from neuron_explainer.dictionaries.config_files import read_config
+from neuron_explainer.dictionaries.evaluate import evaluate, evaluate_all, measure
+from neuron_explainer.dictionaries.evaluation import Evaluation, evaluation_table
+from neuron_explainer.dictionaries.finetune import finetune_decoder
 from neuron_explainer.dictionaries.objectives import (
     BatchTopKConfig,
     GatedConfig,
@@ -17,10 +23,14 @@ from neuron_explainer.dictionaries.objectives import (
     TopKConfig,
     register,
 )
+from neuron_explainer.dictionaries.prune import prune
+from neuron_explainer.dictionaries.report import write_report
+from neuron_explainer.dictionaries.sentences import summarize_sentences
 from neuron_explainer.dictionaries.train import StepReport, train, train_many
 
 __all__ = [
     "BatchTopKConfig",
+    "Evaluation",
     "GatedConfig",
     "JumpReLUConfig",
     "Loss",
@@ -34,8 +44,16 @@ __all__ = [
     "StepReport",
     "TopKConfig",
     "TrainConfig",
+    "evaluate",
+    "evaluate_all",
+    "evaluation_table",
+    "finetune_decoder",
+    "measure",
+    "prune",
     "read_config",
     "register",
+    "summarize_sentences",
     "train",
     "train_many",
+    "write_report",
 ]
