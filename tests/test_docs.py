@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from neuron_explainer import cli
+from neuron_explainer.dictionaries.objectives import base
 from neuron_explainer.models import model_registry
 from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.passage import PASSAGE
 from neuron_explainer.models.transformer import Transformer, TransformerConfig
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +26,8 @@ def blocks(language: str) -> list[str]:
 SNIPPETS = blocks("python")
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 COMMANDS = [
-    line for line in "".join(blocks("sh")[1:]).splitlines() if line.startswith("neuron-explainer ")
+    [line for line in block.splitlines() if line.startswith("neuron-explainer ")]
+    for block in blocks("sh")[1:]
 ]
 
 
@@ -53,6 +56,24 @@ def published_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("blobfile.BlobFile", open_blob)
 
 
+@pytest.fixture(autouse=True)
+def own_objectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What snippets and examples register is known to them alone."""
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+
+
+@pytest.fixture
+def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ``books`` and ``sentences.csv`` that the page speaks of, in the working directory."""
+    paragraphs = PASSAGE.split("\n\n")
+    (tmp_path / "books").mkdir()
+    for number, paragraph in enumerate(paragraphs):
+        (tmp_path / "books" / f"{number}.txt").write_text(paragraph, "utf-8")
+    rows = ["sentence", "The ferry left a little after six.", "Nobody knows exactly."]
+    (tmp_path / "sentences.csv").write_text("\n".join(rows), "utf-8")
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize("snippet", [s for s in SNIPPETS if "tiny-tales" not in s])
 @pytest.mark.usefixtures("published_files")
 def test_readme_snippets_run_as_written(snippet: str) -> None:
@@ -60,13 +81,14 @@ def test_readme_snippets_run_as_written(snippet: str) -> None:
 
 
 @pytest.mark.parametrize("snippet", [s for s in SNIPPETS if "tiny-tales" in s])
+@pytest.mark.usefixtures("texts")
 def test_readme_snippets_on_the_embedded_model(snippet: str) -> None:
     exec(compile(snippet, "README.md", "exec"), {})
 
 
 def test_readme_snippets_were_found() -> None:
-    assert len(SNIPPETS) == 4
-    assert len(COMMANDS) >= 5
+    assert len(SNIPPETS) == 6
+    assert [len(commands) for commands in COMMANDS] == [5, 8]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
@@ -76,10 +98,12 @@ def test_examples_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_readme_commands_run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(shlex.split(command)[1:]) == 0
-    assert capsys.readouterr().out
+@pytest.mark.parametrize("commands", COMMANDS, ids=lambda commands: commands[0].split()[1])
+@pytest.mark.usefixtures("texts")
+def test_readme_commands_run(commands: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for command in commands:  # in order: each may need what those before it have written
+        assert cli.main(shlex.split(command)[1:]) == 0, command
+        assert capsys.readouterr().out
 
 
 def test_the_first_block_is_the_two_commands() -> None:
