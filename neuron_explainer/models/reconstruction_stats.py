@@ -4,6 +4,7 @@ Shape legend: ``n`` inputs of an autoencoder, ``l`` latents, ``…`` any leading
 as tokens.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Self
 
@@ -260,7 +261,8 @@ def kept_rows(values: Tensor, pad: Tensor | None, what: str) -> Tensor:
     """``[…, w] -> [tokens, w]`` without those that are padding."""
     if values.ndim == 0:
         raise InputError(f"{what}: expected […, width], found a single number.")
-    rows = values.reshape(-1, values.shape[-1])
+    # Not -1: the sparse latents of tokens on which none fires have width 0.
+    rows = values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
     if pad is None:
         return rows
     check_pad(pad, values.shape[:-1])

@@ -1,5 +1,6 @@
 """Evaluation against the definitions: each row of tokens run alone, figures in numpy's float64."""
 
+import importlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.activations.tokens import TokenBatch
-from neuron_explainer.dictionaries import evaluate as evaluating
 from neuron_explainer.dictionaries.evaluate import evaluate, evaluate_all, measure
 from neuron_explainer.dictionaries.evaluation import Evaluation, LossTotals, evaluation_table
 from neuron_explainer.errors import InputError, LocationError
@@ -25,6 +25,8 @@ from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.model_context import ModelContext, StandardModelContext
 from neuron_explainer.models.transformer import Transformer
+
+evaluating = importlib.import_module("neuron_explainer.dictionaries.evaluate")
 
 ROWS = [[256, 5, 9, 100, 7, 3], [256, 8, 8, 2], [256, 1], [256, 77, 31, 200, 12, 9, 4, 90]]
 POST_MLP = ActivationLocation("resid.torso.post_mlp", 0)
@@ -297,6 +299,16 @@ def test_latents_are_encoded_in_pieces(
     assert [len(c.recons) for _, c in evaluating.coded_pieces(autoencoder, rows)] == [3, 3, 1]
     pieces = evaluate(context, autoencoder, [batch_of(ROWS)], progress=False).figures()
     assert pieces == pytest.approx(whole, rel=1e-12)
+
+
+def test_nothing_fires(context: ModelContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sparse latents then have width 0; also where a piece is a single token."""
+    autoencoder = random_autoencoder(context.n_residual_stream_channels)
+    autoencoder.latent_bias.data.fill_(-1e6)
+    monkeypatch.setattr(evaluating, "LATENTS_AT_ONCE", 1)
+    found = evaluate(context, autoencoder, [batch_of(ROWS)], progress=False)
+    assert (found.l0, found.l1, found.dead_share) == (0, 0, 1)
+    assert found.fvu > 0
 
 
 def test_latents_that_were_left_out_are_zero(context: ModelContext) -> None:
