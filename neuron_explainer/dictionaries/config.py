@@ -21,6 +21,16 @@ Normalization = Literal["none", "constant", "center", "layer_norm", "rms"]
 Remedy = Literal["none", "resample", "ghost"]
 
 _DEFAULT_EXPANSION = 8.0
+_AT_LEAST_1 = (
+    "batch_size",
+    "sample_batches",
+    "dead_after_tokens",
+    "resample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+)
+_AT_LEAST_0 = ("warmup_steps", "decay_steps", "sparsity_warmup_steps")
 
 
 @dataclass(frozen=True)
@@ -49,20 +59,21 @@ class TrainConfig:
     """Activations in a batch, where batches are made here; batches that are given are taken as they
     are, and this only turns num_tokens into steps."""
 
-    lr: float = 3e-4
-    """Adam's learning rate once it is warmed up."""
+    lr: float | None = None
+    """Adam's learning rate once it is warmed up; 2e-4 / sqrt(n_latents / 2**14) if not given, as Gao
+    et al. 2024 found it to scale."""
     beta1: float = 0.9
     """Adam's decay of the mean of gradients."""
     beta2: float = 0.999
     """Adam's decay of the mean of squared gradients."""
     eps: float = 1e-8
     """Adam's eps."""
-    warmup_steps: int = 0
-    """Steps in which the learning rate rises linearly."""
-    decay: Decay = "none"
+    warmup_steps: int | None = None
+    """Steps in which the learning rate rises linearly; 5 % of all, at most 1000, if not given."""
+    decay: Decay = "linear"
     """How the learning rate falls at the end: none, linear or cosine."""
-    decay_steps: int = 0
-    """Steps, the last ones, in which it falls; all if 0 and decay is not none."""
+    decay_steps: int | None = None
+    """Steps, the last ones, in which it falls; a fifth of all if not given, all if 0."""
     lr_end: float = 0.0
     """Share of lr towards which it falls."""
     grad_clip: float | None = None
@@ -82,13 +93,15 @@ class TrainConfig:
     decoder_norm: DecoderNorm = "unit"
     """Norm of decoder rows: unit keeps each at 1, at_most_unit lets it shrink, free leaves it."""
 
-    dead_after_tokens: int = 10_000_000
-    """Activations in a row without which a latent counts as dead."""
+    dead_after_tokens: int | None = None
+    """Activations in a row after which a latent that none of them made active counts as dead; a tenth
+    of the run's, at most 10 million, if not given."""
     remedy: Remedy = "none"
     """What is done for dead latents besides AuxK: resample gives them the directions of badly
     reconstructed activations every resample_every steps, ghost adds a loss that only they get."""
-    resample_every: int = 25_000
-    """Steps between two resamplings; the learning rate warms up again after each."""
+    resample_every: int | None = None
+    """Steps between two resamplings; a quarter of all, at most 25,000, if not given. The learning rate
+    warms up again after each."""
 
     seed: int = 0
     """Of the first directions, of resampling, and of the order of batches that are made here."""
@@ -123,16 +136,14 @@ class TrainConfig:
         self._check_size()
         self._check_schedule()
         self._check_transcoder()
-        self._check_decoder()
+        self._check_remedy()
 
     def _check_numbers(self) -> None:
-        for name in ("batch_size", "sample_batches", "dead_after_tokens", "resample_every"):
-            _check(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
-        for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
-            _check(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
-        for name in ("warmup_steps", "decay_steps", "sparsity_warmup_steps"):
-            _check(name, getattr(self, name) >= 0, "at least 0", getattr(self, name))
-        _check("lr", self.lr > 0 and math.isfinite(self.lr), "above 0", self.lr)
+        for name in _AT_LEAST_1 + _AT_LEAST_0:
+            value, least = getattr(self, name), int(name in _AT_LEAST_1)
+            _check(name, value is None or value >= least, f"at least {least}", value)
+        if self.lr is not None:
+            _check("lr", self.lr > 0 and math.isfinite(self.lr), "above 0", self.lr)
         _check("eps", self.eps > 0, "above 0", self.eps)
         _check("beta1", 0 <= self.beta1 < 1, "in 0 to 1, 1 excluded", self.beta1)
         _check("beta2", 0 <= self.beta2 < 1, "in 0 to 1, 1 excluded", self.beta2)
@@ -158,12 +169,20 @@ class TrainConfig:
     def _check_schedule(self) -> None:
         if self.decay == "none" and self.decay_steps:
             raise InputError("decay_steps needs decay = linear or cosine.")
-        for name in ("warmup_steps", "decay_steps"):
-            if getattr(self, name) > self.total_steps:
+        steps = self.total_steps
+        for name in ("warmup_steps", "decay_steps", "sparsity_warmup_steps"):
+            if (getattr(self, name) or 0) > steps:
                 raise InputError(
-                    f"{name} = {getattr(self, name)} is more than the {self.total_steps} steps of "
-                    "the run: the learning rate would never be what it should."
+                    f"{name} = {getattr(self, name)} is more than the {steps} steps of the run: it "
+                    "would never be what it should."
                 )
+        if (self.warmup_steps or 0) + (self.decay_steps or 0) > steps:
+            raise InputError(
+                f"warmup_steps = {self.warmup_steps} and decay_steps = {self.decay_steps} are together "
+                f"more than the {steps} steps of the run: the learning rate would never be what it "
+                "should."
+            )
+        self.objective.check_run(steps, self.decoder_norm, self.tied)
 
     def _check_transcoder(self) -> None:
         if self.transcoder:
@@ -178,14 +197,33 @@ class TrainConfig:
         if self.skip or self.output_location is not None:
             raise InputError("skip and output_location are for transcoders: set transcoder = true.")
 
-    def _check_decoder(self) -> None:
-        if self.remedy == "resample" and self.decay != "none":
-            start = self.total_steps - (self.decay_steps or self.total_steps)
-            if start < self.resample_every:
-                raise InputError(
-                    "the learning rate decays before the first resampling; make decay_steps or "
-                    "resample_every smaller."
-                )
+    def _check_remedy(self) -> None:
+        if self.remedy != "resample":
+            return
+        if self.resampling >= self.total_steps:
+            raise InputError(
+                f"resample_every = {self.resampling} is not less than the {self.total_steps} steps of "
+                "the run: nothing would ever be resampled."
+            )
+        if self.decay != "none" and self.total_steps - self.decaying < self.resampling:
+            raise InputError(
+                "the learning rate decays before the first resampling; make decay_steps or "
+                "resample_every smaller."
+            )
+
+    def check_remedy(self, n_tokens: int) -> None:
+        """An error if, with batches of ``n_tokens``, no latent can be dead before it is too late."""
+        if self.remedy == "none":
+            return
+        steps = self.total_steps - 1
+        if self.remedy == "resample":
+            steps -= steps % self.resampling
+        if self.dead_after(n_tokens) > steps * n_tokens:
+            raise InputError(
+                f"remedy = {self.remedy} can never start: dead_after_tokens = "
+                f"{self.dead_after(n_tokens)} is more than the {steps * n_tokens} tokens before its "
+                "last chance. Make it smaller."
+            )
 
     @property
     def total_steps(self) -> int:
@@ -194,6 +232,34 @@ class TrainConfig:
             return self.steps
         assert self.num_tokens is not None
         return self.num_tokens // self.batch_size
+
+    @property
+    def warming_up(self) -> int:
+        """Steps in which the learning rate rises."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        room = self.total_steps - (self.decay_steps or 0)
+        return min(1000, self.total_steps // 20, room)
+
+    @property
+    def decaying(self) -> int:
+        """Steps in which the learning rate falls, if it does."""
+        if self.decay_steps is not None:
+            return self.decay_steps or self.total_steps
+        return max(1, min(self.total_steps // 5, self.total_steps - self.warming_up))
+
+    @property
+    def resampling(self) -> int:
+        """Steps between two resamplings."""
+        return self.resample_every or max(1, min(25_000, self.total_steps // 4))
+
+    def dead_after(self, n_tokens: int) -> int:
+        """Tokens after which a silent latent is dead, where a batch has ``n_tokens``."""
+        return self.dead_after_tokens or max(1, min(10_000_000, self.total_steps * n_tokens // 10))
+
+    def lr_for(self, n_latents: int) -> float:
+        """Learning rate of so many latents."""
+        return 2e-4 / math.sqrt(n_latents / 2**14) if self.lr is None else self.lr
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -71,6 +71,7 @@ def read_params(path: str | Path) -> Params:
         batch_size=values["sae_batch_size"],
         lr=3e-4,
         warmup_steps=steps // 10,
+        decay="none",
         input_normalization="none",
         log_every=max(1, steps // 10),
         seed=values["random_seed"],

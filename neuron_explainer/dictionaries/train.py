@@ -186,7 +186,7 @@ class _Run:
         groups = [
             {
                 "params": [p for p in trainee.parameters() if p.requires_grad],
-                "lr": trainee.config.lr,
+                "lr": trainee.peak_lr,
                 "betas": (trainee.config.beta1, trainee.config.beta2),
                 "eps": trainee.config.eps,
             }
@@ -340,7 +340,7 @@ class _Run:
         """What the log says of the step that was just done."""
         return {
             name: {
-                **trainee.metrics(losses[name], seen[name][1], self.n_tokens),
+                **trainee.metrics(losses[name], seen[name][1], self.n_tokens, self.tokens),
                 "lr": trainee.lr(self.step - 1),
             }
             for name, trainee in self.trainees.items()

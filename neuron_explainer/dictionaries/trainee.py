@@ -54,6 +54,7 @@ class Trainee(nn.Module):
         super().__init__()
         self.config, self.world = config, world
         n_latents = config.latents_for(n_inputs)
+        self.peak_lr = config.lr_for(n_latents)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.dictionary = Dictionary(
             n_latents,
@@ -83,6 +84,7 @@ class Trainee(nn.Module):
     def measure(self, sample: Sequence[tuple[Tensor, Tensor]]) -> Self:
         """Take mean, scale and first bias from pairs (input ``[b, n]``, target ``[b, o]``)."""
         d = self.dictionary
+        self.config.check_remedy(len(sample[0][0]))
         x, target = (torch.cat(side) for side in zip(*sample, strict=True))
         if self.config.input_normalization == "constant":
             for side, rows in (("input", x), ("target", target)):
@@ -124,7 +126,7 @@ class Trainee(nn.Module):
         """Of normalised activations, those that are here of a batch of ``n_tokens`` (all, if not
         given); counts which latents were active."""
         n_tokens = len(x) if n_tokens is None else n_tokens
-        dead = self.counter.dead(self.config.dead_after_tokens)
+        dead = self.counter.dead(self.config.dead_after(n_tokens))
         moment = self.moment(step, dead, n_tokens)
         loss: Loss = self.objective.loss(self.dictionary, x, target, moment)
         self.counter.update(loss.latents, n_tokens)
@@ -159,14 +161,14 @@ class Trainee(nn.Module):
     def lr(self, step: int) -> float:
         """Learning rate of a step."""
         c = self.config
-        return c.lr * learning_rate_factor(
+        return self.peak_lr * learning_rate_factor(
             step,
             c.total_steps,
-            c.warmup_steps,
+            c.warming_up,
             c.decay,
-            c.decay_steps or c.total_steps,
+            c.decaying,
             c.lr_end,
-            c.resample_every if c.remedy == "resample" else 0,
+            c.resampling if c.remedy == "resample" else 0,
         )
 
     def before_step(self) -> None:
@@ -202,22 +204,28 @@ class Trainee(nn.Module):
         self.dictionary.constrain_rows(c.decoder_norm)
         moment = self.moment(step, self.counter.silent[:0], n_tokens)
         self.objective.after_step(self.dictionary, loss, moment)
-        if c.remedy != "resample" or (step + 1) % c.resample_every or step + 1 == c.total_steps:
+        if c.remedy != "resample" or (step + 1) % c.resampling or step + 1 == c.total_steps:
             return
-        dead = self.counter.dead(c.dead_after_tokens)
+        dead = self.counter.dead(c.dead_after(n_tokens))
         x, target, error = (self.world.gather_rows(t, n_tokens) for t in (x, target, loss.error))
         dead = resample(self.dictionary, dead, x, target, error, self.generator)
         forget_moments(dict(self.named_parameters()), optimizer, dead, self.dictionary.n_latents)
         self.objective.revive(dead)
         self.counter.revive(dead)
 
-    def metrics(self, loss: Loss, target: Tensor, n_tokens: int) -> dict[str, float]:
-        """What the log says of a batch. Waits for the device, and for all processes."""
+    def metrics(
+        self, loss: Loss, target: Tensor, n_tokens: int, tokens_so_far: int
+    ) -> dict[str, float]:
+        """What the log says of a batch. Waits for the device, and for all processes.
+
+        ``dead`` latents are those that were not active in the last ``dead_window`` tokens.
+        """
         error, target = (self.world.gather_rows(t, n_tokens) for t in (loss.error, target))
         active = (
             loss.latents.values if isinstance(loss.latents, SparseLatents) else loss.latents
         ) > 0
-        dead = self.counter.dead(self.config.dead_after_tokens)
+        window = min(self.config.dead_after(n_tokens), tokens_so_far)
+        dead = self.counter.dead(window)
         n_active = self.world.sum_(active.sum())
         return {
             "loss": float(loss.total),
@@ -225,6 +233,7 @@ class Trainee(nn.Module):
             "fvu": float(squared_error(error) / variance(target)),
             "l0": float(n_active) / n_tokens,
             "dead": self.world.count(len(dead)),
+            "dead_window": window,
         }
 
     @torch.no_grad()

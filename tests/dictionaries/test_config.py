@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from neuron_explainer.dictionaries import (
+    GatedConfig,
     JumpReLUConfig,
     MatryoshkaConfig,
+    PAnnealConfig,
     ReLUConfig,
     TopKConfig,
     TrainConfig,
@@ -41,8 +43,25 @@ def test_every_field_has_a_docstring() -> None:
         ({"steps": 5, "beta2": 1.0}, "beta2 must be"),
         ({"steps": 5, "grad_clip": 0.0}, "grad_clip must be above 0"),
         ({"steps": 5, "log_every": 0}, "log_every must be at least 1"),
-        ({"steps": 5, "warmup_steps": 6}, "more than the 5 steps"),
-        ({"steps": 5, "decay_steps": 2}, "needs decay"),
+        ({"steps": 5, "warmup_steps": 6}, "warmup_steps = 6 is more than the 5 steps"),
+        ({"steps": 5, "sparsity_warmup_steps": 6}, "sparsity_warmup_steps = 6 is more than the 5"),
+        (
+            {"steps": 5, "warmup_steps": 3, "decay_steps": 3},
+            "warmup_steps = 3 and decay_steps = 3 are together more than the 5 steps",
+        ),
+        (
+            {"steps": 5, "objective": TopKConfig(k_anneal_steps=6)},
+            "k_anneal_steps = 6 is more than the 5 steps",
+        ),
+        (
+            {"steps": 5, "objective": PAnnealConfig(anneal_start=5)},
+            "anneal_start = 5 is not less than the 5 steps",
+        ),
+        *(
+            ({"steps": 5, "decoder_norm": "free", "objective": objective}, "rows would grow")
+            for objective in (ReLUConfig(), PAnnealConfig(), GatedConfig())
+        ),
+        ({"steps": 5, "decay": "none", "decay_steps": 2}, "needs decay"),
         ({"steps": 5, "transcoder": True, "tied": True}, "cannot be tied"),
         ({"steps": 5, "skip": True}, "transcoder = true"),
         (
@@ -50,14 +69,55 @@ def test_every_field_has_a_docstring() -> None:
             "takes inputs as the model has them",
         ),
         (
-            {"steps": 50, "remedy": "resample", "resample_every": 30, "decay": "linear"},
+            {"steps": 50, "remedy": "resample", "resample_every": 30, "decay_steps": 30},
             "decays before the first resampling",
+        ),
+        (
+            {"steps": 50, "remedy": "resample", "resample_every": 50, "decay": "none"},
+            "resample_every = 50 is not less than the 50 steps",
         ),
     ],
 )
 def test_settings_that_cannot_be(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         TrainConfig(**fields)
+
+
+def test_what_is_not_given_goes_by_the_size_of_the_run() -> None:
+    short, long = TrainConfig(steps=200), TrainConfig(steps=200_000)
+    assert (short.warming_up, short.decaying, short.resampling) == (10, 40, 50)
+    assert (long.warming_up, long.decaying, long.resampling) == (1000, 40_000, 25_000)
+    assert short.dead_after(100) == 2000
+    assert long.dead_after(4096) == 10_000_000
+    assert short.lr_for(2**14) == 2e-4
+    assert short.lr_for(2**10) == pytest.approx(8e-4)
+    one = TrainConfig(steps=1)
+    assert (one.warming_up, one.decaying, one.dead_after(5)) == (0, 1, 1)
+    assert TrainConfig(steps=200, decay_steps=195).warming_up == 5
+    assert TrainConfig(steps=200, warmup_steps=190).decaying == 10
+
+
+def test_what_is_given_stays() -> None:
+    given = TrainConfig(
+        steps=200,
+        lr=1e-3,
+        warmup_steps=0,
+        decay_steps=0,
+        dead_after_tokens=7,
+        resample_every=3,
+    )
+    assert given.lr_for(2**14) == 1e-3
+    assert (given.warming_up, given.decaying, given.resampling) == (0, 200, 3)
+    assert given.dead_after(4096) == 7
+
+
+def test_penalties_that_cannot_be_escaped() -> None:
+    for objective, fields in (
+        (ReLUConfig(weighted=True), {}),
+        (ReLUConfig(), {"tied": True}),
+        (TopKConfig(), {}),
+    ):
+        assert TrainConfig(objective, steps=5, decoder_norm="free", **fields).total_steps == 5
 
 
 def test_a_location_is_checked_when_the_config_is_made() -> None:
@@ -153,7 +213,7 @@ def test_help_comes_from_the_docstrings() -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser, TrainConfig)
     text = " ".join(parser.format_help().split())
-    assert "Adam's learning rate once it is warmed up. [0.0003]" in text
+    assert "Adam's learning rate once it is warmed up; 2e-4 / sqrt(n_latents / 2**14)" in text
     assert "Latents that are active for a token." in text
 
 
@@ -172,7 +232,9 @@ def test_params_json(tmp_path: Path) -> None:
     path.write_text(json.dumps(entries))
     params = read_params(path)
     assert params.config.total_steps == 195
-    assert params.config.warmup_steps == 19
+    assert [params.config.lr_for(n) for n in (64, 4096)] == [3e-4, 3e-4]
+    assert params.config.warming_up == 19
+    assert params.config.decay == "none"
     assert params.config.seed == 7
     assert params.config.objective == ReLUConfig(l1_coefficient=2.0)
     assert params.config.latents_for(512) == 4096

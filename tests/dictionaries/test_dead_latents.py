@@ -1,5 +1,7 @@
 """Latents that nothing activates: found, counted, and brought back in two ways."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from neuron_explainer.dictionaries.dead_latents import (
 )
 from neuron_explainer.dictionaries.dictionary import Dictionary
 from neuron_explainer.dictionaries.trainee import Trainee
+from neuron_explainer.errors import InputError
 from neuron_explainer.models.metrics import dead_share
 from tests.conftest import assert_close
 from tests.dictionaries.planted import planted
@@ -101,7 +104,7 @@ def test_only_dead_rows_get_a_ghost_gradient() -> None:
 
 
 def test_ghosts_are_off_when_none_is_dead() -> None:
-    config = TrainConfig(ReLUConfig(), n_latents=40, steps=1, remedy="ghost", dead_after_tokens=100)
+    config = TrainConfig(ReLUConfig(), n_latents=40, steps=9, remedy="ghost", dead_after_tokens=100)
     rows = planted(64)[0]
     trainee = Trainee(config, 24, None, rows.device).measure([(rows, rows)])
     assert "ghost" not in trainee.loss(rows, rows, 0).terms
@@ -110,6 +113,44 @@ def test_ghosts_are_off_when_none_is_dead() -> None:
     terms = {name: float(value) for name, value in loss.terms.items()}
     assert terms["ghost"] == pytest.approx(terms["reconstruction"], rel=1e-3)
     assert float(loss.total.detach()) == pytest.approx(sum(terms.values()))
+
+
+@pytest.mark.parametrize(("remedy", "chance"), [("ghost", 190), ("resample", 150)])
+def test_a_remedy_that_cannot_start(remedy: Any, chance: int) -> None:
+    def run(dead_after: int | None) -> None:
+        config = TrainConfig(
+            ReLUConfig(), n_latents=40, steps=20, remedy=remedy, dead_after_tokens=dead_after
+        )
+        train(config, [planted(10)[0]], progress=False)
+
+    run(None)
+    run(chance)
+    message = f"remedy = {remedy} can never start: .* {chance + 1} is more than the {chance} tokens"
+    with pytest.raises(InputError, match=message):
+        run(chance + 1)
+
+
+def test_the_dead_are_logged_with_their_window(tmp_path: Path) -> None:
+    config = TrainConfig(
+        TopKConfig(k=1),
+        n_latents=200,
+        steps=40,
+        log_every=10,
+        dead_after_tokens=200,
+        checkpoint_every=40,
+    )
+    rows, active = planted(10)[0], []
+
+    def watch(report: Any) -> None:
+        latents = report.losses["autoencoder"].latents
+        active.append(set(latents.indices[latents.values > 0].tolist()))
+
+    train(config, [rows], tmp_path / "run", progress=False, callbacks=[watch])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    for line, n_steps in zip(lines, (10, 20, 20, 20), strict=True):
+        metrics, last = line["dictionaries"]["autoencoder"], line["step"]
+        assert metrics["dead_window"] == 10 * n_steps
+        assert metrics["dead"] == 200 - len(set.union(*active[last - n_steps : last]))
 
 
 # ---- resampling --------------------------------------------------------------------------------

@@ -172,6 +172,17 @@ def test_p_falls_in_steps() -> None:
     ]
 
 
+def test_p_is_1_at_first() -> None:
+    objective = make_objective(PAnnealConfig(p_end=0.5, n_updates=4), identity())
+    assert isinstance(objective, PAnneal)
+    assert [objective.updates(at, 100) for at in (0, 19, 20, 39, 40, 79, 80, 99)] == [
+        0, 0, 1, 1, 2, 3, 4, 4,
+    ]  # fmt: skip
+    assert objective.p_after(4) == 0.5
+    with pytest.raises(InputError, match="anneal_start must be at least 1"):
+        PAnnealConfig(anneal_start=0)
+
+
 def test_jump_relu_by_hand() -> None:
     loss = hand_loss(JumpReLUConfig(target_l0=2, coefficient=4), log_threshold=math.log(1.5))
     assert dense(loss).tolist() == [[3, 0], [0, 2]]
@@ -331,7 +342,9 @@ def test_aux_k_gradients_are_those_of_the_formula_with_a_given_error() -> None:
 
 def test_aux_k_of_a_perfect_reconstruction() -> None:
     dictionary = identity()
-    aux = aux_k_loss(TopKConfig(k=1), dictionary, X, torch.zeros_like(X), moment(dead=torch.tensor([0])))
+    aux = aux_k_loss(
+        TopKConfig(k=1), dictionary, X, torch.zeros_like(X), moment(dead=torch.tensor([0]))
+    )
     aux.backward()
     assert float(aux.detach()) == 0
     gradient = dictionary.encoder.grad
@@ -433,7 +446,7 @@ def test_relu_explains_and_lives() -> None:
         (ReLUConfig(weighted=True), {"decoder_norm": "free"}),
         (PAnnealConfig(anneal_start=50, p_end=0.5), {}),
         (GatedConfig(), {"sparsity_warmup_steps": 10}),
-        (TopKConfig(k=2, multi_k=4), {}),
+        (TopKConfig(k=2, multi_k=4, aux_coefficient=0), {}),
     ],
     ids=lambda v: getattr(v, "name", ""),
 )

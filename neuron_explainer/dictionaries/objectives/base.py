@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from neuron_explainer.dictionaries.dictionary import Dictionary
+from neuron_explainer.dictionaries.dictionary import DecoderNorm, Dictionary
 from neuron_explainer.dictionaries.distributed import ALONE, World
 from neuron_explainer.errors import InputError, did_you_mean
 
@@ -40,6 +40,9 @@ class ObjectiveConfig:
         raise InputError(
             f"{type(self).__name__} is not registered as the settings of an objective."
         )
+
+    def check_run(self, steps: int, decoder_norm: DecoderNorm, tied: bool) -> None:
+        """An error if a run with these settings of its own cannot be what it is meant to be."""
 
 
 class Moment(NamedTuple):
@@ -165,6 +168,16 @@ def config_class(name: str) -> type[ObjectiveConfig]:
 def make_objective(config: ObjectiveConfig, dictionary: Dictionary) -> Objective[Any]:
     """The objective that ``config`` sets, for one dictionary."""
     return _REGISTRY[config.name][1](config, dictionary)
+
+
+def check_free_rows(name: str, decoder_norm: DecoderNorm, tied: bool) -> None:
+    """An error where decoder rows could grow, and latents shrink, to escape a penalty on latents."""
+    if decoder_norm == "free" and not tied:
+        raise InputError(
+            f"{name} with decoder_norm = free: decoder rows would grow so that latents, and the "
+            "penalty on them, become as small as you like. Take unit or at_most_unit, or relu with "
+            "weighted = true."
+        )
 
 
 def squared_error(error: Tensor) -> Tensor:

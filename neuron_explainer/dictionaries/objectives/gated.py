@@ -17,12 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from neuron_explainer.dictionaries.dictionary import Dictionary
+from neuron_explainer.dictionaries.dictionary import DecoderNorm, Dictionary
 from neuron_explainer.dictionaries.objectives.base import (
     Loss,
     Moment,
     Objective,
     ObjectiveConfig,
+    check_free_rows,
     register,
     squared_error,
 )
@@ -40,6 +41,9 @@ class GatedConfig(ObjectiveConfig):
     def __post_init__(self) -> None:
         if self.l1_coefficient < 0:
             raise InputError(f"l1_coefficient must not be negative, found {self.l1_coefficient}.")
+
+    def check_run(self, steps: int, decoder_norm: DecoderNorm, tied: bool) -> None:
+        check_free_rows(self.name, decoder_norm, tied)
 
 
 @register("gated", GatedConfig)

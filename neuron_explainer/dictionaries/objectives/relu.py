@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuron_explainer.dictionaries.dictionary import Dictionary
+from neuron_explainer.dictionaries.dictionary import DecoderNorm, Dictionary
 from neuron_explainer.dictionaries.objectives.base import (
     Loss,
     Moment,
     Objective,
     ObjectiveConfig,
     SparseLatents,
+    check_free_rows,
     register,
     squared_error,
 )
@@ -47,6 +48,10 @@ class ReLUConfig(ObjectiveConfig):
     def __post_init__(self) -> None:
         if self.l1_coefficient < 0:
             raise InputError(f"l1_coefficient must not be negative, found {self.l1_coefficient}.")
+
+    def check_run(self, steps: int, decoder_norm: DecoderNorm, tied: bool) -> None:
+        if not self.weighted:
+            check_free_rows(self.name, decoder_norm, tied)
 
 
 @register("relu", ReLUConfig)
@@ -81,8 +86,9 @@ class PAnnealConfig(ObjectiveConfig):
     """The last p."""
     n_updates: int = 10
     """How many times p falls."""
-    anneal_start: int = 0
-    """Step at which it falls first; the other times are spread evenly from there to the end."""
+    anneal_start: int | None = None
+    """Step, from 1, at which it falls first; the other times are spread evenly from there to the end.
+    If not given, p is 1 for as long as each later value is kept."""
     memory: int = 10
     """Batches before a change on which the rescaling is measured."""
 
@@ -92,8 +98,22 @@ class PAnnealConfig(ObjectiveConfig):
                 "l1_coefficient must not be negative and p_end must be in 0 to 1, 0 excluded (the "
                 f"gradient of L0 is zero), found {self.l1_coefficient} and {self.p_end}."
             )
-        if self.n_updates < 1 or self.memory < 1 or self.anneal_start < 0:
-            raise InputError("n_updates and memory must be at least 1, anneal_start at least 0.")
+        if min(self.n_updates, self.memory, self.start(1)) < 1:
+            raise InputError("n_updates, memory and anneal_start must be at least 1.")
+
+    def check_run(self, steps: int, decoder_norm: DecoderNorm, tied: bool) -> None:
+        check_free_rows(self.name, decoder_norm, tied)
+        if self.anneal_start is not None and self.anneal_start >= steps:
+            raise InputError(
+                f"anneal_start = {self.anneal_start} is not less than the {steps} steps of the run: p "
+                "would stay 1."
+            )
+
+    def start(self, steps: int) -> int:
+        """Step at which p falls first in a run of so many."""
+        if self.anneal_start is not None:
+            return self.anneal_start
+        return max(1, steps // (self.n_updates + 1))
 
 
 @register("p_anneal", PAnnealConfig)
@@ -122,8 +142,8 @@ class PAnneal(Objective[PAnnealConfig]):
         return Loss(reconstruction + penalty, terms, error.detach(), latents.detach())
 
     def updates(self, step: int, steps: int) -> int:
-        """How many times p has fallen before ``step``."""
-        start, n = self.config.anneal_start, self.config.n_updates
+        """How many times p has fallen when ``step`` begins."""
+        start, n = self.config.start(steps), self.config.n_updates
         if step < start or steps <= start:
             return 0
         return min(n, (step - start) * n // (steps - start) + 1)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from neuron_explainer.dictionaries.dictionary import Dictionary
+from neuron_explainer.dictionaries.dictionary import DecoderNorm, Dictionary
 from neuron_explainer.dictionaries.distributed import World
 from neuron_explainer.dictionaries.objectives.base import (
     Loss,
@@ -61,6 +61,13 @@ class AuxKConfig(ObjectiveConfig):
             raise InputError(
                 f"k_start must be at least k = {self.k} and needs k_anneal_steps > 0, found "
                 f"{self.k_start}."
+            )
+
+    def check_run(self, steps: int, decoder_norm: DecoderNorm, tied: bool) -> None:
+        if self.k_anneal_steps > steps:
+            raise InputError(
+                f"k_anneal_steps = {self.k_anneal_steps} is more than the {steps} steps of the run: "
+                f"training would end with more than k = {self.k} active latents."
             )
 
 
