@@ -76,7 +76,7 @@ def run(quick: bool = False) -> str:
     """Train each and return the table."""
     rows, atoms = planted(2048 if quick else 50_000)
     held_out = planted(2048 if quick else 20_000, seed=1)[0]
-    steps = 20 if quick else 1500
+    steps = 20 if quick else 1000
     methods: dict[str, Callable[[Tensor], Autoencoder]] = {
         f"TopK, k = {ACTIVE}": partial(by_gradient, TopKConfig(k=ACTIVE), steps),
         "ReLU + L1": partial(by_gradient, ReLUConfig(l1_coefficient=L1), steps),

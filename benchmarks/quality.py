@@ -187,9 +187,12 @@ class Comparison:
             return trained(run) if k else at_l0(trained, run, s.l0)
 
         pilots: list[Found] = []
+        l1 = 0.0 if k else FIRST_L1
         for lr in LEARNING_RATES:
-            run = self.run(lr, k=k, l1=0.0 if k else pilots[-1].run.l1 if pilots else FIRST_L1)
+            run = self.run(lr, k=k, l1=l1)
             pilots.append(sought(replace(run, steps=run.steps // PILOT)))
+            if is_near(pilots[-1], s.l0):
+                l1 = pilots[-1].run.l1
         near = [pilot for pilot in pilots if k or is_near(pilot, s.l0)] or pilots
         chosen = min(near, key=lambda pilot: pilot.evaluation.fvu).run
         found = sought(self.run(chosen.lr, k=k, l1=chosen.l1))
@@ -205,19 +208,24 @@ def is_near(found: Found, l0: float) -> bool:
 
 def at_l0(trained: Callable[[Run], Found], run: Run, l0: float) -> Found:
     """Train with other L1 coefficients, by secants of log L0 over log coefficient, until L0 is near."""
-    tried: list[tuple[float, float]] = []
+    tried: list[Found] = []
     for _ in range(ATTEMPTS):
-        found = trained(run)
-        tried.append((math.log(run.l1), math.log(max(found.evaluation.l0, 1e-3))))
-        if is_near(found, l0):
+        tried.append(trained(run))
+        if is_near(tried[-1], l0):
             break
         slope = -1.5
+        x, y = _logs(tried[-1])
         if len(tried) > 1:
-            (x, y), (last_x, last_y) = tried[-2:]
-            slope = min(-0.5, (last_y - y) / (last_x - x))
-        step = (math.log(l0) - tried[-1][1]) / slope
-        run = replace(run, l1=run.l1 * math.exp(max(-1.0, min(1.0, step))))
-    return replace(found, trainings=len(tried))
+            last_x, last_y = _logs(tried[-2])
+            slope = min(-0.5, (y - last_y) / (x - last_x))
+        run = replace(run, l1=run.l1 * math.exp(max(-1.0, min(1.0, (math.log(l0) - y) / slope))))
+    nearest = min(tried, key=lambda found: abs(_logs(found)[1] - math.log(l0)))
+    return replace(nearest, trainings=len(tried))
+
+
+def _logs(found: Found) -> tuple[float, float]:
+    """Of the L1 coefficient, and of L0."""
+    return math.log(found.run.l1), math.log(max(found.evaluation.l0, 1e-3))
 
 
 def run(corpus: Path, scratch: Path, pythons: Mapping[str, str] | None, quick: bool) -> str:
