@@ -256,10 +256,12 @@ def test_autoencoders_of_all_layers_are_learnt_together(
     context = StandardModelContext(tmp_path / "model", device="cpu")
     sizes = {"mlp.post_act": Size(96, 4, 1e-2), "1/resid.torso.delta_attn": Size(64, 2, 1e-2)}
 
-    def trained(steps: int, folder: Path | None) -> dict[str, Autoencoder]:
+    def trained(
+        steps: int, folder: Path | None, locations: list[str] | None = None
+    ) -> dict[str, Autoencoder]:
         configs = {
             str(place): train_config(place, size_of(place, sizes), steps, steps // 2, seed=0)
-            for place in places(context, list(sizes))
+            for place in places(context, locations or list(sizes))
         }
         return autoencoder_training.train(context, tiny_windows(), configs, folder)
 
@@ -272,6 +274,8 @@ def test_autoencoders_of_all_layers_are_learnt_together(
         assert fvu(x, autoencoder.reconstruct(x)) < 0.8 * fvu(x, little[location].reconstruct(x))
         assert str(autoencoder.location) == location
         assert autoencoder.model_name == "tiny-tales"
+    (alone,) = trained(60, None, ["0/mlp.post_act"]).values()
+    assert torch.equal(alone.encoder.weight, much["0/mlp.post_act"].encoder.weight)
     record_statistics(context, tiny_windows(), much, n_batches=4)
     for location, autoencoder in much.items():
         active = (autoencoder.latents_activation_frequency > 0).float()

@@ -70,7 +70,7 @@ def train_config(
         batch_size=BATCH,
         lr=size.lr,
         beta2=0.99,
-        warmup_steps=min(50, steps),
+        warmup_steps=min(50, steps - decay_steps),
         decay="linear" if decay_steps else "none",
         decay_steps=decay_steps,
         sample_batches=16,
