@@ -297,6 +297,7 @@ def _settings(args: argparse.Namespace) -> "tuple[TrainConfig, Any, str, str]":
     data = from_flags(args, DataConfig)
     source, out = args.source, args.out
     if args.params is None:
+        _check_given(source, out)
         config = from_flags(args, TrainConfig, args.config)
     else:
         if args.config is not None:
@@ -311,13 +312,16 @@ def _settings(args: argparse.Namespace) -> "tuple[TrainConfig, Any, str, str]":
         source = source or params.data["dataset_name"]
         out = out or params.data["save_dir"]
         args.device = args.device or config.device
-    if source is None or out is None:
-        raise InputError("train needs a text or store to learn from, and --out, a folder to write.")
     if config.location is None and not is_store(source):
         raise InputError(
             "--location is missing: which activations to learn, such as 1/mlp.post_act."
         )
     return config, data, source, out
+
+
+def _check_given(source: str | None, out: str | None) -> None:
+    if source is None or out is None:
+        raise InputError("train needs a text or store to learn from, and --out, a folder to write.")
 
 
 def _configs(
