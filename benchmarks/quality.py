@@ -2,10 +2,10 @@
 
 Same for all: the activations (harvested once, the same batches in the same order), steps, number of
 latents, a schedule (learning rate and L1 penalty warm up over the first 20th, the rate falls linearly to
-0 over the last 5th: what both peers recommend), the number of steps after which a latent is dead,
-and the search: the learning rate is the best of ``LEARNING_RATES`` in runs of a ``PILOT``-th of the
-steps, and of ReLU dictionaries the L1 coefficient is searched, at each learning rate and again in the
-full run, until L0 is within ``NEAR`` of the wanted. Each library's own: first weights, scale of
+0 over the last 5th), the number of steps after which a latent is dead, and the search: the learning rate
+is the best of ``LEARNING_RATES`` in runs of a ``PILOT``-th of the steps, and of ReLU dictionaries the L1
+coefficient is searched, at each learning rate and again in the full run, until L0 is within ``NEAR`` of
+the wanted. Each library's own: first weights, scale of
 activations, loss, AuxK, clipping, decoder norm, optimiser.
 
 Choices are made on one part of the held-out documents, figures come from another.

@@ -1,4 +1,4 @@
-"""dictionary_learning: ``trainSAE`` with ``normalize_activations``, as its demonstration has it."""
+"""dictionary_learning: ``trainSAE`` with ``normalize_activations``, as its README advises."""
 
 import os
 from typing import Any

@@ -63,7 +63,7 @@ def serve(train: Callable[[Run], None]) -> None:
     os.dup2(2, 1)
     torch.set_flush_denormal(
         True
-    )  # moments of silent latents fade away: a step takes twice as long
+    )  # as this library's loop does: Adam's moments of silent latents fade
     for line in sys.stdin:
         try:
             run = Run(**json.loads(line))

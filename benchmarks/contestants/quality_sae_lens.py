@@ -1,4 +1,4 @@
-"""SAELens: ``fit`` of its ``SAETrainer``, with activations scaled as in its tutorial."""
+"""SAELens: ``fit`` of its ``SAETrainer``, with activations scaled to a mean norm of √d."""
 
 from itertools import chain, islice
 from typing import Any
