@@ -5,7 +5,7 @@ AuxK, the third way, belongs to the objectives that have a fixed number of activ
 Shape legend: ``b`` tokens of a batch, ``n`` inputs, ``o`` outputs, ``l`` latents, ``d`` dead ones.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -59,7 +59,10 @@ def ghost_loss(dictionary: Dictionary, x: Tensor, error: Tensor, dead: Tensor) -
 
     Jermyn and Templeton 2024, "Ghost grads: an improvement on resampling".
     """
-    ghost = dictionary.pre_act(x, dead).exp() @ dictionary.rows[dead]
+    pre_act = dictionary.pre_act(x, dead)
+    # A factor for each token, which the scaling takes out again: exp alone could overflow.
+    pre_act = pre_act - pre_act.detach().amax(1, keepdim=True)
+    ghost = pre_act.exp() @ dictionary.rows[dead]
     length = torch.linalg.vector_norm(error, dim=1, keepdim=True)
     ghost_length = torch.linalg.vector_norm(ghost.detach(), dim=1, keepdim=True)
     distance = (ghost * (length / (1e-6 + 2 * ghost_length)) - error).square()
@@ -108,14 +111,11 @@ def resample(
 
 @torch.no_grad()
 def forget_moments(
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    latents: Tensor,
-    n_latents: int,
+    parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, latents: Tensor
 ) -> None:
-    """Reset what Adam remembers of ``latents``, in every parameter that has one row for each."""
-    for parameter in parameters.values():
+    """Reset what Adam remembers of ``latents`` in ``parameters``, which have one row for each."""
+    for parameter in parameters:
         state: dict[str, Any] = optimizer.state.get(parameter, {})
         for moment in ("exp_avg", "exp_avg_sq"):
-            if moment in state and len(parameter) == n_latents:
+            if moment in state:
                 state[moment][latents] = 0

@@ -96,18 +96,16 @@ class Dictionary(nn.Module):
         """``[o]``: what the output is when no latent is active."""
         return self.pre_bias if self.post_bias is None else self.post_bias
 
-    def encoder_bias(self, latents: Tensor | None = None) -> Tensor:
-        """``[l]``, or of some: the bias with ``pre_bias`` in it.
-
-        Taken apart from the input, which then needs no gradient: a third of the encoder's work.
-        """
-        weight, bias = self._encoder_of(latents)
-        return bias - weight @ self.pre_bias
+    def per_latent(self) -> list[nn.Parameter]:
+        """Parameters that have one row for each latent."""
+        found = [self.encoder, self.latent_bias]
+        return found if self.decoder is None else [*found, self.decoder]
 
     def pre_act(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
         """``[b, n] -> [b, l]``, or of some latents only, before the activation function."""
         weight, bias = self._encoder_of(latents)
         with self.products(x):
+            # Not off the input, which then needs no gradient: a third of the encoder's work.
             return F.linear(x, weight, bias - weight @ self.pre_bias).to(x.dtype)
 
     def decode(self, latents: Tensor, x: Tensor) -> Tensor:

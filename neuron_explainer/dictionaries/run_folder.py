@@ -29,6 +29,8 @@ from neuron_explainer.errors import CheckpointError, InputError
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+FREE_TO_CHANGE = ("epochs", "log_every", "checkpoint_every", "keep_checkpoints", "device")
+"""Settings that alter no number of what is trained on the way."""
 
 
 class RunFolder:
@@ -36,16 +38,23 @@ class RunFolder:
 
     Args:
         path: absent, empty, or the folder of an unfinished run with the same settings.
-        settings: of the run, as JSON can hold them.
+        settings: of the run, as JSON can hold them; those of :data:`FREE_TO_CHANGE` may be others when
+            it is gone on with.
         keep: how many checkpoints stay.
         world: the processes that share it. The first one writes, but for the parts of a state that
             others alone have; all read.
+        extensible: whether a finished run may be gone on with.
     """
 
     def __init__(
-        self, path: str | Path, settings: dict[str, Any], keep: int, world: World = ALONE
+        self,
+        path: str | Path,
+        settings: dict[str, Any],
+        keep: int,
+        world: World = ALONE,
+        extensible: bool = False,
     ) -> None:
-        self.path, self._world = Path(path), world
+        self.path, self._world, self._extensible = Path(path), world, extensible
         part = f"-{world.rank + 1}-of-{world.size}" if world.splits_latents else ""
         self._state, self._tensors = f"state{part}.json", f"state{part}.safetensors"
         self._settings, self._keep = settings, keep
@@ -73,6 +82,7 @@ class RunFolder:
         try:
             if config.exists():
                 self._check_same(files.read_json(config))
+                (self.path / "finished.json").unlink(missing_ok=True)
             else:
                 content = {"format_version": FORMAT_VERSION, "kind": "dictionary_training"}
                 files.write_json(config, {**content, **self._settings})
@@ -81,7 +91,7 @@ class RunFolder:
             lock.release()
 
     def _check_same(self, stored: Mapping[str, Any]) -> None:
-        if (self.path / "finished.json").exists():
+        if (self.path / "finished.json").exists() and not self._extensible:
             raise InputError(
                 f"{self.path} holds a finished run: load what it trained with Autoencoder.load, or "
                 "train in another folder."
@@ -184,7 +194,8 @@ def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in dict.fromkeys([*old, *new]):
             inner = f"{where}.{key}" if where else str(key)
-            yield from _differences(old.get(key), new.get(key), inner)
+            if key not in FREE_TO_CHANGE:
+                yield from _differences(old.get(key), new.get(key), inner)
     elif old != new:
         yield f"{where}: {old!r} there, {new!r} now"
 

@@ -132,6 +132,7 @@ class _Run:
         self.source = BatchSource(batches)
         self.step = 0
         self.tokens = 0
+        self.last_metrics: dict[str, dict[str, float]] = {}
         self.n_tokens = 0  # of the last batch, with the parts of all processes
         self.trainees: dict[str, Trainee] = {}
         self.unchecked: list[tuple[int, str, Tensor, Mapping[str, Tensor]]] = []
@@ -162,7 +163,7 @@ class _Run:
         """Go on from a checkpoint."""
         for name, config in self.configs.items():
             n_inputs, n_outputs, device = state["sizes"][name]
-            place = self.world.device or torch.device(device)
+            place = self.world.device or torch.device(config.device or device)
             trainee = Trainee(config, n_inputs, n_outputs, place, self.world)
             trainee.load_state(state["trainees"][name])
             self.trainees[name] = trainee
@@ -174,6 +175,7 @@ class _Run:
                 key: value.to(parameter.device) for key, value in moments.items()
             }
         self.step, self.tokens = state["step"], state["tokens"]
+        self.last_metrics = state["metrics"]
         self.source.restore(state["source"])
 
     def make_optimizer(self) -> None:
@@ -211,6 +213,7 @@ class _Run:
             },
             "step": self.step,
             "tokens": self.tokens,
+            "metrics": self.last_metrics,
             "source": self.source.state(),
         }
 
@@ -302,8 +305,8 @@ class _Run:
                     self.begin()
                 else:
                     self.resume(state)
-                metrics = self.loop(place, callbacks, progress, log_to)
-                return self.save_results(place, metrics)
+                self.loop(place, callbacks, progress, log_to)
+                return self.save_results(place)
 
     def loop(
         self,
@@ -311,9 +314,9 @@ class _Run:
         callbacks: Sequence[Callback],
         progress: bool,
         log_to: Sequence[str],
-    ) -> dict[str, dict[str, float]]:
-        """Steps, from the one reached to the last; returns the last metrics."""
-        c, metrics = self.shared, dict[str, dict[str, float]]()
+    ) -> None:
+        """Steps, from the one reached to the last."""
+        c = self.shared
         if not self.world.is_first:  # the first one speaks for all
             progress, log_to = False, ()
         logged = place if self.world.is_first else None
@@ -325,8 +328,8 @@ class _Run:
                 last = self.step == c.total_steps
                 if self.step % c.log_every == 0 or last:
                     self.check()
-                    metrics = self.metrics(losses, seen)
-                    logs.write(self.step, self.tokens, metrics)
+                    self.last_metrics = self.metrics(losses, seen)
+                    logs.write(self.step, self.tokens, self.last_metrics)
                 # Before the checkpoint: a run that dies in between calls them again, never not.
                 for callback in callbacks:
                     callback(StepReport(self.step, losses, self.trainees))
@@ -334,7 +337,6 @@ class _Run:
                     self.check()
                     logs.sync()
                     place.save_checkpoint(self.step, self.state())
-        return metrics
 
     def metrics(self, losses: Mapping[str, Loss], seen: Batch) -> dict[str, dict[str, float]]:
         """What the log says of the step that was just done."""
@@ -346,15 +348,13 @@ class _Run:
             for name, trainee in self.trainees.items()
         }
 
-    def save_results(
-        self, place: RunFolder, metrics: dict[str, dict[str, float]]
-    ) -> dict[str, Autoencoder]:
+    def save_results(self, place: RunFolder) -> dict[str, Autoencoder]:
         found = {name: trainee.finish() for name, trainee in self.trainees.items()}
 
         def save() -> None:
             for name, autoencoder in found.items():
                 autoencoder.save(result_folder(place.path, name), overwrite=True)
-            place.finish(self.step, metrics)
+            place.finish(self.step, self.last_metrics)
 
         self.world.on_first(save)
         return found

@@ -131,7 +131,15 @@ class Trainee(nn.Module):
         loss: Loss = self.objective.loss(self.dictionary, x, target, moment)
         self.counter.update(loss.latents, n_tokens)
         self.counter.silent.copy_(self.world.smallest(self.counter.silent))
-        if self.config.remedy != "ghost" or not len(dead):
+        if self.config.remedy != "ghost":
+            return loss
+        if "reconstruction" not in loss.terms:
+            raise InputError(
+                f"remedy = ghost scales its loss to the term 'reconstruction', which the objective "
+                f"{self.config.objective.name} does not have; it has "
+                f"{', '.join(loss.terms) or 'none'}."
+            )
+        if not len(dead):
             return loss
         # In the units of the objective's own reconstruction term.
         unit = loss.terms["reconstruction"] / squared_error(loss.error)
@@ -209,7 +217,8 @@ class Trainee(nn.Module):
         dead = self.counter.dead(c.dead_after(n_tokens))
         x, target, error = (self.world.gather_rows(t, n_tokens) for t in (x, target, loss.error))
         dead = resample(self.dictionary, dead, x, target, error, self.generator)
-        forget_moments(dict(self.named_parameters()), optimizer, dead, self.dictionary.n_latents)
+        own = [self.objective.get_parameter(name) for name in self.objective.per_latent]
+        forget_moments([*self.dictionary.per_latent(), *own], optimizer, dead)
         self.objective.revive(dead)
         self.counter.revive(dead)
 

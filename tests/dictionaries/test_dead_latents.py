@@ -103,6 +103,30 @@ def test_only_dead_rows_get_a_ghost_gradient() -> None:
         assert touched.tolist() == [latent in DEAD for latent in range(6)]
 
 
+def test_ghosts_of_large_activations_are_finite() -> None:
+    dictionary, x = a_dictionary()
+    error = torch.ones_like(x)
+    large = ghost_loss(dictionary, 1e4 * x, error, DEAD)
+    large.backward()
+    assert bool(torch.isfinite(large))
+    assert dictionary.encoder.grad is not None
+    assert bool(torch.isfinite(dictionary.encoder.grad).all())
+
+
+def test_ghosts_need_a_reconstruction_to_be_scaled_to() -> None:
+    rows = planted(64)[0]
+    config = TrainConfig(ReLUConfig(), n_latents=40, steps=9, remedy="ghost", dead_after_tokens=100)
+    trainee = Trainee(config, 24, None, rows.device).measure([(rows, rows)])
+    loss = trainee.objective.loss
+
+    def unnamed(*arguments: Any) -> Any:
+        return loss(*arguments)._replace(terms={"mine": torch.zeros(())})
+
+    trainee.objective.loss = unnamed  # type: ignore[method-assign]
+    with pytest.raises(InputError, match=r"'reconstruction', which the objective relu .* has mine"):
+        trainee.loss(rows, rows, 0)
+
+
 def test_ghosts_are_off_when_none_is_dead() -> None:
     config = TrainConfig(ReLUConfig(), n_latents=40, steps=9, remedy="ghost", dead_after_tokens=100)
     rows = planted(64)[0]
@@ -218,12 +242,36 @@ def test_adam_forgets_resampled_latents() -> None:
     optimizer = torch.optim.Adam(dictionary.parameters(), fused=True)
     dictionary.decode(dictionary.pre_act(x), x).square().sum().backward()
     optimizer.step()
-    forget_moments(dict(dictionary.named_parameters()), optimizer, DEAD, 6)
+    forget_moments(dictionary.per_latent(), optimizer, DEAD)
     for parameter in (dictionary.encoder, dictionary.rows, dictionary.latent_bias):
         for moment in ("exp_avg", "exp_avg_sq"):
             zero = optimizer.state[parameter][moment].reshape(6, -1).abs().sum(1) == 0
             assert zero.tolist() == [latent in DEAD for latent in range(6)]
     assert float(optimizer.state[dictionary.pre_bias]["exp_avg"].abs().min()) > 0
+
+
+def test_adam_keeps_what_is_not_of_latents() -> None:
+    """Of as many inputs as latents, a bias of the input's width looks like one of latents."""
+    rows = planted(64)[0]
+    config = TrainConfig(
+        ReLUConfig(),
+        n_latents=24,
+        steps=8,
+        remedy="resample",
+        resample_every=4,
+        dead_after_tokens=64,
+        decoder_bias="mean",
+    )
+    trainee = Trainee(config, 24, None, rows.device).measure([(rows, rows)])
+    optimizer = torch.optim.Adam(trainee.parameters(), fused=True)
+    trainee.loss(rows, rows, 0).total.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    loss = trainee.loss(rows, rows, 3)
+    trainee.counter.silent[:24] = 64
+    trainee.after_step(rows, rows, loss, 3, 64, optimizer)
+    moments = optimizer.state[trainee.dictionary.latent_bias]["exp_avg"]
+    assert float(moments.abs().min()) == 0
+    assert float(optimizer.state[trainee.dictionary.pre_bias]["exp_avg"].abs().min()) > 0
 
 
 def kill_half(report: Any) -> None:

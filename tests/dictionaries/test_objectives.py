@@ -119,7 +119,8 @@ def test_matryoshka_by_hand() -> None:
     # Latent 0 alone leaves [0 1], [0 2]: 5 / 2; both leave 1 / 2.
     loss = hand_loss(MatryoshkaConfig(k=1, group_fractions=(0.5, 0.5)))
     assert float(loss.terms["prefix_0"]) == 2.5
-    assert float(loss.total) == 1.5
+    assert float(loss.terms["prefix_1"]) == 0.5
+    assert float(loss.terms["reconstruction"]) == float(loss.total) == 1.5
 
 
 def test_relu_by_hand() -> None:
@@ -491,6 +492,7 @@ def test_an_outsider_registers_without_touching_the_loop() -> None:
     @dataclass(frozen=True)
     class ScaledConfig(ObjectiveConfig):
         factor: float = 2.0
+        """Of the error."""
 
     @register("scaled_for_test", ScaledConfig)
     class Scaled(Objective[ScaledConfig]):

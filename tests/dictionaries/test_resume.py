@@ -61,6 +61,9 @@ def assert_same(folder: Path, undisturbed: Path, what: str) -> None:
     for name, value in expected.items():
         assert torch.equal(found[name], value), f"{what}: {name}"
     assert log(folder) == log(undisturbed), what
+    ends = [json.loads((f / "finished.json").read_text()) for f in (folder, undisturbed)]
+    assert ends[0] == ends[1], what
+    assert ends[0]["metrics"] == log(folder)[-1]["dictionaries"], what
 
 
 def test_killed_at_any_moment(undisturbed: Path, tmp_path: Path) -> None:
@@ -196,6 +199,15 @@ def test_a_folder_is_never_overwritten(tmp_path: Path) -> None:
         train(config, planted(64)[0], tmp_path / "other", progress=False)
     with pytest.raises(InputError, match="is a file"):
         train(config, planted(64)[0], tmp_path / "other" / "thesis.txt", progress=False)
+
+
+def test_what_alters_no_number_may_change(tmp_path: Path) -> None:
+    half_done(tmp_path / "run")
+    other = small(log_every=3, checkpoint_every=5, keep_checkpoints=1, device="cpu")
+    resumed = train(other, planted(64)[0], tmp_path / "run", progress=False)
+    whole = train(small(), planted(64)[0], progress=False)
+    assert torch.equal(resumed.decoder.weight, whole.decoder.weight)
+    assert checkpoints(tmp_path / "run") == ["00000009"]
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from neuron_explainer.activations.harvest import ActivationBatch
+from neuron_explainer.cli.measuring import open_autoencoders
 from neuron_explainer.dictionaries.sparse_coding import SparseCodingConfig, train_sparse_coding
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.locations import ActivationLocation
@@ -63,6 +64,7 @@ def test_what_a_run_leaves(whole):
         "checkpoints/00000014/state.json",
         "checkpoints/00000014/state.safetensors",
         "config.json",
+        "finished.json",
         "log.jsonl",
     ]
     assert whole["log.jsonl"].count(b"\n") == 2 * N_BATCHES
@@ -145,10 +147,15 @@ def test_leftovers_of_a_killed_process_are_removed(whole, tmp_path):
 def test_one_epoch_and_another_are_two(whole, tmp_path):
     run(tmp_path, epochs=1)
     assert len(log_of(tmp_path)) == N_BATCHES
+    assert set(open_autoencoders(str(tmp_path))[0]) == {str(tmp_path / "autoencoder")}
+    with pytest.raises(Interrupted):  # it is not finished while it goes on
+        run(tmp_path, Batches(stop_at(2)))
+    with pytest.raises(InputError, match="has not finished"):
+        open_autoencoders(str(tmp_path))
     found = run(tmp_path)
     assert torch.equal(found.encoder.weight, run(None).encoder.weight)
-    weights = "autoencoder/autoencoder.safetensors"
-    assert contents(tmp_path)[weights] == whole[weights]
+    for name in ("autoencoder/autoencoder.safetensors", "finished.json"):
+        assert contents(tmp_path)[name] == whole[name]
     # there is nothing left to do
     again = run(tmp_path, Batches(stop_at(1)))
     assert torch.equal(again.encoder.weight, found.encoder.weight)

@@ -82,7 +82,8 @@ class Loss(NamedTuple):
     total: Tensor
     """``[]``, minimised."""
     terms: dict[str, Tensor]
-    """``[]`` each, detached: the parts of ``total``, for the log."""
+    """``[]`` each, detached: the parts of ``total``, for the log. ``"reconstruction"`` must be among
+    them where ghost gradients, which are scaled to it, are wanted."""
     error: Tensor
     """``[b, o]``, detached: target minus reconstruction, normalised."""
     latents: Tensor | SparseLatents
@@ -100,9 +101,11 @@ class Objective(nn.Module, ABC, Generic[C]):
     ``moment.mean``, or its like in ``moment.world``.
 
     All that changes from step to step is kept in parameters and buffers: they are what a checkpoint
-    holds. Parameters whose first axis is ``l`` have Adam's moments reset with their latent.
+    holds.
     """
 
+    per_latent: ClassVar[tuple[str, ...]] = ()
+    """Names of parameters with one row for each latent: Adam's moments are reset with their latent."""
     trains_latent_bias: ClassVar[bool] = True
     splits_latents: ClassVar[bool] = False
     """Whether it can be computed where each process holds some of the latents."""

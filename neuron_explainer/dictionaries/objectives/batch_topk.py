@@ -120,9 +120,9 @@ class _BatchTopK(Objective[C]):
         errors = [target - recons for recons in self.reconstructions(dictionary, x, active)]
         losses = [squared_error(error) / dictionary.variance for error in errors]
         total = torch.stack(losses).mean()
-        terms = {"reconstruction": losses[-1].detach()}
+        terms = {"reconstruction": total.detach()}
         if len(losses) > 1:
-            terms |= {f"prefix_{i}": loss.detach() for i, loss in enumerate(losses[:-1])}
+            terms |= {f"prefix_{i}": loss.detach() for i, loss in enumerate(losses)}
         error = errors[-1].detach()
         aux = aux_k_loss(self.config, dictionary, x, error, moment)
         if aux is not None:

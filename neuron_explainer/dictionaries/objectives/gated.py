@@ -50,6 +50,7 @@ class GatedConfig(ObjectiveConfig):
 class Gated(Objective[GatedConfig]):
     """Penalises the gate's pre-activations."""
 
+    per_latent = ("b_gate", "r_mag", "b_mag")
     trains_latent_bias = False  # each path has its own
 
     def __init__(self, config: GatedConfig, dictionary: Dictionary) -> None:

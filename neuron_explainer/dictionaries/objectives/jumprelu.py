@@ -60,6 +60,8 @@ class JumpReLUConfig(ObjectiveConfig):
 class JumpReLU(Objective[JumpReLUConfig]):
     """Penalises the number of active latents."""
 
+    per_latent = ("log_threshold",)
+
     def __init__(self, config: JumpReLUConfig, dictionary: Dictionary) -> None:
         super().__init__(config, dictionary)
         first = torch.full(

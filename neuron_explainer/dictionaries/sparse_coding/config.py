@@ -83,5 +83,3 @@ _COUNTS = (
     "checkpoint_every",
     "keep_checkpoints",
 )
-#: Settings that a run may change when it goes on: they alter no number on the way.
-FREE_TO_CHANGE = ("epochs", "log_every", "checkpoint_every", "keep_checkpoints")

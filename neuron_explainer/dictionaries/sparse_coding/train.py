@@ -28,7 +28,7 @@ from neuron_explainer.activations.activation_sources import ActivationSource
 from neuron_explainer.dictionaries.denormals import flush_denormals
 from neuron_explainer.dictionaries.logs import JsonLines
 from neuron_explainer.dictionaries.run_folder import RunFolder
-from neuron_explainer.dictionaries.sparse_coding.config import FREE_TO_CHANGE, SparseCodingConfig
+from neuron_explainer.dictionaries.sparse_coding.config import SparseCodingConfig
 from neuron_explainer.dictionaries.sparse_coding.data import (
     Batch,
     BatchStream,
@@ -110,7 +110,7 @@ def train_sparse_coding(
             run.to_end(batches, None, progress)
             found = run.autoencoders()
         else:
-            place = RunFolder(folder, run.settings(), config.keep_checkpoints)
+            place = RunFolder(folder, run.settings(), config.keep_checkpoints, extensible=True)
             with place.open():
                 if (state := place.load_checkpoint()) is not None:
                     run.load(state)
@@ -119,6 +119,7 @@ def train_sparse_coding(
                 for name, autoencoder in found.items():
                     target = result_folder(folder, ONLY if name is None else str(name))
                     autoencoder.save(target, overwrite=True)
+                place.finish(run.batches, run.statistics())
     return found.get(None, found)
 
 
@@ -227,11 +228,10 @@ class _Run:
         }
 
     def settings(self) -> dict[str, Any]:
-        """What may not change when the run goes on."""
-        fixed = {k: v for k, v in asdict(self.config).items() if k not in FREE_TO_CHANGE}
+        """What the run was given."""
         return {
             "method": "sparse coding",
-            "config": fixed,
+            "config": asdict(self.config),
             "source": self.source,
             "token_counts": _digest(self.token_counts),
         }
