@@ -68,6 +68,9 @@ class Trainee(nn.Module):
             here=world.latents(n_latents),
         )
         self.objective = make_objective(config.objective, self.dictionary)
+        if not config.tied:
+            with torch.no_grad():
+                self.dictionary.encoder.mul_(self.objective.first_encoder_norm)
         check_split(config, self.objective, n_latents, world)
         self.dictionary.latent_bias.requires_grad_(self.objective.trains_latent_bias)
         self.counter = ActivityCounter(self.dictionary.n_latents)

@@ -107,6 +107,10 @@ class Objective(nn.Module, ABC, Generic[C]):
     per_latent: ClassVar[tuple[str, ...]] = ()
     """Names of parameters with one row for each latent: Adam's moments are reset with their latent."""
     trains_latent_bias: ClassVar[bool] = True
+    first_encoder_norm: ClassVar[float] = 1.0
+    """Length of encoder rows at the start. Where nothing limits how many latents are active, half of
+    them are at first, and with rows as long as the decoder's the first reconstruction would be a
+    multiple of the input."""
     splits_latents: ClassVar[bool] = False
     """Whether it can be computed where each process holds some of the latents."""
 

@@ -50,6 +50,8 @@ class GatedConfig(ObjectiveConfig):
 class Gated(Objective[GatedConfig]):
     """Penalises the gate's pre-activations."""
 
+    first_encoder_norm = 0.1
+
     per_latent = ("b_gate", "r_mag", "b_mag")
     trains_latent_bias = False  # each path has its own
 

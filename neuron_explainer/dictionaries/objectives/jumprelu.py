@@ -60,6 +60,8 @@ class JumpReLUConfig(ObjectiveConfig):
 class JumpReLU(Objective[JumpReLUConfig]):
     """Penalises the number of active latents."""
 
+    first_encoder_norm = 0.1
+
     per_latent = ("log_threshold",)
 
     def __init__(self, config: JumpReLUConfig, dictionary: Dictionary) -> None:

@@ -58,6 +58,8 @@ class ReLUConfig(ObjectiveConfig):
 class ReLU(Objective[ReLUConfig]):
     """Penalises the sum of latents."""
 
+    first_encoder_norm = 0.1
+
     def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
         d, c = dictionary, self.config
         norms = torch.linalg.vector_norm(d.rows, dim=1) if c.weighted else None
@@ -119,6 +121,8 @@ class PAnnealConfig(ObjectiveConfig):
 @register("p_anneal", PAnnealConfig)
 class PAnneal(Objective[PAnnealConfig]):
     """Penalises Σ f^p."""
+
+    first_encoder_norm = 0.1
 
     coefficient: Tensor
     """``[]``: by which the penalty is multiplied, changed whenever p is."""
