@@ -39,4 +39,4 @@ def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     n = len(rows)
     if rows.device.type == "cpu" and rows.numel():
         n = max(1, _BLOCK // (rows.element_size() * rows.shape[1]))
-    return zip(*(tensor.split(max(1, n)) for tensor in tensors), strict=True)
+    return zip(*(torch.split(tensor, max(1, n)) for tensor in tensors), strict=True)

@@ -112,12 +112,12 @@ def test_what_is_given_stays() -> None:
 
 
 def test_penalties_that_cannot_be_escaped() -> None:
-    for objective, fields in (
-        (ReLUConfig(weighted=True), {}),
-        (ReLUConfig(), {"tied": True}),
-        (TopKConfig(), {}),
+    for objective, tied in (
+        (ReLUConfig(weighted=True), False),
+        (ReLUConfig(), True),
+        (TopKConfig(), False),
     ):
-        assert TrainConfig(objective, steps=5, decoder_norm="free", **fields).total_steps == 5
+        assert TrainConfig(objective, steps=5, decoder_norm="free", tied=tied).total_steps == 5
 
 
 def test_a_location_is_checked_when_the_config_is_made() -> None:

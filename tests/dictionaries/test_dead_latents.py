@@ -122,7 +122,7 @@ def test_ghosts_need_a_reconstruction_to_be_scaled_to() -> None:
     def unnamed(*arguments: Any) -> Any:
         return loss(*arguments)._replace(terms={"mine": torch.zeros(())})
 
-    trainee.objective.loss = unnamed  # type: ignore[method-assign]
+    trainee.objective.loss = unnamed  # type: ignore[method-assign, assignment]
     with pytest.raises(InputError, match=r"'reconstruction', which the objective relu .* has mine"):
         trainee.loss(rows, rows, 0)
 
@@ -264,7 +264,7 @@ def test_adam_keeps_what_is_not_of_latents() -> None:
     )
     trainee = Trainee(config, 24, None, rows.device).measure([(rows, rows)])
     optimizer = torch.optim.Adam(trainee.parameters(), fused=True)
-    trainee.loss(rows, rows, 0).total.backward()  # type: ignore[no-untyped-call]
+    trainee.loss(rows, rows, 0).total.backward()
     optimizer.step()
     loss = trainee.loss(rows, rows, 3)
     trainee.counter.silent[:24] = 64

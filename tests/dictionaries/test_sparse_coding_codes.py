@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import Lasso  # type: ignore[import-untyped]
+from sklearn.linear_model import Lasso
 
 from neuron_explainer.models.fista import fista, ista
 from tests.reference import fista_numpy
