@@ -346,6 +346,7 @@ def test_aux_k_of_a_perfect_reconstruction() -> None:
     aux = aux_k_loss(
         TopKConfig(k=1), dictionary, X, torch.zeros_like(X), moment(dead=torch.tensor([0]))
     )
+    assert aux is not None
     aux.backward()
     assert float(aux.detach()) == 0
     gradient = dictionary.encoder.grad
