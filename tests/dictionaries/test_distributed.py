@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,11 @@ def test_the_cases_say_something(runs: Path) -> None:
     curves = safetensors.torch.load_file(runs / "cases" / "topk.safetensors")
     assert len(curves["curve aux"]) > 5
     assert "curve multi" in curves
-    plain = world_runs.found(world_runs.case(world_runs.TOPK))
-    assert not torch.equal(plain["encoder.weight"], curves["encoder.weight"])
+    for name, without in (("topk", {"grad_clip": None}), ("resample", {"remedy": "none"})):
+        case = CASES[name]._replace(config=replace(CASES[name].config, **without))
+        found = safetensors.torch.load_file(runs / "cases" / f"{name}.safetensors")
+        difference = world_runs.found(case)["encoder.weight"] - found["encoder.weight"]
+        assert float(difference.abs().max()) > 1e-3, name
 
 
 def test_many_at_once(runs: Path) -> None:
@@ -153,6 +157,19 @@ def test_a_checkpoint_of_parts_needs_as_many_processes(runs: Path, tmp_path: Pat
     (tmp_path / "run" / "finished.json").unlink()
     with pytest.raises(InputError, match="processes: 2 there, None now"):
         train(config, world_runs.batches(config), tmp_path / "run", progress=False)
+
+
+def test_activations_are_computed_once_for_all(runs: Path) -> None:
+    assert statuses(runs, "shared") == [0, 0], said(runs, "shared")
+    alone = world_runs.Counted()
+    whole, rest = (torch.cat(batches) for batches in world_runs.shuffled(alone))
+    assert len(whole) == sum(range(20, 27))
+    for rank in range(2):
+        found = safetensors.torch.load_file(runs / "shared" / f"{rank}.safetensors")
+        assert torch.equal(found["whole"], whole)
+        assert torch.equal(found["rest"], rest)
+        assert set((found["asked"] % 2).tolist()) == {rank}
+    assert set(alone.asked) == set(range(7))
 
 
 def test_a_process_that_hangs_is_given_up(runs: Path) -> None:

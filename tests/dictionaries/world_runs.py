@@ -20,6 +20,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from neuron_explainer.activations.activation_sources import ActivationSource
+from neuron_explainer.activations.buffer import ShuffleBuffer
+from neuron_explainer.activations.harvest import ActivationBatch
 from neuron_explainer.dictionaries import (
     BatchTopKConfig,
     GatedConfig,
@@ -33,12 +36,15 @@ from neuron_explainer.dictionaries import (
     train_many,
 )
 from neuron_explainer.dictionaries.distributed import ALONE, Split, World, open_world
+from neuron_explainer.dictionaries.shared_source import SharedSource
 from neuron_explainer.errors import NeuronExplainerError
+from neuron_explainer.models.locations import ActivationLocation
 from tests.dictionaries.planted import planted
 
+PLACE = ActivationLocation.parse("0/resid.torso.post_mlp")
 STEPS, BATCH, KILLED_AT = 50, 33, 17  # 33 rows are no two equal parts
 
-TOPK = TopKConfig(k=3, multi_k=6, k_anneal_steps=20, k_start=8, aux_k=8)
+TOPK = TopKConfig(k=3, multi_k=6, k_anneal_steps=20, k_start=8, aux_k=2)
 
 
 class Case(NamedTuple):
@@ -54,7 +60,7 @@ def case(objective: Any, split: Split = "data", **fields: Any) -> Case:
         "steps": STEPS,
         "batch_size": BATCH,
         "lr": 3e-3,
-        "dead_after_tokens": 200,
+        "dead_after_tokens": 60,
         "log_every": 10,
         "sample_batches": 2,
         "dtype": "float64",
@@ -73,9 +79,7 @@ CASES = {
     "transcoder": case(TOPK, transcoder=True, skip=True),
     "relu": case(ReLUConfig(l1_coefficient=0.3)),
     "relu float32": case(ReLUConfig(l1_coefficient=0.3), dtype="float32"),
-    "resample": case(
-        ReLUConfig(l1_coefficient=0.3), remedy="resample", resample_every=20, dead_after_tokens=60
-    ),
+    "resample": case(TopKConfig(k=2, aux_coefficient=0), remedy="resample", resample_every=20),
     "ghost": case(TopKConfig(k=2, aux_coefficient=0), remedy="ghost"),
     "jumprelu": case(JumpReLUConfig(target_l0=3.0, bandwidth=0.1, first_threshold=0.1)),
     "gated": case(GatedConfig(l1_coefficient=0.3)),
@@ -105,14 +109,15 @@ def found(which: Case, world: World = ALONE) -> dict[str, Tensor]:
 
     c = which.config
     autoencoder = train(c, batches(c), callbacks=[note], progress=False, world=world)
-    state = autoencoder.state_dict()
-    tensors = {name: x.contiguous() for name, x in state.items() if isinstance(x, Tensor)}
+    # With buffers, of which one is the threshold of BatchTopK.
+    state = [*autoencoder.named_parameters(), *autoencoder.named_buffers()]
+    tensors = {name: x.detach().contiguous() for name, x in state}
     curve = {f"curve {name}": torch.tensor(v, dtype=torch.float64) for name, v in curves.items()}
     return {**{name: x.clone() for name, x in tensors.items()}, **curve}
 
 
 def all_cases(folder: Path) -> None:
-    with open_world(timeout=20) as world:
+    with open_world(timeout=150) as world:
         for name, which in CASES.items():
             here = World(world.rank, world.size, which.split, world.device)
             result = found(which, here)
@@ -123,6 +128,50 @@ def all_cases(folder: Path) -> None:
         train_many(pair, both, folder / "many", progress=False, world=world)
 
 
+class Counted:
+    """A source of seven chunks of different lengths; remembers which it was asked for."""
+
+    forward_s = 0.0
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def chunk(self, number: int) -> ActivationBatch | None:
+        if number >= 7:
+            return None
+        self.asked.append(number)
+        rows = planted(20 + number, seed=number)[0]
+        which = torch.arange(len(rows))
+        return ActivationBatch({PLACE: rows}, which, which + number, which)
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+
+def shuffled(source: ActivationSource) -> tuple[list[Tensor], list[Tensor]]:
+    """All batches; and those after the third, of a buffer that went on from there."""
+
+    def buffer() -> ShuffleBuffer:
+        return ShuffleBuffer(source, 48, 12, prefetch=False)
+
+    first, again = buffer(), buffer()
+    batches = [next(first) for _ in range(3)]
+    again.load_state_dict(first.state_dict())
+    whole: list[Any] = [*batches, *first]
+    rest: list[Any] = list(again)
+    return whole, rest
+
+
+def shared(folder: Path) -> None:
+    """Each process notes what it got and what it computed."""
+    with open_world(timeout=150) as world:
+        source = Counted()
+        whole, rest = shuffled(SharedSource(source, world))
+        tensors = {"whole": torch.cat(whole), "rest": torch.cat(rest)}
+        tensors["asked"] = torch.tensor(source.asked)
+        safetensors.torch.save_file(tensors, folder / f"{world.rank}.safetensors")
+
+
 def resumable(folder: Path, split: Split, killed_at: int | None = None) -> None:
     """A run of which the second process dies after a step."""
 
@@ -131,7 +180,7 @@ def resumable(folder: Path, split: Split, killed_at: int | None = None) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     config = case(TOPK, dtype="float32", checkpoint_every=5).config
-    with open_world(split, timeout=5) as world:
+    with open_world(split, timeout=150) as world:
         train(config, batches(config), folder / "run", callbacks=[die], progress=False, world=world)
 
 
@@ -152,7 +201,7 @@ def refused(folder: Path) -> None:
     (folder / "run").mkdir(exist_ok=True)
     (folder / "run" / "thesis.txt").write_text("mine")
     config = case(TOPK).config
-    with open_world(timeout=20) as world:
+    with open_world(timeout=150) as world:
         train(config, batches(config), folder / "run", progress=False, world=world)
 
 
@@ -202,17 +251,17 @@ def main() -> None:
     torch.set_num_threads(1)
     os.fsync = lambda fd: None
     base = Path(sys.argv[1])
-    found(CASES["topk"]._replace(config=case(TOPK, steps=2).config))  # warm
+    found(case(TopKConfig(k=2), steps=2))  # what torch imports when it is first used, all have then
     statuses = {"cases": together(base / "cases", all_cases)}
     splits: tuple[Split, ...] = ("data", "latents")
     for split in splits:
         whole, broken = base / f"whole {split}", base / f"broken {split}"
         statuses[f"whole {split}"] = together(whole, partial(resumable, split=split))
-        statuses[f"killed {split}"] = together(
-            broken, lambda f, s=split: resumable(f, s, KILLED_AT)
-        )
+        dying = partial(resumable, split=split, killed_at=KILLED_AT)
+        statuses[f"killed {split}"] = together(broken, dying)
         (broken / "said 0").rename(broken / "said when killed")
         statuses[f"resumed {split}"] = together(broken, partial(resumable, split=split))
+    statuses["shared"] = together(base / "shared", shared)
     statuses["hung"] = together(base / "hung", hangs)
     statuses["refused"] = together(base / "refused", refused)
     (base / "statuses.json").write_text(json.dumps(statuses))
