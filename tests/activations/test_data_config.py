@@ -1,0 +1,106 @@
+"""From a path and settings to windows and batches; what is not there is an error that helps."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from neuron_explainer.activations import (
+    DataConfig,
+    Harvester,
+    TokenWindows,
+    harvest_to_store,
+    is_store,
+    open_buffer,
+    open_corpus,
+    open_windows,
+    start_token,
+    write_token_file,
+)
+from neuron_explainer.errors import InputError, LocationError, SourceError
+from neuron_explainer.models.model_context import ModelContext
+
+PLACE = "2/resid.torso.delta_mlp"
+CONFIG = DataConfig(context_length=16, windows_per_forward=2, hold_out=0.25, buffer_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def tales() -> ModelContext:
+    return ModelContext.from_model_type("tiny-tales", device="cpu")
+
+
+@pytest.fixture
+def books(tmp_path: Path) -> Path:
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for number in range(4):
+        text = f"Document {number} tells of {number} wolves and a king. " * 5
+        (folder / f"{number}.txt").write_text(text, "utf-8")
+    return folder
+
+
+def documents_of(windows: TokenWindows) -> set[int]:
+    return {int(d) for batch in windows for d in batch.document.flatten() if d >= 0}
+
+
+def test_parts_share_no_document_and_leave_none_out(tales: ModelContext, books: Path) -> None:
+    training = documents_of(open_windows(tales, books, CONFIG))
+    held_out = documents_of(open_windows(tales, books, CONFIG, part="held_out"))
+    assert (len(training), len(held_out)) == (3, 1)
+    assert training | held_out == documents_of(open_windows(tales, books, CONFIG, part="all"))
+    assert not training & held_out
+
+
+def test_a_token_file_gives_the_windows_of_its_texts(
+    tales: ModelContext, books: Path, tmp_path: Path
+) -> None:
+    texts = [path.read_text("utf-8") for path in sorted(books.iterdir())]
+    write_token_file(tmp_path / "tokens", texts, tales)
+    pairs = zip(
+        open_windows(tales, books, CONFIG),
+        open_windows(tales, tmp_path / "tokens", CONFIG),
+        strict=True,
+    )
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in pairs)
+    assert not is_store(tmp_path / "tokens")
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_settings_reach_the_windows(tales: ModelContext, books: Path, bos: bool) -> None:
+    config = DataConfig(context_length=16, windows_per_forward=2, bos=bos, hold_out=0, split=r"\. ")
+    assert len(open_corpus(tales, books, config)) == 20  # sentences
+    batch = next(iter(open_windows(tales, books, config)))
+    assert batch.tokens.shape == (2, 16)
+    assert bool((batch.tokens[:, 0] == start_token(tales)).all()) == bos
+
+
+def test_a_buffer_takes_what_is_needed_and_no_more(tales: ModelContext, books: Path) -> None:
+    with open_buffer(tales, books, PLACE, CONFIG, 8, num_tokens=40) as batches:
+        found = torch.cat(list(batches))
+    assert found.shape == (40, tales.get_or_create_model().cfg.d_model)
+
+
+def test_a_store_gives_back_what_was_harvested(
+    tales: ModelContext, books: Path, tmp_path: Path
+) -> None:
+    windows = open_windows(tales, books, CONFIG)
+    harvester = Harvester(tales, [PLACE, "1/resid.torso.delta_mlp"])
+    store = harvest_to_store(tmp_path / "store", harvester, windows)
+    assert is_store(tmp_path / "store")
+    with open_buffer(tales, tmp_path / "store", PLACE, CONFIG, 8, epochs=1) as batches:
+        found = torch.cat(list(batches))
+    rows = store.rows(0, len(store)).activations[store.locations[0]]
+    assert sorted(map(tuple, found.tolist())) == sorted(map(tuple, rows.tolist()))
+    with pytest.raises(LocationError, match=r"has no 3/resid.* it has 2/resid"):
+        open_buffer(tales, tmp_path / "store", "3/resid.torso.delta_mlp", CONFIG, 8)
+
+
+def test_what_cannot_be_opened(tales: ModelContext, books: Path) -> None:
+    with pytest.raises(SourceError, match=r"no file or folder .*bokks.* Did you mean .*books"):
+        open_windows(tales, books.parent / "bokks", CONFIG)
+    with pytest.raises(InputError, match=r"single document.*split.*hold_out to 0"):
+        open_windows(tales, books / "0.txt", CONFIG)
+    none = DataConfig(hold_out=0)
+    assert len(documents_of(open_windows(tales, books / "0.txt", none))) == 1
+    with pytest.raises(InputError, match="hold_out is 0"):
+        open_windows(tales, books, none, part="held_out")
