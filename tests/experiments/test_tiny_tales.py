@@ -469,7 +469,7 @@ def test_stored_autoencoders_have_recorded_figures() -> None:
         assert figures["l0"] <= (32 if wide else 16), location
         assert figures["dead_share"] <= 0.1, location
         assert figures["fvu"] <= 0.17, location
-        assert figures["loss_recovered_zero"] >= 0.92, location
+        assert figures["loss_recovered_zero"] >= 0.93, location
         assert autoencoder.n_latents >= (2 if wide else 4) * autoencoder.n_inputs, location
         assert autoencoder.model_name == "tiny-tales"
         assert float(autoencoder.latents_activation_frequency.sum()) == pytest.approx(
