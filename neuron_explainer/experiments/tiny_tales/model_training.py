@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from neuron_explainer.dictionaries.denormals import flush_denormals
 from neuron_explainer.experiments.tiny_tales.checkpoints import load_checkpoint, save_checkpoint
 from neuron_explainer.experiments.tiny_tales.data import TrainingWindows
 from neuron_explainer.experiments.tiny_tales.fused_loss import linear_cross_entropy
@@ -159,10 +160,12 @@ def train(
     trainer: ModelTrainer, windows: TrainingWindows, folder: Path, checkpoint_every: int = 100
 ) -> None:
     """Run to ``config.steps``, from the checkpoint in ``folder`` where there is one."""
-    torch.set_flush_denormal(True)  # products of tiny probabilities cost many times more otherwise
     trainer.load(folder)
     average: float | None = None
-    with tqdm(total=trainer.config.steps, initial=trainer.step, unit="step") as bar:
+    with (  # products of tiny probabilities cost many times more otherwise
+        flush_denormals(),
+        tqdm(total=trainer.config.steps, initial=trainer.step, unit="step") as bar,
+    ):
         while trainer.step < trainer.config.steps:
             loss = trainer.train_step(*windows.batch(trainer.step))
             average = loss if average is None else 0.98 * average + 0.02 * loss

@@ -1,0 +1,120 @@
+"""The benchmarks of what is learned run: a small smoke of each, and what they measure by."""
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__, end_to_end, planted, quality
+from benchmarks.contestants.quality_runs import Run
+from benchmarks.quality import Comparison, Failure, Found, Library, Sizes, at_l0
+from neuron_explainer.models.autoencoder import Autoencoder
+
+RUN = Run("", "", steps=100, batch=10, width=4, latents=8, lr=1e-3, l1=4.0)
+SIZES = Sizes(tokens=64 * 20, batch=64, latents=64, k=4, held_out=(1, 1))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(20):
+        text = f"Once upon a time there were {number} little mice who lived in a mill. " * 20
+        (folder / f"{number}.txt").write_text(text, "utf-8")
+    return folder
+
+
+def trainer(exponent: float, at_one: float) -> Any:
+    """A library whose L0 is a power of the coefficient."""
+
+    def trained(run: Run) -> Found:
+        l0 = at_one * run.l1**exponent
+        evaluation: Any = SimpleNamespace(l0=l0)
+        return Found(run, evaluation, 1, 0.0)
+
+    return trained
+
+
+@pytest.mark.parametrize(("exponent", "at_one"), [(-1.5, 300.0), (-0.7, 100.0), (-3.0, 900.0)])
+def test_the_search_for_a_coefficient_ends_near(exponent: float, at_one: float) -> None:
+    found = at_l0(trainer(exponent, at_one), RUN, 32.0)
+    assert found.evaluation.l0 == pytest.approx(32, rel=quality.NEAR)
+    assert 1 < found.trainings <= quality.ATTEMPTS
+
+
+def test_the_search_gives_up_where_nothing_helps() -> None:
+    found = at_l0(trainer(0.0, 100.0), RUN, 32.0)
+    assert (found.trainings, found.evaluation.l0) == (quality.ATTEMPTS, 100.0)
+
+
+def test_what_all_libraries_share() -> None:
+    assert (RUN.warmup, RUN.decay, RUN.dead_after) == (5, 20, 10)
+
+
+def test_ours_is_trained_in_a_process_of_its_own(corpus: Path, tmp_path: Path) -> None:
+    comparison = Comparison(corpus, tmp_path, SIZES)
+    batches = list(comparison.run(1e-3, k=4))
+    assert [list(x.shape) for x in batches] == [[64, 192]] * 20
+    library = Library("quality_ours", sys.executable)
+    try:
+        pilot = replace(comparison.run(3e-3, k=4), steps=10)
+        few, many = (comparison.attempt(library, r, "") for r in (pilot, replace(pilot, steps=20)))
+        assert many.evaluation.fvu < few.evaluation.fvu
+        assert many.evaluation.l0 == pytest.approx(4, abs=0.1)
+        assert many.run.folder != few.run.folder
+        with pytest.raises(Failure, match="lr must be above 0"):
+            library.train(replace(pilot, lr=-1.0))
+    finally:
+        library.close()
+
+
+def test_who_does_not_start_is_listed_with_the_reason() -> None:
+    comparison: Any = None
+    line = quality._line(comparison, "absent", "quality_ours", "no-such-python", 4)
+    assert "its interpreter does not start" in line
+    assert line.count("|") == quality.HEAD.count("|")
+
+
+def test_planted_directions_and_their_count() -> None:
+    rows, atoms = planted.planted(50)
+    again, same = planted.planted(50, seed=1)
+    torch.testing.assert_close(atoms, same)
+    assert not torch.equal(rows, again)
+    torch.testing.assert_close(atoms.norm(dim=1), torch.ones(planted.ATOMS))
+    autoencoder = Autoencoder(planted.ATOMS, planted.WIDTH)
+    with torch.no_grad():
+        autoencoder.decoder.weight.copy_(3 * atoms.t())
+        autoencoder.decoder.weight[:, :32] = -autoencoder.decoder.weight[:, :32]
+    assert planted.recovered(atoms, autoencoder) == pytest.approx(0.75)
+
+
+def test_planted_prints_its_table() -> None:
+    lines = planted.run(quick=True).splitlines()
+    assert [line.split(" | ")[0] for line in lines[4:]] == [
+        "| TopK, k = 5",
+        "| ReLU + L1",
+        "| sparse coding (FISTA)",
+    ]
+
+
+def test_end_to_end_accounts_for_all_its_time(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(end_to_end, "SIZES", [(64, 4)])
+    monkeypatch.setattr(end_to_end, "BATCH", 128)
+    __main__.main(["end_to_end", "--quick", "--corpus", str(corpus)])
+    cells = capsys.readouterr().out.splitlines()[-2].split(" | ")
+    step, waiting, _, taking, forward = (float(cell.rstrip("%")) for cell in cells[2:7])
+    assert step + waiting + taking == pytest.approx(100, abs=0.2)
+    assert forward >= 0  # none, where all activations had been computed when the clock started
+    assert all(math.isfinite(float(cell.strip(" |"))) for cell in cells[-2:])
+
+
+def test_a_corpus_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        __main__.main(["quality", "end_to_end"])
+    assert "quality and end_to_end need --corpus" in capsys.readouterr().err
