@@ -1,0 +1,341 @@
+"""The verbs that learn and measure dictionaries: one flow, its JSON, what each bad input comes to."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from neuron_explainer import cli
+from neuron_explainer.cli import measuring
+from neuron_explainer.dictionaries.run_folder import RunFolder
+from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.passage import PASSAGE
+from neuron_explainer.models.transformer import Transformer
+
+PLACES = ["1/resid.torso.delta_mlp", "2/resid.torso.delta_mlp"]
+WINDOWS = ["--context-length", "32", "--windows-per-forward", "2"]
+SMALL = ["--steps", "6", "--batch-size", "64", "--n-latents", "48", "--k", "4", "--lr", "3e-3"]
+VERBS = ["harvest", "train", "evaluate", "prune", "finetune", "report", "sentences"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of texts, a store of their activations and a run of two dictionaries on it."""
+    folder = tmp_path_factory.mktemp("learning")
+    (folder / "books").mkdir()
+    for number, paragraph in enumerate(PASSAGE.split("\n\n")):
+        (folder / "books" / f"{number}.txt").write_text(paragraph, "utf-8")
+    (folder / "s.csv").write_text("sentence\nThe cat sat.\nOnce upon a time, a king.\n", "utf-8")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        argv = ["harvest", "books", "--location", *PLACES, *WINDOWS, "--out", "store", "--json"]
+        assert cli.main(argv) == 0
+        assert cli.main(["train", "store", *SMALL, "--out", "run", "--json"]) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_a_copy(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has its own files; nothing but what it asks for is written."""
+    work = tmp_path / "work"
+    shutil.copytree(made, work)
+    monkeypatch.chdir(work)
+    # The run says where its text was harvested from.
+    for name in ("store/source.json", "run/config.json"):
+        path = work / name
+        path.write_text(path.read_text("utf-8").replace(str(made), str(work)), "utf-8")
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert cli.main(argv) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def as_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    """The whole of standard output is one JSON object."""
+    found = json.loads(run(capsys, *argv, "--json"))
+    assert isinstance(found, dict)
+    return found
+
+
+def fail(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What a command that ends with 2 says, in one line, without having printed anything."""
+    try:
+        code = cli.main(argv)
+    except SystemExit as stop:  # argparse, which shows the usage first
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    lines = [line for line in err.splitlines() if line.startswith(f"neuron-explainer {argv[0]}: ")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def test_a_store_is_trained_on_and_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    for place, folder in zip(PLACES, sorted(Path("run/autoencoders").iterdir()), strict=True):
+        autoencoder = Autoencoder.load(folder)
+        assert (str(autoencoder.location), autoencoder.n_latents) == (place, 48)
+        assert autoencoder.model_name == "tiny-tales"
+    # Neither text nor model is given: the store has noted them, and what was set apart.
+    found = as_json(capsys, "evaluate", "run")
+    assert found["part"] == "held_out"
+    assert Path(found["text"]).name == "books"
+    assert list(found["evaluations"]) == PLACES
+    for evaluation in found["evaluations"].values():
+        assert 0 < evaluation["fvu"] < 1.5
+        assert evaluation["l0"] <= 4
+    held_out = found["evaluations"][PLACES[0]]["n_tokens"]
+    everything = as_json(capsys, "evaluate", "run", "--text", "books", "--ce-every", "0")
+    assert everything["part"] == "all"
+    assert everything["evaluations"][PLACES[0]]["n_tokens"] > 2 * held_out
+    text = run(capsys, "evaluate", "run", "--ce-every", "0")
+    assert "FVU" in text
+    assert text.splitlines()[-1] == "Next: neuron-explainer report run"
+
+
+def test_training_from_text_from_a_file_of_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run.toml").write_text(
+        'location = "1/resid.torso.delta_mlp"\nsteps = 9\nbatch_size = 64\nn_latents = 48\n'
+        '[objective]\nname = "relu"\nl1_coefficient = 0.5\n',
+        "utf-8",
+    )
+    found = as_json(
+        capsys, "train", "books", "--config", "run.toml", "--steps", "3", *WINDOWS, "--out", "live"
+    )
+    assert found["steps"] == 3  # flags win
+    settings = json.loads(Path("live/config.json").read_text("utf-8"))
+    objective = settings["dictionaries"]["autoencoder"]["objective"]
+    assert objective == {"name": "relu", "l1_coefficient": 0.5, "weighted": False}
+    assert Autoencoder.load("live/autoencoder").activation.__class__.__name__ == "ReLU"
+
+
+def test_training_from_the_scripts_params(capsys: pytest.CaptureFixture[str]) -> None:
+    params = {
+        "context_length": 32,
+        "llm_batch_size": 2,
+        "sae_batch_size": 64,
+        "device": "cpu",
+        "save_dir": "results/",
+        "model_name": "tiny-tales",
+        "random_seed": 1,
+        "layer": 1,
+        "dataset_name": "books",
+        "num_tokens": 200,
+    }
+    entries = {key: {"value": value, "description": "…"} for key, value in params.items()}
+    Path("params.json").write_text(json.dumps(entries), "utf-8")
+    found = as_json(capsys, "train", "--params", "params.json")
+    assert (found["run"], found["steps"]) == ("results/", 3)
+    autoencoder = Autoencoder.load("results/autoencoder")
+    assert str(autoencoder.location) == "1/resid.torso.post_mlp"
+    assert autoencoder.n_latents == 8 * autoencoder.n_inputs
+
+
+def test_pruned_and_finetuned_know_their_text(capsys: pytest.CaptureFixture[str]) -> None:
+    one = str(sorted(Path("run/autoencoders").iterdir())[0])
+    pruned = as_json(capsys, "prune", one, "--min-frequency", "0.08", "--out", "lean")
+    assert pruned["part"] == "training"
+    assert 0 < pruned["n_kept"] < pruned["n_latents"] == 48
+    out = run(capsys, "finetune", "lean", "--batch-size", "64", "--lr", "1e-3", "--out", "fine")
+    assert out.splitlines()[-1] == "Next: neuron-explainer evaluate fine"
+    assert as_json(capsys, "evaluate", "fine", "--ce-every", "0")["part"] == "held_out"
+    before, after = Autoencoder.load("lean"), Autoencoder.load("fine")
+    assert torch.equal(before.encoder.weight, after.encoder.weight)
+    assert not torch.equal(before.decoder.weight, after.decoder.weight)
+
+
+def test_a_report_is_one_page(capsys: pytest.CaptureFixture[str]) -> None:
+    found = as_json(capsys, "report", "run")
+    assert found["report"] == str(Path("run/report.html"))
+    page = Path(found["report"]).read_text("utf-8")
+    assert PLACES[0] in page
+    assert "http://" not in page
+    measuring.show_report(found)
+    assert "Next: neuron-explainer prune run/autoencoders/1-" in capsys.readouterr().out
+
+
+def test_sentences_as_table_csv_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["sentences", "s.csv", "--autoencoder", "run"]
+    found = as_json(capsys, *argv, "--csv-out", "t.csv")["sentences"]
+    assert [row["location"] for row in found] == [p for p in PLACES for _ in range(2)]
+    with open("t.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, summary in zip(rows, found, strict=True):
+        assert float(row["Sparse Mean"]) == summary["mean_of_codes"]["mean"]
+        assert summary["mean_of_codes"] != summary["code_of_mean"]
+    one = run(capsys, *argv, "--layer", "2", "--code", "code_of_mean")
+    assert f"{found[2]['code_of_mean']['max']:.6g}" in one
+    assert f"{found[0]['code_of_mean']['max']:.6g}" not in one
+
+
+def test_what_harvest_recommends_works(capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "harvest", "books", "--location", PLACES[0], *WINDOWS, "--out", "more")
+    command = text.splitlines()[-1].removeprefix("Next: neuron-explainer ").split()
+    assert as_json(capsys, *command, "--n-latents", "48", "--k", "4")["steps"] == 8
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--help"])
+    assert stop.value.code == 0
+    usage, _, rest = capsys.readouterr().out.partition("\n\n")
+    assert len(usage.splitlines()) <= 2
+    assert "--json" in rest
+
+
+TRAIN = ["train", "books", "--location", PLACES[0], *SMALL, *WINDOWS, "--out", "new"]
+STORED = ["train", "store", "--location", PLACES[0], *SMALL, "--out", "new"]
+
+
+def swap(argv: list[str], **values: str | list[str]) -> list[str]:
+    """A command with another source or other values of options; an option is left out by []."""
+    argv = list(argv)
+    if "source" in values:
+        argv[1] = str(values.pop("source"))
+    for name, value in values.items():
+        flag = f"--{name.replace('_', '-')}"
+        if flag in argv:
+            where = argv.index(flag)
+            del argv[where : where + 2]
+        if value:
+            argv += [flag, str(value)]
+    return argv
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (swap(TRAIN, steps=[], num_tokens="50"), ["num_tokens = 50", "batch of 64"]),
+        (swap(TRAIN, location="9/resid.torso.delta_mlp"), ["9/resid", "layers 0 to 3"]),
+        (swap(TRAIN, location="1/resid.torso.delta_mpl"), ["Did you mean", "delta_mlp"]),
+        (swap(STORED, location="3/resid.torso.delta_mlp"), ["store has no 3/", PLACES[0]]),
+        (swap(TRAIN, location=[]), ["--location is missing"]),
+        (swap(TRAIN, source="bokks"), ["bokks", "Did you mean 'books'"]),
+        (swap(TRAIN, source="empty.txt"), ["empty.txt is empty"]),
+        (swap(TRAIN, source="none"), ["none holds no file of text"]),
+        (swap(TRAIN, source="rows.csv"), ["rows.csv has no column 'text'", "'prose'"]),
+        (swap(TRAIN, source="bytes.txt"), ["bytes.txt", "not UTF-8"]),
+        (swap(TRAIN, source="one.txt"), ["one.txt is a single document", "split", "hold_out"]),
+        (swap(TRAIN, config="bad.toml"), ["bad.toml", "'n_latent'", "Did you mean 'n_latents'"]),
+        (swap(TRAIN, params="bad.json"), ["bad.json", "'layr'", "Did you mean 'layer'"]),
+        ([*TRAIN, "--objective", "relu"], ["--k is no setting of the objective relu"]),
+        (swap(TRAIN, out="books"), ["books is not empty and holds no run"]),
+        (swap(TRAIN, out="run"), ["run holds a finished run"]),
+        (swap(TRAIN, model="tiny-tails"), ["tiny-tails", "tiny-tales"]),
+        (["train"], ["text or store"]),
+        (["harvest", "books", "--location", "1/nonsense", "--out", "new"], ["nonsense"]),
+        (["harvest", "books", "--location", PLACES[0], "--out", "books"], ["no store"]),
+        (
+            ["harvest", "books", "--location", PLACES[0], "--out", "new", "--num-tokens", "0"],
+            ["--num-tokens", ">= 1"],
+        ),
+        (["evaluate", "nothing"], ["nothing: no such file or folder"]),
+        (["evaluate", "run", "--text", "empty.txt"], ["empty.txt is empty"]),
+        (["evaluate", "run", "--text", "store"], ["store of activations", "--text"]),
+        (["evaluate", "loose"], ["loose does not say what text", "--text"]),
+        (["prune", "run", "--out", "new"], ["several autoencoders", "run/autoencoders/1-resid"]),
+        (["prune", "loose", "--text", "books", "--out", "books"], ["books", "another --out"]),
+        (
+            ["finetune", "loose", "--text", "books", "--out", "new", *WINDOWS],
+            ["less than one batch of 4096", "--batch-size"],
+        ),
+        (["report", "nothing"], ["nothing: no such file or folder"]),
+        (["sentences", "nothing.csv"], ["nothing.csv"]),
+        (["sentences", "rows.csv"], ["'sentence'", "'prose'"]),
+        (["sentences", "empty.txt"], ["empty.txt", "found nothing"]),
+        (["sentences", "s.csv", "--autoencoder", "run", "--layer", "3"], ["layer 3", PLACES[1]]),
+    ],
+    ids=lambda value: None if isinstance(value[0], str) and " " in value[0] else value[0],
+)
+def test_bad_input_is_one_line_and_loses_nothing(
+    capsys: pytest.CaptureFixture[str], argv: list[str], parts: list[str]
+) -> None:
+    Path("empty.txt").write_text("", "utf-8")
+    Path("none").mkdir()
+    Path("rows.csv").write_text("prose,n\nonce,1\n", "utf-8")
+    Path("bytes.txt").write_bytes(b"\xff\xfe\x00once")
+    Path("one.txt").write_text(PASSAGE, "utf-8")
+    Path("bad.toml").write_text("n_latent = 5\n", "utf-8")
+    Path("bad.json").write_text('{"layr": {"value": 1}}', "utf-8")
+    width = Transformer.load("tiny-tales").cfg.d_model
+    Autoencoder(8, width, location=PLACES[0]).save("loose")
+    before = contents()
+    error = fail(capsys, *argv)
+    assert all(part in error for part in parts), error
+    assert contents() == before
+    assert not Path("new").exists()
+
+
+def contents() -> dict[str, bytes]:
+    """All files here but locks, which are empty."""
+    return {
+        str(path): path.read_bytes()
+        for path in Path().rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+@pytest.mark.parametrize("harm", ["cut off", "changed", "missing"])
+def test_an_unreadable_shard(capsys: pytest.CaptureFixture[str], harm: str) -> None:
+    shard = Path("store/shard-00000.safetensors")
+    whole = shard.read_bytes()
+    if harm == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(whole[:-1] + (b"" if harm == "cut off" else bytes([whole[-1] ^ 1])))
+    error = fail(capsys, *STORED)
+    assert "shard-00000.safetensors" in error
+    assert "not touched" in error
+    shard.write_bytes(whole)  # found again: the same command works
+    assert as_json(capsys, *STORED)["steps"] == 6
+
+
+def test_activations_that_are_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    model = Transformer.load("tiny-tales")
+    with torch.no_grad():
+        model.xf_layers[1].mlp.out_layer.bias[3] = float("nan")
+    model.save("broken")
+    argv = [*swap(TRAIN, model="broken")]
+    for command in (argv, ["harvest", *argv[1:4], *WINDOWS, "--model", "broken", "--out", "acts"]):
+        error = fail(capsys, *command)
+        assert PLACES[0] in error
+        assert "finite" in error or "NaN" in error
+    assert not [*Path("new").rglob("*.safetensors"), *Path("acts").rglob("*.safetensors")]
+
+
+def test_an_interrupted_run_goes_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = swap(STORED, steps="60", checkpoint_every="20", log_every="20")
+    whole = as_json(capsys, *swap(argv, out="whole"))
+    save = RunFolder.save_checkpoint
+
+    def interrupted(self: RunFolder, step: int, state: dict[str, Any]) -> None:
+        save(self, step, state)
+        if step == 40:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_checkpoint", interrupted)
+        assert cli.main(argv) == 130
+    out, err = capsys.readouterr()
+    assert not out
+    assert "the same command goes on from the last checkpoint in new" in err
+    # Other settings are refused, and lose nothing; what is not finished is not measured.
+    assert "unfinished run with other settings" in fail(capsys, *swap(argv, lr="0.1"))
+    assert "has not finished" in fail(capsys, "evaluate", "new")
+    assert as_json(capsys, *argv)["metrics"] == whole["metrics"]
+    lines = Path("new/log.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [20, 40, 60]
+    one, other = Autoencoder.load("new/autoencoder"), Autoencoder.load("whole/autoencoder")
+    assert torch.equal(one.encoder.weight, other.encoder.weight)
