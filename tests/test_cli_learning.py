@@ -68,6 +68,7 @@ def as_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
 
 def fail(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """What a command that ends with 2 says, in one line, without having printed anything."""
+    code: Any
     try:
         code = cli.main(argv)
     except SystemExit as stop:  # argparse, which shows the usage first
@@ -301,7 +302,7 @@ def test_an_unreadable_shard(capsys: pytest.CaptureFixture[str], harm: str) -> N
 
 
 def test_activations_that_are_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
-    model = Transformer.load("tiny-tales")
+    model: Any = Transformer.load("tiny-tales")
     with torch.no_grad():
         model.xf_layers[1].mlp.out_layer.bias[3] = float("nan")
     model.save("broken")
