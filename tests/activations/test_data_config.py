@@ -77,7 +77,7 @@ def test_settings_reach_the_windows(tales: ModelContext, books: Path, bos: bool)
 def test_a_buffer_takes_what_is_needed_and_no_more(tales: ModelContext, books: Path) -> None:
     with open_buffer(tales, books, PLACE, CONFIG, 8, num_tokens=40) as batches:
         found = torch.cat([batch for batch in batches if isinstance(batch, torch.Tensor)])
-    assert found.shape == (40, tales.get_or_create_model().cfg.d_model)
+    assert found.shape == (40, 192)
 
 
 def test_a_store_gives_back_what_was_harvested(
