@@ -613,7 +613,11 @@ def test_ctrl_c_stops_every_thread_and_loses_nothing(
 ) -> None:
     urls = [server.put(f"/{i}", DATA, Fault(stall_after=600_000)) for i in range(4)]
     # A long pause before the next try: it must end because of the signal.
-    code = "_download.BACKOFF_SECONDS = 100\nfiles.fetch_all(sys.argv[1:], threads=2)"
+    code = (
+        # A process that a shell started in the background is deaf to it, and so are its children.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "_download.BACKOFF_SECONDS = 100\nfiles.fetch_all(sys.argv[1:], threads=2)"
+    )
     process = child(code, *urls)
     until(lambda: sum(p.stat().st_size >= 524_288 for p in partials(cache)) == 2)
     process.send_signal(signal.SIGINT)
