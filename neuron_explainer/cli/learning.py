@@ -21,6 +21,11 @@ SOURCE_FILE = "source.json"
 
 def register(verbs: Any) -> None:
     """Declare the verbs and their options."""
+    _register_harvest(verbs)
+    _register_train(verbs)
+
+
+def _register_harvest(verbs: Any) -> None:
     harvest = add_verb(
         verbs, "harvest", "activations of a text, to disk", run_harvest, show_harvest, data_options
     )
@@ -52,6 +57,8 @@ def register(verbs: Any) -> None:
         help="on disk: float32, float16, bfloat16 (default: float32)",
     )
 
+
+def _register_train(verbs: Any) -> None:
     train = add_verb(
         verbs, "train", "a dictionary, from text or a store", run_train, show_train, train_options
     )

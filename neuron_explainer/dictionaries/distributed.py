@@ -204,7 +204,7 @@ class World:
             return told["value"]  # type: ignore[no-any-return]
         try:
             value = function()
-        except Exception as error:
+        except Exception as error:  # whatever it is, the others must not wait for a value
             with contextlib.suppress(DistributedError):
                 self.tell({"error": str(error)}, 0)
             raise
