@@ -1,7 +1,9 @@
-"""What a step cannot do without: its matrix products, into memory that is there already."""
+"""What a step cannot do without: its matrix products, by whatever is fastest here."""
 
 import torch
+from torch import Tensor
 
+from benchmarks.contestants.encode_floor import fastest_product
 from benchmarks.contestants.training import activations, directions
 from benchmarks.workloads import Work
 from neuron_explainer.models.selection import top_k
@@ -12,16 +14,17 @@ def topk_step(
 ) -> Work:
     """Encode and find the largest; ``torch.topk`` or ours."""
     x, weight = activations(tokens, width), directions(latents, width)
-    out = torch.empty(tokens, latents).fill_(0.0)
-    parts = out.split(512)
 
-    def work() -> dict[str, torch.Tensor]:
-        torch.mm(x, weight.t(), out=out)
+    def search(part: Tensor) -> None:
         if variant == "torch":
-            out.topk(k, dim=1, sorted=False)
+            part.topk(k, dim=1, sorted=False)
         else:
-            for part in parts:
-                top_k(part, k)
+            top_k(part, k)
+
+    step = fastest_product(x, weight, search)
+
+    def work() -> dict[str, Tensor]:
+        step()
         return {}
 
     return work
@@ -34,7 +37,7 @@ def five_products(tokens: int, width: int, latents: int) -> Work:
     grad_latent = torch.empty(tokens, latents).fill_(0.0)
     output, grad_weight = torch.empty_like(x), torch.empty(latents, width).fill_(0.0)
 
-    def work() -> dict[str, torch.Tensor]:
+    def work() -> dict[str, Tensor]:
         torch.mm(x, weight.t(), out=latent)
         torch.mm(latent, weight, out=output)
         torch.mm(latent.t(), output, out=grad_weight)

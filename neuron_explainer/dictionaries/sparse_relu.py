@@ -25,6 +25,7 @@ from neuron_explainer.dictionaries.sparse_step import (
     pair_products,
     sort_by_latent,
 )
+from neuron_explainer.models.packing import product
 
 _CHUNK_ELEMENTS = 1 << 24  # pre-activations that are looked at together
 # Share of latents that are active above which dense products are faster (measured: about 0.15).
@@ -83,18 +84,17 @@ class _Active(NamedTuple):
 def _latents(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor | _Active:
     """``[b, l]``, or the active ones if few of the first tokens' are."""
     step = max(1, _CHUNK_ELEMENTS // len(weight))
-    dense = empty((len(x), len(weight)), like=x)  # what is never written to takes no memory
-    first = torch.addmm(bias, x[:step], weight.t(), out=dense[:step]).relu_()
+    first = product(x[:step], weight, bias, relu=True)
     if int(first.count_nonzero()) > _SPARSE * first.numel():  # NaN counts as active
+        dense = empty((len(x), len(weight)), like=x)
+        dense[:step] = first
         for start in range(step, len(x), step):
             rows = slice(start, start + step)
-            torch.addmm(bias, x[rows], weight.t(), out=dense[rows]).relu_()
+            dense[rows] = product(x[rows], weight, bias, relu=True)
         return dense
     parts = []
     for start in range(0, max(1, len(x)), step):
-        chunk = first[: len(x[start : start + step])]
-        if start:
-            torch.addmm(bias, x[start : start + step], weight.t(), out=chunk).relu_()
+        chunk = product(x[start : start + step], weight, bias, relu=True) if start else first
         tokens, latents = chunk.nonzero(as_tuple=True)
         parts.append(_Active(chunk[tokens, latents], tokens + start, latents))
     return _Active(*map(torch.cat, zip(*parts, strict=True)))

@@ -62,6 +62,7 @@ from neuron_explainer.models.latent_activations import (
 )
 from neuron_explainer.models.latents import Latents
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
+from neuron_explainer.models.packing import product
 from neuron_explainer.models.selection import top_k
 from neuron_explainer.models.topk import Prepared, encode_top_k, prepare, use_certified
 
@@ -271,7 +272,7 @@ class Autoencoder(nn.Module):
             return self._latents(x_hat)[1]
         if isinstance(self.activation, TopK) and self.glu is None:
             return self._top_k(x_hat, self.activation).dense()
-        return self._activate_in_place(self._pre_act(x_hat))
+        return self._plain_latents(x_hat)
 
     def encode_sparse(self, x: Tensor) -> Latents:
         """``[…, n]`` to the active latents of each row; ``x`` is an activation as the model has it.
@@ -351,14 +352,17 @@ class Autoencoder(nn.Module):
         parts = [self._reconstruct_rows(part) for part in torch.split(rows, self._rows_at_a_time())]
         return torch.cat(parts).view(*x.shape[:-1], self.n_outputs)
 
-    def _pre_act(self, x_hat: Tensor, latent_slice: slice = slice(None)) -> Tensor:
+    def _pre_act(
+        self, x_hat: Tensor, latent_slice: slice = slice(None), relu: bool = False
+    ) -> Tensor:
+        """``relu``: take that of it too, where there is no gate."""
         self._check_dtype(x_hat)
         x_hat = x_hat - self.pre_bias
         some = latent_slice
-        pre_act = F.linear(x_hat, self.encoder.weight[some], self.latent_bias[some])
+        pre_act = product(x_hat, self.encoder.weight[some], self.latent_bias[some], relu)
         if self.glu is None:
             return pre_act
-        return pre_act * F.linear(x_hat, self.glu.weight[some], self.glu.bias[some]).sigmoid()
+        return pre_act * product(x_hat, self.glu.weight[some], self.glu.bias[some]).sigmoid()
 
     def _latents(self, x_hat: Tensor) -> tuple[Tensor, Tensor]:
         """Before and after the activation function."""
@@ -411,13 +415,16 @@ class Autoencoder(nn.Module):
             return Latents.of(self._latents(x_hat)[1])
         rows = x_hat.reshape(-1, self.n_inputs)
         parts = [
-            Latents.of(self._activate_in_place(self._pre_act(part)))
+            Latents.of(self._plain_latents(part))
             for part in torch.split(rows, self._rows_at_a_time())
         ]
         return Latents.cat(parts).unflatten(x_hat.shape[:-1])
 
-    def _activate_in_place(self, pre_act: Tensor) -> Tensor:
-        return pre_act.relu_() if type(self.activation) is nn.ReLU else self._activate(pre_act)
+    def _plain_latents(self, x_hat: Tensor) -> Tensor:
+        """``[…, l]``, dense."""
+        if type(self.activation) is nn.ReLU and self.glu is None:
+            return self._pre_act(x_hat, relu=True)
+        return self._activate(self._pre_act(x_hat))
 
     def _rows_at_a_time(self) -> int:
         if isinstance(self.activation, TopK) and self.glu is None:
@@ -428,7 +435,7 @@ class Autoencoder(nn.Module):
         x_hat, stats = self.normalize(x)
         if isinstance(self.activation, TopK) and self.glu is None:
             return self.decode(self._top_k(x_hat, self.activation), stats)
-        latents = self._activate_in_place(self._pre_act(x_hat))
+        latents = self._plain_latents(x_hat)
         few = torch.count_nonzero(latents) < _SPARSE_SHARE * latents.numel()
         return self.decode(Latents.of(latents) if few else latents, stats)
 

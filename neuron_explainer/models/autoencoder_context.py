@@ -526,8 +526,10 @@ class PrunedAutoencoder(Autoencoder):
         """``[…, kept] -> […, l]``."""
         return kept.new_zeros(*kept.shape[:-1], self.n_latents).index_copy(-1, self.kept, kept)
 
-    def _pre_act(self, x_hat: Tensor, latent_slice: slice = slice(None)) -> Tensor:
-        return self._all(super()._pre_act(x_hat))[..., latent_slice]
+    def _pre_act(
+        self, x_hat: Tensor, latent_slice: slice = slice(None), relu: bool = False
+    ) -> Tensor:
+        return self._all(super()._pre_act(x_hat, relu=relu))[..., latent_slice]
 
     def _latents(self, x_hat: Tensor) -> tuple[Tensor, Tensor]:
         pre_act = super()._pre_act(x_hat)
@@ -537,8 +539,8 @@ class PrunedAutoencoder(Autoencoder):
         found = super()._top_k(x_hat, activation)
         return found._replace(indices=self.kept[found.indices])
 
-    def _activate_in_place(self, pre_act: Tensor) -> Tensor:
-        return self._all(self._activate(pre_act.index_select(-1, self.kept)))
+    def _plain_latents(self, x_hat: Tensor) -> Tensor:
+        return self._all(self._activate(super()._pre_act(x_hat)))
 
     def _decode_normalized(self, latents: Tensor | Latents) -> Tensor:
         if isinstance(latents, Latents):

@@ -1,6 +1,6 @@
 """TopK encoders without the dense latents: the ``k`` largest pre-activations of each row.
 
-Rows go through in chunks with one reused buffer, so that no ``[b, l]`` is ever held. Where the
+Rows go through in chunks, so that no ``[b, l]`` is ever held. Where the
 hardware is quick at bfloat16, the search is done in it and proven right
 (:mod:`neuron_explainer.models.certified`); what comes out is float32 either way.
 
@@ -12,11 +12,14 @@ from torch import Tensor
 
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.certified import Prepared, certified_top_k, prepare, use_certified
+from neuron_explainer.models.packing import product
 from neuron_explainer.models.selection import top_k
 
 __all__ = ["Prepared", "encode_top_k", "prepare", "top_k", "use_certified"]
 
-_CHUNK_BYTES = 2**25
+# Of pre-activations at a time: few enough to stay in caches, and for malloc to give the same memory again.
+_CHUNK_BYTES = 2**24
+_CHUNK_BYTES_ELSEWHERE = 2**28
 
 
 @torch.no_grad()
@@ -57,14 +60,9 @@ def _encode_plain(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tup
     """In the dtype of the weights throughout."""
     values = x.new_empty(len(x), k)
     indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
-    step = max(1, min(len(x), _CHUNK_BYTES // (weight.element_size() * len(weight))))
-    buffer = weight.new_empty(step, len(weight))
+    chunk = _CHUNK_BYTES if x.device.type == "cpu" else _CHUNK_BYTES_ELSEWHERE
+    step = max(1, chunk // (weight.element_size() * len(weight)))
     for start in range(0, len(x), step):
         rows = slice(start, start + step)
-        out = buffer[: len(x[rows])]
-        if bias is None:
-            torch.mm(x[rows], weight.t(), out=out)
-        else:
-            torch.addmm(bias, x[rows], weight.t(), out=out)
-        values[rows], indices[rows] = top_k(out, k)
+        values[rows], indices[rows] = top_k(product(x[rows], weight, bias), k)
     return values, indices

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from neuron_explainer.models import packing, transformer
+from neuron_explainer.models.autoencoder import Autoencoder, TopK
 from neuron_explainer.models.hooks import AtLayers, TransformerHooks
+from neuron_explainer.models.latent_activations import JumpReLU
 from neuron_explainer.models.locations import SITES
-from neuron_explainer.models.packing import WeightCopies, linear, linears
+from neuron_explainer.models.packing import WeightCopies, linear, linears, product
 from neuron_explainer.models.transformer import Transformer
 from tests.conftest import assert_close, keep_in, make_model, random_tokens
 
@@ -50,6 +52,59 @@ def test_products_equal_float64(
     exact = nn.functional.gelu(exact, approximate="tanh") if gelu else exact
     for _ in range(2):
         assert_close(linear(x, layer, kept, gelu), exact, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_product_equals_the_formula(
+    dtype: torch.dtype, bias: bool, relu: bool, transposed: bool, grad: bool
+) -> None:
+    torch.manual_seed(0)
+    x, weight, offset = torch.randn(2, 5, 16), torch.randn(48, 16), torch.randn(48)
+    weight = weight.t().contiguous().t() if transposed else weight
+    inputs = [x, weight, *([offset] if bias else [])]
+    inputs = [tensor.to(dtype).requires_grad_(grad) for tensor in inputs]
+    doubles = [tensor.detach().double().requires_grad_(grad) for tensor in inputs]
+    found = product(inputs[0], inputs[1], inputs[2] if bias else None, relu)
+    exact = doubles[0] @ doubles[1].t() + (doubles[2] if bias else 0)
+    exact = exact.clamp(min=0) if relu else exact
+    assert found.dtype == dtype
+    tolerance = 1e-2 if dtype is torch.bfloat16 else 1e-6
+    assert_close(found.double(), exact, tolerance)
+    if grad:
+        found.sum().backward()
+        exact.sum().backward()
+        for tensor, double in zip(inputs, doubles, strict=True):
+            assert tensor.grad is not None
+            assert double.grad is not None
+            assert_close(tensor.grad.double(), double.grad, 2 * tolerance)
+
+
+@pytest.mark.parametrize("where", ["x", "weight", "bias", "infinities"])
+@torch.no_grad()
+def test_relu_of_nan_is_nan(where: str) -> None:
+    """oneDNN's own is 0, which would pass for a latent that is not active."""
+    x, weight, bias = torch.randn(100, 8), torch.randn(12, 8), torch.randn(12)
+    if where == "infinities":
+        x[3] = torch.tensor([torch.inf, -torch.inf] * 4)
+    else:
+        {"x": x, "weight": weight, "bias": bias}[where][5] = torch.nan
+    expected = (x @ weight.t() + bias).relu()
+    assert expected.isnan().any()
+    assert torch.equal(product(x, weight, bias, relu=True).isnan(), expected.isnan())
+    x, weight, bias = x[60:], weight[6:], bias[6:]
+    assert_close(product(x, weight, bias, relu=True), expected[60:, 6:], 1e-6)
+
+
+def test_sums_that_might_overflow_are_known() -> None:
+    x, weight, bias = torch.full((9, 4), 2.0**60), torch.full((3, 4), -(2.0**60)), torch.zeros(3)
+    assert packing._stays_finite(x, weight, bias)  # 2¹²² at most
+    assert not packing._stays_finite(x, weight * 2**5, bias)
+    assert not packing._stays_finite(x, weight, bias + 2.0**127)
+    assert not packing._stays_finite(x * torch.inf, weight, None)
 
 
 @pytest.mark.parametrize("in_memory", ["apart", "columns of one matrix", "columns, permuted"])
@@ -95,6 +150,25 @@ def test_transformations_and_module_hooks_are_respected() -> None:
         assert linear(x, layer).dtype == torch.bfloat16
     layer.register_forward_hook(lambda module, args, out: out + 1)
     assert_close(linear(x, layer), x @ layer.weight.t() + layer.bias + 1, 1e-6)
+
+
+# ------------------------------------------------------------------------------- autoencoders
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), TopK(5), JumpReLU(torch.full((40,), 0.1))])
+@pytest.mark.parametrize("glu", [True, False])
+def test_autoencoders_without_gradients_equal_with(activation: nn.Module, glu: bool) -> None:
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(40, 12, activation, glu=glu)
+    x = torch.randn(2, 30, 12)
+    autoencoder.requires_grad_()
+    pre_act, latents, recons = autoencoder(x)
+    assert recons.requires_grad
+    with torch.no_grad():
+        assert_close(autoencoder.encode_pre_act(x), pre_act, 1e-6)
+        assert_close(autoencoder.encode(x), latents, 1e-6)
+        assert_close(autoencoder.encode_sparse(x).dense(), latents, 1e-6)
+        assert_close(autoencoder.reconstruct(x), recons, 1e-6)
 
 
 # ---------------------------------------------------------------------------------- the model

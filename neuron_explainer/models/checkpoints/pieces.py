@@ -25,7 +25,7 @@ from neuron_explainer.models.checkpoints.report import (
     own_copy,
     wanted_keys,
 )
-from neuron_explainer.models.checkpoints.tensor_files import torch_load
+from neuron_explainer.models.checkpoints.tensor_files import torch_load_all
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.tokenizers import TokenizerSpec, builtin_names, is_gpt2
 
@@ -146,9 +146,9 @@ def _find_pieces(source: str | Path, needed: set[str], *, others_too: bool) -> d
 
 def _read_all(paths: dict[str, Path], report: Report) -> dict[str, torch.Tensor]:
     read: dict[str, torch.Tensor] = {}
-    for name, path in paths.items():
+    for (name, path), load in zip(paths.items(), torch_load_all(paths.values()), strict=True):
         try:
-            piece = torch_load(path)
+            piece = load()
         except CheckpointError as error:
             report.add(name, str(error))
             continue

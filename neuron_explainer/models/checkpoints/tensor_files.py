@@ -10,13 +10,15 @@ as every writer of this library does it, stays there for the model; one that is 
 place by another program changes, or kills, the model. ``copy.deepcopy(model)`` has memory of its own.
 """
 
+import functools
 import pickle
 import re
 import warnings
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -136,13 +138,18 @@ def take(
     return own_copy(view(file.read_apart(name)), dtype, device)
 
 
-def torch_load(path: Path) -> Any:
+def torch_load_all(paths: Iterable[Path]) -> Iterator[Callable[[], Any]]:
+    """:func:`torch_load` of each file, once it is called; checksums of several are computed at a time."""
+    # In threads: zlib lets go of the interpreter. torch.load would not gain, and sets global state.
+    with ThreadPoolExecutor() as pool:
+        for path, sums in [(path, pool.submit(_check_sums, path)) for path in paths]:
+            yield functools.partial(torch_load, path, sums.result)
+
+
+def torch_load(path: Path, check_sums: Callable[[], bool] | None = None) -> Any:
     """``torch.load`` of tensors and plain values only: a pickle that would run code is refused."""
     try:
-        # The files of torch < 1.6 are no zip archives and cannot be mapped.
-        mapped = zipfile.is_zipfile(path)
-        if mapped:
-            _check_sums(path)
+        mapped = check_sums() if check_sums else _check_sums(path)
         with warnings.catch_warnings():
             # About other pickle protocols and old storages: what matters becomes an error below.
             warnings.simplefilter("ignore")
@@ -159,8 +166,13 @@ def torch_load(path: Path) -> Any:
         raise damaged(path, error) from error
 
 
-def _check_sums(path: Path) -> None:
-    """torch itself does not look at the checksums that it writes, and would load flipped bits."""
+def _check_sums(path: Path) -> bool:
+    """Compare checksums; whether there are any: the files of torch < 1.6 are no zip archives.
+
+    torch itself does not look at the sums that it writes, and would load flipped bits.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         for entry in archive.infolist():
             # zipfile's own reading of large entries takes several times as long.
@@ -168,6 +180,7 @@ def _check_sums(path: Path) -> None:
                 _read_entry(archive, entry)  # checks it
             elif _stored_sum(file, archive, entry) != entry.CRC:
                 raise _broken(path, entry.filename)
+    return True
 
 
 def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
