@@ -105,6 +105,8 @@ class Race:
     """Times shown are those of a run over this many calls, which the run makes itself."""
     rounds: int | None = None
     """At most so many, whatever the command line asks for."""
+    warm_up: int = 0
+    """Calls of each before the first round, beside those of checksum and memory."""
     remark: str = ""
 
 
@@ -277,6 +279,8 @@ class _Runner:
         first = process.ask("check", key=self.key)
         self._note_checksum(first)
         self.result.peak_mib = process.ask("measure", key=self.key)["peak_mib"]
+        for _ in range(self.race.warm_up):
+            process.ask("run", key=self.key)
 
     def time(self) -> None:
         time.sleep(_SETTLE)

@@ -4,8 +4,8 @@ Same for all: the activations (harvested once, the same batches in the same orde
 latents, a schedule (learning rate and L1 penalty warm up over the first 20th, the rate falls linearly to
 0 over the last 5th), the number of steps after which a latent is dead, and the search: the learning rate
 is the best of ``LEARNING_RATES`` in runs of a ``PILOT``-th of the steps, and of ReLU dictionaries the L1
-coefficient is searched, at each learning rate and again in the full run, until L0 is within ``NEAR`` of
-the wanted. Each library's own: first weights, scale of
+coefficient is searched until L0 is within ``NEAR`` of the wanted at each learning rate, and within ``CLOSE``
+in the full run. Each library's own: first weights, scale of
 activations, loss, AuxK, clipping, decoder norm, optimiser.
 
 Choices are made on one part of the held-out documents, figures come from another.
@@ -36,8 +36,8 @@ from neuron_explainer.models.model_context import ModelContext
 MODEL, LOCATION = "tiny-tales", "1/resid.torso.delta_mlp"
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 FIRST_L1 = 4.0
-NEAR = 0.1
-ATTEMPTS = 5
+NEAR, CLOSE = 0.1, 0.02
+ATTEMPTS = 6
 """Trainings at most in a search for an L1 coefficient."""
 PILOT = 4
 ENDED = '{"error": "its process has ended; is it installed?"}'
@@ -183,35 +183,35 @@ class Comparison:
         def trained(run: Run) -> Found:
             return self.attempt(library, run, name)
 
-        def sought(run: Run) -> Found:
-            return trained(run) if k else at_l0(trained, run, s.l0)
+        def sought(run: Run, near: float) -> Found:
+            return trained(run) if k else at_l0(trained, run, s.l0, near)
 
         pilots: list[Found] = []
         l1 = 0.0 if k else FIRST_L1
         for lr in LEARNING_RATES:
             run = self.run(lr, k=k, l1=l1)
-            pilots.append(sought(replace(run, steps=run.steps // PILOT)))
-            if is_near(pilots[-1], s.l0):
+            pilots.append(sought(replace(run, steps=run.steps // PILOT), NEAR))
+            if is_near(pilots[-1], s.l0, NEAR):
                 l1 = pilots[-1].run.l1
-        near = [pilot for pilot in pilots if k or is_near(pilot, s.l0)] or pilots
+        near = [pilot for pilot in pilots if k or is_near(pilot, s.l0, NEAR)] or pilots
         chosen = min(near, key=lambda pilot: pilot.evaluation.fvu).run
-        found = sought(self.run(chosen.lr, k=k, l1=chosen.l1))
+        found = sought(self.run(chosen.lr, k=k, l1=chosen.l1), CLOSE)
         final = self.evaluate(Autoencoder.load(found.run.folder, location=LOCATION), "final")
         trainings = found.trainings + sum(pilot.trainings for pilot in pilots)
         return replace(found, evaluation=final, trainings=trainings)
 
 
-def is_near(found: Found, l0: float) -> bool:
+def is_near(found: Found, l0: float, near: float) -> bool:
     """Whether dictionaries may be compared as equally sparse."""
-    return abs(found.evaluation.l0 / l0 - 1) <= NEAR
+    return abs(found.evaluation.l0 / l0 - 1) <= near
 
 
-def at_l0(trained: Callable[[Run], Found], run: Run, l0: float) -> Found:
+def at_l0(trained: Callable[[Run], Found], run: Run, l0: float, near: float) -> Found:
     """Train with other L1 coefficients, by secants of log L0 over log coefficient, until L0 is near."""
     tried: list[Found] = []
     for _ in range(ATTEMPTS):
         tried.append(trained(run))
-        if is_near(tried[-1], l0):
+        if is_near(tried[-1], l0, near):
             break
         slope = -1.5
         x, y = _logs(tried[-1])
@@ -250,7 +250,7 @@ def compare(comparison: Comparison, pythons: Mapping[str, str] | None) -> str:
     )
     for title, k in (
         (f"TopK, k = {s.k}", s.k),
-        (f"ReLU + L1 at L0 = {s.l0:g} ± {NEAR:.0%}", 0),
+        (f"ReLU + L1 at L0 = {s.l0:g} ± {CLOSE:.0%}", 0),
     ):
         lines = []
         for name, (module, peer) in LIBRARIES.items():

@@ -39,15 +39,18 @@ def trainer(exponent: float, at_one: float) -> Any:
     return trained
 
 
+@pytest.mark.parametrize("near", [quality.NEAR, quality.CLOSE])
 @pytest.mark.parametrize(("exponent", "at_one"), [(-1.5, 300.0), (-0.7, 100.0), (-3.0, 900.0)])
-def test_the_search_for_a_coefficient_ends_near(exponent: float, at_one: float) -> None:
-    found = at_l0(trainer(exponent, at_one), RUN, 32.0)
-    assert found.evaluation.l0 == pytest.approx(32, rel=quality.NEAR)
+def test_the_search_for_a_coefficient_ends_near(
+    exponent: float, at_one: float, near: float
+) -> None:
+    found = at_l0(trainer(exponent, at_one), RUN, 32.0, near)
+    assert found.evaluation.l0 == pytest.approx(32, rel=near)
     assert 1 < found.trainings <= quality.ATTEMPTS
 
 
 def test_the_search_gives_up_where_nothing_helps() -> None:
-    found = at_l0(trainer(0.0, 100.0), RUN, 32.0)
+    found = at_l0(trainer(0.0, 100.0), RUN, 32.0, quality.NEAR)
     assert (found.trainings, found.evaluation.l0) == (quality.ATTEMPTS, 100.0)
 
 

@@ -27,7 +27,10 @@ from neuron_explainer.dictionaries.sparse_step import (
 )
 from neuron_explainer.models.packing import product
 
-_CHUNK_ELEMENTS = 1 << 24  # pre-activations that are looked at together
+# Pre-activations at a time: of the forward pass, few enough that malloc gives the same memory again; of the
+# backward pass, enough that adding to the weights' gradient is rare.
+_FORWARD_ELEMENTS = 1 << 22
+_CHUNK_ELEMENTS = 1 << 24
 # Share of latents that are active above which dense products are faster (measured: about 0.15).
 _SPARSE = 0.1
 
@@ -83,7 +86,7 @@ class _Active(NamedTuple):
 @torch.no_grad()
 def _latents(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor | _Active:
     """``[b, l]``, or the active ones if few of the first tokens' are."""
-    step = max(1, _CHUNK_ELEMENTS // len(weight))
+    step = max(1, _FORWARD_ELEMENTS // len(weight))
     first = product(x[:step], weight, bias, relu=True)
     if int(first.count_nonzero()) > _SPARSE * first.numel():  # NaN counts as active
         dense = empty((len(x), len(weight)), like=x)

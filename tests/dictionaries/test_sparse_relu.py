@@ -14,7 +14,8 @@ B, N, L, N_OUT = 5, 6, 12, 7
 @pytest.fixture(autouse=True, params=["dense", "sparse"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     torch.manual_seed(0)
-    monkeypatch.setattr(sparse_relu, "_CHUNK_ELEMENTS", 2 * L)  # chunks of 2, 2 and 1 tokens
+    for name in ("_FORWARD_ELEMENTS", "_CHUNK_ELEMENTS"):  # chunks of 2, 2 and 1 tokens
+        monkeypatch.setattr(sparse_relu, name, 2 * L)
     monkeypatch.setattr(sparse_relu, "_SPARSE", -1.0 if request.param == "dense" else 2.0)
     return str(request.param)
 
