@@ -307,6 +307,8 @@ class _BatchLosses:
     def _both(self, location: ActivationLocation, value: Tensor, name: str) -> dict[str, Tensor]:
         logits = self.passes.replaced(location, value)
         kl = kl_divergence_per_token(self.passes.logits, logits, self.passes.pad)
+        # A start token that does not count is not replaced: its 0 would make the others' mean smaller.
+        kl = kl.masked_fill(~self.counted, float("nan"))
         return {f"ce_{name}": self._ce(logits), f"kl_{name}": kl}
 
     def _ce(self, logits: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class Losses:
     recovered_mean: float
     """The same against the mean; the stricter one, as zero is often far from every activation."""
     kl: float
-    """Mean over tokens of KL(original ‖ spliced)."""
+    """Mean over the tokens whose activations count of KL(original ‖ spliced), of the next token."""
     kl_zero_ablated: float
     """KL(original ‖ zeros)."""
     kl_mean_ablated: float

@@ -23,7 +23,13 @@ import torch
 from torch import Tensor
 
 from neuron_explainer import files
-from neuron_explainer.dictionaries import TopKConfig, TrainConfig, train_many
+from neuron_explainer.dictionaries import (
+    BatchTopKConfig,
+    PAnnealConfig,
+    TopKConfig,
+    TrainConfig,
+    train_many,
+)
 from neuron_explainer.dictionaries.train import StepReport
 from tests.dictionaries.planted import planted
 
@@ -31,7 +37,7 @@ STEPS = 30
 
 
 class Batches:
-    """Batches for two dictionaries; knows its place, and draws from a generator of its own."""
+    """Batches for four dictionaries; knows its place, and draws from a generator of its own."""
 
     def __init__(self) -> None:
         self.rows = planted(512)[0]
@@ -42,7 +48,8 @@ class Batches:
 
     def __next__(self) -> dict[str, Tensor]:
         chosen = torch.randint(len(self.rows), (32,), generator=self.generator)
-        return {"0/one": self.rows[chosen], "0/other": self.rows[chosen].flip(1)}
+        rows = self.rows[chosen]
+        return {name: rows.flip(1) if name == "0/other" else rows for name in configs()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}
@@ -80,6 +87,13 @@ def configs() -> dict[str, TrainConfig]:
             remedy="resample",
             resample_every=9,
             seed=3,
+            **shared,
+        ),
+        "1/batch": TrainConfig(BatchTopKConfig(k=2), n_latents=64, **shared),
+        "1/annealed": TrainConfig(
+            PAnnealConfig(l1_coefficient=0.1, n_updates=5, anneal_start=8, memory=4),
+            n_latents=200,
+            remedy="ghost",
             **shared,
         ),
     }

@@ -133,8 +133,9 @@ class Oracle:
     ) -> None:
         log_p, log_q = (z - np.log(np.exp(z).sum(-1, keepdims=True)) for z in (original, logits))
         for i in range(len(ids)):
-            kl = float((np.exp(log_p[i]) * (log_p[i] - log_q[i])).sum())
-            losses.setdefault(f"kl_{name}", []).append(kl)
+            if i >= self.first:  # where something was replaced
+                kl = float((np.exp(log_p[i]) * (log_p[i] - log_q[i])).sum())
+                losses.setdefault(f"kl_{name}", []).append(kl)
             if i + 1 < len(ids):  # no row has a start token after its first
                 losses.setdefault(f"ce_{name}", []).append(-float(log_q[i, ids[i + 1]]))
 

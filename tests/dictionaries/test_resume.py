@@ -74,8 +74,9 @@ def test_killed_at_any_moment(undisturbed: Path, tmp_path: Path) -> None:
         *(("rename", rng.randint(1, killed_run.STEPS)) for _ in range(2)),
         *(("tidy", rng.randint(15, killed_run.STEPS)) for _ in range(2)),
         ("results", killed_run.STEPS),
-        *(("outside", rng.randint(10, 200)) for _ in range(4)),
+        *(("outside", rng.randint(10, 200)) for _ in range(5)),
     ]
+    assert len(points) == 20
     run = subprocess.run(
         [sys.executable, "-m", "tests.dictionaries.killed_run", str(tmp_path), json.dumps(points)],
         cwd=ROOT,
