@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> None:
             start = time.monotonic()
             if name in RACES:
                 for race in importlib.import_module(f"benchmarks.{name}").races(setup):
+                    if args.only not in race.title:
+                        continue
                     print(table(race, harness.run(race)), flush=True)
             elif name in LEARNING:
                 module = importlib.import_module(f"benchmarks.{name}")
@@ -76,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "--corpus", type=Path, help="a file or folder of text, for quality and end_to_end"
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each (default: 5)")
+    parser.add_argument("--only", default="", help="races whose headings have this text in them")
     parser.add_argument(
         "--quick",
         action="store_true",

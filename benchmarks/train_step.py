@@ -10,6 +10,7 @@ from benchmarks.workloads import Setup
 
 FLOOR = Contestant("one product + top-k", "train_floor", "ours")
 FLOOR_TORCH = Contestant("one product + torch.topk", "train_floor", "torch")
+FLOOR_PLAIN = Contestant("torch.mm + torch.topk", "train_floor", "plain")
 PRODUCTS = Contestant("five products", "train_floor")
 FLOAT32 = Contestant("neuron_explainer, float32", "train_ours", "float32")
 CERTIFIED = Contestant("neuron_explainer, certified", "train_ours", "certified")
@@ -28,7 +29,10 @@ SAE_LENS_RELU = _peer("SAELens", "train_sae_lens", "sae-lens")
 LEARNING = _peer("dictionary_learning", "train_dictionary_learning", "dictionary-learning")
 SPARSIFY = _peer("sparsify", "train_sparsify", "eai-sparsify")
 
-TOPK = [FLOOR, FLOOR_TORCH, FLOAT32, CERTIFIED, SAE_LENS, SAE_LENS_SPARSE, LEARNING, SPARSIFY]
+TOPK = [
+    *(FLOOR, FLOOR_TORCH, FLOOR_PLAIN),
+    *(FLOAT32, CERTIFIED, SAE_LENS, SAE_LENS_SPARSE, LEARNING, SPARSIFY),
+]
 K = 32
 WARM_UP = 4
 

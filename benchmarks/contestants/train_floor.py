@@ -12,8 +12,21 @@ from neuron_explainer.models.selection import top_k
 def topk_step(
     tokens: int, width: int, latents: int, k: int, aux: bool = False, variant: str = "ours"
 ) -> Work:
-    """Encode and find the largest; ``torch.topk`` or ours."""
+    """Encode and find the largest.
+
+    Args:
+        variant: ``ours`` or ``torch``, by whose search, products by the fastest kernel; ``plain``, as one
+            writes it down: ``torch.mm`` of all tokens, then ``torch.topk``.
+    """
     x, weight = activations(tokens, width), directions(latents, width)
+    if variant == "plain":
+        out = torch.empty(tokens, latents).fill_(0.0)
+
+        def plain() -> dict[str, Tensor]:
+            torch.mm(x, weight.t(), out=out).topk(k, dim=1, sorted=False)
+            return {}
+
+        return plain
 
     def search(part: Tensor) -> None:
         if variant == "torch":

@@ -16,6 +16,7 @@ from neuron_explainer.dictionaries import (
     TrainConfig,
     train,
 )
+from neuron_explainer.dictionaries.objectives.relu import ReLU
 
 
 def topk_step(
@@ -27,6 +28,7 @@ def topk_step(
 
 
 def relu_step(tokens: int, width: int, latents: int) -> Work:
+    ReLU.first_encoder_norm = 1.0  # as the others' are here
     return _Steps(ReLUConfig(l1_coefficient=L1), tokens, width, latents, False)
 
 
