@@ -105,8 +105,9 @@ class Race:
     """Times shown are those of a run over this many calls, which the run makes itself."""
     rounds: int | None = None
     """At most so many, whatever the command line asks for."""
-    warm_up: int = 0
-    """Calls of each before the first round, beside those of checksum and memory."""
+    warm_s: float = 0.0
+    """Untimed calls before each timed one until so many seconds have passed: where the system takes
+    memory from processes that do nothing, the first calls after a pause pay for it."""
     remark: str = ""
 
 
@@ -279,8 +280,6 @@ class _Runner:
         first = process.ask("check", key=self.key)
         self._note_checksum(first)
         self.result.peak_mib = process.ask("measure", key=self.key)["peak_mib"]
-        for _ in range(self.race.warm_up):
-            process.ask("run", key=self.key)
 
     def time(self) -> None:
         time.sleep(_SETTLE)
@@ -288,6 +287,9 @@ class _Runner:
             self._fresh_run()
             return
         process = self.harness.process(self.entry.contestant)
+        warm = 0.0
+        while warm < self.race.warm_s:
+            warm += process.ask("run", key=self.key)["seconds"]
         self.result.seconds.append(process.ask("run", key=self.key)["seconds"])
 
     def finish(self) -> None:
