@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from neuron_explainer.models.autoencoder import TopK
 from neuron_explainer.models.certified import certified_top_k, prepare
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.locations import SITES
@@ -53,6 +54,7 @@ def _rows_redone() -> list[str]:
             assert found.pad is not None
             rows = autoencoder.normalize(found[location][~found.pad])[0] - autoencoder.pre_bias
             weight, bias = autoencoder.encoder.weight, autoencoder.latent_bias
+            assert isinstance(autoencoder.activation, TopK)
             k = autoencoder.activation.k
             proven = certified_top_k(rows, weight, bias, k, prepare(weight, bias))[2]
             shown = f"rows redone, {location}, {len(weight)} latents, k = {k}"

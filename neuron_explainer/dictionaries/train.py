@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from neuron_explainer.dictionaries import sparse_memory
 from neuron_explainer.dictionaries.batches import BatchSource, TensorBatches
 from neuron_explainer.dictionaries.config import TrainConfig
 from neuron_explainer.dictionaries.config_files import to_dict
@@ -293,7 +294,7 @@ class _Run:
         progress: bool,
         log_to: Sequence[str],
     ) -> dict[str, Autoencoder]:
-        with flush_denormals():
+        with flush_denormals(), sparse_memory.kept():
             if folder is None:
                 self.begin()
                 self.loop(None, callbacks, progress, log_to)
