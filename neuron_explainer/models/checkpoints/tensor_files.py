@@ -11,6 +11,7 @@ place by another program changes, or kills, the model. ``copy.deepcopy(model)`` 
 """
 
 import functools
+import mmap
 import pickle
 import re
 import warnings
@@ -196,15 +197,12 @@ def _stored_sum(file: IO[bytes], archive: zipfile.ZipFile, entry: zipfile.ZipInf
         entry
     ):  # reads the entry's own header, whose end is the beginning of the data
         start = archive.fp.tell()  # type: ignore[union-attr]  # an open archive has one
-    file.seek(start)
-    chunk, total, left = bytearray(2**20), 0, entry.file_size
-    while left:
-        read = file.readinto(memoryview(chunk)[:left])  # type: ignore[attr-defined]  # a buffered file
-        if not read:
-            break
-        total = zlib.crc32(memoryview(chunk)[:read], total)
-        left -= read
-    return total
+    with (
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        memoryview(content) as view,
+        view[start : start + entry.file_size] as stored,
+    ):
+        return zlib.crc32(stored)
 
 
 def _broken(path: Path, entry: str) -> CheckpointError:
