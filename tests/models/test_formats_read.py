@@ -442,11 +442,12 @@ def test_language_model_saes(tmp_path, bias, glu, token_wise):
         assert ae.model_name == "gpt2"
     torch.save(tensors_of(expected), path)  # the state dict alone
     assert_is(Autoencoder.load(path), expected)
-    x = torch.randn(20, published.N)
+    x = torch.randn(20, published.N, generator=torch.Generator().manual_seed(0))
     assert not ae.encode(x)[:, 3].any()  # whose mask is 0
     assert (ae.encode(x) != 0).any(0).sum() > 1
     if token_wise:
-        torch.testing.assert_close(ae.reconstruct(7 * x), 7 * ae.reconstruct(x))
+        scaled = ae.reconstruct(7 * x)
+        torch.testing.assert_close(scaled, 7 * ae.reconstruct(x), rtol=1e-4, atol=1e-3)
         lengths = torch.linalg.vector_norm(ae.normalize(x)[0], dim=-1)
         torch.testing.assert_close(lengths, torch.full((20,), published.N**0.5))
 
