@@ -303,7 +303,9 @@ def open_world(
             "torchrun, which sets RANK, MASTER_ADDR and MASTER_PORT."
         ) from error
     yield World(dist.get_rank(), size, split, where)
-    # Not after an error: what is under way then may never end, and the process ends anyway.
+    # Not after an error: what is under way then may never end, and the process ends anyway. Together: gloo
+    # has been seen to abort in a process that left while another had yet to write its results.
+    dist.barrier()
     dist.destroy_process_group()
 
 
