@@ -9,8 +9,7 @@ float32 on a CPU, two things are faster and differ from it by rounding alone:
   memory decides how long that takes. :class:`WeightCopies` holds them as that wants it: for one row
   an output's weights side by side, for several in oneDNN's blocks; queries, keys and values as one
   matrix. For one row a native model's own weights lie so already, and are not copied. (oneDNN's
-  product of one row reads 27 to 37 GB/s on two cores, in its own blocks at most 5 % more; BLAS
-  reads 15 to 26 in the layout that it likes best.)
+  product of one row is faster from them than BLAS's from any layout; its own blocks gain little.)
 
 A copy that differs from its parameter would be silently wrong. So copies serve only
 ``Transformer.sample``, are dropped as soon as a parameter is another one or its version has changed,
