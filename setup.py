@@ -61,6 +61,7 @@ setup(
             "matplotlib",
             "zstandard",
             "pyarrow",
+            "datasets",
             "mypy",
             "ruff",
         ],

@@ -30,11 +30,11 @@ from neuron_explainer.activations.harvest import (
     check_finite,
     parse_dtype,
 )
+from neuron_explainer.activations.manifest import MANIFEST_FILE, read_manifest
 from neuron_explainer.activations.tokens import TokenWindows, check_same_settings
 from neuron_explainer.errors import CheckpointError, InputError, SourceError
 from neuron_explainer.models.locations import ActivationLocation
 
-MANIFEST_FILE = "manifest.json"
 _LOCK_FILE = ".lock"
 _KIND, _VERSION = "activation_store", 1
 _WHERE = ("tokens", "document", "position")
@@ -91,7 +91,7 @@ class ActivationStore:
 
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
         self.folder, self.verify = Path(folder).expanduser(), verify
-        manifest = _read_manifest(self.folder)
+        manifest = read_manifest(self.folder, _KIND, _VERSION)
         try:
             self.header, self.shards = _header_of(manifest), _shards_of(manifest)
             self.n_batches = int(manifest["n_batches"])
@@ -367,17 +367,6 @@ def write_store(
 
 
 # --- the manifest ---
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST_FILE
-    manifest = files.read_json(path)
-    if (manifest.get("kind"), manifest.get("format_version")) != (_KIND, _VERSION):
-        raise CheckpointError(
-            f"{path}: expected kind {_KIND!r} of format_version {_VERSION}, found "
-            f"{manifest.get('kind')!r} of {manifest.get('format_version')!r}."
-        )
-    return manifest
 
 
 def _header_of(manifest: dict[str, Any]) -> StoreHeader:

@@ -13,10 +13,10 @@ import numpy as np
 
 from neuron_explainer import files
 from neuron_explainer.activations.corpus import TokenCorpus
+from neuron_explainer.activations.manifest import MANIFEST_FILE, read_manifest
 from neuron_explainer.errors import CheckpointError, InputError, SourceError
 from neuron_explainer.models.model_context import ModelContext
 
-MANIFEST_FILE = "manifest.json"
 _KIND, _VERSION = "token_file", 1
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _FILES = {"tokens": "tokens.bin", "starts": "starts.bin"}
@@ -71,7 +71,7 @@ def open_token_file(
         verify: compare the checksums too, which reads everything; sizes are compared always.
     """
     folder = Path(folder).expanduser()
-    manifest = _read_manifest(folder)
+    manifest = _checked_manifest(folder)
     if context is not None:
         _check_tokenizer(folder, manifest, context)
     dtype, n_tokens = _DTYPES[manifest["dtype"]], manifest["n_tokens"]
@@ -97,14 +97,8 @@ _FIELDS: dict[str, type] = {
 }
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST_FILE
-    manifest = files.read_json(path)
-    if (manifest.get("kind"), manifest.get("format_version")) != (_KIND, _VERSION):
-        raise CheckpointError(
-            f"{path}: expected kind {_KIND!r} of format_version {_VERSION}, found "
-            f"{manifest.get('kind')!r} of {manifest.get('format_version')!r}."
-        )
+def _checked_manifest(folder: Path) -> dict[str, Any]:
+    manifest = read_manifest(folder, _KIND, _VERSION)
     wrong = [
         f"{key} should be of type {kind.__name__}, found {manifest.get(key)!r}"
         for key, kind in _FIELDS.items()
@@ -117,7 +111,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not wrong and (manifest["n_tokens"] < 1 or manifest["n_documents"] < 1):
         wrong.append("n_tokens and n_documents should be at least 1")
     if wrong:
-        raise CheckpointError(f"{path}: {'; '.join(wrong)}. Write the token file anew.")
+        raise CheckpointError(
+            f"{folder / MANIFEST_FILE}: {'; '.join(wrong)}. Write the token file anew."
+        )
     return manifest
 
 

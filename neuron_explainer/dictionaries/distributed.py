@@ -227,6 +227,10 @@ class World:
         self._do(dist.broadcast, x, source)
         return x
 
+    def meet(self) -> None:
+        """Wait until all processes are here."""
+        self._do(dist.barrier)
+
     def _gather(self, x: Tensor) -> list[Tensor]:
         parts = [x.new_empty(x.shape) for _ in range(self.size)]
         self._do(dist.all_gather, parts, x.contiguous())
@@ -302,10 +306,11 @@ def open_world(
             f"cannot join the {size} processes that WORLD_SIZE promises ({error}). Start them with "
             "torchrun, which sets RANK, MASTER_ADDR and MASTER_PORT."
         ) from error
-    yield World(dist.get_rank(), size, split, where)
+    world = World(dist.get_rank(), size, split, where)
+    yield world
     # Not after an error: what is under way then may never end, and the process ends anyway. Together: gloo
     # has been seen to abort in a process that left while another had yet to write its results.
-    dist.barrier()
+    world.meet()
     dist.destroy_process_group()
 
 
