@@ -5,7 +5,8 @@ latents, a schedule (learning rate and L1 penalty warm up over the first 20th, t
 0 over the last 5th), the number of steps after which a latent is dead, and the search: the learning rate
 is the best of ``LEARNING_RATES`` in runs of a ``PILOT``-th of the steps, and of ReLU dictionaries the L1
 coefficient is searched until L0 is within ``NEAR`` of the wanted at each learning rate, and within ``CLOSE``
-in the full run. Each library's own: first weights, scale of
+in the full run. The full run is repeated with other seeds, and figures are means over them, FVU and CE
+recovered with their standard deviations. Each library's own: first weights, scale of
 activations, loss, AuxK, clipping, decoder norm, optimiser.
 
 Choices are made on one part of the held-out documents, figures come from another.
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -34,7 +36,8 @@ from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.model_context import ModelContext
 
 MODEL, LOCATION = "tiny-tales", "1/resid.torso.delta_mlp"
-LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+SEEDS = (0, 1, 2)
 FIRST_L1 = 4.0
 NEAR, CLOSE = 0.1, 0.02
 ATTEMPTS = 6
@@ -79,10 +82,19 @@ class Found:
 
     run: Run
     evaluation: Evaluation
+    """By which it was chosen."""
     trainings: int
     """How many it took to find it, pilots included."""
     seconds: float
     """Its own training."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a library got: the run that was chosen, and evaluations of it with each seed."""
+
+    chosen: Found
+    evaluations: list[Evaluation]
 
 
 class Library:
@@ -176,8 +188,8 @@ class Comparison:
             progress=False,
         )[LOCATION]
 
-    def best(self, library: Library, name: str, k: int) -> Found:
-        """Pilots at each learning rate, then the full run with the best."""
+    def best(self, library: Library, name: str, k: int) -> Measured:
+        """Pilots at each learning rate, then the full run with the best, then the same with other seeds."""
         s = self.sizes
 
         def trained(run: Run) -> Found:
@@ -196,9 +208,13 @@ class Comparison:
         near = [pilot for pilot in pilots if k or is_near(pilot, s.l0, NEAR)] or pilots
         chosen = min(near, key=lambda pilot: pilot.evaluation.fvu).run
         found = sought(self.run(chosen.lr, k=k, l1=chosen.l1), CLOSE)
-        final = self.evaluate(Autoencoder.load(found.run.folder, location=LOCATION), "final")
+        again = [trained(replace(found.run, seed=seed)) for seed in SEEDS if seed != found.run.seed]
+        finals = [
+            self.evaluate(Autoencoder.load(each.run.folder, location=LOCATION), "final")
+            for each in (found, *again)
+        ]
         trainings = found.trainings + sum(pilot.trainings for pilot in pilots)
-        return replace(found, evaluation=final, trainings=trainings)
+        return Measured(replace(found, trainings=trainings), finals)
 
 
 def is_near(found: Found, l0: float, near: float) -> bool:
@@ -246,7 +262,8 @@ def compare(comparison: Comparison, pythons: Mapping[str, str] | None) -> str:
     s = comparison.sizes
     text = (
         f"{LOCATION} of {MODEL}, {s.latents} latents, {s.tokens:,} tokens in batches of {s.batch}; "
-        f"learning rates {', '.join(f'{lr:g}' for lr in LEARNING_RATES)}\n"
+        f"learning rates {', '.join(f'{lr:g}' for lr in LEARNING_RATES)}; mean ± standard deviation of "
+        f"{len(SEEDS)} seeds\n"
     )
     for title, k in (
         (f"TopK, k = {s.k}", s.k),
@@ -281,12 +298,18 @@ HEAD = (
 RULE = "|---|" + "--:|" * (HEAD.count("|") - 2)
 
 
-def _row(name: str, found: Found) -> str:
-    e = found.evaluation
-    assert e.losses is not None
+def _row(name: str, measured: Measured) -> str:
+    chosen, each = measured.chosen, measured.evaluations
+    losses = [e.losses for e in each if e.losses is not None]
     return (
-        f"| {name} | {e.fvu:.4f} | {e.l0:.2f} | {e.losses.recovered_zero:.4f} "
-        f"| {e.losses.recovered_mean:.4f} | {e.dead_share:.1%} | {found.run.lr:g} "
-        f"| {f'{found.run.l1:.3g}' if found.run.l1 else '-'} | {found.trainings} "
-        f"| {found.seconds:.0f} |"
+        f"| {name} | {_spread([e.fvu for e in each])} | {mean(e.l0 for e in each):.2f} "
+        f"| {_spread([found.recovered_zero for found in losses])} "
+        f"| {_spread([found.recovered_mean for found in losses])} "
+        f"| {mean(e.dead_share for e in each):.1%} | {chosen.run.lr:g} "
+        f"| {f'{chosen.run.l1:.3g}' if chosen.run.l1 else '-'} | {chosen.trainings} "
+        f"| {chosen.seconds:.0f} |"
     )
+
+
+def _spread(values: list[float]) -> str:
+    return f"{mean(values):.4f} ± {stdev(values):.4f}"

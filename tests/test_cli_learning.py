@@ -1,9 +1,11 @@
 """The verbs that learn and measure dictionaries: one flow, its JSON, what each bad input comes to."""
 
 import csv
+import itertools
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 
 from neuron_explainer import cli
 from neuron_explainer.cli import measuring
+from neuron_explainer.dictionaries import TopKConfig, TrainConfig, train_many
 from neuron_explainer.dictionaries.run_folder import RunFolder
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.passage import PASSAGE
@@ -106,14 +109,18 @@ def test_a_store_is_trained_on_and_measured(capsys: pytest.CaptureFixture[str]) 
 def test_training_from_text_from_a_file_of_settings(capsys: pytest.CaptureFixture[str]) -> None:
     Path("run.toml").write_text(
         'location = "1/resid.torso.delta_mlp"\nsteps = 9\nbatch_size = 64\nn_latents = 48\n'
+        'context_length = 24\nwindows_per_forward = 3\nhold_out = 0.3\ndevice = "cpu"\n'
         '[objective]\nname = "relu"\nl1_coefficient = 0.5\n',
         "utf-8",
     )
-    found = as_json(
-        capsys, "train", "books", "--config", "run.toml", "--steps", "3", *WINDOWS, "--out", "live"
-    )
-    assert found["steps"] == 3  # flags win
+    argv = ["train", "books", "--config", "run.toml", "--num-tokens", "200", "--hold-out", "0.2"]
+    found = as_json(capsys, *argv, "--out", "live")
+    assert found["steps"] == 3  # flags win: 200 tokens in the place of nine steps
     settings = json.loads(Path("live/config.json").read_text("utf-8"))
+    data = settings["record"]["data"]
+    assert [data[name] for name in ("context_length", "windows_per_forward")] == [24, 3]
+    assert data["hold_out"] == 0.2
+    assert settings["dictionaries"]["autoencoder"]["device"] == "cpu"
     objective = settings["dictionaries"]["autoencoder"]["objective"]
     assert objective == {"name": "relu", "l1_coefficient": 0.5, "weighted": False}
     assert Autoencoder.load("live/autoencoder").activation.__class__.__name__ == "ReLU"
@@ -136,9 +143,128 @@ def test_training_from_the_scripts_params(capsys: pytest.CaptureFixture[str]) ->
     Path("params.json").write_text(json.dumps(entries), "utf-8")
     found = as_json(capsys, "train", "--params", "params.json")
     assert (found["run"], found["steps"]) == ("results/", 3)
+    flags = [
+        "--num-tokens",
+        "128",
+        "--location",
+        "0/mlp.post_act",
+        "--objective",
+        "topk",
+        "--k",
+        "3",
+    ]
+    found = as_json(
+        capsys,
+        "train",
+        "--params",
+        "params.json",
+        *flags,
+        "--context-length",
+        "16",
+        "--out",
+        "other",
+    )
+    assert found["steps"] == 2
+    settings = json.loads(Path("other/config.json").read_text("utf-8"))
+    assert settings["dictionaries"]["autoencoder"]["objective"]["name"] == "topk"
+    assert settings["record"]["data"]["context_length"] == 16
+    assert str(Autoencoder.load("other/autoencoder").location) == "0/mlp.post_act"
     autoencoder = Autoencoder.load("results/autoencoder")
     assert str(autoencoder.location) == "1/resid.torso.post_mlp"
     assert autoencoder.n_latents == 8 * autoencoder.n_inputs
+
+
+def test_the_scripts_params_name_things_on_the_hub(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the script's own values; the hub is played by what is here."""
+    from neuron_explainer.activations import data_config
+    from neuron_explainer.models import huggingface_context
+    from neuron_explainer.models.model_context import StandardModelContext
+
+    asked: list[tuple[str, ...]] = []
+
+    def documents(dataset: str, column: str) -> Iterator[str]:
+        asked.append((dataset, column))
+        for number in itertools.count():  # more than any memory holds
+            yield f"Once upon a time there were {number} frogs, who asked for a king. " * 20
+
+    def model(name: str, device: Any) -> StandardModelContext:
+        asked.append((name,))
+        return StandardModelContext("tiny-tales", device=device)
+
+    monkeypatch.setattr(data_config, "huggingface_documents", documents)
+    monkeypatch.setattr(huggingface_context, "HuggingFaceModelContext", model)
+    Path("params.json").write_text(json.dumps({"device": {"value": "cpu"}}), "utf-8")
+    flags = ["--n-latents", "48", "--batch-size", "4096", "--out", "hub"]
+    assert as_json(capsys, "train", "--params", "params.json", *flags)["steps"] == 2
+    assert asked == [("EleutherAI/pythia-70m-deduped",), ("monology/pile-uncopyrighted", "text")]
+    asked.clear()
+    assert as_json(capsys, "evaluate", "hub", "--num-tokens", "500")["part"] == "held_out"
+    assert asked[-1] == ("monology/pile-uncopyrighted", "text")
+
+
+def test_several_of_one_place_are_all_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = torch.randn(200, 192, generator=torch.Generator().manual_seed(0))
+    configs = {
+        f"k{k}": TrainConfig(
+            TopKConfig(k=k), n_latents=48, steps=2, batch_size=64, location=PLACES[0]
+        )
+        for k in (2, 7)
+    }
+    train_many(configs, [rows[:64], rows[64:128]], "sweep", progress=False)
+    found = as_json(capsys, "evaluate", "sweep", "--text", "books", "--ce-every", "0")
+    assert [(name, round(e["l0"])) for name, e in found["evaluations"].items()] == [
+        ("k2", 2),
+        ("k7", 7),
+    ]
+
+
+def test_a_file_that_does_not_say_where_it_belongs(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mlp_out_layer1").mkdir()
+    state = {
+        "bias": torch.zeros(192),
+        "encoder.weight": torch.randn(48, 192),
+        "encoder.bias": torch.zeros(48),
+    }
+    state["decoder.weight"] = state["encoder.weight"].T.clone() / 192
+    torch.save(state, "mlp_out_layer1/ae.pt")
+    path, place = "mlp_out_layer1/ae.pt", ("--location", PLACES[0])
+    assert "--location" in fail(capsys, "evaluate", path, "--text", "books")
+    found = as_json(capsys, "evaluate", path, "--text", "books", *place, "--ce-every", "0")
+    assert list(found["evaluations"]) == [PLACES[0]]
+    found = as_json(capsys, "sentences", "s.csv", "--autoencoder", path, *place, "--layer", "1")
+    assert found["sentences"]
+
+
+def test_text_that_has_changed_since(capsys: pytest.CaptureFixture[str]) -> None:
+    """The split is one of the documents that there were: others would be called held out now."""
+    Path("books/new.txt").write_text("Another tale. " * 50, "utf-8")
+    message = fail(capsys, "evaluate", "run")
+    assert "is not what it was in training" in message
+    assert "--text" in message
+    assert as_json(capsys, "evaluate", "run", "--text", "books", "--ce-every", "0")["part"] == "all"
+
+
+def test_without_held_out_text_another_one_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["train", "books", *SMALL, *WINDOWS, "--location", PLACES[0], "--hold-out", "0"]
+    out = run(capsys, *argv, "--out", "all")
+    assert "evaluate all --text ANOTHER_TEXT; " in out.splitlines()[-1]
+    assert "measure on another text" in fail(capsys, "evaluate", "all")
+
+
+def test_figures_that_are_not_finite_are_null(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zero = Autoencoder(4, 192, location=PLACES[0], model_name="tiny-tales")
+    with torch.no_grad():
+        for parameter in zero.parameters():
+            parameter.zero_()
+    zero.save("zero")
+    argv = ["evaluate", "zero", "--text", "books", "--ce-every", "0"]
+    (evaluation,) = as_json(capsys, *argv)["evaluations"].values()
+    assert evaluation["relative_reconstruction_bias"] is None
+    assert "nan" in run(capsys, *argv)
 
 
 def test_pruned_and_finetuned_know_their_text(capsys: pytest.CaptureFixture[str]) -> None:

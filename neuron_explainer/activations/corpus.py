@@ -3,7 +3,7 @@
 Shape legend: ``n`` tokens, ``m`` documents.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Protocol
@@ -76,8 +76,16 @@ class TokenCorpus:
     @property
     def fingerprint(self) -> str:
         """Tells corpora apart: of their documents' places and a sample of some thousand tokens."""
+        return self._digest(self.numbers)
+
+    @property
+    def source_fingerprint(self) -> str:
+        """The same of all documents of the source, whichever of them belong to this corpus."""
+        return self._digest()
+
+    def _digest(self, *more: Ints) -> str:
         step = max(1, len(self.tokens) // 4096)
-        parts = self.starts, self.numbers, self.tokens[::step].astype(np.int64)
+        parts = self.starts, *more, self.tokens[::step].astype(np.int64)
         return sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -114,15 +122,29 @@ class TokenCorpus:
         return f"TokenCorpus({self.name!r}, {len(self)} documents, {self.n_tokens} tokens)"
 
 
-def tokenize(documents: Iterable[str], encoder: TextEncoder) -> TokenCorpus:
+def tokenize(
+    documents: Iterable[str], encoder: TextEncoder, *, max_tokens: int | None = None
+) -> TokenCorpus:
     """The documents as tokens in memory (8 bytes each); for more, :func:`write_token_file`.
 
     Args:
         documents: texts; ``<|endoftext|>`` in them is the special token.
         encoder: a context.
+        max_tokens: stop with the document that reaches so many.
     """
+    if max_tokens is not None and max_tokens < 1:
+        raise InputError(f"max_tokens must be at least 1, found {max_tokens}.")
+
+    def encoded() -> Iterator[list[int]]:
+        n_tokens = 0
+        for text in documents:
+            yield (ids := encoder.encode(text))
+            n_tokens += len(ids)
+            if max_tokens is not None and n_tokens >= max_tokens:
+                return
+
     name: Any = getattr(documents, "name", "documents")
-    return TokenCorpus.of((encoder.encode(text) for text in documents), str(name))
+    return TokenCorpus.of(encoded(), str(name))
 
 
 def start_token(context: Any) -> int:

@@ -18,7 +18,7 @@ from neuron_explainer.activations.activation_sources import (
 from neuron_explainer.activations.buffer import ShuffleBuffer
 from neuron_explainer.activations.corpus import TokenCorpus, start_token, tokenize
 from neuron_explainer.activations.harvest import ActivationBatch, Harvester
-from neuron_explainer.activations.sources import read_documents
+from neuron_explainer.activations.sources import huggingface_documents, read_documents
 from neuron_explainer.activations.store import ActivationStore
 from neuron_explainer.activations.token_files import open_token_file
 from neuron_explainer.activations.tokens import TokenWindows
@@ -38,6 +38,8 @@ class DataConfig:
     split: str | None = None
     """A regular expression at whose matches .txt files are cut into documents; a file is one document
     if not given."""
+    corpus_tokens: int | None = None
+    """Read documents until there are so many tokens, for what is larger than memory; all if not given."""
     hold_out: float = 0.05
     """Share of the documents that is set apart, to measure on; 0 for none."""
     context_length: int = 128
@@ -49,7 +51,7 @@ class DataConfig:
     bos: bool = True
     """Whether each window and each document begins with the model's start token."""
     keep_bos: bool = False
-    """Whether activations of start tokens that were put there come out."""
+    """Whether activations of start tokens come out; with bos, those that stand in the text are known too."""
     max_norm_multiple: float | None = None
     """Leave out tokens whose norm is more than this many times the median; none if not given."""
     buffer_tokens: int = 262_144
@@ -61,14 +63,21 @@ class DataConfig:
 
 
 def open_corpus(context: ModelContext, text: str | Path, config: DataConfig) -> TokenCorpus:
-    """All documents of a file, of a folder of files, or of a token file's folder."""
+    """All documents of a file, of a folder of files, of a token file's folder, or of a data set of
+    Hugging Face (``hf:OWNER/NAME``); of all but token files, as many as ``config.corpus_tokens`` takes."""
+    if (
+        str(text).startswith("hf:") and str(text).count("/") < 2
+    ):  # more of them: a file of a repository
+        documents = huggingface_documents(str(text).removeprefix("hf:"), config.column)
+        return tokenize(documents, context, max_tokens=config.corpus_tokens)
     if not (files.is_remote(str(text)) or Path(text).exists()):
         parent = Path(text).parent
         near = [str(parent / path.name) for path in parent.glob("*")]
         raise SourceError(f"there is no file or folder {text}.{did_you_mean(str(text), near)}")
     if _manifest_kind(text) == "token_file":
         return open_token_file(text, context)
-    return tokenize(read_documents(text, config.column, split=config.split), context)
+    documents = read_documents(text, config.column, split=config.split)
+    return tokenize(documents, context, max_tokens=config.corpus_tokens)
 
 
 def open_windows(
@@ -99,7 +108,10 @@ def open_windows(
         training, held_out = corpus.split(config.hold_out, config.data_seed)
         corpus = held_out if part == "held_out" else training
     elif part == "held_out":
-        raise InputError("hold_out is 0, so no document is held out; set it above 0.")
+        raise InputError(
+            "hold_out is 0, so no document is held out: measure on another text, or train with hold_out "
+            "above 0."
+        )
     return TokenWindows(
         corpus,
         config.context_length,

@@ -80,7 +80,7 @@ class Harvester:
         context: model and device.
         locations: such as ``"3/mlp.post_act"``; without a layer, every layer. Those with heads come
             out with the heads side by side, ``[n, h * d_head]``.
-        keep_bos: whether start tokens and separators that were put there come out.
+        keep_bos: whether start tokens and separators (``batch.bos``) come out.
         max_norm_multiple: leave out tokens whose norm, at any of the locations, is more than this
             many times the median of those of the batch; None: leave out none.
         dtype: of what comes out; default: as the model computes.

@@ -34,16 +34,14 @@ class TokenBatch:
     pad: Tensor | None = None
     """Pad mask ``[b, s]`` bool, True at padding; None: there is none."""
     bos: Tensor | None = None
-    """``[b, s]`` bool, True at start tokens and document separators that were put there, not read;
-    None: there are none."""
+    """``[b, s]`` bool, True at start tokens and document separators, whether they were put there or read
+    (they have one id, and activations of their own kind); None: there are none."""
 
 
 @dataclass(frozen=True)
 class _Window:
     tokens: Ints
     document: Ints
-    added: Ints
-    """Places of start tokens and separators."""
 
 
 class TokenWindows:
@@ -121,6 +119,7 @@ class TokenWindows:
             "n_documents": len(self.corpus),
             "n_tokens": self.corpus.n_tokens,
             "fingerprint": self._fingerprint,
+            "source_fingerprint": self.corpus.source_fingerprint,
             "context_length": self.context_length,
             "batch_size": self.batch_size,
             "concat": self.concat,
@@ -138,7 +137,7 @@ class TokenWindows:
         epoch, index = divmod(self.rank + number * self.world, self.batches_per_epoch)
         order = self._order_of(epoch)
         chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
-        return _stack([self._window(int(which)) for which in chosen], self._row_length)
+        return _stack([self._window(int(which)) for which in chosen], self._row_length, self.bos)
 
     def __iter__(self) -> "TokenIterator":
         return TokenIterator(self)
@@ -176,12 +175,12 @@ class TokenWindows:
             number = int(self._numbers[which])
             room = self.context_length - (self.bos is not None)
             tokens = self.corpus.document(number)[:room]
-            return self._with_bos(_Window(tokens, np.full(len(tokens), number), np.array([], int)))
+            return self._with_bos(_Window(tokens, np.full(len(tokens), number)))
         return self._packed(int(self._cuts[which]), int(self._cuts[which + 1]))
 
     def _packed(self, begin: int, end: int) -> _Window:
         first = int(np.searchsorted(self._offsets, begin, side="right")) - 1
-        tokens, document, added = [], [], []
+        tokens, document = [], []
         for index in range(first, len(self._numbers)):
             front, back = int(self._offsets[index]), int(self._offsets[index + 1])
             if front >= end:
@@ -190,14 +189,14 @@ class TokenWindows:
             separated = self.bos is not None
             text_from = front + separated
             if separated and front >= begin:
-                added.append(front - begin)
                 tokens.append(np.array([self.bos]))
             source = int(self.corpus.starts[number]) - text_from
             span = slice(max(begin, text_from) + source, max(min(end, back), text_from) + source)
             tokens.append(self.corpus.tokens[span].astype(np.int64))
             document.append(np.full(min(end, back) - max(begin, front), number))
-        window = _Window(np.concatenate(tokens), np.concatenate(document), np.array(added, int))
-        return window if added[:1] == [0] else self._with_bos(window)
+        window = _Window(np.concatenate(tokens), np.concatenate(document))
+        begins_document = int(self._offsets[first]) == begin
+        return window if begins_document else self._with_bos(window)
 
     def _with_bos(self, window: _Window) -> _Window:
         if self.bos is None:
@@ -205,7 +204,6 @@ class TokenWindows:
         return _Window(
             np.concatenate([[self.bos], window.tokens]),
             np.concatenate([window.document[:1], window.document]),
-            np.concatenate([[0], window.added + 1]).astype(int),
         )
 
     def __repr__(self) -> str:
@@ -269,19 +267,23 @@ def _next_front(offsets: Ints, place: int, step: int) -> int:
     return int(offsets[-1])
 
 
-def _stack(windows: list[_Window], length: int | None) -> TokenBatch:
+def _stack(windows: list[_Window], length: int | None, start_token: int | None) -> TokenBatch:
     """Rows padded on the right to ``length``, or to the longest."""
     length = length or max(len(window.tokens) for window in windows)
     shape = len(windows), length
     tokens, document = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
-    position, bos = torch.full(shape, -1), torch.zeros(shape, dtype=torch.bool)
+    position = torch.full(shape, -1)
     for row, window in enumerate(windows):
         n = len(window.tokens)
         tokens[row, :n] = torch.from_numpy(window.tokens)
         document[row, :n] = torch.from_numpy(window.document)
         position[row, :n] = torch.arange(n)
-        bos[row, torch.from_numpy(window.added)] = True
     pad = position < 0
+    bos = None if start_token is None else (tokens == start_token) & ~pad
     return TokenBatch(
-        tokens, document, position, pad if pad.any() else None, bos if bos.any() else None
+        tokens,
+        document,
+        position,
+        pad if pad.any() else None,
+        bos if bos is not None and bos.any() else None,
     )

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from neuron_explainer import __version__, demo
 from neuron_explainer.cli import learning, looking, measuring, stored_files
@@ -22,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = args.run(args)
         if args.json:
-            print(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False))
+            print(json.dumps(_plain(result), indent=2, ensure_ascii=False, allow_nan=False))
         else:
             args.show(result)
     except NeuronExplainerError as error:
@@ -35,6 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         return 0 if result.get("ok", True) else 1
     return 0
+
+
+def _plain(value: Any) -> Any:
+    """As JSON can hold it: a number that is not finite is null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _parser() -> argparse.ArgumentParser:

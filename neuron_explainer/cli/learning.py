@@ -3,14 +3,16 @@
 import argparse
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from neuron_explainer import files
 from neuron_explainer.cli.common import Result, add_verb, positive
 from neuron_explainer.errors import InputError
 
 if TYPE_CHECKING:
+    from neuron_explainer.activations import DataConfig
     from neuron_explainer.dictionaries import TrainConfig
     from neuron_explainer.dictionaries.distributed import World
     from neuron_explainer.models.model_context import ModelContext
@@ -172,7 +174,7 @@ def run_harvest(args: argparse.Namespace) -> Result:
         num_tokens=args.num_tokens,
         progress=not args.json,
     )
-    origin = _origin(args.model or "tiny-tales", args.text, config)
+    origin = _origin(args.model or "tiny-tales", args.text, config, windows.describe())
     files.write_json(Path(args.out) / SOURCE_FILE, origin)
     return {
         "store": args.out,
@@ -194,11 +196,12 @@ def _check_store_folder(out: Path) -> None:
         raise InputError(f"{out} is there and is no store of activations; choose another --out.")
 
 
-def _origin(model: str, source: str, data: Any) -> Result:
+def _origin(model: str, source: str, data: Any, described: Mapping[str, Any]) -> Result:
     """Where vectors come from: what ``evaluate`` needs to find what was set apart."""
     return {
         "model": model,
         "source": source if files.is_remote(source) else str(Path(source).resolve()),
+        "source_fingerprint": described.get("source_fingerprint"),
         "data": dataclasses.asdict(data),
     }
 
@@ -227,31 +230,39 @@ def run_train(args: argparse.Namespace) -> Result:
     several processes (torchrun --nproc-per-node N -m neuron_explainer train ...) each takes a part."""
     from neuron_explainer.dictionaries.distributed import open_world
 
-    with open_world(args.divide, timeout=args.dist_timeout, device=args.device) as world:
-        result = _train(args, world)
+    asked = _settings(args)
+    device = asked.config.device
+    with open_world(args.divide, timeout=args.dist_timeout, device=device) as world:
+        result = _train(args, asked, world)
     if not world.is_first:  # the first one speaks for all
         args.json, args.show = False, lambda _: None
     return result
 
 
-def _train(args: argparse.Namespace, world: "World") -> Result:
+class _Asked(NamedTuple):
+    """What flags and files ask for."""
+
+    config: "TrainConfig"
+    data: "DataConfig"
+    model: str | None
+    source: str
+    out: str
+
+
+def _train(args: argparse.Namespace, asked: _Asked, world: "World") -> Result:
     from functools import partial
 
     from neuron_explainer.activations import open_buffer
     from neuron_explainer.dictionaries import train, train_many
     from neuron_explainer.dictionaries.shared_source import SharedSource
 
-    config, data, source, out = _settings(args)
+    config, data, model, source, out = asked
     harvested = origin_of_store(source)
-    model = args.model or config.model_name or harvested.get("model")
-    context = open_model(model, args.device if world.device is None else str(world.device))
-    config = dataclasses.replace(config, model_name=context.model_name, device=args.device)
+    model = model or harvested.get("model")
+    context = open_model(model, config.device if world.device is None else str(world.device))
+    config = dataclasses.replace(config, model_name=context.model_name)
     configs = _configs(context, config, source)
-    record = _origin(model or "tiny-tales", source, data)
-    if harvested:
-        record["harvest"] = harvested
-    options: dict[str, Any] = {"log_to": args.log_to, "progress": not args.json, "record": record}
-    options["world"] = world
+    options: dict[str, Any] = {"log_to": args.log_to, "progress": not args.json, "world": world}
     share = partial(SharedSource, world=world) if world.size > 1 else None
     places, pair = list(configs), None
     if config.transcoder:
@@ -262,12 +273,15 @@ def _train(args: argparse.Namespace, world: "World") -> Result:
     with open_buffer(
         context, source, places, data, size, pair=pair, num_tokens=total, share=share
     ) as batches:
+        record = _origin(model or "tiny-tales", source, data, batches.source.describe())
+        if harvested:
+            record["harvest"] = harvested
+        options["record"] = record
         try:
             if len(configs) == 1:
                 train(next(iter(configs.values())), batches, out, **options)
             else:
-                by_location: Any = batches  # mappings, since there are several
-                train_many(configs, by_location, out, **options)
+                train_many(configs, batches, out, **options)
         except KeyboardInterrupt:
             print(
                 f"\ninterrupted: the same command goes on from the last checkpoint in {out}",
@@ -280,6 +294,7 @@ def _train(args: argparse.Namespace, world: "World") -> Result:
         "run": out,
         "locations": list(configs),
         "steps": finished["step"],
+        "held_out": (harvested.get("data") or vars(data))["hold_out"] > 0,
         "seconds_in_model": round(forward, 1),
         "seconds_waiting": round(waited, 1),
         "metrics": finished["metrics"],
@@ -294,36 +309,33 @@ def origin_of_store(source: str) -> Result:
     return files.read_json(note) if is_store(source) and note.exists() else {}
 
 
-def _settings(args: argparse.Namespace) -> "tuple[TrainConfig, Any, str, str]":
-    """What to train, on what data, from which source, to which folder."""
+def _settings(args: argparse.Namespace) -> _Asked:
+    """From flags, and from the file of ``--config`` or ``--params``; flags win."""
     from neuron_explainer.activations import DataConfig, is_store
     from neuron_explainer.dictionaries import TrainConfig
+    from neuron_explainer.dictionaries.config_files import read_values, split_fields
     from neuron_explainer.dictionaries.flags import from_flags
     from neuron_explainer.dictionaries.params_json import read_params
 
-    data = from_flags(args, DataConfig)
-    source, out = args.source, args.out
-    if args.params is None:
-        _check_given(source, out)
-        config = from_flags(args, TrainConfig, args.config)
-    else:
-        if args.config is not None:
-            raise InputError("give --config or --params, not both.")
+    if args.config is not None and args.params is not None:
+        raise InputError("give --config or --params, not both.")
+    values, where, source, out = {}, "flags", args.source, args.out
+    if args.config is not None:
+        values, where = read_values(args.config), f"{args.config} with flags"
+    if args.params is not None:
         params = read_params(args.params)
-        config = params.config
-        data = dataclasses.replace(
-            data,
-            context_length=params.data["context_length"],
-            windows_per_forward=params.data["llm_batch_size"],
-        )
-        source = source or params.data["dataset_name"]
-        out = out or params.data["save_dir"]
-        args.device = args.device or config.device
+        values, where = params.values, f"{args.params} with flags"
+        source, out = source or params.text, out or params.folder
+    _check_given(source, out)
+    for_data, for_training = split_fields(values, (DataConfig, TrainConfig), where)
+    data = from_flags(args, DataConfig, for_data, where)
+    config = from_flags(args, TrainConfig, for_training, where)
+    config = dataclasses.replace(config, device=args.device or config.device)
     if config.location is None and not is_store(source):
         raise InputError(
             "--location is missing: which activations to learn, such as 1/mlp.post_act."
         )
-    return config, data, source, out
+    return _Asked(config, data, args.model or config.model_name, source, out)
 
 
 def _check_given(source: str | None, out: str | None) -> None:
@@ -357,6 +369,5 @@ def show_train(result: Result) -> None:
         f"{result['run']}: {result['steps']:,} steps; {result['seconds_in_model']} s in the model, "
         f"{result['seconds_waiting']} s waiting for it"
     )
-    print(
-        f"Next: neuron-explainer evaluate {result['run']}; neuron-explainer report {result['run']}"
-    )
+    run = result["run"] + ("" if result["held_out"] else " --text ANOTHER_TEXT")
+    print(f"Next: neuron-explainer evaluate {run}; neuron-explainer report {run}")

@@ -89,6 +89,7 @@ def _subject(verb: argparse.ArgumentParser, text: str, needed: str = "") -> None
         metavar="AUTOENCODER",
         help="a run's folder, or an autoencoder's folder, file or URL",
     )
+    _location_option(verb)
     verb.add_argument("--text", metavar="TEXT", help=f"text or folder of texts (default: {text})")
     any_model_options(verb, "the one that it was trained on, else tiny-tales")
     verb.add_argument(
@@ -97,6 +98,14 @@ def _subject(verb: argparse.ArgumentParser, text: str, needed: str = "") -> None
         default=200_000,
         metavar="N",
         help="stop with the batch that reaches so many (default: 200000)",
+    )
+
+
+def _location_option(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--location",
+        metavar="PLACE",
+        help="where its inputs come from, such as 1/mlp.post_act, if the autoencoder does not say",
     )
 
 
@@ -119,6 +128,7 @@ def _register_sentences(verbs: Any) -> None:
         metavar="NAME",
         help="name, run's folder, folder, file or URL (default: ae-resid-delta-mlp)",
     )
+    _location_option(sentences)
     sentences.add_argument(
         "--layer", type=int, metavar="N", help="only this one (default: all that there are)"
     )
@@ -143,9 +153,10 @@ class _Opened:
         from neuron_explainer.activations import DataConfig
         from neuron_explainer.dictionaries.flags import from_flags
 
-        self.autoencoders, self.record = open_autoencoders(args.autoencoder)
+        self.autoencoders, self.record = open_autoencoders(args.autoencoder, args.location)
         self.num_tokens = args.num_tokens
-        origin = self.record.get("harvest", self.record)
+        origin = self.record.get("harvest") or self.record
+        self.trained_on = origin.get("source_fingerprint")
         for name, value in origin.get("data", {}).items():  # unless flags say otherwise
             if name not in vars(args):
                 setattr(args, name, value)
@@ -170,7 +181,16 @@ class _Opened:
                 f"{self.text} is a store of activations that does not say what text they are of; "
                 "give --text, a file or folder of text."
             )
-        return open_windows(self.context, self.text, self.config, part=self.part)
+        windows = open_windows(self.context, self.text, self.config, part=self.part)
+        if self.part == "held_out" and self.trained_on not in (
+            None,
+            windows.corpus.source_fingerprint,
+        ):
+            raise InputError(
+                f"{self.text} is not what it was in training, so that what was held out then cannot be "
+                "told: give --text, one that was not trained on."
+            )
+        return windows
 
     def token_batches(self) -> list[Any]:
         """Batches until ``num_tokens`` are reached."""
@@ -214,13 +234,16 @@ class _Opened:
         return next(iter(self.autoencoders.values()))
 
 
-def open_autoencoders(path: str) -> "tuple[dict[str, Autoencoder], Result]":
-    """By name: those of a run's folder with what the run recorded, or the one at a path."""
+def open_autoencoders(
+    path: str, location: str | None = None
+) -> "tuple[dict[str, Autoencoder], Result]":
+    """By name: those of a run's folder with what the run recorded, or the one at a path, which is for
+    ``location`` if that is given."""
     from neuron_explainer.models.autoencoder import Autoencoder
 
     run = None if files.is_remote(path) else _run_settings(Path(path))
     if run is None:
-        autoencoder = Autoencoder.load(path)
+        autoencoder = Autoencoder.load(path, location=location)
         return {path: autoencoder}, _record_of(path, autoencoder)
     if not (Path(path) / "finished.json").exists():
         raise InputError(f"{path} is a run that has not finished; give its train command again.")
@@ -254,7 +277,12 @@ def _check_out(folder: str) -> None:
 
 
 def _by_location(autoencoders: "dict[str, Autoencoder]") -> "dict[str, Autoencoder]":
-    return {str(ae.location or name): ae for name, ae in autoencoders.items()}
+    """Named by their places; where several are for one place, by their folders."""
+    places = [str(ae.location) for ae in autoencoders.values() if ae.location is not None]
+    return {
+        place if places.count(place := str(ae.location)) == 1 else Path(name).name: ae
+        for name, ae in autoencoders.items()
+    }
 
 
 # --- evaluate ---
@@ -452,7 +480,7 @@ def _named_autoencoders(
 
     path = args.autoencoder
     if files.is_remote(path) or Path(path).exists():
-        found = _by_location(open_autoencoders(path)[0])
+        found = _by_location(open_autoencoders(path, args.location)[0])
     else:
         known = make_autoencoder_context(args.model or "tiny-tales", path, context.device)
         found = {

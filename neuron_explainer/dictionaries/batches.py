@@ -1,11 +1,13 @@
 """Where batches come from, and how a resumed run gets the one after the last it had.
 
 Any iterable of batches will do. One with ``state_dict`` and ``load_state_dict`` is put back to its
-place; a plain one that gives the same batches each time is started again and skipped forward; an
-iterator that can be gone through once only cannot be resumed, and says so.
+place; a plain one that gives the same batches each time is started again and skipped forward (the last
+one skipped is compared with what it was); an iterator that can be gone through once only cannot be
+resumed, and says so.
 """
 
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ class BatchSource:
         self._batches = batches
         self._iterator: Iterator[Any] | None = None
         self._taken = 0  # of the current pass over the batches, those waiting included
+        self._last: Any = None  # of them
         self._waiting: list[Any] = []
 
     def next(self) -> Any:
@@ -43,6 +46,7 @@ class BatchSource:
                 self._iterator, self._taken = iter(self._batches), 0
             for batch in self._iterator:
                 self._taken += 1
+                self._last = batch
                 return batch
             self._iterator = None
         raise InputError(
@@ -65,6 +69,7 @@ class BatchSource:
             "taken": self._taken,
             "waiting": list(self._waiting),
             "source": None if stateful is None else stateful.state_dict(),
+            "last": None if stateful is not None else _digest(self._last),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -86,11 +91,33 @@ class BatchSource:
                 "class with __iter__), or one with state_dict and load_state_dict."
             )
         for skipped in range(self._taken):
-            if next(self._iterator, self) is self:
+            self._last = next(self._iterator, self)
+            if self._last is self:
                 raise InputError(
                     f"an unfinished run had {self._taken} batches, and now they end after {skipped}: "
                     "these are other batches."
                 )
+        if self._taken and _digest(self._last) != state["last"]:
+            raise InputError(
+                f"an unfinished run is to be resumed, but batch {self._taken} is not what it was: the "
+                "batches come in another order, or are others. Give what has the same order each time "
+                "(a DataLoader that shuffles has not), or state_dict and load_state_dict."
+            )
+
+
+def _digest(batch: Any) -> str:
+    """Of the values of a tensor, or of several by name or place; equal where these are."""
+    digest = hashlib.sha256()
+    if isinstance(batch, Tensor):
+        digest.update(f"{batch.dtype} {list(batch.shape)}".encode())
+        digest.update(batch.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    elif isinstance(batch, Mapping):
+        for name, part in batch.items():
+            digest.update(f"{name} {_digest(part)} ".encode())
+    elif isinstance(batch, list | tuple):
+        for part in batch:
+            digest.update(_digest(part).encode())
+    return digest.hexdigest()
 
 
 class TensorBatches:

@@ -6,7 +6,7 @@ meaning. ``config_files.py`` reads both from TOML and JSON, ``flags.py`` makes c
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -36,6 +36,9 @@ _AT_LEAST_0 = ("warmup_steps", "decay_steps", "sparsity_warmup_steps")
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a dictionary, next to its batches."""
+
+    alternatives: ClassVar = (("steps", "num_tokens"), ("n_latents", "expansion"))
+    """Fields of which only one is to be given."""
 
     objective: ObjectiveConfig = field(default_factory=TopKConfig)
     """Which variant is trained, with its own settings."""
@@ -113,8 +116,8 @@ class TrainConfig:
     device: str | None = None
     """Where to train; where the batches are if not given."""
 
-    checkpoint_every: int = 1000
-    """Steps between two checkpoints, if there is a folder."""
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints, if there is a folder; a tenth of all, at most 1000, if not given."""
     keep_checkpoints: int = 2
     """Checkpoints that stay, the newest."""
     log_every: int = 100
@@ -252,6 +255,11 @@ class TrainConfig:
     def resampling(self) -> int:
         """Steps between two resamplings."""
         return self.resample_every or max(1, min(25_000, self.total_steps // 4))
+
+    @property
+    def checkpointing(self) -> int:
+        """Steps between two checkpoints."""
+        return self.checkpoint_every or max(1, min(1000, self.total_steps // 10))
 
     def dead_after(self, n_tokens: int) -> int:
         """Tokens after which a silent latent is dead, where a batch has ``n_tokens``."""

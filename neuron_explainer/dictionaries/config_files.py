@@ -8,7 +8,7 @@ import dataclasses
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -45,6 +45,20 @@ def from_dict(config_type: type[T], values: Mapping[str, Any], where: str = "con
             )
         read[name] = _read(hints[name], plain_value(value), f"{where}: {name}")
     return config_type(**read)
+
+
+def split_fields(
+    values: Mapping[str, Any], config_types: Sequence[type[Any]], where: str
+) -> list[dict[str, Any]]:
+    """The values of one file that is for several configs, by config; no field is in two of them."""
+    names = [{field.name for field in dataclasses.fields(each)} for each in config_types]
+    for name in values:
+        if not any(name in some for some in names):
+            known = sorted(set().union(*names))
+            raise InputError(
+                f"{where}: unknown field {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}."
+            )
+    return [{name: value for name, value in values.items() if name in some} for some in names]
 
 
 def read_config(config_type: type[T], path: str | Path) -> T:

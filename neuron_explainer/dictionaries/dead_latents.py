@@ -93,9 +93,9 @@ def resample(
     if n == 0:
         return dead[:0]
     chosen = torch.multinomial(weight, n, generator=generator).to(x.device)
-    dead = dead[:n]
     alive = torch.ones(dictionary.n_latents, dtype=torch.bool, device=x.device)
     alive[dead] = False
+    dead = dead[:n]
     lengths = torch.linalg.vector_norm(dictionary.encoder[alive], dim=1)
     length = 0.2 * lengths.mean() if len(lengths) else torch.tensor(0.2)
     inputs = nn.functional.normalize(x[chosen] - dictionary.pre_bias, dim=1)

@@ -27,7 +27,7 @@ class Losses:
 
     n_tokens: int
     """Predictions counted: neither the token nor what it predicts is padding, and what is predicted
-    is not a start token that was put there (unless those are scored)."""
+    is not a start token or separator (unless those are scored)."""
     ce_original: float
     """Mean cross-entropy of the model as it is."""
     ce_spliced: float

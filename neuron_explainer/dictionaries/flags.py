@@ -1,21 +1,20 @@
 """Command-line flags made from config dataclasses, with the docstrings under their fields as help.
 
     add_flags(parser, TrainConfig)
-    config = from_flags(parser.parse_args(), TrainConfig, file="run.toml")
+    config = from_flags(parser.parse_args(), TrainConfig, read_values("run.toml"))
 
 Settings of objectives are flags too; each objective takes those that it has. Only flags that were
-given count: all else comes from the file, if there is one, or is the default.
+given count: all else comes from a file's values, if there are any, or is the default.
 """
 
 import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Collection
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from neuron_explainer.dictionaries.config_files import from_dict, read_values
+from neuron_explainer.dictionaries.config_files import from_dict
 from neuron_explainer.dictionaries.field_docs import field_docs
 from neuron_explainer.dictionaries.objectives import ObjectiveConfig, config_class, registered
 from neuron_explainer.errors import InputError
@@ -40,16 +39,30 @@ def add_flags(
 
 
 def from_flags(
-    arguments: argparse.Namespace, config_type: type[T], file: str | Path | None = None
+    arguments: argparse.Namespace,
+    config_type: type[T],
+    base: Mapping[str, Any] | None = None,
+    where: str = "flags",
 ) -> T:
-    """The config that parsed flags describe, on top of a ``.toml`` or ``.json`` file."""
-    given = vars(arguments)
-    values = dict(read_values(file)) if file is not None else {}
+    """The config that parsed flags describe, on top of the values of a file.
+
+    Args:
+        arguments: what the parser of :func:`add_flags` found.
+        config_type: the dataclass.
+        base: values by field, which flags win over; a flag that is an alternative to one of them
+            (``num_tokens`` to ``steps``) takes its place.
+        where: what error messages name as the source.
+    """
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    values = dict(base or {})
     hints = typing.get_type_hints(config_type)
-    values |= {name: given[name] for name in hints if name in given and name != "objective"}
+    flags = {name: given[name] for name in hints if name in given and name != "objective"}
+    for names in getattr(config_type, "alternatives", ()):
+        if not flags.keys().isdisjoint(names):
+            values = {name: value for name, value in values.items() if name not in names}
+    values |= flags
     if ObjectiveConfig in hints.values():
         values["objective"] = _objective_values(given, values.get("objective", "topk"))
-    where = "flags" if file is None else f"{file} with flags"
     return from_dict(config_type, values, where)
 
 

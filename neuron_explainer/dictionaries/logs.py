@@ -47,15 +47,18 @@ class JsonLines:
 
     def write(self, step: int, common: Mapping[str, float], metrics: Metrics) -> None:
         line = {"step": step, **common, "dictionaries": {k: dict(v) for k, v in metrics.items()}}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with files.explain_full_disk(self._path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Wait until all lines so far are on the disk."""
-        os.fsync(self._file.fileno())
+        with files.explain_full_disk(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with files.explain_full_disk(self._path):  # of what could not be written before, too
+            self._file.close()
 
 
 class ProgressBar:

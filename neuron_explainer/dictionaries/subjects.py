@@ -49,7 +49,8 @@ def _single(name: str, location: ActivationLocation | None, n_layers: int) -> Ac
         except LocationError:
             raise InputError(
                 f"autoencoder {name!r} does not say which place its inputs come from; state "
-                "location= when it is loaded, or name it by its location, such as '3/mlp.post_act'."
+                "location= when it is loaded (--location in commands), or name it by its location, such "
+                "as '3/mlp.post_act'."
             ) from None
     places = location.expand(n_layers)
     if len(places) != 1:

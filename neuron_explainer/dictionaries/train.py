@@ -31,7 +31,7 @@ ONLY = "autoencoder"
 """Name of the dictionary where there is only one."""
 
 # All dictionaries of a run share these: one step, one checkpoint, one line of the log for all.
-_SHARED = ("total_steps", "sample_batches", "checkpoint_every", "keep_checkpoints", "log_every")
+_SHARED = ("total_steps", "sample_batches", "checkpointing", "keep_checkpoints", "log_every")
 
 Batch = Mapping[str, tuple[Tensor, Tensor]]
 """By dictionary: inputs ``[b, n]`` and targets ``[b, o]``, the same tensor but for transcoders."""
@@ -89,7 +89,7 @@ def train(
 
 def train_many(
     configs: Mapping[str, TrainConfig],
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[Mapping[Any, Any] | Tensor | tuple[Tensor, Tensor]],
     folder: str | Path | None = None,
     *,
     callbacks: Sequence[Callback] = (),
@@ -98,10 +98,12 @@ def train_many(
     record: Mapping[str, Any] | None = None,
     world: World = ALONE,
 ) -> dict[str, Autoencoder]:
-    """:func:`train` of several dictionaries at once, on batches ``{name: tensor}``.
+    """:func:`train` of several dictionaries at once, on batches ``{name: tensor}``, or on tensors (of
+    transcoders pairs) that all of them learn from.
 
-    For activations of many locations that come from one forward pass. The dictionaries may differ
-    in everything but the number of steps and how often there is a checkpoint or a line of the log.
+    For activations of many locations that come from one forward pass, or for a sweep over one. The
+    dictionaries may differ in everything but the number of steps and how often there is a checkpoint or
+    a line of the log.
     """
     if not configs:
         raise InputError("train_many: no configs were given.")
@@ -134,7 +136,8 @@ class _Run:
         self.step = 0
         self.tokens = 0
         self.last_metrics: dict[str, dict[str, float]] = {}
-        self.n_tokens = 0  # of the last batch, with the parts of all processes
+        self.batch: Batch = {}  # the last one, with the parts of all processes
+        self.n_tokens = 0  # of it
         self.trainees: dict[str, Trainee] = {}
         self.unchecked: list[tuple[int, str, Tensor, Mapping[str, Tensor]]] = []
 
@@ -222,11 +225,11 @@ class _Run:
 
     def read(self, raw: Any) -> Batch:
         """A batch as it came, as pairs on the right device, or an error that says what it is."""
-        by_name = {ONLY: raw} if self.single else raw
+        by_name = dict.fromkeys(self.configs, raw) if self._for_all(raw) else raw
         if not isinstance(by_name, Mapping):
             raise InputError(
-                f"expected batches {{name: tensor}} for {', '.join(self.configs)}, found "
-                f"{type(raw).__name__}."
+                f"expected batches {{name: tensor}} for {', '.join(self.configs)}, or a tensor for all of "
+                f"them, found {type(raw).__name__}."
             )
         by_name = {str(name): x for name, x in by_name.items()}  # a location is known by its text
         missing = [name for name in self.configs if name not in by_name]
@@ -239,11 +242,15 @@ class _Run:
             for name, config in self.configs.items()
         }
 
+    def _for_all(self, raw: Any) -> bool:
+        return self.single or isinstance(raw, Tensor | tuple)
+
     def train_step(self) -> tuple[dict[str, Loss], Batch]:
         """One update of every dictionary; losses of the whole batch, and its part that is here,
         normalised."""
         batch = self.read(self.source.next())
-        self.n_tokens = n_tokens = len(next(iter(batch.values()))[0])
+        self.batch, self.n_tokens = batch, len(next(iter(batch.values()))[0])
+        n_tokens = self.n_tokens
         self.tokens += n_tokens
         rows = self.world.rows(n_tokens)
         self.optimizer.zero_grad()
@@ -280,8 +287,8 @@ class _Run:
             if any(t is not None and not bool(torch.isfinite(t).all()) for t in (x, target)):
                 what = f"the batch holds NaN or infinity, so that {what}"
             raise InputError(
-                f"step {step + 1}, {name}: {what}. Nothing of this step is saved; the last checkpoint "
-                "stays. Look at the batch, or lower the learning rate."
+                f"step {step + 1}, {name}: {what}. Nothing of this step is saved; a checkpoint from before "
+                "it stays. Look at the batch, or lower the learning rate."
             )
         self.unchecked.clear()
 
@@ -334,20 +341,21 @@ class _Run:
                 # Before the checkpoint: a run that dies in between calls them again, never not.
                 for callback in callbacks:
                     callback(StepReport(self.step, losses, self.trainees))
-                if place is not None and (self.step % c.checkpoint_every == 0 or last):
+                if place is not None and (self.step % c.checkpointing == 0 or last):
                     self.check()
                     logs.sync()
                     place.save_checkpoint(self.step, self.state())
 
     def metrics(self, losses: Mapping[str, Loss], seen: Batch) -> dict[str, dict[str, float]]:
         """What the log says of the step that was just done."""
-        return {
-            name: {
-                **trainee.metrics(losses[name], seen[name][1], self.n_tokens, self.tokens),
+        found = {}
+        for name, trainee in self.trainees.items():
+            raw = self.batch[name][1][self.world.rows(self.n_tokens)]
+            found[name] = {
+                **trainee.metrics(losses[name], seen[name][1], raw, self.n_tokens, self.tokens),
                 "lr": trainee.lr(self.step - 1),
             }
-            for name, trainee in self.trainees.items()
-        }
+        return found
 
     def save_results(self, place: RunFolder) -> dict[str, Autoencoder]:
         found = {name: trainee.finish() for name, trainee in self.trainees.items()}

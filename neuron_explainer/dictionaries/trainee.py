@@ -226,13 +226,18 @@ class Trainee(nn.Module):
         self.counter.revive(dead)
 
     def metrics(
-        self, loss: Loss, target: Tensor, n_tokens: int, tokens_so_far: int
+        self, loss: Loss, target: Tensor, raw: Tensor, n_tokens: int, tokens_so_far: int
     ) -> dict[str, float]:
         """What the log says of a batch. Waits for the device, and for all processes.
 
-        ``dead`` latents are those that were not active in the last ``dead_window`` tokens.
+        ``fvu`` is of activations as the model has them: ``raw`` are these, ``target`` the normalised
+        ones. ``dead`` latents are those that were not active in the last ``dead_window`` tokens.
         """
-        error, target = (self.world.gather_rows(t, n_tokens) for t in (loss.error, target))
+        error = loss.error
+        if self._per_vector is not None and not self.config.transcoder:  # not one scale for all
+            _, stats = self._per_vector.normalize(raw)
+            error, target = raw - self._per_vector.denormalize(target - error, stats), raw
+        error, target = (self.world.gather_rows(t, n_tokens) for t in (error, target))
         active = (
             loss.latents.values if isinstance(loss.latents, SparseLatents) else loss.latents
         ) > 0

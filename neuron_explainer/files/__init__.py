@@ -27,7 +27,7 @@ from neuron_explainer.files._housekeeping import (
 from neuron_explainer.files._json import read_json, write_json
 from neuron_explainer.files._local import sha256_of
 from neuron_explainer.files._names import is_remote, join
-from neuron_explainer.files._writing import atomic_folder, atomic_write
+from neuron_explainer.files._writing import atomic_folder, atomic_write, explain_full_disk
 
 __all__ = [
     "CacheEntry",
@@ -35,6 +35,7 @@ __all__ = [
     "atomic_write",
     "cache_dir",
     "exists",
+    "explain_full_disk",
     "fetch",
     "fetch_all",
     "is_remote",

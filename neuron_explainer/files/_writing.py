@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -32,14 +33,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     # Not mkstemp: its 0600 would stay on the file. This takes the usual mode, or the old one.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
-        if target.exists():
-            shutil.copymode(target, temporary)
-        yield temporary
-        _sync_file(temporary)
-        os.replace(temporary, target)
-    except OSError as error:
-        _raise_if_full(error, target)
-        raise
+        with explain_full_disk(target):
+            if target.exists():
+                shutil.copymode(target, temporary)
+            yield temporary
+            _sync_file(temporary)
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(target.parent)
@@ -61,13 +60,11 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     temporary = _temporary_beside(target)
     temporary.mkdir()
     try:
-        yield temporary
-        _sync_tree(temporary)
-        _check_replaceable(target, overwrite)  # again: the block may have taken hours
-        _swap_in(temporary, target)
-    except OSError as error:
-        _raise_if_full(error, target)
-        raise
+        with explain_full_disk(target):
+            yield temporary
+            _sync_tree(temporary)
+            _check_replaceable(target, overwrite)  # again: the block may have taken hours
+            _swap_in(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync_folder(target.parent)
@@ -77,11 +74,21 @@ def _temporary_beside(target: Path) -> Path:
     return target.parent / f".{target.name[:100]}.{secrets.token_hex(6)}.tmp"
 
 
-def _raise_if_full(error: OSError, target: Path) -> None:
-    """A full disk is the user's to mend; any other OSError says itself what it is."""
-    if error.errno in DISK_FULL:
-        reason = disk_reason(error, target.parent)
-        raise SourceError(f"cannot write {target}: {reason}") from error
+@contextlib.contextmanager
+def explain_full_disk(target: Path) -> Iterator[None]:
+    """A full disk is the user's to mend, and becomes a :class:`SourceError` that names ``target``; any
+    other error says itself what it is."""
+    try:
+        yield
+    except (
+        Exception
+    ) as error:  # safetensors' own, which is none of the system's, says the number in words
+        words = re.search(r"\(os error (\d+)\)", str(error))
+        known = OSError(int(words[1]), str(error)) if words else error
+        if isinstance(known, OSError) and known.errno in DISK_FULL:
+            reason = disk_reason(known, target.parent)
+            raise SourceError(f"cannot write {target}: {reason}") from error
+        raise
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:

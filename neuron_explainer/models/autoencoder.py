@@ -303,6 +303,10 @@ class Autoencoder(nn.Module):
         """
         self._check_latents(latents)
         recons = self._decode_normalized(latents)
+        return self.denormalize(recons, stats)
+
+    def denormalize(self, recons: Tensor, stats: InputStats | None) -> Tensor:
+        """``[…, o]``: what the decoder gives, on the scale of the input that ``stats`` belongs to."""
         undo = self.input_normalization != "none" and not self.is_transcoder
         if not undo and self.skip is None:
             return recons

@@ -11,6 +11,7 @@ from neuron_explainer.activations import (
     Harvester,
     LiveSource,
     TokenBatch,
+    TokenCorpus,
     TokenWindows,
     harvest,
 )
@@ -76,6 +77,16 @@ def test_pads_never_and_start_tokens_only_when_wanted(context: ModelContext) -> 
     assert torch.equal(
         with_bos.activations[place][with_bos.tokens != BOS], without.activations[place]
     )
+
+
+@pytest.mark.parametrize("concat", [False, True])
+def test_start_tokens_in_the_text_are_start_tokens(context: ModelContext, concat: bool) -> None:
+    corpus = TokenCorpus.of([[3, 4, BOS, 5], [6, BOS], [BOS, 7, 8]])
+    cut = TokenWindows(corpus, 10, 3, concat=concat, bos=BOS)
+    found = harvest_all(context, cut, keep_bos=False)
+    assert sorted(found.tokens.tolist()) == [3, 4, 5, 6, 7, 8]
+    n_put_there = 4 if concat else 3  # one for each document, and where a window begins within one
+    assert (harvest_all(context, cut).tokens == BOS).sum() == 3 + n_put_there
 
 
 def test_packed_separators_go_with_the_start_tokens(context: ModelContext) -> None:

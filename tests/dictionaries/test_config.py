@@ -18,7 +18,7 @@ from neuron_explainer.dictionaries import (
     TrainConfig,
     read_config,
 )
-from neuron_explainer.dictionaries.config_files import from_dict, to_dict
+from neuron_explainer.dictionaries.config_files import from_dict, read_values, to_dict
 from neuron_explainer.dictionaries.field_docs import field_docs
 from neuron_explainer.dictionaries.flags import add_flags, from_flags
 from neuron_explainer.dictionaries.objectives import config_class, registered
@@ -185,7 +185,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 def parsed(line: str, file: Path | None = None) -> TrainConfig:
     parser = argparse.ArgumentParser()
     add_flags(parser, TrainConfig)
-    return from_flags(parser.parse_args(line.split()), TrainConfig, file)
+    base = None if file is None else read_values(file)
+    return from_flags(parser.parse_args(line.split()), TrainConfig, base)
 
 
 def test_flags() -> None:
@@ -202,6 +203,13 @@ def test_flags_go_before_the_file(tmp_path: Path) -> None:
     assert parsed("--k 3", path).objective == MatryoshkaConfig(k=3, group_fractions=(0.25, 0.75))
     other = parsed("--objective jumprelu --target-l0 5", path).objective
     assert other == JumpReLUConfig(target_l0=5.0)
+
+
+def test_a_flag_takes_the_place_of_its_alternative(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("steps = 7\nexpansion = 2.0")
+    assert parsed("--num-tokens 8192", path) == TrainConfig(num_tokens=8192, expansion=2.0)
+    assert parsed("--n-latents 6", path) == TrainConfig(steps=7, n_latents=6)
 
 
 def test_a_setting_of_another_objective_is_an_error() -> None:
@@ -239,8 +247,9 @@ def test_params_json(tmp_path: Path) -> None:
     assert params.config.objective == ReLUConfig(l1_coefficient=2.0)
     assert params.config.latents_for(512) == 4096
     assert params.config.location == "2/resid.torso.post_mlp"
-    assert params.data["context_length"] == 64
-    assert params.data["dataset_name"] == "monology/pile-uncopyrighted"
+    assert params.values["context_length"] == 64
+    assert params.values["model_name"] == "hf:EleutherAI/pythia-70m-deduped"
+    assert params.text == "hf:monology/pile-uncopyrighted"
 
 
 @pytest.mark.parametrize(
@@ -255,7 +264,7 @@ def test_params_json_is_read_strictly(entries: Any, message: str, tmp_path: Path
     path = tmp_path / "params.json"
     path.write_text(json.dumps(entries))
     with pytest.raises(InputError, match=message):
-        read_params(path)
+        assert read_params(path).config
 
 
 def test_the_scripts_own_defaults_run(tmp_path: Path) -> None:

@@ -222,6 +222,19 @@ def test_more_dead_latents_than_tokens_wait() -> None:
     assert len(nothing) == 0
 
 
+def test_those_that_wait_do_not_count_as_living() -> None:
+    dictionary, x = a_dictionary()
+    dead = torch.arange(1, dictionary.n_latents)
+    with torch.no_grad():
+        dictionary.encoder[0] *= 3 / dictionary.encoder[0].norm()
+        dictionary.encoder[1:] *= 100
+    error = torch.zeros_like(x)
+    error[0] = 1.0
+    changed = resample(dictionary, dead, x, x, error, torch.Generator())
+    assert changed.tolist() == [1]
+    assert float(dictionary.encoder.detach()[1].norm()) == pytest.approx(0.2 * 3)
+
+
 def test_a_tied_dictionary_and_a_transcoder_are_resampled() -> None:
     dictionary, x = a_dictionary(tied=True)
     resample(dictionary, torch.tensor([3]), x, x, torch.ones_like(x), torch.Generator())

@@ -1,5 +1,6 @@
 """A run that is killed at any moment ends with the weights of one that is not, bit for bit."""
 
+import contextlib
 import json
 import os
 import random
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from neuron_explainer.dictionaries import TopKConfig, TrainConfig, train
+from neuron_explainer.dictionaries import StepReport, TopKConfig, TrainConfig, train
 from neuron_explainer.errors import CheckpointError, InputError, SourceError
 from neuron_explainer.models.autoencoder import Autoencoder
 from tests.dictionaries import killed_run
@@ -165,25 +166,47 @@ def test_no_checkpoint_that_can_be_read(tmp_path: Path) -> None:
         train(config, planted(64)[0], tmp_path / "run", progress=False)
 
 
-def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import safetensors.torch
+@contextlib.contextmanager
+def no_room(n_bytes: int) -> Iterator[None]:
+    """Files cannot become longer, as on a full disk: what writes them gets the system's own error."""
+    resource = pytest.importorskip("resource", reason="limits of Unix")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
-    folder, config, save = tmp_path / "run", small(), safetensors.torch.save_file
 
-    def full(tensors: Any, path: Path) -> None:
-        if "00000006" in str(path):
-            path.write_bytes(b"as much as there was room for")
-            raise OSError(28, "No space left on device")
-        save(tensors, path)
+def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
+    folder, config = tmp_path / "run", small()
+    with contextlib.ExitStack() as stack:
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(SourceError, match="cannot write"):
-        train(config, planted(64)[0], folder, progress=False)
+        def fill_the_disk(report: StepReport) -> None:
+            if report.step == 6:
+                stack.enter_context(no_room(5000))
+
+        with pytest.raises(SourceError, match=r"cannot write .*00000006: no room .*File too large"):
+            train(config, planted(64)[0], folder, callbacks=[fill_the_disk], progress=False)
     assert checkpoints(folder) == ["00000002", "00000004"]
-    monkeypatch.setattr(safetensors.torch, "save_file", save)
     resumed = train(config, planted(64)[0], folder, progress=False)
     whole = train(config, planted(64)[0], progress=False)
     assert torch.equal(resumed.decoder.weight, whole.decoder.weight)
+
+
+def test_a_full_disk_when_the_log_is_written(tmp_path: Path) -> None:
+    folder, config = tmp_path / "run", small(log_every=1)
+    with contextlib.ExitStack() as stack:
+
+        def fill_the_disk(report: StepReport) -> None:
+            if report.step == 3:
+                stack.enter_context(no_room((folder / "log.jsonl").stat().st_size + 10))
+
+        with pytest.raises(SourceError, match=r"cannot write .*log\.jsonl: no room"):
+            train(config, planted(64)[0], folder, callbacks=[fill_the_disk], progress=False)
+    train(config, planted(64)[0], folder, progress=False)
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 10))
 
 
 def test_a_folder_is_never_overwritten(tmp_path: Path) -> None:
@@ -229,6 +252,23 @@ def test_an_iterator_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="an iterator that cannot be started again"):
         train(config, iter(rows.split(16)), tmp_path / "run", progress=False)
     train(config, rows.split(16), tmp_path / "run", progress=False)
+
+
+def test_batches_in_another_order_are_noticed(tmp_path: Path) -> None:
+    """A DataLoader that shuffles has no place to go back to: better no run than another one."""
+    rows, config = planted(64)[0], small()
+    dataset: Any = rows
+    loader = torch.utils.data.DataLoader[Tensor](dataset, batch_size=16, shuffle=True)
+    with pytest.raises(Stop):
+        train(config, loader, tmp_path / "run", callbacks=[stop_at(7)], progress=False)
+    with pytest.raises(InputError, match="batch 2 is not what it was: the batches come in another"):
+        train(config, loader, tmp_path / "run", progress=False)
+    in_order = torch.utils.data.DataLoader[Tensor](dataset, batch_size=16)
+    with pytest.raises(Stop):
+        train(config, in_order, tmp_path / "order", callbacks=[stop_at(7)], progress=False)
+    resumed = train(config, in_order, tmp_path / "order", progress=False)
+    whole = train(config, in_order, progress=False)
+    assert torch.equal(resumed.decoder.weight, whole.decoder.weight)
 
 
 def test_other_batches_are_noticed(tmp_path: Path) -> None:

@@ -376,11 +376,14 @@ def test_the_log(tmp_path: Path) -> None:
     assert autoencoder.n_latents == 40
 
 
-def test_fvu_in_the_log_is_that_of_the_metrics(tmp_path: Path) -> None:
-    run(config(steps=1, lr=1e-12), [ROWS], tmp_path / "run")
+@pytest.mark.parametrize("normalization", ["none", "constant", "center", "layer_norm", "rms"])
+def test_fvu_in_the_log_is_that_of_the_metrics(tmp_path: Path, normalization: Any) -> None:
+    rows = ROWS * torch.linspace(0.2, 5, len(ROWS))[:, None] + 1
+    once = config(steps=1, lr=1e-12, input_normalization=normalization)
+    run(once, [rows], tmp_path / "run")
     line = json.loads((tmp_path / "run" / "log.jsonl").read_text())
     autoencoder = Autoencoder.load(tmp_path / "run" / "autoencoder")
-    expected = float(fvu(ROWS, autoencoder.reconstruct(ROWS)).detach())
+    expected = float(fvu(rows, autoencoder.reconstruct(rows)).detach())
     assert line["dictionaries"]["autoencoder"]["fvu"] == pytest.approx(expected, rel=1e-4)
 
 

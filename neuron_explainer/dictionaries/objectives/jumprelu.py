@@ -45,7 +45,8 @@ class JumpReLUConfig(ObjectiveConfig):
     bandwidth: float = 0.001
     """Width of the kernel that estimates gradients of thresholds."""
     first_threshold: float = 0.001
-    """Where thresholds start."""
+    """Where thresholds start. Adam changes one by a factor of about 1 + lr a step at most, so in a run
+    with fewer than a few / lr steps give what is nearer to where they will end."""
 
     def __post_init__(self) -> None:
         for name in ("bandwidth", "first_threshold", "target_l0"):

@@ -120,23 +120,7 @@ def train(
     source = BookActivations(Harvester(context, list(configs), autocast_bf16=True), windows)
     seed = next(iter(configs.values())).seed
     with ShuffleBuffer(source, BUFFER, BATCH, seed=seed, prefetch=False) as batches:
-        named = _Named(batches, next(iter(configs)))
-        return train_many(configs, named, folder)
-
-
-class _Named:
-    """A buffer's batches by location, also where there is but one."""
-
-    def __init__(self, batches: ShuffleBuffer, only: str) -> None:
-        self.batches, self.only = batches, only
-        self.state_dict, self.load_state_dict = batches.state_dict, batches.load_state_dict
-
-    def __iter__(self) -> "_Named":
-        return self
-
-    def __next__(self) -> Any:
-        batch = next(self.batches)
-        return {self.only: batch} if isinstance(batch, torch.Tensor) else batch
+        return train_many(configs, batches, folder)
 
 
 @torch.no_grad()
