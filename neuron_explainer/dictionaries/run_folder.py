@@ -43,7 +43,7 @@ class RunFolder:
         keep: how many checkpoints stay.
         world: the processes that share it. The first one writes, but for the parts of a state that
             others alone have; all read.
-        extensible: whether a finished run may be gone on with.
+        extensible: whether a finished run may be gone on with, by asking for more epochs.
     """
 
     def __init__(
@@ -82,18 +82,26 @@ class RunFolder:
         try:
             if config.exists():
                 self._check_same(files.read_json(config))
-                (self.path / "finished.json").unlink(missing_ok=True)
-            else:
-                content = {"format_version": FORMAT_VERSION, "kind": "dictionary_training"}
-                files.write_json(config, {**content, **self._settings})
             yield
         finally:
             lock.release()
 
+    def begin(self) -> None:
+        """Note the settings: nothing stands in the way any more, and the run begins or goes on."""
+
+        def note() -> None:
+            known = {"format_version": FORMAT_VERSION, "kind": "dictionary_training"}
+            files.write_json(self.path / "config.json", {**known, **self._settings})
+            (self.path / "finished.json").unlink(missing_ok=True)
+
+        self._world.on_first(note)
+
     def _check_same(self, stored: Mapping[str, Any]) -> None:
-        if (self.path / "finished.json").exists() and not self._extensible:
+        unchanged = all(stored.get(key) == value for key, value in self._settings.items())
+        if (self.path / "finished.json").exists() and (unchanged or not self._extensible):
+            more = ", ask for more epochs," if self._extensible else ","
             raise InputError(
-                f"{self.path} holds a finished run: load what it trained with Autoencoder.load, or "
+                f"{self.path} holds a finished run: load what it trained with Autoencoder.load{more} or "
                 "train in another folder."
             )
         known = {"format_version": FORMAT_VERSION, "kind": "dictionary_training"}
@@ -180,9 +188,9 @@ class RunFolder:
         found = [path for path in folder.iterdir() if path.name.isdigit()]
         return sorted(found, key=lambda path: int(path.name), reverse=True)
 
-    def finish(self, step: int, metrics: dict[str, Any]) -> None:
-        """Mark the run as finished."""
-        files.write_json(self.path / "finished.json", {"step": step, "metrics": metrics})
+    def finish(self, step: int, metrics: dict[str, Any], **more: Any) -> None:
+        """Mark the run as finished, with what else is to be known of its results."""
+        files.write_json(self.path / "finished.json", {"step": step, "metrics": metrics, **more})
 
 
 def _visible(folder: Path) -> list[Path]:

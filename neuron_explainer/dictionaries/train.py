@@ -313,6 +313,7 @@ class _Run:
                     self.begin()
                 else:
                     self.resume(state)
+                place.begin()
                 self.loop(place, callbacks, progress, log_to)
                 return self.save_results(place)
 
@@ -363,7 +364,8 @@ class _Run:
         def save() -> None:
             for name, autoencoder in found.items():
                 autoencoder.save(result_folder(place.path, name), overwrite=True)
-            place.finish(self.step, self.last_metrics)
+            folded = {name: trainee.folded() for name, trainee in self.trainees.items()}
+            place.finish(self.step, self.last_metrics, folded_normalization=folded)
 
         self.world.on_first(save)
         return found

@@ -125,6 +125,20 @@ class Trainee(nn.Module):
         x = (x - d.input_mean) / d.input_scale
         return x, x if same else (target - d.target_mean) / d.target_scale
 
+    def folded(self) -> dict[str, float]:
+        """Of the normalisation that :meth:`finish` folds into the weights: scale, and norm of the mean."""
+        d, sides = self.dictionary, ("input", "target") if self.config.transcoder else ("input",)
+        if self.config.input_normalization != "constant":
+            return {}
+        return {
+            name: float(value)
+            for side in sides
+            for name, value in (
+                (f"{side}_scale", getattr(d, f"{side}_scale")),
+                (f"{side}_mean_norm", torch.linalg.vector_norm(getattr(d, f"{side}_mean"))),
+            )
+        }
+
     def loss(self, x: Tensor, target: Tensor, step: int, n_tokens: int | None = None) -> Loss:
         """Of normalised activations, those that are here of a batch of ``n_tokens`` (all, if not
         given); counts which latents were active."""

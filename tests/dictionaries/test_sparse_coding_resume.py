@@ -1,5 +1,6 @@
 """A run that is interrupted, at any moment, ends with the same bytes as one that is not."""
 
+import json
 import os
 import subprocess
 import sys
@@ -156,11 +157,21 @@ def test_one_epoch_and_another_are_two(whole, tmp_path):
     assert torch.equal(found.encoder.weight, run(None).encoder.weight)
     for name in ("autoencoder/autoencoder.safetensors", "finished.json"):
         assert contents(tmp_path)[name] == whole[name]
-    # there is nothing left to do
-    again = run(tmp_path, Batches(stop_at(1)))
-    assert torch.equal(again.encoder.weight, found.encoder.weight)
     with pytest.raises(InputError, match=r"the run is in epoch 2 .* beyond the 1 asked for"):
         run(tmp_path, epochs=1)
+    assert contents(tmp_path)["finished.json"] == whole["finished.json"]  # still
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
+    run(tmp_path, epochs=1)
+    before = (tmp_path / "autoencoder" / "autoencoder.safetensors").stat().st_mtime_ns
+    with pytest.raises(InputError, match=r"holds a finished run: .*, ask for more epochs, or"):
+        run(tmp_path, epochs=1)
+    assert (tmp_path / "autoencoder" / "autoencoder.safetensors").stat().st_mtime_ns == before
+    run(tmp_path, epochs=2)
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["epochs"] == 2
+    with pytest.raises(InputError, match="holds a finished run"):
+        run(tmp_path, epochs=2)
 
 
 def test_without_the_hessian_it_would_be_another(tmp_path, monkeypatch, whole):

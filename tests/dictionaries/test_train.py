@@ -261,7 +261,7 @@ def test_together_is_the_same_as_alone() -> None:
 
 def test_results_lie_in_the_folder(tmp_path: Path) -> None:
     c = config(location="2/mlp.post_act", model_name="tiny")
-    autoencoder = run(c, ROWS, tmp_path / "run")
+    autoencoder = run(c, [ROWS], tmp_path / "run")
     stored = json.loads((tmp_path / "run" / "autoencoder" / "config.json").read_text())
     assert stored["location"] == "2/mlp.post_act"
     assert stored["metadata"] == {}  # how it was trained stands in the run's config
@@ -269,6 +269,11 @@ def test_results_lie_in_the_folder(tmp_path: Path) -> None:
     assert torch.equal(loaded.encode(ROWS), autoencoder.encode(ROWS))
     record = json.loads((tmp_path / "run" / "config.json").read_text())
     assert record["dictionaries"]["autoencoder"]["objective"]["k"] == 2
+    finished = json.loads((tmp_path / "run" / "finished.json").read_text())
+    folded = finished["folded_normalization"]["autoencoder"]
+    assert folded["input_mean_norm"] == pytest.approx(float(ROWS.mean(0).norm()), rel=1e-5)
+    variance = (ROWS - ROWS.mean(0)).square().mean()
+    assert folded["input_scale"] == pytest.approx(float(variance.sqrt()), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +282,7 @@ def test_results_lie_in_the_folder(tmp_path: Path) -> None:
         ({}, {}, "no configs"),
         ({"a": config(), "b": config(steps=7)}, {}, "need the same total_steps, found 6, 7"),
         ({"a": config(), "b": config()}, {"a": ROWS}, "nothing for b; it has a"),
-        ({"a": config()}, ROWS, "expected batches {name: tensor}"),
+        ({"a": config()}, [ROWS], "expected batches {name: tensor} for a, or a tensor for all"),
     ],
 )
 def test_configs_and_batches_that_do_not_go_together(
@@ -374,6 +379,15 @@ def test_the_log(tmp_path: Path) -> None:
     assert set(metrics) == {"loss", "reconstruction", "fvu", "l0", "dead", "dead_window", "lr"}
     assert 0 < metrics["l0"] <= 2
     assert autoencoder.n_latents == 40
+
+
+def test_several_learn_from_the_same_tensors() -> None:
+    """A sweep over one place: each is what it is when trained alone."""
+    configs = {f"k{k}": config(TopKConfig(k=k)) for k in (2, 5)}
+    together = train_many(configs, [ROWS], progress=False)
+    for name, each in configs.items():
+        alone = train(each, [ROWS], progress=False)
+        assert torch.equal(together[name].encoder.weight, alone.encoder.weight)
 
 
 @pytest.mark.parametrize("normalization", ["none", "constant", "center", "layer_norm", "rms"])

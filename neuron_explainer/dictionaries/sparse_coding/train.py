@@ -91,8 +91,8 @@ def train_sparse_coding(
             ``[r]``. They are gone through ``config.epochs`` times, in the same order each time; pads
             must not be among them.
         folder: for config, log, checkpoints and results, as
-            :mod:`~neuron_explainer.dictionaries.run_folder` has them. A run with the same settings
-            goes on, also one that has ended, if ``config.epochs`` was raised. None: nothing is kept.
+            :mod:`~neuron_explainer.dictionaries.run_folder` has them. An unfinished run with the
+            same settings goes on, and a finished one if ``config.epochs`` was raised. None: nothing is kept.
         token_counts: how often each token id stands in the training set, ``[v]``
             (:func:`~neuron_explainer.dictionaries.sparse_coding.frequency.count_tokens`); rows are
             weighted by its inverse root. None: all rows weigh the same.
@@ -114,6 +114,7 @@ def train_sparse_coding(
             with place.open():
                 if (state := place.load_checkpoint()) is not None:
                     run.load(state)
+                place.begin()
                 run.to_end(batches, place, progress)
                 found = run.autoencoders()
                 for name, autoencoder in found.items():
