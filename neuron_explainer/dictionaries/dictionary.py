@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neuron_explainer.dictionaries.distributed import ALONE, World
 from neuron_explainer.dictionaries.sparse_memory import row_blocks
 from neuron_explainer.models.autoencoder import Autoencoder
 
@@ -59,6 +60,7 @@ class Dictionary(nn.Module):
         super().__init__()
         here = range(n_latents) if here is None else here
         self.n_latents_everywhere, self.n_latents, self.n_inputs = n_latents, len(here), n_inputs
+        self.first_latent = here.start
         self.is_transcoder = n_outputs is not None
         self.n_outputs = n_inputs if n_outputs is None else n_outputs
         self.autocast = autocast
@@ -108,11 +110,18 @@ class Dictionary(nn.Module):
             # Not off the input, which then needs no gradient: a third of the encoder's work.
             return F.linear(x, weight, bias - weight @ self.pre_bias).to(x.dtype)
 
-    def decode(self, latents: Tensor, x: Tensor) -> Tensor:
-        """``[b, l]`` dense, ``[b, n]`` (for the skip connection) ``-> [b, o]``."""
+    def decode(self, latents: Tensor, x: Tensor, world: World = ALONE) -> Tensor:
+        """``[b, l]`` dense, ``[b, n]`` (for the skip connection) ``-> [b, o]``, of all latents where
+        processes have some of them each."""
         with self.products(x):
             recons = (latents @ self.rows).to(x.dtype)
-        return self.add_rest(recons, x)
+        return self.join(recons, x, world)
+
+    def join(self, recons: Tensor, x: Tensor, world: World) -> Tensor:
+        """``[b, o]``: what the latents of all processes give, plus bias and skip connection."""
+        if not world.splits_latents or world.is_first:  # what all share is added once
+            recons = self.add_rest(recons, x)
+        return world.add_up(recons)
 
     def add_rest(self, recons: Tensor, x: Tensor) -> Tensor:
         """``[b, o]``: what the latents give, plus bias and skip connection."""

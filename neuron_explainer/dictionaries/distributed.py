@@ -92,7 +92,7 @@ class World:
 
     def smallest(self, x: Tensor) -> Tensor:
         """Entry by entry, the smallest over the parts of a batch; without gradient."""
-        return self._reduce(x.detach().clone(), dist.ReduceOp.MIN) if self.splits_batch else x
+        return self.smallest_of_all(x) if self.splits_batch else x
 
     def gather_rows(self, x: Tensor, n: int) -> Tensor:
         """``[r, …] -> [b, …]``: of each process its rows of a batch of ``n``; without gradient."""
@@ -104,11 +104,11 @@ class World:
         return torch.cat([p[:length] for p, length in zip(parts, lengths, strict=True)])
 
     def among_largest(self, values: Tensor, count: int) -> Tensor:
-        """``[m] -> [m]`` bool: which of them are among the ``count`` largest of a whole batch.
+        """``[m] -> [m]`` bool: which of them are among the ``count`` largest of all processes.
 
         ``m`` may differ from process to process; the lower rank comes first where values are equal.
         """
-        longest = -int(self.smallest(torch.tensor(-len(values))))
+        longest = -int(self.smallest_of_all(torch.tensor(-len(values))))
         everyone = torch.cat(self._gather(_padded(values.detach(), longest, -torch.inf)))
         chosen = torch.zeros(len(everyone), dtype=torch.bool, device=values.device)
         order = everyone.sort(descending=True, stable=True).indices
@@ -167,6 +167,10 @@ class World:
     def sum_(self, x: Tensor) -> Tensor:
         """Sum over processes, written to ``x``."""
         return self._reduce(x, dist.ReduceOp.SUM) if self.size > 1 else x
+
+    def smallest_of_all(self, x: Tensor) -> Tensor:
+        """Entry by entry, the smallest over processes; without gradient."""
+        return self._reduce(x.detach().clone(), dist.ReduceOp.MIN) if self.size > 1 else x
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum over processes of the gradients of what all of them hold."""

@@ -106,12 +106,12 @@ class Trainee(nn.Module):
         """All that every process has the same of."""
         if not self.world.splits_latents:
             return list(self.parameters())
-        d = self.dictionary
-        return [
-            p
-            for p in self.parameters()
-            if all(p is not q for q in (d.encoder, d.rows, d.latent_bias))
-        ]
+        own = [*self.dictionary.per_latent(), *self._of_objective()]
+        return [p for p in self.parameters() if all(p is not q for q in own)]
+
+    def _of_objective(self) -> list[nn.Parameter]:
+        """The objective's parameters that have one row for each latent."""
+        return [self.objective.get_parameter(name) for name in self.objective.per_latent]
 
     def normalize(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Activations as the dictionary takes them; an autoencoder's target is its input."""
@@ -234,8 +234,7 @@ class Trainee(nn.Module):
         dead = self.counter.dead(c.dead_after(n_tokens))
         x, target, error = (self.world.gather_rows(t, n_tokens) for t in (x, target, loss.error))
         dead = resample(self.dictionary, dead, x, target, error, self.generator)
-        own = [self.objective.get_parameter(name) for name in self.objective.per_latent]
-        forget_moments([*self.dictionary.per_latent(), *own], optimizer, dead)
+        forget_moments([*self.dictionary.per_latent(), *self._of_objective()], optimizer, dead)
         self.objective.revive(dead)
         self.counter.revive(dead)
 
@@ -285,12 +284,9 @@ class Trainee(nn.Module):
         for theirs, ours in zip(own.parameters(), whole.parameters(), strict=True):
             if theirs.shape == ours.shape:
                 ours.copy_(theirs)
-        pairs = [(own.encoder.weight, whole.encoder.weight), (own.latent_bias, whole.latent_bias)]
-        if not self.config.tied:
-            pairs.append((own.decoder.weight.t(), whole.decoder.weight.t()))
         for rank in range(self.world.size):
             rows = slice(len(own.latent_bias) * rank, len(own.latent_bias) * (rank + 1))
-            for here, there in pairs:
+            for here, there in zip(_rows_of(own), _rows_of(whole), strict=True):
                 part = self.world.send_to_first(here, rank, here.shape)
                 if part is not None:
                     there[rows] = part
@@ -299,15 +295,19 @@ class Trainee(nn.Module):
     def _empty(self, n_latents: int, device: torch.device) -> Autoencoder:
         """An autoencoder with the settings of this run."""
         c, d, each = self.config, self.dictionary, self._per_vector
+        activation, groups = self.objective.activation(d), self.objective.group_sizes()
+        for parameter in activation.parameters():
+            if parameter.ndim and len(parameter) != n_latents:  # others have the rest of them
+                parameter.data = parameter.new_zeros(n_latents)
         return Autoencoder(
             n_latents,
             d.n_inputs,
-            self.objective.activation(d),
+            activation,
             c.tied,
             input_normalization="none" if each is None else each.input_normalization,
             n_outputs=d.n_outputs if d.is_transcoder else None,
             skip=c.skip,
-            group_sizes=self.objective.group_sizes(),
+            group_sizes=groups if groups and sum(groups) == n_latents else None,
             location=c.location,
             output_location=c.output_location,
             model_name=c.model_name,
@@ -325,6 +325,13 @@ class Trainee(nn.Module):
         self.generator.set_state(state["generator"])
 
 
+def _rows_of(autoencoder: Autoencoder) -> list[Tensor]:
+    """What has one row for each latent."""
+    found = [autoencoder.encoder.weight, autoencoder.latent_bias]
+    found += [p for p in autoencoder.activation.parameters() if p.ndim]
+    return found if autoencoder.tied else [*found, autoencoder.decoder.weight.t()]
+
+
 def check_split(
     config: TrainConfig, objective: Objective[Any], n_latents: int, world: World
 ) -> None:
@@ -333,8 +340,7 @@ def check_split(
         return
     if not objective.splits_latents:
         raise InputError(
-            f"{config.objective.name} needs all latents in one process: divide the data instead, or "
-            "train topk."
+            f"{config.objective.name} needs all latents in one process: divide the data instead."
         )
     here, k = len(world.latents(n_latents)), getattr(config.objective, "k", 1)
     if k > here:

@@ -86,6 +86,19 @@ CASES = {
     "p_anneal": case(PAnnealConfig(l1_coefficient=0.3, n_updates=4, memory=5)),
     "batch_topk": case(BatchTopKConfig(k=3)),
     "matryoshka": case(MatryoshkaConfig(k=3)),
+    "relu by latents": case(ReLUConfig(l1_coefficient=0.3), "latents", grad_clip=0.5),
+    "weighted relu by latents": case(
+        ReLUConfig(l1_coefficient=0.3, weighted=True), "latents", decoder_norm="free"
+    ),
+    "jumprelu by latents": case(
+        JumpReLUConfig(target_l0=3.0, bandwidth=0.1, first_threshold=0.1), "latents", grad_clip=0.5
+    ),
+    "gated by latents": case(GatedConfig(l1_coefficient=0.3), "latents"),
+    "p_anneal by latents": case(
+        PAnnealConfig(l1_coefficient=0.3, n_updates=4, memory=5), "latents", tied=True
+    ),
+    "batch_topk by latents": case(BatchTopKConfig(k=3), "latents", transcoder=True, skip=True),
+    "matryoshka by latents": case(MatryoshkaConfig(k=3), "latents"),
 }
 
 

@@ -82,12 +82,13 @@ def batch_top_k(
 ) -> Active:
     """``[b, l]``: the ``b · k`` largest of all, rectified.
 
-    Where processes share a batch of ``n_everywhere`` tokens: those that are here of the largest of it.
+    Where processes share a batch of ``n_everywhere`` tokens, or have some of the latents each: those
+    that are here of the largest of all.
     """
     n_tokens, n_latents = pre_act.shape
     count = k * (n_everywhere if world.splits_batch and n_everywhere else n_tokens)
     values, flat = pre_act.flatten().topk(min(count, pre_act.numel()), sorted=False)
-    if world.splits_batch:
+    if world.size > 1:
         chosen = world.among_largest(values, count)
         values, flat = values[chosen], flat[chosen]
     flat, order = flat.sort()
@@ -101,6 +102,8 @@ C = TypeVar("C", bound=AuxKConfig)
 
 class _BatchTopK(Objective[C]):
     """What the two share; they differ in what of a batch's active latents is reconstructed."""
+
+    splits_latents = True
 
     threshold: Tensor
     """``[]``: mean over recent batches of the smallest value that was active."""
@@ -117,7 +120,8 @@ class _BatchTopK(Objective[C]):
     def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
         k = k_at(self.config, dictionary, moment.step)
         active = batch_top_k(dictionary.pre_act(x), k, moment.world, moment.n_tokens)
-        errors = [target - recons for recons in self.reconstructions(dictionary, x, active)]
+        every = self.reconstructions(dictionary, active)
+        errors = [target - dictionary.join(recons, x, moment.world) for recons in every]
         losses = [squared_error(error) / dictionary.variance for error in errors]
         total = torch.stack(losses).mean()
         terms = {"reconstruction": total.detach()}
@@ -130,11 +134,9 @@ class _BatchTopK(Objective[C]):
             terms["aux"] = aux.detach()
         return Loss(total, terms, error, SparseLatents(active.values.detach(), active.latents))
 
-    def reconstructions(
-        self, dictionary: Dictionary, x: Tensor, active: Active
-    ) -> Iterator[Tensor]:
-        """``[b, o]`` each; the last one is that of all latents."""
-        yield dictionary.add_rest(active.decode(dictionary), x)
+    def reconstructions(self, dictionary: Dictionary, active: Active) -> Iterator[Tensor]:
+        """``[b, o]`` each, without bias; the last one is that of all latents."""
+        yield active.decode(dictionary)
 
     def after_step(self, dictionary: Dictionary, loss: Loss, moment: Moment) -> None:
         """Follow the threshold: a running mean over the last tenth of the steps, at most 1000.
@@ -144,7 +146,7 @@ class _BatchTopK(Objective[C]):
         assert isinstance(loss.latents, SparseLatents)
         values = loss.latents.values
         positive = F.pad(torch.where(values > 0, values, torch.inf), (0, 1), value=torch.inf)
-        smallest = moment.world.smallest(positive.min())
+        smallest = moment.world.smallest_of_all(positive.min())
         self.seen += 1
         weight = 1 / (self.seen / 10).clamp(1, 1000)
         moved = torch.lerp(self.threshold, smallest, weight)
@@ -165,7 +167,7 @@ class Matryoshka(_BatchTopK[MatryoshkaConfig]):
 
     def __init__(self, config: MatryoshkaConfig, dictionary: Dictionary) -> None:
         super().__init__(config, dictionary)
-        total, ends = dictionary.n_latents, list[int]()
+        total, ends = dictionary.n_latents_everywhere, list[int]()
         for fraction in config.group_fractions:
             ends.append(round((ends[-1] if ends else 0) + fraction * total))
         ends[-1] = total
@@ -173,17 +175,15 @@ class Matryoshka(_BatchTopK[MatryoshkaConfig]):
         if min(self.sizes) < 1:
             raise InputError(f"matryoshka: {total} latents are too few for groups {self.sizes}.")
 
-    def reconstructions(
-        self, dictionary: Dictionary, x: Tensor, active: Active
-    ) -> Iterator[Tensor]:
+    def reconstructions(self, dictionary: Dictionary, active: Active) -> Iterator[Tensor]:
         # Each pair is looked at once: what a group adds, on top of the groups before it.
-        ends = torch.tensor(self.sizes, device=x.device).cumsum(0)
-        group = torch.searchsorted(ends, active.latents, right=True)
+        ends = torch.tensor(self.sizes, device=active.latents.device).cumsum(0)
+        group = torch.searchsorted(ends, active.latents + dictionary.first_latent, right=True)
         recons: Any = 0
         for index in range(len(self.sizes)):
             values = torch.where(group == index, active.values, 0.0)
             recons = recons + active._replace(values=values).decode(dictionary)
-            yield dictionary.add_rest(recons, x)
+            yield recons
 
     def group_sizes(self) -> tuple[int, ...]:
         return self.sizes

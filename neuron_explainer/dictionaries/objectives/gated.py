@@ -51,7 +51,7 @@ class Gated(Objective[GatedConfig]):
     """Penalises the gate's pre-activations."""
 
     first_encoder_norm = 0.1
-
+    splits_latents = True
     per_latent = ("b_gate", "r_mag", "b_mag")
     trains_latent_bias = False  # each path has its own
 
@@ -67,12 +67,13 @@ class Gated(Objective[GatedConfig]):
         gate = pre_act + self.b_gate
         magnitude = (pre_act * self.r_mag.exp() + self.b_mag).relu()
         latents = torch.where(gate > 0, magnitude, 0.0)
-        error = target - dictionary.decode(latents, x)
+        error = target - dictionary.decode(latents, x, moment.world)
         reconstruction = squared_error(error)
         opening = gate.relu()
-        penalty = self.config.l1_coefficient * moment.sparsity * opening.sum() / len(x)
-        frozen = opening @ dictionary.rows.detach() + dictionary.frozen_rest(x)
-        auxiliary = squared_error(target - frozen)
+        opened = moment.world.add_up(opening.sum() / len(x))
+        penalty = self.config.l1_coefficient * moment.sparsity * opened
+        frozen = moment.world.add_up(opening @ dictionary.rows.detach())
+        auxiliary = squared_error(target - (frozen + dictionary.frozen_rest(x)))
         terms = {
             "reconstruction": reconstruction.detach(),
             "sparsity": penalty.detach(),

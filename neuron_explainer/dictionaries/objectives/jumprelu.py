@@ -62,7 +62,7 @@ class JumpReLU(Objective[JumpReLUConfig]):
     """Penalises the number of active latents."""
 
     first_encoder_norm = 0.1
-
+    splits_latents = True
     per_latent = ("log_threshold",)
 
     def __init__(self, config: JumpReLUConfig, dictionary: Dictionary) -> None:
@@ -78,7 +78,8 @@ class JumpReLU(Objective[JumpReLUConfig]):
         pre_act = dictionary.pre_act(x).relu()
         latents = jump_relu(pre_act, threshold, bandwidth)
         l0 = moment.mean(step(pre_act, threshold, bandwidth).sum() / len(x))
-        error = target - dictionary.decode(latents, x)
+        l0 = moment.world.add_up(l0)
+        error = target - dictionary.decode(latents, x, moment.world)
         reconstruction = squared_error(error) / dictionary.variance
         excess = l0 if c.target_l0 is None else (l0 / c.target_l0 - 1).square()
         penalty = c.coefficient * moment.sparsity * excess

@@ -59,6 +59,7 @@ class ReLU(Objective[ReLUConfig]):
     """Penalises the sum of latents."""
 
     first_encoder_norm = 0.1
+    splits_latents = True
 
     def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
         d, c = dictionary, self.config
@@ -66,9 +67,9 @@ class ReLU(Objective[ReLUConfig]):
         out = relu_autoencoder(
             x, d.encoder, d.latent_bias, d.rows, pre_bias=d.pre_bias, scale=norms
         )
-        error = target - d.add_rest(out.output, x)
+        error = target - d.join(out.output, x, moment.world)
         reconstruction = squared_error(error)
-        penalty = c.l1_coefficient * moment.sparsity * out.sums.mean()
+        penalty = c.l1_coefficient * moment.sparsity * moment.world.add_up(out.sums.mean())
         terms = {"reconstruction": reconstruction.detach(), "sparsity": penalty.detach()}
         active = out.values if out.indices is None else SparseLatents(out.values, out.indices)
         return Loss(reconstruction + penalty, terms, error.detach(), active)
@@ -123,6 +124,7 @@ class PAnneal(Objective[PAnnealConfig]):
     """Penalises Σ f^p."""
 
     first_encoder_norm = 0.1
+    splits_latents = True
 
     coefficient: Tensor
     """``[]``: by which the penalty is multiplied, changed whenever p is."""
@@ -138,9 +140,10 @@ class PAnneal(Objective[PAnnealConfig]):
 
     def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
         latents = dictionary.pre_act(x).relu()
-        error = target - dictionary.decode(latents, x)
+        error = target - dictionary.decode(latents, x, moment.world)
         reconstruction = squared_error(error)
         power = power_sum(latents, self.p_after(self.updates(moment.step, moment.steps)))
+        power = moment.world.add_up(power)
         penalty = self.coefficient.to(x.dtype) * moment.sparsity * power
         terms = {"reconstruction": reconstruction.detach(), "sparsity": penalty.detach()}
         return Loss(reconstruction + penalty, terms, error.detach(), latents.detach())
@@ -164,7 +167,8 @@ class PAnneal(Objective[PAnnealConfig]):
             return
         assert isinstance(loss.latents, Tensor)
         for index, updates in enumerate((now, now + 1)):
-            self.sums[index] += moment.mean(power_sum(loss.latents, self.p_after(updates)))
+            power = power_sum(loss.latents, self.p_after(updates))
+            self.sums[index] += moment.world.add_up(moment.mean(power))
         if self.updates(moment.step + 1, moment.steps) > now:
             known = self.sums[1] > 0
             self.coefficient *= torch.where(known, self.sums[0] / self.sums[1], 1.0)

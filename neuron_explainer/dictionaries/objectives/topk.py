@@ -174,11 +174,13 @@ class TopK(Objective[TopKConfig]):
         # One search for both numbers: values come in descending order.
         every = largest(dictionary, x, max(k, config.multi_k or 0), moment.world)
         values, indices = every.of(k)
-        error = target - self._recons(dictionary, x, values, indices, moment.world)
+        recons = decode_rows(values, indices, dictionary.rows)
+        error = target - dictionary.join(recons, x, moment.world)
         total = reconstruction = squared_error(error) / dictionary.variance
         terms = {"reconstruction": reconstruction.detach()}
         if config.multi_k is not None:
-            more = self._recons(dictionary, x, *every.of(config.multi_k), moment.world)
+            more = decode_rows(*every.of(config.multi_k), dictionary.rows)
+            more = dictionary.join(more, x, moment.world)
             multi = squared_error(target - more) / dictionary.variance
             total = total + config.multi_coefficient * multi
             terms["multi"] = multi.detach()
@@ -187,14 +189,6 @@ class TopK(Objective[TopKConfig]):
             total = total + config.aux_coefficient * aux
             terms["aux"] = aux.detach()
         return Loss(total, terms, error.detach(), SparseLatents(values.detach(), indices))
-
-    def _recons(
-        self, dictionary: Dictionary, x: Tensor, values: Tensor, indices: Tensor, world: World
-    ) -> Tensor:
-        recons = decode_rows(values, indices, dictionary.rows)
-        if not world.splits_latents or world.is_first:  # what all share is added once
-            recons = dictionary.add_rest(recons, x)
-        return world.add_up(recons)
 
     def activation(self, dictionary: Dictionary) -> nn.Module:
         return TopKActivation(self.config.k)
