@@ -990,6 +990,13 @@ def test_atomic_write_replaces_and_keeps_the_mode(tmp_path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+    with files.atomic_write(path) as temporary:  # as safetensors writes
+        (path.parent / "other").touch(mode=0o600)
+        os.replace(path.parent / "other", temporary)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+    with files.atomic_folder(tmp_path / "folder") as folder:
+        (folder / "y").touch(mode=0o600)
+    assert stat.S_IMODE((tmp_path / "folder" / "y").stat().st_mode) == 0o666 & ~umask
     path.chmod(0o640)
     with files.atomic_write(path) as temporary:
         temporary.write_text("two")

@@ -208,9 +208,10 @@ class StoreWriter:
         self._lock = FileLock(self.folder / _LOCK_FILE, timeout=0)
 
     def __enter__(self) -> "StoreWriter":
-        self.folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(self.folder)
         try:
-            self._lock.acquire()
+            with files.explain_refusal(self.folder / _LOCK_FILE):
+                self._lock.acquire()
         except Timeout:
             raise InputError(f"another process is writing to the store {self.folder}.") from None
         try:

@@ -47,17 +47,17 @@ class JsonLines:
 
     def write(self, step: int, common: Mapping[str, float], metrics: Metrics) -> None:
         line = {"step": step, **common, "dictionaries": {k: dict(v) for k, v in metrics.items()}}
-        with files.explain_full_disk(self._path):
+        with files.explain_refusal(self._path):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
 
     def sync(self) -> None:
         """Wait until all lines so far are on the disk."""
-        with files.explain_full_disk(self._path):
+        with files.explain_refusal(self._path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        with files.explain_full_disk(self._path):  # of what could not be written before, too
+        with files.explain_refusal(self._path):  # of what could not be written before, too
             self._file.close()
 
 

@@ -3,7 +3,8 @@
     config.json                      the run's settings, for the record and for resuming
     log.jsonl                        one line each log_every steps
     checkpoints/00001200/            state.json, state.safetensors: all that is needed to go on (one
-                                     of each for every process where these hold some latents each)
+                                     of each for every process where these hold some latents each),
+                                     with a checksum: one that is damaged is passed over
     autoencoders/<name>/             what was trained (``autoencoder/`` where there is only one)
     finished.json                    written last
 
@@ -73,10 +74,11 @@ class RunFolder:
             raise InputError(f"{self.path} is a file; a run needs a folder.")
         if not config.exists() and self.path.exists() and _visible(self.path):
             raise InputError(f"{self.path} is not empty and holds no run; choose another folder.")
-        self.path.mkdir(parents=True, exist_ok=True)
+        files.make_folder(self.path)
         lock = filelock.FileLock(self.path / ".lock")
         try:
-            lock.acquire(timeout=0)
+            with files.explain_refusal(self.path / ".lock"):
+                lock.acquire(timeout=0)
         except filelock.Timeout:
             raise InputError(f"{self.path} is in use: another process trains there.") from None
         try:
@@ -140,7 +142,12 @@ class RunFolder:
         tensors: dict[str, Tensor] = {}
         tree = _take_tensors(state, "", tensors)
         safetensors.torch.save_file(tensors, folder / self._tensors)
-        content = {"format_version": FORMAT_VERSION, "step": step, "state": tree}
+        content = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "sha256": files.sha256_of(folder / self._tensors),
+            "state": tree,
+        }
         files.write_json(folder / self._state, content)
 
     def _remove_old(self) -> None:
@@ -172,8 +179,10 @@ class RunFolder:
 
     def _read(self, folder: Path) -> dict[str, Any] | None:
         try:
-            tensors = safetensors.torch.load_file(folder / self._tensors)
             stored = files.read_json(folder / self._state)
+            if files.sha256_of(folder / self._tensors) != stored["sha256"]:
+                raise ValueError(f"{self._tensors} is not what was written")
+            tensors = safetensors.torch.load_file(folder / self._tensors)
             state: dict[str, Any] = _put_tensors(stored["state"], tensors)
         except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
             logger.warning("%s is damaged and passed over: %s", folder, error)

@@ -20,6 +20,7 @@ from neuron_explainer.dictionaries.config import TrainConfig
 from neuron_explainer.dictionaries.config_files import to_dict
 from neuron_explainer.dictionaries.denormals import flush_denormals
 from neuron_explainer.dictionaries.distributed import ALONE, World
+from neuron_explainer.dictionaries.interrupts import step_is_finished
 from neuron_explainer.dictionaries.logs import Logs
 from neuron_explainer.dictionaries.objectives import Loss
 from neuron_explainer.dictionaries.run_folder import RunFolder
@@ -329,9 +330,12 @@ class _Run:
         if not self.world.is_first:  # the first one speaks for all
             progress, log_to = False, ()
         logged = place if self.world.is_first else None
-        with Logs(c.total_steps, self.step, logged, progress, log_to, self.settings()) as logs:
+        logs_of = c.total_steps, self.step, logged, progress, log_to, self.settings()
+        # Several processes are not interrupted after the same step.
+        wait = place is not None and self.world.size == 1
+        with step_is_finished(wait) as interrupted, Logs(*logs_of) as logs:
             logs.start_clock(self.tokens)
-            while self.step < c.total_steps:
+            while self.step < c.total_steps and not interrupted:
                 losses, seen = self.train_step()
                 logs.step()
                 last = self.step == c.total_steps
@@ -342,10 +346,13 @@ class _Run:
                 # Before the checkpoint: a run that dies in between calls them again, never not.
                 for callback in callbacks:
                     callback(StepReport(self.step, losses, self.trainees))
-                if place is not None and (self.step % c.checkpointing == 0 or last):
+                due = self.step % c.checkpointing == 0 or last or interrupted
+                if place is not None and due:
                     self.check()
                     logs.sync()
                     place.save_checkpoint(self.step, self.state())
+        if interrupted and self.step < c.total_steps:
+            raise KeyboardInterrupt
 
     def metrics(self, losses: Mapping[str, Loss], seen: Batch) -> dict[str, dict[str, float]]:
         """What the log says of the step that was just done."""

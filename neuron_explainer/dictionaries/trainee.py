@@ -89,6 +89,11 @@ class Trainee(nn.Module):
         d = self.dictionary
         self.config.check_remedy(len(sample[0][0]))
         x, target = (torch.cat(side) for side in zip(*sample, strict=True))
+        if not float(variance(target)):
+            raise InputError(
+                f"the first {len(x)} activations are all equal: there is nothing to learn from. If batches "
+                "are of one row each, give larger ones."
+            )
         if self.config.input_normalization == "constant":
             for side, rows in (("input", x), ("target", target)):
                 mean, scale = mean_and_scale(rows)

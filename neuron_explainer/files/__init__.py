@@ -25,22 +25,29 @@ from neuron_explainer.files._housekeeping import (
     verify_cache,
 )
 from neuron_explainer.files._json import read_json, write_json
-from neuron_explainer.files._local import sha256_of
+from neuron_explainer.files._local import make_folder, sha256_of
 from neuron_explainer.files._names import is_remote, join
-from neuron_explainer.files._writing import atomic_folder, atomic_write, explain_full_disk
+from neuron_explainer.files._writing import (
+    atomic_folder,
+    atomic_write,
+    check_writable,
+    explain_refusal,
+)
 
 __all__ = [
     "CacheEntry",
     "atomic_folder",
     "atomic_write",
     "cache_dir",
+    "check_writable",
     "exists",
-    "explain_full_disk",
+    "explain_refusal",
     "fetch",
     "fetch_all",
     "is_remote",
     "join",
     "list_cache",
+    "make_folder",
     "read_json",
     "remove_from_cache",
     "sha256_of",

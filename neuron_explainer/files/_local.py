@@ -12,6 +12,8 @@ from neuron_explainer.errors import SourceError, did_you_mean
 REMOTE_PREFIXES = ("az://", "https://", "http://", "hf:")
 DISK_FULL = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
+FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+
 
 def local_path(source: str | Path) -> Path:
     """``source`` as it is, but for a leading ``~``."""

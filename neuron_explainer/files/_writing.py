@@ -7,11 +7,12 @@ import re
 import secrets
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from neuron_explainer.errors import InputError, SourceError
-from neuron_explainer.files._local import DISK_FULL, disk_reason, make_folder
+from neuron_explainer.files._local import DISK_FULL, FORBIDDEN, disk_reason, make_folder
 
 _SAVED_FOLDER_MARKS = ("config.json", "cfg.json")
 _AT_FDCWD = -100
@@ -30,13 +31,17 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise SourceError(f"{target} is a folder where a file is expected")
     make_folder(target.parent)
     temporary = _temporary_beside(target)
-    # Not mkstemp: its 0600 would stay on the file. This takes the usual mode, or the old one.
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
-        with explain_full_disk(target):
+        with explain_refusal(target):
+            # Not mkstemp: its 0600 would stay on the file. This takes the usual mode, or the old one.
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             if target.exists():
                 shutil.copymode(target, temporary)
+            mode = temporary.stat().st_mode
             yield temporary
+            os.chmod(
+                temporary, mode
+            )  # safetensors puts a file of its own there, for its owner alone
             _sync_file(temporary)
             os.replace(temporary, target)
     finally:
@@ -58,11 +63,11 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     _check_replaceable(target, overwrite)
     make_folder(target.parent)
     temporary = _temporary_beside(target)
-    temporary.mkdir()
     try:
-        with explain_full_disk(target):
+        with explain_refusal(target):
+            temporary.mkdir()
             yield temporary
-            _sync_tree(temporary)
+            _sync_tree(temporary, temporary.stat().st_mode & 0o666)
             _check_replaceable(target, overwrite)  # again: the block may have taken hours
             _swap_in(temporary, target)
     finally:
@@ -75,9 +80,9 @@ def _temporary_beside(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def explain_full_disk(target: Path) -> Iterator[None]:
-    """A full disk is the user's to mend, and becomes a :class:`SourceError` that names ``target``; any
-    other error says itself what it is."""
+def explain_refusal(target: Path) -> Iterator[None]:
+    """A disk that is full or may not be written to is the user's to mend, and becomes a
+    :class:`SourceError` that names ``target``; any other error says itself what it is."""
     try:
         yield
     except (
@@ -85,10 +90,18 @@ def explain_full_disk(target: Path) -> Iterator[None]:
     ) as error:  # safetensors' own, which is none of the system's, says the number in words
         words = re.search(r"\(os error (\d+)\)", str(error))
         known = OSError(int(words[1]), str(error)) if words else error
-        if isinstance(known, OSError) and known.errno in DISK_FULL:
+        if isinstance(known, OSError) and known.errno in DISK_FULL | FORBIDDEN:
             reason = disk_reason(known, target.parent)
             raise SourceError(f"cannot write {target}: {reason}") from error
         raise
+
+
+def check_writable(path: str | Path) -> None:
+    """An error, before hours of work, if ``path`` could not be written where it is to be."""
+    target = Path(os.path.realpath(path))
+    make_folder(target.parent)
+    with explain_refusal(target), tempfile.TemporaryFile(dir=target.parent):
+        pass
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
@@ -152,8 +165,10 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def _sync_tree(folder: Path) -> None:
+def _sync_tree(folder: Path, mode: int) -> None:
+    """Files get the usual mode: safetensors writes its own for their owner alone."""
     for root, _, names in os.walk(folder):
         for name in names:
+            os.chmod(Path(root, name), mode)
             _sync_file(Path(root, name))
         sync_folder(Path(root))

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -145,13 +146,17 @@ def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     assert checkpoints(tmp_path / "run") == ["00000004", "00000006"]
 
 
+@pytest.mark.parametrize("cut_off", [True, False])
 def test_a_damaged_checkpoint_is_passed_over(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, cut_off: bool
 ) -> None:
     folder = tmp_path / "run"
     config = half_done(folder)
     tensors = folder / "checkpoints" / "00000006" / "state.safetensors"
-    tensors.write_bytes(tensors.read_bytes()[:-100])
+    content = tensors.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    tensors.write_bytes(content[:-100] if cut_off else flipped)
     resumed = train(config, planted(64)[0], folder, progress=False)
     assert "00000006 is damaged" in caplog.text
     whole = train(config, planted(64)[0], progress=False)
@@ -232,6 +237,34 @@ def test_what_alters_no_number_may_change(tmp_path: Path) -> None:
     whole = train(small(), planted(64)[0], progress=False)
     assert torch.equal(resumed.decoder.weight, whole.decoder.weight)
     assert checkpoints(tmp_path / "run") == ["00000009"]
+
+
+def test_an_interrupted_run_loses_nothing(tmp_path: Path) -> None:
+    """Ctrl-C far from any checkpoint: the step is finished and kept."""
+    folder, config = tmp_path / "run", small(checkpoint_every=100)
+
+    def press(report: StepReport) -> None:
+        if report.step == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, planted(64)[0], folder, callbacks=[press], progress=False)
+    assert checkpoints(folder) == ["00000005"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = train(config, planted(64)[0], folder, progress=False)
+    whole = train(config, planted(64)[0], progress=False)
+    assert torch.equal(resumed.decoder.weight, whole.decoder.weight)
+
+
+def test_pressed_again_it_ends_at_once(tmp_path: Path) -> None:
+    def press_twice(report: StepReport) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("goes on")
+
+    with pytest.raises(KeyboardInterrupt):
+        train(small(), planted(64)[0], tmp_path / "run", callbacks=[press_twice], progress=False)
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:

@@ -381,6 +381,13 @@ def test_the_log(tmp_path: Path) -> None:
     assert autoencoder.n_latents == 40
 
 
+def test_batches_without_variance() -> None:
+    with pytest.raises(
+        InputError, match="the first 32 activations are all equal: there is nothing"
+    ):
+        train(config(), [torch.ones(32, 24)], progress=False)
+
+
 def test_several_learn_from_the_same_tensors() -> None:
     """A sweep over one place: each is what it is when trained alone."""
     configs = {f"k{k}": config(TopKConfig(k=k)) for k in (2, 5)}
