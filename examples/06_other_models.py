@@ -1,4 +1,4 @@
-"""Any causal language model of transformers behind the same hooks (pip install "neuron_explainer[hf]").
+"""Any causal language model of transformers behind the same hooks (pip install ".[hf]").
 
 A real one is ``HuggingFaceModelContext("EleutherAI/pythia-70m-deduped")`` or a local folder; to run
 without a network this example makes a small random Pythia of its own.

@@ -1,6 +1,7 @@
 """The verbs that learn and measure dictionaries: one flow, its JSON, what each bad input comes to."""
 
 import csv
+import errno
 import itertools
 import json
 import os
@@ -33,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "books").mkdir()
     for number, paragraph in enumerate(PASSAGE.split("\n\n")):
         (folder / "books" / f"{number}.txt").write_text(paragraph, "utf-8")
-    (folder / "s.csv").write_text("sentence\nThe cat sat.\nOnce upon a time, a king.\n", "utf-8")
+    (folder / "s.csv").write_text('sentence\nThe cat sat.\n"Once upon a time, a king."\n', "utf-8")
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -253,6 +254,88 @@ def test_without_held_out_text_another_one_is_asked_for(capsys: pytest.CaptureFi
     assert "measure on another text" in fail(capsys, "evaluate", "all")
 
 
+@pytest.mark.parametrize("flag", [("--hold-out", "0.5"), ("--data-seed", "1")])
+def test_what_was_held_out_is_not_a_matter_of_flags(
+    capsys: pytest.CaptureFixture[str], flag: tuple[str, str]
+) -> None:
+    message = fail(capsys, "evaluate", "run", *flag)
+    assert f"{flag[0]} is part of what was held out in training" in message
+    assert as_json(capsys, "evaluate", "run", "--text", "books", *flag, "--ce-every", "0")
+
+
+def test_flags_for_text_are_not_for_a_store(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("train", "store", *SMALL, "--location", PLACES[0], "--out", "again")
+    message = fail(capsys, *argv, "--hold-out", "0.3", "--no-bos")
+    assert "--hold-out, --bos: the store holds activations" in message
+    assert as_json(capsys, *argv, "--buffer-tokens", "300", "--data-seed", "2")["steps"] == 6
+
+
+def test_a_run_is_repeated_from_its_own_config(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["train", "books", *SMALL, *WINDOWS, "--location", PLACES[0]]
+    as_json(capsys, *argv, "--out", "first")
+    as_json(capsys, "train", "books", "--config", "first/config.json", "--out", "second")
+    weights = [Autoencoder.load(f"{out}/autoencoder").encoder.weight for out in ("first", "second")]
+    assert torch.equal(*weights)
+    message = fail(capsys, "train", "store", "--config", "run/config.json", "--out", "third")
+    assert "a run of several dictionaries" in message
+
+
+def test_settings_of_objectives_are_told_from_those_of_the_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("run.toml").write_text("steps = 3\nk = 8\n", "utf-8")
+    message = fail(capsys, "train", "store", "--config", "run.toml", "--out", "x")
+    assert "It is a setting of objectives: objective = { name = " in message
+
+
+def test_files_that_are_there_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    before = Path("s.csv").read_bytes()
+    message = fail(capsys, "sentences", "s.csv", "--autoencoder", "run", "--csv-out", "s.csv")
+    assert "s.csv is there; choose another --csv-out" in message
+    assert Path("s.csv").read_bytes() == before
+    Path("cut.csv").write_text("sentence\nHello, comma\n", "utf-8")
+    assert "must stand in quotes" in fail(capsys, "sentences", "cut.csv", "--autoencoder", "run")
+
+
+def test_what_cannot_be_written_is_known_before_the_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write anywhere, so the system's refusal is played."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr(measuring, "_Opened", lambda *args: pytest.fail("has begun"))
+    one = str(sorted(Path("run/autoencoders").iterdir())[0])
+    for argv in (
+        ("prune", one, "--out", "lean"),
+        ("finetune", one, "--out", "fine"),
+        ("sentences", "s.csv", "--csv-out", "t.csv"),
+    ):
+        message = fail(capsys, *argv)
+        assert "cannot write" in message
+        assert "Read-only file system" in message
+
+
+def test_a_run_stands_for_its_one_autoencoder(capsys: pytest.CaptureFixture[str]) -> None:
+    as_json(capsys, "train", "books", *SMALL, *WINDOWS, "--location", PLACES[0], "--out", "one")
+    assert as_json(capsys, "latents", "Hello", "--autoencoder", "one")["location"] == PLACES[0]
+    run(capsys, "convert", "one", "moved", "--format", "saelens")
+    assert Path("moved/cfg.json").exists()
+    assert "a run of several autoencoders" in fail(
+        capsys, "latents", "Hello", "--autoencoder", "run"
+    )
+
+
+def test_an_autoencoder_of_all_layers_needs_one(capsys: pytest.CaptureFixture[str]) -> None:
+    Autoencoder(8, 192, location="resid.torso.post_mlp", model_name="tiny-tales").save("all")
+    message = fail(capsys, "latents", "Hello", "--autoencoder", "all")
+    assert "of every layer; say which one: --layer N" in message
+    found = as_json(capsys, "latents", "Hello", "--autoencoder", "all", "--layer", "1")
+    assert found["location"] == "1/resid.torso.post_mlp"
+
+
 def test_figures_that_are_not_finite_are_null(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,6 +368,8 @@ def test_a_report_is_one_page(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["report"] == str(Path("run/report.html"))
     page = Path(found["report"]).read_text("utf-8")
     assert PLACES[0] in page
+    assert f"{PLACES[0]}.objective.name" in page  # what was trained
+    assert "data.context_length" in page  # and on what
     assert "http://" not in page
     measuring.show_report(found)
     assert "Next: neuron-explainer prune run/autoencoders/1-" in capsys.readouterr().out

@@ -127,6 +127,11 @@ def _read_csv(path: Path, column: str, split: str | None) -> Iterator[str]:
                 raise SourceError(
                     f"{path}, line {reader.line_num}: the row ends before the column {column!r}."
                 )
+            if None in row:
+                raise SourceError(
+                    f"{path}, line {reader.line_num}: the row has more fields than the header; a text "
+                    f"with {delimiter!r} in it must stand in quotes."
+                )
             yield row[column]
 
 
@@ -302,7 +307,7 @@ def _extra(module: str, wanted_for: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
+        package = module.partition(".")[0]
         raise MissingExtraError(
-            f"{wanted_for} needs the package {module.partition('.')[0]}, which is not installed: "
-            "pip install 'neuron_explainer[data]'."
+            f"{wanted_for} needs the package {package}, which is not installed: pip install {package}"
         ) from error

@@ -80,13 +80,40 @@ def positive(text: str) -> int:
     return number
 
 
+def run_settings(folder: Path) -> Result | None:
+    """What the run in a folder was given; None if there is no run."""
+    config = folder / "config.json"
+    stored = files.read_json(config) if config.exists() else {}
+    return stored if stored.get("kind") == "dictionary_training" else None
+
+
+def results_of_run(folder: Path) -> list[Path]:
+    """The autoencoders' folders in that of a finished run."""
+    if not (folder / "finished.json").exists():
+        raise InputError(f"{folder} is a run that has not finished; give its train command again.")
+    folders = [folder / "autoencoder", *sorted((folder / "autoencoders").glob("*"))]
+    return [each for each in folders if each.exists()]
+
+
+def autoencoder_path(path: str) -> str:
+    """The same; of a run's folder, that of the one autoencoder in it."""
+    if files.is_remote(path) or run_settings(Path(path)) is None:
+        return path
+    found = results_of_run(Path(path))
+    if len(found) > 1:
+        raise InputError(
+            f"{path} is a run of several autoencoders; give one: {', '.join(map(str, found))}."
+        )
+    return str(found[0])
+
+
 def autoencoder_context(args: argparse.Namespace, device: "torch.device") -> "AutoencoderContext":
     """The autoencoders that ``--autoencoder`` names: of the registry, or a folder, file or URL."""
     from neuron_explainer.models.autoencoder import Autoencoder
     from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
     from neuron_explainer.models.model_registry import make_autoencoder_context
 
-    path = args.autoencoder
+    path = autoencoder_path(args.autoencoder)
     if not (files.is_remote(path) or Path(path).exists()):
         return make_autoencoder_context(args.model, path, device=device)
     location = Autoencoder.load(path).location
@@ -95,5 +122,7 @@ def autoencoder_context(args: argparse.Namespace, device: "torch.device") -> "Au
             f"{path} does not say where in the model it belongs; load it in Python: "
             "AutoencoderContext(AutoencoderConfig(location, {layer: path}), device)."
         )
+    if location.layer is None and location.site.per_layer and args.layer is None:
+        raise InputError(f"{path} is for {location} of every layer; say which one: --layer N.")
     layer = args.layer if location.layer is None else location.layer
     return AutoencoderContext(AutoencoderConfig(location.at(None), {layer: path}), device)

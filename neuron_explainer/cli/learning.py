@@ -321,12 +321,15 @@ def _settings(args: argparse.Namespace) -> _Asked:
         raise InputError("give --config or --params, not both.")
     values, where, source, out = {}, "flags", args.source, args.out
     if args.config is not None:
-        values, where = read_values(args.config), f"{args.config} with flags"
+        values = _of_run(read_values(args.config), args.config)
+        where = f"{args.config} with flags"
     if args.params is not None:
         params = read_params(args.params)
         values, where = params.values, f"{args.params} with flags"
         source, out = source or params.text, out or params.folder
     _check_given(source, out)
+    if is_store(source):
+        _check_no_text_settings(args)
     for_data, for_training = split_fields(values, (DataConfig, TrainConfig), where)
     data = from_flags(args, DataConfig, for_data, where)
     config = from_flags(args, TrainConfig, for_training, where)
@@ -336,6 +339,31 @@ def _settings(args: argparse.Namespace) -> _Asked:
             "--location is missing: which activations to learn, such as 1/mlp.post_act."
         )
     return _Asked(config, data, args.model or config.model_name, source, out)
+
+
+def _of_run(values: Result, file: str) -> Result:
+    """Settings as a file holds them, or as the ``config.json`` of a run does."""
+    if values.get("kind") != "dictionary_training":
+        return values
+    if len(values.get("dictionaries", {})) != 1:
+        raise InputError(
+            f"{file} is of a run of several dictionaries; --config takes one's settings."
+        )
+    (settings,) = values["dictionaries"].values()
+    return {**values.get("record", {}).get("data", {}), **settings}
+
+
+def _check_no_text_settings(args: argparse.Namespace) -> None:
+    """An error for flags that say how text is cut, where there is none any more."""
+    from neuron_explainer.activations import DataConfig
+
+    of_buffer = ("buffer_tokens", "data_seed")
+    names = [field.name for field in dataclasses.fields(DataConfig) if field.name not in of_buffer]
+    if given := [f"--{name.replace('_', '-')}" for name in names if name in vars(args)]:
+        raise InputError(
+            f"{', '.join(given)}: the store holds activations, of text that was cut when they were "
+            "harvested; give these to harvest."
+        )
 
 
 def _check_given(source: str | None, out: str | None) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neuron_explainer import files
-from neuron_explainer.cli.common import Result, add_verb, positive
+from neuron_explainer.cli.common import Result, add_verb, positive, results_of_run, run_settings
 from neuron_explainer.cli.learning import any_model_options, data_options, open_model
 from neuron_explainer.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from neuron_explainer.activations import TokenWindows
+    from neuron_explainer.activations import DataConfig, TokenWindows
     from neuron_explainer.activations.data_config import Part
     from neuron_explainer.dictionaries.evaluation import Evaluation
     from neuron_explainer.models.autoencoder import Autoencoder
@@ -66,7 +66,7 @@ def register(verbs: Any) -> None:
     _subject(finetune, "what it was trained on", "--out FOLDER")
     finetune.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
     finetune.add_argument(
-        "--lr", type=float, default=1e-5, metavar="X", help="learning rate (default: 1e-5)"
+        "--lr", type=float, default=1e-3, metavar="X", help="learning rate (default: 0.001)"
     )
     finetune.add_argument(
         "--batch-size", type=positive, default=4096, metavar="N", help="tokens (default: 4096)"
@@ -162,6 +162,8 @@ class _Opened:
                 setattr(args, name, value)
         self.config = from_flags(args, DataConfig)
         self.part: Part = part if args.text is None else "all"
+        if self.part == "held_out":
+            _check_split(origin.get("data", {}), self.config)
         text = args.text or origin.get("source")
         if text is None:
             raise InputError(
@@ -241,22 +243,12 @@ def open_autoencoders(
     ``location`` if that is given."""
     from neuron_explainer.models.autoencoder import Autoencoder
 
-    run = None if files.is_remote(path) else _run_settings(Path(path))
+    run = None if files.is_remote(path) else run_settings(Path(path))
     if run is None:
         autoencoder = Autoencoder.load(path, location=location)
         return {path: autoencoder}, _record_of(path, autoencoder)
-    if not (Path(path) / "finished.json").exists():
-        raise InputError(f"{path} is a run that has not finished; give its train command again.")
-    folders = [Path(path) / "autoencoder", *sorted((Path(path) / "autoencoders").glob("*"))]
-    found = {str(f): Autoencoder.load(f) for f in folders if f.exists()}
+    found = {str(folder): Autoencoder.load(folder) for folder in results_of_run(Path(path))}
     return found, run.get("record", {})
-
-
-def _run_settings(folder: Path) -> Result | None:
-    """What the run in a folder was given; None if there is no run."""
-    config = folder / "config.json"
-    stored = files.read_json(config) if config.exists() else {}
-    return stored if stored.get("kind") == "dictionary_training" else None
 
 
 def _record_of(path: str, autoencoder: "Autoencoder") -> Result:
@@ -265,15 +257,26 @@ def _record_of(path: str, autoencoder: "Autoencoder") -> Result:
         return dict(autoencoder.metadata["record"])
     if files.is_remote(path):
         return {}
-    runs = map(_run_settings, list(Path(path).resolve().parents)[:2])
+    runs = map(run_settings, list(Path(path).resolve().parents)[:2])
     return next((run.get("record", {}) for run in runs if run is not None), {})
 
 
 def _check_out(folder: str) -> None:
-    """An error, before anything is computed, if something is in the folder."""
+    """An error, before anything is computed, if something is in the folder, or nothing can be."""
     path = Path(folder)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise InputError(f"{folder} is there and not empty; choose another --out.")
+    files.check_writable(path)
+
+
+def _check_split(recorded: Result, config: "DataConfig") -> None:
+    """An error if flags would have other documents called held out than were in training."""
+    for name in ("hold_out", "data_seed", "split", "column", "corpus_tokens"):
+        if name in recorded and recorded[name] != getattr(config, name):
+            raise InputError(
+                f"--{name.replace('_', '-')} is part of what was held out in training ({recorded[name]!r}, "
+                f"not {getattr(config, name)!r}): leave it out, or give --text."
+            )
 
 
 def _by_location(autoencoders: "dict[str, Autoencoder]") -> "dict[str, Autoencoder]":
@@ -436,6 +439,7 @@ def run_report(args: argparse.Namespace) -> Result:
     if not (args.out or folder.is_dir()):
         raise InputError(f"{args.autoencoder} is no folder to put a report in; give --out, a file.")
     out = Path(args.out) if args.out else folder / "report.html"
+    files.check_writable(out)
     log = folder / "log.jsonl"
     write_report(
         out,
@@ -443,7 +447,7 @@ def run_report(args: argparse.Namespace) -> Result:
         log=log if log.exists() else (),
         autoencoders=_by_location(opened.autoencoders),
         evaluations=_evaluate(opened, 1, [], progress=not args.json),
-        settings=opened.record,
+        settings={**opened.record, **(run_settings(folder) or {}).get("dictionaries", {})},
     )
     return {"report": str(out), "autoencoders": list(opened.autoencoders)}
 
@@ -461,6 +465,10 @@ def run_sentences(args: argparse.Namespace) -> Result:
     """Per sentence: mean, variance, maximum and its position, of activations and of latents."""
     from neuron_explainer.dictionaries import sentences
 
+    if args.csv_out:
+        if Path(args.csv_out).exists():
+            raise InputError(f"{args.csv_out} is there; choose another --csv-out.")
+        files.check_writable(args.csv_out)
     context = open_model(args.model, args.device)
     autoencoders = _named_autoencoders(args, context)
     texts = sentences.read_sentences(args.csv, args.column)

@@ -5,7 +5,7 @@ import dataclasses
 from typing import Any
 
 from neuron_explainer import files
-from neuron_explainer.cli.common import Result, add_verb
+from neuron_explainer.cli.common import Result, add_verb, autoencoder_path
 
 
 def register(verbs: Any) -> None:
@@ -56,7 +56,8 @@ def run_convert(args: argparse.Namespace) -> Result:
         for name in ("input_normalization", "location", "norm_factor", "k", "threshold")
         if (value := getattr(args, name)) is not None
     }
-    convert(args.source, args.destination, args.format, overwrite=args.overwrite, **stated)
+    source = autoencoder_path(args.source)
+    convert(source, args.destination, args.format, overwrite=args.overwrite, **stated)
     return {"source": args.source, "destination": args.destination, "format": args.format}
 
 

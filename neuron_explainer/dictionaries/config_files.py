@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from neuron_explainer import files
-from neuron_explainer.dictionaries.objectives import ObjectiveConfig, config_class
+from neuron_explainer.dictionaries.objectives import ObjectiveConfig, config_class, registered
 from neuron_explainer.errors import InputError, did_you_mean
 
 T = TypeVar("T")
@@ -51,14 +51,21 @@ def split_fields(
     values: Mapping[str, Any], config_types: Sequence[type[Any]], where: str
 ) -> list[dict[str, Any]]:
     """The values of one file that is for several configs, by config; no field is in two of them."""
-    names = [{field.name for field in dataclasses.fields(each)} for each in config_types]
+    names = [set(field_names(each)) for each in config_types]
     for name in values:
         if not any(name in some for some in names):
             known = sorted(set().union(*names))
-            raise InputError(
-                f"{where}: unknown field {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}."
-            )
+            hint = did_you_mean(name, known)
+            whose = [each for each in registered() if name in field_names(config_class(each))]
+            if whose:
+                hint = f" It is a setting of objectives: objective = {{ name = {whose[0]!r}, {name} = … }}."
+            raise InputError(f"{where}: unknown field {name!r}.{hint} Known: {', '.join(known)}.")
     return [{name: value for name, value in values.items() if name in some} for some in names]
+
+
+def field_names(config_type: type[Any]) -> list[str]:
+    """Of a dataclass."""
+    return [field.name for field in dataclasses.fields(config_type)]
 
 
 def read_config(config_type: type[T], path: str | Path) -> T:

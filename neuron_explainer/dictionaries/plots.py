@@ -64,8 +64,7 @@ def _draw(draw: Callable[[Any], None]) -> str:
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingExtraError(
-            "a report's pictures need matplotlib, which is not installed: "
-            "pip install 'neuron_explainer[plots]'."
+            "a report's pictures need matplotlib, which is not installed: pip install matplotlib"
         ) from None
     # A Figure of its own, not pyplot: nothing global is made, and no window system is looked for.
     with matplotlib.rc_context({"svg.hashsalt": "neuron_explainer", "font.size": 9}):

@@ -9,7 +9,7 @@ Shape legend: ``l`` latents.
 import html
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,10 @@ def write_report(
             ``{"dictionaries": {name: {…}}}`` a line each, others as they are.
         autoencoders: by name, whose weights are to be shown.
         evaluations: by name, whose figures are to be shown.
-        settings: of the run, shown as they are.
+        settings: of the run, shown as they are; there may be mappings among them.
 
     Raises:
-        MissingExtraError: matplotlib is not installed; it comes with ``neuron_explainer[plots]``.
+        MissingExtraError: matplotlib is not installed; it comes with the extra ``plots``.
     """
     lines = read_log(log) if isinstance(log, str | Path) else list(log)
     sections = [
@@ -108,8 +108,16 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 def _settings(settings: Mapping[str, Any]) -> str:
     if not settings:
         return ""
-    rows = [[name, value] for name, value in settings.items()]
-    return f"<h2>Settings</h2>\n{_table(['', ''], rows)}"
+    return f"<h2>Settings</h2>\n{_table(['', ''], _flat(settings))}"
+
+
+def _flat(settings: Mapping[str, Any], within: str = "") -> Iterator[list[Any]]:
+    """A row for each setting; ``a.b`` is ``b`` of the settings ``a``."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{within}{name}.")
+        else:
+            yield [within + str(name), value]
 
 
 def _figures(evaluations: Mapping[str, Evaluation]) -> str:

@@ -198,6 +198,11 @@ def read_sentences(path: str | Path, column: str = "sentence") -> list[str]:
     for row in reader:
         if not (row[column] or "").strip():
             raise InputError(f"{path}, line {reader.line_num}: the sentence is empty.")
+        if None in row:
+            raise InputError(
+                f"{path}, line {reader.line_num}: the row has more fields than the header; a sentence with "
+                "a comma must stand in quotes."
+            )
         sentences.append(row[column])
     return sentences
 

@@ -35,7 +35,7 @@ def _import_transformers() -> Any:
     except ImportError as error:
         raise MissingExtraError(
             "models of Hugging Face need the package transformers, which is not installed: "
-            "pip install 'neuron_explainer[hf]'."
+            "pip install transformers"
         ) from error
     return transformers
 

@@ -155,7 +155,7 @@ def test_a_missing_package_is_named_with_its_extra(
             list(read_documents(tmp_path / name))
         huggingface_documents("some/dataset")
 
-    with pytest.raises(MissingExtraError, match=rf"{package}.*neuron_explainer\[data\]"):
+    with pytest.raises(MissingExtraError, match=rf"{package}.*pip install {package}"):
         ask()
 
 
