@@ -248,7 +248,12 @@ def assert_is_derivative(total: Total, at: Moment, but: tuple[str, ...] = ()) ->
     assert torch.autograd.gradcheck(function, values)
 
 
-@pytest.mark.parametrize("fields", [{}, {"tied": True}, {"n_outputs": 4, "skip": True}], ids=str)
+SHAPES = pytest.mark.parametrize(
+    "fields", [{}, {"tied": True}, {"n_outputs": 4, "skip": True}], ids=str
+)
+
+
+@SHAPES
 @pytest.mark.parametrize(
     "config",
     [
@@ -266,9 +271,10 @@ def test_gradients_are_derivatives(config: ObjectiveConfig, fields: dict[str, An
     assert_is_derivative(Total(config, **fields), moment(10))
 
 
-def test_jump_relu_gradients_are_derivatives_but_for_thresholds() -> None:
+@SHAPES
+def test_jump_relu_gradients_are_derivatives_but_for_thresholds(fields: dict[str, Any]) -> None:
     config = JumpReLUConfig(bandwidth=0.5, first_threshold=0.1)
-    total = Total(config)
+    total = Total(config, **fields)
     assert_is_derivative(total, moment(), but=("objective.log_threshold",))
 
 
@@ -300,10 +306,18 @@ def pre_act(p: dict[str, Tensor], x: Tensor) -> Tensor:
     return (x - p["dictionary.pre_bias"]) @ p["dictionary.encoder"].T + p["dictionary.latent_bias"]
 
 
-def test_gated_gradients_are_those_of_the_formula_with_a_frozen_decoder() -> None:
-    total = Total(GatedConfig(l1_coefficient=0.4))
+@SHAPES
+def test_gated_gradients_are_those_of_the_formula_with_a_frozen_decoder(
+    fields: dict[str, Any],
+) -> None:
+    total = Total(GatedConfig(l1_coefficient=0.4), **fields)
     frozen = {name: p.detach().clone() for name, p in total.named_parameters()}
-    x = total.x
+    x, target = total.x, total.target
+
+    def decoded(latents: Tensor, p: dict[str, Tensor]) -> Tensor:
+        rows = p.get("dictionary.decoder", p["dictionary.encoder"])
+        recons = latents @ rows + p.get("dictionary.post_bias", p["dictionary.pre_bias"])
+        return recons + x @ p["dictionary.skip"].T if "dictionary.skip" in p else recons
 
     def formula(p: dict[str, Tensor]) -> Tensor:
         z = pre_act(p, x)
@@ -312,10 +326,10 @@ def test_gated_gradients_are_those_of_the_formula_with_a_frozen_decoder() -> Non
         # A step has no derivative: open or shut as it is at the point where this is taken.
         shut = pre_act(frozen, x) + frozen["objective.b_gate"] <= 0
         latents = magnitude.masked_fill(shut, 0)
-        recons = latents @ p["dictionary.decoder"] + p["dictionary.pre_bias"]
+        recons = decoded(latents, p)
         opening = gate.clamp_min(0)
-        held = opening @ frozen["dictionary.decoder"] + frozen["dictionary.pre_bias"]
-        errors = (x - recons).square().sum(1) + (x - held).square().sum(1)
+        held = decoded(opening, frozen)
+        errors = (target - recons).square().sum(1) + (target - held).square().sum(1)
         return (errors + 0.4 * opening.sum(1)).mean()
 
     assert_gradients(total.gradients(moment()), differences(total, formula))

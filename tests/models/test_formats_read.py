@@ -7,6 +7,7 @@ their formulas in numpy.
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -680,3 +681,22 @@ def test_a_context_passes_on_what_is_stated():
     assert torch.equal(found.encode(x), expected.encode(x))
     with pytest.raises(CheckpointError, match="norm_factor="):
         AutoencoderContext(AutoencoderConfig(place, {layer: saved}), "cpu").get_autoencoder(layer)
+
+
+def test_a_file_that_was_saved_on_a_gpu(tmp_path: Path):
+    """As ``torch.save`` writes there: the storages' place is "cuda:0", and there is none here."""
+    saved = CASES["dictionary-learning-BatchTopKSAE"][0] / "saved"
+    with zipfile.ZipFile(saved / "ae.pt") as here, zipfile.ZipFile(tmp_path / "ae.pt", "w") as there:
+        for entry in here.infolist():
+            content = here.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                assert (cpu := b"X\x03\x00\x00\x00cpu") in content
+                content = content.replace(cpu, b"X\x06\x00\x00\x00cuda:0")
+            there.writestr(entry, content)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA"):
+            torch.load(tmp_path / "ae.pt", weights_only=True)
+    shutil.copy(saved / "config.json", tmp_path / "config.json")
+    found, expected = Autoencoder.load(tmp_path / "ae.pt"), Autoencoder.load(saved / "ae.pt")
+    assert found.device == torch.device("cpu")
+    assert torch.equal(found.encoder.weight, expected.encoder.weight)

@@ -14,6 +14,7 @@ import torch
 
 from neuron_explainer.activations import ActivationBatch, Harvester, ShuffleBuffer, TokenBatch
 from neuron_explainer.dictionaries import TopKConfig, TrainConfig, train_many
+from neuron_explainer.dictionaries.prune import LatentActivity, prune_by
 from neuron_explainer.experiments.tiny_tales.data import TrainingWindows
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.locations import ActivationLocation, parse_locations
@@ -29,18 +30,20 @@ WINDOWS_PER_FORWARD = 16
 
 @dataclass(frozen=True)
 class Size:
-    """Latents in all, how many of them may be active for one token, and Adam's learning rate."""
+    """Latents to begin with, how many of them may be active for one token, and Adam's settings."""
 
     n_latents: int
     k: int
     lr: float
+    beta2: float = 0.99
 
 
 #: By location, or by path for all layers not named. Sizes keep all assets below 40 MB. The first
 #: layer writes less variety, and latents that it does not need die; the last is the hardest to
-#: explain. Higher rates fit faster and kill more.
+#: explain. Higher rates fit faster and kill more, and so does a second moment that forgets fast.
 SIZES = {
     "mlp.post_act": Size(n_latents=1536, k=32, lr=2e-3),
+    "1/mlp.post_act": Size(n_latents=1536, k=32, lr=2e-3, beta2=0.999),
     "3/mlp.post_act": Size(n_latents=2048, k=32, lr=3e-3),
     "resid.torso.delta_mlp": Size(n_latents=2560, k=16, lr=3e-3),
     "0/resid.torso.delta_mlp": Size(n_latents=1280, k=16, lr=3e-3),
@@ -69,7 +72,7 @@ def train_config(
         steps=steps,
         batch_size=BATCH,
         lr=size.lr,
-        beta2=0.99,
+        beta2=size.beta2,
         warmup_steps=min(50, steps - decay_steps),
         decay="linear" if decay_steps else "none",
         decay_steps=decay_steps,
@@ -121,6 +124,31 @@ def train(
     seed = next(iter(configs.values())).seed
     with ShuffleBuffer(source, BUFFER, BATCH, seed=seed, prefetch=False) as batches:
         return train_many(configs, batches, folder)
+
+
+def without_silent(
+    context: ModelContext,
+    windows: TrainingWindows,
+    autoencoders: Mapping[str, Autoencoder],
+    n_batches: int,
+) -> dict[str, Autoencoder]:
+    """The autoencoders without latents that are active on none of ``n_batches`` batches of windows."""
+    source = BookActivations(Harvester(context, list(autoencoders), autocast_bf16=True), windows)
+    activity = {name: LatentActivity(each.n_latents) for name, each in autoencoders.items()}
+    for number in range(n_batches):
+        for location, x in source.chunk(number).activations.items():
+            activity[str(location)].update(autoencoders[str(location)].encode_sparse(x))
+    return {
+        name: prune_by(
+            autoencoder,
+            activity[name],
+            min_frequency=0,
+            min_max_activation=0,
+            min_decoder_norm=0,
+            keep_indices=False,
+        ).autoencoder
+        for name, autoencoder in autoencoders.items()
+    }
 
 
 @torch.no_grad()
