@@ -1,11 +1,11 @@
 """From text to a measured dictionary: where the time goes.
 
-Activations are harvested live by a thread while the dictionary is trained, as ``neuron-explainer train``
-does. Shares are of the wall time of training from the first batch on; the first filling of the buffer,
-a fixed cost, stands apart, and in the second share of waiting it counts too. *Waiting* is when there
-was no batch for the next step because the model had not got there; *forward* is the thread's time in
-the model, which overlaps with the step; *step* is what is left of the training's time after waiting
-and taking batches from the buffer.
+Activations are harvested live while the dictionary is trained, as ``neuron-explainer train`` does: on a
+CPU the model and the steps take turns; beside it stands the same with a thread that fetches ahead, as on
+a GPU. Shares are of the wall time of training from the first batch on; the first filling of the buffer,
+a fixed cost, stands apart. *Forward* is the time in the model; *waiting* that in which there was
+nothing to do but to wait for the thread, whose forward passes overlap with all else; *step* is what
+is left of the training's time after all that and taking batches from the buffer.
 """
 
 import sys
@@ -67,20 +67,21 @@ def run(corpus: Path, scratch: Path, pythons: Mapping[str, str] | None, quick: b
         pythons: not needed.
         quick: a few steps only, to see that it runs.
     """
-    return "\n".join([HEAD, RULE, *(line(corpus, quick, n, k) for n, k in SIZES)]) + "\n"
+    lines = [line(corpus, quick, n, k, ahead) for n, k in SIZES for ahead in (False, True)]
+    return "\n".join([HEAD, RULE, *lines]) + "\n"
 
 
 SIZES = [(1536, 16), (6144, 32)]
 """Latents, and how many of them are active."""
 HEAD = (
-    f"| TopK on {LOCATION} of {MODEL} | tokens/s | step | waiting | with filling | taking batches | forward "
-    "(overlaps) | first filling s | training s | evaluation s | FVU | CE recovered |"
+    f"| TopK on {LOCATION} of {MODEL} | tokens/s | step | forward | waiting | taking batches "
+    "| first filling s | training s | evaluation s | FVU | CE recovered |"
 )
 RULE = "|---|" + "--:|" * (HEAD.count("|") - 2)
 
 
-def line(corpus: Path, quick: bool, latents: int, k: int) -> str:
-    """One size's row."""
+def line(corpus: Path, quick: bool, latents: int, k: int, ahead: bool) -> str:
+    """One size's row, with a thread that fetches ahead or without one."""
     context = ModelContext.from_model_type(MODEL)
     data = DataConfig(buffer_tokens=16_384 if quick else 65_536)
     steps = 12 if quick else 256
@@ -88,7 +89,7 @@ def line(corpus: Path, quick: bool, latents: int, k: int) -> str:
         TopKConfig(k=k), n_latents=latents, steps=steps, batch_size=BATCH, lr=1.5e-3
     )
     start = time.perf_counter()
-    with open_buffer(context, corpus, LOCATION, data, BATCH) as buffer:
+    with open_buffer(context, corpus, LOCATION, data, BATCH, prefetch=ahead) as buffer:
         opened = time.perf_counter()
         clock = Clock(buffer)
         autoencoder = train(config, clock, progress=False)
@@ -101,17 +102,13 @@ def line(corpus: Path, quick: bool, latents: int, k: int) -> str:
     found = evaluate(context, autoencoder, batches, location=LOCATION, progress=False)
     evaluation = time.perf_counter() - start
     assert found.losses is not None
-    wall, taking = spent["wall"], spent["taking"] - spent["waiting"]
-    shares = {
-        "step": wall - spent["taking"],
-        "waiting": spent["waiting"],
-        "with filling": (spent["waiting"] + filling) * wall / (wall + filling),
-        "taking": taking,
-        "forward": spent["forward"],
-    }
+    wall, idle = spent["wall"], spent["waiting"]
+    taking = spent["taking"] - idle - (0 if ahead else spent["forward"])
+    shares = [wall - spent["taking"], spent["forward"], idle, taking]
+    how = "in a thread" if ahead else "in turn"
     return (
-        f"| {latents} latents, k = {k} | {(steps - 1) * BATCH / wall:,.0f} | "
-        + " | ".join(f"{seconds / wall:.1%}" for seconds in shares.values())
+        f"| {latents} latents, k = {k}, {how} | {(steps - 1) * BATCH / wall:,.0f} | "
+        + " | ".join(f"{seconds / wall:.1%}" for seconds in shares)
         + f" | {filling:.1f} | {wall:.1f} | {evaluation:.1f} | {found.fvu:.4f} "
         f"| {found.losses.recovered_zero:.4f} |"
     )

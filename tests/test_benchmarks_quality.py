@@ -110,11 +110,15 @@ def test_end_to_end_accounts_for_all_its_time(
     monkeypatch.setattr(end_to_end, "SIZES", [(64, 4)])
     monkeypatch.setattr(end_to_end, "BATCH", 128)
     __main__.main(["end_to_end", "--quick", "--corpus", str(corpus)])
-    cells = capsys.readouterr().out.splitlines()[-2].split(" | ")
-    step, waiting, _, taking, forward = (float(cell.rstrip("%")) for cell in cells[2:7])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[-3:-1]]
+    in_turn, in_a_thread = ([float(cell.rstrip("%")) for cell in row[2:6]] for row in rows)
+    assert sum(in_turn) == pytest.approx(100, abs=0.2)
+    assert in_turn[2] == 0  # nothing to wait for
+    step, forward, waiting, taking = in_a_thread
     assert step + waiting + taking == pytest.approx(100, abs=0.2)
     assert forward >= 0  # none, where all activations had been computed when the clock started
-    assert all(math.isfinite(float(cell.strip(" |"))) for cell in cells[-2:])
+    assert all(math.isfinite(float(cell)) for row in rows for cell in row[-2:])
+    assert rows[0][-2:] == rows[1][-2:]  # the same dictionary
 
 
 def test_a_corpus_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -390,7 +390,9 @@ def test_sentences_as_table_csv_and_json(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_what_harvest_recommends_works(capsys: pytest.CaptureFixture[str]) -> None:
-    text = run(capsys, "harvest", "books", "--location", PLACES[0], *WINDOWS, "--out", "more")
+    argv = ("harvest", "books", "--location", PLACES[0], *WINDOWS, "--shard-rows", "300")
+    text = run(capsys, *argv, "--out", "more")
+    assert len(list(Path("more").glob("shard-*"))) > 1
     command = text.splitlines()[-1].removeprefix("Next: neuron-explainer ").split()
     assert as_json(capsys, *command, "--n-latents", "48", "--k", "4")["steps"] == 8
 

@@ -13,7 +13,6 @@ Shape legend: ``n`` rows of a batch, ``d`` width of a location.
 """
 
 import logging
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,7 +80,7 @@ class ShuffleBuffer(Iterator[Batch]):
         self.pair = None if pair is None else tuple(map(ActivationLocation.parse, pair))
         self._prefetch = prefetch
         self._fetcher: Prefetcher[ActivationBatch] | None = None
-        self._waited_s = 0.0
+        self._waited_s = 0.0  # of fetchers that were closed
         self._slots: dict[ActivationLocation, Tensor] = {}  # [capacity, d]
         self._reset()
 
@@ -109,7 +108,7 @@ class ShuffleBuffer(Iterator[Batch]):
 
     @property
     def waited_s(self) -> float:
-        """Seconds that batches have waited for the source: for the thread, or fetching without one."""
+        """Seconds in which this had nothing to do but to wait for its thread; without one, none."""
         return self._waited_s + (self._fetcher.waited_s if self._fetcher else 0.0)
 
     @property
@@ -171,15 +170,11 @@ class ShuffleBuffer(Iterator[Batch]):
         return rest.rows(slice(begin, end)), chunk, begin
 
     def _fetch(self) -> ActivationBatch | None:
-        if self._prefetch:
-            if self._fetcher is None:
-                self._fetcher = Prefetcher(self.source.chunk, self._chunk, self.capacity // 2)
-            return self._fetcher.get()
-        began = time.perf_counter()
-        try:
+        if not self._prefetch:
             return self.source.chunk(self._chunk)
-        finally:
-            self._waited_s += time.perf_counter() - began
+        if self._fetcher is None:
+            self._fetcher = Prefetcher(self.source.chunk, self._chunk, self.capacity // 2)
+        return self._fetcher.get()
 
     def _put(self, slots: Ints, rows: ActivationBatch) -> None:
         if not self._slots:

@@ -147,6 +147,7 @@ def open_buffer(
     epochs: int | None = None,
     num_tokens: int | None = None,
     share: Callable[[ActivationSource], ActivationSource] | None = None,
+    prefetch: bool | None = None,
 ) -> ShuffleBuffer:
     """Shuffled batches of activations, live or from an activation store.
 
@@ -161,9 +162,13 @@ def open_buffer(
         num_tokens: activations to take in all; the buffer is not filled with more.
         share: what makes of activations that are computed live those that several processes compute
             in turn; the buffer then fetches them in the thread that reads it.
+        prefetch: whether a thread fetches ahead. If not given, unless the model is on the CPU: there it
+            and what reads the buffer would take the same cores from each other, which is slower than
+            taking turns (``benchmarks/README.md``, end_to_end).
     """
     opened: ActivationSource
-    prefetch = True
+    on_cpu = context.device.type == "cpu" and not is_store(source)
+    ahead = not on_cpu if prefetch is None else prefetch
     if is_store(source):
         store = ActivationStore(source)
         wanted = _stored_places(store, context, locations)
@@ -172,7 +177,7 @@ def open_buffer(
         windows = open_windows(context, source, config, epochs=epochs)
         opened = LiveSource(open_harvester(context, locations, config), windows)
         if share is not None:
-            opened, prefetch = share(opened), False
+            opened, ahead = share(opened), False
     capacity = max(config.buffer_tokens, 2 * batch_size)
     return ShuffleBuffer(
         opened,
@@ -181,7 +186,7 @@ def open_buffer(
         seed=config.data_seed,
         num_tokens=num_tokens,
         pair=pair,
-        prefetch=prefetch,
+        prefetch=ahead,
     )
 
 

@@ -58,6 +58,13 @@ def _register_harvest(verbs: Any) -> None:
         metavar="NAME",
         help="on disk: float32, float16, bfloat16 (default: float32)",
     )
+    harvest.add_argument(
+        "--shard-rows",
+        type=positive,
+        default=1 << 18,
+        metavar="N",
+        help="rows of a file; a harvest that is killed loses those of the last one (default: 262144)",
+    )
 
 
 def _register_train(verbs: Any) -> None:
@@ -171,6 +178,7 @@ def run_harvest(args: argparse.Namespace) -> Result:
         harvester,
         windows,
         dtype=args.dtype,
+        shard_rows=args.shard_rows,
         num_tokens=args.num_tokens,
         progress=not args.json,
     )

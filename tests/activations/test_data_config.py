@@ -80,6 +80,21 @@ def test_a_buffer_takes_what_is_needed_and_no_more(tales: ModelContext, books: P
     assert found.shape == (40, 192)
 
 
+def test_a_model_on_the_cpu_takes_turns_with_what_reads(tales: ModelContext, books: Path) -> None:
+    """A thread would compute on the same cores; asked for, it gives the same batches."""
+    found = []
+    for prefetch in (None, True):
+        with open_buffer(
+            tales, books, PLACE, CONFIG, 8, num_tokens=40, prefetch=prefetch
+        ) as batches:
+            found.append(list(batches))
+        assert (batches.waited_s > 0) == bool(prefetch)
+    for one, other in zip(*found, strict=True):
+        assert isinstance(one, torch.Tensor)
+        assert isinstance(other, torch.Tensor)
+        assert torch.equal(one, other)
+
+
 def test_a_store_gives_back_what_was_harvested(
     tales: ModelContext, books: Path, tmp_path: Path
 ) -> None:

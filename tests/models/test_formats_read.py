@@ -686,11 +686,15 @@ def test_a_context_passes_on_what_is_stated():
 def test_a_file_that_was_saved_on_a_gpu(tmp_path: Path):
     """As ``torch.save`` writes there: the storages' place is "cuda:0", and there is none here."""
     saved = CASES["dictionary-learning-BatchTopKSAE"][0] / "saved"
-    with zipfile.ZipFile(saved / "ae.pt") as here, zipfile.ZipFile(tmp_path / "ae.pt", "w") as there:
+    with (
+        zipfile.ZipFile(saved / "ae.pt") as here,
+        zipfile.ZipFile(tmp_path / "ae.pt", "w") as there,
+    ):
         for entry in here.infolist():
             content = here.read(entry)
             if entry.filename.endswith("data.pkl"):
-                assert (cpu := b"X\x03\x00\x00\x00cpu") in content
+                cpu = b"X\x03\x00\x00\x00cpu"
+                assert cpu in content
                 content = content.replace(cpu, b"X\x06\x00\x00\x00cuda:0")
             there.writestr(entry, content)
     if not torch.cuda.is_available():
