@@ -326,11 +326,11 @@ def test_thresholds_are_revived_too() -> None:
     seen = []
 
     def watch(report: Any) -> None:
-        threshold = report.trainees["autoencoder"].objective.log_threshold
+        objective = report.trainees["autoencoder"].objective
         if report.step == 1:
-            threshold.data[:5] = 5.0
+            objective.threshold_exponent.data[:5] = 0.5
         if report.step == 50:
-            seen.append(threshold.detach().exp()[:5].clone())
+            seen.append(objective.thresholds.detach()[:5].clone())
 
     train(config, planted(5000)[0], progress=False, callbacks=[watch])
     assert_close(seen[0], [0.25] * 5, 1e-6)

@@ -28,7 +28,7 @@ from neuron_explainer.dictionaries import (
 from neuron_explainer.dictionaries.dictionary import Dictionary
 from neuron_explainer.dictionaries.objectives import make_objective, registered
 from neuron_explainer.dictionaries.objectives.batch_topk import batch_top_k
-from neuron_explainer.dictionaries.objectives.jumprelu import jump_relu, step
+from neuron_explainer.dictionaries.objectives.jumprelu import JumpReLU, jump_relu, step
 from neuron_explainer.dictionaries.objectives.relu import PAnneal
 from neuron_explainer.dictionaries.objectives.topk import aux_k_loss
 from neuron_explainer.errors import InputError
@@ -185,11 +185,11 @@ def test_p_is_1_at_first() -> None:
 
 
 def test_jump_relu_by_hand() -> None:
-    loss = hand_loss(JumpReLUConfig(target_l0=2, coefficient=4), log_threshold=math.log(1.5))
+    loss = hand_loss(JumpReLUConfig(target_l0=2, coefficient=4, first_threshold=1.5))
     assert dense(loss).tolist() == [[3, 0], [0, 2]]
     assert float(loss.terms["reconstruction"]) == 0.5
     assert float(loss.terms["sparsity"]) == 4 * (1 / 2 - 1) ** 2
-    plain = hand_loss(JumpReLUConfig(target_l0=None, coefficient=4), log_threshold=math.log(1.5))
+    plain = hand_loss(JumpReLUConfig(target_l0=None, coefficient=4, first_threshold=1.5))
     assert float(plain.terms["sparsity"]) == 4 * 1
 
 
@@ -275,7 +275,7 @@ def test_gradients_are_derivatives(config: ObjectiveConfig, fields: dict[str, An
 def test_jump_relu_gradients_are_derivatives_but_for_thresholds(fields: dict[str, Any]) -> None:
     config = JumpReLUConfig(bandwidth=0.5, first_threshold=0.1)
     total = Total(config, **fields)
-    assert_is_derivative(total, moment(), but=("objective.log_threshold",))
+    assert_is_derivative(total, moment(), but=("objective.threshold_exponent",))
 
 
 def assert_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -396,13 +396,14 @@ def test_straight_through_gradients_of_thresholds() -> None:
 
 
 def test_jump_relu_thresholds_in_units_of_the_deviation() -> None:
-    total = Total(JumpReLUConfig(bandwidth=0.5, first_threshold=0.1, target_l0=None))
-    log_threshold = total.objective.log_threshold
-    assert isinstance(log_threshold, Tensor)
+    total = Total(
+        JumpReLUConfig(bandwidth=0.5, first_threshold=0.1, target_l0=None, threshold_speed=7.0)
+    )
+    assert isinstance(total.objective, JumpReLU)
     unit = math.sqrt(3.0)
     x, d = total.x, total.dictionary
     z = d.pre_act(x).relu()
-    threshold = log_threshold.exp() * unit
+    threshold = total.objective.thresholds * unit
     latents = torch.where(z > threshold, z, 0.0)
     upstream = torch.autograd.grad(  # of the reconstruction loss
         ((x - d.decode(latents, x)).square().sum(1).mean() / 3), latents, retain_graph=True
@@ -411,9 +412,18 @@ def test_jump_relu_thresholds_in_units_of_the_deviation() -> None:
     bandwidth = 0.5 * unit
     by_latents = (-(threshold / bandwidth) * near * upstream).sum(0)
     by_l0 = (-(1 / bandwidth) * near / len(x)).sum(0)
-    expected = (by_latents + by_l0) * threshold  # with respect to the logarithm
-    found = total.gradients(moment())["objective.log_threshold"]
+    expected = (by_latents + by_l0) * threshold * 7  # with respect to a seventh of the logarithm
+    found = total.gradients(moment())["objective.threshold_exponent"]
     assert_close(found, expected.detach(), 1e-12)
+
+
+def test_jump_relu_thresholds_are_learned_in_a_short_run() -> None:
+    """With the defaults, in a few hundred steps; at the speed of all else nothing is sparse yet."""
+    for speed, sparse in ((JumpReLUConfig.threshold_speed, True), (1.0, False)):
+        config = JumpReLUConfig(target_l0=3, threshold_speed=speed)
+        autoencoder, rows, _, _ = trained(config)
+        l0 = float((autoencoder.encode(rows[:2000]) > 0).float().sum(1).mean())
+        assert l0 < 8 if sparse else l0 > 50
 
 
 # ---- what training makes of them ---------------------------------------------------------------

@@ -45,11 +45,14 @@ class JumpReLUConfig(ObjectiveConfig):
     bandwidth: float = 0.001
     """Width of the kernel that estimates gradients of thresholds."""
     first_threshold: float = 0.001
-    """Where thresholds start. Adam changes one by a factor of about 1 + lr a step at most, so in a run
-    with fewer than a few / lr steps give what is nearer to where they will end."""
+    """Where thresholds start."""
+    threshold_speed: float = 10.0
+    """How much faster thresholds are learned than all else: Adam changes one by a factor of about
+    1 + threshold_speed · lr a step at most, and they have to grow a hundredfold. With 1, as in the paper,
+    that takes some ten thousand steps, in which nothing is sparse."""
 
     def __post_init__(self) -> None:
-        for name in ("bandwidth", "first_threshold", "target_l0"):
+        for name in ("bandwidth", "first_threshold", "threshold_speed", "target_l0"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"{name} must be above 0, found {value}.")
@@ -63,18 +66,25 @@ class JumpReLU(Objective[JumpReLUConfig]):
 
     first_encoder_norm = 0.1
     splits_latents = True
-    per_latent = ("log_threshold",)
+    per_latent = ("threshold_exponent",)
 
     def __init__(self, config: JumpReLUConfig, dictionary: Dictionary) -> None:
         super().__init__(config, dictionary)
-        first = torch.full(
-            (dictionary.n_latents,), config.first_threshold, dtype=dictionary.encoder.dtype
+        first = torch.zeros(dictionary.n_latents, dtype=dictionary.encoder.dtype)
+        self.threshold_exponent = nn.Parameter(first)
+
+    @property
+    def thresholds(self) -> Tensor:
+        """``[l]``, in units of σ. An exponential stays positive; its factor is the speed, since Adam's steps
+        are of one length, whatever the gradient's."""
+        return (
+            self.config.first_threshold
+            * (self.config.threshold_speed * self.threshold_exponent).exp()
         )
-        self.log_threshold = nn.Parameter(first.log())  # so that thresholds stay positive
 
     def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
         c, unit = self.config, dictionary.variance.sqrt()
-        threshold, bandwidth = self.log_threshold.exp() * unit, c.bandwidth * unit
+        threshold, bandwidth = self.thresholds * unit, c.bandwidth * unit
         pre_act = dictionary.pre_act(x).relu()
         latents = jump_relu(pre_act, threshold, bandwidth)
         l0 = moment.mean(step(pre_act, threshold, bandwidth).sum() / len(x))
@@ -87,11 +97,11 @@ class JumpReLU(Objective[JumpReLUConfig]):
         return Loss(reconstruction + penalty, terms, error.detach(), latents.detach())
 
     def revive(self, latents: Tensor) -> None:
-        self.log_threshold.data[latents] = torch.tensor(self.config.first_threshold).log().item()
+        self.threshold_exponent.data[latents] = 0
 
     def activation(self, dictionary: Dictionary) -> nn.Module:
         unit = dictionary.variance.sqrt() * dictionary.target_scale
-        return JumpReLUActivation(self.log_threshold.exp() * unit)
+        return JumpReLUActivation(self.thresholds * unit)
 
 
 def jump_relu(z: Tensor, threshold: Tensor, bandwidth: Tensor | float) -> Tensor:
