@@ -5,7 +5,12 @@ import errno
 import itertools
 import json
 import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,7 @@ from neuron_explainer.models.transformer import Transformer
 PLACES = ["1/resid.torso.delta_mlp", "2/resid.torso.delta_mlp"]
 WINDOWS = ["--context-length", "32", "--windows-per-forward", "2"]
 SMALL = ["--steps", "6", "--batch-size", "64", "--n-latents", "48", "--k", "4", "--lr", "3e-3"]
+ROOT = Path(__file__).parent.parent
 VERBS = ["harvest", "train", "evaluate", "prune", "finetune", "report", "sentences"]
 
 
@@ -553,3 +559,34 @@ def test_an_interrupted_run_goes_on(
     assert [json.loads(line)["step"] for line in lines] == [20, 40, 60]
     one, other = Autoencoder.load("new/autoencoder"), Autoencoder.load("whole/autoencoder")
     assert torch.equal(one.encoder.weight, other.encoder.weight)
+
+
+@pytest.mark.parametrize("objective", ["batch_topk", "relu"])
+def test_a_command_that_is_killed_goes_on_to_the_same_weights(objective: str) -> None:
+    """SIGKILL of the whole of it: model, buffer, steps, checkpoints."""
+    argv = [sys.executable, "-m", "neuron_explainer", "train", "books", "--location", PLACES[0]]
+    argv += ["--objective", objective, "--steps", "60", "--batch-size", "64", "--n-latents", "300"]
+    argv += [*WINDOWS, "--buffer-tokens", "400", "--checkpoint-every", "7", "--log-every", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([*argv, "--out", "whole"], env=environment, check=True, capture_output=True)
+    dice = random.Random(objective)
+    log = Path("killed/log.jsonl")
+    for kill_at in sorted(dice.sample(range(1, 55), 2)):
+        process = subprocess.Popen(
+            [*argv, "--out", "killed"], env=environment, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and (not log.exists() or last_step(log) < kill_at):
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "it was too fast"
+    subprocess.run([*argv, "--out", "killed"], env=environment, check=True, capture_output=True)
+    weights = [
+        Path(run, "autoencoder", "autoencoder.safetensors").read_bytes()
+        for run in ("whole", "killed")
+    ]
+    assert weights[0] == weights[1]
+
+
+def last_step(log: Path) -> int:
+    lines = [line for line in log.read_bytes().split(b"\n")[:-1] if line]
+    return int(json.loads(lines[-1])["step"]) if lines else 0
