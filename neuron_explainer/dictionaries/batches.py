@@ -49,6 +49,8 @@ class BatchSource:
                 self._last = batch
                 return batch
             self._iterator = None
+        if not self._taken and self._last is None:
+            raise InputError("there are no batches to train on.")
         raise InputError(
             "the batches have come to an end and cannot be started again. Give fewer steps, or an "
             "object that can be iterated over more than once (a list, a class with __iter__)."

@@ -400,8 +400,13 @@ def _pair(
     if len(pair) != 1 + config.transcoder or not all(
         isinstance(x, Tensor) and x.ndim == 2 and x.is_floating_point() and len(x) for x in pair
     ):
-        shapes = [list(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in pair]
-        raise InputError(f"expected a batch to be {expected}, found {shapes}.")
+        found_are = [
+            f"{list(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            for x in pair
+        ]
+        raise InputError(
+            f"expected a batch to be {expected} of floating-point numbers, found {', '.join(found_are)}."
+        )
     if len(pair[0]) != len(pair[-1]):
         raise InputError(f"inputs and targets differ in number: {len(pair[0])}, {len(pair[-1])}.")
     if trainee is not None:

@@ -329,16 +329,24 @@ def test_a_tensor_is_shuffled_into_whole_batches() -> None:
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (torch.zeros(3), r"a tensor \[b, n\], found \[\[3\]\]"),
+        (
+            torch.zeros(3),
+            r"a tensor \[b, n\] of floating-point numbers, found \[3\] of torch.float32",
+        ),
         (torch.zeros(0, 4), "found"),
         ("text", "found"),
         ((ROWS, ROWS), "expected a batch to be a tensor"),
-        (torch.zeros(3, 4, dtype=torch.int64), "found"),
+        (torch.zeros(3, 4, dtype=torch.int64), r"found \[3, 4\] of torch.int64"),
     ],
 )
 def test_batches_that_are_none(batch: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         run(config(), [batch])
+
+
+def test_no_batches() -> None:
+    with pytest.raises(InputError, match="there are no batches to train on"):
+        run(config(), [])
 
 
 def test_the_width_may_not_change() -> None:
