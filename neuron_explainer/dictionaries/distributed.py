@@ -19,6 +19,7 @@ Shape legend: ``b`` tokens of a batch, ``r`` of them in this process, ``l`` late
 
 import contextlib
 import datetime
+import importlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -300,6 +301,9 @@ def open_world(
         yield ALONE
         return
     where = _device(device)
+    # Its functions have the group as a default argument. Imported later (the optimizer does) they would keep
+    # the group and gloo's threads, which abort the process if they are at work when Python ends.
+    importlib.import_module("torch.distributed.nn.functional")
     try:
         dist.init_process_group(
             "gloo" if where.type == "cpu" else "cpu:gloo,cuda:nccl",
@@ -312,8 +316,7 @@ def open_world(
         ) from error
     world = World(dist.get_rank(), size, split, where)
     yield world
-    # Not after an error: what is under way then may never end, and the process ends anyway. Together: gloo
-    # has been seen to abort in a process that left while another had yet to write its results.
+    # Not after an error: what is under way then may never end, and the process ends anyway.
     world.meet()
     dist.destroy_process_group()
 

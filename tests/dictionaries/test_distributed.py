@@ -233,7 +233,9 @@ def test_train_under_torchrun(tmp_path: Path) -> None:
         "--n-latents 64 --k 4 --context-length 32 --windows-per-forward 4 --buffer-tokens 512 "
         "--hold-out 0 --checkpoint-every 4 --log-every 4 --dead-after-tokens 200 --json --device cpu"
     )
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m neuron_explainer "
+    torchrun = (
+        "-m torch.distributed.run --standalone --nproc-per-node 2 -m tests.dictionaries.left "
+    )
     found = []
     for name, launcher in (("one", "-m neuron_explainer "), ("two", torchrun)):
         run = subprocess.run(

@@ -101,7 +101,7 @@ def run_autoencoders(args: argparse.Namespace) -> None:
     }
     name = "+".join(sorted(args.locations)).replace("/", "-")
     found = autoencoder_training.train(context, windows, configs, args.run / f"training.{name}")
-    found = autoencoder_training.without_silent(context, windows, found, n_batches=100)
+    found = autoencoder_training.without_rare(context, windows, found, n_batches=100)
     autoencoder_training.record_statistics(context, windows, found, n_batches=25)
     for name, autoencoder in found.items():
         training = autoencoder_training.training_record(configs[name], HELD_OUT_BOOKS)

@@ -26,6 +26,7 @@ BATCH = 1024
 variance unexplained after a million tokens."""
 BUFFER = 256 * BATCH
 WINDOWS_PER_FORWARD = 16
+RAREST = 1 / 20_000
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,14 @@ def train(
         return train_many(configs, batches, folder)
 
 
-def without_silent(
+def without_rare(
     context: ModelContext,
     windows: TrainingWindows,
     autoencoders: Mapping[str, Autoencoder],
     n_batches: int,
 ) -> dict[str, Autoencoder]:
-    """The autoencoders without latents that are active on none of ``n_batches`` batches of windows."""
+    """The autoencoders without latents that are active on less than one of 20,000 tokens, too seldom to be
+    looked at or measured, judged on ``n_batches`` batches of windows."""
     source = BookActivations(Harvester(context, list(autoencoders), autocast_bf16=True), windows)
     activity = {name: LatentActivity(each.n_latents) for name, each in autoencoders.items()}
     for number in range(n_batches):
@@ -142,7 +144,7 @@ def without_silent(
         name: prune_by(
             autoencoder,
             activity[name],
-            min_frequency=0,
+            min_frequency=RAREST,
             min_max_activation=0,
             min_decoder_norm=0,
             keep_indices=False,
