@@ -12,7 +12,6 @@ def train(run: Run) -> None:
         steps=run.steps,
         batch_size=run.batch,
         lr=run.lr,
-        beta2=run.beta2,
         warmup_steps=run.warmup,
         decay="linear",
         decay_steps=run.decay,

@@ -34,8 +34,6 @@ class Run:
     """Active latents of a TopK dictionary; 0: ReLU + L1."""
     l1: float = 0.0
     """Weight of the L1 norm, for activations whose mean squared norm is their width."""
-    beta2: float = 0.999
-    """Adam's decay of the mean of squared gradients, where it can be set."""
     seed: int = 0
 
     @property

@@ -29,7 +29,6 @@ def train(run: Run) -> None:
             total_training_samples=run.steps * run.batch,
             train_batch_size_samples=run.batch,
             lr=run.lr,
-            adam_beta2=run.beta2,
             lr_end=run.lr / 10,  # its runner's default; of no effect where the rate is constant
             lr_warm_up_steps=run.warmup,
             lr_decay_steps=run.decay,
