@@ -3,11 +3,11 @@
 Same for all: the activations (harvested once, the same batches in the same order), steps, number of
 latents, a schedule (learning rate and L1 penalty warm up over the first 20th, the rate falls linearly to
 0 over the last 5th), the number of steps after which a latent is dead, and the search: the learning rate
-is the best of ``LEARNING_RATES``, in runs of full length (in shorter ones higher rates look better than they
-are), and of ReLU dictionaries the L1 coefficient is searched until L0 is within ``NEAR`` of the wanted at
-each learning rate, and within ``CLOSE`` at the best. That run is repeated with other seeds, and figures are means over them, FVU and CE
-recovered with their standard deviations. Each library's own: first weights, scale of
-activations, loss, AuxK, clipping, decoder norm, optimiser.
+is the best of ``LEARNING_RATES``, in runs of full length (in shorter ones higher rates look better than
+they are), and of ReLU dictionaries the L1 coefficient is searched until L0 is within ``NEAR`` of the
+wanted at each learning rate, and within ``CLOSE`` at the best. That run is repeated with other seeds, and
+figures are means over them, FVU and CE recovered with their standard deviations. Each library's own:
+first weights, scale of activations, loss, AuxK, clipping, decoder norm, optimiser.
 
 Choices are made on one part of the held-out documents, figures come from another.
 """
