@@ -239,6 +239,15 @@ def test_what_alters_no_number_may_change(tmp_path: Path) -> None:
     assert checkpoints(tmp_path / "run") == ["00000009"]
 
 
+@pytest.fixture
+def _ctrl_c_interrupts() -> Iterator[None]:
+    """As in a terminal; in the background a shell has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_interrupts")
 def test_an_interrupted_run_loses_nothing(tmp_path: Path) -> None:
     """Ctrl-C far from any checkpoint: the step is finished and kept."""
     folder, config = tmp_path / "run", small(checkpoint_every=100)
@@ -256,6 +265,7 @@ def test_an_interrupted_run_loses_nothing(tmp_path: Path) -> None:
     assert torch.equal(resumed.decoder.weight, whole.decoder.weight)
 
 
+@pytest.mark.usefixtures("_ctrl_c_interrupts")
 def test_pressed_again_it_ends_at_once(tmp_path: Path) -> None:
     def press_twice(report: StepReport) -> None:
         signal.raise_signal(signal.SIGINT)

@@ -470,7 +470,8 @@ def test_stored_autoencoders_have_recorded_figures() -> None:
         assert figures["dead_share"] <= 0.1, location
         assert figures["fvu"] <= 0.17, location
         assert figures["loss_recovered_zero"] >= 0.93, location
-        assert autoencoder.n_latents >= (2 if wide else 4) * autoencoder.n_inputs, location
+        # but for those that were left out because they next to never fire
+        assert autoencoder.n_latents >= (1.8 if wide else 3.8) * autoencoder.n_inputs, location
         assert autoencoder.model_name == "tiny-tales"
         assert float(autoencoder.latents_activation_frequency.sum()) == pytest.approx(
             figures["l0"], rel=0.05
