@@ -163,8 +163,8 @@ def open_buffer(
         share: what makes of activations that are computed live those that several processes compute
             in turn; the buffer then fetches them in the thread that reads it.
         prefetch: whether a thread fetches ahead. If not given, unless the model is on the CPU: there it
-            and what reads the buffer would take the same cores from each other, which is slower than
-            taking turns (``benchmarks/README.md``, end_to_end).
+            and what reads the buffer would take the same cores from each other, and taking turns is as
+            fast (``benchmarks/README.md``, end_to_end).
     """
     opened: ActivationSource
     on_cpu = context.device.type == "cpu" and not is_store(source)
