@@ -26,7 +26,6 @@ BATCH = 1024
 variance unexplained after a million tokens."""
 BUFFER = 256 * BATCH
 WINDOWS_PER_FORWARD = 16
-RAREST = 1 / 20_000
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,9 @@ class Size:
     k: int
     lr: float
     beta2: float = 0.99
+    rarest: float = 0.0
+    """Latents that are active on no larger share of tokens are left out in the end: too seldom to be looked
+    at or measured."""
 
 
 #: By location, or by path for all layers not named. Sizes keep all assets below 40 MB. The first
@@ -45,6 +47,7 @@ class Size:
 SIZES = {
     "mlp.post_act": Size(n_latents=1536, k=32, lr=2e-3),
     "1/mlp.post_act": Size(n_latents=1536, k=32, lr=2e-3, beta2=0.999),
+    "2/mlp.post_act": Size(n_latents=1536, k=32, lr=2e-3, rarest=1 / 20_000),
     "3/mlp.post_act": Size(n_latents=2048, k=32, lr=3e-3),
     "resid.torso.delta_mlp": Size(n_latents=2560, k=16, lr=3e-3),
     "0/resid.torso.delta_mlp": Size(n_latents=1280, k=16, lr=3e-3),
@@ -133,8 +136,8 @@ def without_rare(
     autoencoders: Mapping[str, Autoencoder],
     n_batches: int,
 ) -> dict[str, Autoencoder]:
-    """The autoencoders without latents that are active on less than one of 20,000 tokens, too seldom to be
-    looked at or measured, judged on ``n_batches`` batches of windows."""
+    """The autoencoders without the latents that are active too seldom (:attr:`Size.rarest`), judged on
+    ``n_batches`` batches of windows."""
     source = BookActivations(Harvester(context, list(autoencoders), autocast_bf16=True), windows)
     activity = {name: LatentActivity(each.n_latents) for name, each in autoencoders.items()}
     for number in range(n_batches):
@@ -144,7 +147,7 @@ def without_rare(
         name: prune_by(
             autoencoder,
             activity[name],
-            min_frequency=RAREST,
+            min_frequency=size_of(ActivationLocation.parse(name)).rarest,
             min_max_activation=0,
             min_decoder_norm=0,
             keep_indices=False,
