@@ -18,7 +18,7 @@ from typing import Any
 
 from neuron_explainer.activations import DataConfig, ShuffleBuffer, open_buffer, open_windows
 from neuron_explainer.dictionaries import TopKConfig, TrainConfig, train
-from neuron_explainer.dictionaries.evaluate import evaluate
+from neuron_explainer.evaluation.evaluate import evaluate
 from neuron_explainer.models.model_context import ModelContext
 
 MODEL, LOCATION = "tiny-tales", "1/resid.torso.delta_mlp"

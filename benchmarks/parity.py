@@ -2,7 +2,7 @@
 
 Random weights at GPT-2 small's shape, in float32; each figure is the largest difference over the
 largest value of what it is compared with. And, for trained dictionaries, how often a certified search
-(``neuron_explainer/models/certified.py``) cannot prove its answer and is redone in float32.
+(``neuron_explainer/kernels/certified.py``) cannot prove its answer and is redone in float32.
 """
 
 import tempfile
@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from neuron_explainer.evaluation.passage import PASSAGE
+from neuron_explainer.kernels.certified import certified_top_k, prepare
 from neuron_explainer.models.autoencoder import TopK
-from neuron_explainer.models.certified import certified_top_k, prepare
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.locations import SITES
 from neuron_explainer.models.model_registry import make_autoencoder_context
-from neuron_explainer.models.passage import PASSAGE
 from neuron_explainer.models.sampling import prep_input_and_pad
 from neuron_explainer.models.transformer import Transformer
 

@@ -22,8 +22,8 @@ from neuron_explainer.dictionaries import (
     TrainConfig,
     train,
 )
-from neuron_explainer.dictionaries.evaluate import measure
 from neuron_explainer.dictionaries.sparse_coding import SparseCodingConfig, train_sparse_coding
+from neuron_explainer.evaluation.evaluate import measure
 from neuron_explainer.models.autoencoder import Autoencoder
 
 ATOMS, WIDTH, ACTIVE, NOISE = 128, 64, 5, 0.01

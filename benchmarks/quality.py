@@ -30,8 +30,8 @@ import torch
 from benchmarks.contestants.quality_runs import Run
 from benchmarks.harness import ROOT
 from neuron_explainer.activations import DataConfig, TokenBatch, open_buffer, open_windows
-from neuron_explainer.dictionaries.evaluate import evaluate_all
-from neuron_explainer.dictionaries.evaluation import Evaluation
+from neuron_explainer.evaluation.evaluate import evaluate_all
+from neuron_explainer.evaluation.figures import Evaluation
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.model_context import ModelContext
 

@@ -9,7 +9,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from neuron_explainer.errors import NeuronExplainerError
 from neuron_explainer.models.hooks import TransformerHooks
-from neuron_explainer.models.huggingface_context import HuggingFaceModelContext
+from neuron_explainer.models.huggingface.context import HuggingFaceModelContext
 
 torch.manual_seed(0)
 config = GPTNeoXConfig(

@@ -10,9 +10,10 @@ from neuron_explainer.activations import (
     start_token,
     tokenize,
 )
-from neuron_explainer.dictionaries import StepReport, TopKConfig, TrainConfig, evaluate, train
+from neuron_explainer.dictionaries import StepReport, TopKConfig, TrainConfig, train
+from neuron_explainer.evaluation import evaluate
+from neuron_explainer.evaluation.passage import PASSAGE
 from neuron_explainer.models.model_context import ModelContext
-from neuron_explainer.models.passage import PASSAGE
 
 LOCATION = "2/resid.torso.delta_mlp"
 context = ModelContext.from_model_type("tiny-tales")

@@ -8,8 +8,8 @@ from neuron_explainer.dictionaries.sparse_coding import (
     count_tokens,
     train_sparse_coding,
 )
+from neuron_explainer.evaluation.passage import PASSAGE
 from neuron_explainer.models.model_context import ModelContext
-from neuron_explainer.models.passage import PASSAGE
 
 context = ModelContext.from_model_type("tiny-tales")
 windows = TokenWindows(tokenize(PASSAGE.split("\n\n"), context), 64, 4)

@@ -2,9 +2,9 @@
 
 from neuron_explainer.activations import Harvester, TokenWindows, start_token, tokenize
 from neuron_explainer.dictionaries import evaluate_all, evaluation_table, prune
+from neuron_explainer.evaluation.passage import PASSAGE
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.model_registry import make_autoencoder_context
-from neuron_explainer.models.passage import PASSAGE
 
 context = ModelContext.from_model_type("tiny-tales")
 windows = TokenWindows(tokenize(PASSAGE.split("\n\n"), context), 64, 4, bos=start_token(context))

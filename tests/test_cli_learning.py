@@ -22,8 +22,8 @@ from neuron_explainer import cli
 from neuron_explainer.cli import measuring
 from neuron_explainer.dictionaries import TopKConfig, TrainConfig, train_many
 from neuron_explainer.dictionaries.run_folder import RunFolder
+from neuron_explainer.evaluation.passage import PASSAGE
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.models.passage import PASSAGE
 from neuron_explainer.models.transformer import Transformer
 
 PLACES = ["1/resid.torso.delta_mlp", "2/resid.torso.delta_mlp"]
@@ -186,7 +186,7 @@ def test_the_scripts_params_name_things_on_the_hub(
 ) -> None:
     """With the script's own values; the hub is played by what is here."""
     from neuron_explainer.activations import data_config
-    from neuron_explainer.models import huggingface_context
+    from neuron_explainer.models.huggingface import context as huggingface_context
     from neuron_explainer.models.model_context import StandardModelContext
 
     asked: list[tuple[str, ...]] = []

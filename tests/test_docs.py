@@ -10,9 +10,9 @@ import torch
 
 from neuron_explainer import cli
 from neuron_explainer.dictionaries.objectives import base
+from neuron_explainer.evaluation.passage import PASSAGE
 from neuron_explainer.models import model_registry
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.models.passage import PASSAGE
 from neuron_explainer.models.transformer import Transformer, TransformerConfig
 
 ROOT = Path(__file__).parent.parent

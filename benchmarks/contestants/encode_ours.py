@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from benchmarks.contestants.encoding import activations, biases, directions
 from benchmarks.workloads import Prepared, Work
+from neuron_explainer.kernels.certified import certified_top_k, prepare
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
-from neuron_explainer.models.certified import certified_top_k, prepare
 
 
 @cache

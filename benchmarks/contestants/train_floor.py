@@ -6,7 +6,7 @@ from torch import Tensor
 from benchmarks.contestants.encode_floor import fastest_product
 from benchmarks.contestants.training import activations, directions
 from benchmarks.workloads import Work
-from neuron_explainer.models.selection import top_k
+from neuron_explainer.kernels.top_k import top_k
 
 
 def topk_step(

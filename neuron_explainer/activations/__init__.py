@@ -12,13 +12,13 @@ The usual way from text to what a dictionary is trained on::
             ...
 """
 
-from neuron_explainer.activations.activation_sources import (
+from neuron_explainer.activations.buffer import ShuffleBuffer
+from neuron_explainer.activations.chunks import (
     ActivationSource,
     IterableSource,
     LiveSource,
     StoreSource,
 )
-from neuron_explainer.activations.buffer import ShuffleBuffer
 from neuron_explainer.activations.corpus import TokenCorpus, start_token, tokenize
 from neuron_explainer.activations.data_config import (
     DataConfig,
@@ -28,14 +28,14 @@ from neuron_explainer.activations.data_config import (
     open_harvester,
     open_windows,
 )
-from neuron_explainer.activations.harvest import ActivationBatch, Harvester, harvest
-from neuron_explainer.activations.prefetch import Prefetcher
-from neuron_explainer.activations.sources import (
+from neuron_explainer.activations.documents import (
     Documents,
     huggingface_documents,
     read_documents,
     row_documents,
 )
+from neuron_explainer.activations.harvest import ActivationBatch, Harvester, harvest
+from neuron_explainer.activations.prefetch import Prefetcher
 from neuron_explainer.activations.store import (
     ActivationStore,
     StoreWriter,
@@ -43,7 +43,7 @@ from neuron_explainer.activations.store import (
     write_store,
 )
 from neuron_explainer.activations.token_files import open_token_file, write_token_file
-from neuron_explainer.activations.tokens import TokenBatch, TokenIterator, TokenWindows
+from neuron_explainer.activations.windows import TokenBatch, TokenIterator, TokenWindows
 
 __all__ = [
     "ActivationBatch",

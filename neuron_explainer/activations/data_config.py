@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from neuron_explainer import files
-from neuron_explainer.activations.activation_sources import (
+from neuron_explainer.activations.buffer import ShuffleBuffer
+from neuron_explainer.activations.chunks import (
     ActivationSource,
     LiveSource,
     StoreSource,
 )
-from neuron_explainer.activations.buffer import ShuffleBuffer
 from neuron_explainer.activations.corpus import TokenCorpus, start_token, tokenize
+from neuron_explainer.activations.documents import huggingface_documents, read_documents
 from neuron_explainer.activations.harvest import ActivationBatch, Harvester
-from neuron_explainer.activations.sources import huggingface_documents, read_documents
 from neuron_explainer.activations.store import ActivationStore
 from neuron_explainer.activations.token_files import open_token_file
-from neuron_explainer.activations.tokens import TokenWindows
+from neuron_explainer.activations.windows import TokenWindows
 from neuron_explainer.errors import InputError, LocationError, SourceError, did_you_mean
 from neuron_explainer.models.locations import ActivationLocation, LocationLike, parse_locations
 from neuron_explainer.models.model_context import ModelContext

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_explainer.activations.tokens import TokenBatch
+from neuron_explainer.activations.windows import TokenBatch
 from neuron_explainer.errors import InputError, LocationError
 from neuron_explainer.models.locations import ActivationLocation, LocationLike, parse_locations
 from neuron_explainer.models.model_context import ModelContext

@@ -31,7 +31,7 @@ from neuron_explainer.activations.harvest import (
     parse_dtype,
 )
 from neuron_explainer.activations.manifest import MANIFEST_FILE, read_manifest
-from neuron_explainer.activations.tokens import TokenWindows, check_same_settings
+from neuron_explainer.activations.windows import TokenWindows, check_same_settings
 from neuron_explainer.errors import CheckpointError, InputError, SourceError
 from neuron_explainer.models.locations import ActivationLocation
 

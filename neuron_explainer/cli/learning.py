@@ -132,7 +132,7 @@ def open_model(name: str | None, device: str | None) -> "ModelContext":
 
     where = None if device is None else check_device(device)
     if name is not None and name.startswith("hf:"):
-        from neuron_explainer.models.huggingface_context import HuggingFaceModelContext
+        from neuron_explainer.models.huggingface.context import HuggingFaceModelContext
 
         return HuggingFaceModelContext(name.removeprefix("hf:"), where)
     return StandardModelContext(name or "tiny-tales", device=where)
@@ -141,7 +141,7 @@ def open_model(name: str | None, device: str | None) -> "ModelContext":
 def data_options(verb: argparse.ArgumentParser) -> None:
     """Flags of :class:`DataConfig`."""
     from neuron_explainer.activations import DataConfig
-    from neuron_explainer.dictionaries.flags import add_flags
+    from neuron_explainer.settings.flags import add_flags
 
     add_flags(verb, DataConfig)
 
@@ -149,7 +149,7 @@ def data_options(verb: argparse.ArgumentParser) -> None:
 def train_options(verb: argparse.ArgumentParser) -> None:
     """Flags of :class:`DataConfig` and :class:`TrainConfig`, but for those the verb has itself."""
     from neuron_explainer.dictionaries import TrainConfig
-    from neuron_explainer.dictionaries.flags import add_flags
+    from neuron_explainer.settings.flags import add_flags
 
     data_options(verb)
     add_flags(verb, TrainConfig, leave_out=("device", "model_name"))
@@ -166,7 +166,7 @@ def run_harvest(args: argparse.Namespace) -> Result:
         open_harvester,
         open_windows,
     )
-    from neuron_explainer.dictionaries.flags import from_flags
+    from neuron_explainer.settings.flags import from_flags
 
     _check_store_folder(Path(args.out))
     context = open_model(args.model, args.device)
@@ -321,9 +321,9 @@ def _settings(args: argparse.Namespace) -> _Asked:
     """From flags, and from the file of ``--config`` or ``--params``; flags win."""
     from neuron_explainer.activations import DataConfig, is_store
     from neuron_explainer.dictionaries import TrainConfig
-    from neuron_explainer.dictionaries.config_files import read_values, split_fields
-    from neuron_explainer.dictionaries.flags import from_flags
     from neuron_explainer.dictionaries.params_json import read_params
+    from neuron_explainer.settings.flags import from_flags
+    from neuron_explainer.settings.from_files import read_values, split_fields
 
     if args.config is not None and args.params is not None:
         raise InputError("give --config or --params, not both.")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from neuron_explainer.activations import DataConfig, TokenWindows
     from neuron_explainer.activations.data_config import Part
-    from neuron_explainer.dictionaries.evaluation import Evaluation
+    from neuron_explainer.evaluation.figures import Evaluation
     from neuron_explainer.models.autoencoder import Autoencoder
     from neuron_explainer.models.model_context import ModelContext
 
@@ -151,7 +151,7 @@ class _Opened:
 
     def __init__(self, args: argparse.Namespace, part: "Part") -> None:
         from neuron_explainer.activations import DataConfig
-        from neuron_explainer.dictionaries.flags import from_flags
+        from neuron_explainer.settings.flags import from_flags
 
         self.autoencoders, self.record = open_autoencoders(args.autoencoder, args.location)
         self.num_tokens = args.num_tokens
@@ -293,7 +293,7 @@ def _by_location(autoencoders: "dict[str, Autoencoder]") -> "dict[str, Autoencod
 
 def run_evaluate(args: argparse.Namespace) -> Result:
     """Measure autoencoders on text that they were not trained on."""
-    from neuron_explainer.dictionaries.evaluation import evaluation_table
+    from neuron_explainer.evaluation.figures import evaluation_table
 
     opened = _Opened(args, "held_out")
     found = _evaluate(opened, args.ce_every, args.compat, progress=not args.json)
@@ -312,7 +312,7 @@ def run_evaluate(args: argparse.Namespace) -> Result:
 def _evaluate(
     opened: _Opened, ce_every: int, compat: list[str], progress: bool
 ) -> "dict[str, Evaluation]":
-    from neuron_explainer.dictionaries.evaluate import evaluate_all
+    from neuron_explainer.evaluation.evaluate import evaluate_all
 
     return evaluate_all(
         opened.context,
@@ -432,7 +432,7 @@ def show_finetune(result: Result) -> None:
 
 def run_report(args: argparse.Namespace) -> Result:
     """Write one self-contained page: curves, figures, what the latents look like."""
-    from neuron_explainer.dictionaries.report import write_report
+    from neuron_explainer.analysis.report import write_report
 
     opened = _Opened(args, "held_out")
     folder = Path(args.autoencoder)
@@ -463,7 +463,7 @@ def show_report(result: Result) -> None:
 
 def run_sentences(args: argparse.Namespace) -> Result:
     """Per sentence: mean, variance, maximum and its position, of activations and of latents."""
-    from neuron_explainer.dictionaries import sentences
+    from neuron_explainer.analysis import sentences
 
     if args.csv_out:
         if Path(args.csv_out).exists():

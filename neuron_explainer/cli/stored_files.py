@@ -49,7 +49,7 @@ def _register_cache(verbs: Any) -> None:
 
 def run_convert(args: argparse.Namespace) -> Result:
     """Rewrite an autoencoder in another format; what that format cannot express is an error."""
-    from neuron_explainer.models.convert import convert
+    from neuron_explainer.models.autoencoders.convert import convert
 
     stated = {
         name: value

@@ -3,10 +3,9 @@
 And what comes after: measuring it, making it leaner, showing it.
 """
 
+from neuron_explainer.analysis.report import write_report
+from neuron_explainer.analysis.sentences import summarize_sentences
 from neuron_explainer.dictionaries.config import TrainConfig
-from neuron_explainer.dictionaries.config_files import read_config
-from neuron_explainer.dictionaries.evaluate import evaluate, evaluate_all, measure
-from neuron_explainer.dictionaries.evaluation import Evaluation, evaluation_table
 from neuron_explainer.dictionaries.finetune import finetune_decoder
 from neuron_explainer.dictionaries.objectives import (
     BatchTopKConfig,
@@ -24,9 +23,10 @@ from neuron_explainer.dictionaries.objectives import (
     register,
 )
 from neuron_explainer.dictionaries.prune import prune
-from neuron_explainer.dictionaries.report import write_report
-from neuron_explainer.dictionaries.sentences import summarize_sentences
 from neuron_explainer.dictionaries.train import StepReport, train, train_many
+from neuron_explainer.evaluation.evaluate import evaluate, evaluate_all, measure
+from neuron_explainer.evaluation.figures import Evaluation, evaluation_table
+from neuron_explainer.settings.from_files import read_config
 
 __all__ = [
     "BatchTopKConfig",

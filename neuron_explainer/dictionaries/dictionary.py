@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuron_explainer.dictionaries.distributed import ALONE, World
-from neuron_explainer.dictionaries.sparse_memory import row_blocks
+from neuron_explainer.kernels.memory import row_blocks
 from neuron_explainer.models.autoencoder import Autoencoder
 
 DecoderNorm = Literal["unit", "at_most_unit", "free"]

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from neuron_explainer.dictionaries.evaluate import Activations
 from neuron_explainer.dictionaries.rebuild import rebuilt
 from neuron_explainer.errors import InputError
+from neuron_explainer.evaluation.evaluate import Activations
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.models.latent_activations import activation_name
-from neuron_explainer.models.latents import Latents
+from neuron_explainer.models.autoencoders.latents import Latents
+from neuron_explainer.models.autoencoders.nonlinearities import activation_name
 
 
 def finetune_decoder(

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from neuron_explainer import files
 from neuron_explainer.activations import DataConfig
 from neuron_explainer.dictionaries.config import TrainConfig
-from neuron_explainer.dictionaries.config_files import from_dict, plain_value, split_fields
 from neuron_explainer.errors import InputError, did_you_mean
+from neuron_explainer.settings.from_files import from_dict, plain_value, split_fields
 
 _KNOWN: dict[str, type[Any]] = {
     "context_length": int,

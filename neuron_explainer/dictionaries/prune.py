@@ -16,13 +16,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from neuron_explainer.dictionaries.evaluate import Activations, coded_pieces
 from neuron_explainer.dictionaries.rebuild import rebuilt
 from neuron_explainer.errors import InputError
+from neuron_explainer.evaluation.evaluate import Activations, coded_pieces
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.models.checkpoints.autoencoder_state import select_latents
-from neuron_explainer.models.latent_activations import Gated, activation_name
-from neuron_explainer.models.latents import Latents
+from neuron_explainer.models.autoencoders.latents import Latents
+from neuron_explainer.models.autoencoders.nonlinearities import Gated, activation_name
+from neuron_explainer.models.checkpoints.autoencoders.state import select_latents
 
 
 class LatentActivity:

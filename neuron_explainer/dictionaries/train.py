@@ -14,11 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from neuron_explainer.dictionaries import sparse_memory
 from neuron_explainer.dictionaries.batches import BatchSource, TensorBatches
 from neuron_explainer.dictionaries.config import TrainConfig
-from neuron_explainer.dictionaries.config_files import to_dict
-from neuron_explainer.dictionaries.denormals import flush_denormals
 from neuron_explainer.dictionaries.distributed import ALONE, World
 from neuron_explainer.dictionaries.interrupts import step_is_finished
 from neuron_explainer.dictionaries.logs import Logs
@@ -26,7 +23,10 @@ from neuron_explainer.dictionaries.objectives import Loss
 from neuron_explainer.dictionaries.run_folder import RunFolder
 from neuron_explainer.dictionaries.trainee import Trainee
 from neuron_explainer.errors import InputError
+from neuron_explainer.kernels import memory as sparse_memory
+from neuron_explainer.kernels.denormals import flush_denormals
 from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.settings.from_files import to_dict
 
 ONLY = "autoencoder"
 """Name of the dictionary where there is only one."""

@@ -36,7 +36,22 @@ from torch import Tensor, nn
 
 from neuron_explainer import files
 from neuron_explainer.errors import CheckpointError, InputError
-from neuron_explainer.models.checkpoints.autoencoder_state import (
+from neuron_explainer.kernels.encode_top_k import Prepared, encode_top_k, prepare, use_certified
+from neuron_explainer.kernels.products import product
+from neuron_explainer.kernels.top_k import top_k
+from neuron_explainer.models.autoencoders.fista import Fista
+from neuron_explainer.models.autoencoders.latents import Latents
+from neuron_explainer.models.autoencoders.nonlinearities import (
+    ACTIVATIONS_CLASSES,
+    BatchTopK,
+    JumpReLU,
+    TopK,
+    activation_name,
+    make_activation,
+)
+from neuron_explainer.models.checkpoints.autoencoders import Stated, read_autoencoder
+from neuron_explainer.models.checkpoints.autoencoders.native import WEIGHTS_FILE
+from neuron_explainer.models.checkpoints.autoencoders.state import (
     FORMAT_VERSION,
     NORMALIZATIONS,
     OPTIONAL_PARAMETERS,
@@ -49,22 +64,7 @@ from neuron_explainer.models.checkpoints.autoencoder_state import (
     read_group_sizes,
     unknown_normalization,
 )
-from neuron_explainer.models.checkpoints.autoencoders import Stated, read_autoencoder
-from neuron_explainer.models.checkpoints.autoencoders.native import WEIGHTS_FILE
-from neuron_explainer.models.fista import Fista
-from neuron_explainer.models.latent_activations import (
-    ACTIVATIONS_CLASSES,
-    BatchTopK,
-    JumpReLU,
-    TopK,
-    activation_name,
-    make_activation,
-)
-from neuron_explainer.models.latents import Latents
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
-from neuron_explainer.models.packing import product
-from neuron_explainer.models.selection import top_k
-from neuron_explainer.models.topk import Prepared, encode_top_k, prepare, use_certified
 
 __all__ = [
     "ACTIVATIONS_CLASSES",

@@ -6,6 +6,7 @@ all of them into a forward pass.
 Shape legend: ``n`` inputs of an autoencoder, ``l`` latents, ``…`` any leading axes.
 """
 
+import importlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,16 +18,14 @@ from torch import Tensor
 
 from neuron_explainer.errors import InputError, LocationError
 from neuron_explainer.models.autoencoder import Autoencoder, InputNormalization
-from neuron_explainer.models.checkpoints.autoencoder_state import select_latents
+from neuron_explainer.models.autoencoders.latents import Latents
+from neuron_explainer.models.autoencoders.nonlinearities import TopK
+from neuron_explainer.models.checkpoints.autoencoders.state import select_latents
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.hooks import AutoencoderHooks, Hook, TransformerHooks
-from neuron_explainer.models.latent_activations import TopK
-from neuron_explainer.models.latents import Latents
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
-from neuron_explainer.models.model_component_registry import Dimension, LayerIndex
 from neuron_explainer.models.model_context import ModelContext
-from neuron_explainer.models.passage import PASSAGE
-from neuron_explainer.models.verification import Verification, verify_autoencoder
+from neuron_explainer.models.weight_names import Dimension, LayerIndex
 
 ACTIVATION_FREQUENCY_THRESHOLD_FOR_DEAD_LATENTS = 1e-8
 
@@ -205,11 +204,14 @@ class AutoencoderContext:
     def verify(
         self,
         model_context: ModelContext,
-        text: str = PASSAGE,
+        text: str | None = None,
         layers: Iterable[LayerIndex] | None = None,
         bos: bool = False,
-    ) -> dict[LayerIndex, Verification]:
+    ) -> dict[LayerIndex, Any]:
         """Measure the autoencoders on a text: are they what was published, applied as trained?
+
+        A short way to :func:`neuron_explainer.evaluation.verify.verify`, which stands in a room
+        above this one and is therefore looked up when called, not imported.
 
         Args:
             model_context: the model that they were trained on.
@@ -218,20 +220,11 @@ class AutoencoderContext:
             bos: begin with the start token, for autoencoders that were trained so.
 
         Returns:
-            ``{layer: figures}``, with those recorded at training where they are known;
-            :attr:`~neuron_explainer.models.verification.Verification.problem` says what is
-            suspicious.
+            ``{layer: figures}``, each a :class:`~neuron_explainer.evaluation.verify.Verification`.
         """
-        chosen = (
-            self.autoencoder_config.autoencoder_path_by_layer_index if layers is None else layers
-        )
-        self.check_model(model_context, chosen)
-        return {
-            layer: verify_autoencoder(
-                self.get_autoencoder(layer), self.location.at(layer), model_context, text, bos
-            )
-            for layer in chosen
-        }
+        evaluation = importlib.import_module("neuron_explainer.evaluation.verify")
+        measured: dict[LayerIndex, Any] = evaluation.verify(self, model_context, text, layers, bos)
+        return measured
 
     def hooks(
         self,

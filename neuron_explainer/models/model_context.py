@@ -20,16 +20,16 @@ from neuron_explainer.errors import CheckpointError, InputError, NeuronExplainer
 from neuron_explainer.models.checkpoints import LoadedCheckpoint, load_checkpoint
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.hooks import TransformerHooks
-from neuron_explainer.models.model_component_registry import (
+from neuron_explainer.models.names import resolve_model_source
+from neuron_explainer.models.sampling import Device
+from neuron_explainer.models.tokenizers import decode, encode_prompt, load_encoding
+from neuron_explainer.models.transformer import Activations, Transformer
+from neuron_explainer.models.weight_names import (
     Dimension,
     LayerIndex,
     WeightLocationType,
     get_dimension_index_of_weight_location_type,
 )
-from neuron_explainer.models.model_names import resolve_model_source
-from neuron_explainer.models.sampling import Device
-from neuron_explainer.models.tokenizers import decode, encode_prompt, load_encoding
-from neuron_explainer.models.transformer import Activations, Transformer
 
 ALLOWED_SPECIAL_TOKENS = {"<|endoftext|>"}
 """GPT-2's special tokens; :meth:`ModelContext.encode` reads those of any tokenizer as such."""

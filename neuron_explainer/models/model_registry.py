@@ -15,7 +15,7 @@ from neuron_explainer.models.autoencoder_context import (
     AutoencoderSpec,
 )
 from neuron_explainer.models.locations import ActivationLocation
-from neuron_explainer.models.model_names import (
+from neuron_explainer.models.names import (
     _MODEL_SPECS,
     ASSETS,
     StandardModelSpec,

@@ -7,7 +7,7 @@ Hugging Face's.
 
 There is one meaning and two ways to compute it: fused attention and ``F.layer_norm`` run wherever no
 hook would see inside them; the explicit formulas run where one does. Products with weights go through
-:mod:`neuron_explainer.models.packing`, which knows the fastest kernel for each.
+:mod:`neuron_explainer.kernels.products`, which knows the fastest kernel for each.
 
 Shape legend: ``b`` batch, ``s`` sequence (of this call), ``q`` query (= s), ``k`` key (earlier calls'
 tokens and this one's), ``h`` head, ``d`` model width, ``f`` MLP width, ``v`` vocabulary.
@@ -25,9 +25,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from neuron_explainer.errors import CheckpointError, InputError
+from neuron_explainer.kernels.products import WeightCopies, linear, linears
 from neuron_explainer.models.checkpoints import load_checkpoint, save_native, save_pieces
 from neuron_explainer.models.config import SerializableDataclass, TransformerConfig
-from neuron_explainer.models.generation import (
+from neuron_explainer.models.hooks import (
+    NO_HOOKS,
+    AttentionHooks,
+    MLPHooks,
+    NormalizationHooks,
+    TransformerHooks,
+)
+from neuron_explainer.models.kv_cache import HiddenState, KeyValueCache, check_state
+from neuron_explainer.models.language_model import (
     Activations,
     Sample,
     check_hooks,
@@ -40,17 +49,8 @@ from neuron_explainer.models.generation import (
     stops_to_ids,
     with_recorder,
 )
-from neuron_explainer.models.hidden_state import HiddenState, KeyValueCache, check_state
-from neuron_explainer.models.hooks import (
-    NO_HOOKS,
-    AttentionHooks,
-    MLPHooks,
-    NormalizationHooks,
-    TransformerHooks,
-)
 from neuron_explainer.models.locations import LocationLike, parse_locations
-from neuron_explainer.models.model_names import resolve_model_source
-from neuron_explainer.models.packing import WeightCopies, linear, linears
+from neuron_explainer.models.names import resolve_model_source
 from neuron_explainer.models.sampling import (
     Device,
     check_device,

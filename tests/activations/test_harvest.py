@@ -165,7 +165,7 @@ def test_dtypes(context: ModelContext) -> None:
 
 def test_hugging_face_gives_what_the_native_model_gives() -> None:
     transformers = pytest.importorskip("transformers")
-    from neuron_explainer.models.huggingface_context import HuggingFaceModelContext
+    from neuron_explainer.models.huggingface.context import HuggingFaceModelContext
 
     config = transformers.GPT2Config(
         vocab_size=29,

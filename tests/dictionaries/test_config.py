@@ -18,12 +18,12 @@ from neuron_explainer.dictionaries import (
     TrainConfig,
     read_config,
 )
-from neuron_explainer.dictionaries.config_files import from_dict, read_values, to_dict
-from neuron_explainer.dictionaries.field_docs import field_docs
-from neuron_explainer.dictionaries.flags import add_flags, from_flags
 from neuron_explainer.dictionaries.objectives import config_class, registered
 from neuron_explainer.dictionaries.params_json import read_params
 from neuron_explainer.errors import CheckpointError, InputError, LocationError
+from neuron_explainer.settings.field_docs import field_docs
+from neuron_explainer.settings.flags import add_flags, from_flags
+from neuron_explainer.settings.from_files import from_dict, read_values, to_dict
 
 
 def test_every_field_has_a_docstring() -> None:

@@ -25,7 +25,7 @@ from neuron_explainer.dictionaries.dead_latents import (
 from neuron_explainer.dictionaries.dictionary import Dictionary
 from neuron_explainer.dictionaries.trainee import Trainee
 from neuron_explainer.errors import InputError
-from neuron_explainer.models.metrics import dead_share
+from neuron_explainer.evaluation.metrics import dead_share
 from tests.conftest import assert_close
 from tests.dictionaries.planted import planted
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from neuron_explainer.dictionaries.evaluate import measure
 from neuron_explainer.dictionaries.finetune import finetune_decoder
 from neuron_explainer.errors import InputError
+from neuron_explainer.evaluation.evaluate import measure
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
 
 N, N_LATENTS = 6, 20

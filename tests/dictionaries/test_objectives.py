@@ -32,7 +32,7 @@ from neuron_explainer.dictionaries.objectives.jumprelu import JumpReLU, jump_rel
 from neuron_explainer.dictionaries.objectives.relu import PAnneal
 from neuron_explainer.dictionaries.objectives.topk import aux_k_loss
 from neuron_explainer.errors import InputError
-from neuron_explainer.models.metrics import dead_share, fvu
+from neuron_explainer.evaluation.metrics import dead_share, fvu
 from tests.conftest import assert_close
 from tests.dictionaries.planted import planted, recovered
 

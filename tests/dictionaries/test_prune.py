@@ -14,8 +14,8 @@ from neuron_explainer.models.autoencoder_context import (
     get_decoder_weight,
     omit_dead_latents,
 )
-from neuron_explainer.models.latent_activations import Gated
-from neuron_explainer.models.latents import Latents
+from neuron_explainer.models.autoencoders.latents import Latents
+from neuron_explainer.models.autoencoders.nonlinearities import Gated
 
 N, N_LATENTS = 6, 20
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from neuron_explainer.activations.activation_sources import LiveSource
+from neuron_explainer.activations.chunks import LiveSource
 from neuron_explainer.activations.corpus import tokenize
 from neuron_explainer.activations.harvest import Harvester, harvest
-from neuron_explainer.activations.tokens import TokenWindows
+from neuron_explainer.activations.windows import TokenWindows
 from neuron_explainer.dictionaries.sparse_coding import (
     SparseCodingConfig,
     count_tokens,
@@ -17,7 +17,7 @@ from neuron_explainer.dictionaries.sparse_coding.dictionary_update import normal
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
-from neuron_explainer.models.fista import Fista, fista
+from neuron_explainer.models.autoencoders.fista import Fista, fista
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.model_context import ModelContext
 from tests.dictionaries.sparse_coding_runs import log_of

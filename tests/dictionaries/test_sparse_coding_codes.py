@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.linear_model import Lasso
 
-from neuron_explainer.models.fista import fista, ista
+from neuron_explainer.models.autoencoders.fista import fista, ista
 from tests.reference import fista_numpy
 
 N_INPUTS, N_LATENTS, ROWS, PENALTY = 64, 256, 8, 0.3

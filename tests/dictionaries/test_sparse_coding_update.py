@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from neuron_explainer.activations.tokens import TokenBatch
+from neuron_explainer.activations.windows import TokenBatch
 from neuron_explainer.dictionaries.sparse_coding import (
     SparseCodingConfig,
     count_tokens,
@@ -18,7 +18,7 @@ from neuron_explainer.dictionaries.sparse_coding.dictionary_update import (
 )
 from neuron_explainer.dictionaries.sparse_coding.learner import DictionaryLearner
 from neuron_explainer.errors import InputError
-from neuron_explainer.models.fista import fista
+from neuron_explainer.models.autoencoders.fista import fista
 from neuron_explainer.models.locations import ActivationLocation
 
 N_INPUTS, N_LATENTS, ROWS = 5, 8, 6

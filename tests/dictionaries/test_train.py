@@ -28,8 +28,8 @@ from neuron_explainer.dictionaries.normalization import first_bias, geometric_me
 from neuron_explainer.dictionaries.schedules import annealed_k, learning_rate_factor, ramp
 from neuron_explainer.dictionaries.trainee import Trainee
 from neuron_explainer.errors import InputError, MissingExtraError
+from neuron_explainer.evaluation.metrics import fvu
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.models.metrics import fvu
 from tests.conftest import assert_close
 from tests.dictionaries.planted import planted
 

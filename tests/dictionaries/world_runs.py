@@ -20,8 +20,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from neuron_explainer.activations.activation_sources import ActivationSource
 from neuron_explainer.activations.buffer import ShuffleBuffer
+from neuron_explainer.activations.chunks import ActivationSource
 from neuron_explainer.activations.harvest import ActivationBatch
 from neuron_explainer.dictionaries import (
     BatchTopKConfig,

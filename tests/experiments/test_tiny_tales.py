@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import neuron_explainer
 from neuron_explainer.errors import CheckpointError, InputError, SourceError
+from neuron_explainer.evaluation.metrics import fvu
 from neuron_explainer.experiments.tiny_tales import (
     autoencoder_training,
     evaluation,
@@ -47,9 +48,8 @@ from neuron_explainer.experiments.tiny_tales.tokenizer import (
     train_tokenizer,
 )
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.models.latent_activations import TopK
+from neuron_explainer.models.autoencoders.nonlinearities import TopK
 from neuron_explainer.models.locations import ActivationLocation
-from neuron_explainer.models.metrics import fvu
 from neuron_explainer.models.model_context import StandardModelContext
 from neuron_explainer.models.transformer import Transformer, TransformerConfig
 

@@ -29,7 +29,7 @@ from neuron_explainer.models.autoencoder import (
     TopK,
     UnstatedNormalizationWarning,
 )
-from neuron_explainer.models.latent_activations import activation_name, make_activation
+from neuron_explainer.models.autoencoders.nonlinearities import activation_name, make_activation
 from neuron_explainer.models.locations import ActivationLocation
 
 N_LATENTS, N_INPUTS = 12, 5

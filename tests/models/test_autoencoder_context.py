@@ -31,13 +31,13 @@ from neuron_explainer.models.autoencoder_context import (
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.locations import ActivationLocation
-from neuron_explainer.models.model_component_registry import Dimension
 from neuron_explainer.models.model_registry import (
     get_autoencoder_spec,
     list_autoencoder_names,
     make_autoencoder_context,
 )
 from neuron_explainer.models.transformer import Transformer
+from neuron_explainer.models.weight_names import Dimension
 
 CFG = TransformerConfig(ctx_window=16, d_model=8, n_layers=3, n_heads=2, m_mlp=2, n_vocab=11)
 N_LATENTS = 12

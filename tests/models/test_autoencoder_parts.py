@@ -17,10 +17,10 @@ from neuron_explainer.models.autoencoder_context import (
     AutoencoderContext,
     omit_least_active_latents,
 )
-from neuron_explainer.models.checkpoints.autoencoder_state import select_latents
-from neuron_explainer.models.fista import Fista, fista
+from neuron_explainer.models.autoencoders.fista import Fista, fista
+from neuron_explainer.models.autoencoders.nonlinearities import Gated, GroupMax, make_activation
+from neuron_explainer.models.checkpoints.autoencoders.state import select_latents
 from neuron_explainer.models.hooks import AutoencoderHooks
-from neuron_explainer.models.latent_activations import Gated, GroupMax, make_activation
 
 N, L, OUT = 5, 12, 3
 

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from neuron_explainer.errors import InputError
 from neuron_explainer.models import autoencoder as module
 from neuron_explainer.models.autoencoder import Autoencoder, BatchTopK, JumpReLU, TopK
-from neuron_explainer.models.fista import Fista
-from neuron_explainer.models.latent_activations import Gated, GroupMax
-from neuron_explainer.models.latents import Latents
+from neuron_explainer.models.autoencoders.fista import Fista
+from neuron_explainer.models.autoencoders.latents import Latents
+from neuron_explainer.models.autoencoders.nonlinearities import Gated, GroupMax
 
 L, N = 24, 6
 
@@ -139,7 +139,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("activation", ["TopK", "BatchTopK", "ReLU"])
 def test_dense_latents_are_never_held_for_all_rows(activation, monkeypatch):
     monkeypatch.setattr(module, "_CHUNK_BYTES", 8 * L * 4)
-    monkeypatch.setattr("neuron_explainer.models.topk._CHUNK_BYTES", 8 * L * 4)
+    monkeypatch.setattr("neuron_explainer.kernels.encode_top_k._CHUNK_BYTES", 8 * L * 4)
     ae, x = make(activation, dtype=torch.float32), inputs(100, dtype=torch.float32)
     with torch.no_grad(), LargestTensor() as largest:
         ae.reconstruct(x)

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from neuron_explainer.errors import CheckpointError, InputError
 from neuron_explainer.models.autoencoder import Autoencoder, UnstatedNormalizationWarning
 from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
+from neuron_explainer.models.autoencoders.nonlinearities import activation_name
 from neuron_explainer.models.checkpoints.autoencoders import Stated
-from neuron_explainer.models.latent_activations import activation_name
 from neuron_explainer.models.locations import ActivationLocation
 from tests.blob_server import BlobServer
 from tests.peers.write_ours import FIXTURES, fixtures, source_in

@@ -11,10 +11,10 @@ from torch import nn
 
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.autoencoder import Autoencoder, BatchTopK, JumpReLU, TopK
+from neuron_explainer.models.autoencoders.convert import convert, save_as
+from neuron_explainer.models.autoencoders.fista import Fista
+from neuron_explainer.models.autoencoders.nonlinearities import Gated, GroupMax
 from neuron_explainer.models.checkpoints.autoencoders import WRITTEN_FORMATS
-from neuron_explainer.models.convert import convert, save_as
-from neuron_explainer.models.fista import Fista
-from neuron_explainer.models.latent_activations import Gated, GroupMax
 from tests.peers.write_ours import fixtures, source_in
 
 CASES = {name: (folder, told) for name, folder, told in fixtures()}

@@ -18,19 +18,19 @@ from neuron_explainer.errors import (  # noqa: E402
     SourceError,
 )
 from neuron_explainer.models.hooks import AtLayers, TransformerHooks  # noqa: E402
-from neuron_explainer.models.huggingface_context import HuggingFaceModelContext  # noqa: E402
-from neuron_explainer.models.huggingface_families import (  # noqa: E402
+from neuron_explainer.models.huggingface.context import HuggingFaceModelContext  # noqa: E402
+from neuron_explainer.models.huggingface.families import (  # noqa: E402
     FAMILIES,
     Architecture,
     Tap,
 )
-from neuron_explainer.models.huggingface_model import HuggingFaceModel  # noqa: E402
-from neuron_explainer.models.huggingface_tokenizer import HuggingFaceTokenizer  # noqa: E402
-from neuron_explainer.models.model_component_registry import (  # noqa: E402
+from neuron_explainer.models.huggingface.model import HuggingFaceModel  # noqa: E402
+from neuron_explainer.models.huggingface.tokenizer import HuggingFaceTokenizer  # noqa: E402
+from neuron_explainer.models.transformer import Transformer  # noqa: E402
+from neuron_explainer.models.weight_names import (  # noqa: E402
     Dimension,
     WeightLocationType,
 )
-from neuron_explainer.models.transformer import Transformer  # noqa: E402
 
 BASE = {
     "vocab_size": 61,

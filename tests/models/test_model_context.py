@@ -14,12 +14,6 @@ from neuron_explainer.models.checkpoints import (
     save_pieces,
 )
 from neuron_explainer.models.config import TransformerConfig
-from neuron_explainer.models.model_component_registry import (
-    Dimension,
-    PassType,
-    WeightLocationType,
-    get_dimension_index_of_weight_location_type,
-)
 from neuron_explainer.models.model_context import (
     InvalidTokenException,
     ModelContext,
@@ -31,6 +25,12 @@ from neuron_explainer.models.model_context import (
 )
 from neuron_explainer.models.tokenizers import GPT2_PATTERN, TokenizerSpec
 from neuron_explainer.models.transformer import Transformer, split_heads
+from neuron_explainer.models.weight_names import (
+    Dimension,
+    PassType,
+    WeightLocationType,
+    get_dimension_index_of_weight_location_type,
+)
 
 CONFIG = TransformerConfig(
     enc="bytes", ctx_window=16, d_model=12, n_layers=2, n_heads=3, m_mlp=2, n_vocab=300

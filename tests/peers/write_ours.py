@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.autoencoders.convert import save_as
 from neuron_explainer.models.checkpoints.autoencoders import WRITTEN_FORMATS
-from neuron_explainer.models.convert import save_as
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "peers"
 PEER_OF = {

@@ -34,7 +34,7 @@ from neuron_explainer.dictionaries.objectives.base import (
 )
 from neuron_explainer.dictionaries.objectives.topk import AuxKConfig, aux_k_loss, check_k, k_at
 from neuron_explainer.errors import InputError
-from neuron_explainer.models.latent_activations import BatchTopK as BatchTopKActivation
+from neuron_explainer.models.autoencoders.nonlinearities import BatchTopK as BatchTopKActivation
 
 
 @dataclass(frozen=True)

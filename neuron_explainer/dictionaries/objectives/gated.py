@@ -28,7 +28,7 @@ from neuron_explainer.dictionaries.objectives.base import (
     squared_error,
 )
 from neuron_explainer.errors import InputError
-from neuron_explainer.models.latent_activations import Gated as GatedActivation
+from neuron_explainer.models.autoencoders.nonlinearities import Gated as GatedActivation
 
 
 @dataclass(frozen=True)

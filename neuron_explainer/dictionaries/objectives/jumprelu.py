@@ -30,7 +30,7 @@ from neuron_explainer.dictionaries.objectives.base import (
     squared_error,
 )
 from neuron_explainer.errors import InputError
-from neuron_explainer.models.latent_activations import JumpReLU as JumpReLUActivation
+from neuron_explainer.models.autoencoders.nonlinearities import JumpReLU as JumpReLUActivation
 
 
 @dataclass(frozen=True)

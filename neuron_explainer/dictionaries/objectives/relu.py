@@ -31,8 +31,8 @@ from neuron_explainer.dictionaries.objectives.base import (
     register,
     squared_error,
 )
-from neuron_explainer.dictionaries.sparse_relu import relu_autoencoder
 from neuron_explainer.errors import InputError
+from neuron_explainer.kernels.relu_step import relu_autoencoder
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ from neuron_explainer.dictionaries.objectives.base import (
     squared_error,
 )
 from neuron_explainer.dictionaries.schedules import annealed_k
-from neuron_explainer.dictionaries.sparse_step import decode_rows, encode_top_k
 from neuron_explainer.errors import InputError
-from neuron_explainer.models.latent_activations import TopK as TopKActivation
+from neuron_explainer.kernels.top_k_step import decode_rows, encode_top_k
+from neuron_explainer.models.autoencoders.nonlinearities import TopK as TopKActivation
 
 
 @dataclass(frozen=True)

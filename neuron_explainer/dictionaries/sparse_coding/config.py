@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from neuron_explainer.errors import InputError
-from neuron_explainer.models.fista import MAX_ITERATIONS, TOLERANCE, check_settings
+from neuron_explainer.models.autoencoders.fista import MAX_ITERATIONS, TOLERANCE, check_settings
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class SparseCodingConfig:
     max_iterations: int = MAX_ITERATIONS
     """At which a solve ends at the latest."""
     tolerance: float = TOLERANCE
-    """At which it ends (:mod:`neuron_explainer.models.fista`); 0: always ``max_iterations``."""
+    """At which it ends (:mod:`neuron_explainer.models.autoencoders.fista`); 0: always ``max_iterations``."""
     across_layers: bool = True
     """One dictionary for all layers of a hook path, or one for each layer."""
     seed: int = 0

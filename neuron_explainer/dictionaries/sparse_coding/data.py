@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from neuron_explainer.activations.activation_sources import ActivationSource
+from neuron_explainer.activations.chunks import ActivationSource
 from neuron_explainer.activations.harvest import ActivationBatch
 from neuron_explainer.dictionaries.sparse_coding.config import SparseCodingConfig
 from neuron_explainer.dictionaries.sparse_coding.frequency import frequency_weights

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from neuron_explainer.activations.tokens import TokenBatch
+from neuron_explainer.activations.windows import TokenBatch
 from neuron_explainer.errors import InputError
 
 

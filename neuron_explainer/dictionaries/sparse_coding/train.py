@@ -24,8 +24,7 @@ from typing import Any, overload
 from torch import Tensor
 from tqdm import tqdm
 
-from neuron_explainer.activations.activation_sources import ActivationSource
-from neuron_explainer.dictionaries.denormals import flush_denormals
+from neuron_explainer.activations.chunks import ActivationSource
 from neuron_explainer.dictionaries.logs import JsonLines
 from neuron_explainer.dictionaries.run_folder import RunFolder
 from neuron_explainer.dictionaries.sparse_coding.config import SparseCodingConfig
@@ -42,6 +41,7 @@ from neuron_explainer.dictionaries.sparse_coding.data import (
 from neuron_explainer.dictionaries.sparse_coding.learner import DictionaryLearner
 from neuron_explainer.dictionaries.train import ONLY, result_folder
 from neuron_explainer.errors import InputError
+from neuron_explainer.kernels.denormals import flush_denormals
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.locations import ActivationLocation
 
@@ -84,7 +84,7 @@ def train_sparse_coding(
     Args:
         config: settings.
         batches: an activation source such as
-            :class:`~neuron_explainer.activations.activation_sources.LiveSource`, which a run that
+            :class:`~neuron_explainer.activations.chunks.LiveSource`, which a run that
             goes on need not run again from its beginning; or an iterable of what
             :func:`~neuron_explainer.activations.harvest.harvest` yields, of dicts of tensors
             ``[r, n]`` by location, of tensors ``[r, n]``, or of pairs of these and token ids

@@ -29,7 +29,7 @@ from neuron_explainer.experiments.tiny_tales.tokenizer import (
     tokenizer_spec,
     train_tokenizer,
 )
-from neuron_explainer.models.latent_activations import TopK
+from neuron_explainer.models.autoencoders.nonlinearities import TopK
 from neuron_explainer.models.locations import ActivationLocation, parse_locations
 from neuron_explainer.models.model_context import StandardModelContext
 from neuron_explainer.models.transformer import Transformer, TransformerConfig

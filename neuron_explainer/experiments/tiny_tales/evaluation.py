@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from neuron_explainer import files
 from neuron_explainer.errors import SourceError
+from neuron_explainer.evaluation.metrics import ReconstructionStats, ce_recovered
 from neuron_explainer.experiments.tiny_tales.data import EvalWindow, evaluation_windows
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.locations import ActivationLocation
-from neuron_explainer.models.metrics import ReconstructionStats, ce_recovered
 from neuron_explainer.models.transformer import Transformer
 
 WINDOWS_PER_BATCH = 32

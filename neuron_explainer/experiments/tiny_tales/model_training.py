@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from neuron_explainer.dictionaries.denormals import flush_denormals
 from neuron_explainer.experiments.tiny_tales.checkpoints import load_checkpoint, save_checkpoint
 from neuron_explainer.experiments.tiny_tales.data import TrainingWindows
 from neuron_explainer.experiments.tiny_tales.fused_loss import linear_cross_entropy
 from neuron_explainer.experiments.tiny_tales.schedule import warmup_stable_decay
+from neuron_explainer.kernels.denormals import flush_denormals
 from neuron_explainer.models.transformer import (
     MultiHeadedDotProductSelfAttention,
     Transformer,

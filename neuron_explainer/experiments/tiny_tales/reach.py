@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from neuron_explainer.evaluation.metrics import fvu
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.models.metrics import fvu
 
 _RIDGE = 1e-6  # of unit vectors: two that are nearly the same do not get huge values
 

@@ -13,15 +13,22 @@ import torch
 
 from neuron_explainer import files
 from neuron_explainer.errors import CheckpointError, InputError, SourceError, did_you_mean
-from neuron_explainer.models.checkpoints.huggingface import load_huggingface, save_huggingface
-from neuron_explainer.models.checkpoints.native import load_native, save_native
-from neuron_explainer.models.checkpoints.pieces import PIECES_FOLDER, load_pieces, save_pieces
-from neuron_explainer.models.checkpoints.report import (
+from neuron_explainer.models.checkpoints.problems import (
     Format,
     LoadedCheckpoint,
     StateDict,
     TensorInfo,
     expected_shapes,
+)
+from neuron_explainer.models.checkpoints.transformers.huggingface import (
+    load_huggingface,
+    save_huggingface,
+)
+from neuron_explainer.models.checkpoints.transformers.native import load_native, save_native
+from neuron_explainer.models.checkpoints.transformers.pieces import (
+    PIECES_FOLDER,
+    load_pieces,
+    save_pieces,
 )
 
 __all__ = [

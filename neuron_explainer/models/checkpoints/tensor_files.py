@@ -26,7 +26,7 @@ from typing import IO, Any
 import torch
 
 from neuron_explainer.errors import CheckpointError
-from neuron_explainer.models.checkpoints.report import TensorInfo, damaged, own_copy
+from neuron_explainer.models.checkpoints.problems import TensorInfo, damaged, own_copy
 
 # Names in safetensors headers; every other dtype is an integer or boolean one.
 _FLOATS = {

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from neuron_explainer import files
 from neuron_explainer.errors import CheckpointError, InputError, SourceError, did_you_mean
-from neuron_explainer.models.checkpoints.autoencoder_state import read_pt, read_safetensors
 from neuron_explainer.models.checkpoints.autoencoders import (
     dictionary_learning,
     gemma_scope,
@@ -66,8 +65,9 @@ from neuron_explainer.models.checkpoints.autoencoders.sparsify import (
     export_sparsify,
     read_sparsify,
 )
+from neuron_explainer.models.checkpoints.autoencoders.state import read_pt, read_safetensors
 from neuron_explainer.models.checkpoints.autoencoders.transformer_vis import read_transformer_vis
-from neuron_explainer.models.checkpoints.report import damaged
+from neuron_explainer.models.checkpoints.problems import damaged
 from neuron_explainer.models.locations import ActivationLocation
 
 __all__ = [

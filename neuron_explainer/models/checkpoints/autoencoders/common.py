@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.errors import CheckpointError, InputError, LocationError, did_you_mean
-from neuron_explainer.models.checkpoints.autoencoder_state import STATISTICS, InputNormalization
-from neuron_explainer.models.checkpoints.report import Report, Shape
+from neuron_explainer.models.checkpoints.autoencoders.state import STATISTICS, InputNormalization
+from neuron_explainer.models.checkpoints.problems import Report, Shape
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
 
 AutoencoderFormat = Literal[

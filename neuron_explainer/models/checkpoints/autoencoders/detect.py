@@ -17,7 +17,7 @@ from neuron_explainer.models.checkpoints.autoencoders import (
     sparsify,
 )
 from neuron_explainer.models.checkpoints.autoencoders.common import AutoencoderFormat
-from neuron_explainer.models.checkpoints.report import damaged
+from neuron_explainer.models.checkpoints.problems import damaged
 
 FileKind = Literal["torch", "npz", "npy", "safetensors"]
 

@@ -42,7 +42,7 @@ from neuron_explainer.models.checkpoints.autoencoders.export import (
     fold_latent_bias_into_gates,
     fold_pre_bias,
 )
-from neuron_explainer.models.checkpoints.report import Shape
+from neuron_explainer.models.checkpoints.problems import Shape
 
 WEIGHTS_FILE, CONFIG_FILE = "ae.pt", "config.json"
 

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from neuron_explainer.errors import InputError
-from neuron_explainer.models.checkpoints.autoencoder_state import InputNormalization
 from neuron_explainer.models.checkpoints.autoencoders.common import at_least_float32
+from neuron_explainer.models.checkpoints.autoencoders.state import InputNormalization
 from neuron_explainer.models.locations import ActivationLocation
 
 

@@ -21,7 +21,6 @@ from typing import Any
 from torch import Tensor
 
 from neuron_explainer.errors import CheckpointError
-from neuron_explainer.models.checkpoints.autoencoder_state import InputNormalization
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     LoadedAutoencoder,
     Stated,
@@ -34,7 +33,8 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     settle,
     settle_location,
 )
-from neuron_explainer.models.checkpoints.report import Shape
+from neuron_explainer.models.checkpoints.autoencoders.state import InputNormalization
+from neuron_explainer.models.checkpoints.problems import Shape
 
 HYPERPARAMETERS_FILE, MODEL_FILE = "hyperparams.json", "lm_config.json"
 

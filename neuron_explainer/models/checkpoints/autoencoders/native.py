@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from neuron_explainer.errors import CheckpointError
-from neuron_explainer.models.checkpoints.autoencoder_state import check_config
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     LoadedAutoencoder,
     Stated,
     settle,
     settle_location,
 )
+from neuron_explainer.models.checkpoints.autoencoders.state import check_config
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "autoencoder.safetensors"

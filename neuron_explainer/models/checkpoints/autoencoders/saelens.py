@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.errors import CheckpointError, did_you_mean
-from neuron_explainer.models.checkpoints.autoencoder_state import InputNormalization
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     LoadedAutoencoder,
     Stated,
@@ -41,7 +40,8 @@ from neuron_explainer.models.checkpoints.autoencoders.export import (
     fold_latent_bias_into_gates,
     fold_pre_bias,
 )
-from neuron_explainer.models.checkpoints.report import Shape
+from neuron_explainer.models.checkpoints.autoencoders.state import InputNormalization
+from neuron_explainer.models.checkpoints.problems import Shape
 from neuron_explainer.models.locations import ActivationLocation
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"

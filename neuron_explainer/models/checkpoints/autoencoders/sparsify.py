@@ -29,7 +29,7 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     settle_location,
 )
 from neuron_explainer.models.checkpoints.autoencoders.export import Exported, fold_pre_bias
-from neuron_explainer.models.checkpoints.report import Shape
+from neuron_explainer.models.checkpoints.problems import Shape
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae.safetensors"
 

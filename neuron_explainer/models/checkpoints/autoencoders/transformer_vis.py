@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.errors import CheckpointError
+from neuron_explainer.models.autoencoders.fista import MAX_ITERATIONS, TOLERANCE
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     LoadedAutoencoder,
     Stated,
     settle,
     settle_location,
 )
-from neuron_explainer.models.fista import MAX_ITERATIONS, TOLERANCE
 
 
 def read_transformer_vis(

@@ -1,0 +1,1 @@
+"""What latents mean: summaries, reports and pictures."""

@@ -1,0 +1,1 @@
+"""What an autoencoder is worth: metrics, spliced passes, figures. Nothing is trained here."""

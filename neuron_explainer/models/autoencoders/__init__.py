@@ -1,0 +1,1 @@
+"""The parts of an autoencoder: nonlinearities, sparse latents, FISTA, conversion."""

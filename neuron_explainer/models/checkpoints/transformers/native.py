@@ -1,0 +1,213 @@
+"""Our own format: ``config.json`` and ``model.safetensors`` in a folder, with its tokenizer.
+
+Tensors that hold the same bits, such as a tied ``unembed.weight``, are stored once; ``shared`` in
+the config says which name stands for which. Loading gives each a map of its own, so that a change of
+one never reaches the other: a model whose two names shared one tensor would train it twice as fast,
+without a word.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neuron_explainer import files
+from neuron_explainer.errors import CheckpointError
+from neuron_explainer.models.checkpoints.problems import (
+    FITS_CONFIG,
+    LoadedCheckpoint,
+    Report,
+    Shape,
+    StateDict,
+    check_for_saving,
+    compare,
+    config_from,
+    expected_shapes,
+    same_bytes,
+    wanted_keys,
+)
+from neuron_explainer.models.checkpoints.tensor_files import SafetensorsFile, take
+from neuron_explainer.models.config import TransformerConfig
+from neuron_explainer.models.tokenizers import TOKENIZER_FILE, TokenizerSpec, write_tiktoken
+
+FORMAT_VERSION = 1
+KIND = "transformer"
+WEIGHTS_FILE = "model.safetensors"
+
+_FIELDS = ("format_version", "kind", "config", "tokenizer", "metadata", "shared")
+_CONFIG_FIELDS = tuple(field.name for field in fields(TransformerConfig))
+_TOKENIZER_FIELDS = ("name", "pattern", "special_tokens", "file")
+
+
+def save_native(
+    folder: str | Path,
+    cfg: TransformerConfig,
+    state_dict: Mapping[str, torch.Tensor],
+    tokenizer: TokenizerSpec | None = None,
+    metadata: dict[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a model's folder, whole or not at all.
+
+    ``tokenizer`` is needed only where its vocabulary lies in files; they are written along.
+    ``overwrite`` lets an earlier saved folder be replaced.
+    """
+    from safetensors.torch import save_file
+
+    check_for_saving(cfg, state_dict)
+    shared = shared_names(state_dict)
+    config: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "kind": KIND,
+        "config": cfg.to_dict(),
+        "tokenizer": None,
+        "metadata": metadata or {},
+        "shared": shared,
+    }
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in sorted(state_dict.items())
+        if name not in shared
+    }
+    with files.atomic_folder(folder, overwrite=overwrite) as temporary:
+        if tokenizer is not None:
+            config["tokenizer"] = _save_tokenizer(temporary, tokenizer)
+        files.write_json(temporary / "config.json", config)
+        save_file(_without_shared_memory(tensors), temporary / WEIGHTS_FILE, {"format": "pt"})
+
+
+def shared_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Which names hold the same bits as an earlier one, in alphabetical order: ``{later: first}``."""
+    alike: dict[object, list[str]] = {}  # names of different tensors that begin with the same bits
+    shared: dict[str, str] = {}
+    for name in sorted(state_dict):
+        tensor = state_dict[name]
+        head = tensor.detach().flatten()[:16].cpu().view(torch.uint8).numpy().tobytes()
+        candidates = alike.setdefault((tensor.dtype, tensor.shape, head), [])
+        twin = next((c for c in candidates if same_bytes(state_dict[c], tensor)), None)
+        if twin is None:
+            candidates.append(name)
+        else:
+            shared[name] = twin
+    return shared
+
+
+def _without_shared_memory(tensors: StateDict) -> StateDict:
+    """safetensors refuses views of one storage even where they do not overlap."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return result
+
+
+def _save_tokenizer(folder: Path, spec: TokenizerSpec) -> dict[str, Any]:
+    if not spec.files:
+        return {"name": spec.name, "pattern": None, "special_tokens": {}, "file": None}
+    resolved = write_tiktoken(spec, folder / TOKENIZER_FILE)
+    return {
+        "name": resolved.name,
+        "pattern": resolved.pattern,
+        "special_tokens": dict(resolved.special_tokens),
+        "file": TOKENIZER_FILE,
+    }
+
+
+def load_native(
+    source: str | Path,
+    config: dict[str, Any],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    keys: Iterable[str] | None,
+) -> LoadedCheckpoint:
+    """Load the folder ``source`` whose ``config.json`` holds ``config``."""
+    where = str(files.join(source, "config.json"))
+    _check_outer(config, where)
+    cfg = config_from(config["config"], _CONFIG_FIELDS, f"{where}, in config")
+    shared = config["shared"]
+    expected = expected_shapes(cfg)
+    wanted = wanted_keys(expected, keys)
+    state_dict: StateDict = {}
+    if wanted:
+        file = SafetensorsFile(files.fetch(files.join(source, WEIGHTS_FILE)))
+        _check_tensors(file, expected, shared)
+        state_dict = {
+            name: take(file, shared.get(name, name), dtype, device, again=name in shared)
+            for name in wanted
+        }
+    return LoadedCheckpoint(
+        config=cfg,
+        state_dict=state_dict,
+        tokenizer=_load_tokenizer(source, config["tokenizer"], where),
+        metadata=config["metadata"],
+        format="native",
+    )
+
+
+def _check_tensors(
+    file: SafetensorsFile, expected: dict[str, Shape], shared: dict[str, str]
+) -> None:
+    report = Report(str(file.path))
+    found = dict(file.infos)
+    for name, target in shared.items():
+        if name in found:
+            report.add(name, "config.json says it is shared, yet it is stored too")
+        elif target not in file.infos:
+            report.add(name, f"config.json says it is shared with {target!r}, which is not stored")
+        else:
+            found[name] = file.infos[target]
+    compare(report, expected, found)
+    report.raise_if_any(FITS_CONFIG)
+
+
+def _check_outer(config: dict[str, Any], where: str) -> None:
+    version, kind = config.get("format_version"), config.get("kind")
+    if kind != KIND:
+        raise CheckpointError(f"{where}: expected kind {KIND!r}, found {kind!r}.")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise CheckpointError(
+            f"{where}: format_version {version!r} is not known here, expected {FORMAT_VERSION}. "
+            "A newer version of neuron_explainer may have written it."
+        )
+    report = Report(where)
+    for name in set(_FIELDS) - set(config):
+        report.add(name, "this field is missing")
+    for name in set(config) - set(_FIELDS):
+        report.add(name, "unknown field")
+    for name in {"config", "metadata", "shared"} & set(config):
+        if not isinstance(config[name], dict):
+            report.add(name, f"expected an object, found {config[name]!r}")
+    if isinstance(config.get("shared"), dict) and not _all_text(config["shared"].values()):
+        report.add("shared", "expected names of tensors as values")
+    report.raise_if_any(f"Expected fields: {', '.join(_FIELDS)}.")
+
+
+def _all_text(values: Iterable[object]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _load_tokenizer(source: str | Path, found: Any, where: str) -> TokenizerSpec | None:
+    if found is None:
+        return None
+    if not isinstance(found, dict) or set(found) != set(_TOKENIZER_FIELDS):
+        raise CheckpointError(
+            f"{where}: tokenizer must be null or an object of {', '.join(_TOKENIZER_FIELDS)}, "
+            f"found {found!r}."
+        )
+    name, pattern, special = found["name"], found["pattern"], found["special_tokens"]
+    if found["file"] is None and isinstance(name, str):
+        return TokenizerSpec(name)
+    ids_are_whole = isinstance(special, dict) and all(type(i) is int for i in special.values())
+    if not (_all_text([name, pattern]) and ids_are_whole and found["file"] == TOKENIZER_FILE):
+        raise CheckpointError(
+            f"{where}: tokenizer: expected a name, a pattern, special tokens with whole numbers "
+            f"and the file {TOKENIZER_FILE!r}, found {found!r}."
+        )
+    file = files.fetch(files.join(source, TOKENIZER_FILE))
+    return TokenizerSpec(name, pattern, tuple(special.items()), (str(file),))

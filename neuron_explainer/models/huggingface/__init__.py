@@ -1,0 +1,1 @@
+"""Causal language models of `transformers` behind the same hooks as our own."""

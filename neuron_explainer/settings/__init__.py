@@ -1,0 +1,1 @@
+"""Any frozen dataclass to and from a dict, TOML, JSON and command-line flags."""
