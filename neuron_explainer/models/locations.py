@@ -86,16 +86,19 @@ _ALIASES: dict[str, str] = {
     "mlp_ln.scale": "resid.torso.ln_mlp.scale",
 }
 
-# TransformerLens names whose *values* are ours (layouts may differ: heads come last here, and hook_z
-# is v_out before heads are merged). hook_q and hook_k are left out on purpose: there they are not
-# scaled, here they carry d_head^-1/4 each, and an alias would change numbers without a word.
+# TransformerLens names whose *values* are ours, held by a test against TransformerLens 3 and 4. (Layouts may
+# differ: heads come last here, and hook_z is v_out before heads are merged.) Both of its kinds of model,
+# HookedTransformer and the bridge of version 3 on, have the names that come first for a place; the bridge
+# alone has the others. ``hook_normalized`` is a value before gain and bias. hook_q and hook_k are left out on
+# purpose: there they are not scaled, here they carry d_head^-1/4 each, and an alias would change numbers
+# without a word.
 _TRANSFORMER_LENS_BLOCK: dict[str, str] = {
     "hook_resid_mid": "resid.torso.post_attn",
     "hook_resid_post": "resid.torso.post_mlp",
     "hook_attn_out": "resid.torso.delta_attn",
     "hook_mlp_out": "resid.torso.delta_mlp",
-    "ln1.hook_normalized": "resid.torso.post_ln_attn",
-    "ln2.hook_normalized": "resid.torso.post_ln_mlp",
+    "ln1.hook_normalized": "resid.torso.ln_attn.post_scale",
+    "ln2.hook_normalized": "resid.torso.ln_mlp.post_scale",
     "ln1.hook_scale": "resid.torso.ln_attn.scale",
     "ln2.hook_scale": "resid.torso.ln_mlp.scale",
     "attn.hook_v": "attn.v",
@@ -104,10 +107,34 @@ _TRANSFORMER_LENS_BLOCK: dict[str, str] = {
     "attn.hook_pattern": "attn.qk_probs",
     "mlp.hook_pre": "mlp.pre_act",
     "mlp.hook_post": "mlp.post_act",
+    "hook_out": "resid.torso.post_mlp",
+    "ln1.hook_out": "resid.torso.post_ln_attn",
+    "ln2.hook_in": "resid.torso.post_attn",
+    "ln2.hook_out": "resid.torso.post_ln_mlp",
+    "attn.hook_in": "resid.torso.post_ln_attn",
+    "attn.q.hook_in": "resid.torso.post_ln_attn",
+    "attn.k.hook_in": "resid.torso.post_ln_attn",
+    "attn.v.hook_in": "resid.torso.post_ln_attn",
+    "attn.v.hook_out": "attn.v",
+    "attn.o.hook_in": "attn.v_out",
+    "attn.o.hook_out": "resid.torso.delta_attn",
+    "attn.hook_out": "resid.torso.delta_attn",
+    "mlp.hook_in": "resid.torso.post_ln_mlp",
+    "mlp.in.hook_in": "resid.torso.post_ln_mlp",
+    "mlp.in.hook_out": "mlp.pre_act",
+    "mlp.out.hook_in": "mlp.post_act",
+    "mlp.out.hook_out": "resid.torso.delta_mlp",
+    "mlp.hook_out": "resid.torso.delta_mlp",
 }
+# What comes into a layer: here, what the layer before leaves.
+_TRANSFORMER_LENS_INPUTS = ("hook_resid_pre", "hook_in", "ln1.hook_in")
 _TRANSFORMER_LENS_MODEL: dict[str, str] = {
     "ln_final.hook_scale": "resid.ln_f.scale",
-    "ln_final.hook_normalized": "resid.post_ln_f",
+    "ln_final.hook_normalized": "resid.ln_f.post_scale",
+    "unembed.hook_in": "resid.post_ln_f",
+    "unembed.hook_out": "logits",
+    "ln_final.hook_out": "resid.post_ln_f",
+    "hook_unembed": "logits",
 }
 _TRANSFORMER_LENS_NAME = re.compile(r"blocks\.(\d+)\.(.+)")
 
@@ -163,8 +190,9 @@ class ActivationLocation:
     @property
     def transformer_lens_name(self) -> str | None:
         """TransformerLens's name for the same place; None where it has none, or needs a layer."""
-        blocks = {path: name for name, path in _TRANSFORMER_LENS_BLOCK.items()}
-        model = {path: name for name, path in _TRANSFORMER_LENS_MODEL.items()}
+        # Reversed: of several names for a place the first wins.
+        blocks = {path: name for name, path in reversed(_TRANSFORMER_LENS_BLOCK.items())}
+        model = {path: name for name, path in reversed(_TRANSFORMER_LENS_MODEL.items())}
         if self.path == "resid.post_emb":
             return "blocks.0.hook_resid_pre"
         if self.path in blocks and self.layer is not None:
@@ -182,13 +210,13 @@ class ActivationLocation:
             return text
         if match := _TRANSFORMER_LENS_NAME.fullmatch(text):
             layer, name = int(match[1]), match[2]
-            if name == "hook_resid_pre":
+            if name in _TRANSFORMER_LENS_INPUTS:
                 return cls("resid.torso.post_mlp", layer - 1) if layer else cls("resid.post_emb")
             if name in _TRANSFORMER_LENS_BLOCK:
                 return cls(_TRANSFORMER_LENS_BLOCK[name], layer)
             raise LocationError(
                 f"no location here is TransformerLens's {text!r}."
-                f"{did_you_mean(name, [*_TRANSFORMER_LENS_BLOCK, 'hook_resid_pre'])}"
+                f"{did_you_mean(name, [*_TRANSFORMER_LENS_BLOCK, *_TRANSFORMER_LENS_INPUTS])}"
             )
         if text in _TRANSFORMER_LENS_MODEL:
             return cls(_TRANSFORMER_LENS_MODEL[text])
