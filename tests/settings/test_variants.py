@@ -80,14 +80,14 @@ def test_flags_of_both() -> None:
 
 
 def test_errors_name_the_family() -> None:
-    with pytest.raises(InputError, match="unknown scorer 'fuzing'. Did you mean 'fuzzing'"):
+    with pytest.raises(InputError, match=r"unknown scorer 'fuzing'\. Did you mean 'fuzzing'"):
         from_dict(Settings, {"scorer": "fuzing"})
-    with pytest.raises(InputError, match="setting of plots: plot = { name = 'histogram', bins"):
+    with pytest.raises(InputError, match=r"setting of plots: plot = \{ name = 'histogram', bins"):
         split_fields({"bins": 3}, [Settings], "run.toml")
 
     @dataclass(frozen=True)
     class Unknown(Scorer):
         pass
 
-    with pytest.raises(InputError, match="Unknown is not registered .* scorer"):
+    with pytest.raises(InputError, match=r"Unknown is not registered .* scorer"):
         _ = Unknown().name
