@@ -69,7 +69,7 @@ def test_encode_and_decode_are_the_peers(name):
         ("sae-lens-standard-hook_z", "3/attn.v_out", None, "gpt2-small"),
         (
             "sae-lens-transcoder",
-            "3/resid.torso.post_ln_mlp",
+            "3/resid.torso.ln_mlp.post_scale",
             "3/resid.torso.delta_mlp",
             "gpt2-small",
         ),
