@@ -38,6 +38,8 @@ setup(
         "safetensors",
         "tqdm",
         "filelock",
+        "requests",
+        "urllib3",
     ],
     extras_require={
         # Models and files of the Hugging Face hub, and any causal LM behind a context.
@@ -54,6 +56,7 @@ setup(
         "test": [
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "hypothesis",
             "transformers",
             "tokenizers",
@@ -64,6 +67,7 @@ setup(
             "datasets",
             "mypy",
             "ruff",
+            "pre_commit",
         ],
     },
     entry_points={"console_scripts": ["neuron-explainer = neuron_explainer.cli:main"]},

@@ -1,9 +1,11 @@
 """The house stays in order: arrows point up, nothing goes in circles, nothing heavy at the door."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -33,6 +35,8 @@ FORBIDDEN = [
     ("neuron_explainer.demo", "neuron_explainer.experiments"),
     ("neuron_explainer.cli", "neuron_explainer.experiments"),
 ]
+# Cut next, to 20: ``checkpoints`` and ``files`` make most of it.
+LONGEST_CHAIN = 32
 # The five floors inside ``models/``, under the same rule. The longest prefix that fits counts.
 MODELS = "neuron_explainer.models"
 FLOORS = [
@@ -78,10 +82,15 @@ def imports_of(path: Path, known: set[str]) -> Iterator[str]:
         yield from (name for name in names if name in known)
 
 
-@pytest.fixture(scope="module")
-def graph() -> dict[str, set[str]]:
+def read_graph() -> dict[str, set[str]]:
+    """The modules of the package that each module imports."""
     known = modules()
     return {name: set(imports_of(path, set(known))) - {name} for name, path in known.items()}
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    return read_graph()
 
 
 def room_of(module: str) -> int:
@@ -126,12 +135,7 @@ def test_arrows_point_up(graph: dict[str, set[str]]) -> None:
         for low, high in FORBIDDEN
         if f"{a}.".startswith(f"{low}.") and f"{b}.".startswith(f"{high}.")
     ]
-    # Cut next: settings learn the alternatives of an objective from the objective.
-    known = {
-        (f"neuron_explainer.settings.{name}", "neuron_explainer.dictionaries.objectives")
-        for name in ("flags", "from_files")
-    }
-    assert not set(down) - known
+    assert not down
 
 
 def test_no_cycles(graph: dict[str, set[str]]) -> None:
@@ -146,6 +150,66 @@ def test_no_cycles(graph: dict[str, set[str]]) -> None:
 
     for module in graph:
         visit(module, [])
+
+
+def longest_chain(graph: dict[str, set[str]]) -> list[str]:
+    """The longest row of modules of which each imports the next, at the top or inside a function."""
+
+    @cache
+    def from_here(module: str) -> list[str]:
+        rests = [from_here(target) for target in sorted(graph[module])]
+        return [module, *max(rests, key=len, default=[])]
+
+    return max((from_here(module) for module in graph), key=len)
+
+
+def test_chains_of_imports_are_short(graph: dict[str, set[str]]) -> None:
+    chain = longest_chain(graph)
+    assert len(chain) <= LONGEST_CHAIN, f"{len(chain)} modules: {' -> '.join(chain)}"
+
+
+def test_no_function_is_longer_than_a_page() -> None:
+    long = [
+        f"{path.relative_to(PACKAGE.parent)}:{node.lineno} {node.name}: {lines} lines"
+        for path in modules().values()
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (lines := (node.end_lineno or 0) - node.lineno + 1) > 60
+    ]
+    assert not long
+
+
+def private_names_of_torch(path: Path) -> Iterator[str]:
+    """Every use of a name of torch that begins with one underscore, with its line."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Attribute):
+            dotted = ast.unparse(node).split(".")
+        elif isinstance(node, ast.ImportFrom):
+            dotted = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        else:
+            continue
+        if dotted[0] in ("torch", "aten") and any(re.match("_[^_]", part) for part in dotted[1:]):
+            yield f"{path.name}:{node.lineno} {'.'.join(dotted)}"
+
+
+def test_private_names_of_torch_stay_in_kernels() -> None:
+    kernels = PACKAGE / "kernels"
+    inside = [use for path in kernels.glob("*.py") for use in private_names_of_torch(path)]
+    assert inside  # the search finds what is there
+    others = [path for path in modules().values() if not path.is_relative_to(kernels)]
+    assert not [use for path in others for use in private_names_of_torch(path)]
+
+
+def test_one_import_is_looked_up_late() -> None:
+    """``AutoencoderContext.verify`` is the original's name for what a higher room does; no other."""
+    late = [
+        (str(path.relative_to(PACKAGE)), target)
+        for path in modules().values()
+        for target in re.findall(
+            r"""import_module\(\s*f?["'](neuron_explainer[^"']*)""", path.read_text("utf-8")
+        )
+    ]
+    assert late == [("models/autoencoder_context.py", "neuron_explainer.evaluation.verify")]
 
 
 def loaded_by(code: str) -> set[str]:
@@ -206,3 +270,17 @@ def test_at_most_fourteen_distributions_beyond_torchs_own() -> None:
     beyond = closure("neuron_explainer") - closure("torch")
     assert len(beyond) <= 14, sorted(beyond)
     assert {"tiktoken", "blobfile", "safetensors", "neuron-explainer"} <= beyond
+
+
+def main() -> int:
+    """What a commit is shown: the size of the package and its longest chain; then these tests."""
+    lines = {name: len(path.read_text("utf-8").splitlines()) for name, path in modules().items()}
+    chain = longest_chain(read_graph())
+    print(
+        f"{sum(lines.values()):,} lines in {len(lines)} modules; longest chain of imports: {len(chain)}"
+    )
+    return pytest.main(["-q", "-p", "no:cacheprovider", __file__])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

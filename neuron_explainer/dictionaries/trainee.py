@@ -146,14 +146,12 @@ class Trainee(nn.Module):
         }
 
     def loss(self, x: Tensor, target: Tensor, step: int, n_tokens: int | None = None) -> Loss:
-        """Of normalised activations, those that are here of a batch of ``n_tokens`` (all, if not
-        given); counts which latents were active."""
+        """The loss of normalised activations: this process's rows of a batch of ``n_tokens`` (all of
+        them if not given). Nothing is counted here, so that a loss may be computed again."""
         n_tokens = len(x) if n_tokens is None else n_tokens
         dead = self.counter.dead(self.config.dead_after(n_tokens))
         moment = self.moment(step, dead, n_tokens)
         loss: Loss = self.objective.loss(self.dictionary, x, target, moment)
-        self.counter.update(loss.latents, n_tokens)
-        self.counter.silent.copy_(self.world.smallest(self.counter.silent))
         if self.config.remedy != "ghost":
             return loss
         if "reconstruction" not in loss.terms:
@@ -230,8 +228,11 @@ class Trainee(nn.Module):
         n_tokens: int,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """Parameters have changed: rows back to their norm, dead latents to life."""
+        """After the parameters have changed: count active latents, bring rows back to their norm and
+        dead latents back to life."""
         c = self.config
+        self.counter.update(loss.latents, n_tokens)
+        self.counter.silent.copy_(self.world.smallest(self.counter.silent))
         self.dictionary.constrain_rows(c.decoder_norm)
         moment = self.moment(step, self.counter.silent[:0], n_tokens)
         self.objective.after_step(self.dictionary, loss, moment)

@@ -25,10 +25,8 @@ def stream_before(location: ActivationLocation, n_layers: int) -> ActivationLoca
 
     None if it must start from the tokens.
     """
-    layer = _first_layer(location, n_layers)
-    if layer == 0:
-        return None
-    return ActivationLocation("resid.torso.post_mlp", layer - 1)
+    depth = location.depth(n_layers)
+    return ActivationLocation("resid.torso.post_mlp", depth - 1) if depth else None
 
 
 class SplicedPasses:
@@ -89,7 +87,7 @@ class SplicedPasses:
         stream = stream_before(location, n_layers)
         if stream is not None:
             x = self._found[stream]
-        for layer in list(self.model.layers)[_first_layer(location, n_layers) :]:
+        for layer in list(self.model.layers)[location.depth(n_layers) :]:
             x, _ = layer(x, pad=pad, hooks=hooks, positions=state.positions)
         x, state = self.model.run_ln_f(x, state, hooks)
         return self.model.run_unembed(x, state, hooks)[0]
@@ -110,9 +108,3 @@ def scored(tokens: Tensor, pad: Tensor | None, bos: Tensor | None, score_bos: bo
     if bos is not None and not score_bos:
         counted &= ~bos.to(tokens.device)
     return counted
-
-
-def _first_layer(location: ActivationLocation, n_layers: int) -> int:
-    if location.layer is not None:
-        return location.layer
-    return 0 if location.path == "resid.post_emb" else n_layers

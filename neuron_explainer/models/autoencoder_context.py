@@ -191,7 +191,7 @@ class AutoencoderContext:
             layers: which of them; None for all.
         """
         size = _sizes_of(model)
-        width = _width_at(self.location, size)
+        width = self.location.site.width(size)
         for layer in self._paths:
             self.location.at(layer).expand(size(Dimension.LAYERS))
             autoencoder = self.get_autoencoder(layer)
@@ -378,21 +378,6 @@ def _sizes_of(model: HasSizes | HasConfig | TransformerConfig) -> Callable[[Dime
         Dimension.VALUE_CHANNELS: cfg.d_head_v,
         Dimension.VOCAB_SIZE: cfg.n_vocab,
     }.__getitem__
-
-
-def _width_at(location: ActivationLocation, size: Callable[[Dimension], int]) -> int:
-    """Length of the last axis at a location."""
-    axis = location.site.shape[-1]
-    if axis == "d_head":
-        queries = location.path in ("attn.q", "attn.k")
-        return size(Dimension.QUERY_AND_KEY_CHANNELS if queries else Dimension.VALUE_CHANNELS)
-    dimensions = {
-        "d": Dimension.RESIDUAL_STREAM_CHANNELS,
-        "f": Dimension.MLP_ACTS,
-        "h": Dimension.ATTN_HEADS,
-        "v": Dimension.VOCAB_SIZE,
-    }
-    return size(dimensions[axis]) if axis in dimensions else 1
 
 
 # ---- weights and dead latents ----------------------------------------------------------------------

@@ -391,7 +391,7 @@ class HookCollection(HookNode):
         self.all_hooks[name] = subhooks
         # A real attribute, not __getattr__: a forward pass looks up some twenty a layer.
         object.__setattr__(self, name, subhooks)
-        self._place(self._path)
+        self._place_child(name, subhooks)
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -424,11 +424,14 @@ class HookCollection(HookNode):
         """Tell every list below where it is, for its errors and for what it may accept."""
         self._path = path
         for name, child in self.all_hooks.items():
-            below = f"{path}.{name}" if path else name
-            if isinstance(child, HookCollection):
-                child._place(below)
-            elif isinstance(child, Hooks):
-                child._path, child._site = below, SITES.get(path)
+            self._place_child(name, child)
+
+    def _place_child(self, name: str, child: HookNode) -> None:
+        below = f"{self._path}.{name}" if self._path else name
+        if isinstance(child, HookCollection):
+            child._place(below)
+        elif isinstance(child, Hooks):
+            child._path, child._site = below, SITES.get(self._path)
 
     def _run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Tensor:
         raise HookError(
@@ -624,34 +627,36 @@ class AutoencoderHooks(HookCollection):
 
 
 class _Group(HookCollection):
-    """A part of the transformer's tree: child sites by name, placed below ``_prefix``."""
+    """A part of the transformer's tree, made from :data:`SITES`: every site below ``_prefix``.
+
+    The annotations of the subclasses are for readers, editors and type checkers; a site of the table
+    that has none is an attribute like the others.
+    """
 
     _prefix = ""
 
     def __init__(self) -> None:
         super().__init__()
-        for name, kind in self._sites().items():
+        self._path = self._prefix
+        start = f"{self._prefix}." if self._prefix else ""
+        below = [path.removeprefix(start) for path in SITES if path.startswith(start)]
+        for name in dict.fromkeys(path.partition(".")[0] for path in below):
+            is_site = f"{start}{name}" in SITES
+            kind = FwdBwdHooks if is_site else _GROUPS.get(f"{start}{name}", NormalizationHooks)
             self.add_subhooks(name, kind())
-        self._place(self._prefix)
-
-    @classmethod
-    def _sites(cls) -> dict[str, type[HookCollection]]:
-        """Children in the order in which they are declared: name -> class."""
-        kinds = {"FwdBwdHooks": FwdBwdHooks} | {
-            kind.__name__: kind for kind in _Group.__subclasses__()
-        }
-        return {
-            name: kinds[getattr(annotation, "__name__", str(annotation))]
-            for name, annotation in cls.__annotations__.items()
-        }
 
 
 class NormalizationHooks(_Group):
     """Inside a layer norm, all in float32: centred input, its root mean square, their quotient."""
 
+    _prefix = "resid.ln_f"  # all norms have the same sites
     post_mean_subtraction: FwdBwdHooks
     scale: FwdBwdHooks
     post_scale: FwdBwdHooks
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._place("")  # which norm it is, the tree that it becomes a part of will say
 
 
 class MLPHooks(_Group):
@@ -684,8 +689,8 @@ class ResidualStreamTorsoHooks(_Group):
     """Along the residual stream in each layer."""
 
     _prefix = "resid.torso"
-    post_ln_attn: FwdBwdHooks
     ln_attn: NormalizationHooks
+    post_ln_attn: FwdBwdHooks
     delta_attn: FwdBwdHooks
     post_attn: FwdBwdHooks
     ln_mlp: NormalizationHooks
@@ -742,6 +747,11 @@ def _layers_chosen(hook: Hook) -> list[int]:
         return _layers_chosen(hook._hooks[0])
     return []
 
+
+_GROUPS: dict[str, type[_Group]] = {
+    kind._prefix: kind
+    for kind in (MLPHooks, AttentionHooks, ResidualStreamHooks, ResidualStreamTorsoHooks)
+}
 
 NO_HOOKS = TransformerHooks()
 """The empty tree that stands for ``hooks=None`` inside a pass; it is never handed out."""

@@ -10,31 +10,57 @@ head, ``d`` model width, ``f`` MLP width, ``v`` vocabulary, ``1`` a single numbe
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from neuron_explainer.errors import LocationError, did_you_mean
+from neuron_explainer.models.weight_names import Dimension
+
+Stage = Literal["embed", "layer", "final"]
+"""When a pass reaches a site: before the layers, in each layer, or after the layers."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """One hook path: what its tensor looks like and what a hook there is told."""
+    """One hook path: what its tensor looks like, when a pass reaches it, what a hook there is told."""
 
     path: str
     """Dotted path in :class:`~neuron_explainer.models.hooks.TransformerHooks`."""
     shape: tuple[str, ...]
     """Names of the axes, in the letters of the module's legend."""
-    per_layer: bool
-    """Whether the site exists once in each layer (or once in the whole model)."""
+    stage: Stage = "layer"
+    """Sites of the stages "embed" and "final" exist once in a model."""
     keywords: tuple[str, ...] = ("layer", "positions")
     """Keyword arguments given to hooks; ``layer`` is None where ``per_layer`` is False."""
 
+    @property
+    def per_layer(self) -> bool:
+        """Whether the site exists once in each layer (or once in the whole model)."""
+        return self.stage == "layer"
 
-def _norm_sites(path: str, per_layer: bool) -> list[Site]:
+    def width(self, size: Callable[[Dimension], int]) -> int:
+        """Length of the last axis in a model whose axes have the lengths that ``size`` returns."""
+        axis = self.shape[-1]
+        if axis == "d_head" and self.path in ("attn.q", "attn.k"):
+            return size(Dimension.QUERY_AND_KEY_CHANNELS)
+        return size(_WIDTHS[axis]) if axis in _WIDTHS else 1
+
+
+_WIDTHS = {
+    "d_head": Dimension.VALUE_CHANNELS,
+    "d": Dimension.RESIDUAL_STREAM_CHANNELS,
+    "f": Dimension.MLP_ACTS,
+    "h": Dimension.ATTN_HEADS,
+    "v": Dimension.VOCAB_SIZE,
+}
+
+
+def _norm_sites(path: str, stage: Stage) -> list[Site]:
     return [
-        Site(f"{path}.post_mean_subtraction", ("b", "s", "d"), per_layer),
-        Site(f"{path}.scale", ("b", "s", "1"), per_layer),
-        Site(f"{path}.post_scale", ("b", "s", "d"), per_layer),
+        Site(f"{path}.post_mean_subtraction", _BSD, stage),
+        Site(f"{path}.scale", ("b", "s", "1"), stage),
+        Site(f"{path}.post_scale", _BSD, stage),
     ]
 
 
@@ -43,30 +69,33 @@ _BSD = ("b", "s", "d")
 SITES: dict[str, Site] = {
     site.path: site
     for site in [
-        Site("resid.post_emb", _BSD, per_layer=False),
-        *_norm_sites("resid.torso.ln_attn", per_layer=True),
-        Site("resid.torso.post_ln_attn", _BSD, per_layer=True),
-        Site("attn.q", ("b", "q", "h", "d_head"), per_layer=True),
-        Site("attn.k", ("b", "k", "h", "d_head"), per_layer=True),
-        Site("attn.v", ("b", "k", "h", "d_head"), per_layer=True),
-        Site("attn.qk_logits", ("b", "q", "k", "h"), per_layer=True),
-        Site("attn.qk_softmax_denominator", ("b", "q", "1", "h"), per_layer=True),
-        Site("attn.qk_probs", ("b", "q", "k", "h"), per_layer=True),
-        Site("attn.v_out", ("b", "q", "h", "d_head"), per_layer=True),
-        Site("resid.torso.delta_attn", _BSD, per_layer=True),
-        Site("resid.torso.post_attn", _BSD, per_layer=True),
-        *_norm_sites("resid.torso.ln_mlp", per_layer=True),
-        Site("resid.torso.post_ln_mlp", _BSD, per_layer=True),
-        Site("mlp.pre_act", ("b", "s", "f"), per_layer=True),
-        Site("mlp.post_act", ("b", "s", "f"), True, ("layer", "positions", "out_layer")),
-        Site("resid.torso.delta_mlp", _BSD, per_layer=True),
-        Site("resid.torso.post_mlp", _BSD, per_layer=True),
-        *_norm_sites("resid.ln_f", per_layer=False),
-        Site("resid.post_ln_f", _BSD, per_layer=False),
-        Site("logits", ("b", "s", "v"), per_layer=False),
+        Site("resid.post_emb", _BSD, "embed"),
+        *_norm_sites("resid.torso.ln_attn", "layer"),
+        Site("resid.torso.post_ln_attn", _BSD),
+        Site("attn.q", ("b", "q", "h", "d_head")),
+        Site("attn.k", ("b", "k", "h", "d_head")),
+        Site("attn.v", ("b", "k", "h", "d_head")),
+        Site("attn.qk_logits", ("b", "q", "k", "h")),
+        Site("attn.qk_softmax_denominator", ("b", "q", "1", "h")),
+        Site("attn.qk_probs", ("b", "q", "k", "h")),
+        Site("attn.v_out", ("b", "q", "h", "d_head")),
+        Site("resid.torso.delta_attn", _BSD),
+        Site("resid.torso.post_attn", _BSD),
+        *_norm_sites("resid.torso.ln_mlp", "layer"),
+        Site("resid.torso.post_ln_mlp", _BSD),
+        Site("mlp.pre_act", ("b", "s", "f")),
+        Site("mlp.post_act", ("b", "s", "f"), keywords=("layer", "positions", "out_layer")),
+        Site("resid.torso.delta_mlp", _BSD),
+        Site("resid.torso.post_mlp", _BSD),
+        *_norm_sites("resid.ln_f", "final"),
+        Site("resid.post_ln_f", _BSD, "final"),
+        Site("logits", ("b", "s", "v"), "final"),
     ]
 }
-"""Every hook path, in the order in which a forward pass meets them."""
+"""Every hook path, in the order in which a forward pass meets them. The tree of hooks
+(:class:`~neuron_explainer.models.hooks.TransformerHooks`) is made from this table."""
+
+_SOME_LOCATIONS = " Locations are such as 3/mlp.post_act, resid.torso.post_mlp, logits."
 
 _ALIASES: dict[str, str] = {
     # short names in the paths of the published autoencoders
@@ -86,16 +115,19 @@ _ALIASES: dict[str, str] = {
     "mlp_ln.scale": "resid.torso.ln_mlp.scale",
 }
 
-# TransformerLens names whose *values* are ours (layouts may differ: heads come last here, and hook_z
-# is v_out before heads are merged). hook_q and hook_k are left out on purpose: there they are not
-# scaled, here they carry d_head^-1/4 each, and an alias would change numbers without a word.
+# TransformerLens names whose *values* are ours, held by a test against TransformerLens 3 and 4. (Layouts may
+# differ: heads come last here, and hook_z is v_out before heads are merged.) Both of its kinds of model,
+# HookedTransformer and the bridge of version 3 on, have the names that come first for a place; the bridge
+# alone has the others. ``hook_normalized`` is a value before gain and bias. hook_q and hook_k are left out on
+# purpose: there they are not scaled, here they carry d_head^-1/4 each, and an alias would change numbers
+# without a word.
 _TRANSFORMER_LENS_BLOCK: dict[str, str] = {
     "hook_resid_mid": "resid.torso.post_attn",
     "hook_resid_post": "resid.torso.post_mlp",
     "hook_attn_out": "resid.torso.delta_attn",
     "hook_mlp_out": "resid.torso.delta_mlp",
-    "ln1.hook_normalized": "resid.torso.post_ln_attn",
-    "ln2.hook_normalized": "resid.torso.post_ln_mlp",
+    "ln1.hook_normalized": "resid.torso.ln_attn.post_scale",
+    "ln2.hook_normalized": "resid.torso.ln_mlp.post_scale",
     "ln1.hook_scale": "resid.torso.ln_attn.scale",
     "ln2.hook_scale": "resid.torso.ln_mlp.scale",
     "attn.hook_v": "attn.v",
@@ -104,10 +136,34 @@ _TRANSFORMER_LENS_BLOCK: dict[str, str] = {
     "attn.hook_pattern": "attn.qk_probs",
     "mlp.hook_pre": "mlp.pre_act",
     "mlp.hook_post": "mlp.post_act",
+    "hook_out": "resid.torso.post_mlp",
+    "ln1.hook_out": "resid.torso.post_ln_attn",
+    "ln2.hook_in": "resid.torso.post_attn",
+    "ln2.hook_out": "resid.torso.post_ln_mlp",
+    "attn.hook_in": "resid.torso.post_ln_attn",
+    "attn.q.hook_in": "resid.torso.post_ln_attn",
+    "attn.k.hook_in": "resid.torso.post_ln_attn",
+    "attn.v.hook_in": "resid.torso.post_ln_attn",
+    "attn.v.hook_out": "attn.v",
+    "attn.o.hook_in": "attn.v_out",
+    "attn.o.hook_out": "resid.torso.delta_attn",
+    "attn.hook_out": "resid.torso.delta_attn",
+    "mlp.hook_in": "resid.torso.post_ln_mlp",
+    "mlp.in.hook_in": "resid.torso.post_ln_mlp",
+    "mlp.in.hook_out": "mlp.pre_act",
+    "mlp.out.hook_in": "mlp.post_act",
+    "mlp.out.hook_out": "resid.torso.delta_mlp",
+    "mlp.hook_out": "resid.torso.delta_mlp",
 }
+# What comes into a layer: here, what the layer before leaves.
+_TRANSFORMER_LENS_INPUTS = ("hook_resid_pre", "hook_in", "ln1.hook_in")
 _TRANSFORMER_LENS_MODEL: dict[str, str] = {
     "ln_final.hook_scale": "resid.ln_f.scale",
-    "ln_final.hook_normalized": "resid.post_ln_f",
+    "ln_final.hook_normalized": "resid.ln_f.post_scale",
+    "unembed.hook_in": "resid.post_ln_f",
+    "unembed.hook_out": "logits",
+    "ln_final.hook_out": "resid.post_ln_f",
+    "hook_unembed": "logits",
 }
 _TRANSFORMER_LENS_NAME = re.compile(r"blocks\.(\d+)\.(.+)")
 
@@ -127,9 +183,10 @@ class ActivationLocation:
     def __post_init__(self) -> None:
         path = _ALIASES.get(self.path, self.path)
         if path not in SITES:
+            near = did_you_mean(self.path, [*SITES, *_ALIASES])
             raise LocationError(
-                f"unknown location {self.path!r}.{did_you_mean(self.path, [*SITES, *_ALIASES])} "
-                f"Valid paths: {', '.join(SITES)}."
+                f"unknown location {self.path!r}.{near or _SOME_LOCATIONS} The README's table of "
+                "places, and neuron_explainer.models.locations.SITES, list all."
             )
         object.__setattr__(self, "path", path)
         if self.layer is not None and not self.site.per_layer:
@@ -148,6 +205,17 @@ class ActivationLocation:
         """The same hook path at another layer."""
         return ActivationLocation(self.path, layer)
 
+    def depth(self, n_layers: int) -> int:
+        """How many of ``n_layers`` layers have run when a pass reaches this place.
+
+        0 before the layers, ``i`` within layer ``i``, ``n_layers`` after the layers.
+        """
+        if self.layer is not None:
+            return self.layer
+        if self.site.per_layer:
+            raise LocationError(f"{self} is in every layer; name one, such as '0/{self}'.")
+        return 0 if self.site.stage == "embed" else n_layers
+
     def expand(self, n_layers: int) -> list["ActivationLocation"]:
         """The single places meant in a model of ``n_layers``: every layer where none is named."""
         if not self.site.per_layer:
@@ -163,8 +231,9 @@ class ActivationLocation:
     @property
     def transformer_lens_name(self) -> str | None:
         """TransformerLens's name for the same place; None where it has none, or needs a layer."""
-        blocks = {path: name for name, path in _TRANSFORMER_LENS_BLOCK.items()}
-        model = {path: name for name, path in _TRANSFORMER_LENS_MODEL.items()}
+        # Reversed: of several names for a place the first wins.
+        blocks = {path: name for name, path in reversed(_TRANSFORMER_LENS_BLOCK.items())}
+        model = {path: name for name, path in reversed(_TRANSFORMER_LENS_MODEL.items())}
         if self.path == "resid.post_emb":
             return "blocks.0.hook_resid_pre"
         if self.path in blocks and self.layer is not None:
@@ -182,13 +251,13 @@ class ActivationLocation:
             return text
         if match := _TRANSFORMER_LENS_NAME.fullmatch(text):
             layer, name = int(match[1]), match[2]
-            if name == "hook_resid_pre":
+            if name in _TRANSFORMER_LENS_INPUTS:
                 return cls("resid.torso.post_mlp", layer - 1) if layer else cls("resid.post_emb")
             if name in _TRANSFORMER_LENS_BLOCK:
                 return cls(_TRANSFORMER_LENS_BLOCK[name], layer)
             raise LocationError(
                 f"no location here is TransformerLens's {text!r}."
-                f"{did_you_mean(name, [*_TRANSFORMER_LENS_BLOCK, 'hook_resid_pre'])}"
+                f"{did_you_mean(name, [*_TRANSFORMER_LENS_BLOCK, *_TRANSFORMER_LENS_INPUTS])}"
             )
         if text in _TRANSFORMER_LENS_MODEL:
             return cls(_TRANSFORMER_LENS_MODEL[text])

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from neuron_explainer import files
-from neuron_explainer.dictionaries.objectives import ObjectiveConfig, config_class, registered
 from neuron_explainer.errors import InputError, did_you_mean
+from neuron_explainer.settings.variants import Variant
 
 T = TypeVar("T")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """All fields as JSON can hold them; an objective is told by its ``name``."""
+    """All fields as JSON can hold them; a :class:`Variant` is told by its ``name``."""
     found: dict[str, Any] = {}
-    if isinstance(config, ObjectiveConfig):
+    if isinstance(config, Variant):
         found["name"] = config.name
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -56,11 +56,26 @@ def split_fields(
         if not any(name in some for some in names):
             known = sorted(set().union(*names))
             hint = did_you_mean(name, known)
-            whose = [each for each in registered() if name in field_names(config_class(each))]
-            if whose:
-                hint = f" It is a setting of objectives: objective = {{ name = {whose[0]!r}, {name} = … }}."
+            for field, family in variant_fields(config_types):
+                for each in family.names():
+                    if name in field_names(family.member(each)):
+                        hint = (
+                            f" It is a setting of {family.noun}s: "
+                            f"{field} = {{ name = {each!r}, {name} = … }}."
+                        )
+                        break
             raise InputError(f"{where}: unknown field {name!r}.{hint} Known: {', '.join(known)}.")
     return [{name: value for name, value in values.items() if name in some} for some in names]
+
+
+def variant_fields(config_types: Sequence[type[Any]]) -> list[tuple[str, type[Variant]]]:
+    """The fields of some dataclasses that hold a :class:`Variant`, each with its family."""
+    return [
+        (name, hint)
+        for config_type in config_types
+        for name, hint in typing.get_type_hints(config_type).items()
+        if isinstance(hint, type) and issubclass(hint, Variant)
+    ]
 
 
 def field_names(config_type: type[Any]) -> list[str]:
@@ -96,8 +111,8 @@ def plain_value(entry: Any) -> Any:
 
 def _read(hint: Any, value: Any, where: str) -> Any:
     """``value`` as a field of type ``hint`` holds it, or an error that says what was expected."""
-    if hint is ObjectiveConfig:
-        return _read_objective(value, where)
+    if isinstance(hint, type) and issubclass(hint, Variant):
+        return _read_variant(hint, value, where)
     if get_origin(hint) in (Union, types.UnionType):
         if value is None:
             return None
@@ -121,8 +136,8 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _read_objective(value: Any, where: str) -> ObjectiveConfig:
-    """A name alone, or a table with a ``name``."""
+def _read_variant(family: type[Variant], value: Any, where: str) -> Variant:
+    """A member of ``family`` from its name alone, or from a table with a ``name``."""
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
@@ -130,4 +145,4 @@ def _read_objective(value: Any, where: str) -> ObjectiveConfig:
             f"{where}: expected a name, or a table with a name and settings, found {value!r}."
         )
     settings = {key: item for key, item in value.items() if key != "name"}
-    return from_dict(config_class(value["name"]), settings, f"{where} ({value['name']})")
+    return from_dict(family.member(value["name"]), settings, f"{where} ({value['name']})")

@@ -12,13 +12,13 @@ from neuron_explainer.dictionaries import (
     GatedConfig,
     JumpReLUConfig,
     MatryoshkaConfig,
+    ObjectiveConfig,
     PAnnealConfig,
     ReLUConfig,
     TopKConfig,
     TrainConfig,
     read_config,
 )
-from neuron_explainer.dictionaries.objectives import config_class, registered
 from neuron_explainer.dictionaries.params_json import read_params
 from neuron_explainer.errors import CheckpointError, InputError, LocationError
 from neuron_explainer.settings.field_docs import field_docs
@@ -27,7 +27,7 @@ from neuron_explainer.settings.from_files import from_dict, read_values, to_dict
 
 
 def test_every_field_has_a_docstring() -> None:
-    classes: list[type[Any]] = [TrainConfig, *(config_class(name) for name in registered())]
+    classes: list[type[Any]] = [TrainConfig, *map(ObjectiveConfig.member, ObjectiveConfig.names())]
     for cls in classes:
         assert [name for name, doc in field_docs(cls).items() if not doc] == [], cls
 

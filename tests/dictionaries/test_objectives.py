@@ -26,7 +26,7 @@ from neuron_explainer.dictionaries import (
     train,
 )
 from neuron_explainer.dictionaries.dictionary import Dictionary
-from neuron_explainer.dictionaries.objectives import make_objective, registered
+from neuron_explainer.dictionaries.objectives import make_objective
 from neuron_explainer.dictionaries.objectives.batch_topk import batch_top_k
 from neuron_explainer.dictionaries.objectives.jumprelu import JumpReLU, jump_relu, step
 from neuron_explainer.dictionaries.objectives.relu import PAnneal
@@ -531,7 +531,7 @@ def test_an_outsider_registers_without_touching_the_loop() -> None:
         def activation(self, dictionary: Dictionary) -> nn.Module:
             return nn.ReLU()
 
-    assert "scaled_for_test" in registered()
+    assert "scaled_for_test" in ObjectiveConfig.names()
     _, _, _, losses = trained(ScaledConfig(factor=3.0), steps=30, decay_steps=10)
     assert losses[-1] < losses[0]
     with pytest.raises(InputError, match="registered already"):

@@ -46,6 +46,17 @@ def run(c: TrainConfig, batches: Any = ROWS, *args: Any, **kwargs: Any) -> Autoe
     return train(c, batches, *args, progress=False, **kwargs)
 
 
+@pytest.mark.parametrize("objective", [TopKConfig(k=2), PAnnealConfig(), BatchTopKConfig(k=2)])
+def test_a_loss_may_be_computed_twice(objective: ObjectiveConfig) -> None:
+    """A loss is a formula: computing it changes nothing that training depends on."""
+    x = planted(64)[0]
+    trainee = Trainee(config(objective), x.shape[1], None, x.device).measure([(x, x)])
+    before = {name: value.clone() for name, value in trainee.state_dict().items()}
+    losses = [trainee.loss(*trainee.normalize(x, x), 0).total for _ in range(2)]
+    assert torch.equal(*losses)
+    assert all(torch.equal(value, before[name]) for name, value in trainee.state_dict().items())
+
+
 # ---- the same function of raw activations --------------------------------------------------------
 
 

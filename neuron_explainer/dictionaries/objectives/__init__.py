@@ -9,10 +9,8 @@ from neuron_explainer.dictionaries.objectives.base import (
     Objective,
     ObjectiveConfig,
     SparseLatents,
-    config_class,
     make_objective,
     register,
-    registered,
 )
 from neuron_explainer.dictionaries.objectives.batch_topk import BatchTopKConfig, MatryoshkaConfig
 from neuron_explainer.dictionaries.objectives.gated import GatedConfig
@@ -33,8 +31,6 @@ __all__ = [
     "ReLUConfig",
     "SparseLatents",
     "TopKConfig",
-    "config_class",
     "make_objective",
     "register",
-    "registered",
 ]

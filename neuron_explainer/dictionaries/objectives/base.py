@@ -24,22 +24,13 @@ from torch import Tensor, nn
 
 from neuron_explainer.dictionaries.dictionary import DecoderNorm, Dictionary
 from neuron_explainer.dictionaries.distributed import ALONE, World
-from neuron_explainer.errors import InputError, did_you_mean
+from neuron_explainer.errors import InputError
+from neuron_explainer.settings.variants import Variant
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
-    """Settings of one objective; each objective has its own subclass."""
-
-    @property
-    def name(self) -> str:
-        """Under which the objective is registered."""
-        for name, (config_class, _) in _REGISTRY.items():
-            if type(self) is config_class:
-                return name
-        raise InputError(
-            f"{type(self).__name__} is not registered as the settings of an objective."
-        )
+class ObjectiveConfig(Variant, noun="objective"):
+    """Settings of one objective; each objective has its own subclass, known by the objective's name."""
 
     def check_run(self, steps: int, decoder_norm: DecoderNorm, tied: bool) -> None:
         """An error if a run with these settings of its own cannot be what it is meant to be."""
@@ -139,7 +130,7 @@ class Objective(nn.Module, ABC, Generic[C]):
         return None
 
 
-_REGISTRY: dict[str, tuple[type[ObjectiveConfig], type[Objective[Any]]]] = {}
+_OBJECTIVES: dict[str, type[Objective[Any]]] = {}
 
 
 def register(
@@ -148,33 +139,19 @@ def register(
     """Class decorator: makes an objective known by a name and by the class of its settings."""
 
     def decorate(objective: type[Objective[Any]]) -> type[Objective[Any]]:
-        known = _REGISTRY.get(name)
-        if known is not None and known[1].__qualname__ != objective.__qualname__:
-            raise InputError(f"an objective {name!r} is registered already: {known[1].__name__}.")
-        _REGISTRY[name] = (config_class, objective)
+        known = _OBJECTIVES.get(name)
+        if known is not None and known.__qualname__ != objective.__qualname__:
+            raise InputError(f"an objective {name!r} is registered already: {known.__name__}.")
+        _OBJECTIVES[name] = objective
+        ObjectiveConfig.add(name, config_class)
         return objective
 
     return decorate
 
 
-def registered() -> list[str]:
-    """Names of all known objectives."""
-    return sorted(_REGISTRY)
-
-
-def config_class(name: str) -> type[ObjectiveConfig]:
-    """The settings that the objective ``name`` takes."""
-    if name not in _REGISTRY:
-        raise InputError(
-            f"unknown objective {name!r}.{did_you_mean(name, _REGISTRY)} "
-            f"Known: {', '.join(registered())}."
-        )
-    return _REGISTRY[name][0]
-
-
 def make_objective(config: ObjectiveConfig, dictionary: Dictionary) -> Objective[Any]:
     """The objective that ``config`` sets, for one dictionary."""
-    return _REGISTRY[config.name][1](config, dictionary)
+    return _OBJECTIVES[config.name](config, dictionary)
 
 
 def check_free_rows(name: str, decoder_norm: DecoderNorm, tied: bool) -> None:
