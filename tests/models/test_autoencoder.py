@@ -277,7 +277,7 @@ def test_topk_state_dict_is_that_of_the_original():
         ("TopK", {"k": 0}, "found 0"),
         ("TopK", {"k": True}, "found True"),
         ("TopK", {"k": 2.5}, "found 2.5"),
-        ("TopK", {"k": 3, "postact_fn": "Relu"}, "unknown postact_fn 'Relu'.*'ReLU'"),
+        ("TopK", {"k": 3, "postact_fn": "Relu"}, "unknown postact_fn 'Relu'.*ReLU"),
         ("TopK", {"k": 3, "j": 1}, "unknown field 'j'"),
         ("ReLU", {"k": 3}, "unknown field 'k'"),
         ("JumpReLU", {}, "expected a tensor 'threshold'"),
