@@ -41,8 +41,11 @@ class MissingExtraError(NeuronExplainerError, ImportError):
 
 
 def nearest(name: str, valid: Iterable[str], n: int = 3) -> list[str]:
-    """The up to ``n`` valid names most like ``name``, best first."""
-    return difflib.get_close_matches(name, list(valid), n=n, cutoff=0.6)
+    """The up to ``n`` valid names most like ``name``, best first; capitals do not matter."""
+    names = {other.casefold(): other for other in valid}
+    return [
+        names[found] for found in difflib.get_close_matches(name.casefold(), names, n=n, cutoff=0.6)
+    ]
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

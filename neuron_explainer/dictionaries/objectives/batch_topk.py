@@ -34,6 +34,7 @@ from neuron_explainer.dictionaries.objectives.base import (
 )
 from neuron_explainer.dictionaries.objectives.topk import AuxKConfig, aux_k_loss, check_k, k_at
 from neuron_explainer.errors import InputError
+from neuron_explainer.kernels.top_k import largest_entries
 from neuron_explainer.models.autoencoders.nonlinearities import BatchTopK as BatchTopKActivation
 
 
@@ -87,14 +88,15 @@ def batch_top_k(
     """
     n_tokens, n_latents = pre_act.shape
     count = k * (n_everywhere if world.splits_batch and n_everywhere else n_tokens)
-    values, flat = pre_act.flatten().topk(min(count, pre_act.numel()), sorted=False)
+    every = pre_act.flatten()
+    flat = largest_entries(every, min(count, len(every)))
+    values = every.gather(0, flat)
     if world.size > 1:
         chosen = world.among_largest(values, count)
         values, flat = values[chosen], flat[chosen]
-    flat, order = flat.sort()
     tokens = flat.div(n_latents, rounding_mode="floor")
     starts = torch.searchsorted(tokens, torch.arange(n_tokens, device=flat.device))
-    return Active(values[order].relu(), flat % n_latents, starts)
+    return Active(values.relu(), flat % n_latents, starts)
 
 
 C = TypeVar("C", bound=AuxKConfig)
