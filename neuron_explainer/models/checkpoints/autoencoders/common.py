@@ -132,6 +132,11 @@ def settle_location(
     return settled
 
 
+def is_on_the_stream(location: ActivationLocation) -> bool:
+    """Whether TransformerLens centres the activations there when it processes a model's weights."""
+    return location.path.startswith("resid.") and "ln" not in location.path
+
+
 def location_of(hook_name: Any) -> ActivationLocation | None:
     """The location that another library's name means; None for a name that means none here."""
     if not isinstance(hook_name, str):
