@@ -26,7 +26,7 @@ from neuron_explainer.errors import InputError
 from neuron_explainer.kernels import memory as sparse_memory
 from neuron_explainer.kernels.denormals import flush_denormals
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.settings.from_files import to_dict
+from neuron_explainer.settings import to_dict
 
 ONLY = "autoencoder"
 """Name of the dictionary where there is only one."""
