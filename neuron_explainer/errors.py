@@ -47,10 +47,10 @@ _MOST_NAMES = 5_000  # a foreign file may hold any number, and each takes time t
 
 
 def nearest(name: str, valid: Iterable[str], n: int = 3) -> list[str]:
-    """The up to ``n`` valid names most like ``name``, best first; capital letters do not count."""
-    names = {each.lower(): each for each in itertools.islice(valid, _MOST_NAMES)}
-    wanted = name[:_LONGEST_SHOWN].lower()
-    return [names[near] for near in difflib.get_close_matches(wanted, names, n=n, cutoff=_NEAR)]
+    """The up to ``n`` valid names most like ``name``, best first; capitals do not matter."""
+    names = {other.casefold(): other for other in itertools.islice(valid, _MOST_NAMES)}
+    wanted = name[:_LONGEST_SHOWN].casefold()
+    return [names[found] for found in difflib.get_close_matches(wanted, names, n=n, cutoff=_NEAR)]
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

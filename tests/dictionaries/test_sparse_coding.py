@@ -267,7 +267,7 @@ def test_settings_that_mean_nothing(changes, message):
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        ([], "no batches in epoch 0"),
+        ([], "there are no batches to train on"),
         ([torch.zeros(0, 3)], "no rows of activations in any batch"),
         ([torch.zeros(3)], r"must be floating point, \[r, n\].* found \[3\]"),
         ([torch.zeros(3, 3, dtype=torch.int64)], "found .* of torch.int64"),
@@ -295,5 +295,5 @@ def test_a_generator_serves_one_epoch():
     assert torch.equal(
         once.encoder.weight, train_sparse_coding(SparseCodingConfig(4, 0.1), batches).encoder.weight
     )
-    with pytest.raises(InputError, match="no batches in epoch 1"):
+    with pytest.raises(InputError, match="come to an end and cannot be started again"):
         train_sparse_coding(SparseCodingConfig(4, 0.1, epochs=2), iter(batches))
