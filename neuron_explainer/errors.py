@@ -41,8 +41,12 @@ class MissingExtraError(NeuronExplainerError, ImportError):
 
 
 def nearest(name: str, valid: Iterable[str], n: int = 3) -> list[str]:
-    """The up to ``n`` valid names most like ``name``, best first."""
-    return difflib.get_close_matches(name, list(valid), n=n, cutoff=0.6)
+    """The up to ``n`` valid names most like ``name``, best first; none where none is near."""
+    spelled: dict[str, str] = {}
+    for known in valid:  # capitals do not count
+        spelled.setdefault(known.lower(), known)
+    close = difflib.get_close_matches(name.lower(), spelled, n=n, cutoff=0.6)
+    return [spelled[found] for found in close]
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
