@@ -41,12 +41,11 @@ class MissingExtraError(NeuronExplainerError, ImportError):
 
 
 def nearest(name: str, valid: Iterable[str], n: int = 3) -> list[str]:
-    """The up to ``n`` valid names most like ``name``, best first; none where none is near."""
-    spelled: dict[str, str] = {}
-    for known in valid:  # capitals do not count
-        spelled.setdefault(known.lower(), known)
-    close = difflib.get_close_matches(name.lower(), spelled, n=n, cutoff=0.6)
-    return [spelled[found] for found in close]
+    """The up to ``n`` valid names most like ``name``, best first; capitals do not matter."""
+    names = {other.casefold(): other for other in valid}
+    return [
+        names[found] for found in difflib.get_close_matches(name.casefold(), names, n=n, cutoff=0.6)
+    ]
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.errors import InputError, SourceError
-from neuron_explainer.evaluation.evaluate import coded_pieces
-from neuron_explainer.evaluation.placed import Subject, subjects_of
+from neuron_explainer.evaluation.pieces import coded_pieces
+from neuron_explainer.evaluation.placed import Placed, placed
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
 from neuron_explainer.models.model_context import ModelContext
@@ -116,7 +116,7 @@ def summarize_sentences(
     if empty or not ids:
         what = f"sentence {empty[0]} is empty" if empty else "there are no sentences"
         raise InputError(f"{what}: a mean needs at least one token.")
-    subjects = subjects_of(autoencoders, context.get_dim_size(Dimension.LAYERS))
+    subjects = placed(autoencoders, context.get_dim_size(Dimension.LAYERS))
     found: dict[str, list[SentenceSummary]] = {name: [] for name in subjects}
     for start in range(0, len(ids), batch_size):
         part = slice(start, start + batch_size)
@@ -127,7 +127,7 @@ def summarize_sentences(
 
 
 def _summary(
-    sentence: str, n_tokens: int, subject: Subject, x: Tensor, codes: Tensor
+    sentence: str, n_tokens: int, subject: Placed, x: Tensor, codes: Tensor
 ) -> SentenceSummary:
     autoencoder = subject.autoencoder
     code = autoencoder.encode(x.to(autoencoder.device, autoencoder.dtype)[None])[0]
@@ -142,7 +142,7 @@ def _summary(
 
 
 def _means(
-    context: ModelContext, ids: list[list[int]], subjects: Mapping[str, Subject], bos: bool
+    context: ModelContext, ids: list[list[int]], subjects: Mapping[str, Placed], bos: bool
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean activation ``[sentences, n]`` and mean code ``[sentences, l]`` at each place, in float64."""
     model = context.get_or_create_model()

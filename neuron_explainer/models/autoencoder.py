@@ -50,9 +50,8 @@ from neuron_explainer.models.autoencoders.nonlinearities import (
     make_activation,
 )
 from neuron_explainer.models.checkpoints.autoencoders import Stated, read_autoencoder
-from neuron_explainer.models.checkpoints.autoencoders.native import WEIGHTS_FILE
+from neuron_explainer.models.checkpoints.autoencoders.native import FORMAT_VERSION, WEIGHTS_FILE
 from neuron_explainer.models.checkpoints.autoencoders.state import (
-    FORMAT_VERSION,
     NORMALIZATIONS,
     OPTIONAL_PARAMETERS,
     PARAMETERS,
@@ -746,7 +745,7 @@ class Autoencoder(nn.Module):
         try:
             autoencoder = cls.from_state_dict(
                 loaded.state_dict,
-                strict or loaded.statistics != "vary",
+                strict or not loaded.lenient,
                 input_normalization=loaded.input_normalization,
                 location=loaded.location,
                 output_location=loaded.output_location,

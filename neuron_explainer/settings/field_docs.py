@@ -12,11 +12,12 @@ def field_docs(cls: type[Any]) -> dict[str, str]:
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):
-            docs |= _own_docs(base)
+            docs |= own_docs(base)
     return {field.name: docs.get(field.name, "") for field in dataclasses.fields(cls)}
 
 
-def _own_docs(cls: type[Any]) -> dict[str, str]:
+def own_docs(cls: type[Any]) -> dict[str, str]:
+    """Likewise for any class, without what it inherits; a field without a docstring is left out."""
     try:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     except (OSError, TypeError):  # a class made where there is no file

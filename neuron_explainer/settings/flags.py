@@ -35,10 +35,10 @@ def add_flags(
             continue
         if family := families.get(field.name):
             hint: Any = Literal[tuple(family.names())]
-            _add(group, field.name, hint, docs[field.name], _default(field).name)
+            add_flag(group, field.name, hint, docs[field.name], _default(field).name)
             _add_members(parser.add_argument_group(f"settings of {family.noun}s"), family)
         else:
-            _add(group, field.name, hints[field.name], docs[field.name], field.default)
+            add_flag(group, field.name, hints[field.name], docs[field.name], field.default)
 
 
 def from_flags(
@@ -89,7 +89,7 @@ def _add_members(group: Any, family: type[Variant]) -> None:
             default = f" [{_shown(field.default)}]" if _shown(field.default) else ""
             helps.append(f"{member}{default}: {docs[field.name]}")
     for name, (hint, helps) in by_name.items():
-        _add(group, name, hint, " ".join(_merged(helps)), dataclasses.MISSING)
+        add_flag(group, name, hint, " ".join(_merged(helps)), dataclasses.MISSING)
 
 
 def _merged(helps: list[str]) -> list[str]:
@@ -120,14 +120,15 @@ def _member_values(
     return values | {name: given[name] for name in known if name in given}
 
 
-def _add(group: Any, name: str, hint: Any, doc: str, default: Any) -> None:
+def add_flag(group: Any, name: str, hint: Any, doc: str, default: Any) -> None:
     """Add a flag that is absent from the namespace unless it is given."""
     options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
     options["help"] = (doc + (f" [{_shown(default)}]" if _shown(default) else "")).replace(
         "%", "%%"
     )
     if get_origin(hint) in (Union, types.UnionType):
-        (hint,) = (option for option in get_args(hint) if option is not types.NoneType)
+        options_of = [option for option in get_args(hint) if option is not types.NoneType]
+        hint = str if str in options_of else options_of[0]  # text stands for anything that it names
     if hint is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif get_origin(hint) is Literal:

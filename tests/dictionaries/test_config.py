@@ -85,16 +85,20 @@ def test_settings_that_cannot_be(fields: dict[str, Any], message: str) -> None:
 
 def test_what_is_not_given_goes_by_the_size_of_the_run() -> None:
     short, long = TrainConfig(steps=200), TrainConfig(steps=200_000)
-    assert (short.warming_up, short.decaying, short.resampling) == (10, 40, 50)
-    assert (long.warming_up, long.decaying, long.resampling) == (1000, 40_000, 25_000)
+    assert (short.n_warmup_steps, short.n_decay_steps, short.resample_interval) == (10, 40, 50)
+    assert (long.n_warmup_steps, long.n_decay_steps, long.resample_interval) == (
+        1000,
+        40_000,
+        25_000,
+    )
     assert short.dead_after(100) == 2000
     assert long.dead_after(4096) == 10_000_000
     assert short.lr_for(2**14) == 2e-4
     assert short.lr_for(2**10) == pytest.approx(8e-4)
     one = TrainConfig(steps=1)
-    assert (one.warming_up, one.decaying, one.dead_after(5)) == (0, 1, 1)
-    assert TrainConfig(steps=200, decay_steps=195).warming_up == 5
-    assert TrainConfig(steps=200, warmup_steps=190).decaying == 10
+    assert (one.n_warmup_steps, one.n_decay_steps, one.dead_after(5)) == (0, 1, 1)
+    assert TrainConfig(steps=200, decay_steps=195).n_warmup_steps == 5
+    assert TrainConfig(steps=200, warmup_steps=190).n_decay_steps == 10
 
 
 def test_what_is_given_stays() -> None:
@@ -107,7 +111,7 @@ def test_what_is_given_stays() -> None:
         resample_every=3,
     )
     assert given.lr_for(2**14) == 1e-3
-    assert (given.warming_up, given.decaying, given.resampling) == (0, 200, 3)
+    assert (given.n_warmup_steps, given.n_decay_steps, given.resample_interval) == (0, 200, 3)
     assert given.dead_after(4096) == 7
 
 
@@ -241,7 +245,7 @@ def test_params_json(tmp_path: Path) -> None:
     params = read_params(path)
     assert params.config.total_steps == 195
     assert [params.config.lr_for(n) for n in (64, 4096)] == [3e-4, 3e-4]
-    assert params.config.warming_up == 19
+    assert params.config.n_warmup_steps == 19
     assert params.config.decay == "none"
     assert params.config.seed == 7
     assert params.config.objective == ReLUConfig(l1_coefficient=2.0)

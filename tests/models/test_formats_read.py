@@ -154,10 +154,10 @@ def test_fields_that_may_change_numbers_are_refused_and_others_kept(tmp_path):
     [
         (
             "standard",
-            {"architecture": "temporal"},
-            "architecture: expected one of .*found 'temporal'",
+            {"architecture": "toppk"},
+            "architecture: expected 'standard', .*found 'toppk'. Did you mean 'topk'",
         ),
-        ("standard", {"architecture": ...}, "architecture: expected one of .*found None"),
+        ("standard", {"architecture": ...}, "architecture: expected 'standard', .*found None"),
         ("standard", {"architecture": "gated"}, r"b_gate: missing, expected \[24\]"),
         ("standard", {"d_in": 9}, r"W_enc: expected shape \[9, 24\], found \[8, 24\]"),
         ("standard", {"d_in": ...}, "d_in: expected a whole number >= 1, found no such field"),
@@ -210,9 +210,7 @@ def test_saelens_scaling_factors(tmp_path):
     expected = load_file(CASES["sae-lens-old-standard"][0] / "expected.safetensors")
     assert_agrees(Autoencoder.load(folder).reconstruct(expected["x"]).detach(), expected["recons"])
     save_file(tensors | {"scaling_factor": torch.ones(24) * 2}, folder / "sae_weights.safetensors")
-    with pytest.raises(
-        CheckpointError, match="finetuning_scaling_factor: expected false, found tru"
-    ):
+    with pytest.raises(CheckpointError, match="scaling_factor: expected ones, found other values"):
         Autoencoder.load(folder)
     config = json.loads((folder / "cfg.json").read_text()) | {"finetuning_scaling_factor": False}
     (folder / "cfg.json").write_text(json.dumps(config))

@@ -206,7 +206,7 @@ def test_overwriting(tmp_path):
 
 def test_an_unknown_format(tmp_path):
     with pytest.raises(InputError, match=r"'SAELens' is not written\. Did you mean 'saelens'"):
-        save_as(make(), tmp_path / "folder", "SAELens")  # type: ignore[arg-type]
+        save_as(make(), tmp_path / "folder", "SAELens")
 
 
 @pytest.mark.parametrize("form", ["native", "saelens"])

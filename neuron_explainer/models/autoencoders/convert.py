@@ -1,13 +1,12 @@
 """Autoencoders written in the formats of other libraries: :func:`save_as` and :func:`convert`."""
 
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Unpack
 
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.checkpoints.autoencoders import (
     Exported,
     Stated,
-    WrittenFormat,
     write_autoencoder,
 )
 
@@ -15,19 +14,20 @@ from neuron_explainer.models.checkpoints.autoencoders import (
 def save_as(
     autoencoder: Autoencoder,
     folder: str | Path,
-    format: WrittenFormat | Literal["native"],
+    format: str,
     *,
     overwrite: bool = False,
 ) -> None:
     """Write ``folder`` in a format, so that the format's own library applies it as it is applied here.
 
     What a format cannot express is refused, and nothing is written. What changes no number may be
-    lost: statistics of latents, the mark that a decoder is tied (it is written out).
+    lost: statistics of latents, the mark that a decoder is tied (it is written out). Biases that have
+    to be folded together are written in float32, so that nothing is rounded twice.
 
     Args:
         autoencoder: any.
         folder: absent or empty, unless ``overwrite``.
-        format: ``"saelens"``, ``"dictionary_learning"``, ``"sparsify"``, or ``"native"``.
+        format: ``"native"``, or one of ``checkpoints.autoencoders.WRITTEN_FORMATS``.
         overwrite: replace a saved thing that is there.
     """
     if format == "native":
@@ -51,12 +51,12 @@ def save_as(
 def convert(
     src: str | Path,
     dst: str | Path,
-    format: WrittenFormat | Literal["native"],
+    format: str,
     *,
     overwrite: bool = False,
     **stated: Unpack[Stated],
 ) -> Autoencoder:
-    """Read ``src`` of whatever format, write the folder ``dst`` in ``format``, give it back.
+    """Read ``src`` of any format, write the folder ``dst`` in ``format``, return the autoencoder.
 
     ``stated`` is what the files at ``src`` do not say, see :meth:`Autoencoder.load`.
     """

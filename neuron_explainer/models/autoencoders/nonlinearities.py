@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from neuron_explainer.errors import CheckpointError, InputError, did_you_mean
+from neuron_explainer.kernels.top_k import top_k
 from neuron_explainer.models.autoencoders.fista import Fista
 
 _POSTACTS: dict[str, type[nn.Module]] = {"ReLU": nn.ReLU, "Identity": nn.Identity}
@@ -37,9 +38,9 @@ class TopK(nn.Module):
     ``[…, l] -> […, l]``, dense: all other latents are zero. With the default ReLU fewer than ``k``
     latents are active in a row with fewer than ``k`` positive pre-activations.
 
-    Exactly ``k`` entries are kept also where several are equal to the smallest kept one; which of
-    the equal ones is ``torch.topk``'s choice, and may differ between devices. A NaN counts as the
-    largest value, so that a row holding one yields a NaN and is noticed further on.
+    Exactly ``k`` entries are kept. Of pre-activations equal to the smallest kept one, those with the
+    lowest indices are kept. A NaN counts as the largest value, so that a row holding one yields a NaN
+    and is noticed further on.
 
     The gradient is that of the kept entries; the choice itself has none.
 
@@ -54,8 +55,8 @@ class TopK(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] < self.k:
             raise InputError(f"TopK: k={self.k} is more than the {x.shape[-1]} latents given.")
-        top = torch.topk(x, self.k, dim=-1, sorted=False)
-        return torch.zeros_like(x).scatter(-1, top.indices, self.postact_fn(top.values))
+        indices = top_k(x, self.k)[1]
+        return torch.zeros_like(x).scatter(-1, indices, self.postact_fn(x.gather(-1, indices)))
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -175,8 +176,8 @@ class BatchTopK(_Threshold):
 class GroupMax(nn.Module):
     """Keeps the largest pre-activation of each of ``k`` equal groups of neighbours, rectified.
 
-    ``[…, l] -> […, l]``, dense. Of equal ones it is ``torch.max``'s choice. The ``groupmax`` of
-    EleutherAI's sparsify.
+    ``[…, l] -> […, l]``, dense. Of equal ones the first is kept (``torch.max`` promises that). The
+    ``groupmax`` of EleutherAI's sparsify.
     """
 
     def __init__(self, k: int) -> None:

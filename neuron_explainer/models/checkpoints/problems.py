@@ -71,6 +71,45 @@ class Report:
         raise CheckpointError(f"{text}\n{hint}" if hint else text)
 
 
+def tensor_problems(
+    tensors: Mapping[str, Any], expected: Mapping[str, Shape], integers: Iterable[str] = ()
+) -> list[tuple[str, str]]:
+    """What is wrong with tensors, by name: missing, unknown, of a wrong shape or kind, not finite.
+
+    ``integers`` need not be floating point, and may have any value.
+    """
+    problems = [
+        (name, f"missing, expected {list(expected[name])}")
+        for name in expected.keys() - tensors.keys()
+    ]
+    for name in tensors.keys() - expected.keys():
+        near = did_you_mean(name, expected.keys() - tensors.keys())
+        problems.append((name, f"unexpected, found {described(tensors[name])}.{near}"))
+    for name in expected.keys() & tensors.keys():
+        value, wanted = tensors[name], list(expected[name])
+        if not isinstance(value, torch.Tensor):
+            problems.append((name, f"expected a tensor, found {described(value)}"))
+            continue
+        found = list(value.shape)
+        if found != wanted:
+            turned = " (transposed?)" if len(found) == 2 and found == wanted[::-1] else ""
+            problems.append((name, f"expected shape {wanted}, found {found}{turned}"))
+        if name in integers:
+            continue
+        if not value.is_floating_point():
+            dtype = TensorInfo.of(value).dtype
+            problems.append((name, f"expected a floating-point dtype, found {dtype}"))
+        elif not torch.isfinite(value).all():
+            problems.append((name, "holds NaN or infinity"))
+    return sorted(problems)
+
+
+def described(value: Any) -> str:
+    """A value in an error message: the shape of a tensor, the type of anything else."""
+    tensor = isinstance(value, torch.Tensor)
+    return str(list(value.shape)) if tensor else f"a {type(value).__name__}"
+
+
 def expected_shapes(cfg: TransformerConfig) -> dict[str, Shape]:
     """Every key of a transformer's state dict with its shape, in the order of a forward pass."""
     d, qk, v, ff = cfg.d_model, cfg.d_attn_qk, cfg.d_attn_v, cfg.d_ff

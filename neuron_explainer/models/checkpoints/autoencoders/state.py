@@ -7,13 +7,12 @@ Shape legend: ``n`` inputs, ``o`` outputs (as many as inputs but in a transcoder
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from neuron_explainer.errors import CheckpointError, InputError, LocationError, did_you_mean
+from neuron_explainer.errors import CheckpointError, InputError, did_you_mean
 from neuron_explainer.models.autoencoders.nonlinearities import (
     ACTIVATIONS_CLASSES,
     PER_LATENT_FIELDS,
@@ -23,13 +22,10 @@ from neuron_explainer.models.autoencoders.nonlinearities import (
     TopK,
     make_activation,
 )
-from neuron_explainer.models.checkpoints.tensor_files import SafetensorsFile, torch_load
-from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.models.checkpoints.problems import Shape, described, tensor_problems
 
 InputNormalization = Literal["none", "center", "layer_norm", "rms"]
 NORMALIZATIONS: tuple[str, ...] = get_args(InputNormalization)
-
-FORMAT_VERSION = 1
 
 PARAMETERS = ("pre_bias", "latent_bias", "encoder.weight", "decoder.weight")
 # What OpenAI's layout has not: a bias of the output that is not that of the input, a linear path
@@ -42,6 +38,11 @@ STATISTICS: dict[str, tuple[float, torch.dtype]] = {
     "latents_activation_frequency": (1, torch.float32),
     "latents_mean_square": (0, torch.float32),
 }
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """For folding factors in: in half precision their product would be rounded twice."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def check_sizes(
@@ -138,7 +139,7 @@ def parse_state_dict(
         notes.append(f"missing statistics {', '.join(missing)}")
     if strict:
         problems, notes = problems + notes, []
-    problems += _check_tensors(tensors, tied, n_outputs)
+    problems += _tensor_problems(tensors, tied, n_outputs)
     if not problems:
         shape = tensors["encoder.weight"].shape
         problems += _check_activation(name, fields, shape)
@@ -192,48 +193,40 @@ def _pop_tied(rest: dict[str, Any], problems: list[str]) -> bool:
     return tied
 
 
-def _check_tensors(tensors: Mapping[str, Any], tied: bool, n_outputs: Any) -> list[str]:
-    required = [key for key in PARAMETERS if not (tied and key == "decoder.weight")]
-    if n_outputs is not None:
-        required.append("post_bias")
-    if "glu.weight" in tensors or "glu.bias" in tensors:
-        required += ["glu.weight", "glu.bias"]
-    problems = [_missing(key) for key in required if key not in tensors]
-    not_tensors = {key for key, value in tensors.items() if not isinstance(value, Tensor)}
-    problems += [f"{key} is a {type(tensors[key]).__name__}, not a tensor" for key in not_tensors]
+def _tensor_problems(tensors: Mapping[str, Any], tied: bool, n_outputs: Any) -> list[str]:
     weight = tensors.get("encoder.weight")
-    if not isinstance(weight, Tensor):
-        return problems
-    if weight.ndim != 2:
-        return [*problems, f"encoder.weight: expected [l, n], found {list(weight.shape)}"]
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        found = "missing" if weight is None else f"found {described(weight)}"
+        return [f"encoder.weight: expected a matrix [l, n], {found}"]
     n_latents, n_inputs = weight.shape
     if n_outputs is not None and (type(n_outputs) is not int or n_outputs < 1):
-        return [*problems, f"n_outputs is {n_outputs!r}, expected a whole number >= 1"]
-    n_outputs = n_inputs if n_outputs is None else n_outputs
-    shapes = {
-        "pre_bias": [n_inputs],
-        "decoder.weight": [n_outputs, n_latents],
-        "post_bias": [n_outputs],
-        "skip.weight": [n_outputs, n_inputs],
-        "glu.weight": [n_latents, n_inputs],
+        return [f"n_outputs is {n_outputs!r}, expected a whole number >= 1"]
+    is_transcoder = n_outputs is not None
+    n_outputs = n_outputs if is_transcoder else n_inputs
+    optional: dict[str, Shape] = {
+        "post_bias": (n_outputs,),
+        "skip.weight": (n_outputs, n_inputs),
+        "glu.weight": (n_latents, n_inputs),
+        "glu.bias": (n_latents,),
+        **dict.fromkeys(STATISTICS, (n_latents,)),
     }
-    for key in tensors.keys() - not_tensors - {"encoder.weight"}:
-        expected, found = shapes.get(key, [n_latents]), list(tensors[key].shape)
-        if found != expected:
-            problems.append(f"{key}: expected {expected} to go with encoder.weight, found {found}")
-    for key in (*PARAMETERS, *OPTIONAL_PARAMETERS):
-        if key not in tensors or key in not_tensors:
-            continue
-        if not tensors[key].is_floating_point():
-            problems.append(f"{key}: expected floating-point numbers, found {tensors[key].dtype}")
-        elif not torch.isfinite(tensors[key]).all():
-            problems.append(f"{key}: holds NaN or infinity")
+    present = set(tensors)
+    if is_transcoder:
+        present.add("post_bias")
+    if present & {"glu.weight", "glu.bias"}:
+        present |= {"glu.weight", "glu.bias"}
+    expected: dict[str, Shape] = {
+        "encoder.weight": (n_latents, n_inputs),
+        "latent_bias": (n_latents,),
+        "pre_bias": (n_inputs,),
+        **{name: shape for name, shape in optional.items() if name in present},
+    }
+    if not tied:
+        expected["decoder.weight"] = (n_outputs, n_latents)
+    problems = [f"{name}: {it}" for name, it in tensor_problems(tensors, expected, STATISTICS)]
+    if not tied and "decoder.weight" not in tensors:
+        problems.append("a tied decoder has to be marked: tied=True")
     return problems
-
-
-def _missing(key: str) -> str:
-    hint = " (a tied decoder has to be marked: tied=True)" if key == "decoder.weight" else ""
-    return f"missing {key}{hint}"
 
 
 def _check_activation(name: str, fields: dict[str, Any], shape: torch.Size) -> list[str]:
@@ -276,83 +269,3 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
     return bool(a == b)
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-_CONFIG_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "format_version": int,
-    "kind": str,
-    "n_latents": int,
-    "n_inputs": int,
-    "activation": dict,
-    "tied": bool,
-    "input_normalization": str,
-    "location": (str, type(None)),
-    "model_name": (str, type(None)),
-    "dtype": str,
-    "metadata": dict,
-}
-# Only where they are needed: a reader that does not know them refuses the folder, rightly.
-_OPTIONAL_CONFIG_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "n_outputs": int,
-    "output_location": str,
-    "group_sizes": list,
-}
-
-
-def check_config(config: Any, path: str | Path) -> dict[str, Any]:
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(config).__name__}.")
-    if config.get("kind") != "autoencoder":
-        raise CheckpointError(
-            f"{path}: expected kind 'autoencoder', found {config.get('kind')!r}: this folder holds "
-            "something else."
-        )
-    if config.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format_version {config.get('format_version')!r} cannot be read; this version "
-            f"of neuron_explainer reads {FORMAT_VERSION}."
-        )
-    known = _CONFIG_FIELDS | _OPTIONAL_CONFIG_FIELDS
-    problems = [f"unknown field {key!r}" for key in config if key not in known]
-    for key, kind in known.items():
-        if key not in config:
-            if key in _CONFIG_FIELDS:
-                problems.append(f"missing field {key!r}")
-        elif not isinstance(config[key], kind):
-            problems.append(f"{key}: found {config[key]!r}")
-    if not problems:
-        problems = _check_values(config)
-    if problems:
-        raise CheckpointError(f"{path}: {'; '.join(problems)}.")
-    return config
-
-
-def _check_values(config: dict[str, Any]) -> list[str]:
-    problems = []
-    if not isinstance(config["activation"].get("name"), str):
-        problems.append(f"activation: expected a 'name', found {config['activation']!r}")
-    if config["input_normalization"] not in NORMALIZATIONS:
-        problems.append(unknown_normalization(config["input_normalization"]))
-    for key in ("location", "output_location"):
-        if config.get(key) is not None:
-            try:
-                ActivationLocation.parse(config[key])
-            except LocationError as error:
-                problems.append(str(error))
-    return problems
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    file = SafetensorsFile(path)
-    return {name: file.read(name) for name in file.infos}
-
-
-def read_pt(path: Path, source: str | Path) -> Mapping[str, Any]:
-    state_dict = torch_load(path)
-    if not isinstance(state_dict, Mapping):
-        raise CheckpointError(
-            f"{source}: expected a state dict, found {type(state_dict).__name__}."
-        )
-    return state_dict
