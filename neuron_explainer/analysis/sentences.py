@@ -28,6 +28,7 @@ from neuron_explainer.models.autoencoder_context import AutoencoderContext
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.sampling import prep_input_and_pad
 from neuron_explainer.models.weight_names import Dimension
+from neuron_explainer.tables import text_table
 
 Code = Literal["mean_of_codes", "code_of_mean"]
 
@@ -241,16 +242,7 @@ def to_table(
     rows = rows_of(summaries, code)
     head = list(rows[0] if rows else COLUMNS)
     cells = [[_cell(value, width) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-    numeric = [name not in ("Location", "Sentence") for name in head]
-    lines = [head, ["-" * size for size in widths], *cells]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(size) if right else cell.ljust(size)
-            for cell, size, right in zip(line, widths, numeric, strict=True)
-        ).rstrip()
-        for line in lines
-    )
+    return text_table(head, cells, n_left=len(head) - len(COLUMNS) + 1, rule=True)
 
 
 def _cell(value: Any, width: int) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 from neuron_explainer.evaluation.compat import PeerStats
 from neuron_explainer.evaluation.metrics import DensityHistogram, ce_recovered, density_histogram
 from neuron_explainer.evaluation.running import LossTotals, ReconstructionStats
+from neuron_explainer.tables import text_table
 
 
 @dataclass(frozen=True)
@@ -165,41 +166,31 @@ class Evaluation:
         return result
 
     def table(self) -> str:
-        """One figure a line."""
+        """One line for each figure."""
         rows = {"location": self.location or "unknown"} | {
             name: f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
             for name, value in self.figures().items()
         }
-        width = max(map(len, rows))
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+        return text_table([], rows.items(), n_left=2)
+
+
+_COLUMNS = (
+    ("FVU", "fvu", ".4f"),
+    ("L0", "l0", ".2f"),
+    ("cosine", "cosine_similarity", ".4f"),
+    ("dead", "dead_share", ".1%"),
+    ("CE rec. (zero)", "recovered_zero", ".4f"),
+    ("(mean)", "recovered_mean", ".4f"),
+    ("KL", "kl", ".4f"),
+    ("tokens", "n_tokens", ",d"),
+)
+"""Title, figure and format of the columns of :func:`evaluation_table`."""
 
 
 def evaluation_table(evaluations: Mapping[str, Evaluation]) -> str:
-    """The most looked-at figures, one line an autoencoder."""
-    columns: dict[str, tuple[str, str]] = {
-        "FVU": ("fvu", "8.4f"),
-        "L0": ("l0", "8.2f"),
-        "cosine": ("cosine_similarity", "8.4f"),
-        "dead": ("dead_share", "8.1%"),
-        "CE rec. (zero)": ("recovered_zero", "15.4f"),
-        "(mean)": ("recovered_mean", "8.4f"),
-        "KL": ("kl", "8.4f"),
-        "tokens": ("n_tokens", "12,d"),
-    }
-    first = max([len("autoencoder"), *map(len, evaluations)])
-
-    def width(spec: str) -> int:
-        return int(spec.split(".")[0].split(",")[0])
-
-    head = f"{'autoencoder':<{first}}" + "".join(
-        f" {title:>{width(spec)}}" for title, (_, spec) in columns.items()
-    )
-    lines = [head]
+    """The figures that are looked at most, one line for each autoencoder."""
+    rows = []
     for name, evaluation in evaluations.items():
-        figures = evaluation.figures()
-        cells = [
-            f"{figures[key]:{spec}}" if key in figures else f"{'-':>{width(spec)}}"
-            for key, spec in columns.values()
-        ]
-        lines.append(" ".join([f"{name:<{first}}", *cells]))
-    return "\n".join(lines)
+        found = evaluation.figures()
+        rows.append([name, *(f"{found[k]:{f}}" if k in found else "-" for _, k, f in _COLUMNS)])
+    return text_table(["autoencoder", *(title for title, _, _ in _COLUMNS)], rows)
