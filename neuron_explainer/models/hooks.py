@@ -346,7 +346,8 @@ class _InLayers:
 
     def __call__(self, x: Tensor, layer: int | None = None) -> bool:
         if layer is None:
-            raise HookError(f"AtLayers({self.layers}) chooses layers and was called without one.")
+            layers = ", ".join(map(str, self.layers))
+            raise HookError(f"AtLayers({layers}) chooses layers and was called without one.")
         return layer in self.layers
 
 
