@@ -592,10 +592,10 @@ def test_hostile_pickles_are_refused(kind: str, tmp_path: Path) -> None:
 def test_pieces_config_errors(tmp_path: Path) -> None:
     save_pieces(tmp_path / "a", CFG, random_state())
     config = tmp_path / "a/config.json"
-    edit_json(config, n_heads="REMOVED", n_layer=2)
+    edit_json(config, n_heads="REMOVED", n_head=2)
     text = error_of(tmp_path / "a")
     assert "the field 'n_heads' is missing" in text
-    assert "unknown field 'n_layer'. Did you mean" in text
+    assert "unknown field 'n_head'. Did you mean 'n_heads'" in text
 
 
 def test_pieces_refuse_what_seven_fields_cannot_say(tmp_path: Path) -> None:
