@@ -40,7 +40,6 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     LoadedAutoencoder,
     Source,
     Stated,
-    has_keys,
     read_content,
 )
 from neuron_explainer.models.checkpoints.autoencoders.gemma_scope_2 import side_by_side

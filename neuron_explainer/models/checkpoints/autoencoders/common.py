@@ -175,6 +175,15 @@ def matrix_shape(where: str | Path, tensors: Mapping[str, Any], name: str) -> tu
     return value.shape[0], value.shape[1]
 
 
+def encoder_by_latent(tensors: Mapping[str, Any]) -> bool:
+    """Whether ``W_enc`` is ``[l, n]``; False where the biases do not tell, being of equal length."""
+    found = [tensors.get(name) for name in ("W_enc", "b_enc", "b_dec")]
+    if not all(isinstance(value, Tensor) for value in found):
+        return False
+    encoder, *biases = [list(value.shape) for value in found if value is not None]
+    return encoder == biases[0] + biases[1] and biases[0] != biases[1]
+
+
 def check_facts(
     where: str | Path, config: Mapping[str, Any], facts: Mapping[str, Any], source: str
 ) -> None:

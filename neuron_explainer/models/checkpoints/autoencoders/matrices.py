@@ -20,12 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_facts,
     check_tensors,
+    encoder_by_latent,
     loaded,
     location_of,
     matrix_shape,
@@ -33,7 +32,6 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     read_text,
 )
 from neuron_explainer.models.checkpoints.autoencoders.format import (
-    Content,
     Format,
     LoadedAutoencoder,
     Source,
@@ -43,18 +41,6 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
 from neuron_explainer.models.checkpoints.problems import Shape
 
 _KEYS = ("W_enc", "W_dec", "b_enc", "b_dec")
-
-
-def _is_turned(content: Content) -> bool:
-    """Whether the encoder is ``[l, n]``."""
-    sizes = [len(content[name]) for name in ("b_enc", "b_dec") if _is_vector(content.get(name))]
-    encoder = content.get("W_enc")
-    shape = list(encoder.shape) if isinstance(encoder, Tensor) else []
-    return len(sizes) == 2 and sizes[0] != sizes[1] and shape == sizes
-
-
-def _is_vector(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 1
 
 
 # ---- attn_saes -----------------------------------------------------------------------------------
@@ -105,7 +91,7 @@ ATTN_SAES = Format(
     layout="a .pt file with W_enc, W_dec, b_enc, b_dec and NAME_cfg.json beside it (attention-output "
     "autoencoders of GPT-2 small)",
     read=read_attn_saes,
-    holds={"torch": lambda content: has_keys(*_KEYS)(content) and not _is_turned(content)},
+    holds={"torch": lambda content: has_keys(*_KEYS)(content) and not encoder_by_latent(content)},
 )
 
 
@@ -127,7 +113,7 @@ QWEN_SCOPE = Format(
     layout="a .pt file with W_enc [l, n], W_dec, b_enc, b_dec (Qwen Scope)",
     read=read_qwen_scope,
     states=frozenset({"k"}),
-    holds={"torch": lambda content: has_keys(*_KEYS)(content) and _is_turned(content)},
+    holds={"torch": lambda content: has_keys(*_KEYS)(content) and encoder_by_latent(content)},
 )
 
 
