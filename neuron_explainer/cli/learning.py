@@ -242,12 +242,12 @@ def run_train(args: argparse.Namespace) -> Result:
     device = asked.config.device
     with open_world(args.divide, timeout=args.dist_timeout, device=device) as world:
         result = _train(args, asked, world)
-    if not world.is_first:  # the first one speaks for all
+    if not world.is_rank_zero:  # the first one speaks for all
         args.json, args.show = False, lambda _: None
     return result
 
 
-class _Asked(NamedTuple):
+class TrainRequest(NamedTuple):
     """What flags and files ask for."""
 
     config: "TrainConfig"
@@ -257,7 +257,7 @@ class _Asked(NamedTuple):
     out: str
 
 
-def _train(args: argparse.Namespace, asked: _Asked, world: "World") -> Result:
+def _train(args: argparse.Namespace, asked: TrainRequest, world: "World") -> Result:
     from functools import partial
 
     from neuron_explainer.activations import open_buffer
@@ -317,13 +317,13 @@ def origin_of_store(source: str) -> Result:
     return files.read_json(note) if is_store(source) and note.exists() else {}
 
 
-def _settings(args: argparse.Namespace) -> _Asked:
+def _settings(args: argparse.Namespace) -> TrainRequest:
     """From flags, and from the file of ``--config`` or ``--params``; flags win."""
     from neuron_explainer.activations import DataConfig, is_store
     from neuron_explainer.dictionaries import TrainConfig
     from neuron_explainer.dictionaries.params_json import read_params
+    from neuron_explainer.settings import read_values, split_fields
     from neuron_explainer.settings.flags import from_flags
-    from neuron_explainer.settings.from_files import read_values, split_fields
 
     if args.config is not None and args.params is not None:
         raise InputError("give --config or --params, not both.")
@@ -346,7 +346,7 @@ def _settings(args: argparse.Namespace) -> _Asked:
         raise InputError(
             "--location is missing: which activations to learn, such as 1/mlp.post_act."
         )
-    return _Asked(config, data, args.model or config.model_name, source, out)
+    return TrainRequest(config, data, args.model or config.model_name, source, out)
 
 
 def _of_run(values: Result, file: str) -> Result:

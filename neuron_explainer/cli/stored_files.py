@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import typing
 from typing import Any
 
 from neuron_explainer import files
 from neuron_explainer.cli.common import Result, add_verb, autoencoder_path
+from neuron_explainer.settings.flags import add_flag, own_docs
 
 
 def register(verbs: Any) -> None:
@@ -16,26 +18,30 @@ def register(verbs: Any) -> None:
 
 def _register_convert(verbs: Any) -> None:
     convert = add_verb(
-        verbs, "convert", "rewrite an autoencoder in another format", run_convert, show_convert
+        verbs,
+        "convert",
+        "rewrite an autoencoder in another format",
+        run_convert,
+        show_convert,
+        declare=_declare_convert,
     )
     convert.add_argument("source", help="folder, file or URL of any known format")
     convert.add_argument("destination", help="folder to write")
-    convert.add_argument(
-        "--format",
-        required=True,
-        choices=["native", "saelens", "dictionary_learning", "sparsify"],
-        help="to write",
-    )
     convert.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
-    convert.add_argument("--location", help="where it belongs, such as 8/resid.torso.delta_mlp")
+
+
+def _declare_convert(convert: argparse.ArgumentParser) -> None:
+    """The flags that follow from the formats: which are written, and what can be stated of each."""
+    from neuron_explainer.models.checkpoints.autoencoders import FORMATS, WRITTEN_FORMATS, Stated
+
     convert.add_argument(
-        "--input-normalization",
-        choices=["none", "center", "layer_norm", "rms"],
-        help="where the source does not say it",
+        "--format", required=True, choices=["native", *WRITTEN_FORMATS], help="to write"
     )
-    convert.add_argument("--norm-factor", type=float, help="likewise (SAELens, Gemma Scope)")
-    convert.add_argument("--k", type=int, help="likewise (dictionary_learning)")
-    convert.add_argument("--threshold", type=float, help="likewise (dictionary_learning)")
+    stated = convert.add_argument_group("what the source does not say")
+    docs, hints = own_docs(Stated), typing.get_type_hints(Stated)
+    for name, hint in hints.items():
+        takers = ", ".join(form.name for form in FORMATS if name in form.states)
+        add_flag(stated, name, hint, docs[name] + (f" ({takers})" if takers else ""), None)
 
 
 def _register_cache(verbs: Any) -> None:
@@ -50,12 +56,12 @@ def _register_cache(verbs: Any) -> None:
 def run_convert(args: argparse.Namespace) -> Result:
     """Rewrite an autoencoder in another format; what that format cannot express is an error."""
     from neuron_explainer.models.autoencoders.convert import convert
+    from neuron_explainer.models.checkpoints.autoencoders import Stated
 
-    stated = {
-        name: value
-        for name in ("input_normalization", "location", "norm_factor", "k", "threshold")
-        if (value := getattr(args, name)) is not None
-    }
+    given = vars(args)
+    stated = typing.cast(
+        Stated, {name: given[name] for name in Stated.__annotations__ if name in given}
+    )
     source = autoencoder_path(args.source)
     convert(source, args.destination, args.format, overwrite=args.overwrite, **stated)
     return {"source": args.source, "destination": args.destination, "format": args.format}

@@ -16,6 +16,7 @@ from neuron_explainer.dictionaries.objectives import ObjectiveConfig, TopKConfig
 from neuron_explainer.dictionaries.schedules import Decay
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.settings.fields import check_types
 
 Normalization = Literal["none", "constant", "center", "layer_norm", "rms"]
 Remedy = Literal["none", "resample", "ghost"]
@@ -131,6 +132,7 @@ class TrainConfig:
     """The model whose activations these are; recorded."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         _ = self.objective.name  # an error if it is none
         for location in (self.location, self.output_location):
             if location is not None:
@@ -203,12 +205,12 @@ class TrainConfig:
     def _check_remedy(self) -> None:
         if self.remedy != "resample":
             return
-        if self.resampling >= self.total_steps:
+        if self.resample_interval >= self.total_steps:
             raise InputError(
-                f"resample_every = {self.resampling} is not less than the {self.total_steps} steps of "
+                f"resample_every = {self.resample_interval} is not less than the {self.total_steps} steps of "
                 "the run: nothing would ever be resampled."
             )
-        if self.decay != "none" and self.total_steps - self.decaying < self.resampling:
+        if self.decay != "none" and self.total_steps - self.n_decay_steps < self.resample_interval:
             raise InputError(
                 "the learning rate decays before the first resampling; make decay_steps or "
                 "resample_every smaller."
@@ -220,7 +222,7 @@ class TrainConfig:
             return
         steps = self.total_steps - 1
         if self.remedy == "resample":
-            steps -= steps % self.resampling
+            steps -= steps % self.resample_interval
         if self.dead_after(n_tokens) > steps * n_tokens:
             raise InputError(
                 f"remedy = {self.remedy} can never start: dead_after_tokens = "
@@ -237,7 +239,7 @@ class TrainConfig:
         return self.num_tokens // self.batch_size
 
     @property
-    def warming_up(self) -> int:
+    def n_warmup_steps(self) -> int:
         """Steps in which the learning rate rises."""
         if self.warmup_steps is not None:
             return self.warmup_steps
@@ -245,19 +247,19 @@ class TrainConfig:
         return min(1000, self.total_steps // 20, room)
 
     @property
-    def decaying(self) -> int:
+    def n_decay_steps(self) -> int:
         """Steps in which the learning rate falls, if it does."""
         if self.decay_steps is not None:
             return self.decay_steps or self.total_steps
-        return max(1, min(self.total_steps // 5, self.total_steps - self.warming_up))
+        return max(1, min(self.total_steps // 5, self.total_steps - self.n_warmup_steps))
 
     @property
-    def resampling(self) -> int:
+    def resample_interval(self) -> int:
         """Steps between two resamplings."""
         return self.resample_every or max(1, min(25_000, self.total_steps // 4))
 
     @property
-    def checkpointing(self) -> int:
+    def checkpoint_interval(self) -> int:
         """Steps between two checkpoints."""
         return self.checkpoint_every or max(1, min(1000, self.total_steps // 10))
 

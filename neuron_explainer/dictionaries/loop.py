@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from neuron_explainer.dictionaries.batches import BatchSource
-from neuron_explainer.dictionaries.distributed import ALONE, World
+from neuron_explainer.dictionaries.distributed import SINGLE_PROCESS, World
 from neuron_explainer.dictionaries.logs import Logs, Metrics
 from neuron_explainer.dictionaries.run_folder import RunFolder
 from neuron_explainer.kernels.denormals import flush_denormals
 from neuron_explainer.models.autoencoder import Autoencoder
 
-ONLY = "autoencoder"
+SINGLE_NAME = "autoencoder"
 """Name of the dictionary of a run that has only one."""
 
 
@@ -57,7 +57,7 @@ class Learner(Protocol[S]):
         """Everything that :meth:`resume` needs: tensors and what JSON can hold."""
 
     def finish(self) -> dict[str, Autoencoder]:
-        """The trained dictionaries by name; :data:`ONLY` if there is one without a name."""
+        """The trained dictionaries by name; :data:`SINGLE_NAME` if there is one without a name."""
 
     def outcome(self) -> dict[str, Any]:
         """What ``finished.json`` holds besides the number of steps."""
@@ -79,7 +79,7 @@ class Loop(Generic[S]):
     """A run: a learner, its batches, and the step it has reached."""
 
     def __init__(
-        self, learner: Learner[S], batches: Iterable[Any], plan: Plan, world: World = ALONE
+        self, learner: Learner[S], batches: Iterable[Any], plan: Plan, world: World = SINGLE_PROCESS
     ) -> None:
         self.learner, self.plan, self.world = learner, plan, world
         self.source = BatchSource(batches, plan.passes)
@@ -154,7 +154,7 @@ class Loop(Generic[S]):
             raise KeyboardInterrupt
 
     def _logs(self, place: RunFolder | None, progress: bool, log_to: Sequence[str]) -> Logs:
-        if not self.world.is_first:  # the first process speaks for all
+        if not self.world.is_rank_zero:  # the first process speaks for all
             place, progress, log_to = None, False, ()
         settings = self.learner.settings()
         total = self.plan.total_steps
@@ -177,14 +177,14 @@ class Loop(Generic[S]):
                 autoencoder.save(result_folder(place.path, name), overwrite=True)
             place.finish(self.step, **self.learner.outcome())
 
-        self.world.on_first(save)
+        self.world.on_rank_zero(save)
         return found
 
 
-def result_folder(folder: str | Path, name: str = ONLY) -> Path:
+def result_folder(folder: str | Path, name: str = SINGLE_NAME) -> Path:
     """Where a run's folder holds a finished autoencoder."""
-    if name == ONLY:
-        return Path(folder) / ONLY
+    if name == SINGLE_NAME:
+        return Path(folder) / SINGLE_NAME
     return Path(folder) / "autoencoders" / re.sub(r"[^\w.+-]", "-", name)
 
 

@@ -24,7 +24,7 @@ import safetensors.torch
 from torch import Tensor
 
 from neuron_explainer import files
-from neuron_explainer.dictionaries.distributed import ALONE, World
+from neuron_explainer.dictionaries.distributed import SINGLE_PROCESS, World
 from neuron_explainer.errors import CheckpointError, InputError
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class RunFolder:
         path: str | Path,
         settings: dict[str, Any],
         keep: int,
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
         extensible: bool = False,
     ) -> None:
         self.path, self._world, self._extensible = Path(path), world, extensible
@@ -64,7 +64,7 @@ class RunFolder:
     def open(self) -> Iterator[None]:
         """Check that the folder is ours to use, and keep others out of it in the meantime."""
         with contextlib.ExitStack() as stack:
-            self._world.on_first(lambda: stack.enter_context(self._open()))
+            self._world.on_rank_zero(lambda: stack.enter_context(self._open()))
             yield
 
     @contextlib.contextmanager
@@ -96,7 +96,7 @@ class RunFolder:
             files.write_json(self.path / "config.json", {**known, **self._settings})
             (self.path / "finished.json").unlink(missing_ok=True)
 
-        self._world.on_first(note)
+        self._world.on_rank_zero(note)
 
     def _check_same(self, stored: Mapping[str, Any]) -> None:
         unchanged = all(stored.get(key) == value for key, value in self._settings.items())
@@ -132,11 +132,11 @@ class RunFolder:
                     shutil.rmtree(target)
                 return str(stack.enter_context(files.atomic_folder(target)))
 
-            temporary = Path(self._world.on_first(begin))
-            if self._world.is_first or self._world.splits_latents:
+            temporary = Path(self._world.on_rank_zero(begin))
+            if self._world.is_rank_zero or self._world.splits_latents:
                 self._write(temporary, step, state)
-            self._world.everyone(True)  # has written
-        self._world.on_first(self._remove_old)
+            self._world.all_true(True)  # has written
+        self._world.on_rank_zero(self._remove_old)
 
     def _write(self, folder: Path, step: int, state: dict[str, Any]) -> None:
         tensors: dict[str, Tensor] = {}
@@ -159,10 +159,10 @@ class RunFolder:
 
         Leftovers of writes that were cut off are removed.
         """
-        found = self._world.on_first(self._tidied)
+        found = self._world.on_rank_zero(self._tidied)
         for name in found:
             state = self._read(self.path / "checkpoints" / name)
-            if self._world.everyone(state is not None):
+            if self._world.all_true(state is not None):
                 return state
         if found:
             raise CheckpointError(

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from neuron_explainer.dictionaries.batches import BatchSource, TensorBatches
 from neuron_explainer.dictionaries.config import TrainConfig
-from neuron_explainer.dictionaries.distributed import ALONE, World
-from neuron_explainer.dictionaries.loop import ONLY, Loop, Plan
+from neuron_explainer.dictionaries.distributed import SINGLE_PROCESS, World
+from neuron_explainer.dictionaries.loop import SINGLE_NAME, Loop, Plan
 from neuron_explainer.dictionaries.objectives import Loss
 from neuron_explainer.dictionaries.trainee import Trainee
 from neuron_explainer.errors import InputError
 from neuron_explainer.kernels import memory as sparse_memory
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.settings.from_files import to_dict
+from neuron_explainer.settings import to_dict
 
 # All dictionaries of a run share these: one step, one checkpoint, one line of the log for all.
-_SHARED = ("total_steps", "sample_batches", "checkpointing", "keep_checkpoints", "log_every")
+_SHARED = ("total_steps", "sample_batches", "checkpoint_interval", "keep_checkpoints", "log_every")
 
 Batch = Mapping[str, tuple[Tensor, Tensor]]
 """By dictionary: inputs ``[b, n]`` and targets ``[b, o]``, the same tensor unless it is a transcoder."""
@@ -67,7 +67,7 @@ def train(
     progress: bool = True,
     log_to: Sequence[str] = (),
     record: Mapping[str, Any] | None = None,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Autoencoder:
     """Train one dictionary and return it as an autoencoder of activations as the model has them.
 
@@ -90,8 +90,8 @@ def train(
     """
     if isinstance(batches, Tensor):
         batches = TensorBatches(batches, config.batch_size, config.seed)
-    learner = GradientDescent({ONLY: config}, single=True, record=record, world=world)
-    return learner.run(batches, folder, callbacks, progress, log_to)[ONLY]
+    learner = GradientDescent({SINGLE_NAME: config}, single=True, record=record, world=world)
+    return learner.run(batches, folder, callbacks, progress, log_to)[SINGLE_NAME]
 
 
 def train_many(
@@ -103,7 +103,7 @@ def train_many(
     progress: bool = True,
     log_to: Sequence[str] = (),
     record: Mapping[str, Any] | None = None,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> dict[str, Autoencoder]:
     """:func:`train` of several dictionaries at once, on batches ``{name: tensor}``, or on tensors (of
     transcoders pairs) that all of them learn from.
@@ -127,7 +127,7 @@ class GradientDescent:
         *,
         single: bool,
         record: Mapping[str, Any] | None = None,
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
     ) -> None:
         self.configs, self.single, self.record = configs, single, dict(record or {})
         self.shared, self.world = next(iter(configs.values())), world
@@ -152,7 +152,9 @@ class GradientDescent:
     ) -> dict[str, Autoencoder]:
         """Train to the end."""
         c = self.shared
-        plan = Plan(c.log_every, c.checkpointing, c.keep_checkpoints, total_steps=c.total_steps)
+        plan = Plan(
+            c.log_every, c.checkpoint_interval, c.keep_checkpoints, total_steps=c.total_steps
+        )
 
         def report(step: int, result: StepResult) -> None:
             for callback in callbacks:

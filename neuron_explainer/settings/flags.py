@@ -9,16 +9,18 @@ comes from a file's values, if there are any, or is the default.
 """
 
 import argparse
+import ast
 import dataclasses
+import inspect
+import textwrap
 import types
 import typing
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from neuron_explainer.errors import InputError
-from neuron_explainer.settings.field_docs import field_docs
-from neuron_explainer.settings.from_files import field_names, from_dict, to_dict, variant_fields
-from neuron_explainer.settings.variants import Variant
+from neuron_explainer.settings.fields import Variant, field_names, to_dict, variant_fields
+from neuron_explainer.settings.formats import from_dict
 
 T = TypeVar("T")
 
@@ -35,10 +37,10 @@ def add_flags(
             continue
         if family := families.get(field.name):
             hint: Any = Literal[tuple(family.names())]
-            _add(group, field.name, hint, docs[field.name], _default(field).name)
+            add_flag(group, field.name, hint, docs[field.name], _default(field).name)
             _add_members(parser.add_argument_group(f"settings of {family.noun}s"), family)
         else:
-            _add(group, field.name, hints[field.name], docs[field.name], field.default)
+            add_flag(group, field.name, hints[field.name], docs[field.name], field.default)
 
 
 def from_flags(
@@ -89,7 +91,7 @@ def _add_members(group: Any, family: type[Variant]) -> None:
             default = f" [{_shown(field.default)}]" if _shown(field.default) else ""
             helps.append(f"{member}{default}: {docs[field.name]}")
     for name, (hint, helps) in by_name.items():
-        _add(group, name, hint, " ".join(_merged(helps)), dataclasses.MISSING)
+        add_flag(group, name, hint, " ".join(_merged(helps)), dataclasses.MISSING)
 
 
 def _merged(helps: list[str]) -> list[str]:
@@ -120,14 +122,15 @@ def _member_values(
     return values | {name: given[name] for name in known if name in given}
 
 
-def _add(group: Any, name: str, hint: Any, doc: str, default: Any) -> None:
+def add_flag(group: Any, name: str, hint: Any, doc: str, default: Any) -> None:
     """Add a flag that is absent from the namespace unless it is given."""
     options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
     options["help"] = (doc + (f" [{_shown(default)}]" if _shown(default) else "")).replace(
         "%", "%%"
     )
     if get_origin(hint) in (Union, types.UnionType):
-        (hint,) = (option for option in get_args(hint) if option is not types.NoneType)
+        options_of = [option for option in get_args(hint) if option is not types.NoneType]
+        hint = str if str in options_of else options_of[0]  # text stands for anything that it names
     if hint is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif get_origin(hint) is Literal:
@@ -142,3 +145,35 @@ def _add(group: Any, name: str, hint: Any, doc: str, default: Any) -> None:
 def _shown(default: Any) -> str:
     """A default as help shows it; nothing for one that its text explains."""
     return "" if default is None or default is dataclasses.MISSING else str(default)
+
+
+# --- docstrings under fields, which Python itself does not keep ---
+
+
+def field_docs(cls: type[Any]) -> dict[str, str]:
+    """The docstring of each field of a dataclass as one line, inherited fields included."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            docs |= own_docs(base)
+    return {field.name: docs.get(field.name, "") for field in dataclasses.fields(cls)}
+
+
+def own_docs(cls: type[Any]) -> dict[str, str]:
+    """The docstrings under a class's own fields, by field; one without a docstring is left out."""
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    except (OSError, TypeError):  # a class made where there is no file
+        return {}
+    assert isinstance(tree, ast.ClassDef)
+    docs = {}
+    for field, below in zip(tree.body, tree.body[1:], strict=False):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+            and isinstance(below.value.value, str)
+        ):
+            docs[field.target.id] = " ".join(below.value.value.split())
+    return docs

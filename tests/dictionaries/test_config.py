@@ -21,9 +21,8 @@ from neuron_explainer.dictionaries import (
 )
 from neuron_explainer.dictionaries.params_json import read_params
 from neuron_explainer.errors import CheckpointError, InputError, LocationError
-from neuron_explainer.settings.field_docs import field_docs
-from neuron_explainer.settings.flags import add_flags, from_flags
-from neuron_explainer.settings.from_files import from_dict, read_values, to_dict
+from neuron_explainer.settings import from_dict, read_values, to_dict
+from neuron_explainer.settings.flags import add_flags, field_docs, from_flags
 
 
 def test_every_field_has_a_docstring() -> None:
@@ -85,16 +84,20 @@ def test_settings_that_cannot_be(fields: dict[str, Any], message: str) -> None:
 
 def test_what_is_not_given_goes_by_the_size_of_the_run() -> None:
     short, long = TrainConfig(steps=200), TrainConfig(steps=200_000)
-    assert (short.warming_up, short.decaying, short.resampling) == (10, 40, 50)
-    assert (long.warming_up, long.decaying, long.resampling) == (1000, 40_000, 25_000)
+    assert (short.n_warmup_steps, short.n_decay_steps, short.resample_interval) == (10, 40, 50)
+    assert (long.n_warmup_steps, long.n_decay_steps, long.resample_interval) == (
+        1000,
+        40_000,
+        25_000,
+    )
     assert short.dead_after(100) == 2000
     assert long.dead_after(4096) == 10_000_000
     assert short.lr_for(2**14) == 2e-4
     assert short.lr_for(2**10) == pytest.approx(8e-4)
     one = TrainConfig(steps=1)
-    assert (one.warming_up, one.decaying, one.dead_after(5)) == (0, 1, 1)
-    assert TrainConfig(steps=200, decay_steps=195).warming_up == 5
-    assert TrainConfig(steps=200, warmup_steps=190).decaying == 10
+    assert (one.n_warmup_steps, one.n_decay_steps, one.dead_after(5)) == (0, 1, 1)
+    assert TrainConfig(steps=200, decay_steps=195).n_warmup_steps == 5
+    assert TrainConfig(steps=200, warmup_steps=190).n_decay_steps == 10
 
 
 def test_what_is_given_stays() -> None:
@@ -107,7 +110,7 @@ def test_what_is_given_stays() -> None:
         resample_every=3,
     )
     assert given.lr_for(2**14) == 1e-3
-    assert (given.warming_up, given.decaying, given.resampling) == (0, 200, 3)
+    assert (given.n_warmup_steps, given.n_decay_steps, given.resample_interval) == (0, 200, 3)
     assert given.dead_after(4096) == 7
 
 
@@ -150,8 +153,8 @@ def test_toml(tmp_path: Path) -> None:
         ({"steps": 5, "objective": "topc"}, r"unknown objective 'topc'\. Did you mean 'topk'"),
         ({"steps": 5, "objective": {"name": "topk", "kk": 1}}, r"\(topk\): unknown field 'kk'"),
         ({"steps": 5, "objective": 3}, "expected a name"),
-        ({"steps": "5"}, "steps: expected int, found '5'"),
-        ({"steps": 5, "tied": 1}, "tied: expected bool"),
+        ({"steps": "5"}, "steps: expected a whole number, found '5'"),
+        ({"steps": 5, "tied": 1}, "tied: expected true or false"),
         ({"steps": 5, "decay": "liner"}, "Did you mean 'linear'"),
         (
             {"steps": 5, "objective": {"name": "matryoshka", "group_fractions": 1}},
@@ -241,7 +244,7 @@ def test_params_json(tmp_path: Path) -> None:
     params = read_params(path)
     assert params.config.total_steps == 195
     assert [params.config.lr_for(n) for n in (64, 4096)] == [3e-4, 3e-4]
-    assert params.config.warming_up == 19
+    assert params.config.n_warmup_steps == 19
     assert params.config.decay == "none"
     assert params.config.seed == 7
     assert params.config.objective == ReLUConfig(l1_coefficient=2.0)
@@ -256,7 +259,7 @@ def test_params_json(tmp_path: Path) -> None:
     ("entries", "message"),
     [
         ({"num_token": {"value": 5, "description": ""}}, "Did you mean 'num_tokens'"),
-        ({"layer": {"value": "3", "description": ""}}, "layer: expected int, found '3'"),
+        ({"layer": {"value": "3", "description": ""}}, "layer: expected a whole number, found '3'"),
         ({"num_tokens": {"value": 100, "description": ""}}, "less than one batch of 8192"),
     ],
 )

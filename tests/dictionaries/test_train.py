@@ -23,7 +23,7 @@ from neuron_explainer.dictionaries import (
     train,
     train_many,
 )
-from neuron_explainer.dictionaries.dictionary import Dictionary
+from neuron_explainer.dictionaries.dictionary import LearnedDictionary
 from neuron_explainer.dictionaries.normalization import first_bias, geometric_median, mean_and_scale
 from neuron_explainer.dictionaries.schedules import annealed_k, learning_rate_factor, ramp
 from neuron_explainer.dictionaries.trainee import Trainee
@@ -88,7 +88,7 @@ def test_what_is_returned_is_what_was_trained(objective: Any, normalization: Any
     x_hat, target = trainee.normalize(x, x)
     loss = trainee.loss(x_hat, target, 0)
     if isinstance(objective, BatchTopKConfig):  # the threshold at which this batch was cut
-        trainee.objective.after_step(trainee.dictionary, loss, trainee.moment(0, x.long()[:0, 0]))
+        trainee.objective.after_step(trainee.dictionary, loss, trainee.facts(0, x.long()[:0, 0]))
         threshold = trainee.objective.threshold
         assert isinstance(threshold, Tensor)
         threshold.mul_(1 - 1e-9)
@@ -163,9 +163,9 @@ def test_geometric_median() -> None:
 # ---- the norm of decoder rows --------------------------------------------------------------------
 
 
-def constrained(norm: Any) -> Dictionary:
+def constrained(norm: Any) -> LearnedDictionary:
     generator = torch.Generator().manual_seed(0)
-    dictionary = Dictionary(30, 8, generator=generator)
+    dictionary = LearnedDictionary(30, 8, generator=generator)
     with torch.no_grad():
         dictionary.rows.mul_(torch.linspace(0.5, 1.0, 30)[:, None] if norm != "unit" else 1.0)
     dictionary.rows.grad = torch.randn(30, 8, generator=generator)

@@ -5,10 +5,10 @@ Importing this registers all of them; see :mod:`.base` for how to add one from o
 
 from neuron_explainer.dictionaries.objectives.base import (
     Loss,
-    Moment,
     Objective,
     ObjectiveConfig,
     SparseLatents,
+    StepFacts,
     make_objective,
     register,
 )
@@ -24,12 +24,12 @@ __all__ = [
     "JumpReLUConfig",
     "Loss",
     "MatryoshkaConfig",
-    "Moment",
     "Objective",
     "ObjectiveConfig",
     "PAnnealConfig",
     "ReLUConfig",
     "SparseLatents",
+    "StepFacts",
     "TopKConfig",
     "make_objective",
     "register",

@@ -9,7 +9,7 @@ subclass of :class:`Objective` that is registered for it:
 
     @register("mine", MyConfig)
     class Mine(Objective[MyConfig]):
-        def loss(self, dictionary, x, target, moment): ...
+        def loss(self, dictionary, x, target, facts): ...
         def activation(self, dictionary): ...
 
 Shape legend: ``b`` tokens of a batch, ``n`` inputs, ``o`` outputs, ``l`` latents, ``k`` active ones.
@@ -22,10 +22,9 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from neuron_explainer.dictionaries.dictionary import DecoderNorm, Dictionary
-from neuron_explainer.dictionaries.distributed import ALONE, World
+from neuron_explainer.dictionaries.dictionary import DecoderNorm, LearnedDictionary
 from neuron_explainer.errors import InputError
-from neuron_explainer.settings.variants import Variant
+from neuron_explainer.settings.fields import Variant
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class ObjectiveConfig(Variant, noun="objective"):
         """An error if a run with these settings of its own cannot be what it is meant to be."""
 
 
-class Moment(NamedTuple):
+class StepFacts(NamedTuple):
     """Where in the run a loss is computed."""
 
     step: int
@@ -48,14 +47,7 @@ class Moment(NamedTuple):
     dead: Tensor
     """``[d]`` int64: latents that have been silent for too long."""
     n_tokens: int = 0
-    """Of the whole batch."""
-    world: World = ALONE
-    """The processes that share a run: ``x`` is this one's part of the batch, or ``dictionary`` its
-    part of the latents."""
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Over the whole batch, of what ``x`` is the mean of over the rows that are here."""
-        return self.world.mean(x, self.n_tokens)
+    """Of the whole batch, of which this process may see a part."""
 
 
 class SparseLatents(NamedTuple):
@@ -87,9 +79,10 @@ C = TypeVar("C", bound=ObjectiveConfig)
 class Objective(nn.Module, ABC, Generic[C]):
     """A loss, with the parameters and running numbers that only training needs.
 
-    Where processes share a batch, a loss that is a mean over its tokens needs nothing more: such
-    losses are averaged. What else is taken of a batch, to divide by for example, has to go through
-    ``moment.mean``, or its like in ``moment.world``.
+    Several processes may share a run: ``x`` is then this process's part of a batch, or ``dictionary`` its
+    part of the latents. A loss that is a mean over the tokens of a batch needs nothing more: such losses
+    are averaged. Any other mean over a batch (to divide by, for example) goes through
+    ``dictionary.mean``, and any sum over latents through ``dictionary.total``.
 
     All that changes from step to step is kept in parameters and buffers: they are what a checkpoint
     holds.
@@ -105,21 +98,23 @@ class Objective(nn.Module, ABC, Generic[C]):
     splits_latents: ClassVar[bool] = False
     """Whether it can be computed where each process holds some of the latents."""
 
-    def __init__(self, config: C, dictionary: Dictionary) -> None:
+    def __init__(self, config: C, dictionary: LearnedDictionary) -> None:
         super().__init__()
         self.config = config
 
     @abstractmethod
-    def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
+    def loss(
+        self, dictionary: LearnedDictionary, x: Tensor, target: Tensor, facts: StepFacts
+    ) -> Loss:
         """Of normalised inputs ``[b, n]`` and targets ``[b, o]`` (the same tensor but for
         transcoders). Losses of tokens are summed over the width and averaged over the batch."""
 
     @abstractmethod
-    def activation(self, dictionary: Dictionary) -> nn.Module:
+    def activation(self, dictionary: LearnedDictionary) -> nn.Module:
         """For the finished ``Autoencoder``, whose latents are ``dictionary.target_scale`` times
         those in training; so must thresholds be."""
 
-    def after_step(self, dictionary: Dictionary, loss: Loss, moment: Moment) -> None:
+    def after_step(self, dictionary: LearnedDictionary, loss: Loss, facts: StepFacts) -> None:
         """Called after each step of the optimiser, without gradients."""
 
     def revive(self, latents: Tensor) -> None:
@@ -149,7 +144,7 @@ def register(
     return decorate
 
 
-def make_objective(config: ObjectiveConfig, dictionary: Dictionary) -> Objective[Any]:
+def make_objective(config: ObjectiveConfig, dictionary: LearnedDictionary) -> Objective[Any]:
     """The objective that ``config`` sets, for one dictionary."""
     return _OBJECTIVES[config.name](config, dictionary)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from neuron_explainer.activations.chunks import ActivationSource
 from neuron_explainer.dictionaries.batches import BatchSource, ChunkBatches
-from neuron_explainer.dictionaries.loop import ONLY, Loop, Plan
+from neuron_explainer.dictionaries.loop import SINGLE_NAME, Loop, Plan
 from neuron_explainer.dictionaries.sparse_coding.config import SparseCodingConfig
 from neuron_explainer.dictionaries.sparse_coding.data import (
     LocatedBatch,
@@ -104,8 +104,8 @@ def train_sparse_coding(
     )
     read = batches if isinstance(batches, Iterable) else ChunkBatches(batches)
     found = Loop(learner, read, plan).run(folder, progress=progress)
-    if ONLY in found:
-        return found[ONLY]
+    if SINGLE_NAME in found:
+        return found[SINGLE_NAME]
     return {_place(name): autoencoder for name, autoencoder in found.items()}
 
 
@@ -192,7 +192,7 @@ class SparseCoding:
         if not self.learners:
             raise InputError("sparse coding: there are no rows of activations in any batch.")
         return {
-            ONLY if place is None else str(place): learner.autoencoder(
+            SINGLE_NAME if place is None else str(place): learner.autoencoder(
                 place,
                 self.model_name,
                 {

@@ -14,7 +14,8 @@ import torch
 
 from neuron_explainer.activations import ActivationBatch, Harvester, ShuffleBuffer, TokenBatch
 from neuron_explainer.dictionaries import TopKConfig, TrainConfig, train_many
-from neuron_explainer.dictionaries.prune import LatentActivity, prune_by
+from neuron_explainer.dictionaries.prune import prune_by
+from neuron_explainer.evaluation.latent_activity import LatentActivity
 from neuron_explainer.experiments.tiny_tales.data import TrainingWindows
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.locations import ActivationLocation, parse_locations

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from neuron_explainer import files
 from neuron_explainer.errors import SourceError
-from neuron_explainer.evaluation.metrics import ReconstructionStats, ce_recovered
+from neuron_explainer.evaluation.metrics import ce_recovered
+from neuron_explainer.evaluation.running import ReconstructionStats
 from neuron_explainer.experiments.tiny_tales.data import EvalWindow, evaluation_windows
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.hooks import TransformerHooks

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from neuron_explainer.dictionaries.dictionary import Dictionary
-from neuron_explainer.dictionaries.distributed import ALONE
+from neuron_explainer.dictionaries.dictionary import LearnedDictionary
 from neuron_explainer.dictionaries.objectives.batch_topk import batch_top_k
 from neuron_explainer.dictionaries.objectives.topk import largest
 from neuron_explainer.kernels.top_k import largest_entries, top_k
@@ -158,15 +157,15 @@ def test_group_max_takes_the_first(kind, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_takes_the_first(kind, dtype):
     x, weight, bias = draw(kind, dtype)
-    dictionary = Dictionary(L, N, None, dtype=dtype)
+    dictionary = LearnedDictionary(L, N, None, dtype=dtype)
     with torch.no_grad():
         dictionary.encoder.copy_(weight)
         dictionary.latent_bias.copy_(bias)
     pre_act = dictionary.pre_act(x)
-    found = largest(dictionary, x, K, ALONE).indices
+    found = largest(dictionary, x, K).indices
     assert (found.numpy() == first_of_each_row(pre_act, K)).all()
     some = torch.arange(3, L, 7)  # as AuxK looks among the dead ones
-    found = largest(dictionary, x, K, ALONE, some).indices
+    found = largest(dictionary, x, K, some).indices
     assert (found.numpy() == some.numpy()[first_of_each_row(pre_act[:, some], K)]).all()
     active = batch_top_k(pre_act, K)
     tokens = torch.repeat_interleave(
