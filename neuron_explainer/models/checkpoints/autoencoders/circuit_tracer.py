@@ -174,8 +174,8 @@ def _config(source: Source) -> dict[str, str]:
 
 def holds(content: Content) -> bool:
     """Whether a safetensors file is one layer of such a folder."""
-    return (
-        has_keys("W_enc", "W_dec", "b_enc", "b_dec")(content) or _layer_of_keys(content) is not None
+    return _layer_of_keys(content) is not None or (
+        "W_dec" in content and encoder_by_latent(content)  # SAELens's is the other way round
     )
 
 
