@@ -323,8 +323,8 @@ def _settings(args: argparse.Namespace) -> TrainRequest:
     from neuron_explainer.activations import DataConfig, is_store
     from neuron_explainer.dictionaries import TrainConfig
     from neuron_explainer.dictionaries.params_json import read_params
+    from neuron_explainer.settings import read_values, split_fields
     from neuron_explainer.settings.flags import from_flags
-    from neuron_explainer.settings.from_files import read_values, split_fields
 
     if args.config is not None and args.params is not None:
         raise InputError("give --config or --params, not both.")

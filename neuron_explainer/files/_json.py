@@ -1,10 +1,11 @@
 """JSON objects in files: written strictly, read with errors that name the place."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from neuron_explainer.errors import CheckpointError
+from neuron_explainer.errors import CheckpointError, shown
 from neuron_explainer.files._local import local_file
 from neuron_explainer.files._writing import atomic_write
 
@@ -43,7 +44,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        raise ValueError(f"the key {', '.join(map(repr, twice))} stands twice in one object")
+        counts = Counter(key for key, _ in pairs)
+        twice = sorted(key for key, count in counts.items() if count > 1)
+        more = ", …" if len(twice) > 3 else ""
+        raise ValueError(
+            f"the key {', '.join(map(shown, twice[:3]))}{more} stands twice in one object"
+        )
     return found
