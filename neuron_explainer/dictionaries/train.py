@@ -16,8 +16,9 @@ from torch import Tensor
 from neuron_explainer.dictionaries.batches import BatchSource, TensorBatches
 from neuron_explainer.dictionaries.config import TrainConfig
 from neuron_explainer.dictionaries.distributed import SINGLE_PROCESS, World
-from neuron_explainer.dictionaries.loop import SINGLE_NAME, Loop, Plan
+from neuron_explainer.dictionaries.loop import Loop, Plan
 from neuron_explainer.dictionaries.objectives import Loss
+from neuron_explainer.dictionaries.runs import SINGLE_NAME
 from neuron_explainer.dictionaries.trainee import Trainee
 from neuron_explainer.errors import InputError
 from neuron_explainer.kernels import memory as sparse_memory
