@@ -28,6 +28,7 @@ from neuron_explainer import files
 from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_tensors,
+    encoder_by_latent,
     loaded,
     location_of,
     matrix_shape,
