@@ -14,7 +14,21 @@ from safetensors.torch import save_file
 from neuron_explainer.errors import CheckpointError, InputError
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoders.convert import save_as
+from neuron_explainer.models.autoencoders.nonlinearities import Nonlinearity
+from neuron_explainer.models.checkpoints import autoencoders as checkpoints_of_autoencoders
 from neuron_explainer.models.checkpoints.autoencoders import FORMATS, Stated
+from neuron_explainer.models.checkpoints.autoencoders.common import (
+    check_tensors,
+    loaded,
+    matrix_shape,
+    parameters,
+)
+from neuron_explainer.models.checkpoints.autoencoders.format import (
+    Format,
+    LoadedAutoencoder,
+    Source,
+    has_keys,
+)
 from tests.reference import published_autoencoders as published
 
 N, L = published.N, published.L
@@ -464,3 +478,67 @@ def test_a_statement_of_another_format_is_refused(tmp_path):
         InputError, match=r"'goodfire', which has no k; that is for dictionary_lear"
     ):
         Autoencoder.load(tmp_path / "x.pt", k=3)
+
+
+# ---- a new variant -------------------------------------------------------------------------------
+
+
+class Shrunk(Nonlinearity):
+    """``max(0, |x| - amount)``: a nonlinearity that the library does not know."""
+
+    name = "Shrunk"
+    fields = ("amount",)
+
+    def __init__(self, amount: float) -> None:
+        super().__init__()
+        self.amount = amount
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x.abs() - self.amount)
+
+
+def read_shrunk(source: Source, stated: Stated) -> LoadedAutoencoder:
+    where, tensors = source.weights("shrunk.safetensors")
+    n_latents, n_inputs = matrix_shape(where, tensors, "E")
+    check_tensors(where, tensors, {"E": (n_latents, n_inputs), "D": (n_inputs, n_latents)})
+    state = parameters(
+        tensors["E"], tensors["D"], None, nonlinearity="Shrunk", amount=stated["penalty"]
+    )
+    return loaded(where, stated, state, metadata={"format": "shrunk"})
+
+
+SHRUNK = Format(
+    name="shrunk",
+    layout="shrunk.safetensors (nobody)",
+    read=read_shrunk,
+    states=frozenset({"penalty"}),
+    marks=("shrunk.safetensors",),
+    holds={"safetensors": has_keys("E", "D")},
+    write=lambda it: {"shrunk.safetensors": {"E": it.state_dict["encoder.weight"]}},
+)
+
+
+def test_a_new_variant_is_a_nonlinearity_a_format_and_a_line(tmp_path, monkeypatch):
+    """Recognised as folder and file, stated, read, applied, saved, refused, listed: from two objects."""
+    monkeypatch.setattr(checkpoints_of_autoencoders, "FORMATS", [*FORMATS, SHRUNK])
+    weight = torch.randn(L, N, generator=torch.Generator().manual_seed(0))
+    save_file({"E": weight, "D": weight.T.contiguous()}, tmp_path / "shrunk.safetensors")
+    x = torch.randn(5, N, generator=torch.Generator().manual_seed(1))
+    for source in (tmp_path, tmp_path / "shrunk.safetensors"):
+        ae = Autoencoder.load(source, penalty=0.5)
+        latents = torch.relu((x @ weight.T).abs() - 0.5)
+        torch.testing.assert_close(ae.encode(x), latents)
+        torch.testing.assert_close(ae.reconstruct(x), latents @ weight)
+    ae.save(tmp_path / "ours")
+    torch.testing.assert_close(Autoencoder.load(tmp_path / "ours").encode(x), latents)
+    with pytest.raises(
+        InputError, match="'shrunk', which has no k; that is for dictionary_learning"
+    ):
+        Autoencoder.load(tmp_path, k=3)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"shrunk\.safetensors \(nobody\)"):
+        Autoencoder.load(tmp_path / "empty")
+    with pytest.raises(InputError, match="'saelens' cannot express the activation Shrunk"):
+        save_as(ae, tmp_path / "new", "saelens")
+    save_as(ae, tmp_path / "new", "shrunk")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["shrunk.safetensors"]

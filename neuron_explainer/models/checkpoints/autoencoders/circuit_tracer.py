@@ -47,6 +47,7 @@ from neuron_explainer.models.checkpoints.autoencoders.gemma_scope_2 import side_
 from neuron_explainer.models.checkpoints.problems import Shape
 
 CONFIG_FILE = "config.yaml"
+_THRESHOLD = "activation_function.threshold"
 _CROSS_LAYER = re.compile(r"W_enc_(\d+)")
 _FILE = re.compile(r"layer_(\d+)\.safetensors")
 
@@ -89,8 +90,7 @@ def _per_layer(where: str | Path, tensors: Content) -> dict[str, Any]:
         "b_enc": (n_latents,),
         "b_dec": (n_inputs,),
     }
-    threshold = "activation_function.threshold"
-    for name, shape in ((threshold, (n_latents,)), ("W_skip", (n_inputs, n_inputs))):
+    for name, shape in ((_THRESHOLD, (n_latents,)), ("W_skip", (n_inputs, n_inputs))):
         if name in tensors:
             shapes[name] = shape
     check_tensors(where, tensors, shapes)
@@ -100,7 +100,7 @@ def _per_layer(where: str | Path, tensors: Content) -> dict[str, Any]:
         tensors["b_enc"],
         post_bias=tensors["b_dec"],
         is_transcoder=True,
-        **_nonlinearity(where, tensors.get(threshold)),
+        **_nonlinearity(where, tensors.get(_THRESHOLD)),
     )
     if "W_skip" in tensors:
         state["skip.weight"] = tensors["W_skip"]
@@ -175,8 +175,10 @@ def _config(source: Source) -> dict[str, str]:
 
 def holds(content: Content) -> bool:
     """Whether a safetensors file is one layer of such a folder."""
-    return _layer_of_keys(content) is not None or (
-        "W_dec" in content and encoder_by_latent(content)  # SAELens's is the other way round
+    return (
+        _layer_of_keys(content) is not None
+        or _THRESHOLD in content
+        or encoder_by_latent(content)  # SAELens's encoder is the other way round
     )
 
 

@@ -35,7 +35,6 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     LoadedAutoencoder,
     Source,
     Stated,
-    has_keys,
 )
 from neuron_explainer.models.checkpoints.problems import Shape
 
@@ -61,7 +60,7 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
         "b_dec": (n_outputs,),
         "threshold": (n_latents,),
     }
-    if "affine_skip_connection" in tensors:
+    if "affine_skip_connection" in tensors or config.get("affine_connection") is True:
         shapes["affine_skip_connection"] = (n_inputs, n_outputs)
     check_tensors(where, tensors, shapes)
     skip = tensors.get("affine_skip_connection")
@@ -143,5 +142,5 @@ GEMMA_SCOPE_2 = Format(
     states=frozenset({"output_location"}),
     marks=(WEIGHTS_FILE,),
     configs={CONFIG_FILE: lambda config: "hf_hook_point_in" in config},
-    holds={"safetensors": has_keys("w_enc", "w_dec")},
+    holds={"safetensors": lambda content: bool({"w_enc", "w_dec"} & set(content))},
 )

@@ -47,7 +47,7 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
     assert source.content is not None
     where, cfg = source.path, _fields(source.content.get("cfg"))
     tensors = refuse_scaled_latents(where, source.content["state_dict"])
-    is_transcoder = "b_dec_out" in tensors
+    is_transcoder = "b_dec_out" in tensors or cfg.get("is_transcoder") is True
     n_inputs, n_latents = matrix_shape(where, tensors, "W_enc")
     bias = tensors.get("b_dec_out")
     n_outputs = len(bias) if isinstance(bias, Tensor) and bias.ndim == 1 else n_inputs
