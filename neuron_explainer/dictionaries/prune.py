@@ -20,7 +20,6 @@ from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation.evaluate import Activations
 from neuron_explainer.evaluation.latent_activity import LatentActivity
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.models.autoencoders.nonlinearities import Gated, activation_name
 from neuron_explainer.models.checkpoints.autoencoders.state import select_latents
 
 
@@ -131,9 +130,8 @@ def _masked(autoencoder: Autoencoder, kept: Tensor) -> dict[str, Any]:
     if "decoder.weight" in state:
         state["decoder.weight"] = state["decoder.weight"].clone()
         state["decoder.weight"][:, zero] = 0
-    if activation_name(autoencoder.activation) == Gated.__name__:  # its own biases could let 0 pass
-        fields = dict(state["activation_state_dict"])
-        for key in ("b_gate", "b_mag"):
-            fields[key] = fields[key].masked_fill(zero, 0)
-        state["activation_state_dict"] = fields
+    fields = dict(state["activation_state_dict"])
+    for key in autoencoder.nonlinearity.biases:  # they could let 0 pass
+        fields[key] = fields[key].masked_fill(zero, 0)
+    state["activation_state_dict"] = fields
     return state

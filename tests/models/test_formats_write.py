@@ -12,8 +12,7 @@ from torch import nn
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.autoencoder import Autoencoder, BatchTopK, JumpReLU, TopK
 from neuron_explainer.models.autoencoders.convert import convert, save_as
-from neuron_explainer.models.autoencoders.fista import Fista
-from neuron_explainer.models.autoencoders.nonlinearities import Gated, GroupMax
+from neuron_explainer.models.autoencoders.nonlinearities import Fista, Gated, GroupMax
 from neuron_explainer.models.checkpoints.autoencoders import WRITTEN_FORMATS
 from tests.peers.write_ours import fixtures, source_in
 
