@@ -21,8 +21,8 @@ from neuron_explainer.activations import (
     TokenWindows,
 )
 from neuron_explainer.dictionaries import TopKConfig, TrainConfig, train_many
-from neuron_explainer.dictionaries.loop import result_folder
 from neuron_explainer.dictionaries.prune import prune_by
+from neuron_explainer.dictionaries.runs import Run
 from neuron_explainer.evaluation.latent_activity import LatentActivity
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.locations import ActivationLocation, parse_locations
@@ -114,8 +114,9 @@ def train(
     buffer: int = BUFFER,
 ) -> dict[str, Autoencoder]:
     """Autoencoders by location, from the newest checkpoint in ``folder`` if there is one."""
-    if folder is not None and (folder / "finished.json").exists():
-        return {name: Autoencoder.load(result_folder(folder, name)) for name in configs}
+    run = None if folder is None else Run.find(folder)
+    if run is not None and run.is_finished:
+        return {name: Autoencoder.load(path) for name, path in run.results.items()}
     first = next(iter(configs.values()))
     with ShuffleBuffer(
         source, buffer, first.batch_size, seed=first.seed, prefetch=False
