@@ -5,6 +5,7 @@ A message names the thing, what was expected, what was found and, for names, the
 """
 
 import difflib
+import itertools
 from collections.abc import Iterable
 
 
@@ -40,15 +41,28 @@ class MissingExtraError(NeuronExplainerError, ImportError):
     """An optional dependency is needed for this call and is not installed."""
 
 
+_LONGEST_SHOWN = 100
+_NEAR = 0.6  # share of letters in common; below it names have nothing to do with each other
+_MOST_NAMES = 5_000  # a foreign file may hold any number, and each takes time to compare
+
+
 def nearest(name: str, valid: Iterable[str], n: int = 3) -> list[str]:
     """The up to ``n`` valid names most like ``name``, best first; capitals do not matter."""
-    names = {other.casefold(): other for other in valid}
-    return [
-        names[found] for found in difflib.get_close_matches(name.casefold(), names, n=n, cutoff=0.6)
-    ]
+    names = {other.casefold(): other for other in itertools.islice(valid, _MOST_NAMES)}
+    wanted = name[:_LONGEST_SHOWN].casefold()
+    return [names[found] for found in difflib.get_close_matches(wanted, names, n=n, cutoff=_NEAR)]
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """`` Did you mean 'x' or 'y'?`` with a leading space, or an empty string."""
     close = nearest(name, valid)
-    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return f" Did you mean {' or '.join(map(shown, close))}?" if close else ""
+
+
+def shown(value: object) -> str:
+    """``repr(value)`` for a message: shortened, and never an error of its own."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # integers of thousands of digits, deep nesting
+        text = f"a value of type {type(value).__name__} that is too large to show"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 1]}…"

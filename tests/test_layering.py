@@ -15,7 +15,12 @@ PACKAGE = Path(__file__).parent.parent / "neuron_explainer"
 
 # Ground floor first; an import may point to its own room or to one listed earlier.
 ROOMS = [
-    ["neuron_explainer", "neuron_explainer.errors", "neuron_explainer.files"],
+    [
+        "neuron_explainer",
+        "neuron_explainer.errors",
+        "neuron_explainer.tables",
+        "neuron_explainer.files",
+    ],
     ["neuron_explainer.settings"],
     ["neuron_explainer.kernels"],
     ["neuron_explainer.models"],

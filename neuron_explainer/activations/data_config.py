@@ -25,6 +25,7 @@ from neuron_explainer.activations.windows import TokenWindows
 from neuron_explainer.errors import InputError, LocationError, SourceError, did_you_mean
 from neuron_explainer.models.locations import ActivationLocation, LocationLike, parse_locations
 from neuron_explainer.models.model_context import ModelContext
+from neuron_explainer.settings.fields import check_types
 
 Part = Literal["training", "held_out", "all"]
 
@@ -60,6 +61,9 @@ class DataConfig:
     """Whether the model computes in bfloat16 where it can."""
     data_seed: int = 0
     """Of the split, of the order of windows, and of batches."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 def open_corpus(context: ModelContext, text: str | Path, config: DataConfig) -> TokenCorpus:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import safetensors.torch
@@ -30,9 +30,9 @@ from neuron_explainer.activations.harvest import (
     check_finite,
     parse_dtype,
 )
-from neuron_explainer.activations.manifest import MANIFEST_FILE, read_manifest
+from neuron_explainer.activations.token_files import MANIFEST_FILE, read_manifest
 from neuron_explainer.activations.windows import TokenWindows, check_same_settings
-from neuron_explainer.errors import CheckpointError, InputError, SourceError
+from neuron_explainer.errors import CheckpointError, InputError, SourceError, shown
 from neuron_explainer.models.locations import ActivationLocation
 
 _LOCK_FILE = ".lock"
@@ -79,6 +79,34 @@ class Shard:
     sha256: str
 
 
+@dataclass(frozen=True)
+class _StoreManifest:
+    """``manifest.json`` of a store."""
+
+    format_version: int
+    kind: str
+    model: str
+    locations: dict[str, int]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    settings: list[dict[str, Any]]
+    n_rows: int
+    n_batches: int
+    shards: list[Shard]
+
+    @property
+    def header(self) -> StoreHeader:
+        widths = {ActivationLocation.parse(text): width for text, width in self.locations.items()}
+        return StoreHeader(self.model, widths, DTYPES[self.dtype], self.settings)
+
+    def __post_init__(self) -> None:
+        if min([self.n_rows, self.n_batches, *self.locations.values()]) < 0:
+            raise CheckpointError("n_rows, n_batches and widths must not be negative.")
+        for shard in self.shards:
+            if shard.rows < 1 or Path(shard.file).name != shard.file:
+                raise CheckpointError(f"a shard of {shard.rows} rows in {shown(shard.file)}.")
+        _ = self.header  # an error if a location is none
+
+
 class ActivationStore:
     """A store that is there, read with its rows mapped into memory.
 
@@ -91,15 +119,10 @@ class ActivationStore:
 
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
         self.folder, self.verify = Path(folder).expanduser(), verify
-        manifest = read_manifest(self.folder, _KIND, _VERSION)
-        try:
-            self.header, self.shards = _header_of(manifest), _shards_of(manifest)
-            self.n_batches = int(manifest["n_batches"])
-            """Batches that have been written, from which an interrupted harvest goes on."""
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(
-                f"{self.folder / MANIFEST_FILE}: damaged: {type(error).__name__} {error}."
-            ) from error
+        manifest = read_manifest(self.folder, _StoreManifest, _KIND, _VERSION)
+        self.header, self.shards = manifest.header, manifest.shards
+        self.n_batches = manifest.n_batches
+        """Batches that have been written; an interrupted harvest goes on after them."""
         for shard in self.shards:
             _check_size(self.folder / shard.file, shard)
         self._ends = np.cumsum([shard.rows for shard in self.shards], dtype=np.int64)
@@ -368,17 +391,6 @@ def write_store(
 
 
 # --- the manifest ---
-
-
-def _header_of(manifest: dict[str, Any]) -> StoreHeader:
-    widths = {
-        ActivationLocation.parse(text): int(width) for text, width in manifest["locations"].items()
-    }
-    return StoreHeader(manifest["model"], widths, DTYPES[manifest["dtype"]], manifest["settings"])
-
-
-def _shards_of(manifest: dict[str, Any]) -> list[Shard]:
-    return [Shard(**shard) for shard in manifest["shards"]]
 
 
 def _check_size(path: Path, shard: Shard) -> None:

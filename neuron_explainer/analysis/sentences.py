@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.errors import InputError, SourceError
-from neuron_explainer.evaluation.evaluate import coded_pieces
-from neuron_explainer.evaluation.placed import Subject, subjects_of
+from neuron_explainer.evaluation.pieces import coded_pieces
+from neuron_explainer.evaluation.placed import Placed, placed
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.sampling import prep_input_and_pad
 from neuron_explainer.models.weight_names import Dimension
+from neuron_explainer.tables import text_table
 
 Code = Literal["mean_of_codes", "code_of_mean"]
 
@@ -116,7 +117,7 @@ def summarize_sentences(
     if empty or not ids:
         what = f"sentence {empty[0]} is empty" if empty else "there are no sentences"
         raise InputError(f"{what}: a mean needs at least one token.")
-    subjects = subjects_of(autoencoders, context.get_dim_size(Dimension.LAYERS))
+    subjects = placed(autoencoders, context.get_dim_size(Dimension.LAYERS))
     found: dict[str, list[SentenceSummary]] = {name: [] for name in subjects}
     for start in range(0, len(ids), batch_size):
         part = slice(start, start + batch_size)
@@ -127,7 +128,7 @@ def summarize_sentences(
 
 
 def _summary(
-    sentence: str, n_tokens: int, subject: Subject, x: Tensor, codes: Tensor
+    sentence: str, n_tokens: int, subject: Placed, x: Tensor, codes: Tensor
 ) -> SentenceSummary:
     autoencoder = subject.autoencoder
     code = autoencoder.encode(x.to(autoencoder.device, autoencoder.dtype)[None])[0]
@@ -142,7 +143,7 @@ def _summary(
 
 
 def _means(
-    context: ModelContext, ids: list[list[int]], subjects: Mapping[str, Subject], bos: bool
+    context: ModelContext, ids: list[list[int]], subjects: Mapping[str, Placed], bos: bool
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean activation ``[sentences, n]`` and mean code ``[sentences, l]`` at each place, in float64."""
     model = context.get_or_create_model()
@@ -241,16 +242,7 @@ def to_table(
     rows = rows_of(summaries, code)
     head = list(rows[0] if rows else COLUMNS)
     cells = [[_cell(value, width) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-    numeric = [name not in ("Location", "Sentence") for name in head]
-    lines = [head, ["-" * size for size in widths], *cells]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(size) if right else cell.ljust(size)
-            for cell, size, right in zip(line, widths, numeric, strict=True)
-        ).rstrip()
-        for line in lines
-    )
+    return text_table(head, cells, n_left=len(head) - len(COLUMNS) + 1, rule=True)
 
 
 def _cell(value: Any, width: int) -> str:

@@ -262,6 +262,7 @@ def _train(args: argparse.Namespace, asked: TrainRequest, world: "World") -> Res
 
     from neuron_explainer.activations import open_buffer
     from neuron_explainer.dictionaries import train, train_many
+    from neuron_explainer.dictionaries.runs import Run
     from neuron_explainer.dictionaries.shared_source import SharedSource
 
     config, data, model, source, out = asked
@@ -297,7 +298,7 @@ def _train(args: argparse.Namespace, asked: TrainRequest, world: "World") -> Res
             )
             raise
         waited, forward = batches.waited_s, batches.forward_s
-    finished = files.read_json(Path(out) / "finished.json")
+    finished = Run.open(out).finished
     return {
         "run": out,
         "locations": list(configs),
@@ -322,8 +323,8 @@ def _settings(args: argparse.Namespace) -> TrainRequest:
     from neuron_explainer.activations import DataConfig, is_store
     from neuron_explainer.dictionaries import TrainConfig
     from neuron_explainer.dictionaries.params_json import read_params
+    from neuron_explainer.settings import read_values, split_fields
     from neuron_explainer.settings.flags import from_flags
-    from neuron_explainer.settings.from_files import read_values, split_fields
 
     if args.config is not None and args.params is not None:
         raise InputError("give --config or --params, not both.")

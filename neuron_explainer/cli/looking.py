@@ -14,6 +14,7 @@ from neuron_explainer.cli.common import (
     positive,
 )
 from neuron_explainer.errors import InputError
+from neuron_explainer.tables import text_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -215,11 +216,13 @@ def _ablation(args: argparse.Namespace, model: "Transformer") -> tuple["Transfor
 
 def show_ablate(result: Result) -> None:
     """A table of probabilities."""
+    when = ("before", "after")
     print(f"{result['model']}, {result['ablated']}: probability of the next token")
-    print(f"{'token':>14}  before   after  change")
-    for row in result["next_tokens"]:
-        change = row["after"] - row["before"]
-        print(f"{row['token']!r:>14}  {row['before']:.4f}  {row['after']:.4f}  {change:+.4f}")
+    rows = [
+        [repr(t["token"]), *(f"{t[k]:.4f}" for k in when), f"{t['after'] - t['before']:+.4f}"]
+        for t in result["next_tokens"]
+    ]
+    print(text_table(["token", *when, "change"], rows))
     print(f"KL divergence from before to after: {result['kl_divergence']:.4f} nats")
 
 

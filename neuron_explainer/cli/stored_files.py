@@ -7,8 +7,7 @@ from typing import Any
 
 from neuron_explainer import files
 from neuron_explainer.cli.common import Result, add_verb, autoencoder_path
-from neuron_explainer.settings.field_docs import own_docs
-from neuron_explainer.settings.flags import add_flag
+from neuron_explainer.settings.flags import add_flag, own_docs
 
 
 def register(verbs: Any) -> None:

@@ -26,7 +26,7 @@ from neuron_explainer.dictionaries.prune import prune
 from neuron_explainer.dictionaries.train import StepReport, train, train_many
 from neuron_explainer.evaluation.evaluate import evaluate, evaluate_all, measure
 from neuron_explainer.evaluation.figures import Evaluation, evaluation_table
-from neuron_explainer.settings.from_files import read_config
+from neuron_explainer.settings import read_config
 
 __all__ = [
     "BatchTopKConfig",

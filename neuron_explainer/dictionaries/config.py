@@ -16,6 +16,7 @@ from neuron_explainer.dictionaries.objectives import ObjectiveConfig, TopKConfig
 from neuron_explainer.dictionaries.schedules import Decay
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.settings.fields import check_types
 
 Normalization = Literal["none", "constant", "center", "layer_norm", "rms"]
 Remedy = Literal["none", "resample", "ghost"]
@@ -131,6 +132,7 @@ class TrainConfig:
     """The model whose activations these are; recorded."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         _ = self.objective.name  # an error if it is none
         for location in (self.location, self.output_location):
             if location is not None:

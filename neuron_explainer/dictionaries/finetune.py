@@ -23,7 +23,6 @@ from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation.evaluate import Activations
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoders.latents import Latents
-from neuron_explainer.models.autoencoders.nonlinearities import activation_name
 
 
 def finetune_decoder(
@@ -50,10 +49,10 @@ def finetune_decoder(
     Returns:
         A new autoencoder with the same latents; ``metadata["finetuned"]`` says on how many tokens.
     """
-    if activation_name(autoencoder.activation) == "Fista":
+    if autoencoder.nonlinearity.needs_dictionary:
         raise InputError(
-            f"{autoencoder._name()}: Fista finds latents by the decoder's directions; they cannot be "
-            "trained while latents stay what they are."
+            f"{autoencoder._name()}: {autoencoder.nonlinearity.name} finds latents by the decoder's "
+            "directions; they cannot be trained while latents stay what they are."
         )
     decoder = _Decoder(autoencoder)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=lr, betas=betas)

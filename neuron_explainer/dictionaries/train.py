@@ -16,13 +16,14 @@ from torch import Tensor
 from neuron_explainer.dictionaries.batches import BatchSource, TensorBatches
 from neuron_explainer.dictionaries.config import TrainConfig
 from neuron_explainer.dictionaries.distributed import SINGLE_PROCESS, World
-from neuron_explainer.dictionaries.loop import SINGLE_NAME, Loop, Plan
+from neuron_explainer.dictionaries.loop import Loop, Plan
 from neuron_explainer.dictionaries.objectives import Loss
+from neuron_explainer.dictionaries.runs import SINGLE_NAME
 from neuron_explainer.dictionaries.trainee import Trainee
 from neuron_explainer.errors import InputError
 from neuron_explainer.kernels.workspace import Workspace
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.settings.from_files import to_dict
+from neuron_explainer.settings import to_dict
 
 # All dictionaries of a run share these: one step, one checkpoint, one line of the log for all.
 _SHARED = ("total_steps", "sample_batches", "checkpoint_interval", "keep_checkpoints", "log_every")

@@ -29,6 +29,7 @@ from neuron_explainer.dictionaries.objectives import (
 from neuron_explainer.dictionaries.objectives.base import squared_error
 from neuron_explainer.dictionaries.schedules import learning_rate_factor, ramp
 from neuron_explainer.errors import InputError
+from neuron_explainer.evaluation.metrics import fvu, n_active
 from neuron_explainer.kernels.workspace import Workspace
 from neuron_explainer.models.autoencoder import Autoencoder
 
@@ -265,18 +266,16 @@ class Trainee(nn.Module):
         if self._per_vector is not None and not self.config.transcoder:  # not one scale for all
             _, stats = self._per_vector.normalize(raw)
             error, target = raw - self._per_vector.denormalize(target - error, stats), raw
-        error, target = (self.world.gather_rows(t, n_tokens) for t in (error, target))
-        active = (
-            loss.latents.values if isinstance(loss.latents, SparseLatents) else loss.latents
-        ) > 0
+        error, target = (self.world.gather_rows(t, n_tokens).double() for t in (error, target))
+        values = loss.latents.values if isinstance(loss.latents, SparseLatents) else loss.latents
         window = min(self.config.dead_after(n_tokens), tokens_so_far)
         dead = self.counter.dead(window)
-        n_active = self.world.all_reduce_sum(active.sum())
         return {
             "loss": float(loss.total),
             **{name: float(term) for name, term in loss.terms.items()},
-            "fvu": float(squared_error(error) / variance(target)),
-            "l0": float(n_active) / n_tokens,
+            # One scale for all leaves FVU as it is, so normalised activations will do.
+            "fvu": float(fvu(target, target - error)),
+            "l0": int(self.world.all_reduce_sum(n_active(values))) / n_tokens,
             "dead": int(self.dictionary.total(torch.tensor(len(dead)))),
             "dead_window": window,
         }

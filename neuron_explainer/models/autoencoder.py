@@ -39,14 +39,15 @@ from neuron_explainer.errors import CheckpointError, InputError
 from neuron_explainer.kernels.encode_top_k import Prepared, encode_top_k, prepare, use_certified
 from neuron_explainer.kernels.products import product
 from neuron_explainer.kernels.top_k import top_k
-from neuron_explainer.models.autoencoders.fista import Fista
 from neuron_explainer.models.autoencoders.latents import Latents
 from neuron_explainer.models.autoencoders.nonlinearities import (
     ACTIVATIONS_CLASSES,
     BatchTopK,
     JumpReLU,
+    Nonlinearity,
     TopK,
     activation_name,
+    as_nonlinearity,
     make_activation,
 )
 from neuron_explainer.models.checkpoints.autoencoders import Stated, read_autoencoder
@@ -269,8 +270,8 @@ class Autoencoder(nn.Module):
         x_hat, _ = self.normalize(x)
         if self._needs_graph(x):
             return self._latents(x_hat)[1]
-        if isinstance(self.activation, TopK) and self.glu is None:
-            return self._top_k(x_hat, self.activation).dense()
+        if self._searches:
+            return self._top_k(x_hat).dense()
         return self._plain_latents(x_hat)
 
     def encode_sparse(self, x: Tensor) -> Latents:
@@ -282,13 +283,14 @@ class Autoencoder(nn.Module):
         kept, the first is.
         """
         x_hat, _ = self.normalize(x)
-        if not isinstance(self.activation, TopK):
+        k = self.nonlinearity.top_k
+        if k is None:
             return self._padded(x_hat, x)
-        if self.glu is None and not self._needs_graph(x):
-            return self._top_k(x_hat, self.activation)
+        if self._searches and not self._needs_graph(x):
+            return self._top_k(x_hat)
         pre_act = self._pre_act(x_hat)
-        indices = top_k(pre_act, self.activation.k)[1]
-        values = self.activation.postact_fn(pre_act.gather(-1, indices))
+        indices = top_k(pre_act, k)[1]
+        values = self.nonlinearity.after_top_k(pre_act.gather(-1, indices))
         return Latents(values, indices, self.n_latents)
 
     def decode(self, latents: Tensor | Latents, stats: InputStats | None = None) -> Tensor:
@@ -348,7 +350,7 @@ class Autoencoder(nn.Module):
         Where no gradient is asked for, a part of the rows at a time and only through the active
         latents: dense latents are never held for all rows.
         """
-        if self._needs_graph(x) or isinstance(self.activation, Fista):
+        if self._needs_graph(x) or self.nonlinearity.needs_dictionary:
             return self(x).recons  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
         self._check_width(x, self.n_inputs, "input")
         rows = x.reshape(-1, self.n_inputs)
@@ -373,9 +375,7 @@ class Autoencoder(nn.Module):
         return pre_act, self._activate(pre_act)
 
     def _activate(self, pre_act: Tensor) -> Tensor:
-        if isinstance(self.activation, Fista):
-            return self.activation(pre_act, self.decoder.weight)  # type: ignore[no-any-return]
-        return self.activation(pre_act)  # type: ignore[no-any-return]
+        return self.nonlinearity.latents(pre_act, self.decoder.weight)
 
     def _decode_normalized(self, latents: Tensor | Latents) -> Tensor:
         """On the scale of normalised inputs."""
@@ -401,20 +401,22 @@ class Autoencoder(nn.Module):
             return True
         return any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
 
-    def _top_k(self, x_hat: Tensor, activation: TopK) -> Latents:
+    def _top_k(self, x_hat: Tensor) -> Latents:
+        nonlinearity = self.nonlinearity
+        k = nonlinearity.top_k
+        assert k is not None
         self._check_dtype(x_hat)
         rows = (x_hat - self.pre_bias).reshape(-1, self.n_inputs)
         weight, bias = self.encoder.weight, self.latent_bias
         if use_certified(rows, weight, None):
             self._prepared = prepare(weight, bias, self._prepared)
-        values, indices = encode_top_k(rows, weight, bias, activation.k, self._prepared)
-        shape = (*x_hat.shape[:-1], activation.k)
-        return Latents(
-            activation.postact_fn(values).view(shape), indices.view(shape), self.n_latents
-        )
+        values, indices = encode_top_k(rows, weight, bias, k, self._prepared)
+        shape = (*x_hat.shape[:-1], k)
+        values = nonlinearity.after_top_k(values)
+        return Latents(values.view(shape), indices.view(shape), self.n_latents)
 
     def _padded(self, x_hat: Tensor, x: Tensor) -> Latents:
-        if self._needs_graph(x) or isinstance(self.activation, Fista):
+        if self._needs_graph(x) or self.nonlinearity.needs_dictionary:
             return Latents.of(self._latents(x_hat)[1])
         rows = x_hat.reshape(-1, self.n_inputs)
         parts = [
@@ -425,19 +427,19 @@ class Autoencoder(nn.Module):
 
     def _plain_latents(self, x_hat: Tensor) -> Tensor:
         """``[…, l]``, dense."""
-        if type(self.activation) is nn.ReLU and self.glu is None:
+        if self.nonlinearity.is_relu and self.glu is None:
             return self._pre_act(x_hat, relu=True)
         return self._activate(self._pre_act(x_hat))
 
     def _rows_at_a_time(self) -> int:
-        if isinstance(self.activation, TopK) and self.glu is None:
+        if self._searches:
             return _TOPK_ROWS
         return max(1, _CHUNK_BYTES // (self.n_latents * self.encoder.weight.element_size()))
 
     def _reconstruct_rows(self, x: Tensor) -> Tensor:
         x_hat, stats = self.normalize(x)
-        if isinstance(self.activation, TopK) and self.glu is None:
-            return self.decode(self._top_k(x_hat, self.activation), stats)
+        if self._searches:
+            return self.decode(self._top_k(x_hat), stats)
         latents = self._plain_latents(x_hat)
         few = torch.count_nonzero(latents) < _SPARSE_SHARE * latents.numel()
         return self.decode(Latents.of(latents) if few else latents, stats)
@@ -493,6 +495,16 @@ class Autoencoder(nn.Module):
             )
 
     # ---- what it is ----------------------------------------------------------------------------
+
+    @property
+    def nonlinearity(self) -> Nonlinearity:
+        """The activation function with all that it says about itself."""
+        return as_nonlinearity(self.activation)
+
+    @property
+    def _searches(self) -> bool:
+        """Whether latents are found by a search for the largest pre-activations."""
+        return self.glu is None and self.nonlinearity.top_k is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -690,7 +702,7 @@ class Autoencoder(nn.Module):
 
     def _config(self, dtype: torch.dtype) -> dict[str, Any]:
         name = activation_name(self.activation)
-        fields = {k: v for k, v in self.activation.state_dict().items() if not torch.is_tensor(v)}
+        fields = self.nonlinearity.plain_fields()
         try:
             metadata = json.loads(json.dumps(self.metadata, allow_nan=False))
         except (TypeError, ValueError) as error:
@@ -788,10 +800,11 @@ def _check_combination(
         raise InputError("Autoencoder: a transcoder's decoder cannot be tied to its encoder.")
     if output_location is not None and n_outputs is None:
         raise InputError("Autoencoder: output_location is for transcoders; n_outputs is not given.")
-    if isinstance(activation, Fista) and not tied:
+    nonlinearity = None if activation is None else as_nonlinearity(activation)
+    if nonlinearity is not None and nonlinearity.needs_dictionary and not tied:
         raise InputError(
-            "Autoencoder: Fista codes an input in the decoder's directions; the encoder must be "
-            "tied to them (tied=True)."
+            f"Autoencoder: {nonlinearity.name} codes an input in the decoder's directions; the encoder "
+            "must be tied to them (tied=True)."
         )
 
 
@@ -816,7 +829,7 @@ def _fold_python_entries(
     if module.tied:
         del state_dict[prefix + "decoder.linear.weight"]
         state_dict[prefix + "tied"] = True
-    if module.input_normalization != "none" or isinstance(module.activation, TopK):
+    if module.input_normalization != "none" or module.nonlinearity.needs_normalization:
         state_dict[prefix + "input_normalization"] = module.input_normalization
     if module.is_transcoder:
         state_dict[prefix + "n_outputs"] = module.n_outputs
@@ -859,10 +872,11 @@ def _settle_normalization(entries: Entries, given: InputNormalization | None) ->
         raise CheckpointError(
             f"the state dict says input_normalization {stated!r}, the call says {given!r}."
         )
-    if stated is None and given is None and entries.activation == "TopK":
+    doubtful = getattr(ACTIVATIONS_CLASSES[entries.activation], "needs_normalization", False)
+    if stated is None and given is None and doubtful:
         warnings.warn(
-            "This TopK autoencoder's state dict does not say how its inputs were normalised; it is "
-            "read as input_normalization='none'. OpenAI's v5 autoencoders were trained on "
+            f"This {entries.activation} autoencoder's state dict does not say how its inputs were "
+            "normalised; it is read as input_normalization='none'. OpenAI's v5 autoencoders were trained on "
             "layer-normed inputs and give garbage without: state it, "
             "`Autoencoder.from_state_dict(state_dict, input_normalization='layer_norm')` (or 'none' "
             "to confirm).",

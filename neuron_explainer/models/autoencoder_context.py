@@ -19,7 +19,6 @@ from torch import Tensor
 from neuron_explainer.errors import InputError, LocationError
 from neuron_explainer.models.autoencoder import Autoencoder, InputNormalization
 from neuron_explainer.models.autoencoders.latents import Latents
-from neuron_explainer.models.autoencoders.nonlinearities import TopK
 from neuron_explainer.models.checkpoints.autoencoders.state import select_latents
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.hooks import AutoencoderHooks, Hook, TransformerHooks
@@ -513,8 +512,8 @@ class PrunedAutoencoder(Autoencoder):
         pre_act = super()._pre_act(x_hat)
         return self._all(pre_act), self._all(self._activate(pre_act))
 
-    def _top_k(self, x_hat: Tensor, activation: TopK) -> Latents:
-        found = super()._top_k(x_hat, activation)
+    def _top_k(self, x_hat: Tensor) -> Latents:
+        found = super()._top_k(x_hat)
         return found._replace(indices=self.kept[found.indices])
 
     def _plain_latents(self, x_hat: Tensor) -> Tensor:

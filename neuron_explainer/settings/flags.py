@@ -9,16 +9,18 @@ comes from a file's values, if there are any, or is the default.
 """
 
 import argparse
+import ast
 import dataclasses
+import inspect
+import textwrap
 import types
 import typing
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from neuron_explainer.errors import InputError
-from neuron_explainer.settings.field_docs import field_docs
-from neuron_explainer.settings.from_files import field_names, from_dict, to_dict, variant_fields
-from neuron_explainer.settings.variants import Variant
+from neuron_explainer.settings.fields import Variant, field_names, to_dict, variant_fields
+from neuron_explainer.settings.formats import from_dict
 
 T = TypeVar("T")
 
@@ -143,3 +145,35 @@ def add_flag(group: Any, name: str, hint: Any, doc: str, default: Any) -> None:
 def _shown(default: Any) -> str:
     """A default as help shows it; nothing for one that its text explains."""
     return "" if default is None or default is dataclasses.MISSING else str(default)
+
+
+# --- docstrings under fields, which Python itself does not keep ---
+
+
+def field_docs(cls: type[Any]) -> dict[str, str]:
+    """The docstring of each field of a dataclass as one line, inherited fields included."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            docs |= own_docs(base)
+    return {field.name: docs.get(field.name, "") for field in dataclasses.fields(cls)}
+
+
+def own_docs(cls: type[Any]) -> dict[str, str]:
+    """The docstrings under a class's own fields, by field; one without a docstring is left out."""
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    except (OSError, TypeError):  # a class made where there is no file
+        return {}
+    assert isinstance(tree, ast.ClassDef)
+    docs = {}
+    for field, below in zip(tree.body, tree.body[1:], strict=False):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+            and isinstance(below.value.value, str)
+        ):
+            docs[field.target.id] = " ".join(below.value.value.split())
+    return docs

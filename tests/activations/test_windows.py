@@ -259,11 +259,11 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, tales: ModelContext)
     [
         ({"kind": "store"}, "expected kind 'token_file' of format_version 1, found 'store' of 1"),
         ({"format_version": 9}, "found 'token_file' of 9"),
-        ({"n_tokens": "many"}, "n_tokens should be of type int, found 'many'"),
+        ({"n_tokens": "many"}, "n_tokens: expected a whole number, found 'many'"),
         ({"n_tokens": 5}, r"tokens\.bin: expected 10 bytes, found"),
         ({"n_documents": 7}, r"starts\.bin: expected 64 bytes, found"),
         ({"n_documents": 0}, "at least 1"),
-        ({"dtype": "uint8"}, "dtype should be uint16 or uint32, found 'uint8'"),
+        ({"dtype": "uint8"}, "dtype: expected one of uint16, uint32, found 'uint8'"),
         ({"sha256": {}}, r"sha256 should name tokens\.bin, starts\.bin"),
     ],
 )

@@ -21,9 +21,8 @@ from neuron_explainer.dictionaries import (
 )
 from neuron_explainer.dictionaries.params_json import read_params
 from neuron_explainer.errors import CheckpointError, InputError, LocationError
-from neuron_explainer.settings.field_docs import field_docs
-from neuron_explainer.settings.flags import add_flags, from_flags
-from neuron_explainer.settings.from_files import from_dict, read_values, to_dict
+from neuron_explainer.settings import from_dict, read_values, to_dict
+from neuron_explainer.settings.flags import add_flags, field_docs, from_flags
 
 
 def test_every_field_has_a_docstring() -> None:
@@ -154,8 +153,8 @@ def test_toml(tmp_path: Path) -> None:
         ({"steps": 5, "objective": "topc"}, r"unknown objective 'topc'\. Did you mean 'topk'"),
         ({"steps": 5, "objective": {"name": "topk", "kk": 1}}, r"\(topk\): unknown field 'kk'"),
         ({"steps": 5, "objective": 3}, "expected a name"),
-        ({"steps": "5"}, "steps: expected int, found '5'"),
-        ({"steps": 5, "tied": 1}, "tied: expected bool"),
+        ({"steps": "5"}, "steps: expected a whole number, found '5'"),
+        ({"steps": 5, "tied": 1}, "tied: expected true or false"),
         ({"steps": 5, "decay": "liner"}, "Did you mean 'linear'"),
         (
             {"steps": 5, "objective": {"name": "matryoshka", "group_fractions": 1}},
@@ -260,7 +259,7 @@ def test_params_json(tmp_path: Path) -> None:
     ("entries", "message"),
     [
         ({"num_token": {"value": 5, "description": ""}}, "Did you mean 'num_tokens'"),
-        ({"layer": {"value": "3", "description": ""}}, "layer: expected int, found '3'"),
+        ({"layer": {"value": "3", "description": ""}}, "layer: expected a whole number, found '3'"),
         ({"num_tokens": {"value": 100, "description": ""}}, "less than one batch of 8192"),
     ],
 )

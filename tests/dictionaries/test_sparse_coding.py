@@ -17,7 +17,8 @@ from neuron_explainer.dictionaries.sparse_coding.dictionary_update import normal
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
-from neuron_explainer.models.autoencoders.fista import Fista, fista
+from neuron_explainer.models.autoencoders.fista import fista
+from neuron_explainer.models.autoencoders.nonlinearities import Fista
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.model_context import ModelContext
 from tests.dictionaries.sparse_coding_runs import log_of

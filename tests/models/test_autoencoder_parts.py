@@ -17,8 +17,13 @@ from neuron_explainer.models.autoencoder_context import (
     AutoencoderContext,
     omit_least_active_latents,
 )
-from neuron_explainer.models.autoencoders.fista import Fista, fista
-from neuron_explainer.models.autoencoders.nonlinearities import Gated, GroupMax, make_activation
+from neuron_explainer.models.autoencoders.fista import fista
+from neuron_explainer.models.autoencoders.nonlinearities import (
+    Fista,
+    Gated,
+    GroupMax,
+    make_activation,
+)
 from neuron_explainer.models.checkpoints.autoencoders.state import select_latents
 from neuron_explainer.models.hooks import AutoencoderHooks
 
@@ -316,8 +321,8 @@ def test_latents_that_depend_on_each_other_are_not_left_out(activation):
         ({"group_sizes": [12, 0]}, "group_sizes must be whole numbers >= 1"),
         ({"group_sizes": "12"}, "group_sizes must be whole numbers >= 1"),
         ({"activation": Fista(0.1)}, "Fista codes an input .*tied=True"),
-        ({"activation": GroupMax(5)}, "GroupMax: 12 latents are not 5 groups"),
-        ({"activation": Gated(*torch.zeros(3, 4))}, "Gated has 4 gates for 12 latents"),
+        ({"activation": GroupMax(5)}, "GroupMax: 12 latents are not 5 equal groups"),
+        ({"activation": Gated(*torch.zeros(3, 4))}, "Gated: b_gate has 4 numbers for 12 latents"),
     ],
 )
 def test_bad_construction(kwargs, message):

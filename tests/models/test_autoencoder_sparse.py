@@ -12,9 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from neuron_explainer.errors import InputError
 from neuron_explainer.models import autoencoder as module
 from neuron_explainer.models.autoencoder import Autoencoder, BatchTopK, JumpReLU, TopK
-from neuron_explainer.models.autoencoders.fista import Fista
 from neuron_explainer.models.autoencoders.latents import Latents
-from neuron_explainer.models.autoencoders.nonlinearities import Gated, GroupMax
+from neuron_explainer.models.autoencoders.nonlinearities import Fista, Gated, GroupMax
 
 L, N = 24, 6
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from neuron_explainer.errors import InputError
+from neuron_explainer.settings import Variant, from_dict, split_fields, to_dict
 from neuron_explainer.settings.flags import add_flags, from_flags
-from neuron_explainer.settings.from_files import from_dict, split_fields, to_dict
-from neuron_explainer.settings.variants import Variant
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from neuron_explainer.dictionaries.dictionary import DecoderNorm, LearnedDictionary
 from neuron_explainer.errors import InputError
 from neuron_explainer.kernels.workspace import Workspace
-from neuron_explainer.settings.variants import Variant
+from neuron_explainer.settings.fields import Variant
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class GatedConfig(ObjectiveConfig):
     """Weight of the penalty on the gate, in the units of relu's."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.l1_coefficient < 0:
             raise InputError(f"l1_coefficient must not be negative, found {self.l1_coefficient}.")
 

@@ -52,6 +52,7 @@ class JumpReLUConfig(ObjectiveConfig):
     that takes some ten thousand steps, in which nothing is sparse."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("bandwidth", "first_threshold", "threshold_speed", "target_l0"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -46,6 +46,7 @@ class ReLUConfig(ObjectiveConfig):
     """Whether each latent counts with the norm of its decoder row; for decoder_norm free."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.l1_coefficient < 0:
             raise InputError(f"l1_coefficient must not be negative, found {self.l1_coefficient}.")
 
@@ -104,6 +105,7 @@ class PAnnealConfig(ObjectiveConfig):
     """Batches before a change on which the rescaling is measured."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.l1_coefficient < 0 or not 0 < self.p_end <= 1:
             raise InputError(
                 "l1_coefficient must not be negative and p_end must be in 0 to 1, 0 excluded (the "

@@ -49,6 +49,7 @@ class AuxKConfig(ObjectiveConfig):
     """Latents that are active at step 0 if the number is annealed; the width if not given."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.k < 1:
             raise InputError(f"k must be at least 1, found {self.k}.")
         if self.aux_k is not None and self.aux_k < 1:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from neuron_explainer.evaluation.metrics import fvu
 from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.tables import text_table
 
 _RIDGE = 1e-6  # of unit vectors: two that are nearly the same do not get huge values
 
@@ -65,9 +66,6 @@ def pursue(target: Tensor, directions: Tensor, k: int) -> Tensor:
 
 
 def table(found: dict[str, Reach]) -> str:
-    """One line an autoencoder."""
-    lines = [f"{'location':<28} {'encoder':>8} {'refit':>8} {'pursuit':>8}"]
-    lines += [
-        f"{name:<28} {r.encoder:8.4f} {r.refit:8.4f} {r.pursuit:8.4f}" for name, r in found.items()
-    ]
-    return "\n".join(lines)
+    """One line for each autoencoder."""
+    rows = ([name, *(f"{fvu:.4f}" for fvu in reach)] for name, reach in found.items())
+    return text_table(["location", *Reach._fields], rows)

@@ -4,7 +4,7 @@ State dicts are judged by their headers (shape, dtype) where a format has them, 
 is told at once and all that is wrong with it together, before gigabytes are read.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ import torch
 from neuron_explainer.errors import CheckpointError, InputError, did_you_mean
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.tokenizers import TokenizerSpec
+from neuron_explainer.settings.fields import read_fields
 
 Format = Literal["native", "pieces", "huggingface"]
 StateDict = dict[str, torch.Tensor]
@@ -202,29 +203,14 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-def config_from(fields: Mapping[str, Any], names: Iterable[str], where: str) -> TransformerConfig:
-    """A config from exactly the fields ``names``, all problems of names told together."""
-    names = list(names)
-    report = Report(where)
-    for name in set(names) - set(fields):
-        report.add(name, "this field is missing")
-    for name in set(fields) - set(names):
-        report.add(name, f"unknown field.{did_you_mean(name, set(names) - set(fields))}")
-    report.raise_if_any(f"Expected fields: {', '.join(names)}.")
-    return make_config(dict(fields), where)
+def make_config(
+    fields: Mapping[str, Any], where: str, only: Sequence[str] | None = None
+) -> TransformerConfig:
+    """A config whose problems are told as those of the file ``where``.
 
-
-def make_config(fields: dict[str, Any], where: str) -> TransformerConfig:
-    """A config whose problems are told as those of the file ``where``."""
-    if not isinstance(fields.get("enc", ""), str):
-        raise CheckpointError(f"{where}: enc must be a name, found {fields['enc']!r}.")
-    eps = fields.get("norm_eps", 0.0)
-    if not isinstance(eps, int | float) or not 0 <= eps < float("inf"):
-        raise CheckpointError(f"{where}: norm_eps must be a number >= 0, found {eps!r}.")
-    try:
-        return TransformerConfig(**fields)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{where}: {error}") from None
+    ``only``: the fields that all have to be there, with no others.
+    """
+    return read_fields(TransformerConfig, fields, where, only=only, error=CheckpointError)
 
 
 def damaged(file: str | Path, error: Exception) -> CheckpointError:

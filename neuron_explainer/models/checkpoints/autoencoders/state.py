@@ -15,12 +15,9 @@ from torch import Tensor, nn
 from neuron_explainer.errors import CheckpointError, InputError, did_you_mean
 from neuron_explainer.models.autoencoders.nonlinearities import (
     ACTIVATIONS_CLASSES,
-    PER_LATENT_FIELDS,
-    Gated,
-    GroupMax,
-    JumpReLU,
-    TopK,
+    as_nonlinearity,
     make_activation,
+    select_fields,
 )
 from neuron_explainer.models.checkpoints.problems import Shape, described, tensor_problems
 
@@ -67,21 +64,8 @@ def check_sizes(
         raise InputError(
             f"Autoencoder: activation must be a module such as TopK(32), found {activation!r}."
         )
-    if isinstance(activation, TopK) and activation.k > n_latents:
-        raise InputError(f"Autoencoder: TopK(k={activation.k}) on {n_latents} latents.")
-    if isinstance(activation, GroupMax) and n_latents % activation.k:
-        raise InputError(
-            f"Autoencoder: GroupMax: {n_latents} latents are not {activation.k} groups."
-        )
-    if isinstance(activation, JumpReLU) and len(activation.threshold) != n_latents:
-        raise InputError(
-            f"Autoencoder: JumpReLU has {len(activation.threshold)} thresholds for {n_latents} "
-            "latents."
-        )
-    if isinstance(activation, Gated) and len(activation.b_gate) != n_latents:
-        raise InputError(
-            f"Autoencoder: Gated has {len(activation.b_gate)} gates for {n_latents} latents."
-        )
+    if activation is not None:
+        as_nonlinearity(activation).check(n_latents)
 
 
 def read_group_sizes(sizes: Any, n_latents: int) -> tuple[int, ...] | None:
@@ -249,19 +233,14 @@ def select_latents(state_dict: Mapping[str, Any], kept: Tensor) -> dict[str, Any
     left out, or refused where the latents would change.
     """
     result = dict(state_dict)
-    name, fields = result.get("activation", "ReLU"), dict(result.get("activation_state_dict", {}))
-    if name in ("GroupMax", "Fista"):
-        raise InputError(f"latents cannot be left out: {name} finds each of them among the others.")
+    name, fields = result.get("activation", "ReLU"), result.get("activation_state_dict", {})
+    fields = select_fields(name, fields, kept)
     result.pop("group_sizes", None)
     for key in ("latent_bias", "encoder.weight", "glu.weight", "glu.bias", *STATISTICS):
         if key in result:
             result[key] = result[key][kept]
     if "decoder.weight" in result:
         result["decoder.weight"] = result["decoder.weight"][:, kept]
-    if name == "TopK":
-        fields["k"] = min(fields["k"], len(kept))
-    for field in PER_LATENT_FIELDS.get(name, []):
-        fields[field] = fields[field][kept]
     return result | {"activation_state_dict": fields}
 
 

@@ -1,18 +1,126 @@
-"""Files and folders that appear whole or not at all."""
+"""Local files: what stands in their way, and files and folders that appear whole or not at all."""
 
 import contextlib
 import ctypes
+import errno
+import hashlib
+import json
 import os
 import re
 import secrets
 import shutil
 import sys
 import tempfile
+from base64 import b64encode
+from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from neuron_explainer.errors import InputError, SourceError
-from neuron_explainer.files._local import DISK_FULL, FORBIDDEN, disk_reason, make_folder
+from neuron_explainer.errors import CheckpointError, InputError, SourceError, did_you_mean, shown
+
+REMOTE_PREFIXES = ("az://", "https://", "http://", "hf:")
+DISK_FULL = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})
+
+FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+
+
+def local_path(source: str | Path) -> Path:
+    """``source`` as it is, but for a leading ``~``."""
+    return Path(source).expanduser() if str(source).startswith("~") else Path(source)
+
+
+def local_file(source: str | Path, size: int | None, sha256: str | None) -> Path:
+    """The path of a file that is there and has these figures, where given."""
+    path = local_path(source)
+    try:
+        if path.is_dir():
+            raise SourceError(f"{path} is a folder where a file is expected")
+        if not path.exists():
+            near = _nearby(path) + _unknown_scheme(str(source))
+            raise SourceError(f"there is no file {source}{near}")
+        check_regular(path)
+        check_expected(path, str(source), size, sha256 and sha256.lower())
+    except OSError as error:  # no permission, a name too long
+        raise SourceError(f"cannot read {source}: {error.strerror}") from error
+    return path
+
+
+def check_regular(path: Path) -> None:
+    """Refuse a pipe, socket or device: a read of one may never end."""
+    if not path.is_file():
+        raise SourceError(
+            f"{path} is a pipe, socket or device; save what it gives as a file, and give that"
+        )
+
+
+def _nearby(path: Path) -> str:
+    for parent in path.parents:
+        if parent.is_file():
+            return f": {parent} is a file where a folder is expected"
+    if not path.parent.is_dir():
+        return f": there is no folder {path.parent} either"
+    # A folder may hold a file for each of 100,000 latents; comparing with some is enough.
+    return did_you_mean(path.name, (p.name for p in islice(path.parent.iterdir(), 1000)))
+
+
+def _unknown_scheme(source: str) -> str:
+    scheme, separator, _ = source.partition("://")
+    if not separator:
+        return ""
+    known = ", ".join(REMOTE_PREFIXES)
+    return f" ({scheme}:// is not among the known prefixes {known})"
+
+
+def check_expected(path: Path, source: str, size: int | None, sha256: str | None) -> None:
+    """Refuse a file that is not the one that the caller means."""
+    found = path.stat().st_size
+    if size is not None and found != size:
+        raise SourceError(f"{source}: expected {size} bytes, found {found} in {path}")
+    if sha256 is not None and (digest := sha256_of(path)) != sha256:
+        raise SourceError(f"{source}: expected SHA-256 {sha256}, found {digest} in {path}")
+
+
+def make_folder(folder: Path) -> None:
+    """The folder and its parents, where they are not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SourceError(f"cannot make the folder {folder}: {in_way(error, folder)}") from error
+
+
+def in_way(error: OSError, path: Path) -> str:
+    """What stands in the way, said better than ``FileExistsError`` does."""
+    for part in (path, *path.parents):
+        if part.is_file():
+            return f"{part} is a file where a folder is expected"
+    return f"{type(error).__name__}: {error.strerror or error}"
+
+
+def disk_reason(error: OSError, folder: Path) -> str:
+    """Why nothing could be written in ``folder``."""
+    if error.errno not in DISK_FULL:
+        return in_way(error, Path(error.filename or folder))
+    free = shutil.disk_usage(folder).free
+    return f"no room ({error.strerror}; {free} bytes are free in {folder})"
+
+
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def md5_of(path: Path) -> str:
+    """As servers state it, in base64. Against accidents of transfer only."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
+    return b64encode(digest.digest()).decode()
+
+
+# --- whole or not at all ---
+
 
 _SAVED_FOLDER_MARKS = ("config.json", "cfg.json")
 _AT_FDCWD = -100
@@ -172,3 +280,49 @@ def _sync_tree(folder: Path, mode: int) -> None:
             os.chmod(Path(root, name), mode)
             _sync_file(Path(root, name))
         sync_folder(Path(root))
+
+
+# --- JSON ---
+
+
+def write_json(path: str | Path, obj: object) -> None:
+    """Write ``obj`` as JSON that every reader accepts: UTF-8, no NaN, whole or not at all."""
+    try:
+        text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: this cannot be written as JSON: {error}") from error
+    with atomic_write(path) as temporary:
+        temporary.write_text(text + "\n", "utf-8")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file. A key that stands twice is refused: which one was meant?
+
+    ``NaN`` and ``Infinity`` are read, though they are not JSON, because others write them.
+    """
+    file = local_file(path, None, None)
+    try:
+        found = json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{file}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}, byte {error.start}: not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:  # a key twice, or nested too deep
+        raise CheckpointError(f"{file}: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        twice = sorted(key for key, count in counts.items() if count > 1)
+        more = ", …" if len(twice) > 3 else ""
+        raise ValueError(
+            f"the key {', '.join(map(shown, twice[:3]))}{more} stands twice in one object"
+        )
+    return found
