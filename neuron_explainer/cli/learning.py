@@ -250,6 +250,7 @@ def _train(args: argparse.Namespace, asked: TrainRequest, world: "World") -> Res
 
     from neuron_explainer.activations import open_buffer
     from neuron_explainer.dictionaries import train, train_many
+    from neuron_explainer.dictionaries.runs import Run
     from neuron_explainer.dictionaries.shared_source import SharedSource
 
     config, data, model, source, out = asked
@@ -285,7 +286,7 @@ def _train(args: argparse.Namespace, asked: TrainRequest, world: "World") -> Res
             )
             raise
         waited, forward = batches.waited_s, batches.forward_s
-    finished = files.read_json(Path(out) / "finished.json")
+    finished = Run.open(out).finished
     return {
         "run": out,
         "locations": list(configs),
