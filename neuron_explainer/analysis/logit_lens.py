@@ -57,6 +57,6 @@ def logit_lens(
 
     def tokens(logits: torch.Tensor) -> list[str]:
         top = logits.topk(min(n_tokens, len(logits))).indices.tolist()
-        return [shown(context.decode_token(token)) for token in top]
+        return [shown(context.decode_token(token))[1:-1] for token in top]  # without quotes
 
     return [Promoted(tokens(row), tokens(-row)) for row in logits]

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -42,7 +42,8 @@ table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-
 th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top; }
 th { font-weight: 600; background: #f6f6f6; }
 th:first-child, td:first-child, td.words, th.words { text-align: left; }
-td.words { font: 13px/1.6 ui-monospace, monospace; }
+.token { font: 13px ui-monospace, monospace; white-space: pre; background: #eef3f8;
+  display: inline-block; padding: 0 .15em; margin-right: .2em; border-radius: 3px; }
 ul { padding-left: 0; list-style: none; }
 li { padding: .1em .7em; margin: .3em 0; border-left: 4px solid #b7d7b0; }
 li.unusual { border-color: #e0912f; background: #fdf5e9; }
@@ -65,11 +66,11 @@ _CURVES = {
     "dead": "dead latents",
     "loss": "loss",
     "lr": "learning rate",
-    "tokens_per_second": "tokens per second",
 }
 """The fields of a log that have a place of their own, in order, and how their axes are labelled."""
 
-_NOT_DRAWN = ("dead_window",)
+_NOT_DRAWN = ("dead_window", "tokens_per_second", "seconds")
+"""Fields that say nothing about the dictionaries."""
 _STRONGEST = 15
 """Latents listed for each dictionary."""
 
@@ -128,13 +129,15 @@ def write_report(
         ),
         _main_figures(subjects),
         _training(curves, _axis(lines)),
-        *(_latents(name, each, context) for name, each in subjects.items()),
-        *(_weights(name, geometry, subjects[name]) for name, geometry in geometries.items()),
+        *(_latents(name, each, geometries.get(name), context) for name, each in subjects.items()),
         _all_figures(subjects),
         _settings(subjects, settings or {}),
     ]
     heading = html.escape(title)
-    on = f"Measured on {html.escape(measured_on)}." if measured_on else ""
+    on = f"Measured on {measured_on}." if measured_on else ""
+    if lines and all(_is_number(lines[-1].get(name)) for name in _AXIS):
+        trained, steps = (f"{lines[-1][name]:,.0f}" for name in _AXIS)
+        on = f"Trained on {trained} tokens in {steps} steps. {on}"
     page = f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -142,7 +145,7 @@ def write_report(
 <title>{heading}</title>
 <style>{_STYLE}</style>
 <h1>{heading}</h1>
-<p class="note">{on}</p>
+<p class="note">{html.escape(on)}</p>
 {"".join(sections)}</html>
 """
     with files.atomic_write(path) as temporary:
@@ -301,15 +304,21 @@ def _is_number(value: Any) -> bool:
 # ---- latents and weights -------------------------------------------------------------------------
 
 
-def _latents(name: str, subject: Reported, context: ModelContext | None) -> str:
-    evaluation = subject.evaluation
-    if evaluation is None:
-        return ""
-    density = evaluation.density
-    caption = f"How often latents fire; {density.never:,} of {evaluation.n_latents:,} never did"
-    return f"<h2>{html.escape(name)}: latents</h2>\n{_picture(density_plot(density), caption)}" + (
-        "" if subject.autoencoder is None else _strongest(subject.autoencoder, evaluation, context)
-    )
+def _latents(
+    name: str, subject: Reported, geometry: WeightGeometry | None, context: ModelContext | None
+) -> str:
+    """How often latents fire, what their weights look like, and which ones write most."""
+    evaluation, autoencoder = subject.evaluation, subject.autoencoder
+    parts = []
+    if evaluation is not None:
+        density = evaluation.density
+        caption = f"How often latents fire; {density.never:,} of {evaluation.n_latents:,} never did"
+        parts.append(_picture(density_plot(density), caption))
+    if geometry is not None and autoencoder is not None:
+        parts.append(_weights(geometry, autoencoder.n_latents))
+    if evaluation is not None and autoencoder is not None:
+        parts.append(_strongest(autoencoder, evaluation, context))
+    return f"<h2>{html.escape(name)}: latents</h2>\n{''.join(parts)}" if parts else ""
 
 
 def _strongest(
@@ -324,7 +333,7 @@ def _strongest(
     if not order:
         return ""
     lens = None if context is None else logit_lens(context, autoencoder, order)
-    head = ["latent", "fires on", "largest", "share written"]
+    head = ["latent", "fires on", "largest", "share of output"]
     rows: list[list[Any]] = []
     for row, latent in enumerate(order):
         cells: list[Any] = [
@@ -337,8 +346,8 @@ def _strongest(
             cells += [_Words(lens[row].up), _Words(lens[row].down)]
         rows.append(cells)
     note = (
-        "The latents that write most: the mean squared length of what a latent adds, as a share of that "
-        "of all latents."
+        "The latents that write most. Share of output: the mean squared length of what a latent adds to "
+        "the reconstruction, relative to the sum over all latents."
     )
     if lens is not None:
         head += ["promotes", "suppresses"]
@@ -349,9 +358,8 @@ def _strongest(
     return f'{_table(head, rows)}<p class="note">{note}</p>\n'
 
 
-def _weights(name: str, geometry: WeightGeometry, subject: Reported) -> str:
-    assert subject.autoencoder is not None
-    sample = geometry.sample_note(subject.autoencoder.n_latents)
+def _weights(geometry: WeightGeometry, n_latents: int) -> str:
+    sample = geometry.sample_note(n_latents)
     shown: list[tuple[Tensor | None, str]] = [
         (geometry.decoder_norm, "length of decoder directions"),
         (geometry.encoder_decoder_cosine, "cosine of encoder and decoder direction"),
@@ -363,11 +371,11 @@ def _weights(name: str, geometry: WeightGeometry, subject: Reported) -> str:
             continue
         low, high = (float(v) for v in torch.aminmax(values))
         if high - low < 1e-4 * max(abs(low), abs(high)):  # rounding, not a distribution
-            equal.append(f"All have the same {label}: {(low + high) / 2:.3g}.")
+            equal.append(f"The {label} is the same for all: {(low + high) / 2:.3g}.")
         else:
             pictures.append(_picture(histogram(values, label), label.capitalize()))
     note = f'<p class="note">{html.escape(" ".join(equal))}</p>\n' if equal else ""
-    return f"<h2>{html.escape(name)}: weights</h2>\n{''.join(pictures)}{note}"
+    return f"{''.join(pictures)}{note}"
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -375,10 +383,19 @@ def _weights(name: str, geometry: WeightGeometry, subject: Reported) -> str:
 
 def _settings(subjects: Mapping[str, Reported], shared: Mapping[str, Any]) -> str:
     own = {name: dict(_flat(each.settings)) for name, each in subjects.items() if each.settings}
-    rows = [[name, *[value] * max(1, len(own))] for name, value in _flat(shared)]
-    for key in dict.fromkeys(key for settings in own.values() for key in settings):
-        rows.append([key, *(settings.get(key) for settings in own.values())])
-    return _folded("Settings", _table(["", *own], rows)) if rows else ""
+    keys = dict.fromkeys(key for settings in own.values() for key in settings)
+    rows = [[key, *(_hidden(settings.get(key)) for settings in own.values())] for key in keys]
+    tables = [_table(["", *own], rows)] if rows else []
+    if shared:
+        tables.append(_table([], [[name, _hidden(value)] for name, value in _flat(shared)]))
+    return _folded("Settings", "".join(tables)) if tables else ""
+
+
+def _hidden(value: Any) -> Any:
+    """The value; of an absolute path only the name, as folders above it tell who trained, and where."""
+    if isinstance(value, str) and PurePath(value).is_absolute():
+        return PurePath(value).name
+    return value
 
 
 def _flat(settings: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
@@ -414,7 +431,7 @@ def _cell(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, _Words):
-        return html.escape(" ".join(value))
+        return " ".join(f'<span class="token">{html.escape(word)}</span>' for word in value)
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, int) and not isinstance(value, bool):

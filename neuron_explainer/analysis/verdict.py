@@ -4,7 +4,7 @@ The bounds are rules of thumb: they tell where to look, not what is wrong.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from neuron_explainer.evaluation.figures import Evaluation
 from neuron_explainer.evaluation.geometry import WeightGeometry
@@ -112,7 +112,7 @@ def _dead(e: Evaluation) -> Remark:
 def _dense(e: Evaluation) -> Remark:
     dense = n_dense(e)
     if not dense:
-        return Remark(f"No latent is dense, that is active on more than {DENSE:.0%} of tokens.")
+        return Remark(f"No latent is dense (active on more than {DENSE:.0%} of tokens).")
     share = float(e.frequency[e.frequency > DENSE].sum()) / e.l0
     return Remark(
         f"{dense:,} {'latent is' if dense == 1 else 'latents are'} dense (active on more than {DENSE:.0%} "
@@ -168,13 +168,10 @@ def _still_falling(curve: Curve) -> list[Remark]:
     ]
 
 
-def targets_of(settings: Mapping[str, Mapping[str, object]]) -> dict[str, float]:
-    """The L0 that a run's settings ask for, by dictionary: ``k`` or ``target_l0`` of the objective."""
-    found = {}
-    for name, config in settings.items():
-        objective = config.get("objective")
-        if isinstance(objective, Mapping):
-            asked = objective.get("k", objective.get("target_l0"))
-            if isinstance(asked, int | float):
-                found[name] = float(asked)
-    return found
+def target_l0(settings: Mapping[str, Any]) -> float | None:
+    """How many active latents per token a dictionary's settings ask for; None if they do not say."""
+    objective = settings.get("objective")
+    if not isinstance(objective, Mapping):
+        return None
+    asked = objective.get("k", objective.get("target_l0"))
+    return float(asked) if isinstance(asked, int | float) else None

@@ -16,9 +16,15 @@ if TYPE_CHECKING:
 
     from neuron_explainer.activations import DataConfig, TokenWindows
     from neuron_explainer.activations.data_config import Part
+    from neuron_explainer.analysis.report import Reported
+    from neuron_explainer.dictionaries.runs import Run
     from neuron_explainer.evaluation.figures import Evaluation
     from neuron_explainer.models.autoencoder import Autoencoder
     from neuron_explainer.models.model_context import ModelContext
+
+
+FIRST_LOOK = 40_000
+"""Tokens that evaluate and report measure on: seconds with the embedded model, on two cores."""
 
 
 def register(verbs: Any) -> None:
@@ -26,7 +32,7 @@ def register(verbs: Any) -> None:
     evaluate = add_verb(
         verbs, "evaluate", "how good autoencoders are", run_evaluate, show_evaluate, data_options
     )
-    _subject(evaluate, "what was set apart in training")
+    _subject(evaluate, "what was set apart in training", n_tokens=FIRST_LOOK)
     evaluate.add_argument(
         "--ce-every",
         type=int,
@@ -74,14 +80,16 @@ def register(verbs: Any) -> None:
     report = add_verb(
         verbs, "report", "a run as one HTML page", run_report, show_report, data_options
     )
-    _subject(report, "what was set apart in training")
+    _subject(report, "what was set apart in training", n_tokens=FIRST_LOOK)
     report.add_argument(
         "--out", metavar="FILE", help="file to write (default: report.html in the run's folder)"
     )
     _register_sentences(verbs)
 
 
-def _subject(verb: argparse.ArgumentParser, text: str, needed: str = "") -> None:
+def _subject(
+    verb: argparse.ArgumentParser, text: str, needed: str = "", n_tokens: int = 200_000
+) -> None:
     """The autoencoders, and the text for them; its default is ``text``."""
     verb.usage = " ".join(["%(prog)s AUTOENCODER", needed, "[--text TEXT] [options]"])
     verb.add_argument(
@@ -95,9 +103,9 @@ def _subject(verb: argparse.ArgumentParser, text: str, needed: str = "") -> None
     verb.add_argument(
         "--num-tokens",
         type=positive,
-        default=200_000,
+        default=n_tokens,
         metavar="N",
-        help="stop with the batch that reaches so many (default: 200000)",
+        help=f"stop with the batch that reaches so many (default: {n_tokens})",
     )
 
 
@@ -154,7 +162,7 @@ class _Opened:
         from neuron_explainer.settings.flags import from_flags
 
         self.autoencoders, self.record = open_autoencoders(args.autoencoder, args.location)
-        self.num_tokens = args.num_tokens
+        self.num_tokens, self.n_available = args.num_tokens, 0
         origin = self.record.get("harvest") or self.record
         self.trained_on = origin.get("source_fingerprint")
         for name, value in origin.get("data", {}).items():  # unless flags say otherwise
@@ -197,12 +205,23 @@ class _Opened:
     def token_batches(self) -> list[Any]:
         """Batches until ``num_tokens`` are reached."""
         batches, n_tokens = [], 0
-        for batch in self.windows():
+        windows = self.windows()
+        self.n_available = windows.corpus.n_tokens
+        for batch in windows:
             batches.append(batch)
             n_tokens += batch.tokens.numel()
             if n_tokens >= self.num_tokens:
                 break
         return batches
+
+    def measured_on(self, n_tokens: int) -> str:
+        """In words, what ``n_tokens`` tokens were measured: how many of how many, and of what text."""
+        how_many = f"{n_tokens:,} of the {self.n_available:,}"
+        if n_tokens >= self.n_available:
+            how_many = f"all {n_tokens:,}"
+        held_out = "held-out " if self.part == "held_out" else ""
+        name = Path(self.text).name or self.text
+        return f"{how_many} {held_out}tokens of {name}, with the model {self.context.model_name}"
 
     def activations(self, autoencoder: "Autoencoder") -> "Iterator[Tensor | tuple[Tensor, Tensor]]":
         """Of the autoencoder's place, or pairs with its output's."""
@@ -304,6 +323,7 @@ def run_evaluate(args: argparse.Namespace) -> Result:
         "autoencoder": args.autoencoder,
         "text": opened.text,
         "part": opened.part,
+        "measured_on": opened.measured_on(next(iter(found.values())).n_tokens),
         "evaluations": {name: evaluation.to_dict() for name, evaluation in found.items()},
     }
     if not args.json:
@@ -330,7 +350,9 @@ def _evaluate(
 
 def show_evaluate(result: Result) -> None:
     """All figures of one autoencoder, the most looked-at ones of several."""
-    print(f"{result['autoencoder']} on {result['text']} ({result['part'].replace('_', ' ')})")
+    print(
+        f"{result['autoencoder']}: measured on {result['measured_on']} (--num-tokens N for others)"
+    )
     print(result["table"])
     if len(result["evaluations"]) > 1:
         print("All figures, and compat ones: --json")
@@ -434,31 +456,62 @@ def show_finetune(result: Result) -> None:
 
 
 def run_report(args: argparse.Namespace) -> Result:
-    """Write one self-contained page: curves, figures, what the latents look like."""
+    """Write one self-contained page: a verdict, figures, curves, what the latents look like."""
+    from neuron_explainer.analysis.plots import check_matplotlib
     from neuron_explainer.analysis.report import write_report
     from neuron_explainer.dictionaries.runs import Run
 
+    check_matplotlib()
     opened = _Opened(args, "held_out")
     folder = Path(args.autoencoder)
     if not (args.out or folder.is_dir()):
         raise InputError(f"{args.autoencoder} is no folder to put a report in; give --out, a file.")
     out = Path(args.out) if args.out else folder / "report.html"
     files.check_writable(out)
-    log = folder / "log.jsonl"
+    run = None if files.is_remote(args.autoencoder) else Run.find(folder)
+    evaluations = _evaluate(opened, 1, [], progress=not args.json)
+    n_tokens = next(iter(evaluations.values())).n_tokens
     write_report(
         out,
-        title=folder.name,
-        log=log if log.exists() else (),
-        autoencoders=_by_location(opened.autoencoders),
-        evaluations=_evaluate(opened, 1, [], progress=not args.json),
-        settings={**opened.record, **Run(folder).dictionaries},
+        _reported(opened, run, evaluations),
+        title=f"Report: {folder.name}",
+        measured_on=opened.measured_on(n_tokens),
+        log=run.log if run is not None and run.log.exists() else (),
+        context=opened.context,
+        settings=opened.record,
     )
-    return {"report": str(out), "autoencoders": list(opened.autoencoders)}
+    return {
+        "report": str(out),
+        "measured_on": opened.measured_on(n_tokens),
+        "autoencoders": list(opened.autoencoders),
+    }
+
+
+def _reported(
+    opened: _Opened, run: "Run | None", evaluations: "dict[str, Evaluation]"
+) -> "dict[str, Reported]":
+    """What a report shows of each autoencoder, under the name that the run's log has for it."""
+    from neuron_explainer.analysis.report import Reported
+    from neuron_explainer.analysis.verdict import target_l0
+    from neuron_explainer.dictionaries import TrainConfig
+    from neuron_explainer.settings.formats import from_dict
+
+    trained = {} if run is None else run.dictionaries
+    names = list(trained) if len(trained) == len(evaluations) > 1 else list(evaluations)
+    configs = list(trained.values()) if len(trained) == len(evaluations) else [{}] * len(names)
+    found = {}
+    for name, config, autoencoder, evaluation in zip(
+        names, configs, opened.autoencoders.values(), evaluations.values(), strict=True
+    ):
+        settings = config and from_dict(TrainConfig, config).resolved(autoencoder.n_inputs)
+        found[name] = Reported(autoencoder, evaluation, target_l0(settings), settings)
+    return found
 
 
 def show_report(result: Result) -> None:
-    """Where it is."""
+    """Where it is, and what was measured."""
     print(f"{result['report']}: open it in a browser")
+    print(f"Measured on {result['measured_on']} (--num-tokens N for others)")
     print(f"Next: neuron-explainer prune {result['autoencoders'][0]} --out FOLDER")
 
 

@@ -167,15 +167,16 @@ class ReconstructionStats:
     def _add_latents(
         self, latents: Tensor | Latents, shape: torch.Size, pad: Tensor | None
     ) -> None:
-        values = latents if isinstance(latents, Tensor) else latents.values
+        if isinstance(latents, Tensor):
+            values, indices, n_latents = latents, None, latents.shape[-1]
+        else:
+            values, indices, n_latents = latents
         if values.shape[:-1] != shape[:-1]:
             raise InputError(
                 f"latents must have the leading axes of x {list(shape)}, found {list(values.shape)}."
             )
         values = kept_rows(values.detach(), pad, "latents")
-        dense = isinstance(latents, Tensor)
-        indices = None if dense else kept_rows(latents.indices, pad, "latents")
-        n_latents = values.shape[-1] if dense else latents.n_latents
+        indices = None if indices is None else kept_rows(indices, pad, "latents")
         if self._latents is not None:
             _check_same_width("latents", len(self._latents.fired), n_latents)
         sums = _LatentSums.of(values, indices, n_latents)
