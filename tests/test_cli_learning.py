@@ -21,7 +21,7 @@ import torch
 from neuron_explainer import cli
 from neuron_explainer.cli import measuring
 from neuron_explainer.dictionaries import TopKConfig, TrainConfig, train_many
-from neuron_explainer.dictionaries.run_folder import RunFolder
+from neuron_explainer.dictionaries.runs import RunFolder
 from neuron_explainer.evaluation.passage import PASSAGE
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.transformer import Transformer

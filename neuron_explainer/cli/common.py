@@ -80,26 +80,14 @@ def positive(text: str) -> int:
     return number
 
 
-def run_settings(folder: Path) -> Result | None:
-    """What the run in a folder was given; None if there is no run."""
-    config = folder / "config.json"
-    stored = files.read_json(config) if config.exists() else {}
-    return stored if stored.get("kind") == "dictionary_training" else None
-
-
-def results_of_run(folder: Path) -> list[Path]:
-    """The autoencoders' folders in that of a finished run."""
-    if not (folder / "finished.json").exists():
-        raise InputError(f"{folder} is a run that has not finished; give its train command again.")
-    folders = [folder / "autoencoder", *sorted((folder / "autoencoders").glob("*"))]
-    return [each for each in folders if each.exists()]
-
-
 def autoencoder_path(path: str) -> str:
     """The same; of a run's folder, that of the one autoencoder in it."""
-    if files.is_remote(path) or run_settings(Path(path)) is None:
+    from neuron_explainer.dictionaries.runs import Run
+
+    run = None if files.is_remote(path) else Run.find(path)
+    if run is None:
         return path
-    found = results_of_run(Path(path))
+    found = list(run.results.values())
     if len(found) > 1:
         raise InputError(
             f"{path} is a run of several autoencoders; give one: {', '.join(map(str, found))}."

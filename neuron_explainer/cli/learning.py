@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from neuron_explainer.dictionaries.distributed import World
     from neuron_explainer.models.model_context import ModelContext
 
-SOURCE_FILE = "source.json"
 """In a store's folder: model, text and settings of the harvest, so that what was set apart is known."""
 
 
@@ -162,13 +161,14 @@ def run_harvest(args: argparse.Namespace) -> Result:
     """Run the model on a text and write the activations to a folder of safetensors shards."""
     from neuron_explainer.activations import (
         DataConfig,
+        check_store_folder,
         harvest_to_store,
         open_harvester,
         open_windows,
     )
     from neuron_explainer.settings.flags import from_flags
 
-    _check_store_folder(Path(args.out))
+    check_store_folder(args.out)
     context = open_model(args.model, args.device)
     config = from_flags(args, DataConfig)
     harvester = open_harvester(context, args.location, config)
@@ -182,8 +182,6 @@ def run_harvest(args: argparse.Namespace) -> Result:
         num_tokens=args.num_tokens,
         progress=not args.json,
     )
-    origin = _origin(args.model or "tiny-tales", args.text, config, windows.describe())
-    files.write_json(Path(args.out) / SOURCE_FILE, origin)
     return {
         "store": args.out,
         "model": args.model or "tiny-tales",
@@ -192,16 +190,6 @@ def run_harvest(args: argparse.Namespace) -> Result:
         "rows": len(store),
         "bytes": sum(shard.size for shard in store.shards),
     }
-
-
-def _check_store_folder(out: Path) -> None:
-    """An error, before anything is computed or written, if the folder is for something else."""
-    from neuron_explainer.activations import is_store
-
-    there = [path.name for path in out.glob("[!.]*")] if out.is_dir() else []
-    begun = all(name.startswith("shard-00000") for name in there)  # cut off in its first shard
-    if out.is_file() or not (begun or is_store(out)):
-        raise InputError(f"{out} is there and is no store of activations; choose another --out.")
 
 
 def _origin(model: str, source: str, data: Any, described: Mapping[str, Any]) -> Result:
@@ -262,6 +250,7 @@ def _train(args: argparse.Namespace, asked: TrainRequest, world: "World") -> Res
 
     from neuron_explainer.activations import open_buffer
     from neuron_explainer.dictionaries import train, train_many
+    from neuron_explainer.dictionaries.runs import Run
     from neuron_explainer.dictionaries.shared_source import SharedSource
 
     config, data, model, source, out = asked
@@ -297,7 +286,7 @@ def _train(args: argparse.Namespace, asked: TrainRequest, world: "World") -> Res
             )
             raise
         waited, forward = batches.waited_s, batches.forward_s
-    finished = files.read_json(Path(out) / "finished.json")
+    finished = Run.open(out).finished
     return {
         "run": out,
         "locations": list(configs),
@@ -311,7 +300,7 @@ def _train(args: argparse.Namespace, asked: TrainRequest, world: "World") -> Res
 
 def origin_of_store(source: str) -> Result:
     """What ``harvest`` noted in a store's folder; nothing of a text, or of another maker's store."""
-    from neuron_explainer.activations import is_store
+    from neuron_explainer.activations import SOURCE_FILE, is_store
 
     note = Path(source) / SOURCE_FILE
     return files.read_json(note) if is_store(source) and note.exists() else {}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neuron_explainer import files
-from neuron_explainer.cli.common import Result, add_verb, positive, results_of_run, run_settings
+from neuron_explainer.cli.common import Result, add_verb, positive
 from neuron_explainer.cli.learning import any_model_options, data_options, open_model
 from neuron_explainer.errors import InputError
 
@@ -241,14 +241,15 @@ def open_autoencoders(
 ) -> "tuple[dict[str, Autoencoder], Result]":
     """By name: those of a run's folder with what the run recorded, or the one at a path, which is for
     ``location`` if that is given."""
+    from neuron_explainer.dictionaries.runs import Run
     from neuron_explainer.models.autoencoder import Autoencoder
 
-    run = None if files.is_remote(path) else run_settings(Path(path))
+    run = None if files.is_remote(path) else Run.find(path)
     if run is None:
         autoencoder = Autoencoder.load(path, location=location)
         return {path: autoencoder}, _record_of(path, autoencoder)
-    found = {str(folder): Autoencoder.load(folder) for folder in results_of_run(Path(path))}
-    return found, run.get("record", {})
+    found = {str(folder): Autoencoder.load(folder) for folder in run.results.values()}
+    return found, run.record
 
 
 def _record_of(path: str, autoencoder: "Autoencoder") -> Result:
@@ -257,8 +258,10 @@ def _record_of(path: str, autoencoder: "Autoencoder") -> Result:
         return dict(autoencoder.metadata["record"])
     if files.is_remote(path):
         return {}
-    runs = map(run_settings, list(Path(path).resolve().parents)[:2])
-    return next((run.get("record", {}) for run in runs if run is not None), {})
+    from neuron_explainer.dictionaries.runs import Run
+
+    run = Run.containing(path)
+    return {} if run is None else run.record
 
 
 def _check_out(folder: str) -> None:
@@ -433,6 +436,7 @@ def show_finetune(result: Result) -> None:
 def run_report(args: argparse.Namespace) -> Result:
     """Write one self-contained page: curves, figures, what the latents look like."""
     from neuron_explainer.analysis.report import write_report
+    from neuron_explainer.dictionaries.runs import Run
 
     opened = _Opened(args, "held_out")
     folder = Path(args.autoencoder)
@@ -447,7 +451,7 @@ def run_report(args: argparse.Namespace) -> Result:
         log=log if log.exists() else (),
         autoencoders=_by_location(opened.autoencoders),
         evaluations=_evaluate(opened, 1, [], progress=not args.json),
-        settings={**opened.record, **(run_settings(folder) or {}).get("dictionaries", {})},
+        settings={**opened.record, **Run(folder).dictionaries},
     )
     return {"report": str(out), "autoencoders": list(opened.autoencoders)}
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self, TypeVar
 from tqdm import tqdm
 
 from neuron_explainer import files
-from neuron_explainer.dictionaries.run_folder import RunFolder
+from neuron_explainer.dictionaries.runs import RunFolder
 from neuron_explainer.errors import InputError, MissingExtraError, did_you_mean
 
 Metrics = Mapping[str, Mapping[str, float]]

@@ -6,7 +6,6 @@ need to go on in another process.
 """
 
 import contextlib
-import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,12 +15,9 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from neuron_explainer.dictionaries.batches import BatchSource
 from neuron_explainer.dictionaries.distributed import SINGLE_PROCESS, World
 from neuron_explainer.dictionaries.logs import Logs, Metrics
-from neuron_explainer.dictionaries.run_folder import RunFolder
+from neuron_explainer.dictionaries.runs import RunFolder
 from neuron_explainer.kernels.denormals import flush_denormals
 from neuron_explainer.models.autoencoder import Autoencoder
-
-SINGLE_NAME = "autoencoder"
-"""Name of the dictionary of a run that has only one."""
 
 
 class Step(Protocol):
@@ -103,7 +99,7 @@ class Loop(Generic[S]):
             settings, keep = self.learner.settings(), self.plan.keep_checkpoints
             extensible = self.plan.passes is not None
             place = RunFolder(folder, settings, keep, self.world, extensible)
-            with place.open():
+            with place.claimed():
                 state = place.load_checkpoint()
                 if state is None:
                     self.learner.begin(self.source)
@@ -174,18 +170,11 @@ class Loop(Generic[S]):
 
         def save() -> None:
             for name, autoencoder in found.items():
-                autoencoder.save(result_folder(place.path, name), overwrite=True)
+                autoencoder.save(place.result_folder(name), overwrite=True)
             place.finish(self.step, **self.learner.outcome())
 
         self.world.on_rank_zero(save)
         return found
-
-
-def result_folder(folder: str | Path, name: str = SINGLE_NAME) -> Path:
-    """Where a run's folder holds a finished autoencoder."""
-    if name == SINGLE_NAME:
-        return Path(folder) / SINGLE_NAME
-    return Path(folder) / "autoencoders" / re.sub(r"[^\w.+-]", "-", name)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from neuron_explainer.errors import InputError, did_you_mean
 from neuron_explainer.evaluation.running import ByLoss, ReconstructionStats
+from neuron_explainer.models.autoencoder import Autoencoder
 
 Figures = dict[str, Tensor]
 
@@ -42,6 +43,8 @@ class PeerBatch(NamedTuple):
     """``[b]``: how many latents of each token are not zero."""
     l1: Tensor
     """``[b]``: the sum of their magnitudes."""
+    features_l1: Tensor
+    """``[b]``: the same of what dictionary_learning calls features, see :func:`feature_scale`."""
 
 
 class PeerLosses(NamedTuple):
@@ -160,13 +163,25 @@ def _saelens_finish(means: dict[str, float], stats: ReconstructionStats) -> dict
 # ---- dictionary_learning -------------------------------------------------------------------------
 
 
+def feature_scale(autoencoder: Autoencoder) -> Tensor | None:
+    """What dictionary_learning multiplies latents by before it measures them, ``[l]``; None for 1.
+
+    Its ``AutoEncoderNew`` (a ReLU and an output bias of its own) gives out latents times the norms of
+    their decoder columns; none of its other classes does.
+    """
+    if not autoencoder.nonlinearity.is_relu or autoencoder.post_bias is None:
+        return None
+    norms: Tensor = autoencoder.decoder.weight.detach().double().norm(dim=0)
+    return norms
+
+
 def _dictionary_learning(batch: PeerBatch) -> Figures:
     x, recons = batch.x, batch.recons
     norm_in, norm_out = x.norm(dim=-1), recons.norm(dim=-1)
     product = (x * recons).sum(dim=-1)
     return {
         "l2_loss": (x - recons).norm(dim=-1).mean(),
-        "l1_loss": batch.l1.mean(),
+        "l1_loss": batch.features_l1.mean(),
         "l0": batch.l0.double().mean(),
         "frac_variance_explained": 1 - (x - recons).var(dim=0).sum() / x.var(dim=0).sum(),
         "cossim": (product / (norm_in * norm_out)).mean(),

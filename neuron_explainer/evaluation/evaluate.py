@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from neuron_explainer.activations.windows import TokenBatch
 from neuron_explainer.errors import InputError
-from neuron_explainer.evaluation.compat import PeerBatch, PeerLosses, PeerStats
+from neuron_explainer.evaluation.compat import PeerBatch, PeerLosses, PeerStats, feature_scale
 from neuron_explainer.evaluation.figures import Evaluation
 from neuron_explainer.evaluation.metrics import cross_entropy_per_token, kl_divergence_per_token
 from neuron_explainer.evaluation.pieces import LATENTS_AT_ONCE, coded_pieces
@@ -187,6 +187,8 @@ class _Totals:
         recons = torch.empty_like(target)
         l0: list[Tensor] = []
         l1: list[Tensor] = []
+        features_l1: list[Tensor] = []
+        scale = feature_scale(self.autoencoder) if self.peers else None
         for piece, coded in coded_pieces(self.autoencoder, x, self.latents_at_once):
             found = coded.recons.to(target.device)
             self.stats.update(target[piece], found, coded.latents)
@@ -194,9 +196,13 @@ class _Totals:
             if self.peers:
                 values = coded.latents.values
                 l0.append((values != 0).sum(dim=-1))
-                l1.append(values.abs().sum(dim=-1, dtype=torch.float64))
+                sizes = values.abs().double()
+                l1.append(sizes.sum(dim=-1))
+                scaled = sizes if scale is None else sizes * scale[coded.latents.indices]
+                features_l1.append(scaled.sum(dim=-1))
         if self.peers and l0:
-            batch = PeerBatch(target.double(), recons.double(), torch.cat(l0), torch.cat(l1))
+            of_latents = (torch.cat(each) for each in (l0, l1, features_l1))
+            batch = PeerBatch(target.double(), recons.double(), *of_latents)
             for peer in self.peers.values():
                 peer.update(batch)
         return recons

@@ -16,22 +16,27 @@ for credentials first, so that an expired ``az login`` would end the download of
 needs the right to list the container, which a public blob need not give.
 """
 
-from neuron_explainer.files._fetch import exists, fetch, fetch_all
-from neuron_explainer.files._folder import cache_dir
-from neuron_explainer.files._housekeeping import (
+from neuron_explainer.files.cache import (
     CacheEntry,
     list_cache,
     remove_from_cache,
     verify_cache,
 )
-from neuron_explainer.files._json import read_json, write_json
-from neuron_explainer.files._local import make_folder, sha256_of
-from neuron_explainer.files._names import is_remote, join
-from neuron_explainer.files._writing import (
+from neuron_explainer.files.download import exists, fetch, fetch_all, options
+from neuron_explainer.files.names import cache_dir, is_remote, join
+from neuron_explainer.files.writing import (
     atomic_folder,
     atomic_write,
+    check_regular,
     check_writable,
     explain_refusal,
+    is_leftover,
+    list_folder,
+    make_folder,
+    read_json,
+    remove_leftovers,
+    sha256_of,
+    write_json,
 )
 
 __all__ = [
@@ -39,17 +44,22 @@ __all__ = [
     "atomic_folder",
     "atomic_write",
     "cache_dir",
+    "check_regular",
     "check_writable",
     "exists",
     "explain_refusal",
     "fetch",
     "fetch_all",
+    "is_leftover",
     "is_remote",
     "join",
     "list_cache",
+    "list_folder",
     "make_folder",
+    "options",
     "read_json",
     "remove_from_cache",
+    "remove_leftovers",
     "sha256_of",
     "verify_cache",
     "write_json",

@@ -62,7 +62,7 @@ _TINY_NORM = 2.0**-54
 _LARGEST = 2.0**120
 _EXTRA_COLUMNS = 8
 _MAX_INPUTS = 2**16
-_MIN_ROWS = 256
+_MIN_ROWS = 512
 _MIN_LATENTS = 4096
 _SWITCH = "NEURON_EXPLAINER_CERTIFIED"
 
@@ -266,7 +266,7 @@ def use_certified(
 ) -> bool:
     """Whether to try: as wanted, else as NEURON_EXPLAINER_CERTIFIED says (0 or 1), else by a rule.
 
-    The rule asks for at least 256 rows, 4096 latents and a CPU that multiplies bfloat16 faster than
+    The rule asks for at least 512 rows, 4096 latents and a CPU that multiplies bfloat16 faster than
     float32 (``fast_bfloat16``; None: found out, True for AVX512-BF16 and AMX). CUDA devices use it
     only when told to. Only float32 is ever tried; other dtypes have nothing to gain.
     """

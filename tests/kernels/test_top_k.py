@@ -335,7 +335,7 @@ def test_a_bound_that_is_found_broken_proves_nothing():
 
 
 def test_where_it_is_used(monkeypatch):
-    rows, weight = torch.zeros(256, 2), torch.zeros(4096, 2)
+    rows, weight = torch.zeros(512, 2), torch.zeros(4096, 2)
     monkeypatch.delenv("NEURON_EXPLAINER_CERTIFIED", raising=False)
     for fast in (True, False):
         assert use_certified(rows, weight, None, fast_bfloat16=fast) == fast

@@ -48,8 +48,9 @@ class Source(NamedTuple):
             with np.load(self.weights) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         content: Tensors = torch.load(self.weights, weights_only=True)
-        inner: Tensors = content.get("sae", content)
-        return inner
+        for name in ("sae", "state_dict"):
+            content = content.get(name, content)
+        return content
 
     def write(self, tensors: Tensors) -> None:
         suffix = self.weights.suffix
@@ -60,8 +61,11 @@ class Source(NamedTuple):
         elif suffix == ".npz":
             np.savez(self.weights, **{k: v.numpy() for k, v in tensors.items()})
         else:
-            sae = "encoder_bias" in tensors or "encoder" in tensors
-            torch.save({"sae": tensors} if sae else tensors, self.weights)
+            if "encoder_bias" in tensors or "encoder" in tensors:
+                tensors = {"sae": tensors}
+            elif self.weights.name == "early.pt":
+                tensors = {"cfg": {"is_transcoder": True}, "state_dict": tensors}
+            torch.save(tensors, self.weights)
 
 
 def copied(tmp_path: Path, peer: str, name: str, weights: str, matrix: str) -> Source:
@@ -94,6 +98,15 @@ def openai(tmp_path: Path) -> Source:
     return single(tmp_path / "openai.pt", tensors, "decoder.weight")
 
 
+def llama_scope_r1(folder: Path) -> Source:
+    folder.mkdir()
+    fields = {"hook_point_in": "blocks.1.hook_resid_post", "norm_activation": "inference"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    weights = folder / "sae_weights.safetensors"
+    save_file(tensors_of(published.llama_scope(1.0, 1.0, None)), weights)
+    return Source(folder, weights, "decoder.weight", {})
+
+
 SOURCES: dict[str, Callable[[Path], Source]] = {
     "native": native,
     "openai": openai,
@@ -118,7 +131,27 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
     "transformer_vis": lambda p: single(
         p / "dictionary.npy", tensors_of(published.transformer_vis()), "dictionary", penalty=0.3
     ),
-    "e2e": lambda p: single(p / "run.pt", tensors_of(published.e2e()), "decoder.weight"),
+    "sae_training": lambda p: single(
+        p / "early.pt",
+        tensors_of(published.sae_training(is_transcoder=True)),
+        "W_dec",
+        input_normalization="none",
+    ),
+    "goodfire": lambda p: single(
+        p / "goodfire.pt", tensors_of(published.goodfire()), "decoder_linear.weight"
+    ),
+    "gemma_scope_2": lambda p: single(
+        p / "params.safetensors", tensors_of(published.gemma_scope_2(skip=True)), "w_dec"
+    ),
+    "circuit_tracer": lambda p: single(
+        p / "layer_2.safetensors",
+        tensors_of(published.circuit_tracer(jumps=True, skip=True)),
+        "W_dec",
+    ),
+    "llama_scope_r1": lambda p: llama_scope_r1(p / "llama"),
+    "e2e": lambda p: single(
+        p / "run.pt", tensors_of(published.e2e()), "decoder.weight", input_normalization="none"
+    ),
     "gemma_scope": lambda p: single(
         p / "params.npz",
         tensors_of(published.gemma_scope()),
@@ -163,7 +196,10 @@ def test_a_key_is_missing(named):
     for name in source.read():
         tensors = source.read()
         removed = tensors.pop(name)
-        optional = ("scale", "feature_act_scale", "feature_act_mask", "decoder_bias")
+        optional = (
+            *("scale", "feature_act_scale", "feature_act_mask", "decoder_bias"),
+            *("affine_skip_connection", "W_skip", "activation_function.threshold"),
+        )
         if name in optional or (name in STATISTICS and source.path.suffix == ".pt"):
             continue  # may be absent
         kept = source.weights.read_bytes()

@@ -1,5 +1,6 @@
 """Written in other libraries' formats and read back: the same numbers, or a refusal."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -224,3 +225,45 @@ def test_convert_keeps_the_stored_dtype(tmp_path):
     convert(tmp_path / "half", tmp_path / "new", "saelens")
     stored = load_file(Path(tmp_path, "new", "sae_weights.safetensors"))
     assert {value.dtype for value in stored.values()} == {torch.float16}
+
+
+HALF_CASES: list[tuple[str, Any]] = [
+    ("saelens", lambda: make(post_bias=True)),
+    ("saelens", lambda: make(gated(), post_bias=True, input_normalization="rms")),
+    ("saelens", lambda: make(JumpReLU(torch.rand(L)), n_outputs=N)),
+    ("dictionary_learning", lambda: make(post_bias=True)),
+    ("dictionary_learning", lambda: make()),
+    ("dictionary_learning", lambda: make(gated())),
+    ("dictionary_learning", lambda: make(JumpReLU(torch.rand(L)))),
+    ("sparsify", lambda: make(TopK(3), n_outputs=N)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("form", "made"), HALF_CASES)
+def test_biases_of_half_precision_are_folded_and_written_in_float32(tmp_path, form, made, dtype):
+    """The weights are as they were, and what is computed from several of them is not rounded."""
+    ae = made().to(dtype)
+    with torch.no_grad():  # far from zero: the folded bias is beyond what float16 holds
+        ae.pre_bias += 300
+        ae.encoder.weight *= 100
+    save_as(ae, tmp_path / "folder", form)
+    new = Autoencoder.load(tmp_path / "folder", dtype=torch.float64)
+    x = 300 + torch.randn(7, N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        for found, expected in zip(new(x)[1:], copy.deepcopy(ae).double()(x)[1:], strict=True):
+            # A bias of 1e5 is rounded to 0.01 in float32, to 64 or infinity in half precision.
+            assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_saelens_is_told_a_dtype_that_holds_every_tensor(tmp_path):
+    """Its loader casts all tensors to the one dtype of the config."""
+    for activation, dtype in ((None, "float16"), (BatchTopK(0.1234567, k=3), "float32")):
+        ae = make(activation).half()
+        if activation is not None:
+            ae.activation = BatchTopK(0.1234567, k=3)
+        save_as(ae, tmp_path / dtype, "saelens")
+        assert json.loads((tmp_path / dtype / "cfg.json").read_text())["dtype"] == dtype
+        stored = load_file(tmp_path / dtype / "sae_weights.safetensors")
+        assert stored["W_enc"].dtype == torch.float16
+    assert (stored["threshold"] == torch.tensor(0.1234567)).all()

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from neuron_explainer.activations.chunks import ActivationSource
 from neuron_explainer.dictionaries.batches import BatchSource, ChunkBatches
-from neuron_explainer.dictionaries.loop import SINGLE_NAME, Loop, Plan
+from neuron_explainer.dictionaries.loop import Loop, Plan
+from neuron_explainer.dictionaries.runs import SINGLE_NAME
 from neuron_explainer.dictionaries.sparse_coding.config import SparseCodingConfig
 from neuron_explainer.dictionaries.sparse_coding.data import (
     LocatedBatch,
@@ -86,7 +87,7 @@ def train_sparse_coding(
             ``[r]``. They are gone through ``config.epochs`` times, in the same order each time; pads
             must not be among them.
         folder: for config, log, checkpoints and results, as
-            :mod:`~neuron_explainer.dictionaries.run_folder` has them. An unfinished run with the
+            :mod:`~neuron_explainer.dictionaries.runs` has them. An unfinished run with the
             same settings goes on, and a finished one if ``config.epochs`` was raised. None: nothing is kept.
         token_counts: how often each token id stands in the training set, ``[v]``
             (:func:`~neuron_explainer.dictionaries.sparse_coding.frequency.count_tokens`); rows are

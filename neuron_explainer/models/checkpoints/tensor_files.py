@@ -14,6 +14,7 @@ import functools
 import mmap
 import pickle
 import re
+import threading
 import warnings
 import zipfile
 import zlib
@@ -154,7 +155,7 @@ def torch_load(path: Path, check_sums: Callable[[], bool] | None = None) -> Any:
         with warnings.catch_warnings():
             # About other pickle protocols and old storages: what matters becomes an error below.
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return _load(path, mapped)
     except (CheckpointError, MemoryError):
         raise
     except pickle.UnpicklingError as error:
@@ -165,6 +166,36 @@ def torch_load(path: Path, check_sums: Callable[[], bool] | None = None) -> Any:
         ) from error
     except Exception as error:  # a damaged file fails in a dozen ways, none of them documented
         raise damaged(path, error) from error
+
+
+class PickledConfig:
+    """The fields of a pickled config; its own class is neither looked up nor run."""
+
+
+# Classes of configs in published files: dataclasses with plain fields.
+_CONFIGS = tuple(
+    f"{module}.LanguageModelSAERunnerConfig"
+    for module in ("sae_training.config", "sae_lens.training.config")
+)
+_CONFIGS_LOCK = threading.Lock()  # torch's list of allowed classes is global
+
+
+def _load(path: Path, mapped: bool) -> Any:
+    """The content of a torch file; a :class:`PickledConfig` stands for each of the known configs."""
+
+    def load() -> Any:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+    try:
+        return load()
+    except pickle.UnpicklingError as error:
+        if not any(name in str(error) for name in _CONFIGS):
+            raise
+        with (
+            _CONFIGS_LOCK,
+            torch.serialization.safe_globals([(PickledConfig, name) for name in _CONFIGS]),
+        ):
+            return load()
 
 
 def _check_sums(path: Path) -> bool:

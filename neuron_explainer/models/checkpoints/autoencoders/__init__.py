@@ -16,6 +16,7 @@ import torch
 
 from neuron_explainer import files
 from neuron_explainer.errors import InputError, did_you_mean
+from neuron_explainer.models.checkpoints.autoencoders.circuit_tracer import CIRCUIT_TRACER
 from neuron_explainer.models.checkpoints.autoencoders.detect import open_source
 from neuron_explainer.models.checkpoints.autoencoders.dictionary_learning import DICTIONARY_LEARNING
 from neuron_explainer.models.checkpoints.autoencoders.e2e import E2E
@@ -27,12 +28,21 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     Stated,
 )
 from neuron_explainer.models.checkpoints.autoencoders.gemma_scope import GEMMA_SCOPE
+from neuron_explainer.models.checkpoints.autoencoders.gemma_scope_2 import GEMMA_SCOPE_2
 from neuron_explainer.models.checkpoints.autoencoders.language_model_saes import LANGUAGE_MODEL_SAES
+from neuron_explainer.models.checkpoints.autoencoders.llama_scope import LLAMA_SCOPE, LLAMA_SCOPE_R1
+from neuron_explainer.models.checkpoints.autoencoders.matrices import (
+    ATTN_SAES,
+    GOODFIRE,
+    QWEN_SCOPE,
+)
 from neuron_explainer.models.checkpoints.autoencoders.native import NATIVE
 from neuron_explainer.models.checkpoints.autoencoders.openai import OPENAI
+from neuron_explainer.models.checkpoints.autoencoders.sae_training import SAE_TRAINING
 from neuron_explainer.models.checkpoints.autoencoders.saelens import SAELENS
 from neuron_explainer.models.checkpoints.autoencoders.sparsify import SPARSIFY
 from neuron_explainer.models.checkpoints.autoencoders.transformer_vis import TRANSFORMER_VIS
+from neuron_explainer.models.checkpoints.autoencoders.unsupported import UNSUPPORTED
 
 __all__ = [
     "FORMATS",
@@ -55,6 +65,15 @@ FORMATS = [
     TRANSFORMER_VIS,
     E2E,
     GEMMA_SCOPE,
+    GEMMA_SCOPE_2,
+    SAE_TRAINING,
+    ATTN_SAES,
+    QWEN_SCOPE,
+    GOODFIRE,
+    CIRCUIT_TRACER,
+    LLAMA_SCOPE,
+    LLAMA_SCOPE_R1,
+    *UNSUPPORTED,
 ]
 """Every known format. Of the content of a single file the first format that it fits is meant."""
 

@@ -132,6 +132,11 @@ def settle_location(
     return settled
 
 
+def is_on_the_stream(location: ActivationLocation) -> bool:
+    """Whether TransformerLens centres the activations there when it processes a model's weights."""
+    return location.path.startswith("resid.") and "ln" not in location.path
+
+
 def location_of(hook_name: Any) -> ActivationLocation | None:
     """The location that another library's name means; None for a name that means none here."""
     if not isinstance(hook_name, str):
@@ -168,6 +173,15 @@ def matrix_shape(where: str | Path, tensors: Mapping[str, Any], name: str) -> tu
         found = "nothing" if value is None else described(value)
         raise CheckpointError(f"{where}: {name}: expected a matrix, found {found}.")
     return value.shape[0], value.shape[1]
+
+
+def encoder_by_latent(tensors: Mapping[str, Any]) -> bool:
+    """Whether ``W_enc`` is ``[l, n]``; False where the biases do not tell, being of equal length."""
+    found = [tensors.get(name) for name in ("W_enc", "b_enc", "b_dec")]
+    if not all(isinstance(value, Tensor) for value in found):
+        return False
+    encoder, *biases = [list(value.shape) for value in found if value is not None]
+    return encoder == biases[0] + biases[1] and biases[0] != biases[1]
 
 
 def check_facts(

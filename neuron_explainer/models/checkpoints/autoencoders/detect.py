@@ -110,6 +110,7 @@ def _is_marked(form: Format, name: str) -> bool:
 
 
 def _layouts(formats: Sequence[Format]) -> str:
-    folders = [form.layout for form in formats if form.marks or form.configs]
-    others = [form.layout for form in formats if not (form.marks or form.configs)]
+    shown = [form for form in formats if form.layout]
+    folders = [form.layout for form in shown if form.marks or form.configs]
+    others = [form.layout for form in shown if not (form.marks or form.configs)]
     return f"Expected a folder with {'; '.join(folders)}; or {'; '.join(others)}."

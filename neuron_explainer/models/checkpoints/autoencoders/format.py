@@ -116,13 +116,15 @@ class Format:
     name: str
     """As it is called in arguments, in errors and in ``metadata["format"]``."""
     layout: str
-    """Its files and whose they are, for messages: ``"cfg.json and sae.safetensors (sparsify)"``."""
+    """Its files and whose they are, for messages: ``"cfg.json and sae.safetensors (sparsify)"``; empty
+    for a format that is only known to be refused."""
     read: Callable[[Source, Stated], LoadedAutoencoder]
     """A function without side effects. It is only called where ``states`` allows all that is stated."""
     states: frozenset[str] = frozenset()
     """What a caller may state, besides :data:`COMMON`: keys of :class:`Stated`."""
     marks: tuple[str, ...] = ()
-    """Files that only a folder of this format has; ``*`` stands for any text."""
+    """Files that tell a folder of this format; ``*`` stands for any text. Of several formats with the
+    same file the one whose ``configs`` fit is meant, or else the first."""
     configs: Mapping[str, Callable[[Mapping[str, Any]], bool]] = field(default_factory=dict)
     """JSON files that tell a folder of this format, each with a test of its content."""
     holds: Mapping[FileKind, Callable[[Content], bool]] = field(default_factory=dict)

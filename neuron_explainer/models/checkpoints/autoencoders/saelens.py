@@ -29,6 +29,7 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_unknown_fields,
     fold_latent_scale,
     fold_norm_factor,
+    is_on_the_stream,
     loaded,
     location_of,
     parameters,
@@ -221,7 +222,7 @@ def _on_the_stream(cfg_file: str, location: ActivationLocation | None, given: An
                 "here: expected input_normalization='center' or 'none' as an argument."
             )
         return bool(given == "center")
-    return location.path.startswith("resid.") and "ln" not in location.path
+    return is_on_the_stream(location)
 
 
 def _add_sparsity(source: Source, found: LoadedAutoencoder) -> None:

@@ -1,18 +1,22 @@
-"""The folder of a run: its config, its log, its checkpoints, and what comes of it in the end.
+"""The folder of a run: its config, its log, its checkpoints, and its results.
 
     config.json                      the run's settings, for the record and for resuming
     log.jsonl                        one line each log_every steps
-    checkpoints/00001200/            state.json, state.safetensors: all that is needed to go on (one
-                                     of each for every process where these hold some latents each),
-                                     with a checksum: one that is damaged is passed over
-    autoencoders/<name>/             what was trained (``autoencoder/`` where there is only one)
+    checkpoints/00001200/            state.json, state.safetensors: all that a resumed run needs, with a
+                                     checksum, so that a damaged checkpoint is passed over. Where each
+                                     process holds some of the latents, there is one pair for each process
+    autoencoders/<name>/             the results (``autoencoder/`` where there is only one)
     finished.json                    written last
 
-A folder is never overwritten. The same settings on an unfinished one go on with it.
+A folder is never overwritten. A run with the same settings resumes an unfinished one.
+
+:class:`Run` reads such a folder, :class:`RunFolder` writes it.
 """
 
 import contextlib
+import functools
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,12 +34,117 @@ from neuron_explainer.errors import CheckpointError, InputError
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+KIND = "dictionary_training"
+SINGLE_NAME = "autoencoder"
+"""Name of the dictionary of a run that has only one."""
 FREE_TO_CHANGE = ("epochs", "log_every", "checkpoint_every", "keep_checkpoints", "device")
 """Settings that alter no number of what is trained on the way."""
 
 
-class RunFolder:
-    """One run on disk.
+class Run:
+    """A run on disk, to be read.
+
+    Args:
+        path: its folder. :meth:`open` checks that there is a run in it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Run":
+        """The run in a folder; an error if there is none."""
+        run = cls.find(folder)
+        if run is None:
+            raise InputError(f"{folder} holds no run: expected a folder that train has written.")
+        return run
+
+    @classmethod
+    def find(cls, folder: str | Path) -> "Run | None":
+        """The run in a folder; None if there is none."""
+        run = Run(folder)
+        return run if run.config.get("kind") == KIND else None
+
+    @classmethod
+    def containing(cls, result: str | Path) -> "Run | None":
+        """The run that an autoencoder's folder is a result of; None if it is in none."""
+        parents = list(Path(result).resolve().parents)[:2]
+        return next((run for run in map(cls.find, parents) if run is not None), None)
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """What ``config.json`` holds; empty if there is none."""
+        file = self.path / "config.json"
+        stored = files.read_json(file) if file.is_file() else {}
+        return stored if isinstance(stored, dict) else {}
+
+    @property
+    def dictionaries(self) -> dict[str, dict[str, Any]]:
+        """The settings of each dictionary, by name; empty for a run of sparse coding."""
+        return dict(self.config.get("dictionaries", {}))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Where its activations came from: model, text, how the text was cut; empty if not recorded."""
+        return dict(self.config.get("record", {}))
+
+    @property
+    def log(self) -> Path:
+        """A line of JSON each ``log_every`` steps."""
+        return self.path / "log.jsonl"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all results are there."""
+        return self._finished.exists()
+
+    @property
+    def finished(self) -> dict[str, Any]:
+        """What the end of the run noted: ``step``, and what its learner says. An error before."""
+        if not self.is_finished:
+            raise InputError(
+                f"{self.path} is a run that has not finished; give its train command again."
+            )
+        return dict(files.read_json(self._finished))
+
+    @property
+    def results(self) -> dict[str, Path]:
+        """The folders of the autoencoders of a finished run, by name."""
+        _ = self.finished
+        names = list(self.dictionaries)
+        if not names:  # sparse coding names its dictionaries when it has seen activations
+            folders = sorted((self.path / "autoencoders").glob("[!.]*"))
+            names = [SINGLE_NAME, *(folder.name for folder in folders)]
+        found = {name: self.result_folder(name) for name in names}
+        return {name: folder for name, folder in found.items() if folder.exists()}
+
+    def result_folder(self, name: str = SINGLE_NAME) -> Path:
+        """Where the autoencoder of that name is, or will be."""
+        if name == SINGLE_NAME:
+            return self.path / SINGLE_NAME
+        return self.path / "autoencoders" / re.sub(r"[^\w.+-]", "-", name)
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Folders of the checkpoints, newest first."""
+        found = [path for path in self._checkpoints.glob("*") if path.name.isdigit()]
+        return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def _config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def _finished(self) -> Path:
+        return self.path / "finished.json"
+
+
+class RunFolder(Run):
+    """A run on disk, to be written.
 
     Args:
         path: absent, empty, or the folder of an unfinished run with the same settings.
@@ -55,21 +164,22 @@ class RunFolder:
         world: World = SINGLE_PROCESS,
         extensible: bool = False,
     ) -> None:
-        self.path, self._world, self._extensible = Path(path), world, extensible
+        super().__init__(path)
+        self._world, self._extensible = world, extensible
         part = f"-{world.rank + 1}-of-{world.size}" if world.splits_latents else ""
         self._state, self._tensors = f"state{part}.json", f"state{part}.safetensors"
         self._settings, self._keep = settings, keep
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[None]:
-        """Check that the folder is ours to use, and keep others out of it in the meantime."""
+    def claimed(self) -> Iterator[None]:
+        """Check that the folder may be used, and keep other processes out of it in the meantime."""
         with contextlib.ExitStack() as stack:
-            self._world.on_rank_zero(lambda: stack.enter_context(self._open()))
+            self._world.on_rank_zero(lambda: stack.enter_context(self._claimed()))
             yield
 
     @contextlib.contextmanager
-    def _open(self) -> Iterator[None]:
-        config = self.path / "config.json"
+    def _claimed(self) -> Iterator[None]:
+        config = self._config
         if self.path.is_file():
             raise InputError(f"{self.path} is a file; a run needs a folder.")
         if not config.exists() and self.path.exists() and _visible(self.path):
@@ -89,26 +199,26 @@ class RunFolder:
             lock.release()
 
     def begin(self) -> None:
-        """Note the settings: nothing stands in the way any more, and the run begins or goes on."""
+        """Write the settings: from here on the folder holds this run."""
 
         def note() -> None:
-            known = {"format_version": FORMAT_VERSION, "kind": "dictionary_training"}
-            files.write_json(self.path / "config.json", {**known, **self._settings})
-            (self.path / "finished.json").unlink(missing_ok=True)
+            known = {"format_version": FORMAT_VERSION, "kind": KIND}
+            files.write_json(self._config, {**known, **self._settings})
+            self._finished.unlink(missing_ok=True)
 
         self._world.on_rank_zero(note)
 
     def _check_same(self, stored: Mapping[str, Any]) -> None:
         unchanged = all(stored.get(key) == value for key, value in self._settings.items())
-        if (self.path / "finished.json").exists() and (unchanged or not self._extensible):
+        if self.is_finished and (unchanged or not self._extensible):
             more = ", ask for more epochs," if self._extensible else ","
             raise InputError(
                 f"{self.path} holds a finished run: load what it trained with Autoencoder.load{more} or "
                 "train in another folder."
             )
-        known = {"format_version": FORMAT_VERSION, "kind": "dictionary_training"}
+        known = {"format_version": FORMAT_VERSION, "kind": KIND}
         if any(stored.get(key) != value for key, value in known.items()):
-            raise CheckpointError(f"{self.path / 'config.json'} is not that of a run known here.")
+            raise CheckpointError(f"{self._config} is not that of a run known here.")
         differences = list(_differences(stored, {**known, **self._settings}))
         if differences:
             raise InputError(
@@ -124,7 +234,7 @@ class RunFolder:
 
         Nobody goes on before it is there.
         """
-        target = self.path / "checkpoints" / f"{step:08d}"
+        target = self._checkpoints / f"{step:08d}"
         with contextlib.ExitStack() as stack:
 
             def begin() -> str:
@@ -151,31 +261,35 @@ class RunFolder:
         files.write_json(folder / self._state, content)
 
     def _remove_old(self) -> None:
-        for old in self._checkpoints()[self._keep :]:
+        for old in self.checkpoints[self._keep :]:
             shutil.rmtree(old)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The newest state that can be read, by all processes; None if there is none.
+        """The newest state that all processes can read; None if there is no checkpoint.
 
-        Leftovers of writes that were cut off are removed.
+        What killed processes left half written in the folder is removed.
         """
         found = self._world.on_rank_zero(self._tidied)
         for name in found:
-            state = self._read(self.path / "checkpoints" / name)
+            state = self._read(self._checkpoints / name)
             if self._world.all_true(state is not None):
                 return state
         if found:
             raise CheckpointError(
-                f"none of the checkpoints in {self.path / 'checkpoints'} can be read; remove them "
+                f"none of the checkpoints in {self._checkpoints} can be read; remove them "
                 "to begin the run anew."
             )
         return None
 
     def _tidied(self) -> list[str]:
-        """Names of checkpoints, newest first, when leftovers are gone."""
-        for leftover in (self.path / "checkpoints").glob(".*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        return [folder.name for folder in self._checkpoints()]
+        """The names of the checkpoints, newest first, after leftovers have been removed."""
+        for folder in (self.path, self._checkpoints, self.path / "autoencoders"):
+            for leftover in folder.glob(".*.tmp"):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
+        return [folder.name for folder in self.checkpoints]
 
     def _read(self, folder: Path) -> dict[str, Any] | None:
         try:
@@ -189,17 +303,9 @@ class RunFolder:
             return None
         return state
 
-    def _checkpoints(self) -> list[Path]:
-        """Newest first."""
-        folder = self.path / "checkpoints"
-        if not folder.exists():
-            return []
-        found = [path for path in folder.iterdir() if path.name.isdigit()]
-        return sorted(found, key=lambda path: int(path.name), reverse=True)
-
     def finish(self, step: int, metrics: dict[str, Any], **more: Any) -> None:
-        """Mark the run as finished, with what else is to be known of its results."""
-        files.write_json(self.path / "finished.json", {"step": step, "metrics": metrics, **more})
+        """Mark the run as finished, with its metrics and whatever else is to be known."""
+        files.write_json(self._finished, {"step": step, "metrics": metrics, **more})
 
 
 def _visible(folder: Path) -> list[Path]:
