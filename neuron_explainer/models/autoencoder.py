@@ -352,7 +352,9 @@ class Autoencoder(nn.Module):
             return self(x).recons  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
         self._check_width(x, self.n_inputs, "input")
         rows = x.reshape(-1, self.n_inputs)
-        size = max(1, len(rows)) if self._searches else self._rows_at_a_time()  # the search has its own
+        size = (
+            max(1, len(rows)) if self._searches else self._rows_at_a_time()
+        )  # the search has its own
         parts = [self._reconstruct_rows(part) for part in torch.split(rows, size)]
         return torch.cat(parts).view(*x.shape[:-1], self.n_outputs)
 
