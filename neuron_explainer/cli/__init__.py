@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from neuron_explainer import __version__, demo
@@ -22,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        result = args.run(args)
+        with _log_on_stderr():
+            result = args.run(args)
         if args.json:
             print(json.dumps(_plain(result), indent=2, ensure_ascii=False, allow_nan=False))
         else:
@@ -37,6 +40,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         return 0 if result.get("ok", True) else 1
     return 0
+
+
+@contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """What the library logs while a verb runs is for its user: one line each."""
+    log, handler = logging.getLogger("neuron_explainer"), logging.StreamHandler()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _plain(value: Any) -> Any:
