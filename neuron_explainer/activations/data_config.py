@@ -4,8 +4,8 @@ windows = open_windows(context, "books/", DataConfig(context_length=256), epochs
 batches = open_buffer(context, "books/", "3/mlp.post_act", DataConfig(), batch_size=4096)
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,7 +116,7 @@ def open_windows(
             "hold_out is 0, so no document is held out: measure on another text, or train with hold_out "
             "above 0."
         )
-    return TokenWindows(
+    windows = TokenWindows(
         corpus,
         config.context_length,
         config.windows_per_forward,
@@ -125,6 +125,22 @@ def open_windows(
         seed=config.data_seed,
         epochs=epochs,
     )
+    windows.record = _record(context, text, config, windows.describe())
+    return windows
+
+
+def _record(
+    context: ModelContext, source: str | Path, config: DataConfig, described: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Where activations come from: what it takes to find again which documents were held out."""
+    record = {
+        "model": context.reference,
+        "source": str(source) if files.is_remote(str(source)) else str(Path(source).resolve()),
+        "source_fingerprint": described.get("source_fingerprint"),
+        "data": asdict(config),
+    }
+    harvested = ActivationStore(source).record if is_store(source) else {}
+    return {**record, "harvest": harvested} if harvested else record
 
 
 def open_harvester(
@@ -183,7 +199,7 @@ def open_buffer(
         if share is not None:
             opened, ahead = share(opened), False
     capacity = max(config.buffer_tokens, 2 * batch_size)
-    return ShuffleBuffer(
+    buffer = ShuffleBuffer(
         opened,
         capacity,
         batch_size,
@@ -192,6 +208,8 @@ def open_buffer(
         pair=pair,
         prefetch=ahead,
     )
+    buffer.record = _record(context, source, config, opened.describe())
+    return buffer
 
 
 def is_store(path: str | Path) -> bool:

@@ -37,6 +37,8 @@ from neuron_explainer.models.locations import ActivationLocation
 
 _LOCK_FILE = ".lock"
 _KIND, _VERSION = "activation_store", 1
+RECORD_FILE = "source.json"
+"""Model, text and settings of the harvest, so that what was held out is known."""
 _WHERE = ("tokens", "document", "position")
 
 
@@ -127,6 +129,12 @@ class ActivationStore:
             _check_size(self.folder / shard.file, shard)
         self._ends = np.cumsum([shard.rows for shard in self.shards], dtype=np.int64)
         self._mapped: dict[int, dict[str, Tensor]] = {}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Model, text and settings of the harvest; empty for a store of which they are not known."""
+        note = self.folder / RECORD_FILE
+        return dict(files.read_json(note)) if note.exists() else {}
 
     @property
     def locations(self) -> list[ActivationLocation]:
@@ -375,6 +383,8 @@ def harvest_to_store(
             writer.add(batch)
             bar.update(len(batch))
             number += 1
+    if windows.record:
+        files.write_json(Path(folder) / RECORD_FILE, windows.record)
     return ActivationStore(folder)
 
 

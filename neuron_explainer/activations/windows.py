@@ -87,6 +87,8 @@ class TokenWindows:
         self.corpus, self.context_length, self.batch_size = corpus, context_length, batch_size
         self.concat, self.bos, self.seed, self.epochs = concat, bos, seed, epochs
         self.rank, self.world = rank, world
+        self.record: dict[str, Any] = {}
+        """Which model, text and settings these windows are of, as ``open_windows`` notes it."""
         self._numbers = corpus.numbers[corpus.lengths > 0]
         # Packed: each document in the stream is a separator, where there is one, and its tokens.
         lengths = corpus.lengths[corpus.lengths > 0] + (0 if bos is None else 1)
