@@ -42,7 +42,7 @@ class ShuffleBuffer(Iterator[Batch]):
     ends may have fewer rows; no row is left out.
 
     Args:
-        source: a :class:`LiveSource`, :class:`StoreSource` or :class:`IterableSource`.
+        source: a :class:`LiveSource` or :class:`StoreSource`.
         capacity: rows in memory, at least two batches. With ``prefetch`` up to half as many more, and
             a chunk, lie ready.
         batch_size: rows of a batch.

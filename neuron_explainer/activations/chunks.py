@@ -1,6 +1,5 @@
-"""Where a buffer's activations come from: chunks by number, from a model, a store or any iterable."""
+"""Where a buffer's activations come from: chunks by number, from a model or a store."""
 
-from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from neuron_explainer.activations.corpus import Ints, permutation
@@ -109,38 +108,3 @@ class StoreSource:
             "rank": self.rank,
             "world": self.world,
         }
-
-
-class IterableSource:
-    """Activations of any iterable of batches.
-
-    To resume from a state it is iterated from its beginning again, and has to give the same again.
-    """
-
-    forward_s = 0.0
-
-    def __init__(self, batches: Iterable[ActivationBatch]) -> None:
-        self.batches = batches
-        self._iterator: Iterator[ActivationBatch] = iter(())
-        self._next = -1
-
-    def chunk(self, number: int) -> ActivationBatch | None:
-        """The batch with this number; going back starts the iteration anew."""
-        if not 0 <= self._next <= number:
-            if self._next >= 0 and isinstance(self.batches, Iterator):
-                raise InputError(
-                    f"a {type(self.batches).__name__} can be read once only, and batch {number} has "
-                    "gone by; to go back, give what can be iterated again, such as a list."
-                )
-            self._iterator, self._next = iter(self.batches), 0
-        batch = None
-        while self._next <= number:
-            batch = next(self._iterator, None)
-            if batch is None:
-                return None
-            self._next += 1
-        return batch
-
-    def describe(self) -> dict[str, Any]:
-        """Nothing is known."""
-        return {}

@@ -3,8 +3,8 @@
 Shape legend: ``n`` tokens, ``m`` documents.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from neuron_explainer.errors import InputError, SourceError
 
 Ints = npt.NDArray[np.int64]
+_TOKENS_AT_ONCE = 1 << 20
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32] | Ints
 
 
@@ -30,8 +31,8 @@ def permutation(n: int, *key: int) -> Ints:
     NumPy promises that ``RandomState`` draws the same for ever, and promises no such thing of its
     newer generators: with those, a run resumed after an update would repeat and miss rows.
     """
-    if any(part < 0 for part in key):
-        raise InputError(f"a seed must be at least 0, found {key[0]}.")
+    if not all(0 <= part < 2**64 for part in key):
+        raise InputError(f"a seed must be at least 0 and below 2**64, found {key[0]}.")
     words = [word for part in key for word in (part & 0xFFFFFFFF, part >> 32)]
     return np.random.RandomState(words).permutation(n).astype(np.int64)
 
@@ -52,16 +53,26 @@ class TokenCorpus:
     name: str = "tokens"
     vocabulary: int | None = None
     """The tokenizer's size, where it is known; ids are below it."""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """How to read the same text again: ``source`` (a path, a URL or ``hf:OWNER/NAME``) and fields of
+    :class:`~neuron_explainer.activations.data_config.DataConfig`; empty where that is not known."""
+    _digests: dict[str, str] = field(default_factory=dict, repr=False)  # shared with its parts
 
     @classmethod
-    def of(cls, documents: Iterable[Sequence[int]], name: str = "tokens") -> "TokenCorpus":
-        """Documents that are token ids already."""
+    def of(
+        cls,
+        documents: Iterable[Sequence[int]],
+        name: str = "tokens",
+        origin: Mapping[str, Any] | None = None,
+    ) -> "TokenCorpus":
+        """A corpus of documents that are token ids already."""
         pieces = [np.asarray(document, dtype=np.int64) for document in documents]
         lengths = [len(piece) for piece in pieces]
         if not sum(lengths):
             raise SourceError(f"{name}: no tokens in {len(pieces)} documents.")
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        return cls(np.concatenate(pieces), starts, np.arange(len(pieces)), name)
+        numbers = np.arange(len(pieces))
+        return cls(np.concatenate(pieces), starts, numbers, name, origin=origin or {})
 
     @property
     def lengths(self) -> Ints:
@@ -75,18 +86,21 @@ class TokenCorpus:
 
     @property
     def fingerprint(self) -> str:
-        """Tells corpora apart: of their documents' places and a sample of some thousand tokens."""
-        return self._digest(self.numbers)
+        """Tells corpora apart by all of their tokens, and where documents begin."""
+        digest = sha256(self.source_fingerprint.encode())
+        digest.update(self.numbers.tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def source_fingerprint(self) -> str:
-        """The same of all documents of the source, whichever of them belong to this corpus."""
-        return self._digest()
-
-    def _digest(self, *more: Ints) -> str:
-        step = max(1, len(self.tokens) // 4096)
-        parts = self.starts, *more, self.tokens[::step].astype(np.int64)
-        return sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]
+        """The same for all documents of the source, whichever of them belong to this corpus."""
+        if "source" not in self._digests:
+            digest = sha256(self.starts.tobytes())
+            for begin in range(0, len(self.tokens), _TOKENS_AT_ONCE):
+                # One width for all: a token file holds what a corpus in memory holds.
+                digest.update(self.tokens[begin : begin + _TOKENS_AT_ONCE].astype("<u4").tobytes())
+            self._digests["source"] = digest.hexdigest()[:16]
+        return self._digests["source"]
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -113,10 +127,11 @@ class TokenCorpus:
         order = permutation(len(self), seed, len(self))
         chosen = np.zeros(len(self), dtype=bool)
         chosen[order[:n_held_out]] = True
-        return self._only(self.numbers[~chosen]), self._only(self.numbers[chosen])
+        how = {"hold_out": held_out, "data_seed": seed}
+        return self._only(self.numbers[~chosen], how), self._only(self.numbers[chosen], how)
 
-    def _only(self, numbers: Ints) -> "TokenCorpus":
-        return TokenCorpus(self.tokens, self.starts, numbers, self.name, self.vocabulary)
+    def _only(self, numbers: Ints, how: Mapping[str, Any]) -> "TokenCorpus":
+        return replace(self, numbers=numbers, origin={**self.origin, **how})
 
     def __repr__(self) -> str:
         return f"TokenCorpus({self.name!r}, {len(self)} documents, {self.n_tokens} tokens)"
@@ -144,7 +159,10 @@ def tokenize(
                 return
 
     name: Any = getattr(documents, "name", "documents")
-    return TokenCorpus.of(encoded(), str(name))
+    origin: Any = getattr(documents, "origin", {})
+    if origin and max_tokens is not None:
+        origin = {**origin, "corpus_tokens": max_tokens}
+    return TokenCorpus.of(encoded(), str(name), origin)
 
 
 def start_token(context: Any) -> int:

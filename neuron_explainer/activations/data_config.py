@@ -116,7 +116,7 @@ def open_windows(
             "hold_out is 0, so no document is held out: measure on another text, or train with hold_out "
             "above 0."
         )
-    windows = TokenWindows(
+    return TokenWindows(
         corpus,
         config.context_length,
         config.windows_per_forward,
@@ -125,8 +125,6 @@ def open_windows(
         seed=config.data_seed,
         epochs=epochs,
     )
-    windows.record = _record(context, text, config, windows.describe())
-    return windows
 
 
 def _record(

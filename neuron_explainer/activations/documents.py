@@ -13,7 +13,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +32,8 @@ class Documents:
     name: str
     """What they are, for errors and manifests."""
     read: Callable[[], Iterator[str]]
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """How to read the same again, see :class:`~neuron_explainer.activations.corpus.TokenCorpus`."""
 
     def __iter__(self) -> Iterator[str]:
         return self.read()
@@ -64,7 +66,8 @@ def read_documents(
         if not n_documents:
             raise SourceError(f"{path} is empty: it holds no document.")
 
-    return Documents(str(path), read)
+    source = str(path) if files.is_remote(str(path)) else str(local.resolve())
+    return Documents(str(path), read, {"source": source, "column": column, "split": split})
 
 
 def row_documents(
@@ -100,7 +103,10 @@ def huggingface_documents(
             f"the dataset {dataset!r} (split {split!r}) cannot be had: {type(error).__name__}: "
             f"{first_line}. A dataset that lies on this machine is read by read_documents(folder)."
         ) from error
-    return row_documents(rows, column, f"{dataset} ({split})")
+    found = row_documents(rows, column, f"{dataset} ({split})")
+    if split != "train" or options or Path(dataset).exists():  # not what ``hf:OWNER/NAME`` means
+        return found
+    return replace(found, origin={"source": f"hf:{dataset}", "column": column})
 
 
 # --- files ---

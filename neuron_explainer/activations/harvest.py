@@ -5,7 +5,7 @@ Shape legend: ``b`` windows, ``s`` positions, ``n`` tokens that come out, ``d`` 
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -168,28 +168,6 @@ class Harvester:
             if len(norm):
                 keep &= norm <= self.max_norm_multiple * norm.median()
         return found.rows(keep)
-
-
-def harvest(
-    context: ModelContext,
-    batches: Iterable[TokenBatch],
-    locations: LocationLike | Iterable[LocationLike],
-    *,
-    keep_bos: bool = True,
-    max_norm_multiple: float | None = None,
-    dtype: str | torch.dtype | None = None,
-    autocast_bf16: bool = False,
-) -> Iterator[ActivationBatch]:
-    """The activations of each batch of windows; arguments as of :class:`Harvester`."""
-    harvester = Harvester(
-        context,
-        locations,
-        keep_bos=keep_bos,
-        max_norm_multiple=max_norm_multiple,
-        dtype=dtype,
-        autocast_bf16=autocast_bf16,
-    )
-    return map(harvester, batches)
 
 
 def single_locations(

@@ -1,15 +1,17 @@
 """Activations on disk: a folder of safetensors shards and a ``manifest.json``, mapped when read.
 
-The manifest says model, locations, widths, dtype, settings, and of each shard its rows and SHA-256. It
+The manifest holds model, locations, widths, dtype, settings, and the rows and SHA-256 of each shard. It
 is rewritten, whole, after each shard: a process that is killed loses the rows since the last shard and
-nothing else, and the next one goes on after it. A shard holds ``[n, d]`` by location, and ``tokens``,
-``document``, ``position`` ``[n]`` (int64): every vector knows where it is from.
+nothing else, and the next one continues after it. A shard holds ``[n, d]`` by location, and ``tokens``,
+``document``, ``position`` ``[n]`` (int64): every vector knows where it is from. ``source.json`` says which
+text the rows are of, and how it was read and cut: ``evaluate`` needs it to find the text held out.
 
 Shape legend: ``n`` rows (tokens), ``d`` width of a location.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,10 +37,10 @@ from neuron_explainer.activations.windows import TokenWindows, check_same_settin
 from neuron_explainer.errors import CheckpointError, InputError, SourceError, shown
 from neuron_explainer.models.locations import ActivationLocation
 
+SOURCE_FILE = "source.json"
 _LOCK_FILE = ".lock"
+_SHARD_NAME = re.compile(r"shard-\d+\.safetensors")
 _KIND, _VERSION = "activation_store", 1
-RECORD_FILE = "source.json"
-"""Model, text and settings of the harvest, so that what was held out is known."""
 _WHERE = ("tokens", "document", "position")
 
 
@@ -133,7 +135,7 @@ class ActivationStore:
     @property
     def record(self) -> dict[str, Any]:
         """Model, text and settings of the harvest; empty for a store of which they are not known."""
-        note = self.folder / RECORD_FILE
+        note = self.folder / SOURCE_FILE
         return dict(files.read_json(note)) if note.exists() else {}
 
     @property
@@ -236,6 +238,7 @@ class StoreWriter:
         self.n_rows = 0
         """Rows added so far, those not yet written included."""
         self._append = append
+        self._identity: tuple[int, ...] = ()
         self._lock = FileLock(self.folder / _LOCK_FILE, timeout=0)
 
     def __enter__(self) -> "StoreWriter":
@@ -246,6 +249,7 @@ class StoreWriter:
         except Timeout:
             raise InputError(f"another process is writing to the store {self.folder}.") from None
         try:
+            self._identity = self._identify()
             self._take_up()
         except BaseException:
             self._lock.release()
@@ -259,18 +263,39 @@ class StoreWriter:
             self._lock.release()
 
     def _take_up(self) -> None:
-        there = [path.name for path in self.folder.iterdir() if path.name != _LOCK_FILE]
-        if there and not self._append:
+        """Continue after what an earlier process left, and clear away what it left unfinished."""
+        check_store_folder(self.folder)
+        if files.list_folder(self.folder, but=_LOCK_FILE) and not self._append:
             raise InputError(f"{self.folder} is not empty; pass append=True to add to a store.")
-        # Killed before there was a manifest: nothing but a first shard, which is written again.
-        if all(name.lstrip(".").startswith("shard-00000") for name in there):
-            return
-        store = ActivationStore(self.folder)
-        self._header, self._shards = store.header, list(store.shards)
-        self.n_batches, self.n_rows = store.n_batches, len(store)
-        self._check_same(StoreHeader(self._model, store.header.widths, self._dtype, []))
-        if self._settings not in self._header.settings:
-            self._header.settings.append(self._settings)
+        files.remove_leftovers(self.folder)
+        if (self.folder / MANIFEST_FILE).exists():
+            store = ActivationStore(self.folder)
+            self._header, self._shards = store.header, list(store.shards)
+            self.n_batches, self.n_rows = store.n_batches, len(store)
+            self._check_same(StoreHeader(self._model, store.header.widths, self._dtype, []))
+            if self._settings not in self._header.settings:
+                self._header.settings.append(self._settings)
+        known = {shard.file for shard in self._shards}
+        for path in self.folder.iterdir():  # written, but not yet in the manifest
+            if _SHARD_NAME.fullmatch(path.name) and path.name not in known:
+                path.unlink()
+
+    def _identify(self) -> tuple[int, ...]:
+        """Which folder this is, whatever its name."""
+        folder, lock = self.folder.stat(), (self.folder / _LOCK_FILE).stat()
+        return folder.st_dev, folder.st_ino, lock.st_ino
+
+    def _check_still_there(self) -> None:
+        """Half a store here and half in a folder that was moved would both look whole."""
+        try:
+            same = self._identify() == self._identity
+        except OSError:
+            same = False
+        if not same:
+            raise SourceError(
+                f"{self.folder} was moved, replaced or emptied while the store was written; what had "
+                "been written is where the folder is now."
+            )
 
     def _check_same(self, here: StoreHeader) -> None:
         assert self._header is not None
@@ -313,6 +338,7 @@ class StoreWriter:
         """Put what has been added on disk."""
         if not self._pending:
             return
+        self._check_still_there()
         rows = ActivationBatch.cat(self._pending)
         if len(rows):
             self._shards.append(self._write_shard(rows))
@@ -352,15 +378,15 @@ def harvest_to_store(
     num_tokens: int | None = None,
     progress: bool = False,
 ) -> ActivationStore:
-    """Write the activations of windows to a folder; one that was interrupted is gone on with.
+    """Write the activations of windows to a folder; the same call resumes an interrupted one.
 
     Args:
         folder: new, or that of the interrupted call, with the same arguments.
-        harvester: what to run.
-        windows: on what.
+        harvester: computes the activations.
+        windows: the tokens to compute them on.
         dtype: of the values on disk.
-        shard_rows: as of :class:`StoreWriter`.
-        num_tokens: stop with the batch that reaches as many rows; None: go through all windows.
+        shard_rows: as for :class:`StoreWriter`.
+        num_tokens: stop with the batch that reaches this many rows; None: go through all windows.
         progress: show a progress bar on stderr.
     """
     if num_tokens is None and windows.n_batches is None:
@@ -376,6 +402,7 @@ def harvest_to_store(
     )
     with writer, tqdm(total=num_tokens, unit=" tokens", disable=not progress) as bar:
         writer.check_only_settings()
+        files.write_json(writer.folder / SOURCE_FILE, source_of(harvester, windows))
         bar.update(writer.n_rows)
         number = writer.n_batches
         while number != windows.n_batches and writer.n_rows < (num_tokens or math.inf):
@@ -383,21 +410,56 @@ def harvest_to_store(
             writer.add(batch)
             bar.update(len(batch))
             number += 1
-    if windows.record:
-        files.write_json(Path(folder) / RECORD_FILE, windows.record)
     return ActivationStore(folder)
 
 
-def write_store(
-    folder: str | Path, batches: Iterable[ActivationBatch], model: str, **options: Any
-) -> ActivationStore:
-    """Write batches to a store, or add them to one; ``options`` as of :class:`StoreWriter`."""
-    with StoreWriter(folder, model, **options) as writer:
-        for batch in batches:
-            writer.add(batch)
-    if not writer.n_rows:
-        raise SourceError(f"no activations came, so no store was written to {folder}.")
-    return ActivationStore(folder)
+def source_of(harvester: Harvester, windows: TokenWindows) -> dict[str, Any]:
+    """Where activations come from, as ``source.json`` holds it.
+
+    ``data`` has the names of :class:`~neuron_explainer.activations.data_config.DataConfig`; ``source``
+    is None where the tokens were not read from a file, a folder or a data set with a name.
+    """
+    context, origin = harvester.context, dict(windows.corpus.origin)
+    source = origin.pop("source", None)
+    return {
+        "model": context.reference,
+        "source": source,
+        "source_fingerprint": windows.corpus.source_fingerprint,
+        "data": {
+            "hold_out": 0.0,
+            "data_seed": windows.seed or 0,
+            "context_length": windows.context_length,
+            "windows_per_forward": windows.batch_size,
+            "pack": windows.concat,
+            "bos": windows.bos is not None,
+            "keep_bos": harvester.keep_bos,
+            "max_norm_multiple": harvester.max_norm_multiple,
+            "model_autocast": harvester.autocast_bf16,
+            **origin,
+        },
+    }
+
+
+def check_store_folder(folder: str | Path) -> None:
+    """An error if a folder holds something that is neither a store nor the beginning of one."""
+    path = Path(folder).expanduser()
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise InputError(f"{path} is a file; a store of activations is a folder.")
+    if (path / MANIFEST_FILE).exists():
+        read_manifest(path, _StoreManifest, _KIND, _VERSION)
+        return
+    # An earlier process may have been killed before it wrote the first manifest.
+    foreign = [
+        name
+        for name in files.list_folder(path, but=_LOCK_FILE)
+        if not (name == SOURCE_FILE or _SHARD_NAME.fullmatch(name) or files.is_leftover(name))
+    ]
+    if foreign:
+        raise InputError(
+            f"{path} holds {foreign[0]!r} and is no store of activations; choose another folder."
+        )
 
 
 # --- the manifest ---

@@ -119,7 +119,8 @@ def open_token_file(
         raise CheckpointError(f"{folder / _FILES['starts']} does not fit the {n_tokens} tokens.")
     tokens = np.memmap(folder / _FILES["tokens"], dtype=dtype, mode="r", shape=(n_tokens,))
     numbers = np.arange(manifest.n_documents)
-    return TokenCorpus(tokens, starts, numbers, manifest.source, manifest.vocabulary)
+    origin = {"source": str(folder.resolve())}
+    return TokenCorpus(tokens, starts, numbers, manifest.source, manifest.vocabulary, origin)
 
 
 def _check_file(path: Path, size: int, sha256: str | None) -> None:

@@ -87,14 +87,11 @@ class TokenWindows:
         self.corpus, self.context_length, self.batch_size = corpus, context_length, batch_size
         self.concat, self.bos, self.seed, self.epochs = concat, bos, seed, epochs
         self.rank, self.world = rank, world
-        self.record: dict[str, Any] = {}
-        """Which model, text and settings these windows are of, as ``open_windows`` notes it."""
         self._numbers = corpus.numbers[corpus.lengths > 0]
         # Packed: each document in the stream is a separator, where there is one, and its tokens.
         lengths = corpus.lengths[corpus.lengths > 0] + (0 if bos is None else 1)
         self._offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self._cuts = self._cut_stream() if concat else np.arange(len(lengths) + 1)
-        self._fingerprint = corpus.fingerprint
         self._order: tuple[int, Ints] | None = None
 
     @property
@@ -120,7 +117,7 @@ class TokenWindows:
             "corpus": self.corpus.name,
             "n_documents": len(self.corpus),
             "n_tokens": self.corpus.n_tokens,
-            "fingerprint": self._fingerprint,
+            "fingerprint": self.corpus.fingerprint,
             "source_fingerprint": self.corpus.source_fingerprint,
             "context_length": self.context_length,
             "batch_size": self.batch_size,

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from neuron_explainer.cli.common import Result, add_verb, positive, say
@@ -145,13 +144,14 @@ def run_harvest(args: argparse.Namespace) -> Result:
     """Run the model on a text and write the activations to a folder of safetensors shards."""
     from neuron_explainer.activations import (
         DataConfig,
+        check_store_folder,
         harvest_to_store,
         open_harvester,
         open_windows,
     )
     from neuron_explainer.settings.flags import from_flags
 
-    _check_store_folder(Path(args.out))
+    check_store_folder(args.out)
     context = open_model(args.model, args.device)
     config = from_flags(args, DataConfig)
     harvester = open_harvester(context, args.location, config)
@@ -173,16 +173,6 @@ def run_harvest(args: argparse.Namespace) -> Result:
         "rows": len(store),
         "bytes": sum(shard.size for shard in store.shards),
     }
-
-
-def _check_store_folder(out: Path) -> None:
-    """An error, before anything is computed or written, if the folder is for something else."""
-    from neuron_explainer.activations import is_store
-
-    there = [path.name for path in out.glob("[!.]*")] if out.is_dir() else []
-    begun = all(name.startswith("shard-00000") for name in there)  # cut off in its first shard
-    if out.is_file() or not (begun or is_store(out)):
-        raise InputError(f"{out} is there and is no store of activations; choose another --out.")
 
 
 def show_harvest(result: Result) -> None:

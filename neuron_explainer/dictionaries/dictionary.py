@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuron_explainer.dictionaries.distributed import SINGLE_PROCESS, World
-from neuron_explainer.kernels.memory import row_blocks
+from neuron_explainer.kernels.workspace import row_blocks
 from neuron_explainer.models.autoencoder import Autoencoder
 
 DecoderNorm = Literal["unit", "at_most_unit", "free"]

@@ -21,7 +21,7 @@ from neuron_explainer.dictionaries.objectives import Loss
 from neuron_explainer.dictionaries.runs import SINGLE_NAME
 from neuron_explainer.dictionaries.trainee import Trainee
 from neuron_explainer.errors import InputError
-from neuron_explainer.kernels import memory as sparse_memory
+from neuron_explainer.kernels.workspace import Workspace
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.settings import to_dict
 
@@ -143,6 +143,7 @@ class GradientDescent:
                 )
         self.trainees: dict[str, Trainee] = {}
         self.last_metrics: dict[str, dict[str, float]] = {}
+        self._workspace = Workspace()
         self._unchecked: list[tuple[int, str, Tensor, Mapping[str, Tensor]]] = []
 
     def run(
@@ -163,10 +164,9 @@ class GradientDescent:
             for callback in callbacks:
                 callback(StepReport(step, result.losses, self.trainees))
 
-        with sparse_memory.kept():
-            return Loop(self, batches, plan, self.world).run(
-                folder, callbacks=[report], progress=progress, log_to=log_to
-            )
+        return Loop(self, batches, plan, self.world).run(
+            folder, callbacks=[report], progress=progress, log_to=log_to
+        )
 
     # ---- beginning and resuming ----------------------------------------------------------------
 
@@ -254,6 +254,7 @@ class GradientDescent:
         rows = self.world.rows(n_tokens)
         result = StepResult(n_tokens, {}, {}, {})
         self._optimizer.zero_grad()
+        self._workspace.next_step()
         for group, (name, trainee) in zip(
             self._optimizer.param_groups, self.trainees.items(), strict=True
         ):
@@ -261,7 +262,8 @@ class GradientDescent:
             x, target = _part(pairs[name], rows)
             result.targets[name] = target
             x, target = trainee.normalize(x, target)
-            loss = trainee.backward(trainee.loss(x, target, step, n_tokens), n_tokens)
+            loss = trainee.loss(x, target, step, n_tokens, self._workspace)
+            loss = trainee.backward(loss, n_tokens)
             self._unchecked.append((step, name, loss.total, loss.terms))
             if loss.total.device.type == "cpu":  # looking costs nothing there
                 self._check_finite(x, target)

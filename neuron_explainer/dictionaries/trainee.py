@@ -30,6 +30,7 @@ from neuron_explainer.dictionaries.objectives.base import squared_error
 from neuron_explainer.dictionaries.schedules import learning_rate_factor, ramp
 from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation.metrics import fvu, n_active
+from neuron_explainer.kernels.workspace import Workspace
 from neuron_explainer.models.autoencoder import Autoencoder
 
 
@@ -146,12 +147,19 @@ class Trainee(nn.Module):
             )
         }
 
-    def loss(self, x: Tensor, target: Tensor, step: int, n_tokens: int | None = None) -> Loss:
+    def loss(
+        self,
+        x: Tensor,
+        target: Tensor,
+        step: int,
+        n_tokens: int | None = None,
+        workspace: Workspace | None = None,
+    ) -> Loss:
         """The loss of normalised activations: this process's rows of a batch of ``n_tokens`` (all of
         them if not given). Nothing is counted here, so that a loss may be computed again."""
         n_tokens = len(x) if n_tokens is None else n_tokens
         dead = self.counter.dead(self.config.dead_after(n_tokens))
-        facts = self.facts(step, dead, n_tokens)
+        facts = self.facts(step, dead, n_tokens)._replace(workspace=workspace)
         loss: Loss = self.objective.loss(self.dictionary, x, target, facts)
         if self.config.remedy != "ghost":
             return loss

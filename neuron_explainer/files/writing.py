@@ -187,6 +187,34 @@ def _temporary_beside(target: Path) -> Path:
     return target.parent / f".{target.name[:100]}.{secrets.token_hex(6)}.tmp"
 
 
+# Ours, as above, and those of safetensors, which has one of its own beside each file that it writes.
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.tmp|\.tmp[A-Za-z0-9]{6}", re.DOTALL)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a name is that of a temporary file or folder, which a killed process leaves behind."""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
+def list_folder(folder: Path, *, but: str = "") -> list[str]:
+    """The names in a folder, sorted, but for one."""
+    return sorted(name for name in os.listdir(folder) if name != but)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files and folders that killed processes have left in ``folder``.
+
+    Only for who knows that nobody else writes there now, such as the holder of the folder's lock.
+    """
+    for path in folder.iterdir():
+        if not is_leftover(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def explain_refusal(target: Path) -> Iterator[None]:
     """A disk that is full or may not be written to is the user's to mend, and becomes a

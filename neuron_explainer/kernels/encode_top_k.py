@@ -30,6 +30,7 @@ def encode_top_k(
     k: int,
     prepared: Prepared | None = None,
     certified: bool | None = None,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` largest entries of each row of ``x · weightᵀ + bias``, and where they are.
 
@@ -42,26 +43,29 @@ def encode_top_k(
         certified: whether to search in bfloat16; None: where it pays
             (:func:`~neuron_explainer.kernels.certified.use_certified`), which the environment
             variable NEURON_EXPLAINER_CERTIFIED (0 or 1) overrides.
+        chunk_bytes: size of the pre-activations that exist at a time; None: what is fastest on the device.
     """
     if not 1 <= k <= len(weight):
         raise InputError(f"encode_top_k: k={k!r} of {len(weight)} latents.")
     x, weight, bias = x.detach(), weight.detach(), None if bias is None else bias.detach()
     if not use_certified(x, weight, certified):
-        return _encode_plain(x, weight, bias, k)
+        return _encode_plain(x, weight, bias, k, chunk_bytes)
     prepared = prepare(weight, bias, prepared)
     values, indices, proven = certified_top_k(x, weight, bias, k, prepared)
     left = (~proven).nonzero().squeeze(1)
     if len(left):
-        values[left], indices[left] = _encode_plain(x[left], weight, bias, k)
+        values[left], indices[left] = _encode_plain(x[left], weight, bias, k, chunk_bytes)
     return values, indices
 
 
-def _encode_plain(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+def _encode_plain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, chunk_bytes: int | None
+) -> tuple[Tensor, Tensor]:
     """In the dtype of the weights throughout."""
     values = x.new_empty(len(x), k)
     indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
-    chunk = _CHUNK_BYTES if x.device.type == "cpu" else _CHUNK_BYTES_ELSEWHERE
-    step = max(1, chunk // (weight.element_size() * len(weight)))
+    usual = _CHUNK_BYTES if x.device.type == "cpu" else _CHUNK_BYTES_ELSEWHERE
+    step = max(1, (chunk_bytes or usual) // (weight.element_size() * len(weight)))
     for start in range(0, len(x), step):
         rows = slice(start, start + step)
         values[rows], indices[rows] = top_k(product(x[rows], weight, bias), k)

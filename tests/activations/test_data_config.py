@@ -24,11 +24,6 @@ PLACE = "2/resid.torso.delta_mlp"
 CONFIG = DataConfig(context_length=16, windows_per_forward=2, hold_out=0.25, buffer_tokens=64)
 
 
-@pytest.fixture(scope="module")
-def tales() -> ModelContext:
-    return ModelContext.from_model_type("tiny-tales", device="cpu")
-
-
 @pytest.fixture
 def books(tmp_path: Path) -> Path:
     folder = tmp_path / "books"

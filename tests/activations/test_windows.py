@@ -221,11 +221,6 @@ def test_numbers_beyond_the_end_and_corpora_without_tokens() -> None:
 TEXTS = ["Once upon a time.", "", "The end, <|endoftext|> or so."]
 
 
-@pytest.fixture(scope="module")
-def tales() -> ModelContext:
-    return ModelContext.from_model_type("tiny-tales", device="cpu")
-
-
 def test_a_file_holds_what_memory_holds(tmp_path: Path, tales: ModelContext) -> None:
     in_memory = tokenize(TEXTS, tales)
     written = write_token_file(tmp_path / "tokens", TEXTS, tales, progress=True)

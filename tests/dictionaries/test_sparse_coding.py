@@ -5,7 +5,7 @@ import torch
 
 from neuron_explainer.activations.chunks import LiveSource
 from neuron_explainer.activations.corpus import tokenize
-from neuron_explainer.activations.harvest import Harvester, harvest
+from neuron_explainer.activations.harvest import Harvester
 from neuron_explainer.activations.windows import TokenWindows
 from neuron_explainer.dictionaries.sparse_coding import (
     SparseCodingConfig,
@@ -212,7 +212,7 @@ def test_the_signal_rises_over_the_noise_on_a_models_states(context, windows, tm
 
 @pytest.mark.parametrize("place", ["0/attn.v_out", "mlp.post_act", "resid.post_emb"])
 def test_any_hook_path_will_do(context, windows, place):
-    batches = harvest(context, [windows.batch(0)], place)
+    batches = map(Harvester(context, place), [windows.batch(0)])
     found = train_sparse_coding(SparseCodingConfig(24, 2.0, tolerance=1e-2), batches)
     (autoencoder,) = found.values()
     assert autoencoder.location == ActivationLocation.parse(place)
@@ -222,14 +222,14 @@ def test_any_hook_path_will_do(context, windows, place):
 def test_a_sentence_has_the_codes_that_it_has_alone(context, windows):
     """Padded beside a longer sentence, or not: the same activations, and so the same codes."""
     place = ActivationLocation(RESID, 2)
-    batches = harvest(context, [windows.batch(0)], place)
+    batches = map(Harvester(context, place), [windows.batch(0)])
     config = SparseCodingConfig(64, 2.0, tolerance=1e-2)
     dictionary = train_sparse_coding(config, batches)[place].double()
     dictionary.activation = Fista(2.0, max_iterations=5000, tolerance=1e-6)
 
     def codes(*texts):
         rows = TokenWindows(tokenize(texts, context), 32, len(texts), concat=False, seed=None)
-        (batch,) = harvest(context, rows, place)
+        (batch,) = map(Harvester(context, place), rows)
         return [
             dictionary.encode(batch.activations[place][batch.document == i].double())
             for i in range(len(texts))

@@ -149,7 +149,9 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
         "W_dec",
     ),
     "llama_scope_r1": lambda p: llama_scope_r1(p / "llama"),
-    "e2e": lambda p: single(p / "run.pt", tensors_of(published.e2e()), "decoder.weight"),
+    "e2e": lambda p: single(
+        p / "run.pt", tensors_of(published.e2e()), "decoder.weight", input_normalization="none"
+    ),
     "gemma_scope": lambda p: single(
         p / "params.npz",
         tensors_of(published.gemma_scope()),

@@ -499,7 +499,13 @@ def test_transformer_vis(tmp_path):
 def test_e2e(tmp_path):
     expected, path = published.e2e(), tmp_path / "run.pt"
     torch.save(tensors_of(expected), path)
-    assert_is(Autoencoder.load(path), expected)
+    with pytest.raises(
+        CheckpointError, match=r"run\.pt: input_normalization: .*stream was centred"
+    ):
+        Autoencoder.load(path)
+    assert_is(Autoencoder.load(path, location="3/mlp.post_act"), expected)  # is never centred
+    plain: Any = {"input_normalization": "none"}
+    assert_is(Autoencoder.load(path, **plain), expected)
     run = {
         f"saes.blocks-{layer}-hook_resid_pre.{name}": value + (layer != 6)
         for layer in (2, 6)
@@ -512,9 +518,13 @@ def test_e2e(tmp_path):
         CheckpointError, match=r"expected a dictionary of 5/mlp\.post_act, found saes"
     ):
         Autoencoder.load(path, location="5/mlp.post_act")
-    ae = Autoencoder.load(path, location="blocks.6.hook_resid_pre")
+    ae = Autoencoder.load(path, location="blocks.6.hook_resid_pre", **plain)
     assert_is(ae, expected)
     assert str(ae.location) == "5/resid.torso.post_mlp"
+    x = torch.tensor(published.inputs(), dtype=torch.float32)
+    mean = x.mean(-1, keepdim=True)
+    centred = Autoencoder.load(path, location="5/resid_post_mlp", input_normalization="center")
+    assert_agrees(centred.encode(x).detach(), ae.encode(x - mean).detach())
 
 
 def test_gemma_scope(tmp_path):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from neuron_explainer.dictionaries.dictionary import DecoderNorm, LearnedDictionary
 from neuron_explainer.errors import InputError
+from neuron_explainer.kernels.workspace import Workspace
 from neuron_explainer.settings.fields import Variant
 
 
@@ -47,7 +48,9 @@ class StepFacts(NamedTuple):
     dead: Tensor
     """``[d]`` int64: latents that have been silent for too long."""
     n_tokens: int = 0
-    """Of the whole batch, of which this process may see a part."""
+    """Tokens of the whole batch, of which this process may see a part."""
+    workspace: Workspace | None = None
+    """Memory for large gradients, used again at the next step; kernels take it."""
 
 
 class SparseLatents(NamedTuple):

@@ -68,7 +68,13 @@ class ReLU(Objective[ReLUConfig]):
         d, c = dictionary, self.config
         norms = torch.linalg.vector_norm(d.rows, dim=1) if c.weighted else None
         out = relu_autoencoder(
-            x, d.encoder, d.latent_bias, d.rows, pre_bias=d.pre_bias, scale=norms
+            x,
+            d.encoder,
+            d.latent_bias,
+            d.rows,
+            pre_bias=d.pre_bias,
+            scale=norms,
+            workspace=facts.workspace,
         )
         error = target - d.complete(out.output, x)
         reconstruction = squared_error(error)

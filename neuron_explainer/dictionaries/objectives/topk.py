@@ -29,6 +29,7 @@ from neuron_explainer.dictionaries.objectives.base import (
 from neuron_explainer.dictionaries.schedules import annealed_k
 from neuron_explainer.errors import InputError
 from neuron_explainer.kernels.top_k_step import decode_rows, encode_top_k
+from neuron_explainer.kernels.workspace import Workspace
 from neuron_explainer.models.autoencoders.nonlinearities import TopK as TopKActivation
 
 
@@ -116,8 +117,9 @@ def aux_k_loss(
     ):
         return None
     k = min(config.aux_k or max(1, dictionary.n_outputs // 2), n_dead)
-    values, indices = largest(dictionary, x, k, facts.dead).of(k)
-    explained = dictionary.total(decode_rows(values, indices, dictionary.rows))
+    values, indices = largest(dictionary, x, k, facts.dead, facts.workspace).of(k)
+    explained = decode_rows(values, indices, dictionary.rows, workspace=facts.workspace)
+    explained = dictionary.total(explained)
     mean = dictionary.mean(error.mean(0), facts.n_tokens)
     deviation = dictionary.mean(squared_error(error - mean), facts.n_tokens)
     share = squared_error(error - explained) / torch.where(deviation > 0, deviation, 1.0)
@@ -147,7 +149,11 @@ class Largest(NamedTuple):
 
 
 def largest(
-    dictionary: LearnedDictionary, x: Tensor, k: int, latents: Tensor | None = None
+    dictionary: LearnedDictionary,
+    x: Tensor,
+    k: int,
+    latents: Tensor | None = None,
+    workspace: Workspace | None = None,
 ) -> Largest:
     """The ``k`` largest of all latents, or of those ``[c]`` that are given."""
     d, k_here = dictionary, min(k, dictionary.n_latents if latents is None else len(latents))
@@ -156,7 +162,13 @@ def largest(
         indices = torch.zeros_like(values, dtype=torch.int64)
     else:
         values, indices = encode_top_k(
-            x, d.encoder, d.latent_bias, k_here, pre_bias=d.pre_bias, latents=latents
+            x,
+            d.encoder,
+            d.latent_bias,
+            k_here,
+            pre_bias=d.pre_bias,
+            latents=latents,
+            workspace=workspace,
         )
     rank = d.world.global_rank(values, k) if d.world.splits_latents else None
     return Largest(values.relu(), indices, rank)
@@ -178,14 +190,16 @@ class TopK(Objective[TopKConfig]):
         config = self.config
         k = k_at(config, dictionary, facts.step)
         # One search for both numbers: values come in descending order.
-        every = largest(dictionary, x, max(k, config.multi_k or 0))
+        every = largest(dictionary, x, max(k, config.multi_k or 0), workspace=facts.workspace)
         values, indices = every.of(k)
-        recons = decode_rows(values, indices, dictionary.rows)
+        recons = decode_rows(values, indices, dictionary.rows, workspace=facts.workspace)
         error = target - dictionary.complete(recons, x)
         total = reconstruction = squared_error(error) / dictionary.variance
         terms = {"reconstruction": reconstruction.detach()}
         if config.multi_k is not None:
-            more = decode_rows(*every.of(config.multi_k), dictionary.rows)
+            more = decode_rows(
+                *every.of(config.multi_k), dictionary.rows, workspace=facts.workspace
+            )
             more = dictionary.complete(more, x)
             multi = squared_error(target - more) / dictionary.variance
             total = total + config.multi_coefficient * multi

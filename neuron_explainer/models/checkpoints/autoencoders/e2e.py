@@ -6,7 +6,8 @@
 
 The library normalises the decoder whenever it applies it; here that is done once, on reading. A file of
 a whole run has these keys once for each place, after ``blocks-6-hook_resid_pre.`` or the like: state
-the location that is wanted.
+the location that is wanted. Published models (GPT-2 small) were TransformerLens's, whose residual stream
+is centred; models of one's own were not. The file does not say which: state ``input_normalization``.
 
 As read in e2e_sae 2.1.1: ``models/sparsifiers.py``, ``models/transformers.py``.
 """
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_tensors,
+    is_on_the_stream,
     loaded,
     location_of,
     matrix_shape,
@@ -67,8 +69,24 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
         tensors["encoder.0.bias"],
         post_bias=tensors["decoder.bias"],
     )
-    metadata = {"format": "e2e", "place": prefix.rstrip(".")}
-    return loaded(where, stated, state, location=location, metadata=metadata)
+    found = loaded(
+        where,
+        stated,
+        state,
+        input_normalization=stated.get("input_normalization"),
+        location=location,
+        metadata={"format": "e2e", "place": prefix.rstrip(".")},
+    )
+    if found.input_normalization is None:
+        if found.location is None or is_on_the_stream(found.location):
+            raise CheckpointError(
+                f"{where}: input_normalization: the file does not say whether the residual stream was "
+                "centred. Give it: `Autoencoder.load(source, input_normalization='center')` for the "
+                "published dictionaries of GPT-2 small (TransformerLens centres the stream), or 'none' "
+                "for a model of your own; in the shell `--input-normalization center`."
+            )
+        found.input_normalization = "none"
+    return found
 
 
 def _choose(
