@@ -5,6 +5,7 @@ plain one that gives the same batches each time is started again and skipped for
 skipped is compared with what it was. An iterator that can be read only once cannot be resumed: it is refused.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -113,7 +114,7 @@ class BatchSource:
         assert self._iterator is not None
         if self._iterator is self._batches:
             raise InputError(
-                "an unfinished run is to be resumed, but its batches are an iterator that cannot be "
+                "a run is to be resumed, but its batches are an iterator that cannot be "
                 "started again. Give an object that can be iterated over more than once (a list, a "
                 "class with __iter__), or one with state_dict and load_state_dict."
             )
@@ -121,12 +122,12 @@ class BatchSource:
             self._last = next(self._iterator, self)
             if self._last is self:
                 raise InputError(
-                    f"an unfinished run had {self._taken} batches, and now they end after {skipped}: "
+                    f"the run had {self._taken} batches, and now they end after {skipped}: "
                     "these are other batches."
                 )
         if _digest(self._last) != last:
             raise InputError(
-                f"an unfinished run is to be resumed, but batch {self._taken} is not what it was: the "
+                f"a run is to be resumed, but batch {self._taken} is not what it was: the "
                 "batches come in another order, or are others. Give batches in the same order each time "
                 "(a DataLoader that shuffles does not), or batches with state_dict and load_state_dict."
             )
@@ -193,14 +194,23 @@ class TensorBatches:
         per_pass = len(self._rows) // self._batch_size
         which, within = divmod(self._next, per_pass)
         if which != self._pass:
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + which)
+            generator = torch.Generator().manual_seed((self._seed * 1_000_003 + which) % 2**64)
             self._order, self._pass = torch.randperm(len(self._rows), generator=generator), which
         chosen = self._order[within * self._batch_size :][: self._batch_size]
         self._next += 1
         return self._rows[chosen.to(self._rows.device)]
 
-    def state_dict(self) -> dict[str, int]:
-        return {"next": self._next}
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return _digest(torch.split(self._rows, 1 << 14))
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        return {"next": self._next, "rows": self._fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["rows"] != self._fingerprint:
+            raise InputError(
+                "a run is to be resumed, but its activations are not what they were. Give the same tensor, "
+                "or train in another folder."
+            )
         self._next = state["next"]

@@ -147,6 +147,7 @@ class TrainConfig:
         for name in _AT_LEAST_1 + _AT_LEAST_0:
             value, least = getattr(self, name), int(name in _AT_LEAST_1)
             _check(name, value is None or value >= least, f"at least {least}", value)
+        _check("seed", 0 <= self.seed < 2**64, "in 0 to 2**64 - 1", self.seed)
         if self.lr is not None:
             _check("lr", self.lr > 0 and math.isfinite(self.lr), "above 0", self.lr)
         _check("eps", self.eps > 0, "above 0", self.eps)

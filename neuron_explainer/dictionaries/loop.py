@@ -101,10 +101,12 @@ class Loop(Generic[S]):
             place = RunFolder(folder, settings, keep, self.world, extensible)
             with place.claimed():
                 state = place.load_checkpoint()
-                if state is None:
-                    self.learner.begin(self.source)
-                else:
+                if state is not None:
                     self._resume(state)
+                    if place.is_done():  # the process was killed between the end and this answer
+                        return self.learner.finish()
+                else:
+                    self.learner.begin(self.source)
                 place.begin()
                 self._steps(place, callbacks, progress, log_to)
                 return self._save_results(place)
@@ -136,6 +138,8 @@ class Loop(Generic[S]):
                 logs.step()
                 last = self.step == self.plan.total_steps
                 if last or self.step % self.plan.log_every == 0:
+                    if place is not None:
+                        place.check_in_place()
                     metrics = self.learner.metrics(result, self.step, self.tokens)
                     epoch = None if self.plan.passes is None else self.source.epoch
                     logs.write(self.step, self.tokens, metrics, epoch)
@@ -167,6 +171,7 @@ class Loop(Generic[S]):
 
     def _save_results(self, place: RunFolder) -> dict[str, Autoencoder]:
         found = self.learner.finish()
+        place.check_in_place()
 
         def save() -> None:
             for name, autoencoder in found.items():

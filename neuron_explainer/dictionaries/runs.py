@@ -2,23 +2,25 @@
 
     config.json                      the run's settings, for the record and for resuming
     log.jsonl                        one line each log_every steps
-    checkpoints/00001200/            state.json, state.safetensors: all that a resumed run needs, with a
-                                     checksum, so that a damaged checkpoint is passed over. Where each
-                                     process holds some of the latents, there is one pair for each process
+    checkpoints/00001200/            state.json, state.safetensors: all that a resumed run needs, with
+                                     checksums of both, so that a damaged checkpoint is passed over. Where
+                                     each process holds some of the latents, each writes such a pair
     autoencoders/<name>/             the results (``autoencoder/`` where there is only one)
     finished.json                    written last
 
-A folder is never overwritten. A run with the same settings resumes an unfinished one.
+A folder is never overwritten. The same settings resume an unfinished run, and find a finished one done.
 
 :class:`Run` reads such a folder, :class:`RunFolder` writes it.
 """
 
 import contextlib
 import functools
+import hashlib
+import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,13 +149,13 @@ class RunFolder(Run):
     """A run on disk, to be written.
 
     Args:
-        path: absent, empty, or the folder of an unfinished run with the same settings.
-        settings: of the run, as JSON can hold them; those of :data:`FREE_TO_CHANGE` may be others when
-            it is gone on with.
+        path: absent, empty, or the folder of a run with the same settings.
+        settings: the run's settings, as JSON can hold them; those in :data:`FREE_TO_CHANGE` may be different
+            when the run is resumed.
         keep: how many checkpoints stay.
-        world: the processes that share it. The first one writes, but for the parts of a state that
-            others alone have; all read.
-        extensible: whether a finished run may be gone on with, by asking for more epochs.
+        world: the processes that share the folder. All read. The first one writes everything but those parts
+            of a state that only the others have.
+        extensible: whether a finished run may continue, if it is asked for more epochs.
     """
 
     def __init__(
@@ -168,7 +170,9 @@ class RunFolder(Run):
         self._world, self._extensible = world, extensible
         part = f"-{world.rank + 1}-of-{world.size}" if world.splits_latents else ""
         self._state, self._tensors = f"state{part}.json", f"state{part}.safetensors"
-        self._settings, self._keep = settings, keep
+        known = {"format_version": FORMAT_VERSION, "kind": KIND}
+        self._settings, self._keep = known | settings, keep
+        self._identity: tuple[int, int] | None = None
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
@@ -202,38 +206,63 @@ class RunFolder(Run):
         """Write the settings: from here on the folder holds this run."""
 
         def note() -> None:
-            known = {"format_version": FORMAT_VERSION, "kind": KIND}
-            files.write_json(self._config, {**known, **self._settings})
+            files.write_json(self._config, self._settings)
             self._finished.unlink(missing_ok=True)
+            self._identity = _identity(self.path)
 
         self._world.on_rank_zero(note)
 
+    def is_done(self) -> bool:
+        """Whether a run with these settings has finished here, so that there is nothing left to do."""
+
+        def done() -> bool:
+            free = [name for name in FREE_TO_CHANGE if name != "epochs"]
+            more = self._extensible and any(_differences(self.config, self._settings, free))
+            return self.is_finished and not more
+
+        return self._world.on_rank_zero(done)
+
+    def check_in_place(self) -> None:
+        """Raise InputError if the folder was renamed, replaced or emptied since :meth:`begin`: later writes
+        would then lie apart from earlier ones."""
+
+        def check() -> None:
+            if _identity(self.path) != self._identity or not self._config.exists():
+                raise InputError(
+                    f"{self.path} was renamed, replaced or emptied while this run was writing to it, so the "
+                    "run has stopped. Put the folder back, and give the same command to resume the run."
+                )
+
+        self._world.on_rank_zero(check)
+
     def _check_same(self, stored: Mapping[str, Any]) -> None:
-        unchanged = all(stored.get(key) == value for key, value in self._settings.items())
-        if self.is_finished and (unchanged or not self._extensible):
-            more = ", ask for more epochs," if self._extensible else ","
-            raise InputError(
-                f"{self.path} holds a finished run: load what it trained with Autoencoder.load{more} or "
-                "train in another folder."
-            )
-        known = {"format_version": FORMAT_VERSION, "kind": KIND}
-        if any(stored.get(key) != value for key, value in known.items()):
+        if any(stored.get(key) != self._settings[key] for key in ("format_version", "kind")):
             raise CheckpointError(f"{self._config} is not that of a run known here.")
-        differences = list(_differences(stored, {**known, **self._settings}))
+        differences = "; ".join(list(_differences(stored, self._settings))[:5])
+        if differences and self.is_finished:
+            more = (
+                " Settings stay the same when more epochs are asked for."
+                if self._extensible
+                else ""
+            )
+            raise InputError(
+                f"{self.path} holds a finished run with other settings ({differences}): load what it trained "
+                f"with Autoencoder.load, or train in another folder.{more}"
+            )
         if differences:
             raise InputError(
-                f"{self.path} holds an unfinished run with other settings ("
-                + "; ".join(differences[:5])
-                + "). Give the same settings to go on with it, or another folder."
+                f"{self.path} holds an unfinished run with other settings ({differences}). Give the same "
+                "settings to resume it, or another folder."
             )
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, whole or not at all; then, and only then, older ones may go.
+        """Write a checkpoint, whole or not at all; only then are older ones removed.
 
-        Nobody goes on before it is there.
+        All processes wait until it is there.
         """
+        self.check_in_place()
         target = self._checkpoints / f"{step:08d}"
         with contextlib.ExitStack() as stack:
 
@@ -258,6 +287,7 @@ class RunFolder(Run):
             "sha256": files.sha256_of(folder / self._tensors),
             "state": tree,
         }
+        content["checksum"] = _checksum(content)
         files.write_json(folder / self._state, content)
 
     def _remove_old(self) -> None:
@@ -286,17 +316,25 @@ class RunFolder(Run):
         for folder in (self.path, self._checkpoints, self.path / "autoencoders"):
             if folder.is_dir():
                 files.remove_leftovers(folder)
+        if self.is_finished and not self.checkpoints:
+            raise InputError(
+                f"{self.path} holds a finished run, whose checkpoints were removed: load what it trained "
+                "with Autoencoder.load, or train in another folder."
+            )
         return [folder.name for folder in self.checkpoints]
 
     def _read(self, folder: Path) -> dict[str, Any] | None:
         try:
             stored = files.read_json(folder / self._state)
+            if stored.pop("checksum") != _checksum(stored) or stored["step"] != int(folder.name):
+                raise ValueError(f"{self._state} is not what was written")
             if files.sha256_of(folder / self._tensors) != stored["sha256"]:
                 raise ValueError(f"{self._tensors} is not what was written")
             tensors = safetensors.torch.load_file(folder / self._tensors)
             state: dict[str, Any] = _put_tensors(stored["state"], tensors)
         except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-            logger.warning("%s is damaged and passed over: %s", folder, error)
+            missing = "a field is missing: " if isinstance(error, KeyError) else ""
+            logger.warning("%s is damaged and passed over: %s%s", folder, missing, error)
             return None
         return state
 
@@ -309,13 +347,29 @@ def _visible(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
-def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    """``name: old -> new`` for every value that is not the same in two trees."""
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What a folder keeps when it is renamed, and no other folder has; None if there is no folder."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """A hash of every value in ``content`` and of its type (1 and 1.0 differ)."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _differences(
+    old: Any, new: Any, free: Collection[str] = FREE_TO_CHANGE, where: str = ""
+) -> Iterator[str]:
+    """``name: old there, new now`` for every value that differs between two trees, but for ``free`` ones."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in dict.fromkeys([*old, *new]):
             inner = f"{where}.{key}" if where else str(key)
-            if key not in FREE_TO_CHANGE:
-                yield from _differences(old.get(key), new.get(key), inner)
+            if key not in free:
+                yield from _differences(old.get(key), new.get(key), free, inner)
     elif old != new:
         yield f"{where}: {old!r} there, {new!r} now"
 

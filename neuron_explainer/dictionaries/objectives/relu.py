@@ -111,8 +111,10 @@ class PAnnealConfig(ObjectiveConfig):
                 "l1_coefficient must not be negative and p_end must be in 0 to 1, 0 excluded (the "
                 f"gradient of L0 is zero), found {self.l1_coefficient} and {self.p_end}."
             )
-        if min(self.n_updates, self.memory, self.start(1)) < 1:
-            raise InputError("n_updates, memory and anneal_start must be at least 1.")
+        for name in ("n_updates", "memory", "anneal_start"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, found {value}.")
 
     def check_run(self, steps: int, decoder_norm: DecoderNorm, tied: bool) -> None:
         check_free_rows(self.name, decoder_norm, tied)

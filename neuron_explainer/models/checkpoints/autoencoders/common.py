@@ -203,7 +203,8 @@ def refuse_scaled_latents(where: str | Path, tensors: Mapping[str, Any]) -> dict
     Factors by which fine-tuning scaled latents are not applied any more, even by SAELens itself.
     """
     factor = tensors.get("scaling_factor")
-    if factor is not None and not torch.equal(factor, torch.ones_like(factor)):
+    plain = isinstance(factor, Tensor) and not tensor_problems({"": factor}, {"": factor.shape})
+    if factor is not None and not (plain and (factor == 1).all()):
         raise CheckpointError(
             f"{where}: scaling_factor: expected ones, found other values: latents scaled by "
             "fine-tuning cannot be applied."

@@ -99,7 +99,12 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
     n_latents, n_inputs = _sizes(where, name, tensors)
     facts: dict[str, Any] = {"activation_dim": n_inputs, "dict_size": n_latents}
     k = tensors.get("k")
-    if isinstance(k, Tensor) and k.numel() == 1:
+    if isinstance(k, Tensor) and (k.ndim or k.is_floating_point() or k.is_complex()):
+        dtype = str(k.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{where}: k: expected a whole number, found {dtype} {list(k.shape)}."
+        )
+    if isinstance(k, Tensor) and k.device.type != "meta":
         facts["k"] = int(k)
     check_facts(f"{where}: {CONFIG_FILE} beside it", trainer, facts, WEIGHTS_FILE)
     check_tensors(

@@ -63,7 +63,8 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
     where, content = _weights(source)
     source = Source(where, content)
     hyperparameters, model = (_json(source, name) for name in (HYPERPARAMETERS_FILE, MODEL_FILE))
-    tensors = content.get("sae", content)
+    inner = content.get("sae")
+    tensors = inner if isinstance(inner, Mapping) else content
     check_tensors(where, tensors, _shapes(where, tensors))
     _check_hyperparameters(where, hyperparameters or {}, tensors)
     state = parameters(

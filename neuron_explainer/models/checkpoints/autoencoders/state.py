@@ -19,7 +19,12 @@ from neuron_explainer.models.autoencoders.nonlinearities import (
     make_activation,
     select_fields,
 )
-from neuron_explainer.models.checkpoints.problems import Shape, described, tensor_problems
+from neuron_explainer.models.checkpoints.problems import (
+    Shape,
+    described,
+    not_plain,
+    tensor_problems,
+)
 
 InputNormalization = Literal["none", "center", "layer_norm", "rms"]
 NORMALIZATIONS: tuple[str, ...] = get_args(InputNormalization)
@@ -214,16 +219,17 @@ def _tensor_problems(tensors: Mapping[str, Any], tied: bool, n_outputs: Any) -> 
 
 
 def _check_activation(name: str, fields: dict[str, Any], shape: torch.Size) -> list[str]:
+    tensors = {key: value for key, value in fields.items() if isinstance(value, Tensor)}
+    found = {key: tuple(value.shape) for key, value in tensors.items()}
+    integers = [key for key, value in tensors.items() if not value.is_floating_point()]
+    problems = [f"{name}: {key}: {it}" for key, it in tensor_problems(tensors, found, integers)]
+    if problems:
+        return problems
     try:
-        activation = make_activation(name, fields)
-        check_sizes(shape[0], shape[1], activation, "none")
+        check_sizes(shape[0], shape[1], make_activation(name, fields), "none")
     except (CheckpointError, InputError) as error:
         return [str(error)]
-    return [
-        f"{name}: {key} holds NaN or infinity"
-        for key, value in fields.items()
-        if isinstance(value, Tensor) and not torch.isfinite(value).all()
-    ]
+    return []
 
 
 def select_latents(state_dict: Mapping[str, Any], kept: Tensor) -> dict[str, Any]:
@@ -245,6 +251,9 @@ def select_latents(state_dict: Mapping[str, Any], kept: Tensor) -> dict[str, Any
 
 
 def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
-    return bool(a == b)
+    if a is b:
+        return True
+    if not (isinstance(a, Tensor) or isinstance(b, Tensor)):
+        return bool(a == b)
+    plain = all(isinstance(it, Tensor) and not not_plain(it) for it in (a, b))
+    return plain and torch.equal(a, b)
