@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from neuron_explainer import files
 from neuron_explainer.errors import CheckpointError, InputError
-from neuron_explainer.kernels.encode_top_k import Prepared, encode_top_k, prepare, use_certified
+from neuron_explainer.kernels.encode_top_k import encode_top_k
 from neuron_explainer.kernels.products import product
 from neuron_explainer.kernels.top_k import top_k
 from neuron_explainer.models.autoencoders.latents import Latents
@@ -84,7 +84,6 @@ logger = logging.getLogger(__name__)
 _LAYER_NORM_EPS = 1e-5
 # Dense latents held at a time where they are not the result.
 _CHUNK_BYTES = 2**24
-_TOPK_ROWS = 1024
 # Decoding row by row beats a matrix product below this share of active latents.
 _SPARSE_SHARE = 1 / 32
 
@@ -229,7 +228,6 @@ class Autoencoder(nn.Module):
             self.register_buffer(
                 name, torch.full((n_latents,), value, dtype=statistics_dtype, device=device)
             )
-        self._prepared: Prepared | None = None  # a copy of weights: no part of the state
         self.register_state_dict_post_hook(_fold_python_entries)  # type: ignore[no-untyped-call]
 
     # ---- applying ------------------------------------------------------------------------------
@@ -354,7 +352,10 @@ class Autoencoder(nn.Module):
             return self(x).recons  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
         self._check_width(x, self.n_inputs, "input")
         rows = x.reshape(-1, self.n_inputs)
-        parts = [self._reconstruct_rows(part) for part in torch.split(rows, self._rows_at_a_time())]
+        size = (
+            max(1, len(rows)) if self._searches else self._rows_at_a_time()
+        )  # the search has its own
+        parts = [self._reconstruct_rows(part) for part in torch.split(rows, size)]
         return torch.cat(parts).view(*x.shape[:-1], self.n_outputs)
 
     def _pre_act(
@@ -408,9 +409,7 @@ class Autoencoder(nn.Module):
         self._check_dtype(x_hat)
         rows = (x_hat - self.pre_bias).reshape(-1, self.n_inputs)
         weight, bias = self.encoder.weight, self.latent_bias
-        if use_certified(rows, weight, None):
-            self._prepared = prepare(weight, bias, self._prepared)
-        values, indices = encode_top_k(rows, weight, bias, k, self._prepared)
+        values, indices = encode_top_k(rows, weight, bias, k)
         shape = (*x_hat.shape[:-1], k)
         values = nonlinearity.after_top_k(values)
         return Latents(values.view(shape), indices.view(shape), self.n_latents)
@@ -432,8 +431,6 @@ class Autoencoder(nn.Module):
         return self._activate(self._pre_act(x_hat))
 
     def _rows_at_a_time(self) -> int:
-        if self._searches:
-            return _TOPK_ROWS
         return max(1, _CHUNK_BYTES // (self.n_latents * self.encoder.weight.element_size()))
 
     def _reconstruct_rows(self, x: Tensor) -> Tensor:
@@ -545,7 +542,6 @@ class Autoencoder(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """torch's hook behind ``.to``, ``.half`` and the like: statistics keep their dtype."""
         before = {name: getattr(self, name) for name in STATISTICS}
-        self._prepared = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = getattr(self, name)
@@ -554,10 +550,6 @@ class Autoencoder(nn.Module):
         return self
 
     # ---- state dicts ---------------------------------------------------------------------------
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which make copies of weights for themselves."""
-        return {**self.__dict__, "_prepared": None}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
