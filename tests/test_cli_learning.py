@@ -517,7 +517,7 @@ def swap(argv: list[str], **values: str | list[str]) -> list[str]:
         (swap(TRAIN, source="none"), ["none holds no file of text"]),
         (swap(TRAIN, source="rows.csv"), ["rows.csv has no column 'text'", "'prose'"]),
         (swap(TRAIN, source="bytes.txt"), ["bytes.txt", "not UTF-8"]),
-        (swap(TRAIN, source="one.txt"), ["one.txt is a single document", "split", "hold_out"]),
+        (swap(TRAIN, source="one.txt"), ["one.txt is a single document", "too short", "hold_out"]),
         (swap(TRAIN, config="bad.toml"), ["bad.toml", "'n_latent'", "Did you mean 'n_latents'"]),
         (swap(TRAIN, params="bad.json"), ["bad.json", "'layr'", "Did you mean 'layer'"]),
         ([*TRAIN, "--objective", "relu"], ["--k is no setting of the objective relu"]),
@@ -557,7 +557,7 @@ def test_bad_input_is_one_line_and_loses_nothing(
     Path("none").mkdir()
     Path("rows.csv").write_text("prose,n\nonce,1\n", "utf-8")
     Path("bytes.txt").write_bytes(b"\xff\xfe\x00once")
-    Path("one.txt").write_text(PASSAGE, "utf-8")
+    Path("one.txt").write_text("Only a few words.", "utf-8")
     Path("bad.toml").write_text("n_latent = 5\n", "utf-8")
     Path("bad.json").write_text('{"layr": {"value": 1}}', "utf-8")
     width = Transformer.load("tiny-tales").cfg.d_model

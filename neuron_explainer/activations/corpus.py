@@ -88,12 +88,13 @@ class TokenCorpus:
     def fingerprint(self) -> str:
         """Tells corpora apart by all of their tokens, and where documents begin."""
         digest = sha256(self.source_fingerprint.encode())
+        digest.update(self.starts.tobytes())
         digest.update(self.numbers.tobytes())
         return digest.hexdigest()[:16]
 
     @property
     def source_fingerprint(self) -> str:
-        """The same for all documents of the source, whichever of them belong to this corpus."""
+        """The same for all documents of the source, whichever belong to this corpus, cut or not."""
         if "source" not in self._digests:
             digest = sha256(self.starts.tobytes())
             for begin in range(0, len(self.tokens), _TOKENS_AT_ONCE):
@@ -112,29 +113,57 @@ class TokenCorpus:
     def split(self, held_out: float, seed: int = 0) -> tuple["TokenCorpus", "TokenCorpus"]:
         """Whole documents set apart at random: (to train on, to measure on).
 
+        Documents are gone through in random order, and one is set apart where that brings the tokens
+        set apart nearer to ``held_out``; it is the shortest one if none does.
+
         Args:
-            held_out: share of the documents, rounded to a whole number of them, at least one.
-            seed: of the choice.
+            held_out: share of the tokens.
+            seed: decides the order.
         """
-        if not 0 < held_out < 1:
-            raise InputError(f"held_out must lie between 0 and 1, found {held_out}.")
-        if len(self) < 2:
+        _check_share(held_out)
+        lengths = self.lengths
+        if np.count_nonzero(lengths) < 2:
             raise InputError(
-                f"{self.name} is a single document, of which none can be set apart; cut the text "
-                "into documents (read_documents(..., split=)), or measure on another file."
+                f"{self.name} is a single document, so no whole one can be set apart; cut the text "
+                "into documents (read_documents(..., split=), corpus.cut()), or measure on another "
+                "file."
             )
-        n_held_out = min(max(1, round(held_out * len(self))), len(self) - 1)
-        order = permutation(len(self), seed, len(self))
+        wanted, found = held_out * lengths.sum(), 0
         chosen = np.zeros(len(self), dtype=bool)
-        chosen[order[:n_held_out]] = True
+        for index in permutation(len(self), seed, len(self)):
+            if lengths[index] and abs(found + lengths[index] - wanted) < wanted - found:
+                chosen[index], found = True, found + lengths[index]
+        if not found:
+            chosen[np.where(lengths > 0, lengths, lengths.max() + 1).argmin()] = True
         how = {"hold_out": held_out, "data_seed": seed}
         return self._only(self.numbers[~chosen], how), self._only(self.numbers[chosen], how)
+
+    def cut(self, length: int) -> "TokenCorpus":
+        """The same tokens in documents of at most ``length`` tokens, numbered anew.
+
+        For a text of a few long documents, of which none can be set apart.
+        """
+        if length < 1:
+            raise InputError(f"length must be at least 1, found {length}.")
+        if len(self) != len(self.starts) - 1:
+            raise InputError("cut the whole corpus, and split it then.")
+        pieces = [
+            np.arange(a, b, length) for a, b in zip(self.starts, self.starts[1:], strict=False)
+        ]
+        starts = np.concatenate([*pieces, self.starts[-1:]]).astype(np.int64)
+        _ = self.source_fingerprint  # of the documents before they are cut; handed on
+        return replace(self, starts=starts, numbers=np.arange(len(starts) - 1))
 
     def _only(self, numbers: Ints, how: Mapping[str, Any]) -> "TokenCorpus":
         return replace(self, numbers=numbers, origin={**self.origin, **how})
 
     def __repr__(self) -> str:
         return f"TokenCorpus({self.name!r}, {len(self)} documents, {self.n_tokens} tokens)"
+
+
+def _check_share(held_out: float) -> None:
+    if not 0 < held_out < 1:
+        raise InputError(f"held_out must lie between 0 and 1, found {held_out}.")
 
 
 def tokenize(

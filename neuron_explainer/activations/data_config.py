@@ -4,10 +4,13 @@ windows = open_windows(context, "books/", DataConfig(context_length=256), epochs
 batches = open_buffer(context, "books/", "3/mlp.post_act", DataConfig(), batch_size=4096)
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from neuron_explainer import files
 from neuron_explainer.activations.buffer import ShuffleBuffer
@@ -27,7 +30,10 @@ from neuron_explainer.models.locations import ActivationLocation, LocationLike, 
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.settings.fields import check_types
 
+logger = logging.getLogger(__name__)
+
 Part = Literal["training", "held_out", "all"]
+_SHORTEST_PIECE, _LONGEST_PIECE = 64, 8192  # tokens; where a document is cut, a sentence may be too
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ class DataConfig:
     corpus_tokens: int | None = None
     """Read documents until there are so many tokens, for what is larger than memory; all if not given."""
     hold_out: float = 0.05
-    """Share of the documents that is set apart, to measure on; 0 for none."""
+    """Share of the tokens that is set apart, to measure on; 0 for none. Whole documents are set apart,
+    or pieces of them where the text has too few."""
     context_length: int = 128
     """Tokens of a window, start token included."""
     windows_per_forward: int = 32
@@ -67,11 +74,22 @@ class DataConfig:
 
 
 def open_corpus(context: ModelContext, text: str | Path, config: DataConfig) -> TokenCorpus:
-    """All documents of a file, of a folder of files, of a token file's folder, or of a data set of
-    Hugging Face (``hf:OWNER/NAME``); of all but token files, as many as ``config.corpus_tokens`` takes."""
-    if (
-        str(text).startswith("hf:") and str(text).count("/") < 2
-    ):  # more of them: a file of a repository
+    """The documents of a text as tokens, as many as ``config.corpus_tokens`` takes.
+
+    ``text`` is a file, a folder of files, the folder of a token file (which is read whole), or a data
+    set of Hugging Face (``hf:OWNER/NAME``). How much was read is logged.
+    """
+    corpus = _open_corpus(context, text, config)
+    n_empty = int(np.count_nonzero(corpus.lengths == 0))
+    empty = f" ({n_empty:,} of them without text)" if n_empty else ""
+    documents = "1 document" if len(corpus) == 1 else f"{len(corpus):,} documents"
+    logger.info("%s: %s%s, %s tokens", text, documents, empty, f"{corpus.n_tokens:,}")
+    return corpus
+
+
+def _open_corpus(context: ModelContext, text: str | Path, config: DataConfig) -> TokenCorpus:
+    # With two or more slashes, hf: names a file of a repository.
+    if str(text).startswith("hf:") and str(text).count("/") < 2:
         documents = huggingface_documents(str(text).removeprefix("hf:"), config.column)
         return tokenize(documents, context, max_tokens=config.corpus_tokens)
     if not (files.is_remote(str(text)) or Path(text).exists()):
@@ -103,13 +121,7 @@ def open_windows(
     """
     corpus = open_corpus(context, text, config)
     if part != "all" and config.hold_out:
-        if len(corpus) == 1:
-            raise InputError(
-                f"{corpus.name} is a single document, of which none can be set apart to measure on: "
-                "set split to a pattern that cuts it (such as '\\n\\n'), or hold_out to 0 and measure "
-                "on another text."
-            )
-        training, held_out = corpus.split(config.hold_out, config.data_seed)
+        training, held_out = _set_apart(corpus, config)
         corpus = held_out if part == "held_out" else training
     elif part == "held_out":
         raise InputError(
@@ -139,6 +151,36 @@ def _record(
     }
     harvested = ActivationStore(source).record if is_store(source) else {}
     return {**record, "harvest": harvested} if harvested else record
+
+
+def _set_apart(corpus: TokenCorpus, config: DataConfig) -> tuple[TokenCorpus, TokenCorpus]:
+    """(Training, held out); a text of a few long documents is cut into pieces for it."""
+    parts, wanted = None, config.hold_out
+    if np.count_nonzero(corpus.lengths) > 1:
+        parts = corpus.split(wanted, config.data_seed)
+    if parts is None or not wanted / 2 <= parts[1].n_tokens / corpus.n_tokens <= 2 * wanted:
+        # Four pieces or more are held out then. The length depends on nothing that evaluating changes.
+        longest = min(int(wanted * corpus.n_tokens / 4), _LONGEST_PIECE)
+        length = max(_SHORTEST_PIECE, longest)
+        if corpus.n_tokens >= 2 * length:
+            logger.info(
+                "%s: whole documents do not make a share of %g, so the text is cut into pieces of %d "
+                "tokens; split= cuts it where you want",
+                *(corpus.name, wanted, length),
+            )
+            parts = corpus.cut(length).split(wanted, config.data_seed)
+    if parts is None:
+        raise InputError(
+            f"{corpus.name} is a single document of {corpus.n_tokens} tokens, too short to set some of "
+            "it apart: set hold_out to 0 and measure on another text."
+        )
+    n_tokens = parts[1].n_tokens
+    logger.info(
+        "%s: %d of %d documents are held out to measure on, %s of %s tokens (%.1f %%)",
+        *(corpus.name, len(parts[1]), len(parts[0]) + len(parts[1])),
+        *(f"{n_tokens:,}", f"{corpus.n_tokens:,}", 100 * n_tokens / corpus.n_tokens),
+    )
+    return parts
 
 
 def open_harvester(
@@ -190,9 +232,13 @@ def open_buffer(
     if is_store(source):
         store = ActivationStore(source)
         wanted = _stored_places(store, context, locations)
-        opened = _Some(StoreSource(store, seed=config.data_seed, epochs=epochs), wanted)
+        _tell_passes(num_tokens, len(store), str(source))
+        opened = _SelectedLocations(
+            StoreSource(store, seed=config.data_seed, epochs=epochs), wanted
+        )
     else:
         windows = open_windows(context, source, config, epochs=epochs)
+        _tell_passes(num_tokens, windows.corpus.n_tokens, str(source))
         opened = LiveSource(open_harvester(context, locations, config), windows)
         if share is not None:
             opened, ahead = share(opened), False
@@ -210,6 +256,15 @@ def open_buffer(
     return buffer
 
 
+def _tell_passes(num_tokens: int | None, in_one: int, name: str) -> None:
+    """Log if more activations are wanted than one pass gives."""
+    if num_tokens is not None and num_tokens > in_one:
+        logger.warning(
+            "%s has about %s activations; %s are wanted, so it is read %.1f times",
+            *(name, f"{in_one:,}", f"{num_tokens:,}", num_tokens / in_one),
+        )
+
+
 def is_store(path: str | Path) -> bool:
     """Whether a path is the folder of an activation store."""
     return _manifest_kind(path) == "activation_store"
@@ -221,8 +276,8 @@ def _manifest_kind(path: str | Path) -> object:
     return files.read_json(manifest).get("kind")
 
 
-class _Some:
-    """Some of the locations of a source."""
+class _SelectedLocations:
+    """A store's activations at some of its locations."""
 
     forward_s = 0.0
 
@@ -230,14 +285,14 @@ class _Some:
         self.source, self.places = source, places
 
     def chunk(self, number: int) -> ActivationBatch | None:
-        """The source's, with the places wanted."""
+        """The rows of a chunk, without the other locations."""
         batch = self.source.chunk(number)
         if batch is None:
             return None
         return replace(batch, activations={p: batch.activations[p] for p in self.places})
 
     def describe(self) -> dict[str, Any]:
-        """The source's, and the places."""
+        """The store's settings, and the locations."""
         return {**self.source.describe(), "places": [str(place) for place in self.places]}
 
 

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 import math
 import os
 import sys
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     try:
-        result = args.run(args)
+        with _log_on_stderr():
+            result = args.run(args)
     except NeuronExplainerError as error:
         message = in_flags(escaped(str(error)), vars(args))
         print(f"neuron-explainer {args.verb}: {message}", file=sys.stderr)
@@ -84,6 +86,20 @@ def _print(args: argparse.Namespace, result: Result) -> None:
         args.show(result)
     if sys.stdout is not None:  # None: closed by whoever started this
         sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """What the library logs while a verb runs is for its user: one line each."""
+    log, handler = logging.getLogger("neuron_explainer"), logging.StreamHandler()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _plain(value: Any) -> Any:

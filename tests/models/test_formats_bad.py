@@ -500,6 +500,18 @@ def test_whatever_is_changed_it_is_read_or_refused(source, seed):
         Autoencoder.load(source.path, **source.told)
 
 
+def test_python_entries_of_any_other_kind(tmp_path):
+    source = openai(tmp_path)
+    path = tmp_path / "odd.pt"
+    for key in ("tied", "input_normalization", "n_outputs", "group_sizes", "activation"):
+        for odd in odd_entries(torch.ones(published.L)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.save(source.read() | {key: odd}, path)
+                with contextlib.suppress(NeuronExplainerError):
+                    Autoencoder.load(path)
+
+
 def test_odd_tensors_in_the_fields_of_a_nonlinearity(tmp_path):
     source = openai(tmp_path)
     for odd in odd_entries(torch.ones(published.L)):

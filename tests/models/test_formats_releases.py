@@ -538,7 +538,7 @@ def test_a_new_variant_is_a_nonlinearity_a_format_and_a_line(tmp_path, monkeypat
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"shrunk\.safetensors \(nobody\)"):
         Autoencoder.load(tmp_path / "empty")
-    with pytest.raises(InputError, match="'saelens' cannot express the activation Shrunk"):
+    with pytest.raises(InputError, match="'saelens' cannot express the nonlinearity Shrunk"):
         save_as(ae, tmp_path / "new", "saelens")
     save_as(ae, tmp_path / "new", "shrunk")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["shrunk.safetensors"]

@@ -430,7 +430,7 @@ def _export_nonlinearity(it: Exported, tensors: dict[str, Tensor]) -> dict[str, 
     if name == "Gated":
         tensors |= fold_latent_bias_into_gates(tensors.pop("b_enc"), fields)
         return {"architecture": "gated"}
-    return it.refuse(f"the activation {name}")
+    return it.refuse(f"the nonlinearity {name}")
 
 
 def _export_transcoder(
