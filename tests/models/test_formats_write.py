@@ -267,3 +267,15 @@ def test_saelens_is_told_a_dtype_that_holds_every_tensor(tmp_path):
         stored = load_file(tmp_path / dtype / "sae_weights.safetensors")
         assert stored["W_enc"].dtype == torch.float16
     assert (stored["threshold"] == torch.tensor(0.1234567)).all()
+
+
+@pytest.mark.parametrize("form", ["native", "saelens", "dictionary_learning"])
+def test_convert_rounds_nothing(tmp_path, form):
+    """Our own folders of half precision hold biases in float32, here beyond what float16 holds."""
+    ae = make(post_bias=True)
+    with torch.no_grad():
+        ae.latent_bias.add_(1e5)
+    ae.save(tmp_path / "half", torch.float16)
+    convert(tmp_path / "half", tmp_path / "new", form)
+    x = torch.randn(7, N, generator=torch.Generator().manual_seed(1))
+    assert_same_function(Autoencoder.load(tmp_path / "half"), Autoencoder.load(tmp_path / "new"), x)
