@@ -78,6 +78,8 @@ class ShuffleBuffer(Iterator[Batch]):
         self.source, self.capacity, self.batch_size = source, capacity, batch_size
         self.seed, self.num_tokens, self.device = seed, num_tokens, device
         self.pair = None if pair is None else tuple(map(ActivationLocation.parse, pair))
+        self.record: dict[str, Any] = {}
+        """Which model, text and settings the activations are of, as ``open_buffer`` notes it."""
         self._prefetch = prefetch
         self._fetcher: Prefetcher[ActivationBatch] | None = None
         self._waited_s = 0.0  # of fetchers that were closed

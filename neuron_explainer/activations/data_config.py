@@ -5,8 +5,8 @@ batches = open_buffer(context, "books/", "3/mlp.post_act", DataConfig(), batch_s
 """
 
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,6 +139,20 @@ def open_windows(
     )
 
 
+def _record(
+    context: ModelContext, source: str | Path, config: DataConfig, described: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Where activations come from: what it takes to find again which documents were held out."""
+    record = {
+        "model": context.reference,
+        "source": str(source) if files.is_remote(str(source)) else str(Path(source).resolve()),
+        "source_fingerprint": described.get("source_fingerprint"),
+        "data": asdict(config),
+    }
+    harvested = ActivationStore(source).record if is_store(source) else {}
+    return {**record, "harvest": harvested} if harvested else record
+
+
 def _set_apart(corpus: TokenCorpus, config: DataConfig) -> tuple[TokenCorpus, TokenCorpus]:
     """(Training, held out); a text of a few long documents is cut into pieces for it."""
     parts, wanted = None, config.hold_out
@@ -229,7 +243,7 @@ def open_buffer(
         if share is not None:
             opened, ahead = share(opened), False
     capacity = max(config.buffer_tokens, 2 * batch_size)
-    return ShuffleBuffer(
+    buffer = ShuffleBuffer(
         opened,
         capacity,
         batch_size,
@@ -238,6 +252,8 @@ def open_buffer(
         pair=pair,
         prefetch=ahead,
     )
+    buffer.record = _record(context, source, config, opened.describe())
+    return buffer
 
 
 def _tell_passes(num_tokens: int | None, in_one: int, name: str) -> None:

@@ -35,7 +35,6 @@ from neuron_explainer.activations.harvest import (
 from neuron_explainer.activations.token_files import MANIFEST_FILE, read_manifest
 from neuron_explainer.activations.windows import TokenWindows, check_same_settings
 from neuron_explainer.errors import CheckpointError, InputError, SourceError, shown
-from neuron_explainer.models.huggingface.context import HuggingFaceModelContext
 from neuron_explainer.models.locations import ActivationLocation
 
 SOURCE_FILE = "source.json"
@@ -132,6 +131,12 @@ class ActivationStore:
             _check_size(self.folder / shard.file, shard)
         self._ends = np.cumsum([shard.rows for shard in self.shards], dtype=np.int64)
         self._mapped: dict[int, dict[str, Tensor]] = {}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Model, text and settings of the harvest; empty for a store of which they are not known."""
+        note = self.folder / SOURCE_FILE
+        return dict(files.read_json(note)) if note.exists() else {}
 
     @property
     def locations(self) -> list[ActivationLocation]:
@@ -415,10 +420,9 @@ def source_of(harvester: Harvester, windows: TokenWindows) -> dict[str, Any]:
     is None where the tokens were not read from a file, a folder or a data set with a name.
     """
     context, origin = harvester.context, dict(windows.corpus.origin)
-    on_hub = isinstance(context, HuggingFaceModelContext)
     source = origin.pop("source", None)
     return {
-        "model": f"hf:{context.model_name}" if on_hub else context.model_name,
+        "model": context.reference,
         "source": source,
         "source_fingerprint": windows.corpus.source_fingerprint,
         "data": {

@@ -82,8 +82,8 @@ def train(
         callbacks: called with a :class:`StepReport` after each step.
         progress: whether to show a progress bar.
         log_to: any of ``"tensorboard"``, ``"wandb"``, next to ``log.jsonl``.
-        record: what else the folder's config is to say, of the data for example; a run is resumed
-            only with the same.
+        record: what else the folder's config says: by default where the activations of an
+            ``open_buffer`` came from. A run is resumed only with the same record.
         world: the processes that train together, of
             :func:`~neuron_explainer.dictionaries.distributed.open_world`. Each is given the same
             ``batches``, whole, and all see the same ``folder``. Where each holds some of the latents,
@@ -91,6 +91,7 @@ def train(
     """
     if isinstance(batches, Tensor):
         batches = TensorBatches(batches, config.batch_size, config.seed)
+    record = getattr(batches, "record", None) if record is None else record
     learner = GradientDescent({SINGLE_NAME: config}, single=True, record=record, world=world)
     return learner.run(batches, folder, callbacks, progress, log_to)[SINGLE_NAME]
 
@@ -115,6 +116,7 @@ def train_many(
     """
     if not configs:
         raise InputError("train_many: no configs were given.")
+    record = getattr(batches, "record", None) if record is None else record
     learner = GradientDescent(dict(configs), single=False, record=record, world=world)
     return learner.run(batches, folder, callbacks, progress, log_to)
 
