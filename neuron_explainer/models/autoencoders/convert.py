@@ -15,6 +15,7 @@ from neuron_explainer.models.checkpoints.autoencoders import (
     write_autoencoder,
 )
 from neuron_explainer.models.checkpoints.autoencoders.state import OPTIONAL_PARAMETERS, PARAMETERS
+from neuron_explainer.models.checkpoints.problems import FLOATING_DTYPES
 
 
 def save_as(
@@ -81,5 +82,5 @@ def _common_dtype(state_dict: Mapping[str, Any]) -> torch.dtype | None:
     fields = state_dict.get("activation_state_dict")
     weights += fields.values() if isinstance(fields, Mapping) else []
     found = [value.dtype for value in weights if isinstance(value, torch.Tensor)]
-    floating = [dtype for dtype in found if dtype.is_floating_point]
+    floating = [dtype for dtype in found if dtype in FLOATING_DTYPES]
     return reduce(torch.promote_types, floating) if floating else None

@@ -100,7 +100,7 @@ def tensor_problems(
             problems.append((name, odd))
         elif name in integers:
             continue
-        elif value.dtype not in _FLOATING:
+        elif value.dtype not in FLOATING_DTYPES:
             dtype = TensorInfo.of(value).dtype
             problems.append((name, f"expected a floating-point dtype, found {dtype}"))
         elif found == wanted and not torch.isfinite(value).all():
@@ -109,7 +109,7 @@ def tensor_problems(
 
 
 # With which one can calculate; of fewer bits (float8) torch has little more than the storage.
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def not_plain(value: torch.Tensor) -> str:

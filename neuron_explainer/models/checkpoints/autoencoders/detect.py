@@ -32,7 +32,7 @@ def open_source(path: str | Path, formats: Sequence[Format]) -> tuple[Source, Fo
     if kind == "safetensors":
         raise CheckpointError(
             f"{path}: the tensors alone ({keys}) do not say how they are applied; give the folder, "
-            "with its config.json or cfg.json."
+            f"with its {' or '.join(_config_names(formats))}."
         )
     raise CheckpointError(
         f"{path}: not an autoencoder of a known format (found the keys: {keys}). {_layouts(formats)}"

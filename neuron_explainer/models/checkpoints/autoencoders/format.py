@@ -18,7 +18,11 @@ from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.export import Exported
 from neuron_explainer.models.checkpoints.autoencoders.state import InputNormalization
 from neuron_explainer.models.checkpoints.problems import damaged
-from neuron_explainer.models.checkpoints.tensor_files import SafetensorsFile, torch_load
+from neuron_explainer.models.checkpoints.tensor_files import (
+    SafetensorsFile,
+    check_inflation,
+    torch_load,
+)
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
 
 FileKind = Literal["torch", "npz", "npy", "safetensors"]
@@ -175,7 +179,10 @@ def file_kind(path: Path, source: str | Path) -> FileKind:
     if head.startswith(b"PK"):
         try:
             with zipfile.ZipFile(path) as archive:
+                check_inflation(archive, source)
                 names = archive.namelist()
+        except CheckpointError:
+            raise
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise damaged(source, error) from error
         return "npz" if names and all(name.endswith(".npy") for name in names) else "torch"
