@@ -133,23 +133,32 @@ def write_report(
         _all_figures(subjects),
         _settings(subjects, settings or {}),
     ]
-    heading = html.escape(title)
-    on = f"Measured on {measured_on}." if measured_on else ""
+    page = _page(title, _introduction(lines, measured_on), sections)
+    with files.atomic_write(path) as temporary:
+        temporary.write_text(page, "utf-8")
+
+
+def _introduction(lines: Sequence[Mapping[str, Any]], measured_on: str) -> str:
+    """How long the training was, and what was measured on."""
+    found = f"Measured on {measured_on}." if measured_on else ""
     if lines and all(_is_number(lines[-1].get(name)) for name in _AXIS):
         trained, steps = (f"{lines[-1][name]:,.0f}" for name in _AXIS)
-        on = f"Trained on {trained} tokens in {steps} steps. {on}"
-    page = f"""<!doctype html>
+        found = f"Trained on {trained} tokens in {steps} steps. {found}"
+    return found
+
+
+def _page(title: str, introduction: str, sections: Iterable[str]) -> str:
+    heading = html.escape(title)
+    return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <title>{heading}</title>
 <style>{_STYLE}</style>
 <h1>{heading}</h1>
-<p class="note">{html.escape(on)}</p>
+<p class="note">{html.escape(introduction)}</p>
 {"".join(sections)}</html>
 """
-    with files.atomic_write(path) as temporary:
-        temporary.write_text(page, "utf-8")
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
