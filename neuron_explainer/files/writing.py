@@ -13,12 +13,15 @@ import sys
 import tempfile
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from neuron_explainer.errors import CheckpointError, InputError, SourceError, did_you_mean, shown
+
+if sys.platform != "win32":
+    import fcntl  # no locks there, and so nothing is cleared away
 
 REMOTE_PREFIXES = ("az://", "https://", "http://", "hf:")
 DISK_FULL = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})
@@ -131,29 +134,21 @@ _RENAME_EXCHANGE = 2
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """A temporary file that becomes ``path``, on disk to the last byte, if the block ends well.
 
-    If it does not, ``path`` is what it was. A symbolic link is written through; a process that is
-    killed may leave a hidden ``.name.….tmp`` beside the target, which can be deleted.
+    If it does not, ``path`` is what it was. A symbolic link is written through. A process that is
+    killed may leave a hidden ``.name.….tmp`` beside the target, which the next write of it deletes.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise SourceError(f"{target} is a folder where a file is expected")
     make_folder(target.parent)
-    temporary = _temporary_beside(target)
-    try:
-        with explain_refusal(target):
-            # Not mkstemp: its 0600 would stay on the file. This takes the usual mode, or the old one.
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            if target.exists():
-                shutil.copymode(target, temporary)
-            mode = temporary.stat().st_mode
-            yield temporary
-            os.chmod(
-                temporary, mode
-            )  # safetensors puts a file of its own there, for its owner alone
-            _sync_file(temporary)
-            os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with explain_refusal(target), _temporary_beside(target, _new_file) as temporary:
+        if target.exists():
+            shutil.copymode(target, temporary)
+        mode = temporary.stat().st_mode
+        yield temporary
+        os.chmod(temporary, mode)  # safetensors puts a file of its own there, for its owner alone
+        _sync_file(temporary)
+        os.replace(temporary, target)
     sync_folder(target.parent)
 
 
@@ -165,26 +160,81 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     one whole (nothing of it remains), but only if it is a saved thing, that is, holds a
     ``config.json`` or ``cfg.json``: a mistyped path must not cost someone's home folder. On Linux
     the two folders change places in one step; elsewhere there is a moment, between two renames,
-    when the old folder is only to be found under its ``.name.….tmp`` name.
+    when the old folder is only to be found as ``.name.….old``. What a killed process left unfinished
+    for the same ``path`` is deleted.
     """
     target = Path(os.path.realpath(path))
     _check_replaceable(target, overwrite)
     make_folder(target.parent)
-    temporary = _temporary_beside(target)
-    try:
-        with explain_refusal(target):
-            temporary.mkdir()
-            yield temporary
-            _sync_tree(temporary, temporary.stat().st_mode & 0o666)
-            _check_replaceable(target, overwrite)  # again: the block may have taken hours
-            _swap_in(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with explain_refusal(target), _temporary_beside(target, os.mkdir) as temporary:
+        yield temporary
+        _sync_tree(temporary, temporary.stat().st_mode & 0o666)
+        _check_replaceable(target, overwrite)  # again: the block may have taken hours
+        _swap_in(temporary, target)
     sync_folder(target.parent)
 
 
-def _temporary_beside(target: Path) -> Path:
-    return target.parent / f".{target.name[:100]}.{secrets.token_hex(6)}.tmp"
+def _new_file(path: Path) -> None:
+    # Not mkstemp: its 0600 would stay on the file. This takes the usual mode.
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+
+
+def _name_beside(target: Path, ending: str) -> Path:
+    return target.parent / f".{target.name[:100]}.{secrets.token_hex(6)}.{ending}"
+
+
+@contextlib.contextmanager
+def _temporary_beside(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A new file or folder beside ``target``, held by a lock, which ends with this process.
+
+    Those of other processes for the same target are deleted if nobody holds them any more.
+    """
+    _remove_abandoned(target)
+    with contextlib.ExitStack() as stack:
+        while True:
+            temporary = _name_beside(target, "tmp")
+            make(temporary)
+            stack.callback(_remove, temporary)
+            if _hold(temporary, stack):
+                break
+        yield temporary
+
+
+def _hold(path: Path, stack: contextlib.ExitStack) -> bool:
+    """Lock a temporary; False where another process took it for abandoned before that."""
+    if sys.platform == "win32":
+        return True
+    with contextlib.suppress(OSError):  # some network file systems have no locks
+        handle = os.open(path, os.O_RDONLY)
+        stack.callback(os.close, handle)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        return path.exists() and os.path.samestat(os.fstat(handle), path.stat())
+    return path.exists()
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Delete what killed processes have left of earlier writes of ``target``."""
+    # safetensors writes a file of its own and renames it to ours: the lock is not on that one.
+    if sys.platform == "win32" or target.suffix == ".safetensors":
+        return
+    begin = f".{target.name[:100]}."
+    for path in [p for p in target.parent.iterdir() if p.name.startswith(begin)]:
+        if not re.fullmatch(r"[0-9a-f]{12}\.tmp", path.name.removeprefix(begin)):
+            continue
+        with contextlib.suppress(OSError):  # gone meanwhile, held, or no lock is to be had
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(path)
+            finally:
+                os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 # Ours, as above, and those of safetensors, which has one of its own beside each file that it writes.
@@ -206,13 +256,9 @@ def remove_leftovers(folder: Path) -> None:
 
     Only for who knows that nobody else writes there now, such as the holder of the folder's lock.
     """
-    for path in folder.iterdir():
-        if not is_leftover(path.name):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    for path in [*folder.iterdir()] if folder.is_dir() else ():
+        if is_leftover(path.name):
+            _remove(path)
 
 
 @contextlib.contextmanager
@@ -263,7 +309,7 @@ def _swap_in(temporary: Path, target: Path) -> None:
         return
     if _exchange(temporary, target):
         return  # the old folder is now the temporary one, and goes with it
-    old = _temporary_beside(target)
+    old = _name_beside(target, "old")
     os.rename(target, old)
     try:
         os.rename(temporary, target)
