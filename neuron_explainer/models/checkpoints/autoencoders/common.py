@@ -175,6 +175,12 @@ def matrix_shape(where: str | Path, tensors: Mapping[str, Any], name: str) -> tu
     return value.shape[0], value.shape[1]
 
 
+def width_of(tensors: Mapping[str, Any], bias: str, default: int) -> int:
+    """The width of an output by that of its bias: a transcoder's need not be that of its input."""
+    value = tensors.get(bias)
+    return len(value) if isinstance(value, Tensor) and value.ndim == 1 else default
+
+
 def encoder_by_latent(tensors: Mapping[str, Any]) -> bool:
     """Whether ``W_enc`` is ``[l, n]``; False where the biases do not tell, being of equal length."""
     found = [tensors.get(name) for name in ("W_enc", "b_enc", "b_dec")]

@@ -136,6 +136,10 @@ class Format:
     write: Callable[[Exported], Mapping[str, Mapping[str, Any]]] | None = None
     """The files of a folder by name, JSON objects and tensors; None if the format is only read."""
 
+    def fits(self, name: str, config: Mapping[str, Any]) -> bool:
+        """Whether the JSON file ``name`` with this content tells this format."""
+        return name in self.configs and self.configs[name](config)
+
 
 # ---- content of single files ---------------------------------------------------------------------
 
