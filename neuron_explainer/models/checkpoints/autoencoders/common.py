@@ -123,7 +123,7 @@ def _shown(value: Any) -> str:
 def settle_location(
     where: str | Path, found: ActivationLocation | None, given: LocationLike | None
 ) -> ActivationLocation | None:
-    """Likewise for a location; where one of the two has no layer, it takes the other's."""
+    """The same for a location; where one of the two has no layer, it takes the other's."""
     said = None if given is None else ActivationLocation.parse(given)
     if found is not None and said is not None:
         said = said.at(found.layer) if said.layer is None else said

@@ -134,7 +134,7 @@ def side_by_side(
 
 
 def _hook_name(name: Any) -> str | None:
-    """The location that a module of Hugging Face's Gemma 3 means; None if there is none here."""
+    """The location that a module of Hugging Face's Gemma 3 means; None if it has no name here."""
     match = _LAYER.fullmatch(name) if isinstance(name, str) else None
     if match is None:
         return None
