@@ -441,12 +441,27 @@ def test_pruned_and_finetuned_know_their_text(capsys: pytest.CaptureFixture[str]
     assert not torch.equal(before.decoder.weight, after.decoder.weight)
 
 
+def test_a_missing_picture_library_is_said_before_the_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluated(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("evaluated first")
+
+    monkeypatch.setattr(measuring, "_evaluate", evaluated)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install matplotlib" in fail(capsys, "report", "run", "--out", "other.html")
+    assert not Path("other.html").exists()
+
+
 def test_a_report_is_one_page(capsys: pytest.CaptureFixture[str]) -> None:
     found = as_json(capsys, "report", "run")
     assert found["report"] == str(Path("run/report.html"))
     page = Path(found["report"]).read_text("utf-8")
     assert PLACES[0] in page
-    assert f"{PLACES[0]}.objective.name" in page  # what was trained
+    assert "objective.name" in page  # what was trained
+    assert found["measured_on"] in page
+    assert "promotes" in page
+    assert str(Path.cwd()) not in page
     assert "data.context_length" in page  # and on what
     assert "http://" not in page
     measuring.show_report(found)

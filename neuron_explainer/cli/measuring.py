@@ -19,7 +19,13 @@ from neuron_explainer.cli.open import (
 from neuron_explainer.errors import InputError
 
 if TYPE_CHECKING:
+    from neuron_explainer.analysis.report import Reported
+    from neuron_explainer.dictionaries.runs import Run
     from neuron_explainer.evaluation.figures import Evaluation
+
+
+FIRST_LOOK = 40_000
+"""Tokens that evaluate and report measure on: seconds with the embedded model, on two cores."""
 
 
 def register(verbs: Any) -> None:
@@ -41,7 +47,7 @@ def _register_evaluate(verbs: Any) -> None:
         data_options,
         "neuron-explainer evaluate ae-resid-delta-mlp --text book.txt",
     )
-    _subject(evaluate, "what was held out in training", several=True)
+    _subject(evaluate, "what was held out in training", several=True, n_tokens=FIRST_LOOK)
     evaluate.add_argument(
         "--ce-every",
         type=int,
@@ -111,14 +117,18 @@ def _register_report(verbs: Any) -> None:
         data_options,
         "neuron-explainer report ae-resid-delta-mlp --text book.txt --out report.html",
     )
-    _subject(report, "what was held out in training")
+    _subject(report, "what was held out in training", n_tokens=FIRST_LOOK)
     report.add_argument(
         "--out", metavar="FILE", help="file to write (default: report.html in the run's folder)"
     )
 
 
 def _subject(
-    verb: argparse.ArgumentParser, text: str, needed: str = "", several: bool = False
+    verb: argparse.ArgumentParser,
+    text: str,
+    needed: str = "",
+    several: bool = False,
+    n_tokens: int = 200_000,
 ) -> None:
     """The autoencoders, and the text for them; ``text`` is what is taken by default."""
     shown = "AUTOENCODER [AUTOENCODER ...]" if several else "AUTOENCODER"
@@ -136,9 +146,9 @@ def _subject(
     verb.add_argument(
         "--num-tokens",
         type=positive,
-        default=200_000,
+        default=n_tokens,
         metavar="N",
-        help="stop with the batch that reaches this many tokens (default: 200000)",
+        help=f"stop with the batch that reaches this many tokens (default: {n_tokens})",
     )
 
 
@@ -212,6 +222,7 @@ def run_evaluate(args: argparse.Namespace) -> Result:
         "autoencoder": opened.name,
         "text": opened.text,
         "part": opened.part,
+        "measured_on": opened.measured_on(next(iter(found.values())).n_tokens),
         "evaluations": {name: evaluation.to_dict() for name, evaluation in found.items()},
     }
     if not args.json:
@@ -238,7 +249,7 @@ def _evaluate(
 
 def show_evaluate(result: Result) -> None:
     """All figures of one autoencoder, the most looked-at ones of several."""
-    say(f"{result['autoencoder']} on {result['text']} ({result['part'].replace('_', ' ')})")
+    say(f"{result['autoencoder']}: measured on {result['measured_on']}")
     say(result["table"])
     if len(result["evaluations"]) > 1:
         say("All figures, and compat ones: --json")
@@ -343,10 +354,12 @@ def show_finetune(result: Result) -> None:
 
 
 def run_report(args: argparse.Namespace) -> Result:
-    """Write one self-contained page: curves, figures, what the latents look like."""
+    """Write one self-contained page: a verdict, figures, curves, what the latents look like."""
+    from neuron_explainer.analysis.plots import check_matplotlib
     from neuron_explainer.analysis.report import write_report
     from neuron_explainer.dictionaries.runs import Run
 
+    check_matplotlib()
     folder = Path(args.autoencoder)
     if not (args.out or folder.is_dir()):
         raise InputError(
@@ -355,21 +368,47 @@ def run_report(args: argparse.Namespace) -> Result:
     out = Path(args.out) if args.out else folder / "report.html"
     files.check_writable(out)
     opened = Opened(args, "held_out")
-    run = Run(folder)
+    run = None if files.is_remote(args.autoencoder) else Run.find(folder)
+    evaluations = _evaluate(opened, 1, [], progress=not args.json)
+    measured_on = opened.measured_on(next(iter(evaluations.values())).n_tokens)
     write_report(
         out,
-        title=folder.name,
-        log=run.log if run.log.exists() else (),
-        autoencoders=by_location(opened.autoencoders),
-        evaluations=_evaluate(opened, 1, [], progress=not args.json),
-        settings={**opened.record, **run.dictionaries},
+        _reported(opened, run, evaluations),
+        title=f"Report: {folder.name}",
+        measured_on=measured_on,
+        log=run.log if run is not None and run.log.exists() else (),
+        context=opened.context,
+        settings=opened.record,
     )
-    return {"report": str(out), "autoencoders": list(opened.autoencoders)}
+    listed = list(opened.autoencoders)
+    return {"report": str(out), "measured_on": measured_on, "autoencoders": listed}
+
+
+def _reported(
+    opened: Opened, run: "Run | None", evaluations: "dict[str, Evaluation]"
+) -> "dict[str, Reported]":
+    """What a report shows of each autoencoder, under the name that the run's log has for it."""
+    from neuron_explainer.analysis.report import Reported
+    from neuron_explainer.analysis.verdict import target_l0
+    from neuron_explainer.dictionaries import TrainConfig
+    from neuron_explainer.settings.formats import from_dict
+
+    trained = {} if run is None else run.dictionaries
+    names = list(trained) if len(trained) == len(evaluations) > 1 else list(evaluations)
+    configs = list(trained.values()) if len(trained) == len(evaluations) else [{}] * len(names)
+    found = {}
+    for name, config, autoencoder, evaluation in zip(
+        names, configs, opened.autoencoders.values(), evaluations.values(), strict=True
+    ):
+        settings = config and from_dict(TrainConfig, config).resolved(autoencoder.n_inputs)
+        found[name] = Reported(autoencoder, evaluation, target_l0(settings), settings)
+    return found
 
 
 def show_report(result: Result) -> None:
-    """Where it is."""
+    """Where it is, and what was measured."""
     say(f"{result['report']}: open it in a browser")
+    say(f"Measured on {result['measured_on']}")
     say(f"Next: neuron-explainer prune {result['autoencoders'][0]} --out FOLDER")
 
 

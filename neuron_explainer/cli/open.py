@@ -267,7 +267,7 @@ class Opened:
         found = [find_autoencoders(name, args.model, args.location) for name in names]
         self.name = " ".join(names)
         self.record = _common_record(found, args.text)
-        self.num_tokens = args.num_tokens
+        self.num_tokens, self.n_available = args.num_tokens, 0
         origin = self.record.get("harvest") or self.record
         recorded = origin.get("data", {})
         self.trained_on = origin.get("source_fingerprint")
@@ -311,12 +311,23 @@ class Opened:
     def token_batches(self) -> "list[TokenBatch]":
         """Batches of tokens, until ``num_tokens`` are reached."""
         batches, n_tokens = [], 0
-        for batch in self.windows():
+        windows = self.windows()
+        self.n_available = windows.corpus.n_tokens
+        for batch in windows:
             batches.append(batch)
             n_tokens += batch.tokens.numel()
             if n_tokens >= self.num_tokens:
                 break
         return batches
+
+    def measured_on(self, n_tokens: int) -> str:
+        """In words, what ``n_tokens`` tokens were: how many of how many, and of what text."""
+        how_many = f"{n_tokens:,} of the {self.n_available:,}"
+        if n_tokens >= self.n_available:
+            how_many = f"all {n_tokens:,}"
+        held_out = "held-out " if self.part == "held_out" else ""
+        name = Path(self.text).name or self.text
+        return f"{how_many} {held_out}tokens of {name}, with the model {self.context.model_name}"
 
     def activations(self, autoencoder: "Autoencoder") -> "Iterator[Tensor | tuple[Tensor, Tensor]]":
         """Batches of an autoencoder's inputs; for a transcoder, pairs of inputs and targets."""

@@ -75,7 +75,7 @@ def run_convert(args: argparse.Namespace) -> Result:
 
 
 def show_convert(result: Result) -> None:
-    """Where it is now."""
+    """Print where the result is."""
     say(f"{result['source']} is now in {result['destination']}, as {result['format']}")
 
 
@@ -105,7 +105,7 @@ def _plain(entry: files.CacheEntry) -> Result:
 
 
 def show_cache(result: Result) -> None:
-    """A line a file."""
+    """Print one line for each file."""
     total = sum(entry["size"] for entry in result["files"])
     say(f"{result['folder']}: {len(result['files'])} files, {total / 1e6:.1f} MB")
     for entry in result["files"]:

@@ -26,7 +26,13 @@ from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.settings import to_dict
 
 # All dictionaries of a run share these: one step, one checkpoint, one line of the log for all.
-_SHARED = ("total_steps", "sample_batches", "checkpoint_interval", "keep_checkpoints", "log_every")
+_SHARED = (
+    "total_steps",
+    "sample_batches",
+    "checkpoint_interval",
+    "keep_checkpoints",
+    "log_interval",
+)
 
 Batch = Mapping[str, tuple[Tensor, Tensor]]
 """By dictionary: inputs ``[b, n]`` and targets ``[b, o]``, the same tensor unless it is a transcoder."""
@@ -157,7 +163,7 @@ class GradientDescent:
         """Train to the end."""
         c = self.shared
         plan = Plan(
-            c.log_every, c.checkpoint_interval, c.keep_checkpoints, total_steps=c.total_steps
+            c.log_interval, c.checkpoint_interval, c.keep_checkpoints, total_steps=c.total_steps
         )
 
         def report(step: int, result: StepResult) -> None:

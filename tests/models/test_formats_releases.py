@@ -29,6 +29,7 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     Source,
     has_keys,
 )
+from neuron_explainer.models.locations import ActivationLocation
 from tests.reference import published_autoencoders as published
 
 N, L = published.N, published.L
@@ -233,7 +234,7 @@ def test_a_layer_of_a_cross_layer_transcoder_of_gemma_scope_2(tmp_path, skip):
         Autoencoder.load(path)
     with pytest.raises(CheckpointError, match="expected a layer below 4, found 4"):
         Autoencoder.load(path, location="4/resid.torso.post_ln_mlp")
-    ae = Autoencoder.load(path, location="1/resid.torso.post_ln_mlp")
+    ae = Autoencoder.load(path, location=ActivationLocation("resid.torso.post_ln_mlp", 1))
     assert_is(ae, expected)
     assert ae.metadata["output_layers"] == [1, 2, 3]
     assert ae.n_outputs == 3 * N

@@ -5,7 +5,7 @@ Loading then takes no time and no memory; pages are read when they are first use
 to a tensor goes to a copy of its pages, never to the file or to another tensor. What is cast or goes to
 a device is copied out tensor by tensor, and the map given back.
 
-A model that was loaded so hangs on its file as long as it lives. A file that is replaced or deleted,
+A model that was loaded so depends on its file as long as it lives. A file that is replaced or deleted,
 as every writer of this library does it, stays there for the model; one that is rewritten or cut in
 place by another program changes, or kills, the model. ``copy.deepcopy(model)`` has memory of its own.
 """

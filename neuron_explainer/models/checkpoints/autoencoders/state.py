@@ -104,7 +104,7 @@ class Entries(NamedTuple):
     input_normalization: str | None
     """None: the file does not say."""
     n_outputs: int | None = None
-    """Of a transcoder; None for an autoencoder, whose output stands for its input."""
+    """The width of a transcoder's output; None for an autoencoder, whose output stands for its input."""
     group_sizes: tuple[int, ...] | None = None
 
 
