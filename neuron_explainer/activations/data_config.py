@@ -1,4 +1,4 @@
-"""Which text, cut how and harvested how: one frozen dataclass from which whole pipelines are opened.
+"""One frozen dataclass of settings, from text to activations, and functions that open what it describes.
 
 windows = open_windows(context, "books/", DataConfig(context_length=256), epochs=None)
 batches = open_buffer(context, "books/", "3/mlp.post_act", DataConfig(), batch_size=4096)
@@ -41,43 +41,44 @@ class DataConfig:
     """How text becomes vectors."""
 
     column: str = "text"
-    """Which field of a row is the text, in CSV, JSONL and Parquet files."""
+    """The field that holds the text, in CSV, TSV, JSONL and Parquet files."""
     split: str | None = None
-    """A regular expression at whose matches .txt files are cut into documents; a file is one document
-    if not given."""
+    """A regular expression; .txt files are cut into documents at its matches. If not given, a file is
+    one document."""
     corpus_tokens: int | None = None
-    """Read documents until there are so many tokens, for what is larger than memory; all if not given."""
+    """Read documents until there are this many tokens, for text that is larger than memory; all if not
+    given."""
     hold_out: float = 0.05
-    """Share of the tokens that is set apart, to measure on; 0 for none. Whole documents are set apart,
-    or pieces of them where the text has too few."""
+    """Share of the tokens that is set apart to measure on; 0 for none. Whole documents are set apart, or
+    pieces of them if the text has too few documents."""
     context_length: int = 128
-    """Tokens of a window, start token included."""
+    """Number of tokens in a window, including the start token."""
     windows_per_forward: int = 32
-    """Windows that go through the model at once."""
+    """Number of windows that go through the model at once."""
     pack: bool = True
-    """Whether documents are packed one after the other; else each is a row, cut and padded."""
+    """Pack documents one after the other; if not, each document is one window, cut and padded."""
     bos: bool = True
-    """Whether each window and each document begins with the model's start token."""
+    """Begin each window and each document with the model's start token."""
     keep_bos: bool = False
-    """Whether activations of start tokens come out; with bos, those that stand in the text are known too."""
+    """Keep the activations of start tokens, including those that stand in the text."""
     max_norm_multiple: float | None = None
-    """Leave out tokens whose norm is more than this many times the median; none if not given."""
+    """Leave out tokens whose norm is more than this many times the median norm; none if not given."""
     buffer_tokens: int = 262_144
-    """Activations in memory, among which batches are drawn at random."""
+    """Number of activations in memory, from which batches are drawn at random."""
     model_autocast: bool = False
-    """Whether the model computes in bfloat16 where it can."""
+    """Let the model compute in bfloat16 where it can."""
     data_seed: int = 0
-    """Of the split, of the order of windows, and of batches."""
+    """Seed of the hold-out, of the order of windows, and of batches."""
 
     def __post_init__(self) -> None:
         check_types(self)
 
 
 def open_corpus(context: ModelContext, text: str | Path, config: DataConfig) -> TokenCorpus:
-    """The documents of a text as tokens, as many as ``config.corpus_tokens`` takes.
+    """The documents of a text as tokens, ``config.corpus_tokens`` of them at most.
 
-    ``text`` is a file, a folder of files, the folder of a token file (which is read whole), or a data
-    set of Hugging Face (``hf:OWNER/NAME``). How much was read is logged.
+    ``text`` is a file, a folder of files, the folder of a token file (always used whole), or a data set
+    of Hugging Face (``hf:OWNER/NAME``). How much was read is logged.
     """
     corpus = _open_corpus(context, text, config)
     n_empty = int(np.count_nonzero(corpus.lengths == 0))
@@ -113,11 +114,11 @@ def open_windows(
     """Windows of one part of the text, in seeded order.
 
     Args:
-        context: the model that they are for.
-        text: a file or folder of documents, or the folder of a token file.
-        config: how it is read and cut.
-        part: ``"training"`` leaves out what ``config.hold_out`` sets apart, ``"held_out"`` is that.
-        epochs: None: without end.
+        context: the model that will read the windows.
+        text: as for :func:`open_corpus`.
+        config: how the text is read and cut.
+        part: ``"held_out"`` is the part that ``config.hold_out`` sets apart, ``"training"`` the rest.
+        epochs: how often the text is read; None: without end.
     """
     corpus = open_corpus(context, text, config)
     if part != "all" and config.hold_out:
@@ -142,7 +143,7 @@ def open_windows(
 def _record(
     context: ModelContext, source: str | Path, config: DataConfig, described: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Where activations come from: what it takes to find again which documents were held out."""
+    """Model, text and settings: what it takes to find again which documents were held out."""
     record = {
         "model": context.reference,
         "source": str(source) if files.is_remote(str(source)) else str(Path(source).resolve()),
@@ -154,7 +155,7 @@ def _record(
 
 
 def _set_apart(corpus: TokenCorpus, config: DataConfig) -> tuple[TokenCorpus, TokenCorpus]:
-    """(Training, held out); a text of a few long documents is cut into pieces for it."""
+    """(Training, held out); a text of too few documents is cut into pieces before that."""
     parts, wanted = None, config.hold_out
     if np.count_nonzero(corpus.lengths) > 1:
         parts = corpus.split(wanted, config.data_seed)
@@ -186,7 +187,7 @@ def _set_apart(corpus: TokenCorpus, config: DataConfig) -> tuple[TokenCorpus, To
 def open_harvester(
     context: ModelContext, locations: LocationLike | Iterable[LocationLike], config: DataConfig
 ) -> Harvester:
-    """What takes the activations of windows."""
+    """The :class:`Harvester` that a config describes."""
     return Harvester(
         context,
         locations,
@@ -212,19 +213,19 @@ def open_buffer(
     """Shuffled batches of activations, live or from an activation store.
 
     Args:
-        context: the model; of a store, the one that it was made with.
-        source: text as of :func:`open_windows`, or the folder of a store.
-        locations: which activations; a store must have them.
-        config: how text becomes vectors; of a store only the buffer's settings matter.
+        context: the model; for a store, the model that it was made with.
+        source: a text, as for :func:`open_corpus`, or the folder of a store.
+        locations: which activations; a store must hold them.
+        config: how text becomes activations; for a store, only the settings of the buffer matter.
         batch_size: rows of a batch.
-        pair: as of :class:`ShuffleBuffer`.
-        epochs: None: without end.
-        num_tokens: activations to take in all; the buffer is not filled with more.
-        share: what makes of activations that are computed live those that several processes compute
-            in turn; the buffer then fetches them in the thread that reads it.
-        prefetch: whether a thread fetches ahead. If not given, unless the model is on the CPU: there it
-            and what reads the buffer would take the same cores from each other, and taking turns is as
-            fast (``benchmarks/README.md``, end_to_end).
+        pair: as for :class:`ShuffleBuffer`.
+        epochs: how often the source is read; None: without end.
+        num_tokens: total number of activations; the buffer is not filled with more.
+        share: wraps a live source into one whose chunks several processes compute in turn. The thread
+            that reads the buffer then fetches them itself.
+        prefetch: fetch ahead in a thread. Default: only if the model is not on the CPU, where fetching
+            and reading would compete for the same cores and taking turns is as fast
+            (``benchmarks/README.md``, end_to_end).
     """
     opened: ActivationSource
     on_cpu = context.device.type == "cpu" and not is_store(source)
@@ -257,7 +258,7 @@ def open_buffer(
 
 
 def _tell_passes(num_tokens: int | None, in_one: int, name: str) -> None:
-    """Log if more activations are wanted than one pass gives."""
+    """Log a warning if more activations are wanted than one pass gives."""
     if num_tokens is not None and num_tokens > in_one:
         logger.warning(
             "%s has about %s activations; %s are wanted, so it is read %.1f times",
@@ -301,7 +302,7 @@ def _stored_places(
     context: ModelContext,
     locations: LocationLike | Iterable[LocationLike],
 ) -> list[ActivationLocation]:
-    """The single places that are wanted; an error if the store is of another model, or lacks one."""
+    """The wanted locations with their layers; an error if the store lacks one or has another model."""
     if store.header.model != context.model_name:
         raise InputError(
             f"{store.folder} holds activations of {store.header.model}, not of {context.model_name}."

@@ -35,10 +35,10 @@ _MOST_INFLATION = 100
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts that are read anew at each ``iter()``."""
+    """Texts that are read again at each ``iter()``."""
 
     name: str
-    """What they are, for errors and manifests."""
+    """The name of the source in errors and manifests."""
     read: Callable[[], Iterator[str]]
     origin: Mapping[str, Any] = field(default_factory=dict)
     """How to read the same again, see :class:`~neuron_explainer.activations.corpus.TokenCorpus`."""
@@ -58,7 +58,7 @@ def read_documents(
 
     Args:
         path: a local path, or a URL as :func:`neuron_explainer.files.fetch` takes it.
-        column: which field of a row is the text, where there are rows.
+        column: the field that holds the text, in files of rows.
         split: a regular expression; a ``.txt`` file is cut into documents at its matches, which are
             left out. Examples: ``"<\\|endoftext\\|>"``, ``"\\n\\n\\n+"``. Default: a file is one document.
         inflated_bytes: a compressed file may inflate to this, and beyond it to 100 times its own size.
@@ -107,8 +107,8 @@ def huggingface_documents(
     Args:
         dataset: as ``datasets.load_dataset`` takes it.
         column: the field that holds the text.
-        split: of the dataset.
-        streaming: read over the network as needed, with nothing stored.
+        split: which split of the dataset.
+        streaming: read over the network as needed, and store nothing.
         options: for ``load_dataset``, such as ``name=`` or ``revision=``.
     """
     datasets = _extra("datasets", "datasets of Hugging Face")
@@ -194,10 +194,11 @@ def _as_csv_errors(path: Path, first_line: int) -> Iterator[None]:
 
 
 def _is_quoted_as_csv(path: Path, how: _How) -> bool:
-    """Whether the quotes of a ``.tsv`` file are marks, as in CSV, and not part of the text.
+    """Whether the quotes in a ``.tsv`` file enclose fields, as in CSV, or are part of the text.
 
-    Both kinds of file are common. Quotes are marks if the header has them, or if some field has what
-    only marks allow, a tab, the end of a line or doubled quotes, and the whole file is valid so.
+    Both kinds of file are common. Quotes enclose fields if they do so in the header, or if some field
+    holds what only an enclosed one can (a tab, the end of a line, doubled quotes), and if the whole file
+    is valid when read in this way.
     """
     found = False
 
@@ -303,7 +304,7 @@ def _is_text(path: Path) -> bool:
 
 
 def _tell_left_out(folder: Path) -> None:
-    """Log what is in a folder and is not read; hidden files are not meant to be."""
+    """Log which sub-folders and files of a folder are not read. Hidden ones go without saying."""
     rest = [p for p in sorted(folder.iterdir()) if not (_is_text(p) or p.name.startswith("."))]
     folders = [p.name for p in rest if p.is_dir()]
     for kind, names in (
@@ -355,8 +356,10 @@ class _Limited(io.RawIOBase):
 
 
 class _ZstandardFile(io.RawIOBase):
-    """The bytes in a ``.zst`` file of any number of frames; the package's own reader takes a file
-    that is cut off for one that ends."""
+    """The bytes in a ``.zst`` file of any number of frames.
+
+    The package's own reader is not used because it does not notice a file that is cut off.
+    """
 
     def __init__(self, path: Path, zstandard: Any) -> None:
         self._file, self._zstandard = path.open("rb"), zstandard
@@ -397,7 +400,7 @@ class _ZstandardFile(io.RawIOBase):
 
 @contextmanager
 def _as_source_errors(path: Path) -> Iterator[None]:
-    """Whatever is wrong with a file becomes one error that names it."""
+    """Turn whatever is wrong with a file into one error that names it."""
     try:
         yield
     except UnicodeDecodeError as error:

@@ -12,6 +12,7 @@ Shape legend: ``b`` windows in a batch, ``s`` positions of a window.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -173,7 +174,7 @@ class TokenWindows:
     def describe(self) -> dict[str, Any]:
         """Everything that decides which tokens come in which order, as JSON values."""
         return {
-            "corpus": self.corpus.name,
+            "corpus": Path(self.corpus.name).name,  # without the folders of a user
             "n_documents": len(self.corpus),
             "n_tokens": self.corpus.n_tokens,
             "fingerprint": self.corpus.fingerprint,
