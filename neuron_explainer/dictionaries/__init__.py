@@ -3,8 +3,6 @@
 And what comes after: measuring it, making it leaner, showing it.
 """
 
-from neuron_explainer.analysis.report import write_report
-from neuron_explainer.analysis.sentences import summarize_sentences
 from neuron_explainer.dictionaries.config import TrainConfig
 from neuron_explainer.dictionaries.finetune import finetune_decoder
 from neuron_explainer.dictionaries.objectives import (
@@ -52,8 +50,6 @@ __all__ = [
     "prune",
     "read_config",
     "register",
-    "summarize_sentences",
     "train",
     "train_many",
-    "write_report",
 ]

@@ -6,7 +6,7 @@ meaning. ``config_files.py`` reads both from TOML and JSON, ``flags.py`` makes c
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -16,7 +16,7 @@ from neuron_explainer.dictionaries.objectives import ObjectiveConfig, TopKConfig
 from neuron_explainer.dictionaries.schedules import Decay
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.locations import ActivationLocation
-from neuron_explainer.settings.fields import check_types
+from neuron_explainer.settings.fields import check_types, to_dict
 
 Normalization = Literal["none", "constant", "center", "layer_norm", "rms"]
 Remedy = Literal["none", "resample", "ghost"]
@@ -121,8 +121,8 @@ class TrainConfig:
     """Steps between two checkpoints, if there is a folder; a tenth of all, at most 1000, if not given."""
     keep_checkpoints: int = 2
     """Checkpoints that stay, the newest."""
-    log_every: int = 100
-    """Steps between two lines of the log."""
+    log_every: int | None = None
+    """Steps between two lines of the log; a fiftieth of all, at most 100, if not given."""
 
     location: str | None = None
     """Where in the model the inputs come from, such as 3/mlp.post_act; recorded."""
@@ -264,6 +264,11 @@ class TrainConfig:
         """Steps between two checkpoints."""
         return self.checkpoint_every or max(1, min(1000, self.total_steps // 10))
 
+    @property
+    def log_interval(self) -> int:
+        """Steps between two lines of the log."""
+        return self.log_every or max(1, min(100, self.total_steps // 50))
+
     def dead_after(self, n_tokens: int) -> int:
         """Tokens after which a silent latent is dead, where a batch has ``n_tokens``."""
         return self.dead_after_tokens or max(1, min(10_000_000, self.total_steps * n_tokens // 10))
@@ -271,6 +276,24 @@ class TrainConfig:
     def lr_for(self, n_latents: int) -> float:
         """Learning rate of so many latents."""
         return 2e-4 / math.sqrt(n_latents / 2**14) if self.lr is None else self.lr
+
+    def resolved(self, n_inputs: int) -> dict[str, Any]:
+        """All settings as they come out for activations of a width, with the defaults worked out."""
+        n_latents = self.latents_for(n_inputs)
+        worked_out = {
+            "n_latents": n_latents,
+            "expansion": n_latents / n_inputs,
+            "steps": self.total_steps,
+            "num_tokens": self.total_steps * self.batch_size,
+            "lr": self.lr_for(n_latents),
+            "warmup_steps": self.n_warmup_steps,
+            "decay_steps": 0 if self.decay == "none" else self.n_decay_steps,
+            "dead_after_tokens": self.dead_after(self.batch_size),
+            "resample_every": self.resample_interval if self.remedy == "resample" else None,
+            "checkpoint_every": self.checkpoint_interval,
+            "log_every": self.log_interval,
+        }
+        return {**to_dict(self), **worked_out}
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -42,6 +42,8 @@ class AutoencoderConfig:
     stated: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else the files do not say and :meth:`Autoencoder.load` has to be told, such as
     ``{"norm_factor": 0.9}``."""
+    stated_by_layer: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    """The same where it differs from layer to layer."""
 
     def __post_init__(self) -> None:
         location = ActivationLocation.parse(self.location)
@@ -76,6 +78,7 @@ class AutoencoderConfig:
             spec.autoencoder_path_by_layer_index,
             spec.input_normalization,
             spec.stated,
+            spec.stated_by_layer,
         )
 
 
@@ -158,13 +161,15 @@ class AutoencoderContext:
             return self._loaded[path]
 
     def _load(self, path: str, location: ActivationLocation) -> Autoencoder:
+        config = self.autoencoder_config
+        of_layer = {} if location.layer is None else config.stated_by_layer.get(location.layer, {})
         autoencoder = Autoencoder.load(
             path,
             strict=False,  # the statistics in published files vary
-            input_normalization=self.autoencoder_config.input_normalization,
+            input_normalization=config.input_normalization,
             location=location,
             dtype=self.dtype,
-            **self.autoencoder_config.stated,
+            **{**config.stated, **of_layer},
         )
         if self.omit_dead_latents:
             autoencoder = omit_dead_latents(autoencoder)

@@ -525,7 +525,7 @@ def test_names_of_gpt2_small():
         "ae-resid-delta-mlp-v4",
         "ae-resid-delta-attn-v4",
     ]
-    assert len(names) == len(set(names)) == 31
+    assert len(names) == len(set(names)) == 32
     assert list_autoencoder_names("gpt2/small") == names
     assert list_autoencoder_names("gpt2-medium") == []
     assert list_autoencoder_names("tiny-tales") == [
@@ -593,6 +593,13 @@ def test_the_release_of_saelens_is_named_by_the_layer_before():
             "9/resid.torso.post_mlp",
             "center",
             "hf:neuronpedia/gpt2-small__res_slefr-ajt/10-res_slefr-ajt",
+        ),
+        (
+            "gpt2-small-mlp-tm",
+            list(range(12)),
+            "8/resid.torso.delta_mlp",
+            "center",
+            "hf:tommmcgrath/gpt2-small-mlp-out-saes/sae_group_gpt2_blocks.8.hook_mlp_out_24576:v1",
         ),
         (
             "gpt2-small-hook-z-kk",

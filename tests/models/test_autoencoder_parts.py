@@ -382,7 +382,7 @@ def test_state_dicts_of_another_kind_are_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_outputs": "3"}, "n_outputs: found '3'"),
+        ({"n_outputs": "3"}, "n_outputs: expected a whole number, found '3'"),
         ({"n_outputs": 4}, r"decoder\.weight: expected shape \[4, 12\]"),
         ({"output_location": "x/y"}, "expected a location"),
         ({"group_sizes": [1, 2]}, "add up to the 12 latents"),
