@@ -32,8 +32,8 @@ from neuron_explainer.errors import SourceError
 from neuron_explainer.evaluation.figures import Evaluation
 from neuron_explainer.evaluation.geometry import WeightGeometry
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.models.autoencoder_context import get_decoder_weight
 from neuron_explainer.models.autoencoders.nonlinearities import TopK
+from neuron_explainer.models.autoencoders.pruned import get_decoder_weight
 from neuron_explainer.models.model_context import ModelContext
 
 _STYLE = """
