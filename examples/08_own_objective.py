@@ -26,12 +26,12 @@ class LogConfig(ObjectiveConfig):
 
 @register("log_penalty", LogConfig)
 class LogPenalty(Objective[LogConfig]):
-    def loss(self, dictionary, x, target, moment):
+    def loss(self, dictionary, x, target, facts):
         latents = dictionary.pre_act(x).relu()  # [b, l]
         error = target - dictionary.decode(latents, x)
         reconstruction = error.square().sum(-1).mean()
-        # moment.sparsity rises from 0 to 1 if the run warms penalties up.
-        penalty = self.config.strength * moment.sparsity * latents.log1p().sum(-1).mean()
+        # facts.sparsity rises from 0 to 1 if the run warms penalties up.
+        penalty = self.config.strength * facts.sparsity * latents.log1p().sum(-1).mean()
         terms = {"reconstruction": reconstruction.detach(), "penalty": penalty.detach()}
         return Loss(reconstruction + penalty, terms, error.detach(), latents.detach())
 

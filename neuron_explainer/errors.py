@@ -1,19 +1,20 @@
-"""The errors that users see: one family, all of them ``ValueError``s.
+"""The errors that users see: one family of ``ValueError``s.
 
-A message names the thing, what was expected, what was found and, for names, the nearest valid one.
-``assert`` is kept for the library's own invariants.
+A message names the thing, what was expected and what was found, and suggests the nearest valid name.
+``assert`` is used for the library's own invariants only.
 """
 
 import difflib
+import itertools
 from collections.abc import Iterable
 
 
 class NeuronExplainerError(ValueError):
-    """Base of every error that this package raises for something a user can mend."""
+    """Base of every error that this package raises for something that a user can correct."""
 
 
 class HookError(NeuronExplainerError):
-    """A hook was attached at a wrong place, or returned something that cannot stand in for x."""
+    """A hook was attached at a wrong place, or returned something that cannot replace x."""
 
 
 class LocationError(NeuronExplainerError):
@@ -21,31 +22,47 @@ class LocationError(NeuronExplainerError):
 
 
 class CheckpointError(NeuronExplainerError):
-    """A saved model or autoencoder is incomplete, damaged, contradictory or of unknown kind."""
+    """A saved model or autoencoder is incomplete, damaged, contradictory or of an unknown kind."""
 
 
 class SourceError(NeuronExplainerError):
-    """A name, path or URL leads to nothing that can be had now."""
+    """A name, path or URL cannot be read or written now."""
 
 
 class InputError(NeuronExplainerError):
-    """Tokens, prompts, tensors or settings that a call cannot work with."""
+    """A call cannot work with these tokens, prompts, tensors or settings."""
 
 
 class DistributedError(NeuronExplainerError):
-    """Another of the processes that share a run is gone, or did not answer in time."""
+    """Another process of the same run ended, or did not answer in time."""
 
 
 class MissingExtraError(NeuronExplainerError, ImportError):
     """An optional dependency is needed for this call and is not installed."""
 
 
+_LONGEST_SHOWN = 100
+_NEAR = 0.6  # share of letters in common; below it names have nothing to do with each other
+_MOST_NAMES = 5_000  # a foreign file may hold any number, and each takes time to compare
+
+
 def nearest(name: str, valid: Iterable[str], n: int = 3) -> list[str]:
-    """The up to ``n`` valid names most like ``name``, best first."""
-    return difflib.get_close_matches(name, list(valid), n=n, cutoff=0.4)
+    """The up to ``n`` valid names most like ``name``, best first; capitals do not matter."""
+    names = {other.casefold(): other for other in itertools.islice(valid, _MOST_NAMES)}
+    wanted = name[:_LONGEST_SHOWN].casefold()
+    return [names[found] for found in difflib.get_close_matches(wanted, names, n=n, cutoff=_NEAR)]
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """`` Did you mean 'x' or 'y'?`` with a leading space, or an empty string."""
     close = nearest(name, valid)
-    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return f" Did you mean {' or '.join(map(shown, close))}?" if close else ""
+
+
+def shown(value: object) -> str:
+    """``repr(value)`` for a message: shortened, and never an error of its own."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # integers of thousands of digits, deep nesting
+        text = f"a value of type {type(value).__name__} that is too large to show"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 1]}…"

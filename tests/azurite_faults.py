@@ -37,7 +37,7 @@ import urllib3
 
 from neuron_explainer import files
 from neuron_explainer.errors import SourceError
-from neuron_explainer.files import _download, _records, _routes
+from neuron_explainer.files import cache, download
 from tests.blob_server import ToLoopback
 
 ACCOUNT = "devstoreaccount1"
@@ -99,7 +99,7 @@ def route(port: int) -> None:
     """From now on, Azure is at ``port``, for anonymous requests and for blobfile's."""
     import blobfile
 
-    real = _routes.new_session
+    real = download.new_session
 
     def session(threads: int) -> Any:
         made = real(threads)
@@ -119,9 +119,9 @@ def route(port: int) -> None:
         log_callback=logging.info,
         get_http_pool=lambda: pool,
     )
-    _routes.new_session = session
-    _routes._azure_context = lambda: context
-    _download.BACKOFF_SECONDS = 0.01
+    download.new_session = session
+    download._azure_context = lambda: context
+    files.options.backoff_seconds = 0.01
 
 
 def put(port: int, path: str, data: bytes = b"", **headers: str) -> None:
@@ -238,10 +238,10 @@ class Faults:
     def body_changed_since(self) -> None:
         source = self.blob()
         self.proxy.plan.append("cut")
-        attempts, _download.ATTEMPTS = _download.ATTEMPTS, 1
+        attempts, files.options.attempts = files.options.attempts, 1
         with contextlib.suppress(SourceError):
             files.fetch(source)
-        _download.ATTEMPTS = attempts
+        files.options.attempts = attempts
         assert partial_bytes()
         put_blob(self.direct, urlsplit(source).path, DATA[::-1])
         self.right(source, DATA[::-1])
@@ -271,10 +271,10 @@ class Faults:
     def offline_with_a_warm_cache(self) -> None:
         source = self.blob()
         self.right(source)
-        _records.verified.clear()
-        _routes.new_session, session = None, _routes.new_session  # type: ignore[assignment]
+        cache.verified.clear()
+        download.new_session, session = None, download.new_session  # type: ignore[assignment]
         self.right(source)
-        _routes.new_session = session
+        download.new_session = session
 
 
 def main(command: list[str]) -> int:

@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from neuron_explainer import cli, demo
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
+from neuron_explainer.models.checkpoints.autoencoders import Stated
 from neuron_explainer.models.model_registry import make_autoencoder_context
 from neuron_explainer.models.transformer import Transformer
 
@@ -158,6 +160,32 @@ def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> Non
         cli.main([verb, "--help"])
     assert stop.value.code == 0
     assert verb in capsys.readouterr().out
+
+
+def test_everything_that_can_be_stated_of_a_file_can_be_given_to_convert(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "--help"])
+    shown = capsys.readouterr().out
+    for name in Stated.__annotations__:
+        assert f"--{name.replace('_', '-')}" in shown
+    np.save(tmp_path / "codes.npy", np.eye(6, 9, dtype=np.float32) + np.eye(6, 9, 6))
+    source, new = str(tmp_path / "codes.npy"), str(tmp_path / "new")
+    flags = ["--penalty", "0.25", "--max-iterations", "7", "--location", "2/mlp.post_act"]
+    assert "--penalty" in fail(capsys, "convert", source, new, "--format", "native")
+    run(capsys, "convert", source, new, "--format", "native", *flags)
+    found = Autoencoder.load(new)
+    assert "penalty=0.25, max_iterations=7" in repr(found.activation)
+    assert str(found.location) == "2/mlp.post_act"
+    state = {"encoder.weight": torch.ones(9, 6), "encoder.bias": torch.ones(9)}
+    state |= {"decoder.weight": torch.ones(6, 9), "b_dec": torch.ones(6), "k": torch.tensor(3)}
+    torch.save(state | {"threshold": torch.tensor(-1.0)}, tmp_path / "ae.pt")
+    source, new = str(tmp_path / "ae.pt"), str(tmp_path / "other")
+    assert "--dict-class" in fail(capsys, "convert", source, new, "--format", "saelens")
+    flags = ["--dict-class", "BatchTopKSAE", "--threshold", "0.5"]
+    run(capsys, "convert", source, new, "--format", "native", *flags)
+    assert repr(Autoencoder.load(new).activation) == "BatchTopK(threshold=0.5, k=3)"
 
 
 def test_convert_there_and_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

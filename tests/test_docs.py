@@ -59,7 +59,8 @@ def published_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def own_objectives(monkeypatch: pytest.MonkeyPatch) -> None:
     """What snippets and examples register is known to them alone."""
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    monkeypatch.setattr(base, "_OBJECTIVES", dict(base._OBJECTIVES))
+    monkeypatch.setattr(base.ObjectiveConfig, "_members", dict(base.ObjectiveConfig._members))
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 
 from neuron_explainer import files
 from neuron_explainer.errors import CheckpointError, InputError, MissingExtraError, SourceError
-from neuron_explainer.files import _download, _names, _records, _routes, _writing
+from neuron_explainer.files import cache as cached
+from neuron_explainer.files import download, names, writing
 from tests.blob_server import Blob, BlobServer, Fault, ToLoopback
 
 DATA = bytes(range(256)) * 4096  # 1 MiB: four chunks
@@ -35,13 +36,13 @@ AZURE = "https://openaipublic.blob.core.windows.net"
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A private cache and home, no credentials, no proxies, no long waits."""
-    for name in _routes._AZURE_CREDENTIALS:
+    for name in download._AZURE_CREDENTIALS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("NEURON_EXPLAINER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(_download, "BACKOFF_SECONDS", 0.005)
-    _records.verified.clear()
+    monkeypatch.setattr(files.options, "backoff_seconds", 0.005)
+    cached.verified.clear()
     return tmp_path / "cache"
 
 
@@ -56,13 +57,13 @@ def child() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts Python with ``code``; whatever still runs at the end is killed."""
     started: list[subprocess.Popen[str]] = []
     begin = "import os, signal, sys\nfrom neuron_explainer import files\n"
-    begin += "from neuron_explainer.files import _download, _writing\n"
-    begin += "_download.BACKOFF_SECONDS = 0.005\n"
+    begin += "from neuron_explainer.files import writing\n"
+    begin += "files.options.backoff_seconds = 0.005\n"
 
     def start(code: str, *args: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-W", "error", "-c", begin + code, *args]
         pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
         started.append(process)
         return process
 
@@ -96,7 +97,7 @@ def stored(cache: Path) -> list[Path]:
 
 def new_process() -> None:
     """What a later process knows: only what is on disk."""
-    _records.verified.clear()
+    cached.verified.clear()
 
 
 # ------------------------------------------------------------------------------- names, folders
@@ -158,8 +159,8 @@ def test_is_remote(source: str | Path, remote: bool) -> None:
 
 
 def test_azure_has_one_copy_under_both_names() -> None:
-    one = _names.parse("az://openaipublic/a/b c%.pt")
-    other = _names.parse(f"{AZURE}/a/b%20c%25.pt")
+    one = names.parse("az://openaipublic/a/b c%.pt")
+    other = names.parse(f"{AZURE}/a/b%20c%25.pt")
     assert (one.url, one.parts) == (other.url, other.parts)
     assert one.azure == ("openaipublic", "a/b c%.pt")
 
@@ -191,7 +192,7 @@ def test_names_that_lead_elsewhere_are_refused(
     source: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Refused by name, before any server is asked.
-    monkeypatch.delattr(_routes, "new_session")
+    monkeypatch.delattr(download, "new_session")
     with pytest.raises(SourceError) as error:
         files.fetch(source)
     assert "secret" not in str(error.value)
@@ -200,7 +201,7 @@ def test_names_that_lead_elsewhere_are_refused(
 
 @given(st.text(min_size=1, max_size=300))
 def test_any_name_gives_one_safe_file_name(name: str) -> None:
-    made = _names._file_name(name)
+    made = names._file_name(name)
     assert made == Path(made).name or name in (".", "..")
     assert len(made) <= 120
     assert not set(made) & set('/\\:*?"<>|')
@@ -208,7 +209,7 @@ def test_any_name_gives_one_safe_file_name(name: str) -> None:
 
 @given(st.lists(st.text(max_size=20), min_size=2, max_size=2, unique=True))
 def test_different_names_have_different_files(pair: list[str]) -> None:
-    assert _names._file_name(pair[0]) != _names._file_name(pair[1])
+    assert names._file_name(pair[0]) != names._file_name(pair[1])
 
 
 @pytest.mark.parametrize(
@@ -299,7 +300,7 @@ def test_a_query_is_part_of_the_name_but_never_shown(server: BlobServer, cache: 
 
 def test_a_network_error_does_not_show_the_query() -> None:
     url = "https://host/x?sig=SECRET"
-    error = _routes._network_error(requests.RequestException(f"no luck with {url}"), url)
+    error = download._network_error(requests.RequestException(f"no luck with {url}"), url)
     assert "no luck with https://host/x?…" in str(error)
 
 
@@ -349,13 +350,24 @@ files.fetch(sys.argv[1])
     assert len(server.requests()) == 1, "the whole file was there already"
 
 
+RACER = """
+import filelock, pathlib
+real = filelock.FileLock.acquire
+def acquire(self, *args, **kwargs):
+    pathlib.Path(sys.argv[2], str(os.getpid())).touch()
+    return real(self, *args, **kwargs)
+filelock.FileLock.acquire = acquire
+print(files.fetch(sys.argv[1]))
+"""
+
+
 def test_two_processes_race_for_one_file(
-    server: BlobServer, child: Callable[..., subprocess.Popen[str]]
+    server: BlobServer, child: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     url = server.put("/x", DATA, Fault(stall_after=300_000))
-    racers = [child("print(files.fetch(sys.argv[1]))", url) for _ in range(2)]
-    until(lambda: len(server.requests()) == 1)
-    time.sleep(0.1)
+    (tmp_path / "asked").mkdir()
+    racers = [child(RACER, url, str(tmp_path / "asked")) for _ in range(2)]
+    until(lambda: len(os.listdir(tmp_path / "asked")) == 2 and len(server.requests()) == 1)
     server.release.set()
     told = [racer.communicate(timeout=30) for racer in racers]
     assert [racer.returncode for racer in racers] == [0, 0], told
@@ -384,8 +396,8 @@ def test_a_broken_connection_is_continued(server: BlobServer, fault: Fault) -> N
 def test_a_line_that_breaks_often_still_brings_the_file(
     server: BlobServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_routes, "CHUNK_BYTES", 65_536)
-    faults = [Fault(cut_after=70_000) for _ in range(2 * _download.ATTEMPTS)]
+    monkeypatch.setattr(files.options, "chunk_bytes", 65_536)
+    faults = [Fault(cut_after=70_000) for _ in range(2 * files.options.attempts)]
     assert files.fetch(server.put("/x", DATA, *faults)).read_bytes() == DATA
 
 
@@ -403,9 +415,9 @@ def test_500_then_success(server: BlobServer) -> None:
 
 def test_500_for_ever(server: BlobServer) -> None:
     url = server.put("/x", DATA, always=Fault(500))
-    with pytest.raises(SourceError, match=f"answered 500 .*{_download.ATTEMPTS} tries in vain"):
+    with pytest.raises(SourceError, match=f"answered 500 .*{files.options.attempts} tries in vain"):
         files.fetch(url)
-    assert len(server.seen) == _download.ATTEMPTS
+    assert len(server.seen) == files.options.attempts
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 409, 410, 418])
@@ -539,6 +551,69 @@ def test_redirects_are_followed_but_not_off_https(server: BlobServer) -> None:
             files.fetch(server.base + "/a2")
 
 
+@pytest.mark.parametrize("ask", [files.fetch, files.exists])
+@pytest.mark.parametrize(
+    ("middle", "message"),
+    [
+        (
+            "http://middle.example/b",
+            "redirects to http://middle.example/b|plain http can be changed",
+        ),
+        ("http://127.0.0.1:9/b", "from https to plain http"),
+        ("ftp://middle.example/b", "from https to plain ftp"),
+        ("https://user:word@middle.example/b", "URLs with a user or password"),
+        ("https://[::1/b", "not a URL|Invalid|Failed to parse"),
+        ("http://", "without a host|No host|Invalid"),
+    ],
+)
+def test_every_hop_of_a_redirect_is_judged_before_it_is_asked(
+    server: BlobServer,
+    monkeypatch: pytest.MonkeyPatch,
+    ask: Callable[[str], Any],
+    middle: str,
+    message: str,
+) -> None:
+    """https to http and back to https: what the middle plants must not even be asked for."""
+    server.put("/a", b"", always=Fault(302, {"Location": middle}))
+    server.put("/b", b"", always=Fault(302, {"Location": "https://last.example/c"}))
+    server.put("/c", b"planted")
+    real = download.new_session
+
+    def session(threads: int) -> requests.Session:
+        opened: requests.Session = real(threads)
+        opened.mount("https://", ToLoopback(server.base))
+        opened.mount("http://", ToLoopback(server.base))
+        return opened
+
+    monkeypatch.setattr(download, "new_session", session)
+    with pytest.raises(SourceError, match=message):
+        ask("https://first.example/a")
+    assert {seen.path for seen in server.seen} == {"/a"}
+
+
+def test_redirects_in_a_circle_end(server: BlobServer) -> None:
+    url = server.put("/a", b"", always=Fault(302, {"Location": "/a"}))
+    with pytest.raises(SourceError, match="redirects more than 10 times"):
+        files.fetch(url)
+    assert len(server.seen) == 11
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "https://[::1/x", "https://[x]/y", "https://a[b/c"])
+def test_urls_that_are_none(url: str) -> None:
+    for ask in (files.fetch, files.exists, lambda name: files.join(name, "x")):
+        with pytest.raises(SourceError, match=r"not a URL"):
+            ask(url)
+
+
+def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
+    """To open a pipe waits for its other end, and /dev/zero has no end."""
+    os.mkfifo(tmp_path / "config.json")
+    for path in (tmp_path / "config.json", Path("/dev/zero")):
+        for read in (files.fetch, files.read_json):
+            with pytest.raises(SourceError, match="is a pipe, socket or device"):
+                read(path)
+
+
 DISK_FULL = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
@@ -616,7 +691,7 @@ def test_ctrl_c_stops_every_thread_and_loses_nothing(
     code = (
         # A process that a shell started in the background is deaf to it, and so are its children.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "_download.BACKOFF_SECONDS = 100\nfiles.fetch_all(sys.argv[1:], threads=2)"
+        "files.options.backoff_seconds = 100\nfiles.fetch_all(sys.argv[1:], threads=2)"
     )
     process = child(code, *urls)
     until(lambda: sum(p.stat().st_size >= 524_288 for p in partials(cache)) == 2)
@@ -679,7 +754,7 @@ def test_offline_with_a_cold_cache(
     closed_port: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # No waiting for a network that is not there.
-    monkeypatch.setattr(_download, "BACKOFF_SECONDS", 1000)
+    monkeypatch.setattr(files.options, "backoff_seconds", 1000)
     with pytest.raises(SourceError) as error:
         files.fetch(closed_port + "/folder/x.pt")
     said = str(error.value)
@@ -752,7 +827,7 @@ def test_the_hash_is_taken_once_in_a_process(
         hashed.append(path)
         return real(path)
 
-    monkeypatch.setattr(_records, "sha256_of", counted)
+    monkeypatch.setattr(cached, "sha256_of", counted)
     for _ in range(3):
         files.fetch(url)
     assert len(hashed) == 1
@@ -862,14 +937,14 @@ def test_exists(server: BlobServer, tmp_path: Path, closed_port: str) -> None:
 @pytest.fixture
 def azure(server: BlobServer, monkeypatch: pytest.MonkeyPatch) -> BlobServer:
     """Requests for every host of Azure's go to the server."""
-    real = _routes.new_session
+    real = download.new_session
 
     def session(threads: int) -> Any:
         made = real(threads)
         made.mount("https://", ToLoopback(server.base))
         return made
 
-    monkeypatch.setattr(_routes, "new_session", session)
+    monkeypatch.setattr(download, "new_session", session)
     return server
 
 
@@ -911,7 +986,7 @@ def private(azure: BlobServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Blob
         log_callback=logging.info,
         get_http_pool=lambda: pool,
     )
-    monkeypatch.setattr(_routes, "_azure_context", lambda: context)
+    monkeypatch.setattr(download, "_azure_context", lambda: context)
     monkeypatch.setenv("AZURE_STORAGE_KEY", base64.b64encode(b"key").decode())
 
     def listing(handler: Any) -> bool:
@@ -1071,6 +1146,33 @@ with files.atomic_write(sys.argv[1]) as temporary:
     assert path.read_text() == "old"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of open files")
+@pytest.mark.parametrize("how", ["atomic_write", "atomic_folder"])
+def test_what_a_killed_process_left_goes_with_the_next_write(
+    tmp_path: Path, child: Callable[..., Any], how: str
+) -> None:
+    """And what another process still writes, or another target's, stays."""
+    code = f"""
+with files.{how}(sys.argv[1]) as temporary:
+    print(temporary.name, flush=True)
+    if sys.argv[2] == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.read()
+"""
+    path, other = tmp_path / "x", tmp_path / "x.json"
+    for target in (path, other):
+        assert child(code, str(target), "die").wait() == -signal.SIGKILL
+    alive = child(code, str(path), "live")
+    held = alive.stdout.readline().strip()
+    assert len(os.listdir(tmp_path)) == 2  # the live one has cleared the dead one's away
+    with getattr(files, how)(path) as temporary:
+        if how == "atomic_write":
+            temporary.write_text("new")
+    left = set(os.listdir(tmp_path))
+    assert held in left
+    assert {name.startswith(".x.json.") for name in left - {"x", held}} == {True}
+
+
 def test_what_is_renamed_is_on_disk_first(
     server: BlobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1164,7 +1266,7 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None
 def test_two_renames_where_folders_cannot_change_places(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_writing, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(writing, "_exchange", lambda a, b: False)
     folder = tmp_path / "model"
     save(folder, "one")
     save(folder, "two", overwrite=True)
@@ -1198,8 +1300,8 @@ def deadly(real):
         tick()
         return result
     return call
-for owner, name in ((os, "rename"), (os, "replace"), (_writing.shutil, "rmtree"),
-                    (_writing, "_sync_tree"), (_writing, "_exchange"), (os, "unlink")):
+for owner, name in ((os, "rename"), (os, "replace"), (writing.shutil, "rmtree"),
+                    (writing, "_sync_tree"), (writing, "_exchange"), (os, "unlink")):
     setattr(owner, name, deadly(getattr(owner, name)))
 with files.atomic_folder(sys.argv[1], overwrite=True) as temporary:
     files.write_json(temporary / "config.json", {"v": "new"})

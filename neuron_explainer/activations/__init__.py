@@ -1,9 +1,9 @@
-"""Text to streams of vectors: documents, token windows, activations, stores on disk, shuffling.
+"""From text to streams of activations: documents, token windows, harvesting, stores on disk, shuffling.
 
-The usual way from text to what a dictionary is trained on::
+The usual way from text to the batches that a dictionary is trained on::
 
     context = ModelContext.from_model_type("tiny-tales")
-    corpus = tokenize(read_documents("books/"), context)  # or write_token_file, for more than memory holds
+    corpus = tokenize(read_documents("books/"), context)  # write_token_file: for more than memory
     training, held_out = corpus.split(0.05)
     windows = TokenWindows(training, 128, 32, bos=start_token(context), epochs=None)
     source = LiveSource(Harvester(context, "2/mlp.post_act", keep_bos=False), windows)
@@ -15,7 +15,6 @@ The usual way from text to what a dictionary is trained on::
 from neuron_explainer.activations.buffer import ShuffleBuffer
 from neuron_explainer.activations.chunks import (
     ActivationSource,
-    IterableSource,
     LiveSource,
     StoreSource,
 )
@@ -34,25 +33,26 @@ from neuron_explainer.activations.documents import (
     read_documents,
     row_documents,
 )
-from neuron_explainer.activations.harvest import ActivationBatch, Harvester, harvest
+from neuron_explainer.activations.harvest import ActivationBatch, Harvester
 from neuron_explainer.activations.prefetch import Prefetcher
 from neuron_explainer.activations.store import (
+    SOURCE_FILE,
     ActivationStore,
     StoreWriter,
+    check_store_folder,
     harvest_to_store,
-    write_store,
 )
 from neuron_explainer.activations.token_files import open_token_file, write_token_file
 from neuron_explainer.activations.windows import TokenBatch, TokenIterator, TokenWindows
 
 __all__ = [
+    "SOURCE_FILE",
     "ActivationBatch",
     "ActivationSource",
     "ActivationStore",
     "DataConfig",
     "Documents",
     "Harvester",
-    "IterableSource",
     "LiveSource",
     "Prefetcher",
     "ShuffleBuffer",
@@ -62,7 +62,7 @@ __all__ = [
     "TokenCorpus",
     "TokenIterator",
     "TokenWindows",
-    "harvest",
+    "check_store_folder",
     "harvest_to_store",
     "huggingface_documents",
     "is_store",
@@ -75,6 +75,5 @@ __all__ = [
     "row_documents",
     "start_token",
     "tokenize",
-    "write_store",
     "write_token_file",
 ]

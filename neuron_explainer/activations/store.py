@@ -1,18 +1,20 @@
 """Activations on disk: a folder of safetensors shards and a ``manifest.json``, mapped when read.
 
-The manifest says model, locations, widths, dtype, settings, and of each shard its rows and SHA-256. It
+The manifest holds model, locations, widths, dtype, settings, and the rows and SHA-256 of each shard. It
 is rewritten, whole, after each shard: a process that is killed loses the rows since the last shard and
-nothing else, and the next one goes on after it. A shard holds ``[n, d]`` by location, and ``tokens``,
-``document``, ``position`` ``[n]`` (int64): every vector knows where it is from.
+nothing else, and the next one continues after it. A shard holds ``[n, d]`` by location, and ``tokens``,
+``document``, ``position`` ``[n]`` (int64): every vector knows where it is from. ``source.json`` says which
+text the rows are of, and how it was read and cut: ``evaluate`` needs it to find the text held out.
 
 Shape legend: ``n`` rows (tokens), ``d`` width of a location.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import safetensors.torch
@@ -30,12 +32,15 @@ from neuron_explainer.activations.harvest import (
     check_finite,
     parse_dtype,
 )
-from neuron_explainer.activations.manifest import MANIFEST_FILE, read_manifest
+from neuron_explainer.activations.token_files import MANIFEST_FILE, read_manifest
 from neuron_explainer.activations.windows import TokenWindows, check_same_settings
-from neuron_explainer.errors import CheckpointError, InputError, SourceError
+from neuron_explainer.errors import CheckpointError, InputError, SourceError, shown
 from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.settings.fields import read_fields
 
+SOURCE_FILE = "source.json"
 _LOCK_FILE = ".lock"
+_SHARD_NAME = re.compile(r"shard-\d+\.safetensors")
 _KIND, _VERSION = "activation_store", 1
 _WHERE = ("tokens", "document", "position")
 
@@ -48,10 +53,10 @@ class StoreHeader:
     widths: dict[ActivationLocation, int]
     dtype: torch.dtype
     settings: list[dict[str, Any]]
-    """What made the rows: seed, context length, …; JSON. More than one where others were added."""
+    """The settings that made the rows (seed, context length, …), one entry for each harvest."""
 
     def to_json(self) -> dict[str, Any]:
-        """As the manifest holds it."""
+        """The header as it stands in the manifest."""
         return {
             "model": self.model,
             "locations": {str(place): width for place, width in self.widths.items()},
@@ -63,7 +68,7 @@ class StoreHeader:
     def of(
         cls, batch: ActivationBatch, model: str, dtype: torch.dtype, settings: Mapping[str, Any]
     ) -> "StoreHeader":
-        """The header of a store that begins with this batch."""
+        """The header of a store whose first batch is ``batch``."""
         widths = {place: x.shape[1] for place, x in batch.activations.items()}
         return cls(model, widths, dtype, [dict(settings)])
 
@@ -75,46 +80,88 @@ class Shard:
     file: str
     rows: int
     size: int
-    """Bytes."""
+    """In bytes."""
     sha256: str
 
 
-class ActivationStore:
-    """A store that is there, read with its rows mapped into memory.
+@dataclass(frozen=True)
+class _StoreManifest:
+    """``manifest.json`` of a store."""
 
-    Sizes of all files are compared on opening, a file's SHA-256 when it is first read.
+    format_version: int
+    kind: str
+    model: str
+    locations: dict[str, int]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    settings: list[dict[str, Any]]
+    n_rows: int
+    n_batches: int
+    shards: list[Shard]
+
+    @property
+    def header(self) -> StoreHeader:
+        widths = {ActivationLocation.parse(text): width for text, width in self.locations.items()}
+        return StoreHeader(self.model, widths, DTYPES[self.dtype], self.settings)
+
+    def __post_init__(self) -> None:
+        if min([self.n_rows, self.n_batches, *self.locations.values()]) < 0:
+            raise CheckpointError("n_rows, n_batches and widths must not be negative.")
+        for shard in self.shards:
+            if shard.rows < 1 or Path(shard.file).name != shard.file:
+                raise CheckpointError(f"a shard of {shard.rows} rows in {shown(shard.file)}.")
+        _ = self.header  # an error if a location is none
+
+
+class _Source(TypedDict):
+    """``source.json`` of a store, see :func:`source_of`."""
+
+    model: NotRequired[str | None]
+    source: NotRequired[str | None]
+    source_fingerprint: NotRequired[str | None]
+    data: NotRequired[dict[str, Any]]
+
+
+class ActivationStore:
+    """Reads a store; its rows are mapped into memory.
+
+    The sizes of all files are checked when the store is opened, the SHA-256 of a file when it is first
+    read.
 
     Args:
-        folder: as :class:`StoreWriter` left it, finished or not.
-        verify: whether to compare the SHA-256 too.
+        folder: written by :class:`StoreWriter`, finished or not.
+        verify: False: do not check the SHA-256.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
         self.folder, self.verify = Path(folder).expanduser(), verify
-        manifest = read_manifest(self.folder, _KIND, _VERSION)
-        try:
-            self.header, self.shards = _header_of(manifest), _shards_of(manifest)
-            self.n_batches = int(manifest["n_batches"])
-            """Batches that have been written, from which an interrupted harvest goes on."""
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(
-                f"{self.folder / MANIFEST_FILE}: damaged: {type(error).__name__} {error}."
-            ) from error
+        manifest = read_manifest(self.folder, _StoreManifest, _KIND, _VERSION)
+        self.header, self.shards = manifest.header, manifest.shards
+        self.n_batches = manifest.n_batches
+        """Batches that have been written; an interrupted harvest goes on after them."""
         for shard in self.shards:
             _check_size(self.folder / shard.file, shard)
         self._ends = np.cumsum([shard.rows for shard in self.shards], dtype=np.int64)
         self._mapped: dict[int, dict[str, Tensor]] = {}
 
     @property
+    def record(self) -> dict[str, Any]:
+        """Model, text and settings of the harvest; empty if the store does not hold them."""
+        path = self.folder / SOURCE_FILE
+        if not path.exists():
+            return {}
+        found = read_fields(_Source, files.read_json(path), str(path), error=CheckpointError)
+        return dict(found)
+
+    @property
     def locations(self) -> list[ActivationLocation]:
-        """The places that each row has a vector of."""
+        """The locations of the activations in each row."""
         return list(self.header.widths)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.shards else 0
 
     def rows(self, begin: int, end: int) -> ActivationBatch:
-        """Rows ``begin`` to ``end`` (not included), as they were written, copied to memory."""
+        """Rows ``begin`` to ``end - 1`` in the order in which they were written, copied to memory."""
         if not 0 <= begin < end <= len(self):
             raise InputError(f"{self.folder} has rows 0 to {len(self) - 1}; found {begin}:{end}.")
         pieces = []
@@ -128,7 +175,7 @@ class ActivationStore:
         return ActivationBatch.cat(pieces)
 
     def batches(self, batch_size: int) -> Iterator[ActivationBatch]:
-        """All rows in the order in which they were written."""
+        """All rows in the order in which they were written, ``batch_size`` at a time."""
         for begin in range(0, len(self), batch_size):
             yield self.rows(begin, min(begin + batch_size, len(self)))
 
@@ -167,19 +214,20 @@ class ActivationStore:
 
 
 class StoreWriter:
-    """Writes batches to a store, new or there already; a context manager.
+    """Writes batches to a new or an existing store; a context manager.
 
-    A shard is closed by the batch with which it has ``shard_rows``, so shards hold whole batches, and
-    leaving the block closes the last, also where an error leaves it. ``n_batches`` says where to go on.
+    The batch with which a shard reaches ``shard_rows`` closes it, so a shard holds whole batches. Leaving
+    the block closes the last shard, also if an error ends the block. ``n_batches`` is the number of the
+    batch to continue with.
 
     Args:
-        folder: new or empty, or a store with ``append``.
-        model: the name of the model that the rows are of.
-        dtype: of the values on disk: float32, float16 or bfloat16, by name or itself.
-        shard_rows: rows from which on a shard is closed.
-        settings: what made the rows, as JSON holds it.
-        append: go on with the store in ``folder`` if there is one; it must be of the same model,
-            locations, widths and dtype.
+        folder: new or empty; with ``append`` it may hold a store.
+        model: the name of the model whose activations the rows are.
+        dtype: of the values on disk: float32, float16 or bfloat16, as a name or a ``torch.dtype``.
+        shard_rows: number of rows that closes a shard.
+        settings: the settings that made the rows, as JSON values.
+        append: add to the store in ``folder`` if there is one; it must have the same model, locations,
+            widths and dtype.
     """
 
     def __init__(
@@ -201,10 +249,11 @@ class StoreWriter:
         self._shards: list[Shard] = []
         self._pending: list[ActivationBatch] = []
         self.n_batches = 0
-        """Batches in closed shards."""
+        """Number of batches in closed shards."""
         self.n_rows = 0
-        """Rows added so far, those not yet written included."""
+        """Number of rows added so far, including those not yet written."""
         self._append = append
+        self._identity: tuple[int, ...] = ()
         self._lock = FileLock(self.folder / _LOCK_FILE, timeout=0)
 
     def __enter__(self) -> "StoreWriter":
@@ -215,6 +264,7 @@ class StoreWriter:
         except Timeout:
             raise InputError(f"another process is writing to the store {self.folder}.") from None
         try:
+            self._identity = self._identify()
             self._take_up()
         except BaseException:
             self._lock.release()
@@ -228,18 +278,39 @@ class StoreWriter:
             self._lock.release()
 
     def _take_up(self) -> None:
-        there = [path.name for path in self.folder.iterdir() if path.name != _LOCK_FILE]
-        if there and not self._append:
+        """Continue after the rows that are there, and delete what an earlier process left unfinished."""
+        check_store_folder(self.folder)
+        if files.list_folder(self.folder, but=_LOCK_FILE) and not self._append:
             raise InputError(f"{self.folder} is not empty; pass append=True to add to a store.")
-        # Killed before there was a manifest: nothing but a first shard, which is written again.
-        if all(name.lstrip(".").startswith("shard-00000") for name in there):
-            return
-        store = ActivationStore(self.folder)
-        self._header, self._shards = store.header, list(store.shards)
-        self.n_batches, self.n_rows = store.n_batches, len(store)
-        self._check_same(StoreHeader(self._model, store.header.widths, self._dtype, []))
-        if self._settings not in self._header.settings:
-            self._header.settings.append(self._settings)
+        files.remove_leftovers(self.folder)
+        if (self.folder / MANIFEST_FILE).exists():
+            store = ActivationStore(self.folder)
+            self._header, self._shards = store.header, list(store.shards)
+            self.n_batches, self.n_rows = store.n_batches, len(store)
+            self._check_same(StoreHeader(self._model, store.header.widths, self._dtype, []))
+            if self._settings not in self._header.settings:
+                self._header.settings.append(self._settings)
+        known = {shard.file for shard in self._shards}
+        for path in self.folder.iterdir():  # written, but not yet in the manifest
+            if _SHARD_NAME.fullmatch(path.name) and path.name not in known:
+                path.unlink()
+
+    def _identify(self) -> tuple[int, ...]:
+        """Numbers that tell the folder from any other, whatever its name."""
+        folder, lock = self.folder.stat(), (self.folder / _LOCK_FILE).stat()
+        return folder.st_dev, folder.st_ino, lock.st_ino
+
+    def _check_still_there(self) -> None:
+        """Raise SourceError if the folder is another one now, so that no half store looks whole."""
+        try:
+            same = self._identify() == self._identity
+        except OSError:
+            same = False
+        if not same:
+            raise SourceError(
+                f"{self.folder} was moved, replaced or emptied while the store was written; what had "
+                "been written is where the folder is now."
+            )
 
     def _check_same(self, here: StoreHeader) -> None:
         assert self._header is not None
@@ -255,7 +326,7 @@ class StoreWriter:
             )
 
     def check_only_settings(self) -> None:
-        """An error if any row that is there was made with other settings than these."""
+        """Raise CheckpointError if any stored row was made with other settings than these."""
         for there in self._header.settings if self._header else []:
             for part in there.keys() | self._settings.keys():
                 check_same_settings(
@@ -263,7 +334,7 @@ class StoreWriter:
                 )
 
     def add(self, batch: ActivationBatch) -> None:
-        """Take a batch; it is on disk when its shard is closed."""
+        """Add a batch; it is written when its shard is closed."""
         batch = ActivationBatch(
             {place: x.detach().to("cpu", self._dtype) for place, x in batch.activations.items()},
             *(getattr(batch, name).cpu().long() for name in _WHERE),
@@ -279,9 +350,10 @@ class StoreWriter:
             self.close_shard()
 
     def close_shard(self) -> None:
-        """Put what has been added on disk."""
+        """Write the rows that have been added since the last shard."""
         if not self._pending:
             return
+        self._check_still_there()
         rows = ActivationBatch.cat(self._pending)
         if len(rows):
             self._shards.append(self._write_shard(rows))
@@ -321,15 +393,15 @@ def harvest_to_store(
     num_tokens: int | None = None,
     progress: bool = False,
 ) -> ActivationStore:
-    """Write the activations of windows to a folder; one that was interrupted is gone on with.
+    """Write the activations of windows to a folder; the same call resumes an interrupted one.
 
     Args:
         folder: new, or that of the interrupted call, with the same arguments.
-        harvester: what to run.
-        windows: on what.
+        harvester: computes the activations.
+        windows: the tokens to compute them on.
         dtype: of the values on disk.
-        shard_rows: as of :class:`StoreWriter`.
-        num_tokens: stop with the batch that reaches as many rows; None: go through all windows.
+        shard_rows: as for :class:`StoreWriter`.
+        num_tokens: stop with the batch that reaches this many rows; None: go through all windows.
         progress: show a progress bar on stderr.
     """
     if num_tokens is None and windows.n_batches is None:
@@ -345,6 +417,7 @@ def harvest_to_store(
     )
     with writer, tqdm(total=num_tokens, unit=" tokens", disable=not progress) as bar:
         writer.check_only_settings()
+        files.write_json(writer.folder / SOURCE_FILE, source_of(harvester, windows))
         bar.update(writer.n_rows)
         number = writer.n_batches
         while number != windows.n_batches and writer.n_rows < (num_tokens or math.inf):
@@ -355,30 +428,56 @@ def harvest_to_store(
     return ActivationStore(folder)
 
 
-def write_store(
-    folder: str | Path, batches: Iterable[ActivationBatch], model: str, **options: Any
-) -> ActivationStore:
-    """Write batches to a store, or add them to one; ``options`` as of :class:`StoreWriter`."""
-    with StoreWriter(folder, model, **options) as writer:
-        for batch in batches:
-            writer.add(batch)
-    if not writer.n_rows:
-        raise SourceError(f"no activations came, so no store was written to {folder}.")
-    return ActivationStore(folder)
+def source_of(harvester: Harvester, windows: TokenWindows) -> dict[str, Any]:
+    """The content of ``source.json``: model, text and settings of a harvest.
+
+    ``data`` holds fields of :class:`~neuron_explainer.activations.data_config.DataConfig`. ``source`` is
+    None if the tokens were not read from a file, a folder or a data set with a name.
+    """
+    context, origin = harvester.context, dict(windows.corpus.origin)
+    source = origin.pop("source", None)
+    return {
+        "model": context.reference,
+        "source": source,
+        "source_fingerprint": windows.corpus.source_fingerprint,
+        "data": {
+            "hold_out": 0.0,
+            "data_seed": windows.seed or 0,
+            "context_length": windows.context_length,
+            "windows_per_forward": windows.batch_size,
+            "pack": windows.concat,
+            "bos": windows.bos is not None,
+            "keep_bos": harvester.keep_bos,
+            "max_norm_multiple": harvester.max_norm_multiple,
+            "model_autocast": harvester.autocast_bf16,
+            **origin,
+        },
+    }
+
+
+def check_store_folder(folder: str | Path) -> None:
+    """Raise InputError if a folder holds anything but a store or the beginning of one."""
+    path = Path(folder).expanduser()
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise InputError(f"{path} is a file; a store of activations is a folder.")
+    if (path / MANIFEST_FILE).exists():
+        read_manifest(path, _StoreManifest, _KIND, _VERSION)
+        return
+    # An earlier process may have been killed before it wrote the first manifest.
+    foreign = [
+        name
+        for name in files.list_folder(path, but=_LOCK_FILE)
+        if not (name == SOURCE_FILE or _SHARD_NAME.fullmatch(name) or files.is_leftover(name))
+    ]
+    if foreign:
+        raise InputError(
+            f"{path} holds {foreign[0]!r} and is no store of activations; choose another folder."
+        )
 
 
 # --- the manifest ---
-
-
-def _header_of(manifest: dict[str, Any]) -> StoreHeader:
-    widths = {
-        ActivationLocation.parse(text): int(width) for text, width in manifest["locations"].items()
-    }
-    return StoreHeader(manifest["model"], widths, DTYPES[manifest["dtype"]], manifest["settings"])
-
-
-def _shards_of(manifest: dict[str, Any]) -> list[Shard]:
-    return [Shard(**shard) for shard in manifest["shards"]]
 
 
 def _check_size(path: Path, shard: Shard) -> None:

@@ -1,4 +1,4 @@
-"""Token files: a corpus on disk, tokenised once and mapped into memory ever after.
+"""Token files: a corpus on disk that is tokenised once, and mapped into memory whenever it is used.
 
 A folder with ``tokens.bin`` (uint16, or uint32 where the vocabulary needs it, little-endian),
 ``starts.bin`` (int64, see :class:`~neuron_explainer.activations.corpus.TokenCorpus`) and
@@ -6,20 +6,56 @@ A folder with ``tokens.bin`` (uint16, or uint32 where the vocabulary needs it, l
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from neuron_explainer import files
 from neuron_explainer.activations.corpus import TokenCorpus
-from neuron_explainer.activations.manifest import MANIFEST_FILE, read_manifest
-from neuron_explainer.errors import CheckpointError, InputError, SourceError
+from neuron_explainer.errors import CheckpointError, InputError, SourceError, shown
 from neuron_explainer.models.model_context import ModelContext
+from neuron_explainer.settings.fields import read_fields
 
+MANIFEST_FILE = "manifest.json"
 _KIND, _VERSION = "token_file", 1
+T = TypeVar("T")
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _FILES = {"tokens": "tokens.bin", "starts": "starts.bin"}
+
+
+@dataclass(frozen=True)
+class _TokenManifest:
+    """``manifest.json`` of a token file's folder."""
+
+    format_version: int
+    kind: str
+    source: str
+    tokenizer: str
+    vocabulary: int
+    dtype: Literal["uint16", "uint32"]
+    n_tokens: int
+    n_documents: int
+    sha256: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if set(self.sha256) != set(_FILES.values()):
+            raise CheckpointError(f"sha256 should name {', '.join(_FILES.values())}.")
+        if min(self.n_tokens, self.n_documents, self.vocabulary) < 1:
+            raise CheckpointError("n_tokens, n_documents and vocabulary should be at least 1.")
+
+
+def read_manifest(folder: Path, manifest: type[T], kind: str, version: int) -> T:
+    """The content of the ``manifest.json`` in a folder; an error if its kind or version differs."""
+    path = folder / MANIFEST_FILE
+    found = files.read_json(path)
+    if (found.get("kind"), found.get("format_version")) != (kind, version):
+        raise CheckpointError(
+            f"{path}: expected kind {kind!r} of format_version {version}, found "
+            f"{shown(found.get('kind'))} of {shown(found.get('format_version'))}."
+        )
+    return read_fields(manifest, found, str(path), error=CheckpointError)
 
 
 def write_token_file(
@@ -28,9 +64,10 @@ def write_token_file(
     """Tokenise documents into a folder that must be absent or empty, and open it.
 
     Args:
-        folder: to write.
-        documents: texts, one at a time in memory; ``<|endoftext|>`` in them is the special token.
-        context: whose tokenizer is used.
+        folder: the folder to write.
+        documents: texts, held in memory one at a time; ``<|endoftext|>`` in them becomes the special
+            token.
+        context: the model whose tokenizer is used.
         progress: show a progress bar on stderr.
     """
     vocabulary = _vocabulary_of(context)
@@ -63,58 +100,28 @@ def write_token_file(
 def open_token_file(
     folder: str | Path, context: ModelContext | None = None, *, verify: bool = False
 ) -> TokenCorpus:
-    """A corpus over the mapped file; it takes next to no memory.
+    """The corpus in a token file. The file is mapped, so the corpus takes next to no memory.
 
     Args:
-        folder: as :func:`write_token_file` left it.
-        context: the model that the tokens are for; one with another tokenizer is refused.
-        verify: compare the checksums too, which reads everything; sizes are compared always.
+        folder: written by :func:`write_token_file`.
+        context: the model that will read the tokens; a model with another tokenizer is refused.
+        verify: check the SHA-256 of the files too, which reads all of them; sizes are always checked.
     """
     folder = Path(folder).expanduser()
-    manifest = _checked_manifest(folder)
+    manifest = read_manifest(folder, _TokenManifest, _KIND, _VERSION)
     if context is not None:
         _check_tokenizer(folder, manifest, context)
-    dtype, n_tokens = _DTYPES[manifest["dtype"]], manifest["n_tokens"]
-    sizes = {"tokens": n_tokens * dtype.itemsize, "starts": 8 * (manifest["n_documents"] + 1)}
+    dtype, n_tokens = _DTYPES[manifest.dtype], manifest.n_tokens
+    sizes = {"tokens": n_tokens * dtype.itemsize, "starts": 8 * (manifest.n_documents + 1)}
     for key, name in _FILES.items():
-        _check_file(folder / name, sizes[key], manifest["sha256"][name] if verify else None)
+        _check_file(folder / name, sizes[key], manifest.sha256[name] if verify else None)
     starts = np.fromfile(folder / _FILES["starts"], dtype="<i8").astype(np.int64)
     if starts[0] != 0 or starts[-1] != n_tokens or bool((np.diff(starts) < 0).any()):
         raise CheckpointError(f"{folder / _FILES['starts']} does not fit the {n_tokens} tokens.")
     tokens = np.memmap(folder / _FILES["tokens"], dtype=dtype, mode="r", shape=(n_tokens,))
-    numbers = np.arange(manifest["n_documents"])
-    return TokenCorpus(tokens, starts, numbers, manifest["source"], manifest["vocabulary"])
-
-
-_FIELDS: dict[str, type] = {
-    "source": str,
-    "tokenizer": str,
-    "vocabulary": int,
-    "dtype": str,
-    "n_tokens": int,
-    "n_documents": int,
-    "sha256": dict,
-}
-
-
-def _checked_manifest(folder: Path) -> dict[str, Any]:
-    manifest = read_manifest(folder, _KIND, _VERSION)
-    wrong = [
-        f"{key} should be of type {kind.__name__}, found {manifest.get(key)!r}"
-        for key, kind in _FIELDS.items()
-        if not isinstance(manifest.get(key), kind)
-    ]
-    if not wrong and manifest["dtype"] not in _DTYPES:
-        wrong.append(f"dtype should be {' or '.join(_DTYPES)}, found {manifest['dtype']!r}")
-    if not wrong and set(manifest["sha256"]) != set(_FILES.values()):
-        wrong.append(f"sha256 should name {', '.join(_FILES.values())}")
-    if not wrong and (manifest["n_tokens"] < 1 or manifest["n_documents"] < 1):
-        wrong.append("n_tokens and n_documents should be at least 1")
-    if wrong:
-        raise CheckpointError(
-            f"{folder / MANIFEST_FILE}: {'; '.join(wrong)}. Write the token file anew."
-        )
-    return manifest
+    numbers = np.arange(manifest.n_documents)
+    origin = {"source": str(folder.resolve())}
+    return TokenCorpus(tokens, starts, numbers, manifest.source, manifest.vocabulary, origin)
 
 
 def _check_file(path: Path, size: int, sha256: str | None) -> None:
@@ -128,8 +135,8 @@ def _check_file(path: Path, size: int, sha256: str | None) -> None:
         raise CheckpointError(f"{path}: expected SHA-256 {sha256}, found {digest}: damaged.")
 
 
-def _check_tokenizer(folder: Path, manifest: dict[str, Any], context: ModelContext) -> None:
-    there = manifest["tokenizer"], manifest["vocabulary"]
+def _check_tokenizer(folder: Path, manifest: _TokenManifest, context: ModelContext) -> None:
+    there = manifest.tokenizer, manifest.vocabulary
     here = _tokenizer_name(context), _vocabulary_of(context)
     if there != here:
         raise InputError(

@@ -2,10 +2,13 @@
 
 import argparse
 import dataclasses
+import typing
 from typing import Any
 
 from neuron_explainer import files
-from neuron_explainer.cli.common import Result, add_verb, autoencoder_path
+from neuron_explainer.cli.common import Result, add_verb, say
+from neuron_explainer.cli.open import autoencoder_source
+from neuron_explainer.settings.flags import add_flag, own_docs
 
 
 def register(verbs: Any) -> None:
@@ -16,30 +19,40 @@ def register(verbs: Any) -> None:
 
 def _register_convert(verbs: Any) -> None:
     convert = add_verb(
-        verbs, "convert", "rewrite an autoencoder in another format", run_convert, show_convert
+        verbs,
+        "convert",
+        "rewrite an autoencoder in another format",
+        run_convert,
+        show_convert,
+        declare=_declare_convert,
+        example="neuron-explainer convert ae-resid-delta-mlp converted --layer 2 --format saelens",
     )
-    convert.add_argument("source", help="folder, file or URL of any known format")
+    convert.add_argument(
+        "source", help="folder, file or URL of any known format, a name, or a run's folder"
+    )
+    convert.add_argument("--layer", type=int, metavar="N", help="which one of several")
     convert.add_argument("destination", help="folder to write")
-    convert.add_argument(
-        "--format",
-        required=True,
-        choices=["native", "saelens", "dictionary_learning", "sparsify"],
-        help="to write",
-    )
     convert.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
-    convert.add_argument("--location", help="where it belongs, such as 8/resid.torso.delta_mlp")
+
+
+def _declare_convert(convert: argparse.ArgumentParser) -> None:
+    """The flags that follow from the formats: which are written, and what can be stated of each."""
+    from neuron_explainer.models.checkpoints.autoencoders import FORMATS, WRITTEN_FORMATS, Stated
+
     convert.add_argument(
-        "--input-normalization",
-        choices=["none", "center", "layer_norm", "rms"],
-        help="where the source does not say it",
+        "--format", required=True, choices=["native", *WRITTEN_FORMATS], help="to write"
     )
-    convert.add_argument("--norm-factor", type=float, help="likewise (SAELens, Gemma Scope)")
-    convert.add_argument("--k", type=int, help="likewise (dictionary_learning)")
-    convert.add_argument("--threshold", type=float, help="likewise (dictionary_learning)")
+    stated = convert.add_argument_group("what the source does not say")
+    docs, hints = own_docs(Stated), typing.get_type_hints(Stated)
+    for name, hint in hints.items():
+        takers = ", ".join(form.name for form in FORMATS if name in form.states)
+        add_flag(stated, name, hint, docs[name] + (f" ({takers})" if takers else ""), None)
 
 
 def _register_cache(verbs: Any) -> None:
-    cache = verbs.add_parser("cache", help="files that were downloaded", description="Downloads.")
+    about = "files that were downloaded"
+    cache = verbs.add_parser("cache", help=about, description="Downloads.")
+    cache.about, cache.example = about, "neuron-explainer cache list"
     actions = cache.add_subparsers(dest="action", required=True, metavar="ACTION")
     add_verb(actions, "list", "what is there", run_cache_list, show_cache)
     add_verb(actions, "verify", "check sizes and hashes", run_cache_verify, show_cache)
@@ -50,20 +63,20 @@ def _register_cache(verbs: Any) -> None:
 def run_convert(args: argparse.Namespace) -> Result:
     """Rewrite an autoencoder in another format; what that format cannot express is an error."""
     from neuron_explainer.models.autoencoders.convert import convert
+    from neuron_explainer.models.checkpoints.autoencoders import Stated
 
-    stated = {
-        name: value
-        for name in ("input_normalization", "location", "norm_factor", "k", "threshold")
-        if (value := getattr(args, name)) is not None
-    }
-    source = autoencoder_path(args.source)
+    given = vars(args)
+    source, known = autoencoder_source(args.source, args.layer)
+    stated = typing.cast(
+        Stated, known | {name: given[name] for name in Stated.__annotations__ if name in given}
+    )
     convert(source, args.destination, args.format, overwrite=args.overwrite, **stated)
     return {"source": args.source, "destination": args.destination, "format": args.format}
 
 
 def show_convert(result: Result) -> None:
-    """Where it is now."""
-    print(f"{result['source']} is now in {result['destination']}, as {result['format']}")
+    """Print where the result is."""
+    say(f"{result['source']} is now in {result['destination']}, as {result['format']}")
 
 
 def run_cache_list(args: argparse.Namespace) -> Result:
@@ -92,8 +105,8 @@ def _plain(entry: files.CacheEntry) -> Result:
 
 
 def show_cache(result: Result) -> None:
-    """A line a file."""
+    """Print one line for each file."""
     total = sum(entry["size"] for entry in result["files"])
-    print(f"{result['folder']}: {len(result['files'])} files, {total / 1e6:.1f} MB")
+    say(f"{result['folder']}: {len(result['files'])} files, {total / 1e6:.1f} MB")
     for entry in result["files"]:
-        print(f"  {entry['size']:>12,}  {entry['problem'] or 'ok'}  {entry['source']}")
+        say(f"  {entry['size']:>12,}  {entry['problem'] or 'ok'}  {entry['source']}")

@@ -3,8 +3,6 @@
 And what comes after: measuring it, making it leaner, showing it.
 """
 
-from neuron_explainer.analysis.report import write_report
-from neuron_explainer.analysis.sentences import summarize_sentences
 from neuron_explainer.dictionaries.config import TrainConfig
 from neuron_explainer.dictionaries.finetune import finetune_decoder
 from neuron_explainer.dictionaries.objectives import (
@@ -13,12 +11,12 @@ from neuron_explainer.dictionaries.objectives import (
     JumpReLUConfig,
     Loss,
     MatryoshkaConfig,
-    Moment,
     Objective,
     ObjectiveConfig,
     PAnnealConfig,
     ReLUConfig,
     SparseLatents,
+    StepFacts,
     TopKConfig,
     register,
 )
@@ -26,7 +24,7 @@ from neuron_explainer.dictionaries.prune import prune
 from neuron_explainer.dictionaries.train import StepReport, train, train_many
 from neuron_explainer.evaluation.evaluate import evaluate, evaluate_all, measure
 from neuron_explainer.evaluation.figures import Evaluation, evaluation_table
-from neuron_explainer.settings.from_files import read_config
+from neuron_explainer.settings import read_config
 
 __all__ = [
     "BatchTopKConfig",
@@ -35,12 +33,12 @@ __all__ = [
     "JumpReLUConfig",
     "Loss",
     "MatryoshkaConfig",
-    "Moment",
     "Objective",
     "ObjectiveConfig",
     "PAnnealConfig",
     "ReLUConfig",
     "SparseLatents",
+    "StepFacts",
     "StepReport",
     "TopKConfig",
     "TrainConfig",
@@ -52,8 +50,6 @@ __all__ = [
     "prune",
     "read_config",
     "register",
-    "summarize_sentences",
     "train",
     "train_many",
-    "write_report",
 ]

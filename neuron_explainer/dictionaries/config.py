@@ -6,7 +6,7 @@ meaning. ``config_files.py`` reads both from TOML and JSON, ``flags.py`` makes c
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -16,6 +16,7 @@ from neuron_explainer.dictionaries.objectives import ObjectiveConfig, TopKConfig
 from neuron_explainer.dictionaries.schedules import Decay
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.settings.fields import check_types, to_dict
 
 Normalization = Literal["none", "constant", "center", "layer_norm", "rms"]
 Remedy = Literal["none", "resample", "ghost"]
@@ -120,8 +121,8 @@ class TrainConfig:
     """Steps between two checkpoints, if there is a folder; a tenth of all, at most 1000, if not given."""
     keep_checkpoints: int = 2
     """Checkpoints that stay, the newest."""
-    log_every: int = 100
-    """Steps between two lines of the log."""
+    log_every: int | None = None
+    """Steps between two lines of the log; a fiftieth of all, at most 100, if not given."""
 
     location: str | None = None
     """Where in the model the inputs come from, such as 3/mlp.post_act; recorded."""
@@ -131,6 +132,7 @@ class TrainConfig:
     """The model whose activations these are; recorded."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         _ = self.objective.name  # an error if it is none
         for location in (self.location, self.output_location):
             if location is not None:
@@ -145,6 +147,7 @@ class TrainConfig:
         for name in _AT_LEAST_1 + _AT_LEAST_0:
             value, least = getattr(self, name), int(name in _AT_LEAST_1)
             _check(name, value is None or value >= least, f"at least {least}", value)
+        _check("seed", 0 <= self.seed < 2**64, "in 0 to 2**64 - 1", self.seed)
         if self.lr is not None:
             _check("lr", self.lr > 0 and math.isfinite(self.lr), "above 0", self.lr)
         _check("eps", self.eps > 0, "above 0", self.eps)
@@ -203,12 +206,12 @@ class TrainConfig:
     def _check_remedy(self) -> None:
         if self.remedy != "resample":
             return
-        if self.resampling >= self.total_steps:
+        if self.resample_interval >= self.total_steps:
             raise InputError(
-                f"resample_every = {self.resampling} is not less than the {self.total_steps} steps of "
+                f"resample_every = {self.resample_interval} is not less than the {self.total_steps} steps of "
                 "the run: nothing would ever be resampled."
             )
-        if self.decay != "none" and self.total_steps - self.decaying < self.resampling:
+        if self.decay != "none" and self.total_steps - self.n_decay_steps < self.resample_interval:
             raise InputError(
                 "the learning rate decays before the first resampling; make decay_steps or "
                 "resample_every smaller."
@@ -220,7 +223,7 @@ class TrainConfig:
             return
         steps = self.total_steps - 1
         if self.remedy == "resample":
-            steps -= steps % self.resampling
+            steps -= steps % self.resample_interval
         if self.dead_after(n_tokens) > steps * n_tokens:
             raise InputError(
                 f"remedy = {self.remedy} can never start: dead_after_tokens = "
@@ -237,7 +240,7 @@ class TrainConfig:
         return self.num_tokens // self.batch_size
 
     @property
-    def warming_up(self) -> int:
+    def n_warmup_steps(self) -> int:
         """Steps in which the learning rate rises."""
         if self.warmup_steps is not None:
             return self.warmup_steps
@@ -245,21 +248,26 @@ class TrainConfig:
         return min(1000, self.total_steps // 20, room)
 
     @property
-    def decaying(self) -> int:
+    def n_decay_steps(self) -> int:
         """Steps in which the learning rate falls, if it does."""
         if self.decay_steps is not None:
             return self.decay_steps or self.total_steps
-        return max(1, min(self.total_steps // 5, self.total_steps - self.warming_up))
+        return max(1, min(self.total_steps // 5, self.total_steps - self.n_warmup_steps))
 
     @property
-    def resampling(self) -> int:
+    def resample_interval(self) -> int:
         """Steps between two resamplings."""
         return self.resample_every or max(1, min(25_000, self.total_steps // 4))
 
     @property
-    def checkpointing(self) -> int:
+    def checkpoint_interval(self) -> int:
         """Steps between two checkpoints."""
         return self.checkpoint_every or max(1, min(1000, self.total_steps // 10))
+
+    @property
+    def log_interval(self) -> int:
+        """Steps between two lines of the log."""
+        return self.log_every or max(1, min(100, self.total_steps // 50))
 
     def dead_after(self, n_tokens: int) -> int:
         """Tokens after which a silent latent is dead, where a batch has ``n_tokens``."""
@@ -268,6 +276,24 @@ class TrainConfig:
     def lr_for(self, n_latents: int) -> float:
         """Learning rate of so many latents."""
         return 2e-4 / math.sqrt(n_latents / 2**14) if self.lr is None else self.lr
+
+    def resolved(self, n_inputs: int) -> dict[str, Any]:
+        """All settings as they come out for activations of a width, with the defaults worked out."""
+        n_latents = self.latents_for(n_inputs)
+        worked_out = {
+            "n_latents": n_latents,
+            "expansion": n_latents / n_inputs,
+            "steps": self.total_steps,
+            "num_tokens": self.total_steps * self.batch_size,
+            "lr": self.lr_for(n_latents),
+            "warmup_steps": self.n_warmup_steps,
+            "decay_steps": 0 if self.decay == "none" else self.n_decay_steps,
+            "dead_after_tokens": self.dead_after(self.batch_size),
+            "resample_every": self.resample_interval if self.remedy == "resample" else None,
+            "checkpoint_every": self.checkpoint_interval,
+            "log_every": self.log_interval,
+        }
+        return {**to_dict(self), **worked_out}
 
     @property
     def torch_dtype(self) -> torch.dtype:

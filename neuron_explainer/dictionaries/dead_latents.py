@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuron_explainer.dictionaries.dictionary import Dictionary
+from neuron_explainer.dictionaries.dictionary import LearnedDictionary
 from neuron_explainer.dictionaries.objectives import SparseLatents
 
 
@@ -47,7 +47,7 @@ class ActivityCounter(nn.Module):
         self.silent.index_fill_(0, latents, 0)
 
 
-def ghost_loss(dictionary: Dictionary, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
+def ghost_loss(dictionary: LearnedDictionary, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
     """``[]``: a loss that draws dead latents towards what the living leave over.
 
         g = exp(dead pre-activations) · their rows, scaled to half the length of the error e
@@ -72,7 +72,7 @@ def ghost_loss(dictionary: Dictionary, x: Tensor, error: Tensor, dead: Tensor) -
 
 @torch.no_grad()
 def resample(
-    dictionary: Dictionary,
+    dictionary: LearnedDictionary,
     dead: Tensor,
     x: Tensor,
     target: Tensor,

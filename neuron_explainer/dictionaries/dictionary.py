@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuron_explainer.dictionaries.distributed import ALONE, World
-from neuron_explainer.kernels.memory import row_blocks
+from neuron_explainer.dictionaries.distributed import SINGLE_PROCESS, World
+from neuron_explainer.kernels.workspace import row_blocks
 from neuron_explainer.models.autoencoder import Autoencoder
 
 DecoderNorm = Literal["unit", "at_most_unit", "free"]
 
 
-class Dictionary(nn.Module):
+class LearnedDictionary(nn.Module):
     """Encoder ``[l, n]``, decoder ``[l, o]`` and their biases, in units of normalised inputs.
 
     Args:
@@ -32,7 +32,9 @@ class Dictionary(nn.Module):
         skip: whether a linear map of the input goes past the latents; transcoders only.
         autocast: whether matrix products are computed in bfloat16.
         generator: draws the first directions, on the CPU so that they do not depend on the device.
-        here: which of the latents this has, the others being in other processes; all if None.
+        world: the processes that train it. Each has the whole of it, and sees a part of every batch; or
+            each has some of the latents, and sees whole batches. Every method gives the result of one
+            process alone.
     """
 
     input_mean: Tensor
@@ -55,10 +57,11 @@ class Dictionary(nn.Module):
         autocast: bool = False,
         dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
-        here: range | None = None,
+        world: World = SINGLE_PROCESS,
     ) -> None:
         super().__init__()
-        here = range(n_latents) if here is None else here
+        self.world = world
+        here = world.latents(n_latents)
         self.n_latents_everywhere, self.n_latents, self.n_inputs = n_latents, len(here), n_inputs
         self.first_latent = here.start
         self.is_transcoder = n_outputs is not None
@@ -110,18 +113,27 @@ class Dictionary(nn.Module):
             # Not off the input, which then needs no gradient: a third of the encoder's work.
             return F.linear(x, weight, bias - weight @ self.pre_bias).to(x.dtype)
 
-    def decode(self, latents: Tensor, x: Tensor, world: World = ALONE) -> Tensor:
-        """``[b, l]`` dense, ``[b, n]`` (for the skip connection) ``-> [b, o]``, of all latents where
-        processes have some of them each."""
+    def decode(self, latents: Tensor, x: Tensor) -> Tensor:
+        """The reconstruction ``[b, o]`` from latents ``[b, l]``; inputs ``[b, n]`` are for the skip
+        connection."""
         with self.products(x):
             recons = (latents @ self.rows).to(x.dtype)
-        return self.join(recons, x, world)
+        return self.complete(recons, x)
 
-    def join(self, recons: Tensor, x: Tensor, world: World) -> Tensor:
-        """``[b, o]``: what the latents of all processes give, plus bias and skip connection."""
-        if not world.splits_latents or world.is_first:  # what all share is added once
+    def complete(self, recons: Tensor, x: Tensor) -> Tensor:
+        """The reconstruction ``[b, o]``, given the weighted sum ``[b, o]`` of the rows of active latents:
+        summed over processes, plus bias and skip connection."""
+        if not self.world.splits_latents or self.world.is_rank_zero:  # what all share is added once
             recons = self.add_rest(recons, x)
-        return world.add_up(recons)
+        return self.total(recons)
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over all latents, given the sum ``x`` over those of this process."""
+        return self.world.total_over_latents(x)
+
+    def mean(self, x: Tensor, n_tokens: int) -> Tensor:
+        """The mean over a batch of ``n_tokens``, given the mean ``x`` over the tokens of this process."""
+        return self.world.mean_over_batch(x, n_tokens)
 
     def add_rest(self, recons: Tensor, x: Tensor) -> Tensor:
         """``[b, o]``: what the latents give, plus bias and skip connection."""

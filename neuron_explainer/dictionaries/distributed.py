@@ -51,7 +51,7 @@ class World:
     """Where this one computes; where config or batches say if not given."""
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this process writes files and shows progress."""
         return self.rank == 0
 
@@ -82,18 +82,18 @@ class World:
         rows = self.rows(n)
         return (rows.stop - rows.start) / n if self.splits_batch else 1.0
 
-    def mean(self, x: Tensor, n: int) -> Tensor:
-        """Over a batch of ``n`` rows, of what ``x`` is the mean of over this process's rows.
+    def mean_over_batch(self, x: Tensor, n: int) -> Tensor:
+        """The mean over a batch of ``n`` rows, of which ``x`` is the mean over this process's rows.
 
         Its gradient is that of ``x``: gradients are averaged later, and so is this one.
         """
         if not self.splits_batch:
             return x
-        return _with_value(x, self.sum_(x.detach() * self.share(n)))
+        return _with_value(x, self.all_reduce_sum(x.detach() * self.share(n)))
 
-    def smallest(self, x: Tensor) -> Tensor:
-        """Entry by entry, the smallest over the parts of a batch; without gradient."""
-        return self.smallest_of_all(x) if self.splits_batch else x
+    def min_over_batch(self, x: Tensor) -> Tensor:
+        """Entry by entry, the minimum over the parts of a batch; without gradient."""
+        return self.all_reduce_min(x) if self.splits_batch else x
 
     def gather_rows(self, x: Tensor, n: int) -> Tensor:
         """``[r, …] -> [b, …]``: of each process its rows of a batch of ``n``; without gradient."""
@@ -109,7 +109,7 @@ class World:
 
         ``m`` may differ from process to process; the lower rank comes first where values are equal.
         """
-        longest = -int(self.smallest_of_all(torch.tensor(-len(values))))
+        longest = -int(self.all_reduce_min(torch.tensor(-len(values))))
         everyone = torch.cat(self._gather(_padded(values.detach(), longest, -torch.inf)))
         chosen = torch.zeros(len(everyone), dtype=torch.bool, device=values.device)
         order = everyone.sort(descending=True, stable=True).indices
@@ -130,16 +130,12 @@ class World:
             )
         return range(each * self.rank, each * (self.rank + 1))
 
-    def count(self, n: int) -> int:
-        """Sum over the parts of the latents, where these are what is divided."""
-        return int(self.sum_(torch.tensor(n))) if self.splits_latents else n
-
-    def add_up(self, x: Tensor) -> Tensor:
-        """Sum over the parts of the latents; every process computes the same loss of it, so that its
+    def total_over_latents(self, x: Tensor) -> Tensor:
+        """The sum over the parts of the latents. Every process computes the same loss from it, so the
         gradient is that of this process's part."""
-        return _with_value(x, self.sum_(x.detach().clone())) if self.splits_latents else x
+        return _with_value(x, self.all_reduce_sum(x.detach().clone())) if self.splits_latents else x
 
-    def standing(self, values: Tensor, k: int) -> Tensor:
+    def global_rank(self, values: Tensor, k: int) -> Tensor:
         """``[b, ≤ k] -> [b, ≤ k]`` int64: for each token, how many latents of all processes have a
         larger value, each process having given its largest; the lower latent where values are equal.
         """
@@ -150,14 +146,14 @@ class World:
         places = torch.arange(order.shape[1], device=order.device).expand_as(order)
         return torch.empty_like(order).scatter_(1, order, places)[:, self.rank * k :][:, :width]
 
-    def send_to_first(self, x: Tensor, source: int, shape: Sequence[int]) -> Tensor | None:
+    def send_to_rank_zero(self, x: Tensor, source: int, shape: Sequence[int]) -> Tensor | None:
         """``x`` of the process ``source``, of that shape, for the first one, on the CPU."""
         if source == self.rank:
             x = x.detach().cpu().contiguous()
             if source:
                 self._do(dist.send, x, 0)
-            return x if self.is_first else None
-        if not self.is_first:
+            return x if self.is_rank_zero else None
+        if not self.is_rank_zero:
             return None
         received = torch.empty(*shape, dtype=x.dtype)
         self._do(dist.recv, received, source)
@@ -165,11 +161,11 @@ class World:
 
     # ---- for either ------------------------------------------------------------------------------
 
-    def sum_(self, x: Tensor) -> Tensor:
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
         """Sum over processes, written to ``x``."""
         return self._reduce(x, dist.ReduceOp.SUM) if self.size > 1 else x
 
-    def smallest_of_all(self, x: Tensor) -> Tensor:
+    def all_reduce_min(self, x: Tensor) -> Tensor:
         """Entry by entry, the smallest over processes; without gradient."""
         return self._reduce(x.detach().clone(), dist.ReduceOp.MIN) if self.size > 1 else x
 
@@ -181,29 +177,23 @@ class World:
             if parameter.grad is None and self.splits_latents:  # used by the first process alone
                 parameter.grad = torch.zeros_like(parameter)
             if parameter.grad is not None:
-                self.sum_(parameter.grad)
+                self.all_reduce_sum(parameter.grad)
 
-    def agree(self, tensors: Iterable[Tensor]) -> None:
-        """Give all processes the first one's values."""
-        if self.size > 1:
-            for tensor in tensors:
-                self._do(dist.broadcast, tensor.detach(), 0)
-
-    def everyone(self, holds: bool) -> bool:
+    def all_true(self, holds: bool) -> bool:
         """Whether something holds in every process."""
         if self.size == 1:
             return holds
         return bool(self._reduce(torch.tensor(int(holds)), dist.ReduceOp.MIN))
 
-    def on_first(self, function: Callable[[], T]) -> T:
+    def on_rank_zero(self, function: Callable[[], T]) -> T:
         """What ``function`` gives in the first process, or an error in all if it fails there.
 
         The others wait for it. It must give what JSON can hold.
         """
         if self.size == 1:
             return function()
-        if not self.is_first:
-            told = self.tell(None, 0)
+        if not self.is_rank_zero:
+            told = self.broadcast_object(None, 0)
             if "error" in told:
                 raise InputError(told["error"])
             return told["value"]  # type: ignore[no-any-return]
@@ -211,12 +201,12 @@ class World:
             value = function()
         except Exception as error:  # whatever it is, the others must not wait for a value
             with contextlib.suppress(DistributedError):
-                self.tell({"error": str(error)}, 0)
+                self.broadcast_object({"error": str(error)}, 0)
             raise
-        self.tell({"value": value}, 0)
+        self.broadcast_object({"value": value}, 0)
         return value
 
-    def tell(self, message: Any, source: int) -> Any:
+    def broadcast_object(self, message: Any, source: int) -> Any:
         """What the process ``source`` says, as JSON holds it."""
         text = json.dumps(message).encode() if source == self.rank else b""
         length = torch.tensor(len(text))
@@ -227,12 +217,13 @@ class World:
         self._do(dist.broadcast, content, source)
         return json.loads(bytes(content.numpy()))
 
-    def broadcast_(self, x: Tensor, source: int) -> Tensor:
-        """The values of the process ``source``, written to ``x``."""
-        self._do(dist.broadcast, x, source)
+    def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
+        """Write the values of the process ``source`` to ``x``, and return it."""
+        if self.size > 1:
+            self._do(dist.broadcast, x.detach(), source)
         return x
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until all processes are here."""
         self._do(dist.barrier)
 
@@ -257,7 +248,7 @@ class World:
             ) from error
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 """One process."""
 
 
@@ -298,7 +289,7 @@ def open_world(
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     where = _device(device)
     # Its functions have the group as a default argument. Imported later (the optimizer does) they would keep
@@ -317,7 +308,7 @@ def open_world(
     world = World(dist.get_rank(), size, split, where)
     yield world
     # Not after an error: what is under way then may never end, and the process ends anyway.
-    world.meet()
+    world.barrier()
     dist.destroy_process_group()
 
 

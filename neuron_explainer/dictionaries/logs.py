@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self, TypeVar
 from tqdm import tqdm
 
 from neuron_explainer import files
-from neuron_explainer.dictionaries.run_folder import RunFolder
+from neuron_explainer.dictionaries.runs import RunFolder
 from neuron_explainer.errors import InputError, MissingExtraError, did_you_mean
 
 Metrics = Mapping[str, Mapping[str, float]]
@@ -64,7 +64,7 @@ class JsonLines:
 class ProgressBar:
     """Rate, loss terms, L0, FVU and dead latents, as means over all dictionaries."""
 
-    def __init__(self, steps: int, step: int, show: bool) -> None:
+    def __init__(self, steps: int | None, step: int, show: bool) -> None:
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=not show)
 
     def step(self) -> None:
@@ -124,8 +124,9 @@ class Logs:
     """All that a run writes to while it goes on; closed together, in whatever way it ends.
 
     Args:
-        steps: of the whole run.
-        step: from which it goes on.
+        steps: of the whole run, if that is known.
+        step: the step that the run has reached.
+        tokens: activations that it has seen so far.
         place: the run's folder, if it has one.
         progress: whether to show a bar.
         log_to: ``"tensorboard"``, ``"wandb"``; they need a folder.
@@ -134,8 +135,9 @@ class Logs:
 
     def __init__(
         self,
-        steps: int,
+        steps: int | None,
         step: int,
+        tokens: int,
         place: RunFolder | None,
         progress: bool,
         log_to: Iterable[str],
@@ -159,6 +161,7 @@ class Logs:
                     )
                     self._loggers.append(_keep(stack, extra))
             self._stack = stack.pop_all()
+        self._tokens, self._time = tokens, time.perf_counter()
 
     def __enter__(self) -> Self:
         return self
@@ -166,21 +169,18 @@ class Logs:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def start_clock(self, tokens: int) -> None:
-        """From here on tokens per second are counted."""
-        self._tokens, self._time = tokens, time.perf_counter()
-
     def step(self) -> None:
         """A step is done."""
         self._bar.step()
 
-    def write(self, step: int, tokens: int, metrics: Metrics) -> None:
-        """The numbers of a step, to all."""
+    def write(self, step: int, tokens: int, metrics: Metrics, epoch: int | None = None) -> None:
+        """Send the numbers of a step to every logger; ``epoch`` counts from 0, where a run has epochs."""
         now = time.perf_counter()
         rate = (tokens - self._tokens) / max(now - self._time, 1e-9)
-        self.start_clock(tokens)
+        self._tokens, self._time = tokens, now
+        common: dict[str, float] = {} if epoch is None else {"epoch": epoch}
         for logger in self._loggers:
-            logger.write(step, {"tokens": tokens, "tokens_per_second": rate}, metrics)
+            logger.write(step, common | {"tokens": tokens, "tokens_per_second": rate}, metrics)
 
     def sync(self) -> None:
         """Make all lines so far last, as the checkpoint does that comes after them."""

@@ -5,38 +5,31 @@ its code: ReLU with an L1 of 2, eight latents for each entry, a learning rate of
 the first tenth of the steps, the residual stream after a block, activations as they are.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from neuron_explainer import files
 from neuron_explainer.activations import DataConfig
 from neuron_explainer.dictionaries.config import TrainConfig
-from neuron_explainer.errors import InputError, did_you_mean
-from neuron_explainer.settings.from_files import from_dict, plain_value, split_fields
+from neuron_explainer.errors import InputError
+from neuron_explainer.settings import from_dict, split_fields
 
-_KNOWN: dict[str, type[Any]] = {
-    "context_length": int,
-    "llm_batch_size": int,
-    "sae_batch_size": int,
-    "device": str,
-    "save_dir": str,
-    "model_name": str,
-    "random_seed": int,
-    "layer": int,
-    "dataset_name": str,
-    "num_tokens": int,
-}
-_DEFAULTS: dict[str, Any] = {
-    "context_length": 128,
-    "llm_batch_size": 512,
-    "sae_batch_size": 8192,
-    "save_dir": "sae_results/",
-    "model_name": "EleutherAI/pythia-70m-deduped",
-    "random_seed": 42,
-    "layer": 3,
-    "dataset_name": "monology/pile-uncopyrighted",
-    "num_tokens": 10_000,
-}
+
+@dataclass(frozen=True)
+class _Entries:
+    """The entries of a ``params.json``; those that are absent are as the script has them."""
+
+    context_length: int = 128
+    llm_batch_size: int = 512
+    sae_batch_size: int = 8192
+    device: str | None = None
+    save_dir: str = "sae_results/"
+    model_name: str = "EleutherAI/pythia-70m-deduped"
+    random_seed: int = 42
+    layer: int = 3
+    dataset_name: str = "monology/pile-uncopyrighted"
+    num_tokens: int = 10_000
 
 
 class Params(NamedTuple):
@@ -62,38 +55,32 @@ def read_params(path: str | Path) -> Params:
 
     Model and data set are names on the Hugging Face hub, but for those that are names or paths here.
     """
-    values = dict(_DEFAULTS)
-    for name, entry in files.read_json(path).items():
-        if name not in _KNOWN:
-            raise InputError(
-                f"{path}: unknown entry {name!r}.{did_you_mean(name, _KNOWN)} "
-                f"Known: {', '.join(_KNOWN)}."
-            )
-        value = plain_value(entry)
-        if type(value) is not _KNOWN[name]:
-            raise InputError(f"{path}: {name}: expected {_KNOWN[name].__name__}, found {value!r}.")
-        values[name] = value
-    steps = values["num_tokens"] // values["sae_batch_size"]
+    entries = from_dict(_Entries, files.read_json(path), str(path))
+    if entries.sae_batch_size < 1:
+        raise InputError(
+            f"{path}: sae_batch_size must be at least 1, found {entries.sae_batch_size}."
+        )
+    steps = entries.num_tokens // entries.sae_batch_size
     fields = {
         "objective": {"name": "relu", "l1_coefficient": 2.0},
         "expansion": 8.0,
-        "num_tokens": values["num_tokens"],
-        "batch_size": values["sae_batch_size"],
+        "num_tokens": entries.num_tokens,
+        "batch_size": entries.sae_batch_size,
         "lr": 3e-4,
         "warmup_steps": steps // 10,
         "decay": "none",
         "input_normalization": "none",
         "log_every": max(1, steps // 10),
-        "seed": values["random_seed"],
-        "device": values.get("device"),
-        "location": f"{values['layer']}/resid.torso.post_mlp",
-        "model_name": _here_or_on_the_hub(values["model_name"]),
-        "context_length": values["context_length"],
-        "windows_per_forward": values["llm_batch_size"],
+        "seed": entries.random_seed,
+        "device": entries.device,
+        "location": f"{entries.layer}/resid.torso.post_mlp",
+        "model_name": _here_or_on_the_hub(entries.model_name),
+        "context_length": entries.context_length,
+        "windows_per_forward": entries.llm_batch_size,
         # A data set of the hub may be larger than any memory; the rest is for what is held out.
-        "corpus_tokens": 2 * values["num_tokens"],
+        "corpus_tokens": 2 * entries.num_tokens,
     }
-    return Params(fields, _here_or_on_the_hub(values["dataset_name"]), values["save_dir"])
+    return Params(fields, _here_or_on_the_hub(entries.dataset_name), entries.save_dir)
 
 
 def _here_or_on_the_hub(name: str) -> str:

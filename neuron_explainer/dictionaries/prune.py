@@ -11,45 +11,15 @@ Shape legend: ``n`` inputs, ``l`` latents, ``…`` any leading axes.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from neuron_explainer.dictionaries.rebuild import rebuilt
 from neuron_explainer.errors import InputError
-from neuron_explainer.evaluation.evaluate import Activations, coded_pieces
+from neuron_explainer.evaluation.evaluate import Activations
+from neuron_explainer.evaluation.latent_activity import LatentActivity
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.models.autoencoders.latents import Latents
-from neuron_explainer.models.autoencoders.nonlinearities import Gated, activation_name
 from neuron_explainer.models.checkpoints.autoencoders.state import select_latents
-
-
-class LatentActivity:
-    """Running totals over tokens: how often each latent fires, and how large it gets."""
-
-    def __init__(self, n_latents: int) -> None:
-        self.n_tokens = 0
-        self.fired = torch.zeros(n_latents, dtype=torch.int64)
-        """``[l]``: tokens on which it is not zero."""
-        self.largest = torch.zeros(n_latents)
-        """``[l]``: its largest value, in the autoencoder's units."""
-
-    def update(self, latents: Latents) -> Self:
-        """Add the latents of any number of tokens."""
-        values = latents.values.detach().flatten().float().cpu()
-        indices = latents.indices.flatten().cpu()
-        self.n_tokens += latents.values.shape[:-1].numel()
-        self.fired.scatter_add_(0, indices, (values != 0).long())
-        self.largest.scatter_reduce_(0, indices, values, "amax")
-        return self
-
-    def merge(self, other: "LatentActivity") -> Self:
-        """Add the tokens of another accumulator, of another process perhaps."""
-        self.n_tokens += other.n_tokens
-        self.fired = self.fired + other.fired
-        self.largest = torch.maximum(self.largest, other.largest)
-        return self
 
 
 @dataclass(frozen=True)
@@ -90,15 +60,12 @@ def prune(
         min_max_activation: and larger than this on one of them, in the autoencoder's own units,
         min_decoder_norm: and if its decoder direction is at least this long.
         keep_indices: if True, the result has all latents where they were, those left out with weights
-            of zero and zero for ever; :func:`~neuron_explainer.models.autoencoder_context.omit_dead_latents`
+            of zero and zero for ever; :func:`~neuron_explainer.models.autoencoders.pruned.omit_dead_latents`
             takes them out of memory. If False, it is a smaller autoencoder in which the latents that
             are left have moved together.
     """
-    activity = LatentActivity(autoencoder.n_latents)
-    for batch in batches:
-        x = batch[0] if isinstance(batch, tuple) else batch
-        for _, coded in coded_pieces(autoencoder, x.flatten(0, -2)):
-            activity.update(coded.latents)
+    inputs = (batch[0] if isinstance(batch, tuple) else batch for batch in batches)
+    activity = LatentActivity.of(autoencoder, inputs)
     return prune_by(
         autoencoder,
         activity,
@@ -146,8 +113,10 @@ def prune_by(
     else:
         places = kept.nonzero().flatten().to(autoencoder.device)
         state = select_latents(autoencoder.state_dict(), places)
-    metadata = {**autoencoder.metadata, "pruned": counts}
-    return Pruning(autoencoder=rebuilt(autoencoder, state, metadata), kept=kept, **counts)
+    facts = autoencoder.facts
+    facts["metadata"] = {**autoencoder.metadata, "pruned": counts}
+    pruned = Autoencoder.from_state_dict(state, **facts)
+    return Pruning(autoencoder=pruned, kept=kept, **counts)
 
 
 def _masked(autoencoder: Autoencoder, kept: Tensor) -> dict[str, Any]:
@@ -162,9 +131,8 @@ def _masked(autoencoder: Autoencoder, kept: Tensor) -> dict[str, Any]:
     if "decoder.weight" in state:
         state["decoder.weight"] = state["decoder.weight"].clone()
         state["decoder.weight"][:, zero] = 0
-    if activation_name(autoencoder.activation) == Gated.__name__:  # its own biases could let 0 pass
-        fields = dict(state["activation_state_dict"])
-        for key in ("b_gate", "b_mag"):
-            fields[key] = fields[key].masked_fill(zero, 0)
-        state["activation_state_dict"] = fields
+    fields = dict(state["activation_state_dict"])
+    for key in autoencoder.nonlinearity.biases:  # they could let 0 pass
+        fields[key] = fields[key].masked_fill(zero, 0)
+    state["activation_state_dict"] = fields
     return state

@@ -45,7 +45,7 @@ class SharedSource:
                 self._own = self.source.chunk(own)
             except NeuronExplainerError as error:
                 self._own = error
-        header = self.world.tell(self._header(), owner)
+        header = self.world.broadcast_object(self._header(), owner)
         if header is None:
             return None
         if "error" in header:
@@ -73,7 +73,7 @@ class SharedSource:
         def same(of_owner: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             if owner != self.world.rank or of_owner is None:
                 of_owner = torch.empty(shape, dtype=dtype, device=device)
-            return self.world.broadcast_(of_owner.contiguous(), owner)
+            return self.world.broadcast(of_owner.contiguous(), owner)
 
         mine = own if isinstance(own, ActivationBatch) else None
         activations = {}

@@ -1,12 +1,11 @@
-"""The loop: batches in, autoencoders out. It knows no objective; it owns order, schedule and state.
+"""Training dictionaries by gradient descent: many objectives, one optimiser, the shared loop.
 
     autoencoder = train(TrainConfig(TopKConfig(k=32), n_latents=4096, steps=10_000), batches)
 
-With a folder it writes checkpoints and a log, and a run that was killed at any moment goes on when
-it is started again, to the same weights bit for bit (CPU, same machine and number of threads).
+With a folder, training writes checkpoints and a log. A run that was killed at any moment continues when it is
+started again, to the same weights bit for bit (on a CPU, the same machine and number of threads).
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,30 +15,31 @@ from torch import Tensor
 
 from neuron_explainer.dictionaries.batches import BatchSource, TensorBatches
 from neuron_explainer.dictionaries.config import TrainConfig
-from neuron_explainer.dictionaries.distributed import ALONE, World
-from neuron_explainer.dictionaries.interrupts import step_is_finished
-from neuron_explainer.dictionaries.logs import Logs
+from neuron_explainer.dictionaries.distributed import SINGLE_PROCESS, World
+from neuron_explainer.dictionaries.loop import Loop, Plan
 from neuron_explainer.dictionaries.objectives import Loss
-from neuron_explainer.dictionaries.run_folder import RunFolder
+from neuron_explainer.dictionaries.runs import SINGLE_NAME
 from neuron_explainer.dictionaries.trainee import Trainee
 from neuron_explainer.errors import InputError
-from neuron_explainer.kernels import memory as sparse_memory
-from neuron_explainer.kernels.denormals import flush_denormals
+from neuron_explainer.kernels.workspace import Workspace
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.settings.from_files import to_dict
-
-ONLY = "autoencoder"
-"""Name of the dictionary where there is only one."""
+from neuron_explainer.settings import to_dict
 
 # All dictionaries of a run share these: one step, one checkpoint, one line of the log for all.
-_SHARED = ("total_steps", "sample_batches", "checkpointing", "keep_checkpoints", "log_every")
+_SHARED = (
+    "total_steps",
+    "sample_batches",
+    "checkpoint_interval",
+    "keep_checkpoints",
+    "log_interval",
+)
 
 Batch = Mapping[str, tuple[Tensor, Tensor]]
-"""By dictionary: inputs ``[b, n]`` and targets ``[b, o]``, the same tensor but for transcoders."""
+"""By dictionary: inputs ``[b, n]`` and targets ``[b, o]``, the same tensor unless it is a transcoder."""
 
 
 class StepReport(NamedTuple):
-    """What callbacks get after each step. Looking into a tensor waits for the device."""
+    """What callbacks get after each step. Reading the value of a tensor waits for the device."""
 
     step: int
     """Steps done so far, this one included."""
@@ -52,6 +52,19 @@ class StepReport(NamedTuple):
 Callback = Callable[[StepReport], None]
 
 
+class StepResult(NamedTuple):
+    """What one step computed. ``r`` rows of the batch are in this process."""
+
+    n_tokens: int
+    """``b``, of the whole batch."""
+    losses: dict[str, Loss]
+    """By dictionary; values are those of the whole batch."""
+    normalized: dict[str, tuple[Tensor, Tensor]]
+    """By dictionary: inputs ``[r, n]`` and targets ``[r, o]`` as the dictionary takes them."""
+    targets: dict[str, Tensor]
+    """By dictionary: ``[r, o]`` as the model has them."""
+
+
 def train(
     config: TrainConfig,
     batches: Iterable[Any],
@@ -61,7 +74,7 @@ def train(
     progress: bool = True,
     log_to: Sequence[str] = (),
     record: Mapping[str, Any] | None = None,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Autoencoder:
     """Train one dictionary and return it as an autoencoder of activations as the model has them.
 
@@ -75,8 +88,8 @@ def train(
         callbacks: called with a :class:`StepReport` after each step.
         progress: whether to show a progress bar.
         log_to: any of ``"tensorboard"``, ``"wandb"``, next to ``log.jsonl``.
-        record: what else the folder's config is to say, of the data for example; a run is resumed
-            only with the same.
+        record: what else the folder's config says: by default where the activations of an
+            ``open_buffer`` came from. A run is resumed only with the same record.
         world: the processes that train together, of
             :func:`~neuron_explainer.dictionaries.distributed.open_world`. Each is given the same
             ``batches``, whole, and all see the same ``folder``. Where each holds some of the latents,
@@ -84,8 +97,9 @@ def train(
     """
     if isinstance(batches, Tensor):
         batches = TensorBatches(batches, config.batch_size, config.seed)
-    run = _Run({ONLY: config}, batches, single=True, record=record, world=world)
-    return run.to_end(folder, callbacks, progress, log_to)[ONLY]
+    record = getattr(batches, "record", None) if record is None else record
+    learner = GradientDescent({SINGLE_NAME: config}, single=True, record=record, world=world)
+    return learner.run(batches, folder, callbacks, progress, log_to)[SINGLE_NAME]
 
 
 def train_many(
@@ -97,7 +111,7 @@ def train_many(
     progress: bool = True,
     log_to: Sequence[str] = (),
     record: Mapping[str, Any] | None = None,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> dict[str, Autoencoder]:
     """:func:`train` of several dictionaries at once, on batches ``{name: tensor}``, or on tensors (of
     transcoders pairs) that all of them learn from.
@@ -108,21 +122,21 @@ def train_many(
     """
     if not configs:
         raise InputError("train_many: no configs were given.")
-    run = _Run(dict(configs), batches, single=False, record=record, world=world)
-    return run.to_end(folder, callbacks, progress, log_to)
+    record = getattr(batches, "record", None) if record is None else record
+    learner = GradientDescent(dict(configs), single=False, record=record, world=world)
+    return learner.run(batches, folder, callbacks, progress, log_to)
 
 
-class _Run:
-    """Dictionaries, their optimiser, their batches, and the step they have reached."""
+class GradientDescent:
+    """Dictionaries and the optimiser that they share: the learner that the loop drives."""
 
     def __init__(
         self,
         configs: dict[str, TrainConfig],
-        batches: Iterable[Any],
         *,
         single: bool,
         record: Mapping[str, Any] | None = None,
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
     ) -> None:
         self.configs, self.single, self.record = configs, single, dict(record or {})
         self.shared, self.world = next(iter(configs.values())), world
@@ -133,18 +147,37 @@ class _Run:
                     f"dictionaries that are trained together need the same {name}, found "
                     f"{', '.join(map(str, sorted(values)))}."
                 )
-        self.source = BatchSource(batches)
-        self.step = 0
-        self.tokens = 0
-        self.last_metrics: dict[str, dict[str, float]] = {}
-        self.batch: Batch = {}  # the last one, with the parts of all processes
-        self.n_tokens = 0  # of it
         self.trainees: dict[str, Trainee] = {}
-        self.unchecked: list[tuple[int, str, Tensor, Mapping[str, Tensor]]] = []
+        self.last_metrics: dict[str, dict[str, float]] = {}
+        self._workspace = Workspace()
+        self._unchecked: list[tuple[int, str, Tensor, Mapping[str, Tensor]]] = []
 
-    # ---- beginning ---------------------------------------------------------------------------------
+    def run(
+        self,
+        batches: Iterable[Any],
+        folder: str | Path | None,
+        callbacks: Sequence[Callback],
+        progress: bool,
+        log_to: Sequence[str],
+    ) -> dict[str, Autoencoder]:
+        """Train to the end."""
+        c = self.shared
+        plan = Plan(
+            c.log_interval, c.checkpoint_interval, c.keep_checkpoints, total_steps=c.total_steps
+        )
+
+        def report(step: int, result: StepResult) -> None:
+            for callback in callbacks:
+                callback(StepReport(step, result.losses, self.trainees))
+
+        return Loop(self, batches, plan, self.world).run(
+            folder, callbacks=[report], progress=progress, log_to=log_to
+        )
+
+    # ---- beginning and resuming ----------------------------------------------------------------
 
     def settings(self) -> dict[str, Any]:
+        """What ``config.json`` records."""
         dictionaries = {name: to_dict(c) for name, c in self.configs.items()}
         settings: dict[str, Any] = {"dictionaries": dictionaries}
         if self.record:
@@ -153,38 +186,36 @@ class _Run:
             settings["processes"] = self.world.size
         return settings
 
-    def begin(self) -> None:
-        """A new run: sizes, means and scales come from the first batches, left for training."""
-        sample = [self.read(raw) for raw in self.source.peek(self.shared.sample_batches)]
+    def begin(self, source: BatchSource) -> None:
+        """Make new dictionaries; sizes, means and scales are those of the first batches."""
+        sample = [self._read(raw) for raw in source.peek(self.shared.sample_batches)]
         for name, config in self.configs.items():
             pairs = [batch[name] for batch in sample]
             (x, target) = pairs[0]
             n_outputs = target.shape[1] if config.transcoder else None
             trainee = Trainee(config, x.shape[1], n_outputs, x.device, self.world)
             self.trainees[name] = trainee.measure(pairs)
-        self.make_optimizer()
+        self._make_optimizer()
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
         for name, config in self.configs.items():
             n_inputs, n_outputs, device = state["sizes"][name]
             place = self.world.device or torch.device(config.device or device)
             trainee = Trainee(config, n_inputs, n_outputs, place, self.world)
             trainee.load_state(state["trainees"][name])
             self.trainees[name] = trainee
-        self.make_optimizer()
+        self._make_optimizer()
         for name, moments in state["optimizer"].items():
-            parameter = self.parameters[name]
+            parameter = self._parameters[name]
             # "step" too: fused Adam keeps it beside the parameter.
-            self.optimizer.state[parameter] = {
+            self._optimizer.state[parameter] = {
                 key: value.to(parameter.device) for key, value in moments.items()
             }
-        self.step, self.tokens = state["step"], state["tokens"]
         self.last_metrics = state["metrics"]
-        self.source.restore(state["source"])
 
-    def make_optimizer(self) -> None:
-        self.parameters = {
+    def _make_optimizer(self) -> None:
+        self._parameters = {
             f"{name}/{inner}": parameter
             for name, trainee in self.trainees.items()
             for inner, parameter in trainee.named_parameters()
@@ -199,10 +230,11 @@ class _Run:
             }
             for trainee in self.trainees.values()
         ]
-        self.optimizer = torch.optim.Adam(groups, fused=True)
+        self._optimizer = torch.optim.Adam(groups, fused=True)
 
     def state(self) -> dict[str, Any]:
-        """All that :meth:`resume` needs."""
+        """All that :meth:`resume` needs; an error if a loss was not finite."""
+        self._check_finite()
         sizes = {}
         for name, trainee in self.trainees.items():
             d = trainee.dictionary
@@ -212,21 +244,94 @@ class _Run:
             "sizes": sizes,
             "trainees": {name: trainee.state() for name, trainee in self.trainees.items()},
             "optimizer": {
-                name: dict(self.optimizer.state[parameter])
-                for name, parameter in self.parameters.items()
-                if parameter in self.optimizer.state
+                name: dict(self._optimizer.state[parameter])
+                for name, parameter in self._parameters.items()
+                if parameter in self._optimizer.state
             },
-            "step": self.step,
-            "tokens": self.tokens,
             "metrics": self.last_metrics,
-            "source": self.source.state(),
         }
 
-    # ---- one step --------------------------------------------------------------------------------
+    # ---- one step ------------------------------------------------------------------------------
 
-    def read(self, raw: Any) -> Batch:
-        """A batch as it came, as pairs on the right device, or an error that says what it is."""
-        by_name = dict.fromkeys(self.configs, raw) if self._for_all(raw) else raw
+    def learn(self, batch: Any, step: int) -> StepResult:
+        """One update of every dictionary."""
+        pairs = self._read(batch)
+        n_tokens = len(next(iter(pairs.values()))[0])
+        rows = self.world.rows(n_tokens)
+        result = StepResult(n_tokens, {}, {}, {})
+        self._optimizer.zero_grad()
+        self._workspace.next_step()
+        for group, (name, trainee) in zip(
+            self._optimizer.param_groups, self.trainees.items(), strict=True
+        ):
+            group["lr"] = trainee.lr(step)
+            x, target = _part(pairs[name], rows)
+            result.targets[name] = target
+            x, target = trainee.normalize(x, target)
+            loss = trainee.loss(x, target, step, n_tokens, self._workspace)
+            loss = trainee.backward(loss, n_tokens)
+            self._unchecked.append((step, name, loss.total, loss.terms))
+            if loss.total.device.type == "cpu":  # looking costs nothing there
+                self._check_finite(x, target)
+            result.losses[name], result.normalized[name] = loss, (x, target)
+        for trainee in self.trainees.values():
+            trainee.before_step()
+        self._optimizer.step()
+        for name, trainee in self.trainees.items():
+            x, target = result.normalized[name]
+            trainee.after_step(x, target, result.losses[name], step, n_tokens, self._optimizer)
+        return result
+
+    def _check_finite(self, *batch: Tensor) -> None:
+        """An error if a loss since the last check was not finite; ``batch`` is what the last one is of."""
+        for step, name, total, terms in self._unchecked:
+            if bool(torch.isfinite(total)):
+                continue
+            bad = [term for term, value in terms.items() if not bool(torch.isfinite(value))]
+            what = f"the term {', '.join(bad) or 'total'} of the loss is not finite"
+            if not all(bool(torch.isfinite(x).all()) for x in batch):
+                what = f"the batch holds NaN or infinity, so that {what}"
+            raise InputError(
+                f"step {step + 1}, {name}: {what}. Nothing of this step is saved; a checkpoint from before "
+                "it stays. Look at the batch, or lower the learning rate."
+            )
+        self._unchecked.clear()
+
+    def metrics(self, result: StepResult, step: int, tokens: int) -> dict[str, dict[str, float]]:
+        """What the log says of the step that was just done."""
+        self._check_finite()
+        self.last_metrics = {
+            name: {
+                **trainee.metrics(
+                    result.losses[name],
+                    result.normalized[name][1],
+                    result.targets[name],
+                    result.n_tokens,
+                    tokens,
+                ),
+                "lr": trainee.lr(step - 1),
+            }
+            for name, trainee in self.trainees.items()
+        }
+        return self.last_metrics
+
+    # ---- the end -------------------------------------------------------------------------------
+
+    def finish(self) -> dict[str, Autoencoder]:
+        """The dictionaries as autoencoders."""
+        return {name: trainee.finish() for name, trainee in self.trainees.items()}
+
+    def outcome(self) -> dict[str, Any]:
+        """The last metrics, and the normalisation that was folded into the weights."""
+        folded = {name: trainee.folded() for name, trainee in self.trainees.items()}
+        return {"metrics": self.last_metrics, "folded_normalization": folded}
+
+    # ---- batches -------------------------------------------------------------------------------
+
+    def _read(self, raw: Any) -> Batch:
+        """A batch as pairs on the right device, or an error that says what was found instead."""
+        for_all = self.single or isinstance(raw, Tensor | tuple)
+        by_name = dict.fromkeys(self.configs, raw) if for_all else raw
         if not isinstance(by_name, Mapping):
             raise InputError(
                 f"expected batches {{name: tensor}} for {', '.join(self.configs)}, or a tensor for all of "
@@ -238,166 +343,28 @@ class _Run:
             raise InputError(
                 f"a batch has nothing for {', '.join(missing)}; it has {', '.join(by_name)}."
             )
-        return {
-            name: _pair(by_name[name], config, self.trainees.get(name), self.world)
-            for name, config in self.configs.items()
-        }
+        return {name: self._pair(name, by_name[name]) for name in self.configs}
 
-    def _for_all(self, raw: Any) -> bool:
-        return self.single or isinstance(raw, Tensor | tuple)
-
-    def train_step(self) -> tuple[dict[str, Loss], Batch]:
-        """One update of every dictionary; losses of the whole batch, and its part that is here,
-        normalised."""
-        batch = self.read(self.source.next())
-        self.batch, self.n_tokens = batch, len(next(iter(batch.values()))[0])
-        n_tokens = self.n_tokens
-        self.tokens += n_tokens
-        rows = self.world.rows(n_tokens)
-        self.optimizer.zero_grad()
-        losses, seen = {}, {}
-        for group, (name, trainee) in zip(
-            self.optimizer.param_groups, self.trainees.items(), strict=True
-        ):
-            group["lr"] = trainee.lr(self.step)
-            x, target = trainee.normalize(*_part(batch[name], rows))
-            loss = trainee.backward(trainee.loss(x, target, self.step, n_tokens), n_tokens)
-            self.note(name, loss, x, target)
-            losses[name], seen[name] = loss, (x, target)
-        for trainee in self.trainees.values():
-            trainee.before_step()
-        self.optimizer.step()
-        for name, trainee in self.trainees.items():
-            trainee.after_step(*seen[name], losses[name], self.step, n_tokens, self.optimizer)
-        self.step += 1
-        return losses, seen
-
-    def note(self, name: str, loss: Loss, x: Tensor, target: Tensor) -> None:
-        """Look at once for NaN where that costs nothing; elsewhere before the next log line."""
-        self.unchecked.append((self.step, name, loss.total.detach(), loss.terms))
-        if loss.total.device.type == "cpu":
-            self.check(x, target)
-
-    def check(self, x: Tensor | None = None, target: Tensor | None = None) -> None:
-        """An error if a loss since the last look was not finite."""
-        for step, name, total, terms in self.unchecked:
-            if bool(torch.isfinite(total)):
-                continue
-            bad = [term for term, value in terms.items() if not bool(torch.isfinite(value))]
-            what = f"the term {', '.join(bad) or 'total'} of the loss is not finite"
-            if any(t is not None and not bool(torch.isfinite(t).all()) for t in (x, target)):
-                what = f"the batch holds NaN or infinity, so that {what}"
-            raise InputError(
-                f"step {step + 1}, {name}: {what}. Nothing of this step is saved; a checkpoint from before "
-                "it stays. Look at the batch, or lower the learning rate."
-            )
-        self.unchecked.clear()
-
-    # ---- the loop --------------------------------------------------------------------------------
-
-    def to_end(
-        self,
-        folder: str | Path | None,
-        callbacks: Sequence[Callback],
-        progress: bool,
-        log_to: Sequence[str],
-    ) -> dict[str, Autoencoder]:
-        with flush_denormals(), sparse_memory.kept():
-            if folder is None:
-                self.begin()
-                self.loop(None, callbacks, progress, log_to)
-                return {name: trainee.finish() for name, trainee in self.trainees.items()}
-            place = RunFolder(folder, self.settings(), self.shared.keep_checkpoints, self.world)
-            with place.open():
-                state = place.load_checkpoint()
-                if state is None:
-                    self.begin()
-                else:
-                    self.resume(state)
-                place.begin()
-                self.loop(place, callbacks, progress, log_to)
-                return self.save_results(place)
-
-    def loop(
-        self,
-        place: RunFolder | None,
-        callbacks: Sequence[Callback],
-        progress: bool,
-        log_to: Sequence[str],
-    ) -> None:
-        """Steps, from the one reached to the last."""
-        c = self.shared
-        if not self.world.is_first:  # the first one speaks for all
-            progress, log_to = False, ()
-        logged = place if self.world.is_first else None
-        logs_of = c.total_steps, self.step, logged, progress, log_to, self.settings()
-        # Several processes are not interrupted after the same step.
-        wait = place is not None and self.world.size == 1
-        with step_is_finished(wait) as interrupted, Logs(*logs_of) as logs:
-            logs.start_clock(self.tokens)
-            while self.step < c.total_steps and not interrupted:
-                losses, seen = self.train_step()
-                logs.step()
-                last = self.step == c.total_steps
-                if self.step % c.log_every == 0 or last:
-                    self.check()
-                    self.last_metrics = self.metrics(losses, seen)
-                    logs.write(self.step, self.tokens, self.last_metrics)
-                # Before the checkpoint: a run that dies in between calls them again, never not.
-                for callback in callbacks:
-                    callback(StepReport(self.step, losses, self.trainees))
-                due = self.step % c.checkpointing == 0 or last or interrupted
-                if place is not None and due:
-                    self.check()
-                    logs.sync()
-                    place.save_checkpoint(self.step, self.state())
-        if interrupted and self.step < c.total_steps:
-            raise KeyboardInterrupt
-
-    def metrics(self, losses: Mapping[str, Loss], seen: Batch) -> dict[str, dict[str, float]]:
-        """What the log says of the step that was just done."""
-        found = {}
-        for name, trainee in self.trainees.items():
-            raw = self.batch[name][1][self.world.rows(self.n_tokens)]
-            found[name] = {
-                **trainee.metrics(losses[name], seen[name][1], raw, self.n_tokens, self.tokens),
-                "lr": trainee.lr(self.step - 1),
-            }
-        return found
-
-    def save_results(self, place: RunFolder) -> dict[str, Autoencoder]:
-        found = {name: trainee.finish() for name, trainee in self.trainees.items()}
-
-        def save() -> None:
-            for name, autoencoder in found.items():
-                autoencoder.save(result_folder(place.path, name), overwrite=True)
-            folded = {name: trainee.folded() for name, trainee in self.trainees.items()}
-            place.finish(self.step, self.last_metrics, folded_normalization=folded)
-
-        self.world.on_first(save)
-        return found
+    def _pair(self, name: str, found: Any) -> tuple[Tensor, Tensor]:
+        """Input and target of one dictionary, on its device and of its dtype."""
+        config, trainee = self.configs[name], self.trainees.get(name)
+        pair = check_pair(found, config.transcoder)
+        device: torch.device | str | None = self.world.device or config.device
+        if trainee is not None:
+            d = trainee.dictionary
+            device = d.encoder.device
+            widths = [x.shape[1] for x in pair]
+            if widths != [d.n_inputs, d.n_outputs][: len(pair)]:
+                raise InputError(f"the batches' width was {d.n_inputs}, and now it is {widths[0]}.")
+        moved = tuple(x.detach().to(device=device, dtype=config.torch_dtype) for x in pair)
+        return moved[0], moved[-1]
 
 
-def result_folder(folder: str | Path, name: str = ONLY) -> Path:
-    """Where a run's folder holds a finished autoencoder."""
-    if name == ONLY:
-        return Path(folder) / ONLY
-    return Path(folder) / "autoencoders" / re.sub(r"[^\w.+-]", "-", name)
-
-
-def _part(pair: tuple[Tensor, Tensor], rows: slice) -> tuple[Tensor, Tensor]:
-    """Rows of both; one tensor stays one."""
-    x = pair[0][rows]
-    return x, x if pair[1] is pair[0] else pair[1][rows]
-
-
-def _pair(
-    found: Any, config: TrainConfig, trainee: Trainee | None, world: World
-) -> tuple[Tensor, Tensor]:
-    """Input and target of one dictionary, on its device and of its dtype."""
+def check_pair(found: Any, transcoder: bool) -> tuple[Tensor, ...]:
+    """A batch as one tensor ``[b, n]`` or, for a transcoder, as two; an error if it is anything else."""
     pair = tuple(found) if isinstance(found, tuple | list) else (found,)
-    expected = "a pair of tensors [b, n], [b, o]" if config.transcoder else "a tensor [b, n]"
-    if len(pair) != 1 + config.transcoder or not all(
+    expected = "a pair of tensors [b, n], [b, o]" if transcoder else "a tensor [b, n]"
+    if len(pair) != 1 + transcoder or not all(
         isinstance(x, Tensor) and x.ndim == 2 and x.is_floating_point() and len(x) for x in pair
     ):
         found_are = [
@@ -409,12 +376,10 @@ def _pair(
         )
     if len(pair[0]) != len(pair[-1]):
         raise InputError(f"inputs and targets differ in number: {len(pair[0])}, {len(pair[-1])}.")
-    if trainee is not None:
-        d = trainee.dictionary
-        widths = [x.shape[1] for x in pair]
-        if widths != [d.n_inputs, d.n_outputs][: len(pair)]:
-            raise InputError(f"the batches' width was {d.n_inputs}, and now it is {widths[0]}.")
-    first = world.device or config.device
-    device = first if trainee is None else trainee.dictionary.encoder.device
-    moved = tuple(x.detach().to(device=device, dtype=config.torch_dtype) for x in pair)
-    return moved[0], moved[-1]
+    return pair
+
+
+def _part(pair: tuple[Tensor, Tensor], rows: slice) -> tuple[Tensor, Tensor]:
+    """The same rows of both; one tensor stays one."""
+    x = pair[0][rows]
+    return x, x if pair[1] is pair[0] else pair[1][rows]

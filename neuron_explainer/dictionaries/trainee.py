@@ -16,20 +16,23 @@ from neuron_explainer.dictionaries.dead_latents import (
     ghost_loss,
     resample,
 )
-from neuron_explainer.dictionaries.dictionary import Dictionary
-from neuron_explainer.dictionaries.distributed import ALONE, World
+from neuron_explainer.dictionaries.dictionary import LearnedDictionary
+from neuron_explainer.dictionaries.distributed import SINGLE_PROCESS, World
 from neuron_explainer.dictionaries.normalization import first_bias, mean_and_scale, variance
 from neuron_explainer.dictionaries.objectives import (
     Loss,
-    Moment,
     Objective,
     SparseLatents,
+    StepFacts,
     make_objective,
 )
 from neuron_explainer.dictionaries.objectives.base import squared_error
 from neuron_explainer.dictionaries.schedules import learning_rate_factor, ramp
 from neuron_explainer.errors import InputError
-from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.evaluation.metrics import fvu, n_active
+from neuron_explainer.kernels.workspace import Workspace
+from neuron_explainer.models.autoencoder import Autoencoder, InputNormalization
+from neuron_explainer.models.autoencoders.input_normalization import normalize_input
 
 
 class Trainee(nn.Module):
@@ -49,14 +52,14 @@ class Trainee(nn.Module):
         n_inputs: int,
         n_outputs: int | None,
         device: torch.device,
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
     ) -> None:
         super().__init__()
         self.config, self.world = config, world
         n_latents = config.latents_for(n_inputs)
         self.peak_lr = config.lr_for(n_latents)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.dictionary = Dictionary(
+        self.dictionary = LearnedDictionary(
             n_latents,
             n_inputs,
             n_outputs,
@@ -65,7 +68,7 @@ class Trainee(nn.Module):
             autocast=config.autocast,
             dtype=config.torch_dtype,
             generator=self.generator,
-            here=world.latents(n_latents),
+            world=world,
         )
         self.objective = make_objective(config.objective, self.dictionary)
         if not config.tied:
@@ -77,11 +80,7 @@ class Trainee(nn.Module):
         self.to(device)
         # Normalises each vector by itself; folded normalisation is the dictionary's.
         each = config.input_normalization
-        self._per_vector = (
-            Autoencoder(1, n_inputs, input_normalization=each, dtype=config.torch_dtype)
-            if each in ("center", "layer_norm", "rms")
-            else None
-        )
+        self._per_vector: InputNormalization = "none" if each == "constant" else each
 
     @torch.no_grad()
     def measure(self, sample: Sequence[tuple[Tensor, Tensor]]) -> Self:
@@ -104,7 +103,8 @@ class Trainee(nn.Module):
         d.pre_bias.copy_(first_bias(x, self.config.decoder_bias))
         if d.post_bias is not None:
             d.post_bias.copy_(first_bias(target, self.config.decoder_bias))
-        self.world.agree([*self.shared_parameters(), *d.buffers()])
+        for tensor in (*self.shared_parameters(), *d.buffers()):
+            self.world.broadcast(tensor)
         return self
 
     def shared_parameters(self) -> list[nn.Parameter]:
@@ -121,8 +121,8 @@ class Trainee(nn.Module):
     def normalize(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Activations as the dictionary takes them; an autoencoder's target is its input."""
         same = x is target
-        if self._per_vector is not None:
-            x = self._per_vector.normalize(x)[0]
+        if self._per_vector != "none":
+            x = normalize_input(x, self._per_vector)[0]
             return x, x if same else target
         d = self.dictionary
         if self.config.input_normalization == "none":
@@ -144,15 +144,20 @@ class Trainee(nn.Module):
             )
         }
 
-    def loss(self, x: Tensor, target: Tensor, step: int, n_tokens: int | None = None) -> Loss:
-        """Of normalised activations, those that are here of a batch of ``n_tokens`` (all, if not
-        given); counts which latents were active."""
+    def loss(
+        self,
+        x: Tensor,
+        target: Tensor,
+        step: int,
+        n_tokens: int | None = None,
+        workspace: Workspace | None = None,
+    ) -> Loss:
+        """The loss of normalised activations: this process's rows of a batch of ``n_tokens`` (all of
+        them if not given). Nothing is counted here, so that a loss may be computed again."""
         n_tokens = len(x) if n_tokens is None else n_tokens
         dead = self.counter.dead(self.config.dead_after(n_tokens))
-        moment = self.moment(step, dead, n_tokens)
-        loss: Loss = self.objective.loss(self.dictionary, x, target, moment)
-        self.counter.update(loss.latents, n_tokens)
-        self.counter.silent.copy_(self.world.smallest(self.counter.silent))
+        facts = self.facts(step, dead, n_tokens)._replace(workspace=workspace)
+        loss: Loss = self.objective.loss(self.dictionary, x, target, facts)
         if self.config.remedy != "ghost":
             return loss
         if "reconstruction" not in loss.terms:
@@ -170,11 +175,11 @@ class Trainee(nn.Module):
             total=loss.total + ghost, terms={**loss.terms, "ghost": ghost.detach()}
         )
 
-    def moment(self, step: int, dead: Tensor, n_tokens: int = 0) -> Moment:
+    def facts(self, step: int, dead: Tensor, n_tokens: int = 0) -> StepFacts:
         """What an objective is told of a step."""
         c = self.config
         sparsity = ramp(step, c.sparsity_warmup_steps)
-        return Moment(step, c.total_steps, sparsity, dead, n_tokens, self.world)
+        return StepFacts(step, c.total_steps, sparsity, dead, n_tokens)
 
     def backward(self, loss: Loss, n_tokens: int) -> Loss:
         """Gradients of the loss of a whole batch; that loss, of which one process has a part."""
@@ -185,7 +190,7 @@ class Trainee(nn.Module):
         if not self.world.splits_batch:
             return loss._replace(total=total)
         parts = torch.stack([total, *(term.to(total) for term in loss.terms.values())])
-        total, *terms = self.world.sum_(parts * share)
+        total, *terms = self.world.all_reduce_sum(parts * share)
         return loss._replace(total=total, terms=dict(zip(loss.terms, terms, strict=True)))
 
     def lr(self, step: int) -> float:
@@ -194,11 +199,11 @@ class Trainee(nn.Module):
         return self.peak_lr * learning_rate_factor(
             step,
             c.total_steps,
-            c.warming_up,
+            c.n_warmup_steps,
             c.decay,
-            c.decaying,
+            c.n_decay_steps,
             c.lr_end,
-            c.resampling if c.remedy == "resample" else 0,
+            c.resample_interval if c.remedy == "resample" else 0,
         )
 
     def before_step(self) -> None:
@@ -216,7 +221,7 @@ class Trainee(nn.Module):
         for parameter in self.parameters():
             if parameter.grad is not None:
                 squares[int(id(parameter) in shared)] += parameter.grad.square().sum()
-        norm = (self.world.sum_(squares[0].clone()) + squares[1]).sqrt()
+        norm = (self.world.all_reduce_sum(squares[0].clone()) + squares[1]).sqrt()
         nn.utils.clip_grads_with_norm_(self.parameters(), most, norm)
 
     @torch.no_grad()
@@ -229,12 +234,15 @@ class Trainee(nn.Module):
         n_tokens: int,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """Parameters have changed: rows back to their norm, dead latents to life."""
+        """After the parameters have changed: count active latents, bring rows back to their norm and
+        dead latents back to life."""
         c = self.config
+        self.counter.update(loss.latents, n_tokens)
+        self.counter.silent.copy_(self.world.min_over_batch(self.counter.silent))
         self.dictionary.constrain_rows(c.decoder_norm)
-        moment = self.moment(step, self.counter.silent[:0], n_tokens)
-        self.objective.after_step(self.dictionary, loss, moment)
-        if c.remedy != "resample" or (step + 1) % c.resampling or step + 1 == c.total_steps:
+        facts = self.facts(step, self.counter.silent[:0], n_tokens)
+        self.objective.after_step(self.dictionary, loss, facts)
+        if c.remedy != "resample" or (step + 1) % c.resample_interval or step + 1 == c.total_steps:
             return
         dead = self.counter.dead(c.dead_after(n_tokens))
         x, target, error = (self.world.gather_rows(t, n_tokens) for t in (x, target, loss.error))
@@ -252,22 +260,20 @@ class Trainee(nn.Module):
         ones. ``dead`` latents are those that were not active in the last ``dead_window`` tokens.
         """
         error = loss.error
-        if self._per_vector is not None and not self.config.transcoder:  # not one scale for all
-            _, stats = self._per_vector.normalize(raw)
-            error, target = raw - self._per_vector.denormalize(target - error, stats), raw
-        error, target = (self.world.gather_rows(t, n_tokens) for t in (error, target))
-        active = (
-            loss.latents.values if isinstance(loss.latents, SparseLatents) else loss.latents
-        ) > 0
+        _, stats = normalize_input(raw, self._per_vector)
+        if stats is not None and not self.config.transcoder:  # not one scale for all
+            error, target = raw - stats.undo(target - error), raw
+        error, target = (self.world.gather_rows(t, n_tokens).double() for t in (error, target))
+        values = loss.latents.values if isinstance(loss.latents, SparseLatents) else loss.latents
         window = min(self.config.dead_after(n_tokens), tokens_so_far)
         dead = self.counter.dead(window)
-        n_active = self.world.sum_(active.sum())
         return {
             "loss": float(loss.total),
             **{name: float(term) for name, term in loss.terms.items()},
-            "fvu": float(squared_error(error) / variance(target)),
-            "l0": float(n_active) / n_tokens,
-            "dead": self.world.count(len(dead)),
+            # One scale for all leaves FVU as it is, so normalised activations will do.
+            "fvu": float(fvu(target, target - error)),
+            "l0": int(self.world.all_reduce_sum(n_active(values))) / n_tokens,
+            "dead": int(self.dictionary.total(torch.tensor(len(dead)))),
             "dead_window": window,
         }
 
@@ -285,21 +291,21 @@ class Trainee(nn.Module):
     def _join(self, own: Autoencoder) -> Autoencoder:
         """One process's latents after the other's."""
         n_latents = self.dictionary.n_latents_everywhere
-        whole = self._empty(n_latents, torch.device("cpu")) if self.world.is_first else own
+        whole = self._empty(n_latents, torch.device("cpu")) if self.world.is_rank_zero else own
         for theirs, ours in zip(own.parameters(), whole.parameters(), strict=True):
             if theirs.shape == ours.shape:
                 ours.copy_(theirs)
         for rank in range(self.world.size):
             rows = slice(len(own.latent_bias) * rank, len(own.latent_bias) * (rank + 1))
             for here, there in zip(_rows_of(own), _rows_of(whole), strict=True):
-                part = self.world.send_to_first(here, rank, here.shape)
+                part = self.world.send_to_rank_zero(here, rank, here.shape)
                 if part is not None:
                     there[rows] = part
         return whole
 
     def _empty(self, n_latents: int, device: torch.device) -> Autoencoder:
         """An autoencoder with the settings of this run."""
-        c, d, each = self.config, self.dictionary, self._per_vector
+        c, d = self.config, self.dictionary
         activation, groups = self.objective.activation(d), self.objective.group_sizes()
         for parameter in activation.parameters():
             if parameter.ndim and len(parameter) != n_latents:  # others have the rest of them
@@ -309,7 +315,7 @@ class Trainee(nn.Module):
             d.n_inputs,
             activation,
             c.tied,
-            input_normalization="none" if each is None else each.input_normalization,
+            input_normalization=self._per_vector,
             n_outputs=d.n_outputs if d.is_transcoder else None,
             skip=c.skip,
             group_sizes=groups if groups and sum(groups) == n_latents else None,

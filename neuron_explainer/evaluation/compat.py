@@ -1,7 +1,7 @@
-"""Other libraries' figures, by their own definitions and names: what to compare published ones with.
+"""Other libraries' figures, by their own definitions and names, to compare published figures with.
 
-The names are shared, the definitions are not, and several of them depend on how tokens are cut into
-batches. Ours are in :mod:`neuron_explainer.evaluation.metrics`; these are theirs, with the same batches:
+The libraries share names but not definitions, and several of their figures depend on how tokens are
+cut into batches. Ours are in :mod:`neuron_explainer.evaluation.metrics`; these are theirs:
 
 ``"saelens_legacy"``     SAELens and SAEBench. ``explained_variance_legacy`` is one minus the mean over
                          tokens of ``‖x - x̂‖² / ‖x - x̄‖²``, x̄ the mean of the *batch*; SAEBench's
@@ -15,7 +15,7 @@ batches. Ours are in :mod:`neuron_explainer.evaluation.metrics`; these are their
 ``"openai"``             ``normalized_mean_squared_error`` is the mean over tokens of
                          ``‖x - x̂‖² / ‖x‖²`` (the paper divides by the error of the mean instead).
 
-They count the start token and have no pads; ``evaluate(…, score_bos=True)`` does the same.
+They all count the start token and have no pads; ``evaluate(…, score_bos=True)`` does the same.
 
 Shape legend: ``b`` tokens of a batch, ``n`` width, ``l`` latents, ``t`` predictions of a batch.
 """
@@ -26,52 +26,62 @@ from typing import NamedTuple
 from torch import Tensor
 
 from neuron_explainer.errors import InputError, did_you_mean
-from neuron_explainer.evaluation.metrics import ReconstructionStats
+from neuron_explainer.evaluation.running import ByLoss, ReconstructionStats
+from neuron_explainer.models.autoencoder import Autoencoder
 
 Figures = dict[str, Tensor]
 
 
 class PeerBatch(NamedTuple):
-    """A batch of tokens that count."""
+    """One batch, without the tokens that do not count."""
 
     x: Tensor
     """``[b, n]`` in float64"""
     recons: Tensor
     """``[b, n]`` in float64"""
     l0: Tensor
-    """``[b]``: latents of each token that are not zero."""
+    """``[b]``: how many latents of each token are not zero."""
     l1: Tensor
-    """``[b]``: sum of their magnitudes."""
+    """``[b]``: the sum of their magnitudes."""
+    features_l1: Tensor
+    """``[b]``: the same of what dictionary_learning calls features, see :func:`feature_scale`."""
 
 
 class PeerLosses(NamedTuple):
-    """Cross-entropies and divergences of a batch's predictions that count, in float64."""
+    """Cross-entropies and divergences of the predictions of a batch that count, in float64."""
 
     original: Tensor
     """``[t]``"""
     spliced: Tensor
-    """``[t]``, reconstruction in place of the activation."""
+    """``[t]``, with the reconstruction in place of the activation."""
     zero_ablated: Tensor
     """``[t]``"""
     kl_spliced: Tensor
-    """``[…]``: of each token, the last of a row too."""
+    """``[…]``: of each token, including the last one of a row."""
     kl_zero_ablated: Tensor
     """``[…]``"""
 
+    @classmethod
+    def of(cls, losses: ByLoss[Tensor]) -> "PeerLosses":
+        """Losses per token without those that do not count (NaN)."""
+        ces = losses.ce_original, losses.ce_spliced, losses.ce_zero_ablated
+        kls = losses.kl, losses.kl_zero_ablated
+        return cls(*(values[~values.isnan()].double() for values in (*ces, *kls)))
+
 
 class Peer(NamedTuple):
-    """How one library does it."""
+    """How one library defines its figures."""
 
     measure: Callable[[PeerBatch], Figures]
-    """One number a token ``[b]``, to be averaged over all tokens; or one a batch ``[]``, over batches."""
+    """Returns ``[b]`` for a figure that is averaged over tokens, ``[]`` for one averaged over batches."""
     losses: Callable[[PeerLosses], Figures]
-    """Likewise, of predictions."""
+    """The same for predictions."""
     finish: Callable[[dict[str, float], ReconstructionStats], dict[str, float]]
-    """The figures to report, of the averages and our own totals."""
+    """The figures to report, from the averages and our own totals."""
 
 
 class PeerStats:
-    """Running averages of one peer's figures: one :meth:`update` a batch, cut as the peer cuts them."""
+    """Running averages of one peer's figures; call :meth:`update` once for each of the peer's batches."""
 
     def __init__(self, name: str) -> None:
         if name not in PEERS:
@@ -97,7 +107,7 @@ class PeerStats:
             self._sums[name] = (total + float(value.sum()), count + value.numel())
 
     def figures(self, stats: ReconstructionStats) -> dict[str, float]:
-        """The peer's figures, under the peer's names; ``stats`` are of the same tokens."""
+        """The peer's figures under the peer's names; ``stats`` must be those of the same tokens."""
         means = {name: total / count for name, (total, count) in self._sums.items()}
         return self._peer.finish(means, stats)
 
@@ -153,13 +163,25 @@ def _saelens_finish(means: dict[str, float], stats: ReconstructionStats) -> dict
 # ---- dictionary_learning -------------------------------------------------------------------------
 
 
+def feature_scale(autoencoder: Autoencoder) -> Tensor | None:
+    """What dictionary_learning multiplies latents by before it measures them, ``[l]``; None for 1.
+
+    Its ``AutoEncoderNew`` (a ReLU and an output bias of its own) gives out latents times the norms of
+    their decoder columns; none of its other classes does.
+    """
+    if not autoencoder.nonlinearity.is_relu or autoencoder.post_bias is None:
+        return None
+    norms: Tensor = autoencoder.decoder.weight.detach().double().norm(dim=0)
+    return norms
+
+
 def _dictionary_learning(batch: PeerBatch) -> Figures:
     x, recons = batch.x, batch.recons
     norm_in, norm_out = x.norm(dim=-1), recons.norm(dim=-1)
     product = (x * recons).sum(dim=-1)
     return {
         "l2_loss": (x - recons).norm(dim=-1).mean(),
-        "l1_loss": batch.l1.mean(),
+        "l1_loss": batch.features_l1.mean(),
         "l0": batch.l0.double().mean(),
         "frac_variance_explained": 1 - (x - recons).var(dim=0).sum() / x.var(dim=0).sum(),
         "cossim": (product / (norm_in * norm_out)).mean(),
@@ -217,4 +239,4 @@ PEERS: Mapping[str, Peer] = {
     "sparsify": Peer(_sparsify, _none, _as_is),
     "openai": Peer(_openai, _none, _as_is),
 }
-"""By the name to give as ``compat=``."""
+"""The libraries, by the name that ``compat=`` takes."""

@@ -1,33 +1,29 @@
-"""What an evaluation found: figures with their definitions beside them, as text and as JSON."""
+"""The figures of an evaluation, each with its definition; as text and as JSON."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from neuron_explainer.evaluation.compat import PeerStats
-from neuron_explainer.evaluation.metrics import (
-    DensityHistogram,
-    ReconstructionStats,
-    ce_recovered,
-    density_histogram,
-)
+from neuron_explainer.evaluation.metrics import DensityHistogram, ce_recovered, density_histogram
+from neuron_explainer.evaluation.running import LossTotals, ReconstructionStats
+from neuron_explainer.tables import text_table
 
 
 @dataclass(frozen=True)
 class Losses:
-    """What the model's predictions lose when the activation is replaced, in nats a token.
+    """What the model's predictions lose when the activation is replaced, in nats per token.
 
-    Replaced are the activations that count (no pads; start tokens only if they are scored), in the
-    spliced and in the ablated passes alike: an autoencoder that gives back its input recovers 1, one
-    that gives zeros recovers 0 of the ablation to zero.
+    The spliced and the ablated passes replace the same activations: those that count (no pads; start
+    tokens only if they are scored). So an autoencoder that returns its input recovers 1, and one that
+    returns zeros recovers 0 of the ablation to zero.
     """
 
     n_tokens: int
-    """Predictions counted: neither the token nor what it predicts is padding, and what is predicted
-    is not a start token or separator (unless those are scored)."""
+    """How many predictions count: neither the token nor the one it predicts is padding, and the
+    predicted one is no start token or separator (unless those are scored)."""
     ce_original: float
     """Mean cross-entropy of the model as it is."""
     ce_spliced: float
@@ -40,40 +36,55 @@ class Losses:
     """``(ce_zero_ablated - ce_spliced) / (ce_zero_ablated - ce_original)``: see
     :func:`~neuron_explainer.evaluation.metrics.ce_recovered`."""
     recovered_mean: float
-    """The same against the mean; the stricter one, as zero is often far from every activation."""
+    """The same with the ablation to the mean. It is the stricter one: zero is often far from every
+    activation."""
     kl: float
-    """Mean over the tokens whose activations count of KL(original ‖ spliced), of the next token."""
+    """KL(original ‖ spliced) of the next-token distribution, averaged over counted tokens."""
     kl_zero_ablated: float
-    """KL(original ‖ zeros)."""
+    """KL(original ‖ zero-ablated)."""
     kl_mean_ablated: float
-    """KL(original ‖ mean)."""
+    """KL(original ‖ mean-ablated)."""
+
+    @classmethod
+    def from_totals(cls, totals: LossTotals) -> "Losses | None":
+        """The means and what follows from them; None if no prediction has been counted."""
+        if not totals.n_tokens:
+            return None
+        means = totals.means
+        original, spliced = means.ce_original, means.ce_spliced
+        return cls(
+            n_tokens=totals.n_tokens,
+            recovered_zero=float(ce_recovered(original, spliced, means.ce_zero_ablated)),
+            recovered_mean=float(ce_recovered(original, spliced, means.ce_mean_ablated)),
+            **means._asdict(),
+        )
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an autoencoder keeps of its activations, and of the model's predictions.
+    """How well an autoencoder preserves its activations and the model's predictions.
 
-    Of a transcoder, reconstructions are compared with the activations at its output's location.
+    A transcoder's reconstructions are compared with the activations at its output's location.
     """
 
     location: str | None
-    """What is reconstructed, such as ``3/mlp.post_act``; None if not known."""
+    """Where the reconstructed activations are, such as ``3/mlp.post_act``; None if not known."""
     n_tokens: int
-    """Tokens measured. Dead latents and densities mean nothing without it."""
+    """How many tokens were measured. Dead latents and densities mean nothing without it."""
     n_latents: int
     fvu: float
     """Fraction of variance unexplained: :func:`~neuron_explainer.evaluation.metrics.fvu`."""
     explained_variance: float
     """``1 - fvu``."""
     explained_variance_per_token: float | None
-    """:func:`~neuron_explainer.evaluation.metrics.explained_variance_per_token`; None where the mean was
+    """:func:`~neuron_explainer.evaluation.metrics.explained_variance_per_token`; None if the mean was
     not known beforehand."""
     mse: float
-    """Squared error a token, summed over the width."""
+    """Squared error per token, summed over the width."""
     l0: float
     """Mean number of latents per token that are not zero."""
     l1: float
-    """Mean sum of their magnitudes, in the autoencoder's own units."""
+    """Mean over tokens of the sum of the latents' magnitudes, in the autoencoder's own units."""
     cosine_similarity: float
     """:func:`~neuron_explainer.evaluation.metrics.cosine_similarity`."""
     norm_ratio: float
@@ -85,22 +96,27 @@ class Evaluation:
     density: DensityHistogram = field(repr=False)
     """How many latents fire how often."""
     frequency: Tensor = field(repr=False, compare=False)
-    """``[l]``: share of the tokens on which each latent fires. Not part of :meth:`to_dict`."""
+    """``[l]``: share of the tokens on which each latent fires. :meth:`to_dict` leaves out this and the
+    next two."""
+    mean_square: Tensor = field(repr=False, compare=False)
+    """``[l]`` in float64: mean over tokens of each latent's square."""
+    largest: Tensor = field(repr=False, compare=False)
+    """``[l]``: the largest value of each latent."""
     losses: Losses | None = None
-    """Of the model's predictions; None where there was no model."""
+    """Losses of the model's predictions; None if none were measured."""
     compat: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Peers' figures by their own definitions: :mod:`neuron_explainer.evaluation.compat`."""
 
     @classmethod
-    def from_stats(
+    def from_totals(
         cls,
         location: str | None,
         stats: ReconstructionStats,
-        losses: Losses | None = None,
-        peers: Mapping[str, PeerStats] | None = None,
+        losses: LossTotals,
+        peers: Mapping[str, PeerStats],
         mean_known: bool = True,
     ) -> "Evaluation":
-        """The figures that running totals amount to."""
+        """The figures that follow from running totals."""
         return cls(
             location=location,
             n_tokens=stats.n_tokens,
@@ -119,12 +135,14 @@ class Evaluation:
             dead_share=float(stats.dead_share),
             density=density_histogram(stats.frequency),
             frequency=stats.frequency.cpu(),
-            losses=losses,
-            compat={name: peer.figures(stats) for name, peer in (peers or {}).items()},
+            mean_square=stats.mean_square.cpu(),
+            largest=stats.largest.cpu(),
+            losses=Losses.from_totals(losses),
+            compat={name: peer.figures(stats) for name, peer in peers.items()},
         )
 
     def figures(self) -> dict[str, float]:
-        """Every number by name: ours, ``ce_…`` and ``kl…``, and peers' as ``peer/name``."""
+        """Every number by name: first ours, then those of :class:`Losses`, then peers' as ``peer/name``."""
         own = {
             name: value
             for name, value in vars(self).items()
@@ -143,101 +161,39 @@ class Evaluation:
         return own | theirs
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it; the frequency of each latent is left out, its histogram is not."""
-        result = {
-            name: value
-            for name, value in vars(self).items()
-            if name not in ("frequency", "density", "losses", "compat")
-        }
+        """All of it as JSON can hold it, except what there is of each latent; the histogram is there."""
+        result = {name: v for name, v in vars(self).items() if not isinstance(v, Tensor)}
         result["density"] = self.density._asdict()
         result["losses"] = None if self.losses is None else dict(vars(self.losses))
         result["compat"] = {peer: dict(figures) for peer, figures in self.compat.items()}
         return result
 
     def table(self) -> str:
-        """One figure a line."""
+        """One line for each figure."""
         rows = {"location": self.location or "unknown"} | {
             name: f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
             for name, value in self.figures().items()
         }
-        width = max(map(len, rows))
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+        return text_table([], rows.items(), n_left=2)
 
 
-class LossTotals:
-    """Running sums of cross-entropies and divergences per token; NaN is what does not count.
-
-    The names are those of :class:`Losses` that begin with ``ce_`` or ``kl``.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, int]] = {}
-
-    def update(self, **per_token: Tensor) -> None:
-        """Add per-token values under their names."""
-        for name, values in per_token.items():
-            total, count = self._sums.get(name, (0.0, 0))
-            counted = values[~values.isnan()].double()
-            self._sums[name] = (total + float(counted.sum()), count + counted.numel())
-
-    def merge(self, other: "LossTotals") -> None:
-        """Add the tokens of another accumulator."""
-        for name, (total, count) in other._sums.items():
-            own_total, own_count = self._sums.get(name, (0.0, 0))
-            self._sums[name] = (own_total + total, own_count + count)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything added so far, ``[2]`` a name: the sum and the number of predictions."""
-        return {name: torch.tensor(v, dtype=torch.float64) for name, v in self._sums.items()}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> "LossTotals":
-        """The accumulator that :meth:`state_dict` describes."""
-        totals = cls()
-        totals._sums = {name: (float(v[0]), int(v[1])) for name, v in state.items()}
-        return totals
-
-    def result(self) -> Losses | None:
-        """The means, and what is made of them; None if there is no prediction."""
-        n_tokens = self._sums.get("ce_original", (0.0, 0))[1]
-        if not n_tokens:
-            return None
-        means = {name: total / count for name, (total, count) in self._sums.items()}
-        zero, mean = (
-            float(
-                ce_recovered(means["ce_original"], means["ce_spliced"], means[f"ce_{how}_ablated"])
-            )
-            for how in ("zero", "mean")
-        )
-        return Losses(n_tokens=n_tokens, recovered_zero=zero, recovered_mean=mean, **means)
+_COLUMNS = (
+    ("FVU", "fvu", ".4f"),
+    ("L0", "l0", ".2f"),
+    ("cosine", "cosine_similarity", ".4f"),
+    ("dead", "dead_share", ".1%"),
+    ("CE rec. (zero)", "recovered_zero", ".4f"),
+    ("(mean)", "recovered_mean", ".4f"),
+    ("KL", "kl", ".4f"),
+    ("tokens", "n_tokens", ",d"),
+)
+"""Title, figure and format of the columns of :func:`evaluation_table`."""
 
 
 def evaluation_table(evaluations: Mapping[str, Evaluation]) -> str:
-    """The most looked-at figures, one line an autoencoder."""
-    columns: dict[str, tuple[str, str]] = {
-        "FVU": ("fvu", "8.4f"),
-        "L0": ("l0", "8.2f"),
-        "cosine": ("cosine_similarity", "8.4f"),
-        "dead": ("dead_share", "8.1%"),
-        "CE rec. (zero)": ("recovered_zero", "15.4f"),
-        "(mean)": ("recovered_mean", "8.4f"),
-        "KL": ("kl", "8.4f"),
-        "tokens": ("n_tokens", "12,d"),
-    }
-    first = max([len("autoencoder"), *map(len, evaluations)])
-
-    def width(spec: str) -> int:
-        return int(spec.split(".")[0].split(",")[0])
-
-    head = f"{'autoencoder':<{first}}" + "".join(
-        f" {title:>{width(spec)}}" for title, (_, spec) in columns.items()
-    )
-    lines = [head]
+    """The figures that are looked at most, one line for each autoencoder."""
+    rows = []
     for name, evaluation in evaluations.items():
-        figures = evaluation.figures()
-        cells = [
-            f"{figures[key]:{spec}}" if key in figures else f"{'-':>{width(spec)}}"
-            for key, spec in columns.values()
-        ]
-        lines.append(" ".join([f"{name:<{first}}", *cells]))
-    return "\n".join(lines)
+        found = evaluation.figures()
+        rows.append([name, *(f"{found[k]:{f}}" if k in found else "-" for _, k, f in _COLUMNS)])
+    return text_table(["autoencoder", *(title for title, _, _ in _COLUMNS)], rows)

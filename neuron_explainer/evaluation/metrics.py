@@ -1,11 +1,12 @@
-"""How well an autoencoder stands in for the activations it was trained on: executable definitions.
+"""How well an autoencoder reconstructs the activations it was trained on: executable definitions.
 
-The names of these measures are shared by the field, their definitions are not; each function says
-which one it is. Sums are taken in float64 and, over several batches, exactly as if all tokens had
-been one batch: means of per-batch values depend on where batches are cut, and are not used.
+The field shares the names of these measures but not their definitions, so each function states its
+formula. Everything here takes all tokens at once, in float64. For tokens that come in batches,
+:mod:`neuron_explainer.evaluation.running` keeps running totals that give the same figures: a mean of
+per-batch figures would depend on where the batches are cut.
 
-Shape legend: ``b`` batch, ``s`` sequence, ``n`` inputs of an autoencoder, ``l`` latents, ``v``
-vocabulary, ``…`` any leading axes: all of them count as tokens.
+Shape legend: ``b`` batch, ``s`` sequence, ``n`` inputs of an autoencoder, ``l`` latents, ``t`` tokens,
+``v`` vocabulary, ``…`` any leading axes: all of them count as tokens.
 """
 
 import math
@@ -16,15 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuron_explainer.errors import InputError
-from neuron_explainer.evaluation.running import (
-    ReconstructionStats,
-    check_pad,
-    kept_rows,
-)
 
 __all__ = [
     "DensityHistogram",
-    "ReconstructionStats",
     "ce_recovered",
     "cosine_similarity",
     "cross_entropy_per_token",
@@ -36,6 +31,7 @@ __all__ = [
     "kl_divergence_per_token",
     "l0",
     "l1",
+    "n_active",
     "norm_ratio",
     "relative_reconstruction_bias",
 ]
@@ -53,7 +49,8 @@ def fvu(x: Tensor, recons: Tensor) -> Tensor:
     SAEBench's corrected explained variance. Not the same: variance about zero, the mean over tokens of
     per-token ratios, and ``var(x - x̂) / var(x)``, which forgives a constant offset.
     """
-    return ReconstructionStats().update(x, recons).fvu
+    x, recons = _pairs(x, recons)
+    return (x - recons).square().sum() / (x - x.mean(dim=0)).square().sum()
 
 
 def explained_variance(x: Tensor, recons: Tensor) -> Tensor:
@@ -72,14 +69,17 @@ def explained_variance_per_token(
     it is lower than :func:`explained_variance` where small activations are reconstructed badly. ``x̄``
     is ``mean``, or the mean of the tokens given. (SAELens's "legacy" has each batch's mean for x̄.)
     """
-    if mean is None:
-        mean = kept_rows(x.detach(), pad, "x").double().mean(dim=0)
-    return ReconstructionStats(mean).update(x, recons, pad=pad).explained_variance_per_token
+    x, recons = _pairs(x, recons, pad)
+    mean = x.mean(dim=0) if mean is None else mean.double()
+    shares = (x - recons).square().sum(dim=1) / (x - mean).square().sum(dim=1)
+    return 1 - shares.mean()
 
 
 def cosine_similarity(x: Tensor, recons: Tensor) -> Tensor:
     """Mean over tokens of ``cos(x, x̂)``, 0 where either is zero. ``[…, n], […, n] -> []``, float64."""
-    return ReconstructionStats().update(x, recons).cosine_similarity
+    x, recons = _pairs(x, recons)
+    norms = x.norm(dim=1) * recons.norm(dim=1)
+    return torch.where(norms > 0, (x * recons).sum(dim=1) / norms, 0.0).mean()
 
 
 def norm_ratio(x: Tensor, recons: Tensor) -> Tensor:
@@ -87,7 +87,10 @@ def norm_ratio(x: Tensor, recons: Tensor) -> Tensor:
 
     Below 1 where an autoencoder shrinks what it reconstructs, as those trained with L1 do.
     """
-    return ReconstructionStats().update(x, recons).norm_ratio
+    x, recons = _pairs(x, recons)
+    norms = x.norm(dim=1)
+    ratios: Tensor = recons.norm(dim=1) / norms
+    return ratios[norms > 0].mean()
 
 
 def relative_reconstruction_bias(x: Tensor, recons: Tensor) -> Tensor:
@@ -95,7 +98,8 @@ def relative_reconstruction_bias(x: Tensor, recons: Tensor) -> Tensor:
 
     ``[…, n], […, n] -> []`` in float64. Rajamanoharan et al. 2024, equation 10.
     """
-    return ReconstructionStats().update(x, recons).relative_reconstruction_bias
+    x, recons = _pairs(x, recons)
+    return recons.square().sum() / (x * recons).sum()
 
 
 def l0(latents: Tensor) -> Tensor:
@@ -103,23 +107,28 @@ def l0(latents: Tensor) -> Tensor:
 
     Cunningham et al. 2023. For latents that may be negative, "> 0" would be another number.
     """
-    tokens = _rows(latents, "latents")
-    return (tokens != 0).sum().double() / len(tokens)
+    tokens = _some_rows(latents, "latents")
+    return n_active(tokens).double() / len(tokens)
+
+
+def n_active(latents: Tensor) -> Tensor:
+    """How many of the values are not zero, which is what "active" means everywhere. ``-> []`` int64."""
+    return (latents != 0).sum()
 
 
 def l1(latents: Tensor) -> Tensor:
     """Mean over tokens of the sum of the latents' magnitudes. ``[…, l] -> []`` in float64."""
-    tokens = _rows(latents, "latents")
-    return tokens.double().abs().sum() / len(tokens)
+    tokens = _some_rows(latents, "latents")
+    return tokens.abs().sum(dtype=torch.float64) / len(tokens)
 
 
 def dead_share(latents: Tensor) -> Tensor:
     """Share of latents that are zero on every token given. ``[…, l] -> []`` in float64.
 
-    It falls with the number of tokens, so it is worth nothing without that number. (Gao et al. 2024
+    It falls as more tokens are given, so always report the number of tokens with it. (Gao et al. 2024
     call a latent dead that has not been active for 10 million training tokens.)
     """
-    return (_rows(latents, "latents") == 0).all(dim=0).double().mean()
+    return (_some_rows(latents, "latents") == 0).all(dim=0).double().mean()
 
 
 def cross_entropy_per_token(logits: Tensor, tokens: Tensor, pad: Tensor | None = None) -> Tensor:
@@ -127,18 +136,20 @@ def cross_entropy_per_token(logits: Tensor, tokens: Tensor, pad: Tensor | None =
 
         ce[b, i] = -log softmax(logits[b, i])[tokens[b, i + 1]]
 
-    ``[b, s, v], [b, s], [b, s] -> [b, s - 1]``. NaN, not 0, where the token or the one before it is
-    padding (``pad`` True): there is nothing to predict, and a mean must not count it.
+    ``[b, s, v], [b, s], [b, s] -> [b, s - 1]``. Where the token or the one before it is padding
+    (``pad`` True) there is nothing to predict: the value is NaN, not 0, so that no mean counts it.
     """
     if logits.shape[:-1] != tokens.shape or tokens.ndim != 2:
         raise InputError(
             f"expected logits [b, s, v] and tokens [b, s], found {list(logits.shape)} and "
             f"{list(tokens.shape)}."
         )
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
-    ).view(len(tokens), -1)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    # Row by row, as all logits at once would have to be copied.
+    rows = zip(logits[:, :-1], tokens[:, 1:], strict=True)
+    losses = torch.stack(
+        [F.cross_entropy(row.to(dtype), wanted, reduction="none") for row, wanted in rows]
+    )
     if pad is None:
         return losses
     check_pad(pad, tokens.shape)
@@ -146,11 +157,11 @@ def cross_entropy_per_token(logits: Tensor, tokens: Tensor, pad: Tensor | None =
 
 
 def kl_divergence_per_token(original: Tensor, logits: Tensor, pad: Tensor | None = None) -> Tensor:
-    """How far the predictions have moved at each token, in nats.
+    """KL divergence of the changed next-token predictions from the original ones, in nats.
 
         kl[b, i] = Σ_v p_v (log p_v - log q_v),   p = softmax(original[b, i]), q = softmax(logits[b, i])
 
-    ``[b, s, v], [b, s, v], [b, s] -> [b, s]``. NaN, not 0, at padding. 0 where nothing has changed.
+    ``[b, s, v], [b, s, v], [b, s] -> [b, s]``. 0 where nothing has changed; NaN, not 0, at padding.
     """
     if original.shape != logits.shape or original.ndim != 3:
         raise InputError(
@@ -160,7 +171,7 @@ def kl_divergence_per_token(original: Tensor, logits: Tensor, pad: Tensor | None
     found = logits.new_empty(
         logits.shape[:-1], dtype=torch.promote_types(logits.dtype, torch.float32)
     )
-    # Row by row: the three copies that this takes of all logits at once would be gigabytes.
+    # Row by row: for all rows at once, the three copies of the logits would take gigabytes.
     for row, (p, q) in enumerate(zip(original, logits, strict=True)):
         log_p, log_q = (F.log_softmax(values.to(found.dtype), dim=-1) for values in (p, q))
         found[row] = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
@@ -171,18 +182,19 @@ class DensityHistogram(NamedTuple):
     """How many latents fire how often."""
 
     edges: list[float]
-    """Powers of ten that bound the bins, ascending: a bin holds ``edge <= frequency < next edge``."""
+    """Where the bins begin and end, ascending: a bin holds ``edge <= frequency < next edge``."""
     counts: list[int]
-    """Latents in each bin, one fewer than edges."""
+    """How many latents are in each bin; there is one bin fewer than edges."""
     never: int
-    """Latents that fired on no token; they are in no bin."""
+    """How many latents fired on no token; they are in no bin."""
 
 
 def density_histogram(frequency: Tensor, per_decade: int = 4) -> DensityHistogram:
-    """Sort latents by the logarithm of the share of tokens on which they fire.
+    """Count latents by the share of tokens on which they fire, in bins of equal width in log10.
 
-    ``[l]`` (:attr:`ReconstructionStats.frequency`) ``->`` bins of a quarter of a decade, from the
-    decade of the rarest latent to 1. A latent that always fires is in the last bin.
+    ``frequency`` is ``[l]`` (:attr:`~neuron_explainer.evaluation.running.ReconstructionStats.frequency`).
+    The bins run from the decade of the rarest latent to 1, ``per_decade`` of them a decade. A latent
+    that always fires is in the last bin.
     """
     fired = frequency[frequency > 0].double().cpu()
     lowest = min(-1, math.floor(float(fired.min().log10()))) if len(fired) else -1
@@ -196,14 +208,14 @@ def density_histogram(frequency: Tensor, per_decade: int = 4) -> DensityHistogra
 def ce_recovered(
     original: Tensor | float, spliced: Tensor | float, ablated: Tensor | float
 ) -> Tensor:
-    """How much of the loss that ablating a location costs its reconstruction wins back.
+    """Share of the loss caused by ablating a location that its reconstruction recovers.
 
         (CE_ablated - CE_spliced) / (CE_ablated - CE_original)
 
-    Each CE is the mean over all tokens (NaN left out) of a cross-entropy per token, or that mean
-    itself: first the means, then the ratio. ``-> []`` in float64. 1: as good as the activations
-    themselves; 0: as bad as the ablation (usually to zero: say which). It is unstable where the
-    ablation hardly matters.
+    Give each cross-entropy per token (NaN does not count) or as its mean: the means are taken first,
+    then the ratio. ``-> []`` in float64. 1 means as good as the activations themselves, 0 as bad as the
+    ablation (say which one: to zero, to the mean). The ratio is unstable where the ablation costs
+    little.
 
     Bricken et al. 2023 ("loss recovered"); Gao et al. 2024 on what it hides.
     """
@@ -213,7 +225,7 @@ def ce_recovered(
         not torch.equal(place, places[0]) for place in places
     ):
         raise InputError(
-            "the three cross-entropies must be of the same tokens; found shapes "
+            "the three cross-entropies must be those of the same tokens; found shapes "
             f"{[list(value.shape) for value in values]} with "
             f"{[int((~place).sum()) for place in places]} tokens that count."
         )
@@ -221,10 +233,51 @@ def ce_recovered(
     return (ce_ablated - ce_spliced) / (ce_ablated - ce_original)
 
 
-def _rows(values: Tensor, what: str) -> Tensor:
-    """``[…, w] -> [tokens, w]``."""
-    if values.ndim == 0 or not values.numel():
+# ---- tokens as rows --------------------------------------------------------------------------------
+
+
+def kept_rows(values: Tensor, pad: Tensor | None, what: str) -> Tensor:
+    """``[…, w] -> [t, w]``, without the tokens that are padding; ``what`` names them in errors."""
+    if values.ndim == 0:
+        raise InputError(f"{what}: expected […, width], found a single number.")
+    # Not -1: the sparse latents of tokens on which none fires have width 0.
+    rows = values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
+    if pad is None:
+        return rows
+    check_pad(pad, values.shape[:-1])
+    return rows[~pad.flatten()]
+
+
+def check_pad(pad: Tensor | None, shape: torch.Size) -> None:
+    """Raise InputError unless ``pad`` is a bool mask of this shape, or None."""
+    if pad is not None and (pad.shape != shape or pad.dtype != torch.bool):
+        raise InputError(
+            f"expected a bool pad mask {list(shape)}, found {list(pad.shape)} of {pad.dtype}."
+        )
+
+
+def check_same_shape(x: Tensor, recons: Tensor) -> None:
+    """Raise InputError unless activations and reconstructions have the same shape."""
+    if x.shape != recons.shape:
+        raise InputError(
+            f"x and its reconstruction must have one shape, found {list(x.shape)} and "
+            f"{list(recons.shape)}."
+        )
+
+
+def _pairs(x: Tensor, recons: Tensor, pad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Activations and reconstructions as ``[t, n]`` in float64, without gradients and padding."""
+    check_same_shape(x, recons)
+    _some_rows(x, "x")
+    rows = kept_rows(x.detach(), pad, "x")
+    return rows.double(), kept_rows(recons.detach(), pad, "recons").double()
+
+
+def _some_rows(values: Tensor, what: str) -> Tensor:
+    """``[…, w] -> [t, w]``, at least one token."""
+    rows = kept_rows(values, None, what)
+    if not rows.numel():
         raise InputError(
             f"{what}: expected at least one token […, width], found {list(values.shape)}."
         )
-    return values.reshape(-1, values.shape[-1])
+    return rows

@@ -1,26 +1,112 @@
-"""Running totals over batches of tokens, from which every measure of a reconstruction follows.
+"""Running totals over batches of tokens, which give the figures of ``metrics.py`` for all of them.
 
-Shape legend: ``n`` inputs of an autoencoder, ``l`` latents, ``…`` any leading axes: all of them count
-as tokens.
+Each figure is defined by the function of its name in :mod:`neuron_explainer.evaluation.metrics`; a
+test compares the two in float64. Batches may be cut anywhere and come in any order.
+
+Shape legend: ``n`` inputs of an autoencoder, ``l`` latents, ``t`` tokens, ``…`` any leading axes: all of
+them count as tokens.
 """
 
-import math
-from collections.abc import Mapping
-from typing import Self
+from dataclasses import dataclass, fields, replace
+from typing import Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from neuron_explainer.errors import InputError
+from neuron_explainer.evaluation.metrics import check_same_shape, kept_rows
 from neuron_explainer.models.autoencoders.latents import Latents
 
 
-class ReconstructionStats:
-    """Running totals over batches of tokens: FVU and its kin, L0, L1, how often each latent fires.
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over tokens, each ``[]`` in float64."""
 
-    Batches may be cut anywhere and come in any order; the results agree to rounding in float64. The
-    variance is merged by Chan, Golub and LeVeque's update, since subtracting the square of the mean
-    from the mean of squares loses all digits where the mean is large.
+    error: Tensor
+    """``‖x - x̂‖²``"""
+    deviation: Tensor
+    """``‖x - x̄‖²``"""
+    product: Tensor
+    """``⟨x, x̂⟩``"""
+    recons_square: Tensor
+    """``‖x̂‖²``"""
+    cosine: Tensor
+    norm_ratio: Tensor
+    """``‖x̂‖ / ‖x‖`` where ``x`` is not zero."""
+    n_nonzero: Tensor
+    """How many ``x`` are not zero."""
+    error_share: Tensor
+    """``‖x - x̂‖² / ‖x - mean‖²``; NaN if the mean was not known beforehand."""
+
+    @classmethod
+    def of(cls, x: Tensor, recons: Tensor, batch_mean: Tensor, mean: Tensor | None) -> Self:
+        """Sums over ``[t, n]`` in float64; ``batch_mean`` is theirs, ``mean`` that of all batches."""
+        error = (x - recons).square().sum(dim=1)
+        product = (x * recons).sum(dim=1)
+        norm, recons_norm = x.norm(dim=1), recons.norm(dim=1)
+        norms = norm * recons_norm
+        share = error.new_tensor(torch.nan)
+        if mean is not None:
+            share = (error / (x - mean.to(x.device)).square().sum(dim=1)).sum()
+        return cls(
+            error=error.sum(),
+            deviation=(x - batch_mean).square().sum(),
+            product=product.sum(),
+            recons_square=recons_norm.square().sum(),
+            cosine=torch.where(norms > 0, product / norms, 0.0).sum(),
+            norm_ratio=torch.where(norm > 0, recons_norm / norm, 0.0).sum(),
+            n_nonzero=(norm > 0).sum().double(),
+            error_share=share,
+        )
+
+    def plus(self, other: "_Sums") -> "_Sums":
+        names = [each.name for each in fields(self)]
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
+        return _Sums(**{name: a + b.to(a.device) for name, (a, b) in pairs.items()})
+
+
+class _LatentSums(NamedTuple):
+    """Sums over the tokens whose latents were given."""
+
+    fired: Tensor
+    """``[l]``: tokens on which each latent is not zero."""
+    square: Tensor
+    """``[l]`` in float64: the sum of its squares."""
+    largest: Tensor
+    """``[l]``: its largest value, at least 0."""
+    l1: Tensor
+    """``[]`` in float64."""
+    n_tokens: int
+
+    @classmethod
+    def of(cls, values: Tensor, indices: Tensor | None, n_latents: int) -> Self:
+        """Sums over dense ``[t, l]`` or, with indices, over sparse ``[t, k]``."""
+        l1 = values.abs().sum(dtype=torch.float64)
+        active = values != 0
+        if indices is None:
+            largest = torch.cat([values, values.new_zeros(1, n_latents)]).amax(dim=0)
+            square = values.double().square().sum(dim=0)
+            return cls(active.sum(dim=0), square, largest, l1, len(values))
+        where, flat = indices.flatten(), values.flatten()
+        fired = where.new_zeros(n_latents).scatter_add_(0, where, active.flatten().long())
+        square = flat.new_zeros(n_latents, dtype=torch.float64)
+        square.scatter_add_(0, where, flat.double().square())
+        largest = flat.new_zeros(n_latents).scatter_reduce_(0, where, flat, "amax")
+        return cls(fired, square, largest, l1, len(values))
+
+    def plus(self, other: "_LatentSums") -> "_LatentSums":
+        device = self.fired.device
+        return _LatentSums(
+            self.fired + other.fired.to(device),
+            self.square + other.square.to(device),
+            torch.maximum(self.largest, other.largest.to(device)),
+            self.l1 + other.l1.to(device),
+            self.n_tokens + other.n_tokens,
+        )
+
+
+class ReconstructionStats:
+    """Figures of reconstructions and latents over batches of tokens: FVU, L0, L1, frequencies, …
 
         stats = ReconstructionStats()
         for x in batches:
@@ -29,17 +115,16 @@ class ReconstructionStats:
         stats.fvu, stats.l0, stats.dead_share
 
     Args:
-        mean: of all tokens ``[n]``, where it is known beforehand: for
-            :attr:`explained_variance_per_token`, which cannot be had without.
+        mean: the mean of all tokens ``[n]``, if it is known beforehand.
+            :attr:`explained_variance_per_token` needs it.
     """
 
     def __init__(self, mean: Tensor | None = None) -> None:
         self.n_tokens = 0
-        self._about = None if mean is None else mean.detach().double()
+        self._known_mean = None if mean is None else mean.detach().double()
         self._mean: Tensor | None = None  # [n]
-        self._sums: dict[str, Tensor] = {}  # [] float64 each, over tokens
-        self._fired: Tensor | None = None  # [l], tokens on which each latent is not zero
-        self._tokens_with_latents = 0
+        self._sums: _Sums | None = None
+        self._latents: _LatentSums | None = None
 
     def update(
         self,
@@ -50,232 +135,204 @@ class ReconstructionStats:
     ) -> Self:
         """Add tokens ``[…, n]``, their reconstructions and, for L0 and dead latents, ``[…, l]``.
 
-        ``pad`` ``[…]`` is True at the tokens that do not count. For a transcoder ``x`` is what its
-        output stands for.
+        Tokens where ``pad`` ``[…]`` is True do not count. For a transcoder, ``x`` is the activation at
+        its output's location.
         """
-        if x.shape != recons.shape:
-            raise InputError(
-                f"x and its reconstruction must have one shape, found {list(x.shape)} and "
-                f"{list(recons.shape)}."
-            )
+        check_same_shape(x, recons)
         rows = kept_rows(x.detach(), pad, "x").double()
-        batch = ReconstructionStats()
-        if len(rows):
-            batch.n_tokens = len(rows)
-            batch._mean = rows.mean(dim=0)
-            others = kept_rows(recons.detach(), pad, "recons").double()
-            batch._sums = _sums_over_tokens(rows, others, batch._mean, self._about)
+        others = kept_rows(recons.detach(), pad, "recons").double()
+        if self._mean is not None:
+            _check_same_width("x", len(self._mean), rows.shape[1])
         if latents is not None:
-            batch._add_latents(latents, x.shape, pad)
-        return self.merge(batch)
+            self._add_latents(latents, x.shape, pad)
+        if len(rows):
+            self._add_rows(rows, others)
+        return self
+
+    def _add_rows(self, x: Tensor, recons: Tensor) -> None:
+        """Add ``[t, n]``. Means and variances are merged by Chan, Golub and LeVeque's update:
+        subtracting the squared mean from the mean of squares loses all digits where the mean is
+        large."""
+        mean = x.mean(dim=0)
+        sums = _Sums.of(x, recons, mean, self._known_mean)
+        n_tokens = self.n_tokens + len(x)
+        if self._sums is not None and self._mean is not None:
+            delta = mean.to(self._mean.device) - self._mean
+            shift = delta.square().sum() * (self.n_tokens * len(x) / n_tokens)
+            sums = replace(sums, deviation=sums.deviation.to(delta.device) + shift)
+            mean = self._mean + delta * (len(x) / n_tokens)
+            sums = self._sums.plus(sums)
+        self._mean, self._sums, self.n_tokens = mean, sums, n_tokens
 
     def _add_latents(
         self, latents: Tensor | Latents, shape: torch.Size, pad: Tensor | None
     ) -> None:
-        values = latents if isinstance(latents, Tensor) else latents.values
+        if isinstance(latents, Tensor):
+            values, indices, n_latents = latents, None, latents.shape[-1]
+        else:
+            values, indices, n_latents = latents
         if values.shape[:-1] != shape[:-1]:
             raise InputError(
                 f"latents must have the leading axes of x {list(shape)}, found {list(values.shape)}."
             )
         values = kept_rows(values.detach(), pad, "latents")
-        active = values != 0
-        if isinstance(latents, Tensor):
-            fired = active.sum(dim=0)
-        else:
-            places = kept_rows(latents.indices, pad, "latents")
-            fired = places.new_zeros(latents.n_latents)
-            fired.scatter_add_(0, places.flatten(), active.flatten().to(fired.dtype))
-        if self.n_tokens:
-            self._fired, self._tokens_with_latents = fired, self.n_tokens
-            self._sums["l1"] = values.abs().sum(dtype=torch.float64)
+        indices = None if indices is None else kept_rows(indices, pad, "latents")
+        if self._latents is not None:
+            _check_same_width("latents", len(self._latents.fired), n_latents)
+        sums = _LatentSums.of(values, indices, n_latents)
+        self._latents = sums if self._latents is None else self._latents.plus(sums)
 
-    def merge(self, other: "ReconstructionStats") -> Self:
-        """Add the tokens of another accumulator, of another process perhaps."""
-        if other._mean is None:
-            return self
-        sums = dict(other._sums)
-        if self._mean is None:
-            self._mean = other._mean
-        else:
-            mean = other._mean.to(self._mean.device)
-            _check_same_width("x", self._mean, mean)
-            total = self.n_tokens + other.n_tokens
-            delta = mean - self._mean
-            shift = delta.square().sum() * (self.n_tokens * other.n_tokens / total)
-            sums["deviation"] = sums["deviation"].to(delta.device) + shift
-            self._mean = self._mean + delta * (other.n_tokens / total)
-        for name, value in sums.items():
-            old = self._sums.get(name)
-            self._sums[name] = value if old is None else old + value.to(old.device)
-        self.n_tokens += other.n_tokens
-        if other._fired is not None:
-            fired = other._fired
-            if self._fired is not None:
-                _check_same_width("latents", self._fired, fired)
-                fired = self._fired + fired.to(self._fired.device)
-            self._fired = fired
-            self._tokens_with_latents += other._tokens_with_latents
-        return self
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything added so far, as tensors: to be saved, or sent to the process that merges."""
-        state = {f"sums.{name}": value for name, value in self._sums.items()}
-        state["n_tokens"] = torch.tensor(self.n_tokens)
-        state["tokens_with_latents"] = torch.tensor(self._tokens_with_latents)
-        parts = {"about": self._about, "mean": self._mean, "fired": self._fired}
-        return state | {name: value for name, value in parts.items() if value is not None}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Self:
-        """The accumulator that :meth:`state_dict` describes; adding to it goes on from there."""
-        stats = cls(state.get("about"))
-        stats.n_tokens = int(state["n_tokens"])
-        stats._tokens_with_latents = int(state["tokens_with_latents"])
-        stats._mean, stats._fired = state.get("mean"), state.get("fired")
-        prefix = "sums."
-        stats._sums = {
-            name.removeprefix(prefix): value
-            for name, value in state.items()
-            if name.startswith(prefix)
-        }
-        return stats
-
-    # ---- of reconstructions --------------------------------------------------------------------
+    # ---- reconstructions -------------------------------------------------------------------------
 
     @property
     def mean(self) -> Tensor:
         """``[n]``: the mean token."""
-        self._require(self.n_tokens, "tokens")
-        assert self._mean is not None
+        if self._mean is None:
+            raise InputError("no tokens have been added yet.")
         return self._mean
 
     @property
     def fvu(self) -> Tensor:
-        """``[]``, see :func:`~neuron_explainer.evaluation.metrics.fvu`, over all tokens so far."""
-        return self._sum("error") / self._sum("deviation")
+        """``[]``: :func:`~neuron_explainer.evaluation.metrics.fvu` of all tokens so far."""
+        return self._added.error / self._added.deviation
 
     @property
     def explained_variance(self) -> Tensor:
-        """``[]``, see :func:`~neuron_explainer.evaluation.metrics.explained_variance`."""
+        """``[]``: :func:`~neuron_explainer.evaluation.metrics.explained_variance`."""
         return 1 - self.fvu
 
     @property
     def explained_variance_per_token(self) -> Tensor:
-        """``[]``, see :func:`~neuron_explainer.evaluation.metrics.explained_variance_per_token`.
+        """``[]``: :func:`~neuron_explainer.evaluation.metrics.explained_variance_per_token`.
 
-        It needs the mean from the beginning.
+        It needs the mean of all tokens before the first one is added.
         """
-        if self.n_tokens and "error_share" not in self._sums:
+        if self._known_mean is None:
             raise InputError(
                 "explained_variance_per_token needs the mean of all tokens before the first is added: "
                 "ReconstructionStats(mean)."
             )
-        return 1 - self._sum("error_share") / self.n_tokens
+        return 1 - self._added.error_share / self.n_tokens
 
     @property
     def mse(self) -> Tensor:
         """``[]``: squared error per token, summed over the width and averaged over tokens."""
-        return self._sum("error") / self.n_tokens
+        return self._added.error / self.n_tokens
 
     @property
     def cosine_similarity(self) -> Tensor:
-        """``[]``, see :func:`~neuron_explainer.evaluation.metrics.cosine_similarity`."""
-        return self._sum("cosine") / self.n_tokens
+        """``[]``: :func:`~neuron_explainer.evaluation.metrics.cosine_similarity`."""
+        return self._added.cosine / self.n_tokens
 
     @property
     def norm_ratio(self) -> Tensor:
-        """``[]``, see :func:`~neuron_explainer.evaluation.metrics.norm_ratio`."""
-        return self._sum("norm_ratio") / self._sum("not_zero")
+        """``[]``: :func:`~neuron_explainer.evaluation.metrics.norm_ratio`."""
+        return self._added.norm_ratio / self._added.n_nonzero
 
     @property
     def relative_reconstruction_bias(self) -> Tensor:
-        """``[]``, see :func:`~neuron_explainer.evaluation.metrics.relative_reconstruction_bias`."""
-        return self._sum("recons_square") / self._sum("product")
+        """``[]``: :func:`~neuron_explainer.evaluation.metrics.relative_reconstruction_bias`."""
+        return self._added.recons_square / self._added.product
 
-    # ---- of latents ----------------------------------------------------------------------------
+    @property
+    def _added(self) -> _Sums:
+        if self._sums is None:
+            raise InputError("no tokens have been added yet.")
+        return self._sums
+
+    # ---- latents ---------------------------------------------------------------------------------
 
     @property
     def frequency(self) -> Tensor:
         """``[l]``: share of tokens on which each latent is not zero."""
-        self._require(self._tokens_with_latents, "latents")
-        assert self._fired is not None
-        return self._fired.double() / self._tokens_with_latents
+        return self._encoded.fired.double() / self._encoded.n_tokens
+
+    @property
+    def mean_square(self) -> Tensor:
+        """``[l]``: mean over tokens of each latent's square, in float64."""
+        return self._encoded.square / self._encoded.n_tokens
+
+    @property
+    def largest(self) -> Tensor:
+        """``[l]``: the largest value of each latent; 0 if it has never been positive."""
+        return self._encoded.largest
 
     @property
     def l0(self) -> Tensor:
-        """``[]``, see :func:`~neuron_explainer.evaluation.metrics.l0`, over all tokens so far."""
-        return self.frequency.sum()
+        """``[]``: :func:`~neuron_explainer.evaluation.metrics.l0` of all tokens so far."""
+        return self._encoded.fired.sum().double() / self._encoded.n_tokens
 
     @property
     def l1(self) -> Tensor:
-        """``[]``, see :func:`~neuron_explainer.evaluation.metrics.l1`, over all tokens so far."""
-        self._require(self._tokens_with_latents, "latents")
-        return self._sums["l1"] / self._tokens_with_latents
+        """``[]``: :func:`~neuron_explainer.evaluation.metrics.l1` of all tokens so far."""
+        return self._encoded.l1 / self._encoded.n_tokens
 
     @property
     def dead_share(self) -> Tensor:
-        """``[]``, see :func:`~neuron_explainer.evaluation.metrics.dead_share`; report ``n_tokens`` too."""
-        return (self.frequency == 0).double().mean()
+        """``[]``: :func:`~neuron_explainer.evaluation.metrics.dead_share`. Report ``n_tokens`` too."""
+        return (self._encoded.fired == 0).double().mean()
 
-    def _sum(self, name: str) -> Tensor:
-        self._require(self.n_tokens, "tokens")
-        return self._sums[name]
-
-    @staticmethod
-    def _require(count: int, what: str) -> None:
-        if not count:
-            raise InputError(f"no {what} have been added yet.")
+    @property
+    def _encoded(self) -> _LatentSums:
+        if self._latents is None or not self._latents.n_tokens:
+            raise InputError("no latents have been added yet.")
+        return self._latents
 
     def __repr__(self) -> str:
         facts = [f"n_tokens={self.n_tokens}"]
         if self.n_tokens:
             facts.append(f"fvu={float(self.fvu):.6g}")
-        if self._tokens_with_latents:
+        if self._latents is not None and self._latents.n_tokens:
             facts += [f"l0={float(self.l0):.6g}", f"dead_share={float(self.dead_share):.6g}"]
         return f"ReconstructionStats({', '.join(facts)})"
 
 
-def _sums_over_tokens(
-    x: Tensor, recons: Tensor, mean: Tensor, about: Tensor | None
-) -> dict[str, Tensor]:
-    """What :class:`ReconstructionStats` adds up, of tokens ``[b, n]`` in float64."""
-    error = (x - recons).square().sum(dim=1)
-    product = (x * recons).sum(dim=1)
-    norm, recons_norm = x.norm(dim=1), recons.norm(dim=1)
-    norms = norm * recons_norm
-    sums = {
-        "error": error.sum(),
-        "deviation": (x - mean).square().sum(),
-        "product": product.sum(),
-        "recons_square": recons_norm.square().sum(),
-        "cosine": torch.where(norms > 0, product / norms, 0.0).sum(),
-        "norm_ratio": torch.where(norm > 0, recons_norm / norm, 0.0).sum(),
-        "not_zero": (norm > 0).sum().double(),
-    }
-    if about is not None:
-        sums["error_share"] = (error / (x - about.to(x.device)).square().sum(dim=1)).sum()
-    return sums
+def _check_same_width(what: str, so_far: int, width: int) -> None:
+    if so_far != width:
+        raise InputError(f"{what}: width {so_far} so far, found {width}.")
 
 
-def kept_rows(values: Tensor, pad: Tensor | None, what: str) -> Tensor:
-    """``[…, w] -> [tokens, w]`` without those that are padding."""
-    if values.ndim == 0:
-        raise InputError(f"{what}: expected […, width], found a single number.")
-    # Not -1: the sparse latents of tokens on which none fires have width 0.
-    rows = values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
-    if pad is None:
-        return rows
-    check_pad(pad, values.shape[:-1])
-    return rows[~pad.flatten()]
+# ---- losses --------------------------------------------------------------------------------------
+
+T = TypeVar("T")
 
 
-def check_pad(pad: Tensor | None, shape: torch.Size) -> None:
-    if pad is not None and (pad.shape != shape or pad.dtype != torch.bool):
-        raise InputError(
-            f"expected a bool pad mask {list(shape)}, found {list(pad.shape)} of {pad.dtype}."
-        )
+class ByLoss(NamedTuple, Generic[T]):
+    """One value for each loss of the model's predictions that an evaluation measures."""
+
+    ce_original: T
+    """Cross-entropy of the model as it is."""
+    ce_spliced: T
+    """Cross-entropy with the reconstruction in place of the activation."""
+    ce_zero_ablated: T
+    ce_mean_ablated: T
+    kl: T
+    """KL divergence of the predictions with the reconstruction from the original ones."""
+    kl_zero_ablated: T
+    kl_mean_ablated: T
 
 
-def _check_same_width(what: str, one: Tensor, other: Tensor) -> None:
-    if one.shape != other.shape:
-        raise InputError(f"{what}: width {len(one)} so far, found {len(other)}.")
+class LossTotals:
+    """Means of losses per token over batches; tokens whose loss is NaN do not count."""
+
+    def __init__(self) -> None:
+        self._sums: ByLoss[float] = ByLoss(*[0.0] * 7)
+        self._counts: ByLoss[int] = ByLoss(*[0] * 7)
+
+    def update(self, per_token: ByLoss[Tensor]) -> None:
+        """Add the losses of a batch of predictions."""
+        kept = [values[~values.isnan()].double() for values in per_token]
+        self._sums = ByLoss(*(a + float(v.sum()) for a, v in zip(self._sums, kept, strict=True)))
+        self._counts = ByLoss(*(a + v.numel() for a, v in zip(self._counts, kept, strict=True)))
+
+    @property
+    def n_tokens(self) -> int:
+        """How many predictions have been counted."""
+        return self._counts.ce_original
+
+    @property
+    def means(self) -> ByLoss[float]:
+        """The mean of each loss."""
+        if not self.n_tokens:
+            raise InputError("no predictions have been added yet.")
+        return ByLoss(*(s / n for s, n in zip(self._sums, self._counts, strict=True)))

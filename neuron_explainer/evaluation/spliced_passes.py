@@ -1,9 +1,9 @@
-"""Forward passes of one batch of tokens: as it is, and with the activation at one place replaced.
+"""Forward passes of one batch of tokens: unchanged, and with the activation at one location replaced.
 
-Everything before the place is as it was, so a replaced pass starts at the layer of the place, from
-the residual stream that the first pass has left there; with other models than ours it runs whole.
+Nothing before the location changes, so a pass with a replacement starts at the location's layer, from
+the residual stream that the unchanged pass had there. Models other than ours run the whole pass.
 
-Shape legend: ``b`` batch, ``s`` sequence, ``n`` width at a place, ``d`` model width, ``v`` vocabulary.
+Shape legend: ``b`` batch, ``s`` sequence, ``n`` width at a location, ``v`` vocabulary.
 """
 
 from collections.abc import Iterable
@@ -21,22 +21,23 @@ _LOGITS = ActivationLocation("logits")
 
 
 def stream_before(location: ActivationLocation, n_layers: int) -> ActivationLocation | None:
-    """The residual stream from which a pass with this place replaced can start; None: the tokens."""
-    layer = _first_layer(location, n_layers)
-    if layer == 0:
-        return None
-    return ActivationLocation("resid.torso.post_mlp", layer - 1)
+    """The residual stream from which a pass with a replacement at ``location`` can start.
+
+    None if it must start from the tokens.
+    """
+    depth = location.depth(n_layers)
+    return ActivationLocation("resid.torso.post_mlp", depth - 1) if depth else None
 
 
 class SplicedPasses:
     """The passes of one batch.
 
     Args:
-        model: of a context.
+        model: the model of a context.
         tokens: ids ``[b, s]``.
         pad: pad mask ``[b, s]``, or None.
-        locations: where activations are wanted, each a single place.
-        logits: whether logits are wanted too; without, the pass stops after the last place, and
+        locations: whose activations to keep; each must name one layer.
+        logits: whether to keep logits too. Without them the pass stops after the last location, and
             nothing can be replaced.
     """
 
@@ -58,11 +59,11 @@ class SplicedPasses:
         self._found = model.capture(self.tokens, list(wanted), self.pad)
 
     def activation(self, location: ActivationLocation) -> Tensor:
-        """``[b, s, n]`` as the model has it; the heads' vectors, where there are heads, in a row."""
+        """``[b, s, n]`` as the model has it; at locations with heads, their vectors are concatenated."""
         axes = location.site.shape
         if sum(axis in ("s", "q", "k") for axis in axes) != 1:
             raise InputError(
-                f"{location}: expected a place with one vector a token, found axes "
+                f"{location}: expected a location with one vector a token, found axes "
                 f"{', '.join(axes)}."
             )
         return self._found[location].flatten(2)
@@ -73,7 +74,7 @@ class SplicedPasses:
         return self._found[_LOGITS]
 
     def replaced(self, location: ActivationLocation, value: Tensor) -> Tensor:
-        """Logits ``[b, s, v]`` with ``value`` ``[b, s, n]`` for what is at ``location``."""
+        """Logits ``[b, s, v]`` with ``value`` ``[b, s, n]`` in place of the activation at ``location``."""
 
         def replace(x: Tensor) -> Tensor:
             return value.to(x.dtype).view_as(x)
@@ -86,8 +87,8 @@ class SplicedPasses:
         stream = stream_before(location, n_layers)
         if stream is not None:
             x = self._found[stream]
-        for layer in list(self.model.layers)[_first_layer(location, n_layers) :]:
-            x, _ = layer(x, None, pad, hooks, state.positions)
+        for layer in list(self.model.layers)[location.depth(n_layers) :]:
+            x, _ = layer(x, pad=pad, hooks=hooks, positions=state.positions)
         x, state = self.model.run_ln_f(x, state, hooks)
         return self.model.run_unembed(x, state, hooks)[0]
 
@@ -99,16 +100,11 @@ class SplicedPasses:
 
 
 def scored(tokens: Tensor, pad: Tensor | None, bos: Tensor | None, score_bos: bool) -> Tensor:
-    """``[b, s]`` bool: the tokens whose activations count; no pads, and start tokens if wanted."""
+    """``[b, s]`` bool: True where activations count, which is neither at pads nor, unless
+    ``score_bos``, at start tokens."""
     counted = torch.ones_like(tokens, dtype=torch.bool)
     if pad is not None:
         counted &= ~pad.to(tokens.device)
     if bos is not None and not score_bos:
         counted &= ~bos.to(tokens.device)
     return counted
-
-
-def _first_layer(location: ActivationLocation, n_layers: int) -> int:
-    if location.layer is not None:
-        return location.layer
-    return 0 if location.path == "resid.post_emb" else n_layers

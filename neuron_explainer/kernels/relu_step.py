@@ -6,7 +6,7 @@
 
 Early in training half of all latents are active, and a step is five products; what surrounds them is
 done in place and in few passes. Later one in a hundred is, and all but the first product concern the
-active pairs (token, latent) alone, as in :mod:`.sparse_step`. Which of the two is done depends on the
+active pairs (token, latent) alone, as in :mod:`.top_k_step`. Which of the two is done depends on the
 latents of the first tokens; results and gradients are the same.
 
 Shape legend: ``b`` tokens of a batch, ``n`` inputs, ``o`` outputs, ``l`` latents, ``m`` active pairs.
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from neuron_explainer.kernels.memory import empty, row_blocks
 from neuron_explainer.kernels.products import product
 from neuron_explainer.kernels.top_k_step import (
     bags,
@@ -26,13 +25,7 @@ from neuron_explainer.kernels.top_k_step import (
     pair_products,
     sort_by_latent,
 )
-
-# Pre-activations at a time: of the forward pass, few enough that malloc gives the same memory again; of the
-# backward pass, enough that adding to the weights' gradient is rare.
-_FORWARD_ELEMENTS = 1 << 22
-_CHUNK_ELEMENTS = 1 << 24
-# Share of latents that are active above which dense products are faster (measured: about 0.15).
-_SPARSE = 0.1
+from neuron_explainer.kernels.workspace import Workspace, empty, row_blocks
 
 
 class ReLUOutput(NamedTuple):
@@ -41,11 +34,26 @@ class ReLUOutput(NamedTuple):
     output: Tensor
     """``[b, o]``, without a bias of its own; differentiable."""
     sums: Tensor
-    """``[b]``: latents added up; differentiable."""
+    """``[b]``: the sum of each token's latents; differentiable."""
     values: Tensor
-    """Latents, without gradient: ``[b, l]``, or ``[m]`` the active ones."""
+    """Latents, without gradient: ``[b, l]``, or only the active ones, ``[m]``."""
     indices: Tensor | None
-    """``[m]`` int64 which latents the active ones are; None if all are given."""
+    """``[m]`` int64: which latents the active ones are; None if ``values`` holds all of them."""
+
+
+class Tuning(NamedTuple):
+    """What decides speed and memory, and no result."""
+
+    forward_elements: int = 1 << 22
+    """Pre-activations at a time going forward: few enough that malloc gives the same memory again."""
+    backward_elements: int = 1 << 24
+    """Pre-activations at a time going backward: enough that adding to the weights' gradient is rare."""
+    sparse_share: float = 0.1
+    """Dense products are used where more than this share of latents is active (they are faster from about
+    0.15 on, as measured)."""
+
+
+_DEFAULTS = Tuning()
 
 
 def relu_autoencoder(
@@ -56,20 +64,39 @@ def relu_autoencoder(
     *,
     pre_bias: Tensor | None = None,
     scale: Tensor | None = None,
+    workspace: Workspace | None = None,
+    tuning: Tuning = _DEFAULTS,
 ) -> ReLUOutput:
     """Encode ``[b, n]``, rectify, decode, add up. The module says what is computed.
 
     Differentiable with respect to ``x``, ``weight`` ``[l, n]``, ``bias`` ``[l]``, ``decoder``
-    ``[l, o]``, ``pre_bias`` ``[n]`` and ``scale`` ``[l]``, which is 1 if not given.
+    ``[l, o]``, ``pre_bias`` ``[n]`` and ``scale`` ``[l]``, which is 1 if not given. ``workspace`` holds the
+    gradients of ``weight`` and ``decoder``; without one their memory is new each time.
     """
+    workspace = workspace or Workspace()
     centred = x if pre_bias is None else x - pre_bias.detach()
-    latents = _latents(centred.detach(), weight.detach(), bias.detach())
-    inputs = (x, weight, bias, decoder, pre_bias, scale, centred.detach())
+    latents = _latents(centred.detach(), weight.detach(), bias.detach(), tuning)
+    inputs = _Inputs(x, weight, bias, decoder, pre_bias, scale)
     if isinstance(latents, Tensor):
-        output, sums = _Dense.apply(*inputs, latents)  # type: ignore[no-untyped-call]
+        output, sums = _Dense.apply(  # type: ignore[no-untyped-call]
+            *inputs, centred.detach(), latents, workspace, tuning.backward_elements
+        )
         return ReLUOutput(output, sums, latents, None)
-    output, sums = _Sparse.apply(*inputs, *latents)  # type: ignore[no-untyped-call]
+    output, sums = _Sparse.apply(  # type: ignore[no-untyped-call]
+        *inputs, centred.detach(), *latents, workspace
+    )
     return ReLUOutput(output, sums, latents.values, latents.latents)
+
+
+class _Inputs(NamedTuple):
+    """One entry for each input that may have a gradient: the input, its gradient, or whether it needs one."""
+
+    x: Any
+    weight: Any
+    bias: Any
+    decoder: Any
+    pre_bias: Any
+    scale: Any
 
 
 class _Active(NamedTuple):
@@ -84,11 +111,11 @@ class _Active(NamedTuple):
 
 
 @torch.no_grad()
-def _latents(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor | _Active:
+def _latents(x: Tensor, weight: Tensor, bias: Tensor, tuning: Tuning) -> Tensor | _Active:
     """``[b, l]``, or the active ones if few of the first tokens' are."""
-    step = max(1, _FORWARD_ELEMENTS // len(weight))
+    step = max(1, tuning.forward_elements // len(weight))
     first = product(x[:step], weight, bias, relu=True)
-    if int(first.count_nonzero()) > _SPARSE * first.numel():  # NaN counts as active
+    if int(first.count_nonzero()) > tuning.sparse_share * first.numel():  # NaN counts as active
         dense = empty((len(x), len(weight)), like=x)
         dense[:step] = first
         for start in range(step, len(x), step):
@@ -106,58 +133,86 @@ def _latents(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor | _Active:
 class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        _, weight, _, decoder, _, scale, centred, latents = inputs
-        ctx.save_for_backward(weight, decoder, scale, centred, latents)
-        return latents @ decoder, latents.sum(1) if scale is None else latents @ scale
+        given, (centred, latents, ctx.workspace, ctx.elements) = _Inputs(*inputs[:6]), inputs[6:]
+        ctx.save_for_backward(given.weight, given.decoder, given.scale, centred, latents)
+        sums = latents.sum(1) if given.scale is None else latents @ given.scale
+        return latents @ given.decoder, sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-        weight, decoder, scale, centred, latents = ctx.saved_tensors
-        of_x, of_weight, _, of_decoder, _, of_scale = ctx.needs_input_grad[:6]
-        grad_x = torch.empty_like(centred) if of_x else None
-        grad_weight = empty(weight.shape, like=weight).zero_() if of_weight else None
-        grad_bias = weight.new_zeros(len(weight))
-        ones = scale if scale is not None else weight.new_ones(())
-        step = max(1, _CHUNK_ELEMENTS // len(weight))
-        buffer = empty((min(step, len(latents)), len(weight)), like=latents)
-        for start in range(0, len(latents), step):
-            rows = slice(start, start + step)
-            active = latents[rows]
-            inner = torch.mm(grad[rows], decoder.t(), out=buffer[: len(active)])
-            for part, gate, of_sum in row_blocks(inner, active, grad_sums[rows, None]):
-                part.addcmul_(of_sum, ones)
-                torch.ops.aten.threshold_backward(part, gate, 0, grad_input=part)
-                grad_bias += part.sum(0)
-            if grad_weight is not None:
-                grad_weight.addmm_(inner.t(), centred[rows])
-            if grad_x is not None:
-                torch.mm(inner, weight, out=grad_x[rows])
-        grad_decoder = grad_scale = None
-        if of_decoder:
-            grad_decoder = torch.mm(latents.t(), grad, out=empty(decoder.shape, like=decoder))
-        if of_scale:
-            grad_scale = grad_sums @ latents
-        grad_pre_bias = -(grad_bias @ weight) if ctx.needs_input_grad[4] else None
-        first = (grad_x, grad_weight, grad_bias, grad_decoder, grad_pre_bias, grad_scale)
-        return *first, None, None
+        weight, decoder, _, _, latents = ctx.saved_tensors
+        needs, workspace = _Inputs(*ctx.needs_input_grad[:6]), ctx.workspace
+        grad_x, grad_weight, grad_bias = _encoder_gradients(ctx, needs, grad, grad_sums)
+        grad_decoder = None
+        if needs.decoder:
+            where = workspace.gradient(decoder.shape, like=decoder)
+            grad_decoder = torch.mm(latents.t(), grad, out=where)
+        grads = _Inputs(
+            x=grad_x,
+            weight=grad_weight,
+            bias=grad_bias,
+            decoder=grad_decoder,
+            pre_bias=-(grad_bias @ weight) if needs.pre_bias else None,
+            scale=grad_sums @ latents if needs.scale else None,
+        )
+        return *grads, None, None, None, None
+
+
+def _encoder_gradients(
+    ctx: Any, needs: _Inputs, grad: Tensor, grad_sums: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Gradients of ``x``, ``weight`` and ``bias``, by chunks of tokens."""
+    weight, decoder, scale, centred, latents = ctx.saved_tensors
+    workspace = ctx.workspace
+    grad_x = torch.empty_like(centred) if needs.x else None
+    grad_weight = None
+    if needs.weight:
+        grad_weight = workspace.gradient(weight.shape, like=weight).zero_()
+    grad_bias = weight.new_zeros(len(weight))
+    ones = scale if scale is not None else weight.new_ones(())
+    step = max(1, ctx.elements // len(weight))
+    buffer = workspace.scratch((min(step, len(latents)), len(weight)), like=latents)
+    for start in range(0, len(latents), step):
+        rows = slice(start, start + step)
+        active = latents[rows]
+        inner = torch.mm(grad[rows], decoder.t(), out=buffer[: len(active)])
+        _through_relu(inner, active, grad_sums[rows, None], ones, grad_bias)
+        if grad_weight is not None:
+            grad_weight.addmm_(inner.t(), centred[rows])
+        if grad_x is not None:
+            torch.mm(inner, weight, out=grad_x[rows])
+    return grad_x, grad_weight, grad_bias
+
+
+def _through_relu(
+    inner: Tensor, active: Tensor, of_sums: Tensor, ones: Tensor, grad_bias: Tensor
+) -> None:
+    """Gradients of latents ``inner`` ``[c, l]`` become those of pre-activations, in place and in one pass;
+    their sum over tokens is added to ``grad_bias``."""
+    for part, gate, of_sum in row_blocks(inner, active, of_sums):
+        part.addcmul_(of_sum, ones)
+        torch.ops.aten.threshold_backward(part, gate, 0, grad_input=part)
+        grad_bias += part.sum(0)
 
 
 class _Sparse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        _, weight, _, decoder, _, scale, centred, values, tokens, latents = inputs
-        ctx.save_for_backward(weight, decoder, scale, centred, values, tokens, latents)
+        given = _Inputs(*inputs[:6])
+        centred, values, tokens, latents, ctx.workspace = inputs[6:]
+        saved = (given.weight, given.decoder, given.scale, centred, values, tokens, latents)
+        ctx.save_for_backward(*saved)
         every = torch.arange(len(centred) + 1, device=tokens.device)
-        output = bags(latents, decoder, torch.searchsorted(tokens, every), values)
-        scaled = values if scale is None else values * scale[latents]
+        output = bags(latents, given.decoder, torch.searchsorted(tokens, every), values)
+        scaled = values if given.scale is None else values * given.scale[latents]
         return output, values.new_zeros(len(centred)).index_add_(0, tokens, scaled)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
         weight, decoder, scale, centred, values, tokens, latents = ctx.saved_tensors
-        of_x, of_weight, _, of_decoder, _, of_scale = ctx.needs_input_grad[:6]
+        needs, workspace = _Inputs(*ctx.needs_input_grad[:6]), ctx.workspace
         grad = grad.contiguous()
         pairs = sort_by_latent(tokens, latents, len(weight))
         values, sums = values[pairs.order], grad_sums[pairs.tokens]
@@ -165,18 +220,18 @@ class _Sparse(torch.autograd.Function):
         inner += sums if scale is None else sums * scale[pairs.latents]
         zeros = weight.new_zeros(len(weight))
         grad_bias = zeros.index_add(0, pairs.latents, inner)
-        grad_x = grad_weight = grad_decoder = grad_scale = None
-        if of_x:
+        grad_x = None
+        if needs.x:
             unsorted = torch.empty_like(inner)
             unsorted[pairs.order] = inner
             every = torch.arange(len(centred) + 1, device=tokens.device)
             grad_x = bags(latents, weight, torch.searchsorted(tokens, every), unsorted)
-        if of_weight:
-            grad_weight = collect_rows(inner, pairs, centred)
-        if of_decoder:
-            grad_decoder = collect_rows(values, pairs, grad)
-        if of_scale:
-            grad_scale = zeros.index_add(0, pairs.latents, values * sums)
-        grad_pre_bias = -(grad_bias @ weight) if ctx.needs_input_grad[4] else None
-        first = (grad_x, grad_weight, grad_bias, grad_decoder, grad_pre_bias, grad_scale)
-        return *first, None, None, None, None
+        grads = _Inputs(
+            x=grad_x,
+            weight=collect_rows(inner, pairs, centred, workspace) if needs.weight else None,
+            bias=grad_bias,
+            decoder=collect_rows(values, pairs, grad, workspace) if needs.decoder else None,
+            pre_bias=-(grad_bias @ weight) if needs.pre_bias else None,
+            scale=zeros.index_add(0, pairs.latents, values * sums) if needs.scale else None,
+        )
+        return *grads, *(None,) * 5

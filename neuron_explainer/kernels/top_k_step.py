@@ -27,9 +27,9 @@ from torch.autograd.function import once_differentiable
 
 from neuron_explainer.errors import InputError
 from neuron_explainer.kernels import encode_top_k as topk
-from neuron_explainer.kernels.memory import empty
+from neuron_explainer.kernels.workspace import Workspace
 
-_BLOCK_ELEMENTS = 1 << 19  # of a weight's gradient that are computed at a time
+BLOCK_ELEMENTS = 1 << 19  # of a weight's gradient that are computed at a time
 
 
 def encode_top_k(
@@ -41,6 +41,9 @@ def encode_top_k(
     pre_bias: Tensor | None = None,
     latents: Tensor | None = None,
     certified: bool | None = None,
+    workspace: Workspace | None = None,
+    chunk_bytes: int | None = None,
+    block_elements: int = BLOCK_ELEMENTS,
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` largest pre-activations of each token, largest first, and whose they are.
 
@@ -56,6 +59,9 @@ def encode_top_k(
         certified: how the largest are found, the result being the same: True, by products in
             bfloat16 and a proof that nothing was missed; False, by exact products throughout; None,
             whichever is faster here.
+        workspace: where the gradient of ``weight`` is computed; without one its memory is new each time.
+        chunk_bytes: size of the pre-activations that exist at a time, if not the fastest.
+        block_elements: elements of the gradient that are computed at a time.
 
     Raises:
         InputError: ``k`` is not between 1 and the number of latents searched.
@@ -66,18 +72,27 @@ def encode_top_k(
             f"encode_top_k: expected k from 1 to the {n_searched} latents searched, found {k}."
         )
     outputs: tuple[Tensor, Tensor] = _EncodeTopK.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, pre_bias, k, latents, certified
+        x, weight, bias, pre_bias, k, latents, certified, workspace, chunk_bytes, block_elements
     )
     return outputs
 
 
-def decode_rows(values: Tensor, indices: Tensor, decoder: Tensor) -> Tensor:
+def decode_rows(
+    values: Tensor,
+    indices: Tensor,
+    decoder: Tensor,
+    *,
+    workspace: Workspace | None = None,
+    block_elements: int = BLOCK_ELEMENTS,
+) -> Tensor:
     """The sum of the chosen latents' rows of the decoder, each times its value.
 
     ``[b, k], [b, k], [l, o] -> [b, o]``, differentiable with respect to ``values`` and ``decoder``.
     A latent that is chosen twice counts twice.
     """
-    output: Tensor = _DecodeRows.apply(values, indices, decoder)  # type: ignore[no-untyped-call]
+    output: Tensor = _DecodeRows.apply(  # type: ignore[no-untyped-call]
+        values, indices, decoder, workspace, block_elements
+    )
     return output
 
 
@@ -92,16 +107,27 @@ class _EncodeTopK(torch.autograd.Function):
         k: int,
         latents: Tensor | None,
         certified: bool | None,
+        workspace: Workspace | None,
+        chunk_bytes: int | None,
+        block_elements: int,
     ) -> tuple[Tensor, Tensor]:
         centred = x if pre_bias is None else x - pre_bias
         if latents is None:
-            values, indices = topk.encode_top_k(centred, weight, bias, k, certified=certified)
+            values, indices = topk.encode_top_k(
+                centred, weight, bias, k, certified=certified, chunk_bytes=chunk_bytes
+            )
         else:
             values, chosen = topk.encode_top_k(
-                centred, weight[latents], bias[latents], k, certified=certified
+                centred,
+                weight[latents],
+                bias[latents],
+                k,
+                certified=certified,
+                chunk_bytes=chunk_bytes,
             )
             indices = latents[chosen]
         ctx.save_for_backward(centred, weight, indices)
+        ctx.workspace, ctx.block_elements = workspace, block_elements
         ctx.mark_non_differentiable(indices)
         return values, indices
 
@@ -114,19 +140,28 @@ class _EncodeTopK(torch.autograd.Function):
         grad_weight = grad_bias = grad_pre_bias = None
         if of_weight:
             pairs = _by_latent(indices, len(weight))
-            grad_weight = collect_rows(grad.flatten()[pairs.order], pairs, centred)
+            values = grad.flatten()[pairs.order]
+            grad_weight = collect_rows(values, pairs, centred, ctx.workspace, ctx.block_elements)
         if of_bias or of_pre_bias:
             grad_bias = grad.new_zeros(len(weight))
             grad_bias.index_add_(0, indices.flatten(), grad.flatten())
         if of_pre_bias:
             grad_pre_bias = -(grad_bias @ weight)
-        return grad_x, grad_weight, grad_bias, grad_pre_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, grad_pre_bias, *(None,) * 6
 
 
 class _DecodeRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, indices: Tensor, decoder: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        indices: Tensor,
+        decoder: Tensor,
+        workspace: Workspace | None,
+        block_elements: int,
+    ) -> Tensor:
         ctx.save_for_backward(values, indices, decoder)
+        ctx.workspace, ctx.block_elements = workspace, block_elements
         return _gather_rows(values, indices, decoder)
 
     @staticmethod
@@ -140,8 +175,9 @@ class _DecodeRows(torch.autograd.Function):
             grad_values = torch.empty_like(values)
             grad_values.view(-1)[pairs.order] = pair_products(pairs, decoder, grad)
         if ctx.needs_input_grad[2]:
-            grad_decoder = collect_rows(values.flatten()[pairs.order], pairs, grad)
-        return grad_values, None, grad_decoder
+            values = values.flatten()[pairs.order]
+            grad_decoder = collect_rows(values, pairs, grad, ctx.workspace, ctx.block_elements)
+        return grad_values, None, grad_decoder, None, None
 
 
 class Pairs(NamedTuple):
@@ -174,7 +210,13 @@ def _gather_rows(values: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
     return F.embedding_bag(indices, rows, per_sample_weights=values.contiguous(), mode="sum")
 
 
-def collect_rows(values: Tensor, pairs: Pairs, rows: Tensor) -> Tensor:
+def collect_rows(
+    values: Tensor,
+    pairs: Pairs,
+    rows: Tensor,
+    workspace: Workspace | None = None,
+    block_elements: int = BLOCK_ELEMENTS,
+) -> Tensor:
     """``[m], pairs, [b, n] -> [l, n]``: for each latent, the weighted sum of its tokens' rows.
 
     A latent's pairs are a bag of an ``embedding_bag`` over the batch; a latent that is nobody's has
@@ -184,12 +226,12 @@ def collect_rows(values: Tensor, pairs: Pairs, rows: Tensor) -> Tensor:
     the batch took 1.8 times as long, ``index_add_`` 9 times, ``segment_reduce`` 15 times.
     """
     n_latents, rows = len(pairs.first) - 1, rows.contiguous()
-    step = max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1]))
+    step = max(1, block_elements // max(1, rows.shape[1]))
     if rows.device.type != "cpu" or n_latents <= step:
         return bags(pairs.tokens, rows, pairs.first, values)
     # By blocks of latents, so that what embedding_bag allocates is small enough for malloc to
     # keep: for the whole it would map and unmap fresh memory each time.
-    collected = empty((n_latents, rows.shape[1]), like=rows)
+    collected = (workspace or Workspace()).gradient((n_latents, rows.shape[1]), like=rows)
     for start in range(0, n_latents, step):
         first = pairs.first[start : start + step + 1]
         own = slice(int(first[0]), int(first[-1]))

@@ -1,13 +1,23 @@
-"""The shape of a transformer, as seven numbers of the original and four that other files need."""
+"""The sizes of a transformer: the seven fields of the original, and three that other files need."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 from neuron_explainer import files
-from neuron_explainer.errors import CheckpointError, InputError, did_you_mean
+from neuron_explainer.errors import CheckpointError, InputError
+from neuron_explainer.settings.fields import check_types, read_fields
 
 Activation = Literal["gelu_tanh", "gelu", "relu"]
+
+# Far beyond any model: it must not take minutes to refuse a damaged file.
+_LARGEST = {
+    "ctx_window": 2**31 - 1,
+    "d_model": 2**31 - 1,
+    "n_layers": 10_000,
+    "n_heads": 2**31 - 1,
+    "n_vocab": 2**31 - 1,
+}
 
 
 class SerializableDataclass:
@@ -20,16 +30,7 @@ class SerializableDataclass:
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> Self:
         """The inverse of :meth:`to_dict`; an unknown or missing field is an error that names it."""
-        names = [field.name for field in fields(cls)]  # type: ignore[arg-type]  # as above
-        if unknown := sorted(set(d) - set(names)):
-            raise CheckpointError(
-                f"{cls.__name__}: unknown field {unknown[0]!r}.{did_you_mean(unknown[0], names)} "
-                f"Known: {', '.join(names)}."
-            )
-        try:
-            return cls(**d)
-        except TypeError as error:
-            raise CheckpointError(f"{cls.__name__}: {error}.") from None
+        return read_fields(cls, d, cls.__name__, error=CheckpointError)
 
     def save(self, path: str | Path) -> None:
         """Write the fields to a ``.json`` file."""
@@ -56,9 +57,9 @@ class TransformerConfig(SerializableDataclass):
     """Sizes of a GPT-2-family transformer. The first seven fields are those of the original."""
 
     enc: str = "gpt2"
-    """Name of the tokenizer: one of tiktoken's, or the one whose files lie beside the weights."""
+    """Name of the tokenizer: one of tiktoken's, or the one whose files are beside the weights."""
     ctx_window: int = 1024
-    """Most positions a sequence may have."""
+    """Largest number of positions in a sequence."""
     d_model: int = 256
     """Width of the residual stream."""
     n_layers: int = 2
@@ -66,34 +67,32 @@ class TransformerConfig(SerializableDataclass):
     m_attn: float = 1
     """Width of queries, keys and values over all heads, as a multiple of ``d_model``."""
     n_heads: int = 8
-    """Attention heads a layer."""
+    """Number of attention heads in each layer."""
     m_mlp: float = 4
     """Width of the MLP as a multiple of ``d_model``."""
     n_vocab: int = 50257
-    """Rows of the embedding; may be more than the tokenizer knows (padded vocabularies)."""
+    """Rows of the embedding; there may be more than tokens (padded vocabularies)."""
     activation: Activation = "gelu_tanh"
     """The MLP's nonlinearity; GPT-2's is the tanh approximation of GELU."""
     norm_eps: float = 1e-5
     """Added to the variance in every layer norm."""
 
     def __post_init__(self) -> None:
-        for name in ("ctx_window", "d_model", "n_layers", "n_heads", "n_vocab"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+        check_types(self)
+        for name, most in _LARGEST.items():
+            if not 1 <= getattr(self, name) <= most:
                 raise InputError(
-                    f"TransformerConfig.{name} must be a whole number >= 1, found {value!r}."
+                    f"TransformerConfig.{name} must be at least 1 and at most {most}, found "
+                    f"{getattr(self, name)}."
                 )
         for name in ("m_attn", "m_mlp"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or int(self.d_model * value + 1e-6) < 1:
+            if not 1 <= self.d_model * value + 1e-6 <= _LARGEST["d_model"]:
                 raise InputError(
                     f"TransformerConfig.{name} must leave a width >= 1, found {value!r}."
                 )
-        if self.activation not in get_args(Activation):
-            raise InputError(
-                f"TransformerConfig.activation must be one of {', '.join(get_args(Activation))}, "
-                f"found {self.activation!r}."
-            )
+        if self.norm_eps < 0:
+            raise InputError(f"TransformerConfig.norm_eps must be >= 0, found {self.norm_eps}.")
         if self.d_attn_qk % self.n_heads:
             raise InputError(
                 f"TransformerConfig: attention width {self.d_attn_qk} (d_model * m_attn) is not "

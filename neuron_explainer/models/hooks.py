@@ -23,21 +23,27 @@ keeps its state. (The original deep-copied the whole tree for each layer of each
 milliseconds, cloned autoencoders, and left stateful hooks empty.)
 """
 
+import difflib
 import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from neuron_explainer.errors import HookError, did_you_mean
+from neuron_explainer.errors import HookError, LocationError, did_you_mean
 from neuron_explainer.models.locations import SITES, ActivationLocation, LocationLike, Site
 
 Hook = Callable[..., Any]
 """``hook(x, **keywords) -> x``; it is given those keywords of the site that its signature accepts."""
+
+
+Kind = Literal["fwd", "bwd", "fwd2"]
+"""The lists of a site, in the order in which they are called."""
+_KINDS: tuple[Kind, ...] = ("fwd", "bwd", "fwd2")
 
 
 class HookNode:
@@ -103,7 +109,77 @@ def hook_name(hook: Hook) -> str:
     return getattr(hook, "__qualname__", None) or type(hook).__qualname__
 
 
-def _attach(hook: Hook, available: Sequence[str] | None, where: str) -> Attached:
+class Signature(NamedTuple):
+    """What a function can be given, next to its first argument."""
+
+    text: str
+    """As written, for errors."""
+    takes_x: bool
+    """Whether it takes a positional argument at all."""
+    by_position: tuple[str, ...]
+    """Further arguments that it needs and that only a position can fill."""
+    required: tuple[str, ...]
+    """Keywords that it needs."""
+    optional: tuple[str, ...]
+    """Keywords that have a default, but for those that ``functools.partial`` has filled."""
+    keywords: frozenset[str] | None
+    """All keywords that it takes; None: any."""
+
+    @classmethod
+    def of(cls, hook: Hook) -> "Signature":
+        """That of a function, a bound method, a module, any object with ``__call__``."""
+        try:
+            # Calling a module calls its forward, whose signature nn.Module.__call__ hides.
+            found = inspect.signature(hook.forward if isinstance(hook, nn.Module) else hook)
+        except (TypeError, ValueError):  # functions written in C, such as torch.relu
+            return cls("(…)", True, (), (), (), frozenset())
+        parameters = list(found.parameters.values())
+        takes_x = any(
+            p.kind in (*_BY_POSITION, inspect.Parameter.VAR_POSITIONAL) for p in parameters
+        )
+        if parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
+            parameters = parameters[1:]  # the first is x
+        named = [p for p in parameters if p.kind in _BY_NAME]
+        filled = hook.keywords if isinstance(hook, partial) else {}
+        return cls(
+            str(found),
+            takes_x,
+            tuple(
+                p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty
+            ),
+            tuple(p.name for p in named if p.default is p.empty),
+            tuple(p.name for p in named if p.default is not p.empty and p.name not in filled),
+            None
+            if any(p.kind is p.VAR_KEYWORD for p in parameters)
+            else frozenset(p.name for p in named),
+        )
+
+
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def missing(signature: Signature, available: Collection[str] | None) -> list[str]:
+    """What a function needs and would not be given; ``available`` None: any keyword may come."""
+    if available is None:
+        return list(signature.by_position)
+    absent = [name for name in signature.required if name not in available]
+    return [*signature.by_position, *absent]
+
+
+def misspelt(signature: Signature, available: Collection[str]) -> dict[str, str]:
+    """Optional keywords that no call fills, each with the keyword that is spelt nearly so."""
+    close = {
+        name: difflib.get_close_matches(name, available, n=1, cutoff=0.75)
+        for name in signature.optional
+        if name not in available
+    }
+    # A function that takes both names has a parameter of its own beside ours.
+    taken = {*signature.required, *signature.optional}
+    return {name: near[0] for name, near in close.items() if near and near[0] not in taken}
+
+
+def _attach(hook: Hook, available: Collection[str] | None, where: str) -> Attached:
     """Look up what ``hook`` takes; refuse one that no call at this place could satisfy."""
     if not callable(hook):
         raise HookError(f"{where}: a hook is a function (x, **kwargs) -> x, found {hook!r}.")
@@ -114,42 +190,23 @@ def _attach(hook: Hook, available: Sequence[str] | None, where: str) -> Attached
             for inner in hook._inside():
                 _attach(inner, (*available, *bound), where)
         return Attached(hook, None, hook)
-    try:
-        # Calling a module calls its forward, whose signature nn.Module.__call__ hides.
-        signature = inspect.signature(hook.forward if isinstance(hook, nn.Module) else hook)
-    except (TypeError, ValueError):  # functions written in C, such as torch.relu
-        return Attached(hook, frozenset())
-    parameters = list(signature.parameters.values())
-    if not any(
-        p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL) for p in parameters
-    ):
+    signature = Signature.of(hook)
+    name = f"{where}: hook {hook_name(hook)}{signature.text}"
+    if not signature.takes_x:
         raise HookError(
-            f"{where}: hook {hook_name(hook)}{signature} takes no positional argument; "
-            "a hook is called as hook(x, **kwargs)."
+            f"{name} takes no positional argument; a hook is called as hook(x, **kwargs)."
         )
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        keywords = None
-    else:
-        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        keywords = frozenset(p.name for p in _after_x(parameters) if p.kind in named)
-    missing = [
-        p.name
-        for p in _after_x(parameters)
-        if p.default is p.empty
-        and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        and (p.kind is p.POSITIONAL_ONLY or (available is not None and p.name not in available))
-    ]
-    if missing:
+    if absent := missing(signature, available):
         raise HookError(
-            f"{where}: hook {hook_name(hook)}{signature} needs {', '.join(missing)}, which it would "
-            f"not be given. Keywords at this place: {', '.join(available or ['none by position'])}."
+            f"{name} needs {', '.join(absent)}, which it would not be given. Keywords at this "
+            f"place: {', '.join(available or ['none by position'])}."
         )
-    return Attached(hook, keywords)
-
-
-def _after_x(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
-    first = parameters[0]
-    return parameters if first.kind is first.VAR_POSITIONAL else parameters[1:]
+    for wrong, right in misspelt(signature, available or ()).items():
+        raise HookError(
+            f"{name} would never be given {wrong!r}. Did you mean {right!r}? If {wrong!r} is a "
+            f"parameter of your own, give it another name or set it with functools.partial."
+        )
+    return Attached(hook, signature.keywords)
 
 
 def _checked(result: Any, x: Tensor, where: str, name: str, layer: Any) -> Tensor:
@@ -212,11 +269,16 @@ class Hooks(HookNode):
         for attached in self._attached:
             if attached.node is not None:
                 x = attached.node._run(x, args, kwargs, where)
-            else:
+                continue
+            try:
                 result = attached(x, args, kwargs)
-                if result is not x:
-                    name = hook_name(attached.hook)
-                    x = _checked(result, x, where, name, kwargs.get("layer"))
+            except Exception as error:  # whatever a user's function raises: told where, and raised
+                name = hook_name(attached.hook)
+                error.add_note(f"in hook {name} at {where}, layer {kwargs.get('layer')}")
+                raise
+            if result is not x:
+                name = hook_name(attached.hook)
+                x = _checked(result, x, where, name, kwargs.get("layer"))
         return x
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -275,6 +337,20 @@ class ConditionalHooks(Hooks):
         return x
 
 
+class _InLayers:
+    """The condition of :class:`AtLayers`, which holds the layers and not the hooks: an object that
+    refers to itself keeps what its hooks keep (whole captures) until the garbage collector runs."""
+
+    def __init__(self, layers: list[int]) -> None:
+        self.layers = layers
+
+    def __call__(self, x: Tensor, layer: int | None = None) -> bool:
+        if layer is None:
+            layers = ", ".join(map(str, self.layers))
+            raise HookError(f"AtLayers({layers}) chooses layers and was called without one.")
+        return layer in self.layers
+
+
 class AtLayers(ConditionalHooks):
     """Hooks that run only in some layers: ``AtLayers(3).append(store)``, ``AtLayers([0, 1])``."""
 
@@ -289,13 +365,7 @@ class AtLayers(ConditionalHooks):
                 f"AtLayers takes a layer or a list of layers >= 0, found {at_layers!r}."
             )
         self.at_layers = layers
-
-        def condition(x: Tensor, layer: int | None = None) -> bool:
-            if layer is None:
-                raise HookError(f"{self!r} chooses layers and was called without one.")
-            return layer in layers
-
-        super().__init__(condition)
+        super().__init__(_InLayers(layers))
 
     def is_empty_at(self, layer: int | None) -> bool:
         return (layer is not None and layer not in self.at_layers) or super().is_empty_at(layer)
@@ -391,7 +461,7 @@ class HookCollection(HookNode):
         self.all_hooks[name] = subhooks
         # A real attribute, not __getattr__: a forward pass looks up some twenty a layer.
         object.__setattr__(self, name, subhooks)
-        self._place(self._path)
+        self._place_child(name, subhooks)
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -403,9 +473,12 @@ class HookCollection(HookNode):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "all_hooks":
             raise AttributeError(name)
+        if name in ("append", "append_fwd", "append_bwd", "append_fwd2"):
+            hint = " Append to one of its sites."
+        else:
+            hint = did_you_mean(name, self.all_hooks)
         raise AttributeError(
-            f"{type(self).__name__} has no {name!r}.{did_you_mean(name, self.all_hooks)} "
-            f"It has: {', '.join(self.all_hooks)}."
+            f"{type(self).__name__} has no {name!r}.{hint} It has: {', '.join(self.all_hooks)}."
         )
 
     def _inside(self) -> Sequence[HookNode]:
@@ -424,11 +497,14 @@ class HookCollection(HookNode):
         """Tell every list below where it is, for its errors and for what it may accept."""
         self._path = path
         for name, child in self.all_hooks.items():
-            below = f"{path}.{name}" if path else name
-            if isinstance(child, HookCollection):
-                child._place(below)
-            elif isinstance(child, Hooks):
-                child._path, child._site = below, SITES.get(path)
+            self._place_child(name, child)
+
+    def _place_child(self, name: str, child: HookNode) -> None:
+        below = f"{self._path}.{name}" if self._path else name
+        if isinstance(child, HookCollection):
+            child._place(below)
+        elif isinstance(child, Hooks):
+            child._path, child._site = below, SITES.get(self._path)
 
     def _run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Tensor:
         raise HookError(
@@ -514,6 +590,14 @@ class FwdBwdHooks(HookCollection):
         self.fwd2.append(hook)
         return self
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "append":
+            raise AttributeError(
+                "FwdBwdHooks has no 'append': use append_fwd(hook) for the activation, append_bwd(hook) "
+                "for its gradient, append_fwd2(hook) for the activation after the bwd hooks."
+            )
+        return super().__getattr__(name)
+
     def is_empty(self) -> bool:
         return not (self.fwd._attached or self.bwd._attached or self.fwd2._attached)
 
@@ -531,14 +615,24 @@ class FwdBwdHooks(HookCollection):
 Decode = Callable[[Tensor], Tensor]
 
 
-class NormalizingAutoencoder(Protocol):
-    """What :meth:`AutoencoderHooks.from_autoencoder` needs of an autoencoder."""
+class CodeOfInput(Protocol):
+    """The latents of one input and the decoder for them."""
 
-    def normalize(self, x: Tensor) -> tuple[Tensor, Any]: ...
+    @property
+    def latents(self) -> Tensor: ...
+
+    @property
+    def decode(self) -> Decode: ...
+
+
+class CodingAutoencoder(Protocol):
+    """What :meth:`AutoencoderHooks.from_autoencoder` needs of an autoencoder."""
 
     def encode(self, x: Tensor) -> Tensor: ...
 
     def decode(self, latents: Tensor, stats: Any = None) -> Tensor: ...
+
+    def code(self, x: Tensor) -> CodeOfInput: ...
 
 
 class AutoencoderHooks(HookCollection):
@@ -571,27 +665,21 @@ class AutoencoderHooks(HookCollection):
         self.encode = encode
         self.decode = decode
         self.add_error = add_error
-        # x -> its latents and the decoder that belongs to that x; None: encode and decode
-        self._codec: Callable[[Tensor], tuple[Tensor, Decode]] | None = None
+        # The latents of an input and the decoder for that input; None: encode and decode serve all.
+        self._code: Callable[[Tensor], CodeOfInput] | None = None
         for name in ("latents", "reconstruction", "error"):
             self.add_subhooks(name, FwdBwdHooks())
         self._place("")
 
     @classmethod
-    def from_autoencoder(cls, autoencoder: NormalizingAutoencoder, add_error: bool = False) -> Self:
+    def from_autoencoder(cls, autoencoder: CodingAutoencoder, add_error: bool = False) -> Self:
         """Hooks around an autoencoder, whatever its input normalisation.
 
-        The statistics that normalised one activation are carried to the decoder within the call,
-        never kept on the autoencoder: two forwards may interleave.
+        An activation is normalised once. The statistics that undo it go to the decoder within the
+        call and are never kept on the autoencoder: two forward passes may interleave.
         """
-
-        def codec(x: Tensor) -> tuple[Tensor, Decode]:
-            return autoencoder.encode(x), partial(
-                autoencoder.decode, stats=autoencoder.normalize(x)[1]
-            )
-
         new = cls(autoencoder.encode, autoencoder.decode, add_error)
-        new._codec = codec
+        new._code = autoencoder.code
         return new
 
     def is_empty(self) -> bool:
@@ -604,7 +692,8 @@ class AutoencoderHooks(HookCollection):
         def at(site: FwdBwdHooks, value: Tensor, name: str) -> Tensor:
             return site._run(value, args, kwargs, f"{where} > {name}")
 
-        latents, decode = self._codec(x) if self._codec else (self.encode(x), self.decode)
+        code = self._code(x) if self._code else None
+        latents, decode = (code.latents, code.decode) if code else (self.encode(x), self.decode)
         # A hook that edits in place gets its own copy: the error is that of the latents as encoded,
         # and the backward pass of a ReLU reads what it returned.
         hooked = latents if self.latents.is_empty() else latents.clone()
@@ -624,34 +713,42 @@ class AutoencoderHooks(HookCollection):
 
 
 class _Group(HookCollection):
-    """A part of the transformer's tree: child sites by name, placed below ``_prefix``."""
+    """A part of the transformer's tree, made from :data:`SITES`: every site below ``_prefix``.
+
+    The annotations of the subclasses are for readers, editors and type checkers; a site of the table
+    that has none is an attribute like the others.
+    """
 
     _prefix = ""
 
     def __init__(self) -> None:
         super().__init__()
-        for name, kind in self._sites().items():
+        self._path = self._prefix
+        start = f"{self._prefix}." if self._prefix else ""
+        below = [path.removeprefix(start) for path in SITES if path.startswith(start)]
+        for name in dict.fromkeys(path.partition(".")[0] for path in below):
+            is_site = f"{start}{name}" in SITES
+            kind = FwdBwdHooks if is_site else _GROUPS.get(f"{start}{name}", NormalizationHooks)
             self.add_subhooks(name, kind())
-        self._place(self._prefix)
 
-    @classmethod
-    def _sites(cls) -> dict[str, type[HookCollection]]:
-        """Children in the order in which they are declared: name -> class."""
-        kinds = {"FwdBwdHooks": FwdBwdHooks} | {
-            kind.__name__: kind for kind in _Group.__subclasses__()
-        }
-        return {
-            name: kinds[getattr(annotation, "__name__", str(annotation))]
-            for name, annotation in cls.__annotations__.items()
-        }
+    def __repr__(self) -> str:
+        if self._path and all(leaf.is_empty() for _, leaf in self.leaves()):
+            sites = dict.fromkeys(path.rpartition(".")[0] for path, _ in self.leaves(self._path))
+            return f"{type(self).__name__}(no hooks yet at {', '.join(sites)})"
+        return super().__repr__()
 
 
 class NormalizationHooks(_Group):
     """Inside a layer norm, all in float32: centred input, its root mean square, their quotient."""
 
+    _prefix = "resid.ln_f"  # all norms have the same sites
     post_mean_subtraction: FwdBwdHooks
     scale: FwdBwdHooks
     post_scale: FwdBwdHooks
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._place("")  # which norm it is, the tree that it becomes a part of will say
 
 
 class MLPHooks(_Group):
@@ -684,8 +781,8 @@ class ResidualStreamTorsoHooks(_Group):
     """Along the residual stream in each layer."""
 
     _prefix = "resid.torso"
-    post_ln_attn: FwdBwdHooks
     ln_attn: NormalizationHooks
+    post_ln_attn: FwdBwdHooks
     delta_attn: FwdBwdHooks
     post_attn: FwdBwdHooks
     ln_mlp: NormalizationHooks
@@ -712,36 +809,64 @@ class TransformerHooks(_Group):
     resid: ResidualStreamHooks
     logits: FwdBwdHooks
 
-    def append_at(
-        self, location: LocationLike, hook: Hook, kind: Literal["fwd", "bwd", "fwd2"] = "fwd"
-    ) -> Self:
+    def append_at(self, location: LocationLike, hook: Hook, kind: Kind = "fwd") -> Self:
         """Append a hook at a location: ``hooks.append_at("3/mlp.post_act", ablate)``."""
         location = ActivationLocation.parse(location)
         if location.layer is not None:
             hook = AtLayers(location.layer).append(hook)
         return self.append_to_path(f"{location.path}.{kind}", hook)
 
+    def append_to_path(self, path: str, hook: Hook) -> Self:
+        """Append ``hook`` at a dotted path that ends in a list: ``"resid.torso.post_mlp.fwd"``.
+
+        Before ``.fwd``, ``.bwd`` or ``.fwd2`` may stand any location that :meth:`append_at` takes:
+        ``"3/mlp.post_act.fwd"`` is for layer 3 alone.
+        """
+        kind = next((kind for kind in _KINDS if path.endswith(f".{kind}")), None)
+        place = path if kind is None else path.removesuffix(f".{kind}")
+        location = _location(place)
+        if kind is None and location is not None:
+            lists = ", ".join(f"{location}.{kind}" for kind in _KINDS)
+            raise HookError(
+                f"{type(self).__name__} has no list of hooks at {path!r}. It goes on: {lists}. "
+                f"Or: append_at({str(location)!r}, hook)."
+            )
+        if kind is not None and location is not None and str(location) != location.path:
+            return self.append_at(location, hook, kind)
+        path = path if kind is None or location is None else f"{location.path}.{kind}"
+        return super().append_to_path(path, hook)
+
     def check_layers(self, n_layers: int) -> None:
-        """Refuse hooks none of whose layers a model has: they would do nothing, without a word."""
+        """Refuse hooks for layers that a model lacks: they would do nothing, without a word."""
         for path, leaf in self.leaves():
-            for chosen in map(_layers_chosen, leaf._hooks):
-                if chosen and min(chosen) >= n_layers:
+            for layer in (n for hook in leaf._hooks for n in _layers_chosen(hook)):
+                if layer >= n_layers:
                     raise HookError(
-                        f"{path}: a hook is for layer {min(chosen)} and would never run; the model "
-                        f"has layers 0 to {n_layers - 1}."
+                        f"{path}: a hook is for layer {layer}, which the model lacks; it has layers "
+                        f"0 to {n_layers - 1}."
                     )
 
 
-def _layers_chosen(hook: Hook) -> list[int]:
-    """The layers that a hook, or those inside it, are for; empty where it does not choose."""
-    if isinstance(hook, AtLayers):
-        return hook.at_layers
-    if isinstance(hook, GradHook):
-        return _layers_chosen(hook.grad_hook)
-    if isinstance(hook, Hooks) and len(hook) == 1:
-        return _layers_chosen(hook._hooks[0])
-    return []
+def _location(text: str) -> ActivationLocation | None:
+    try:
+        return ActivationLocation.parse(text)
+    except LocationError:
+        return None
 
+
+def _layers_chosen(hook: Hook) -> Iterator[int]:
+    """The layers that a hook, and those inside it, are for."""
+    if isinstance(hook, AtLayers):
+        yield from hook.at_layers
+    if isinstance(hook, HookNode):
+        for inner in hook._inside():
+            yield from _layers_chosen(inner)
+
+
+_GROUPS: dict[str, type[_Group]] = {
+    kind._prefix: kind
+    for kind in (MLPHooks, AttentionHooks, ResidualStreamHooks, ResidualStreamTorsoHooks)
+}
 
 NO_HOOKS = TransformerHooks()
 """The empty tree that stands for ``hooks=None`` inside a pass; it is never handed out."""

@@ -10,31 +10,93 @@ head, ``d`` model width, ``f`` MLP width, ``v`` vocabulary, ``1`` a single numbe
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 from neuron_explainer.errors import LocationError, did_you_mean
+from neuron_explainer.models.weight_names import Dimension
+
+Stage = Literal["embed", "layer", "final"]
+"""When a pass reaches a site: before the layers, in each layer, or after the layers."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """One hook path: what its tensor looks like and what a hook there is told."""
+    """One hook path: what its tensor looks like, when a pass reaches it, what a hook there is told."""
 
     path: str
     """Dotted path in :class:`~neuron_explainer.models.hooks.TransformerHooks`."""
     shape: tuple[str, ...]
     """Names of the axes, in the letters of the module's legend."""
-    per_layer: bool
-    """Whether the site exists once in each layer (or once in the whole model)."""
+    stage: Stage = "layer"
+    """Sites of the stages "embed" and "final" exist once in a model."""
     keywords: tuple[str, ...] = ("layer", "positions")
     """Keyword arguments given to hooks; ``layer`` is None where ``per_layer`` is False."""
 
+    @property
+    def per_layer(self) -> bool:
+        """Whether the site exists once in each layer (or once in the whole model)."""
+        return self.stage == "layer"
 
-def _norm_sites(path: str, per_layer: bool) -> list[Site]:
+    def width(self, size: Callable[[Dimension], int]) -> int:
+        """Length of the last axis in a model whose axes have the lengths that ``size`` returns."""
+        axis = self.shape[-1]
+        if axis == "d_head" and self.path in ("attn.q", "attn.k"):
+            return size(Dimension.QUERY_AND_KEY_CHANNELS)
+        return size(_WIDTHS[axis]) if axis in _WIDTHS else 1
+
+    def unit(self, text: str) -> "Unit":
+        """The unit that a text means here: ``"3"``, or ``"3.17"`` for one channel of a head.
+
+        Where there are heads, a unit is a head: ``"3"`` is head 3 with all its channels. Elsewhere a
+        unit is one entry of the last axis.
+        """
+        first, dot, second = text.partition(".")
+        has_channels = self.shape[-1] == "d_head"
+        if not first.isdecimal() or (dot and not (second.isdecimal() and has_channels)):
+            channel = ", or 3.17 for a channel of a head" if has_channels else ""
+            raise LocationError(f"{self.path}: expected a unit such as 3{channel}; found {text!r}.")
+        number = int(first)
+        if not has_channels:
+            return Unit(f"{_UNITS.get(self.shape[-1], 'entry')} {number}", (..., number))
+        if not dot:
+            return Unit(f"head {number}", (..., number, slice(None)))
+        return Unit(f"channel {int(second)} of head {number}", (..., number, int(second)))
+
+
+class Unit(NamedTuple):
+    """What can be looked at or set at a site: a neuron, a channel of the stream, a head."""
+
+    name: str
+    """Such as ``"head 3"``."""
+    where: tuple[Any, ...]
+    """``x[where]`` is the unit's part of a tensor of the site."""
+
+    def check(self, x_shape: Sequence[int]) -> None:
+        """Refuse a unit that a tensor of this shape does not have."""
+        for number, length in zip(reversed(self.where[1:]), reversed(x_shape), strict=False):
+            if isinstance(number, int) and number >= length:
+                raise LocationError(
+                    f"there is no {self.name} here: the highest number is {length - 1}, found {number}."
+                )
+
+
+_UNITS = {"f": "neuron", "d": "channel", "h": "head", "v": "token"}
+_WIDTHS = {
+    "d_head": Dimension.VALUE_CHANNELS,
+    "d": Dimension.RESIDUAL_STREAM_CHANNELS,
+    "f": Dimension.MLP_ACTS,
+    "h": Dimension.ATTN_HEADS,
+    "v": Dimension.VOCAB_SIZE,
+}
+
+
+def _norm_sites(path: str, stage: Stage) -> list[Site]:
     return [
-        Site(f"{path}.post_mean_subtraction", ("b", "s", "d"), per_layer),
-        Site(f"{path}.scale", ("b", "s", "1"), per_layer),
-        Site(f"{path}.post_scale", ("b", "s", "d"), per_layer),
+        Site(f"{path}.post_mean_subtraction", _BSD, stage),
+        Site(f"{path}.scale", ("b", "s", "1"), stage),
+        Site(f"{path}.post_scale", _BSD, stage),
     ]
 
 
@@ -43,30 +105,33 @@ _BSD = ("b", "s", "d")
 SITES: dict[str, Site] = {
     site.path: site
     for site in [
-        Site("resid.post_emb", _BSD, per_layer=False),
-        *_norm_sites("resid.torso.ln_attn", per_layer=True),
-        Site("resid.torso.post_ln_attn", _BSD, per_layer=True),
-        Site("attn.q", ("b", "q", "h", "d_head"), per_layer=True),
-        Site("attn.k", ("b", "k", "h", "d_head"), per_layer=True),
-        Site("attn.v", ("b", "k", "h", "d_head"), per_layer=True),
-        Site("attn.qk_logits", ("b", "q", "k", "h"), per_layer=True),
-        Site("attn.qk_softmax_denominator", ("b", "q", "1", "h"), per_layer=True),
-        Site("attn.qk_probs", ("b", "q", "k", "h"), per_layer=True),
-        Site("attn.v_out", ("b", "q", "h", "d_head"), per_layer=True),
-        Site("resid.torso.delta_attn", _BSD, per_layer=True),
-        Site("resid.torso.post_attn", _BSD, per_layer=True),
-        *_norm_sites("resid.torso.ln_mlp", per_layer=True),
-        Site("resid.torso.post_ln_mlp", _BSD, per_layer=True),
-        Site("mlp.pre_act", ("b", "s", "f"), per_layer=True),
-        Site("mlp.post_act", ("b", "s", "f"), True, ("layer", "positions", "out_layer")),
-        Site("resid.torso.delta_mlp", _BSD, per_layer=True),
-        Site("resid.torso.post_mlp", _BSD, per_layer=True),
-        *_norm_sites("resid.ln_f", per_layer=False),
-        Site("resid.post_ln_f", _BSD, per_layer=False),
-        Site("logits", ("b", "s", "v"), per_layer=False),
+        Site("resid.post_emb", _BSD, "embed"),
+        *_norm_sites("resid.torso.ln_attn", "layer"),
+        Site("resid.torso.post_ln_attn", _BSD),
+        Site("attn.q", ("b", "q", "h", "d_head")),
+        Site("attn.k", ("b", "k", "h", "d_head")),
+        Site("attn.v", ("b", "k", "h", "d_head")),
+        Site("attn.qk_logits", ("b", "q", "k", "h")),
+        Site("attn.qk_softmax_denominator", ("b", "q", "1", "h")),
+        Site("attn.qk_probs", ("b", "q", "k", "h")),
+        Site("attn.v_out", ("b", "q", "h", "d_head")),
+        Site("resid.torso.delta_attn", _BSD),
+        Site("resid.torso.post_attn", _BSD),
+        *_norm_sites("resid.torso.ln_mlp", "layer"),
+        Site("resid.torso.post_ln_mlp", _BSD),
+        Site("mlp.pre_act", ("b", "s", "f")),
+        Site("mlp.post_act", ("b", "s", "f"), keywords=("layer", "positions", "out_layer")),
+        Site("resid.torso.delta_mlp", _BSD),
+        Site("resid.torso.post_mlp", _BSD),
+        *_norm_sites("resid.ln_f", "final"),
+        Site("resid.post_ln_f", _BSD, "final"),
+        Site("logits", ("b", "s", "v"), "final"),
     ]
 }
-"""Every hook path, in the order in which a forward pass meets them."""
+"""Every hook path, in the order in which a forward pass meets them. The tree of hooks
+(:class:`~neuron_explainer.models.hooks.TransformerHooks`) is made from this table."""
+
+_SOME_LOCATIONS = " Locations are such as 3/mlp.post_act, resid.torso.post_mlp, logits."
 
 _ALIASES: dict[str, str] = {
     # short names in the paths of the published autoencoders
@@ -154,9 +219,10 @@ class ActivationLocation:
     def __post_init__(self) -> None:
         path = _ALIASES.get(self.path, self.path)
         if path not in SITES:
+            near = did_you_mean(self.path, [*SITES, *_ALIASES])
             raise LocationError(
-                f"unknown location {self.path!r}.{did_you_mean(self.path, [*SITES, *_ALIASES])} "
-                f"Valid paths: {', '.join(SITES)}."
+                f"unknown location {self.path!r}.{near or _SOME_LOCATIONS} The README's table of "
+                "places, and neuron_explainer.models.locations.SITES, list all."
             )
         object.__setattr__(self, "path", path)
         if self.layer is not None and not self.site.per_layer:
@@ -174,6 +240,17 @@ class ActivationLocation:
     def at(self, layer: int | None) -> "ActivationLocation":
         """The same hook path at another layer."""
         return ActivationLocation(self.path, layer)
+
+    def depth(self, n_layers: int) -> int:
+        """How many of ``n_layers`` layers have run when a pass reaches this place.
+
+        0 before the layers, ``i`` within layer ``i``, ``n_layers`` after the layers.
+        """
+        if self.layer is not None:
+            return self.layer
+        if self.site.per_layer:
+            raise LocationError(f"{self} is in every layer; name one, such as '0/{self}'.")
+        return 0 if self.site.stage == "embed" else n_layers
 
     def expand(self, n_layers: int) -> list["ActivationLocation"]:
         """The single places meant in a model of ``n_layers``: every layer where none is named."""

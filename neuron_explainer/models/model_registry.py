@@ -84,6 +84,73 @@ def _saelens_jb_embedding() -> AutoencoderSpec:
     return AutoencoderSpec("resid.post_emb", {None: f"{_JB_URL}/blocks.0.hook_resid_pre"}, "center")
 
 
+def _saelens_feature_splitting(n_latents: int) -> AutoencoderSpec:
+    """One of the eight sizes of ``gpt2-small-res-jb-feature-splitting``, before layer 8."""
+    url = "hf:jbloom/GPT2-Small-Feature-Splitting-Experiment-Layer-8"
+    paths = {7: f"{url}/blocks.8.hook_resid_pre_{n_latents}"}
+    return AutoencoderSpec("resid_post_mlp", paths, "center")
+
+
+# By layer: version of the folder, and what inputs were multiplied by (SAELens's list of releases).
+_MLP_RUNS = (
+    *((1, 1.049317316132615), (0, 2.3693984005104283), (0, 1.6411934982190302)),
+    *((0, 1.8958522157897557), (0, 1.81673478700627), (0, 1.550234472245924)),
+    *((0, 1.3237742807210804), (0, 1.1042905114723296), (1, 0.9123762783479742)),
+    *((0, 0.6955335635232373), (0, 0.3619728926727644), (2, 0.2851548652550073)),
+)
+
+
+def _mlp_output() -> AutoencoderSpec:
+    """McGrath's autoencoders of the MLPs' outputs, on TransformerLens's centred weights."""
+    url = "hf:tommmcgrath/gpt2-small-mlp-out-saes/sae_group_gpt2_blocks"
+    runs = dict(enumerate(_MLP_RUNS))
+    return AutoencoderSpec(
+        "resid_delta_mlp",
+        {i: f"{url}.{i}.hook_mlp_out_24576:v{version}" for i, (version, _) in runs.items()},
+        "center",
+        stated_by_layer={i: {"norm_factor": factor} for i, (_, factor) in runs.items()},
+    )
+
+
+def _end_to_end(kind: str) -> AutoencoderSpec:
+    """Apollo's dictionaries as Neuronpedia has them; trained on TransformerLens's centred stream."""
+    url = f"hf:neuronpedia/gpt2-small__res_{kind}-ajt"
+    paths = {layer - 1: f"{url}/{layer}-res_{kind}-ajt" for layer in (2, 6, 10)}
+    return AutoencoderSpec("resid_post_mlp", paths, "center")
+
+
+# What distinguishes the runs that were published, by layer: l1, latents, dead-latent threshold, run.
+_ATTENTION_RUNS = (
+    *(("1.80e+00", 24576, "1.00e-06", 9), ("8.00e-01", 24576, "1.00e-06", 5)),
+    *(("1.00e+00", 24576, "1.00e-06", 4), ("9.00e-01", 24576, "1.00e-06", 9)),
+    *(("1.10e+00", 24576, "1.00e-06", 7), ("1.00e+00", 49152, "1.00e-06", 9)),
+    *(("1.10e+00", 24576, "1.00e-06", 9), ("1.10e+00", 49152, "1.00e-06", 9)),
+    *(("1.30e+00", 24576, "1.00e-05", 6), ("1.20e+00", 24576, "1.00e-06", 9)),
+    *(("1.30e+00", 24576, "1.00e-05", 9), ("3.00e+00", 24576, "3.16e-06", 9)),
+)
+
+
+def _attention_output() -> AutoencoderSpec:
+    """Kissane and others' autoencoders of the heads' outputs; named as SAELens names the release."""
+    paths = {
+        layer: "hf:ckkissane/attn-saes-gpt2-small-all-layers/"
+        f"gpt2-small_L{layer}_Hcat_z_lr1.20e-03_l1{l1}_ds{size}_bs4096_dc{dead}_rsanthropic_rie25000"
+        f"_nr4_v{run}.pt"
+        for layer, (l1, size, dead, run) in enumerate(_ATTENTION_RUNS)
+    }
+    return AutoencoderSpec("attn.v_out", paths)
+
+
+def _transcoders() -> AutoencoderSpec:
+    """Dunefsky and Chlenski's transcoders of the MLPs; their inputs are before gain and bias."""
+    paths = {
+        layer: "hf:pchlenski/gpt2-transcoders/final_sparse_autoencoder_gpt2-small_"
+        f"blocks.{layer}.ln2.hook_normalized_24576.pt"
+        for layer in range(12)
+    }
+    return AutoencoderSpec("resid.torso.ln_mlp.post_scale", paths)
+
+
 def _packaged(location: str) -> AutoencoderSpec:
     """Autoencoders of tiny-tales: whatever layers were trained; their folders say everything."""
     wanted = ActivationLocation.parse(location)
@@ -117,6 +184,17 @@ _AUTOENCODER_SPECS: dict[str, dict[str, Callable[[], AutoencoderSpec]]] = {
         "ae-resid-delta-attn-v4": partial(_openai, "resid_delta_attn", "_v4", "none"),
         "gpt2-small-res-jb": _saelens_jb,
         "gpt2-small-res-jb-emb": _saelens_jb_embedding,
+        **{
+            f"gpt2-small-res-jb-feature-splitting-{size}": partial(_saelens_feature_splitting, size)
+            for size in (768, 1536, 3072, 6144, 12288, 24576, 49152, 98304)
+        },
+        **{
+            f"gpt2-small-res_{kind}-ajt": partial(_end_to_end, kind)
+            for kind in ("sce", "scefr", "scl", "sle", "slefr", "sll")
+        },
+        "gpt2-small-mlp-tm": _mlp_output,
+        "gpt2-small-hook-z-kk": _attention_output,
+        "gpt2-transcoders": _transcoders,
         # TopK with k = 32, trained on layer-normed inputs.
         **{
             f"ae-{location.replace('_', '-')}-v5-{size}": partial(

@@ -700,16 +700,10 @@ class Transformer(nn.Module):
             check_hooks(hooks, self.cfg.n_layers)
         hooks = with_recorder(hooks, wanted, found)
         X, H, pad, _ = self.run_embed(tokens, None, pad, hooks)
-        depths = [
-            0
-            if p.path == "resid.post_emb"
-            else self.cfg.n_layers
-            if p.layer is None
-            else p.layer + 1
-            for p in wanted
-        ]
-        X, H = self.run_torso(X, H, pad, hooks, max(depths, default=0))
-        if any(p.layer is None and p.path != "resid.post_emb" for p in wanted):
+        n_layers = self.cfg.n_layers
+        needed = max((p.depth(n_layers) + p.site.per_layer for p in wanted), default=0)
+        X, H = self.run_torso(X, H, pad, hooks, needed)
+        if any(p.site.stage == "final" for p in wanted):
             X, H = self.run_ln_f(X, H, hooks)
         if any(p.path == "logits" for p in wanted):
             self.run_unembed(X, H, hooks)

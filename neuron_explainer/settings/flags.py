@@ -3,21 +3,24 @@
     add_flags(parser, TrainConfig)
     config = from_flags(parser.parse_args(), TrainConfig, read_values("run.toml"))
 
-Settings of objectives are flags too; each objective takes those that it has. Only flags that were
-given count: all else comes from a file's values, if there are any, or is the default.
+A field that holds a :class:`Variant` becomes a flag for its name, and a flag for each setting of any
+member of the family; each member takes those that it has. A flag that is not given
+leaves the value of the file, if there is one, or the default.
 """
 
 import argparse
+import ast
 import dataclasses
+import inspect
+import textwrap
 import types
 import typing
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from neuron_explainer.dictionaries.objectives import ObjectiveConfig, config_class, registered
 from neuron_explainer.errors import InputError
-from neuron_explainer.settings.field_docs import field_docs
-from neuron_explainer.settings.from_files import from_dict
+from neuron_explainer.settings.fields import Variant, field_names, to_dict, variant_fields
+from neuron_explainer.settings.formats import from_dict, plain_value
 
 T = TypeVar("T")
 
@@ -25,17 +28,19 @@ T = TypeVar("T")
 def add_flags(
     parser: argparse.ArgumentParser, config_type: type[Any], leave_out: Collection[str] = ()
 ) -> None:
-    """Add ``--some-field`` for each field of ``config_type``, but for some."""
+    """Add a flag ``--some-field`` for each field of ``config_type`` that is not left out."""
     hints, docs = typing.get_type_hints(config_type), field_docs(config_type)
+    families = dict(variant_fields([config_type]))
     group = parser.add_argument_group(config_type.__name__)
     for field in dataclasses.fields(config_type):
         if field.name in leave_out:
             continue
-        if hints[field.name] is ObjectiveConfig:
-            _add(group, "objective", Literal[tuple(registered())], docs[field.name], "topk")
-            _add_objectives(parser.add_argument_group("settings of objectives"))
+        if family := families.get(field.name):
+            hint: Any = Literal[tuple(family.names())]
+            add_flag(group, field.name, hint, docs[field.name], _default(field).name)
+            _add_members(parser.add_argument_group(f"settings of {family.noun}s"), family)
         else:
-            _add(group, field.name, hints[field.name], docs[field.name], field.default)
+            add_flag(group, field.name, hints[field.name], docs[field.name], field.default)
 
 
 def from_flags(
@@ -47,73 +52,87 @@ def from_flags(
     """The config that parsed flags describe, on top of the values of a file.
 
     Args:
-        arguments: what the parser of :func:`add_flags` found.
+        arguments: the result of the parser of :func:`add_flags`.
         config_type: the dataclass.
-        base: values by field, which flags win over; a flag that is an alternative to one of them
-            (``num_tokens`` to ``steps``) takes its place.
-        where: what error messages name as the source.
+        base: values by field. Flags override them, and a flag that is an alternative to one of them
+            (``num_tokens`` to ``steps``) replaces it.
+        where: the name of the source in error messages.
     """
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     values = dict(base or {})
     hints = typing.get_type_hints(config_type)
-    flags = {name: given[name] for name in hints if name in given and name != "objective"}
+    families = dict(variant_fields([config_type]))
+    flags = {name: given[name] for name in hints if name in given and name not in families}
     for names in getattr(config_type, "alternatives", ()):
         if not flags.keys().isdisjoint(names):
             values = {name: value for name, value in values.items() if name not in names}
     values |= flags
-    if ObjectiveConfig in hints.values():
-        values["objective"] = _objective_values(given, values.get("objective", "topk"))
+    for field in dataclasses.fields(typing.cast(Any, config_type)):
+        if family := families.get(field.name):
+            there = values.get(field.name, to_dict(_default(field)))
+            values[field.name] = _member_values(field.name, family, given, there)
     return from_dict(config_type, values, where)
 
 
-def _add_objectives(group: Any) -> None:
-    """One flag for each setting of any objective; its help says whose it is."""
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return (
+        field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    )
+
+
+def _add_members(group: Any, family: type[Variant]) -> None:
+    """One flag for each setting of any member; its help says whose it is."""
     by_name: dict[str, tuple[Any, list[str]]] = {}
-    for objective in registered():
-        cls = config_class(objective)
+    for member in family.names():
+        cls = family.member(member)
         hints, docs = typing.get_type_hints(cls), field_docs(cls)
         for field in dataclasses.fields(cls):
             hint, helps = by_name.setdefault(field.name, (hints[field.name], []))
             default = f" [{_shown(field.default)}]" if _shown(field.default) else ""
-            helps.append(f"{objective}{default}: {docs[field.name]}")
+            helps.append(f"{member}{default}: {docs[field.name]}")
     for name, (hint, helps) in by_name.items():
-        _add(group, name, hint, " ".join(_merged(helps)), dataclasses.MISSING)
+        add_flag(group, name, hint, " ".join(_merged(helps)), dataclasses.MISSING)
 
 
 def _merged(helps: list[str]) -> list[str]:
-    """Those that say the same of several objectives, once."""
+    """The help texts, where one that several members share stands once, with all their names."""
     merged: dict[str, list[str]] = {}
     for text in helps:
-        objective, doc = text.split(": ", 1)
-        merged.setdefault(doc, []).append(objective)
-    return [f"{', '.join(objectives)}: {doc}" for doc, objectives in merged.items()]
+        member, doc = text.split(": ", 1)
+        merged.setdefault(doc, []).append(member)
+    return [f"{', '.join(members)}: {doc}" for doc, members in merged.items()]
 
 
-def _objective_values(given: dict[str, Any], base: Any) -> dict[str, Any]:
-    """The file's objective, or another one, with the settings that were given as flags."""
-    values = {"name": base} if isinstance(base, str) else dict(base)
-    if given.get("objective", values.get("name")) != values.get("name"):
-        values = {"name": given["objective"]}
-    known = {field.name for field in dataclasses.fields(config_class(values["name"]))}
-    for objective in registered():
-        for field in dataclasses.fields(config_class(objective)):
-            if field.name in given and field.name not in known:
-                flag = f"--{field.name.replace('_', '-')}"
+def _member_values(field: str, family: type[Variant], given: dict[str, Any], base: Any) -> Any:
+    """The file's member, or another one, with the settings that were given as flags."""
+    base = plain_value(base)
+    values = {"name": base} if isinstance(base, str) else base
+    if not isinstance(values, Mapping) or not isinstance(values.get("name"), str):
+        return base  # which the checker of fields will refuse
+    values = dict(values)
+    if given.get(field, values.get("name")) != values.get("name"):
+        values = {"name": given[field]}
+    known = set(field_names(family.member(values["name"])))
+    for member in family.names():
+        for name in field_names(family.member(member)):
+            if name in given and name not in known:
+                flag = f"--{name.replace('_', '-')}"
                 raise InputError(
-                    f"{flag} is no setting of the objective {values['name']}, which has: "
+                    f"{flag} is no setting of the {family.noun} {values['name']}, which has: "
                     f"{', '.join(sorted(known)) or 'none'}."
                 )
     return values | {name: given[name] for name in known if name in given}
 
 
-def _add(group: Any, name: str, hint: Any, doc: str, default: Any) -> None:
+def add_flag(group: Any, name: str, hint: Any, doc: str, default: Any) -> None:
     """Add a flag that is absent from the namespace unless it is given."""
     options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
     options["help"] = (doc + (f" [{_shown(default)}]" if _shown(default) else "")).replace(
         "%", "%%"
     )
     if get_origin(hint) in (Union, types.UnionType):
-        (hint,) = (option for option in get_args(hint) if option is not types.NoneType)
+        options_of = [option for option in get_args(hint) if option is not types.NoneType]
+        hint = str if str in options_of else options_of[0]  # text stands for anything that it names
     if hint is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif get_origin(hint) is Literal:
@@ -126,5 +145,37 @@ def _add(group: Any, name: str, hint: Any, doc: str, default: Any) -> None:
 
 
 def _shown(default: Any) -> str:
-    """A default as help shows it; nothing for one that its text explains."""
+    """A default as the help shows it; empty if the text of the help explains it."""
     return "" if default is None or default is dataclasses.MISSING else str(default)
+
+
+# --- docstrings under fields, which Python itself does not keep ---
+
+
+def field_docs(cls: type[Any]) -> dict[str, str]:
+    """The docstring of each field of a dataclass as one line, inherited fields included."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            docs |= own_docs(base)
+    return {field.name: docs.get(field.name, "") for field in dataclasses.fields(cls)}
+
+
+def own_docs(cls: type[Any]) -> dict[str, str]:
+    """The docstrings under a class's own fields, by field; one without a docstring is left out."""
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    except (OSError, TypeError):  # a class made where there is no file
+        return {}
+    assert isinstance(tree, ast.ClassDef)
+    docs = {}
+    for field, below in zip(tree.body, tree.body[1:], strict=False):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+            and isinstance(below.value.value, str)
+        ):
+            docs[field.target.id] = " ".join(below.value.value.split())
+    return docs

@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from neuron_explainer.activations import ActivationBatch, Harvester, TokenBatch, TokenCorpus
+from neuron_explainer.activations import (
+    ActivationBatch,
+    ActivationStore,
+    Harvester,
+    StoreWriter,
+    TokenBatch,
+    TokenCorpus,
+)
 from neuron_explainer.models.locations import LocationLike
 from neuron_explainer.models.model_context import ModelContext, StandardModelContext
 from tests.conftest import TINY, make_model
@@ -39,3 +46,27 @@ def harvest_all(
 def as_rows(x: Tensor) -> list[bytes]:
     """Each row as its exact bytes, so that multisets of rows can be compared."""
     return [row.tobytes() for row in x.numpy()]
+
+
+class ListSource:
+    """Activations of a list of batches."""
+
+    forward_s = 0.0
+
+    def __init__(self, batches: list[ActivationBatch]) -> None:
+        self.batches = batches
+
+    def chunk(self, number: int) -> ActivationBatch | None:
+        return self.batches[number] if number < len(self.batches) else None
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+
+def write_store(
+    folder: Path, batches: Iterable[ActivationBatch], model: str, **options: Any
+) -> ActivationStore:
+    with StoreWriter(folder, model, **options) as writer:
+        for batch in batches:
+            writer.add(batch)
+    return ActivationStore(folder)

@@ -13,7 +13,6 @@ from neuron_explainer.activations import (
     TokenBatch,
     TokenCorpus,
     TokenWindows,
-    harvest,
 )
 from neuron_explainer.errors import InputError, LocationError
 from neuron_explainer.models.locations import ActivationLocation
@@ -213,7 +212,7 @@ def test_windows_longer_than_the_context_are_refused(context: ModelContext) -> N
     with pytest.raises(
         InputError, match=r"13 tokens long, more than the context of 12.*at most 12"
     ):
-        list(harvest(context, TokenWindows(random_corpus([40]), 13, 1), SITE))
+        Harvester(context, SITE)(TokenWindows(random_corpus([40]), 13, 1).batch(0))
     with pytest.raises(InputError, match="more than the context of 12"):
         LiveSource(Harvester(context, SITE), TokenWindows(random_corpus([4]), 13, 1))
 

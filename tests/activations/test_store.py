@@ -1,29 +1,38 @@
 """Stores: what is read is what was harvested, however it was written, and damage is named."""
 
 import json
+import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from filelock import FileLock
 
+from neuron_explainer import files
 from neuron_explainer.activations import (
+    SOURCE_FILE,
     ActivationBatch,
     ActivationStore,
+    DataConfig,
     Harvester,
     StoreWriter,
     TokenBatch,
     TokenWindows,
     harvest_to_store,
-    write_store,
+    open_windows,
+    read_documents,
+    tokenize,
 )
 from neuron_explainer.errors import CheckpointError, InputError, SourceError
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.model_context import ModelContext
-from tests.activations.helpers import SITE, random_corpus
+from neuron_explainer.settings import from_dict
+from tests.activations.helpers import SITE, random_corpus, write_store
 
 PLACES = [SITE, "0/resid.torso.post_mlp"]
 
@@ -197,9 +206,145 @@ def test_a_crash_before_the_first_manifest_is_no_hindrance(
 ) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "shard-00000.safetensors").write_bytes(b"half of it")
-    (tmp_path / "s" / ".shard-00000.safetensors.0a1b.tmp").write_bytes(b"half")
+    (tmp_path / "s" / ".shard-00000.safetensors.0a1b2c3d4e5f.tmp").write_bytes(b"half")
     store = harvest_to_store(tmp_path / "s", Harvester(context, PLACES), windows())
     assert_same(everything(store), ActivationBatch.cat(live(context)))
+
+
+class _Prepared(Harvester):
+    """Gives what another has computed, so that a forked child runs no model."""
+
+    def __init__(self, context: ModelContext) -> None:
+        super().__init__(context, PLACES)
+        self.found = [super(_Prepared, self).__call__(batch) for batch in windows()]
+        self.n_calls = 0
+
+    def __call__(self, batch: TokenBatch) -> ActivationBatch:
+        self.n_calls += 1
+        return self.found[self.n_calls - 1]
+
+
+def _write_until(folder: Path, harvester: Harvester, moment: int) -> bool:
+    """Harvest in a forked child that ends, without any cleaning up, at its n-th write or rename."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    seen = 0
+
+    def ending(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal seen
+            seen += 2
+            if moment == seen - 2:
+                os._exit(9)
+            found = real(*args, **options)
+            if moment == seen - 1:
+                os._exit(9)
+            return found
+
+        return call
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for module, name in ((os, "replace"), (safetensors.torch, "save_file")):
+                patch.setattr(module, name, ending(getattr(module, name)))
+            harvest_to_store(folder, harvester, windows(), shard_rows=45)
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+
+
+def test_a_harvest_killed_at_any_write_goes_on(tmp_path: Path, context: ModelContext) -> None:
+    """Also where safetensors has a temporary file of its own, and before the first manifest."""
+    moment, killed, expected = 0, True, ActivationBatch.cat(live(context))
+    while killed:
+        folder = tmp_path / str(moment)
+        killed = _write_until(folder, _Prepared(context), moment)
+        if folder.exists():
+            (folder / ".tmpAb3xYz").write_bytes(b"half a shard")
+        store = harvest_to_store(folder, Harvester(context, PLACES), windows(), shard_rows=45)
+        assert_same(everything(store), expected)
+        left = {path.name for path in folder.iterdir()} - {".lock", "manifest.json", "source.json"}
+        assert left == {shard.file for shard in store.shards}
+        moment += 1
+    assert moment > 14
+
+
+@pytest.mark.parametrize("fate", ["moved", "emptied", "replaced"])
+def test_a_folder_that_goes_while_it_is_written_ends_the_harvest(
+    tmp_path: Path, context: ModelContext, fate: str
+) -> None:
+    folder = tmp_path / "s"
+
+    def batches() -> Iterator[ActivationBatch]:
+        for number, batch in enumerate(live(context)):
+            if number == 3:
+                if fate == "emptied":
+                    for path in folder.iterdir():
+                        path.unlink()
+                else:
+                    folder.rename(tmp_path / "elsewhere")
+                if fate == "replaced":
+                    shutil.copytree(tmp_path / "elsewhere", folder)
+            yield batch
+
+    with pytest.raises(SourceError, match="was moved, replaced or emptied"):
+        write_store(folder, batches(), "tiny", shard_rows=20)
+    if fate != "emptied":
+        assert ActivationStore(tmp_path / "elsewhere").n_batches == 2
+
+
+@pytest.mark.parametrize(
+    "foreign", ["notes.txt", "config.json", "shard-00000.safetensors.bak", ".hidden"]
+)
+def test_a_folder_of_something_else_is_left_alone(
+    tmp_path: Path, context: ModelContext, foreign: str
+) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / foreign).write_text("mine")
+    with pytest.raises(InputError, match="is no store of activations"):
+        harvest_to_store(tmp_path / "s", Harvester(context, PLACES), windows())
+    assert (tmp_path / "s" / foreign).read_text() == "mine"
+
+
+def test_a_store_made_in_python_says_where_it_is_from(
+    tmp_path: Path, tales: ModelContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that ``evaluate`` finds the text that was held out, as for one of the command line."""
+    (tmp_path / "books").mkdir()
+    for number in range(12):
+        text = f"the king number {number} had a daughter. " * 8
+        (tmp_path / "books" / f"{number:02d}.txt").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    corpus = tokenize(read_documents("books", split=r"\. "), tales, max_tokens=900)
+    training, held_out = corpus.split(0.25, seed=3)
+    windows = TokenWindows(training, 16, 4, seed=3)
+    harvester = Harvester(tales, "1/mlp.post_act", keep_bos=False)
+    store = harvest_to_store("store", harvester, windows)
+    source = files.read_json(store.folder / SOURCE_FILE)
+    assert (source["model"], source["source"]) == ("tiny-tales", str(tmp_path / "books"))
+    config = from_dict(DataConfig, source["data"])
+    assert (config.split, config.corpus_tokens, config.hold_out) == (r"\. ", 900, 0.25)
+    assert (config.context_length, config.keep_bos, config.bos) == (16, False, False)
+    again = open_windows(tales, source["source"], config, part="held_out").corpus
+    assert again.numbers.tolist() == held_out.numbers.tolist()
+    assert again.source_fingerprint == source["source_fingerprint"]
+    by_hand = TokenWindows(random_corpus([40]), 12, 4)
+    store = harvest_to_store("by_hand", harvester, by_hand)
+    assert files.read_json(store.folder / SOURCE_FILE)["source"] is None
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"data": 3}', '{"source": 1.5}', '{"surprise": 1}', '{"model": [1]}', "{"]
+)
+def test_a_damaged_note_of_the_source_is_named(
+    tmp_path: Path, context: ModelContext, content: str
+) -> None:
+    store = harvest_to_store(tmp_path / "s", Harvester(context, PLACES), windows())
+    assert store.record["data"]["context_length"] == 8
+    (tmp_path / "s" / SOURCE_FILE).write_text(content)
+    with pytest.raises(CheckpointError, match=r"source\.json"):
+        _ = store.record
 
 
 def test_damage_is_named_and_the_rest_can_be_read(tmp_path: Path, context: ModelContext) -> None:
@@ -235,7 +380,9 @@ def test_a_shard_of_another_shape_is_refused(tmp_path: Path, context: ModelConte
     with pytest.raises(CheckpointError, match=r"expected .*47.*found .*48"):
         everything(ActivationStore(store.folder))
     path.write_text(json.dumps(manifest | {"dtype": "float8"}))
-    with pytest.raises(CheckpointError, match=r"manifest\.json: damaged: KeyError 'float8'"):
+    with pytest.raises(
+        CheckpointError, match=r"manifest\.json: dtype: expected one of float32, .* found 'float8'"
+    ):
         ActivationStore(store.folder)
     path.write_text(json.dumps(manifest | {"kind": "autoencoder"}))
     with pytest.raises(CheckpointError, match="expected kind 'activation_store'"):
@@ -249,8 +396,6 @@ def test_settings_that_cannot_be(tmp_path: Path) -> None:
         StoreWriter(tmp_path / "s", "tiny", dtype="float64")
     with pytest.raises(InputError, match="shard_rows must be at least 1"):
         StoreWriter(tmp_path / "s", "tiny", shard_rows=0)
-    with pytest.raises(SourceError, match="no activations came"):
-        write_store(tmp_path / "s", [], "tiny")
 
 
 def test_two_writers_do_not_meet(tmp_path: Path, context: ModelContext) -> None:

@@ -7,27 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from neuron_explainer.dictionaries import (
     GatedConfig,
     JumpReLUConfig,
     MatryoshkaConfig,
+    ObjectiveConfig,
     PAnnealConfig,
     ReLUConfig,
     TopKConfig,
     TrainConfig,
     read_config,
+    train,
 )
-from neuron_explainer.dictionaries.objectives import config_class, registered
 from neuron_explainer.dictionaries.params_json import read_params
+from neuron_explainer.dictionaries.sparse_coding import SparseCodingConfig
 from neuron_explainer.errors import CheckpointError, InputError, LocationError
-from neuron_explainer.settings.field_docs import field_docs
-from neuron_explainer.settings.flags import add_flags, from_flags
-from neuron_explainer.settings.from_files import from_dict, read_values, to_dict
+from neuron_explainer.settings import from_dict, read_values, to_dict
+from neuron_explainer.settings.flags import add_flags, field_docs, from_flags
 
 
 def test_every_field_has_a_docstring() -> None:
-    classes: list[type[Any]] = [TrainConfig, *(config_class(name) for name in registered())]
+    classes: list[type[Any]] = [TrainConfig, *map(ObjectiveConfig.member, ObjectiveConfig.names())]
     for cls in classes:
         assert [name for name, doc in field_docs(cls).items() if not doc] == [], cls
 
@@ -83,18 +85,72 @@ def test_settings_that_cannot_be(fields: dict[str, Any], message: str) -> None:
         TrainConfig(**fields)
 
 
+WHOLE_NUMBERS = [
+    (cls, field.name)
+    for cls in (
+        TrainConfig,
+        SparseCodingConfig,
+        *map(ObjectiveConfig.member, ObjectiveConfig.names()),
+    )
+    for field in dataclasses.fields(cls)
+    if "int" in str(field.type)
+]
+WRONG = [1.5, 1.0, True, "3", -1, 2**70]
+
+
+def least(cls: type[Any]) -> dict[str, Any]:
+    """The fields that have to be given."""
+    if cls is SparseCodingConfig:
+        return {"n_latents": 4, "penalty": 0.1}
+    return {"steps": 5} if cls is TrainConfig else {}
+
+
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+def test_whole_numbers_in_python(value: Any) -> None:
+    assert len(WHOLE_NUMBERS) > 30
+    for cls, name in WHOLE_NUMBERS:
+        with pytest.raises(InputError, match=rf"\b{name}\b"):
+            cls(**least(cls) | {name: value})
+
+
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+def test_whole_numbers_in_files(value: Any, tmp_path: Path) -> None:
+    for cls, name in WHOLE_NUMBERS:
+        fields: dict[str, Any] = {"steps": 5, name: value}
+        if issubclass(cls, ObjectiveConfig):
+            objective = next(n for n in ObjectiveConfig.names() if ObjectiveConfig.member(n) is cls)
+            fields = {"steps": 5, "objective": {"name": objective, name: value}}
+        if cls is SparseCodingConfig:
+            continue  # it has neither
+        (tmp_path / "c.json").write_text(json.dumps(fields))
+        with pytest.raises(InputError, match=rf"\b{name}\b"):
+            read_config(TrainConfig, tmp_path / "c.json")
+
+
+@pytest.mark.parametrize("seed", [2**31, 2**63, 2**64 - 1])
+def test_seeds_of_64_bits(seed: int) -> None:
+    rows = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    config = TrainConfig(TopKConfig(k=1), n_latents=8, steps=3, batch_size=32, seed=seed)
+    one, other = (train(config, rows, progress=False) for _ in range(2))
+    assert torch.equal(one.encoder.weight, other.encoder.weight)
+
+
 def test_what_is_not_given_goes_by_the_size_of_the_run() -> None:
     short, long = TrainConfig(steps=200), TrainConfig(steps=200_000)
-    assert (short.warming_up, short.decaying, short.resampling) == (10, 40, 50)
-    assert (long.warming_up, long.decaying, long.resampling) == (1000, 40_000, 25_000)
+    assert (short.n_warmup_steps, short.n_decay_steps, short.resample_interval) == (10, 40, 50)
+    assert (long.n_warmup_steps, long.n_decay_steps, long.resample_interval) == (
+        1000,
+        40_000,
+        25_000,
+    )
     assert short.dead_after(100) == 2000
     assert long.dead_after(4096) == 10_000_000
     assert short.lr_for(2**14) == 2e-4
     assert short.lr_for(2**10) == pytest.approx(8e-4)
     one = TrainConfig(steps=1)
-    assert (one.warming_up, one.decaying, one.dead_after(5)) == (0, 1, 1)
-    assert TrainConfig(steps=200, decay_steps=195).warming_up == 5
-    assert TrainConfig(steps=200, warmup_steps=190).decaying == 10
+    assert (one.n_warmup_steps, one.n_decay_steps, one.dead_after(5)) == (0, 1, 1)
+    assert TrainConfig(steps=200, decay_steps=195).n_warmup_steps == 5
+    assert TrainConfig(steps=200, warmup_steps=190).n_decay_steps == 10
 
 
 def test_what_is_given_stays() -> None:
@@ -107,7 +163,7 @@ def test_what_is_given_stays() -> None:
         resample_every=3,
     )
     assert given.lr_for(2**14) == 1e-3
-    assert (given.warming_up, given.decaying, given.resampling) == (0, 200, 3)
+    assert (given.n_warmup_steps, given.n_decay_steps, given.resample_interval) == (0, 200, 3)
     assert given.dead_after(4096) == 7
 
 
@@ -150,8 +206,8 @@ def test_toml(tmp_path: Path) -> None:
         ({"steps": 5, "objective": "topc"}, r"unknown objective 'topc'\. Did you mean 'topk'"),
         ({"steps": 5, "objective": {"name": "topk", "kk": 1}}, r"\(topk\): unknown field 'kk'"),
         ({"steps": 5, "objective": 3}, "expected a name"),
-        ({"steps": "5"}, "steps: expected int, found '5'"),
-        ({"steps": 5, "tied": 1}, "tied: expected bool"),
+        ({"steps": "5"}, "steps: expected a whole number, found '5'"),
+        ({"steps": 5, "tied": 1}, "tied: expected true or false"),
         ({"steps": 5, "decay": "liner"}, "Did you mean 'linear'"),
         (
             {"steps": 5, "objective": {"name": "matryoshka", "group_fractions": 1}},
@@ -217,6 +273,18 @@ def test_a_setting_of_another_objective_is_an_error() -> None:
         parsed("--steps 5 --target-l0 4")
 
 
+@pytest.mark.parametrize(
+    "value",
+    [None, 3, 1.5, True, [], ["topk"], {}, {"name": 3}, {"name": None}, {"k": 8}, "", {"value": 1}],
+)
+def test_a_file_with_an_objective_of_another_type(value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"steps": 5, "objective": value}))
+    for line in ("", "--k 3"):
+        with pytest.raises(InputError, match="objective"):
+            parsed(line, path)
+
+
 def test_help_comes_from_the_docstrings() -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser, TrainConfig)
@@ -241,7 +309,7 @@ def test_params_json(tmp_path: Path) -> None:
     params = read_params(path)
     assert params.config.total_steps == 195
     assert [params.config.lr_for(n) for n in (64, 4096)] == [3e-4, 3e-4]
-    assert params.config.warming_up == 19
+    assert params.config.n_warmup_steps == 19
     assert params.config.decay == "none"
     assert params.config.seed == 7
     assert params.config.objective == ReLUConfig(l1_coefficient=2.0)
@@ -256,7 +324,7 @@ def test_params_json(tmp_path: Path) -> None:
     ("entries", "message"),
     [
         ({"num_token": {"value": 5, "description": ""}}, "Did you mean 'num_tokens'"),
-        ({"layer": {"value": "3", "description": ""}}, "layer: expected int, found '3'"),
+        ({"layer": {"value": "3", "description": ""}}, "layer: expected a whole number, found '3'"),
         ({"num_tokens": {"value": 100, "description": ""}}, "less than one batch of 8192"),
     ],
 )

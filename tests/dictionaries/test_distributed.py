@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.dictionaries import ReLUConfig, TopKConfig, train
-from neuron_explainer.dictionaries.dictionary import Dictionary
+from neuron_explainer.dictionaries.dictionary import LearnedDictionary
 from neuron_explainer.dictionaries.distributed import World
 from neuron_explainer.dictionaries.objectives.relu import ReLU
 from neuron_explainer.errors import InputError
@@ -212,13 +212,15 @@ def test_what_cannot_be_divided_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 def test_rows_are_drawn_as_if_at_once() -> None:
     """The first directions do not depend on how many processes hold them."""
     n_latents = 4096 * 3 + 8
-    n = n_latents // 2
-    whole = Dictionary(n_latents, 5, generator=torch.Generator().manual_seed(3))
+    whole = LearnedDictionary(n_latents, 5, generator=torch.Generator().manual_seed(3))
     parts = [
-        Dictionary(
-            n_latents, 5, generator=torch.Generator().manual_seed(3), here=range(n * i, n * (i + 1))
+        LearnedDictionary(
+            n_latents,
+            5,
+            generator=torch.Generator().manual_seed(3),
+            world=World(rank, 2, "latents"),
         )
-        for i in range(2)
+        for rank in range(2)
     ]
     assert torch.equal(torch.cat([part.encoder for part in parts]), whole.encoder)
 

@@ -14,19 +14,19 @@ from neuron_explainer.dictionaries import (
     JumpReLUConfig,
     Loss,
     MatryoshkaConfig,
-    Moment,
     Objective,
     ObjectiveConfig,
     PAnnealConfig,
     ReLUConfig,
     SparseLatents,
+    StepFacts,
     TopKConfig,
     TrainConfig,
     register,
     train,
 )
-from neuron_explainer.dictionaries.dictionary import Dictionary
-from neuron_explainer.dictionaries.objectives import make_objective, registered
+from neuron_explainer.dictionaries.dictionary import LearnedDictionary
+from neuron_explainer.dictionaries.objectives import make_objective
 from neuron_explainer.dictionaries.objectives.batch_topk import batch_top_k
 from neuron_explainer.dictionaries.objectives.jumprelu import JumpReLU, jump_relu, step
 from neuron_explainer.dictionaries.objectives.relu import PAnneal
@@ -41,20 +41,20 @@ NONE_DEAD = torch.empty(0, dtype=torch.int64)
 X = torch.tensor([[3.0, 1.0], [0.0, 2.0]], dtype=F64)
 
 
-def moment(step: int = 0, dead: Tensor = NONE_DEAD, sparsity: float = 1.0) -> Moment:
-    return Moment(step, 100, sparsity, dead)
+def moment(step: int = 0, dead: Tensor = NONE_DEAD, sparsity: float = 1.0) -> StepFacts:
+    return StepFacts(step, 100, sparsity, dead)
 
 
-def identity() -> Dictionary:
+def identity() -> LearnedDictionary:
     """Two latents, each an axis of the plane; no biases; variance 1."""
-    dictionary = Dictionary(2, 2, dtype=F64)
+    dictionary = LearnedDictionary(2, 2, dtype=F64)
     with torch.no_grad():
         dictionary.encoder.copy_(torch.eye(2))
         dictionary.rows.copy_(torch.eye(2))
     return dictionary
 
 
-def hand_loss(config: ObjectiveConfig, at: Moment | None = None, **parameters: float) -> Loss:
+def hand_loss(config: ObjectiveConfig, at: StepFacts | None = None, **parameters: float) -> Loss:
     dictionary = identity()
     objective = make_objective(config, dictionary)
     for name, value in parameters.items():
@@ -210,7 +210,7 @@ class Total(nn.Module):
     def __init__(self, config: ObjectiveConfig, seed: int = 0, **fields: Any) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.dictionary = Dictionary(10, 5, dtype=F64, generator=generator, **fields)
+        self.dictionary = LearnedDictionary(10, 5, dtype=F64, generator=generator, **fields)
         self.objective = make_objective(config, self.dictionary)
         for parameter in self.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=F64)
@@ -221,10 +221,10 @@ class Total(nn.Module):
         if self.dictionary.is_transcoder:
             self.target = torch.randn(6, self.dictionary.n_outputs, generator=generator, dtype=F64)
 
-    def forward(self, at: Moment) -> Tensor:
+    def forward(self, at: StepFacts) -> Tensor:
         return self.objective.loss(self.dictionary, self.x, self.target, at).total
 
-    def gradients(self, at: Moment) -> dict[str, Tensor]:
+    def gradients(self, at: StepFacts) -> dict[str, Tensor]:
         names, parameters = zip(*self.named_parameters(), strict=True)
         found = torch.autograd.grad(self(at), parameters, allow_unused=True)
         return {
@@ -233,7 +233,7 @@ class Total(nn.Module):
         }
 
 
-def assert_is_derivative(total: Total, at: Moment, but: tuple[str, ...] = ()) -> None:
+def assert_is_derivative(total: Total, at: StepFacts, but: tuple[str, ...] = ()) -> None:
     names, values = [], []
     for name, parameter in total.named_parameters():
         if name not in but:
@@ -521,17 +521,19 @@ def test_an_outsider_registers_without_touching_the_loop() -> None:
 
     @register("scaled_for_test", ScaledConfig)
     class Scaled(Objective[ScaledConfig]):
-        def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, at: Moment) -> Loss:
+        def loss(
+            self, dictionary: LearnedDictionary, x: Tensor, target: Tensor, at: StepFacts
+        ) -> Loss:
             latents = dictionary.pre_act(x).relu()
             error = target - dictionary.decode(latents, x)
             total = self.config.factor * error.square().mean()
             terms = {"reconstruction": total.detach()}
             return Loss(total, terms, error.detach(), latents.detach())
 
-        def activation(self, dictionary: Dictionary) -> nn.Module:
+        def activation(self, dictionary: LearnedDictionary) -> nn.Module:
             return nn.ReLU()
 
-    assert "scaled_for_test" in registered()
+    assert "scaled_for_test" in ObjectiveConfig.names()
     _, _, _, losses = trained(ScaledConfig(factor=3.0), steps=30, decay_steps=10)
     assert losses[-1] < losses[0]
     with pytest.raises(InputError, match="registered already"):

@@ -6,16 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from neuron_explainer.dictionaries.prune import LatentActivity, prune, prune_by
+from neuron_explainer.dictionaries.prune import prune, prune_by
 from neuron_explainer.errors import InputError
+from neuron_explainer.evaluation.latent_activity import LatentActivity
 from neuron_explainer.models.autoencoder import Autoencoder, BatchTopK, JumpReLU, TopK
-from neuron_explainer.models.autoencoder_context import (
+from neuron_explainer.models.autoencoders.nonlinearities import Gated
+from neuron_explainer.models.autoencoders.pruned import (
     count_dead_latents,
     get_decoder_weight,
     omit_dead_latents,
 )
-from neuron_explainer.models.autoencoders.latents import Latents
-from neuron_explainer.models.autoencoders.nonlinearities import Gated
 
 N, N_LATENTS = 6, 20
 
@@ -118,17 +118,6 @@ def test_bounds_are_strict_or_not_as_documented() -> None:
     found = prune_by(whole, activity)
     assert found.kept.nonzero().flatten().tolist() == [2, 3, 4, 5, 6]
     assert (found.too_rare, found.too_weak, found.too_short) == (1, 1, 13)
-
-
-def test_activity_adds_up() -> None:
-    latents = torch.relu(tokens(50)[:, :5] - 0.5)
-    one = LatentActivity(5).update(Latents.of(latents))
-    parts = LatentActivity(5).update(Latents.of(latents[:20])).update(Latents.of(latents[:0]))
-    parts.merge(LatentActivity(5).update(Latents.of(latents[20:].view(3, 10, 5))))
-    for activity in (one, parts):
-        assert activity.n_tokens == 50
-        assert activity.fired.tolist() == (latents > 0).sum(0).tolist()
-        assert activity.largest.tolist() == pytest.approx(latents.max(0).values.tolist())
 
 
 def test_bad_input() -> None:

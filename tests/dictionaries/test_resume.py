@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +164,141 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert torch.equal(resumed.decoder.weight, whole.decoder.weight)
 
 
+def _nested(state: dict[str, Any]) -> dict[str, Any]:
+    counters: dict[str, Any] = state["state"]["map"]
+    return counters
+
+
+def _more_tokens(state: dict[str, Any]) -> None:
+    _nested(state)["tokens"]["value"] += 1
+
+
+def _another_type(state: dict[str, Any]) -> None:
+    _nested(state)["tokens"]["value"] = float(_nested(state)["tokens"]["value"])
+
+
+def _text_for_a_number(state: dict[str, Any]) -> None:
+    _nested(state)["step"]["value"] = str(_nested(state)["step"]["value"])
+
+
+def _another_place(state: dict[str, Any]) -> None:
+    source = _nested(state)["source"]["map"]["source"]["map"]
+    source["next"]["value"] -= 1
+
+
+def _another_tensor(state: dict[str, Any]) -> None:
+    module = _nested(state)["trainees"]["map"]["autoencoder"]["map"]["module"]["map"]
+    module["dictionary.encoder"], module["dictionary.decoder"] = (
+        module["dictionary.decoder"],
+        module["dictionary.encoder"],
+    )
+
+
+def _another_step(state: dict[str, Any]) -> None:
+    state["step"] = 5
+
+
+def _no_checksum(state: dict[str, Any]) -> None:
+    del state["checksum"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _more_tokens,
+        _another_type,
+        _text_for_a_number,
+        _another_place,
+        _another_tensor,
+        _another_step,
+        _no_checksum,
+        lambda state: state.clear(),
+    ],
+)
+def test_a_changed_state_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Any
+) -> None:
+    folder = tmp_path / "run"
+    config = half_done(folder)
+    file = folder / "checkpoints" / "00000006" / "state.json"
+    state = json.loads(file.read_text())
+    change(state)
+    file.write_text(json.dumps(state))
+    resumed = train(config, planted(64)[0], folder, progress=False)
+    assert "00000006 is damaged" in caplog.text
+    whole = train(config, planted(64)[0], progress=False)
+    assert torch.equal(resumed.decoder.weight, whole.decoder.weight)
+
+
+def test_a_copy_of_an_older_checkpoint_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    config = half_done(folder)
+    shutil.rmtree(folder / "checkpoints" / "00000006")
+    shutil.copytree(folder / "checkpoints" / "00000004", folder / "checkpoints" / "00000006")
+    train(config, planted(64)[0], folder, progress=False)
+    assert "00000006 is damaged" in caplog.text
+
+
+def written(folder: Path) -> dict[str, int]:
+    """When each file in a folder was last written."""
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*.*") if path.is_file()}
+
+
+def test_a_finished_run_answers_the_same_command(tmp_path: Path) -> None:
+    """The process may have been killed just after its last write."""
+    folder, rows = tmp_path / "run", planted(64)[0]
+    whole = train(small(), rows, folder, progress=False)
+    before = written(folder)
+    again = train(small(log_every=7), rows, folder, progress=False)
+    for one, other in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert written(folder) == before
+    with pytest.raises(InputError, match="its activations are not what they were"):
+        train(small(), planted(64, seed=5)[0], folder, progress=False)
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(InputError, match="whose checkpoints were removed: load what it trained"):
+        train(small(), rows, folder, progress=False)
+    assert written(folder).keys() == {name for name in before if "checkpoints" not in name}
+
+
+def _rename(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+
+
+def _replace(folder: Path) -> None:
+    _rename(folder)
+    shutil.copytree(folder.with_name("elsewhere"), folder)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("harm", [_rename, _replace, _empty, shutil.rmtree])
+@pytest.mark.parametrize("step", [1, 5, 9])  # before a checkpoint, between two, before results
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_folder_that_goes_away_ends_the_run(
+    tmp_path: Path, harm: Any, step: int, log_every: int
+) -> None:
+    """With an error, instead of two folders that each hold a part of it."""
+    folder, config = tmp_path / "run", small(log_every=log_every)
+    left: list[set[Path]] = []
+
+    def callback(report: StepReport) -> None:
+        if report.step == step:
+            harm(folder)
+            left.append(set(tmp_path.rglob("*")))
+
+    with pytest.raises(InputError, match="run was renamed, replaced or emptied while this run"):
+        train(config, planted(64)[0], folder, callbacks=[callback], progress=False)
+    assert {path for path in tmp_path.rglob("*") if path.name != ".lock"} == {
+        path for path in left[0] if path.name != ".lock"
+    }
+
+
 def test_no_checkpoint_that_can_be_read(tmp_path: Path) -> None:
     config = half_done(tmp_path / "run")
     for state in (tmp_path / "run").glob("checkpoints/*/state.json"):
@@ -220,8 +356,8 @@ def test_a_folder_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"other settings .*lr: None there, 0.01 now"):
         train(small(lr=0.01), planted(64)[0], folder, progress=False)
     train(config, planted(64)[0], folder, progress=False)
-    with pytest.raises(InputError, match=r"holds a finished run: load .*Autoencoder\.load"):
-        train(config, planted(64)[0], folder, progress=False)
+    with pytest.raises(InputError, match=r"finished run with other .*: load .*Autoencoder\.load"):
+        train(small(lr=0.01), planted(64)[0], folder, progress=False)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="not empty and holds no run"):

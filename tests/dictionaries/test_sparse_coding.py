@@ -5,7 +5,7 @@ import torch
 
 from neuron_explainer.activations.chunks import LiveSource
 from neuron_explainer.activations.corpus import tokenize
-from neuron_explainer.activations.harvest import Harvester, harvest
+from neuron_explainer.activations.harvest import Harvester
 from neuron_explainer.activations.windows import TokenWindows
 from neuron_explainer.dictionaries.sparse_coding import (
     SparseCodingConfig,
@@ -17,7 +17,8 @@ from neuron_explainer.dictionaries.sparse_coding.dictionary_update import normal
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
-from neuron_explainer.models.autoencoders.fista import Fista, fista
+from neuron_explainer.models.autoencoders.fista import fista
+from neuron_explainer.models.autoencoders.nonlinearities import Fista
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.model_context import ModelContext
 from tests.dictionaries.sparse_coding_runs import log_of
@@ -211,7 +212,7 @@ def test_the_signal_rises_over_the_noise_on_a_models_states(context, windows, tm
 
 @pytest.mark.parametrize("place", ["0/attn.v_out", "mlp.post_act", "resid.post_emb"])
 def test_any_hook_path_will_do(context, windows, place):
-    batches = harvest(context, [windows.batch(0)], place)
+    batches = map(Harvester(context, place), [windows.batch(0)])
     found = train_sparse_coding(SparseCodingConfig(24, 2.0, tolerance=1e-2), batches)
     (autoencoder,) = found.values()
     assert autoencoder.location == ActivationLocation.parse(place)
@@ -221,14 +222,14 @@ def test_any_hook_path_will_do(context, windows, place):
 def test_a_sentence_has_the_codes_that_it_has_alone(context, windows):
     """Padded beside a longer sentence, or not: the same activations, and so the same codes."""
     place = ActivationLocation(RESID, 2)
-    batches = harvest(context, [windows.batch(0)], place)
+    batches = map(Harvester(context, place), [windows.batch(0)])
     config = SparseCodingConfig(64, 2.0, tolerance=1e-2)
     dictionary = train_sparse_coding(config, batches)[place].double()
     dictionary.activation = Fista(2.0, max_iterations=5000, tolerance=1e-6)
 
     def codes(*texts):
         rows = TokenWindows(tokenize(texts, context), 32, len(texts), concat=False, seed=None)
-        (batch,) = harvest(context, rows, place)
+        (batch,) = map(Harvester(context, place), rows)
         return [
             dictionary.encode(batch.activations[place][batch.document == i].double())
             for i in range(len(texts))
@@ -248,15 +249,15 @@ def test_a_sentence_has_the_codes_that_it_has_alone(context, windows):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_latents": 0}, "n_latents must be a whole number >= 1, found 0"),
+        ({"n_latents": 0}, "n_latents must be at least 1, found 0"),
         ({"penalty": -1.0}, "penalty must be a number >= 0, found -1.0"),
-        ({"epochs": True}, "epochs must be a whole number >= 1, found True"),
-        ({"batch_size": 2.0}, "batch_size must be a whole number"),
-        ({"step_size": 0}, "step_size must be a number > 0, found 0"),
-        ({"hessian_floor": float("nan")}, "hessian_floor must be a number > 0, found nan"),
-        ({"solver": "lars"}, "solver must be 'fista' or 'ista', found 'lars'"),
-        ({"seed": -1}, "seed must lie in 0 to"),
-        ({"across_layers": 1}, "across_layers must be True or False"),
+        ({"epochs": True}, "epochs: expected a whole number, found True"),
+        ({"batch_size": 2.0}, "batch_size: expected a whole number, found 2.0"),
+        ({"step_size": 0}, "step_size must be above 0, found 0"),
+        ({"hessian_floor": float("nan")}, "hessian_floor: expected a finite number, found nan"),
+        ({"solver": "lars"}, "solver: expected one of fista, ista, found 'lars'"),
+        ({"seed": -1}, "seed must be in 0 to"),
+        ({"across_layers": 1}, "across_layers: expected true or false, found 1"),
     ],
 )
 def test_settings_that_mean_nothing(changes, message):
@@ -267,7 +268,7 @@ def test_settings_that_mean_nothing(changes, message):
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        ([], "no batches in epoch 0"),
+        ([], "there are no batches to train on"),
         ([torch.zeros(0, 3)], "no rows of activations in any batch"),
         ([torch.zeros(3)], r"must be floating point, \[r, n\].* found \[3\]"),
         ([torch.zeros(3, 3, dtype=torch.int64)], "found .* of torch.int64"),
@@ -295,5 +296,5 @@ def test_a_generator_serves_one_epoch():
     assert torch.equal(
         once.encoder.weight, train_sparse_coding(SparseCodingConfig(4, 0.1), batches).encoder.weight
     )
-    with pytest.raises(InputError, match="no batches in epoch 1"):
+    with pytest.raises(InputError, match="come to an end and cannot be started again"):
         train_sparse_coding(SparseCodingConfig(4, 0.1, epochs=2), iter(batches))

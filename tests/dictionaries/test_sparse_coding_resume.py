@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ import safetensors.torch
 import torch
 
 from neuron_explainer.activations.harvest import ActivationBatch
-from neuron_explainer.cli.measuring import open_autoencoders
+from neuron_explainer.dictionaries.runs import Run
 from neuron_explainer.dictionaries.sparse_coding import SparseCodingConfig, train_sparse_coding
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.locations import ActivationLocation
@@ -148,30 +149,28 @@ def test_leftovers_of_a_killed_process_are_removed(whole, tmp_path):
 def test_one_epoch_and_another_are_two(whole, tmp_path):
     run(tmp_path, epochs=1)
     assert len(log_of(tmp_path)) == N_BATCHES
-    assert set(open_autoencoders(str(tmp_path))[0]) == {str(tmp_path / "autoencoder")}
+    assert Run.open(tmp_path).results == {"autoencoder": tmp_path / "autoencoder"}
     with pytest.raises(Interrupted):  # it is not finished while it goes on
         run(tmp_path, Batches(stop_at(2)))
     with pytest.raises(InputError, match="has not finished"):
-        open_autoencoders(str(tmp_path))
+        _ = Run.open(tmp_path).results
     found = run(tmp_path)
     assert torch.equal(found.encoder.weight, run(None).encoder.weight)
     for name in ("autoencoder/autoencoder.safetensors", "finished.json"):
         assert contents(tmp_path)[name] == whole[name]
-    with pytest.raises(InputError, match=r"the run is in epoch 2 .* beyond the 1 asked for"):
+    with pytest.raises(InputError, match=r"the run is in pass 2 .* more than the 1 passes"):
         run(tmp_path, epochs=1)
     assert contents(tmp_path)["finished.json"] == whole["finished.json"]  # still
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     run(tmp_path, epochs=1)
-    before = (tmp_path / "autoencoder" / "autoencoder.safetensors").stat().st_mtime_ns
-    with pytest.raises(InputError, match=r"holds a finished run: .*, ask for more epochs, or"):
-        run(tmp_path, epochs=1)
-    assert (tmp_path / "autoencoder" / "autoencoder.safetensors").stat().st_mtime_ns == before
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
+    again = run(tmp_path, epochs=1)
+    assert torch.equal(again.encoder.weight, run(None, epochs=1).encoder.weight)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")} == times
     run(tmp_path, epochs=2)
     assert json.loads((tmp_path / "config.json").read_text())["config"]["epochs"] == 2
-    with pytest.raises(InputError, match="holds a finished run"):
-        run(tmp_path, epochs=2)
 
 
 def test_without_the_hessian_it_would_be_another(tmp_path, monkeypatch, whole):
@@ -189,6 +188,22 @@ def test_without_the_hessian_it_would_be_another(tmp_path, monkeypatch, whole):
     assert contents(tmp_path)[weights] != whole[weights]
 
 
+def test_ctrl_c_finishes_the_batch_and_keeps_it(whole, tmp_path):
+    def press(number):
+        if number == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, Batches(press), checkpoint_every=100)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000005"]
+    run(tmp_path)
+    assert contents(tmp_path) == whole
+
+
 def test_the_last_checkpoints_are_kept(tmp_path):
     run(tmp_path, keep_checkpoints=3)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -204,7 +219,7 @@ def test_a_run_is_not_continued_with_other_settings_or_data(tmp_path):
         train_sparse_coding(config, Batches(), tmp_path, token_counts=COUNTS + 1)
     with pytest.raises(Interrupted):
         run(tmp_path, Batches(stop_at(7)), epochs=2)
-    with pytest.raises(InputError, match="at batch 5 of epoch 1, but there are 2 batches"):
+    with pytest.raises(InputError, match="had 5 batches, and now they end after 2"):
         train_sparse_coding(
             replace(CONFIG, epochs=2), list(Batches())[:2], tmp_path, token_counts=COUNTS
         )

@@ -23,7 +23,7 @@ from neuron_explainer.dictionaries import (
     train,
     train_many,
 )
-from neuron_explainer.dictionaries.dictionary import Dictionary
+from neuron_explainer.dictionaries.dictionary import LearnedDictionary
 from neuron_explainer.dictionaries.normalization import first_bias, geometric_median, mean_and_scale
 from neuron_explainer.dictionaries.schedules import annealed_k, learning_rate_factor, ramp
 from neuron_explainer.dictionaries.trainee import Trainee
@@ -44,6 +44,17 @@ def config(objective: ObjectiveConfig | None = None, **fields: Any) -> TrainConf
 
 def run(c: TrainConfig, batches: Any = ROWS, *args: Any, **kwargs: Any) -> Autoencoder:
     return train(c, batches, *args, progress=False, **kwargs)
+
+
+@pytest.mark.parametrize("objective", [TopKConfig(k=2), PAnnealConfig(), BatchTopKConfig(k=2)])
+def test_a_loss_may_be_computed_twice(objective: ObjectiveConfig) -> None:
+    """A loss is a formula: computing it changes nothing that training depends on."""
+    x = planted(64)[0]
+    trainee = Trainee(config(objective), x.shape[1], None, x.device).measure([(x, x)])
+    before = {name: value.clone() for name, value in trainee.state_dict().items()}
+    losses = [trainee.loss(*trainee.normalize(x, x), 0).total for _ in range(2)]
+    assert torch.equal(*losses)
+    assert all(torch.equal(value, before[name]) for name, value in trainee.state_dict().items())
 
 
 # ---- the same function of raw activations --------------------------------------------------------
@@ -77,7 +88,7 @@ def test_what_is_returned_is_what_was_trained(objective: Any, normalization: Any
     x_hat, target = trainee.normalize(x, x)
     loss = trainee.loss(x_hat, target, 0)
     if isinstance(objective, BatchTopKConfig):  # the threshold at which this batch was cut
-        trainee.objective.after_step(trainee.dictionary, loss, trainee.moment(0, x.long()[:0, 0]))
+        trainee.objective.after_step(trainee.dictionary, loss, trainee.facts(0, x.long()[:0, 0]))
         threshold = trainee.objective.threshold
         assert isinstance(threshold, Tensor)
         threshold.mul_(1 - 1e-9)
@@ -152,9 +163,9 @@ def test_geometric_median() -> None:
 # ---- the norm of decoder rows --------------------------------------------------------------------
 
 
-def constrained(norm: Any) -> Dictionary:
+def constrained(norm: Any) -> LearnedDictionary:
     generator = torch.Generator().manual_seed(0)
-    dictionary = Dictionary(30, 8, generator=generator)
+    dictionary = LearnedDictionary(30, 8, generator=generator)
     with torch.no_grad():
         dictionary.rows.mul_(torch.linspace(0.5, 1.0, 30)[:, None] if norm != "unit" else 1.0)
     dictionary.rows.grad = torch.randn(30, 8, generator=generator)

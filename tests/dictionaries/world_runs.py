@@ -35,7 +35,7 @@ from neuron_explainer.dictionaries import (
     train,
     train_many,
 )
-from neuron_explainer.dictionaries.distributed import ALONE, Split, World, open_world
+from neuron_explainer.dictionaries.distributed import SINGLE_PROCESS, Split, World, open_world
 from neuron_explainer.dictionaries.shared_source import SharedSource
 from neuron_explainer.errors import NeuronExplainerError
 from neuron_explainer.models.locations import ActivationLocation
@@ -110,7 +110,7 @@ def batches(config: TrainConfig) -> list[Any]:
     return [(x, x[:, :7].flip(1)) for x in rows.split(BATCH)]
 
 
-def found(which: Case, world: World = ALONE) -> dict[str, Tensor]:
+def found(which: Case, world: World = SINGLE_PROCESS) -> dict[str, Tensor]:
     """Parameters of the finished autoencoder, and the losses and terms of all steps."""
     curves: dict[str, list[float]] = {"total": []}
 
@@ -134,7 +134,7 @@ def all_cases(folder: Path) -> None:
         for name, which in CASES.items():
             here = World(world.rank, world.size, which.split, world.device)
             result = found(which, here)
-            if world.is_first:
+            if world.is_rank_zero:
                 safetensors.torch.save_file(result, folder / f"{name}.safetensors")
         pair = {name: CASES[name].config for name in ("topk", "resample")}
         both = [dict.fromkeys(pair, x) for x in batches(CASES["topk"].config)]

@@ -17,6 +17,7 @@ from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.model_context import HookableModel, StubModelContext
 from neuron_explainer.models.weight_names import Dimension
 from tests.peers import make_metrics as toy
+from tests.peers.write_ours import FIXTURES
 from tests.reference import peer_metrics
 
 PLACE = ActivationLocation("resid.torso.delta_mlp", 0)
@@ -109,6 +110,24 @@ def test_figures_are_the_definitions_in_numpy() -> None:
     for peer, figures in expected.items():
         for name, value in figures.items():
             assert found.compat[peer][name] == pytest.approx(value, rel=1e-9), (peer, name)
+
+
+@pytest.mark.parametrize("name", ["AutoEncoder", "AutoEncoderNew", "JumpReluAutoEncoder"])
+def test_the_l1_loss_of_a_class_is_that_of_what_it_calls_features(name: str) -> None:
+    """``AutoEncoderNew.forward`` multiplies them by the norms of decoder columns; no other class does."""
+    ae = Autoencoder.load(FIXTURES / "dictionary-learning" / name / "saved").double()
+    x = torch.randn(
+        30, ae.n_inputs, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    batches = [x[:10], x[10:]]
+    norms = np.sqrt((ae.decoder.weight.detach().numpy() ** 2).sum(axis=0))
+    scale = norms if name == "AutoEncoderNew" else np.ones_like(norms)
+    expected = np.mean(
+        [(ae.encode(batch).detach().numpy() * scale).sum(axis=1).mean() for batch in batches]
+    )
+    found = measure(ae, batches, compat=["dictionary_learning", "openai"])
+    assert found.compat["dictionary_learning"]["l1_loss"] == pytest.approx(expected, rel=1e-9)
+    assert not np.allclose(norms, 1) or name == "AutoEncoder"
 
 
 def test_loss_recovered_is_a_mean_of_ratios() -> None:

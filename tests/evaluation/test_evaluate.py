@@ -1,7 +1,9 @@
 """Evaluation against the definitions: each row of tokens run alone, figures in numpy's float64."""
 
-import importlib
+import gc
 import math
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +16,16 @@ from torch import Tensor
 from neuron_explainer.activations.windows import TokenBatch
 from neuron_explainer.errors import InputError, LocationError
 from neuron_explainer.evaluation.evaluate import evaluate, evaluate_all, measure
-from neuron_explainer.evaluation.figures import Evaluation, LossTotals, evaluation_table
+from neuron_explainer.evaluation.figures import Evaluation, Losses, evaluation_table
+from neuron_explainer.evaluation.pieces import coded_pieces
+from neuron_explainer.evaluation.running import ByLoss, LossTotals
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
-from neuron_explainer.models.autoencoder_context import (
-    AutoencoderConfig,
-    AutoencoderContext,
-    omit_dead_latents,
-)
+from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
+from neuron_explainer.models.autoencoders.pruned import omit_dead_latents
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.model_context import ModelContext, StandardModelContext
 from neuron_explainer.models.transformer import Transformer
-
-evaluating = importlib.import_module("neuron_explainer.evaluation.evaluate")
 
 ROWS = [[256, 5, 9, 100, 7, 3], [256, 8, 8, 2], [256, 1], [256, 77, 31, 200, 12, 9, 4, 90]]
 POST_MLP = ActivationLocation("resid.torso.post_mlp", 0)
@@ -290,24 +289,25 @@ def test_cuts_and_padding_do_not_matter(context: ModelContext) -> None:
             assert other[name] == pytest.approx(value, rel=1e-9), name
 
 
-def test_latents_are_encoded_in_pieces(
-    context: ModelContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_latents_are_encoded_in_pieces(context: ModelContext) -> None:
     autoencoder = random_autoencoder(context.n_residual_stream_channels)
     whole = evaluate(context, autoencoder, [batch_of(ROWS)], progress=False).figures()
-    monkeypatch.setattr(evaluating, "LATENTS_AT_ONCE", 3 * autoencoder.n_latents)
+    size = 3 * autoencoder.n_latents
     rows = torch.zeros(7, autoencoder.n_inputs)
-    assert [len(c.recons) for _, c in evaluating.coded_pieces(autoencoder, rows)] == [3, 3, 1]
-    pieces = evaluate(context, autoencoder, [batch_of(ROWS)], progress=False).figures()
-    assert pieces == pytest.approx(whole, rel=1e-12)
+    assert [len(c.recons) for _, c in coded_pieces(autoencoder, rows, size)] == [3, 3, 1]
+    (pieces,) = evaluate_all(
+        context, {"": autoencoder}, [batch_of(ROWS)], progress=False, latents_at_once=size
+    ).values()
+    assert pieces.figures() == pytest.approx(whole, rel=1e-12)
 
 
-def test_nothing_fires(context: ModelContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_fires(context: ModelContext) -> None:
     """Sparse latents then have width 0; also where a piece is a single token."""
     autoencoder = random_autoencoder(context.n_residual_stream_channels)
     autoencoder.latent_bias.data.fill_(-1e6)
-    monkeypatch.setattr(evaluating, "LATENTS_AT_ONCE", 1)
-    found = evaluate(context, autoencoder, [batch_of(ROWS)], progress=False)
+    (found,) = evaluate_all(
+        context, {"": autoencoder}, [batch_of(ROWS)], progress=False, latents_at_once=1
+    ).values()
     assert (found.l0, found.l1, found.dead_share) == (0, 0, 1)
     assert found.fvu > 0
 
@@ -388,6 +388,55 @@ def test_passes_are_few_and_begin_at_the_layer(
     assert runs == [2, 2 + 2 + 2]  # one splice each, and both ablations once
 
 
+class Watched:
+    """Token batches that note, whenever one is asked for, how many captured tensors are still alive."""
+
+    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.captured: list[weakref.ref[Tensor]] = []
+        self.alive: list[int] = []
+        capture = model.capture
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            found = capture(*args, **kwargs)
+            self.captured += [weakref.ref(x) for x in found.values()]
+            return found
+
+        monkeypatch.setattr(model, "capture", noted)
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        for ids in ROWS:
+            self.look()
+            yield batch_of([ids])
+        self.look()
+
+    def look(self) -> None:
+        self.alive.append(sum(ref() is not None for ref in self.captured))
+
+
+@pytest.fixture
+def no_garbage_collector() -> Iterator[None]:
+    """What a reference cycle holds stays: memory is freed by reference counts alone, or not at all."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_no_more_than_one_batch_is_held(
+    context: ModelContext, monkeypatch: pytest.MonkeyPatch, no_garbage_collector: None
+) -> None:
+    n = context.n_residual_stream_channels
+    watched = Watched(context.get_or_create_model(), monkeypatch)
+    several = {
+        "a": random_autoencoder(n, "0/resid.torso.post_mlp"),
+        "b": random_autoencoder(n, "1/resid.torso.delta_mlp"),
+    }
+    found = evaluate_all(context, several, watched, compat="sparsify", progress=False)
+    assert len(watched.captured) > 4 * len(ROWS)
+    assert set(watched.alive) == {0}
+    assert found["a"].losses is not None
+
+
 def test_losses_on_every_nth_batch(context: ModelContext) -> None:
     autoencoder = random_autoencoder(context.n_residual_stream_channels)
     batches = [batch_of([ids]) for ids in ROWS]
@@ -456,35 +505,21 @@ def test_measure_a_transcoder() -> None:
         measure(transcoder, [x])
 
 
-def test_losses_merge_and_resume() -> None:
+def test_losses_are_means_over_what_counts() -> None:
     generator = torch.Generator().manual_seed(0)
-    names = [f"{kind}_{how}_ablated" for kind in ("ce", "kl") for how in ("zero", "mean")]
-    parts = [
-        {
-            n: torch.rand(3, 4, generator=generator)
-            for n in ["ce_original", "ce_spliced", "kl", *names]
-        }
-        for _ in range(3)
-    ]
-    for values in parts[0].values():
+    parts = [ByLoss(*torch.rand(7, 3, 4, generator=generator)) for _ in range(3)]
+    for values in parts[0]:
         values[0, 1] = float("nan")
-    whole = LossTotals()
+    totals = LossTotals()
     for part in parts:
-        whole.update(**part)
-    one, other = LossTotals(), LossTotals()
-    one.update(**parts[0])
-    one = LossTotals.from_state_dict(one.state_dict())
-    one.update(**parts[1])
-    other.update(**parts[2])
-    one.merge(other)
-    expected, found = whole.result(), one.result()
-    assert expected is not None
+        totals.update(part)
+    found = Losses.from_totals(totals)
     assert found is not None
-    assert expected.n_tokens == 35
-    assert vars(found) == pytest.approx(vars(expected), rel=1e-12)
-    by_hand = torch.cat([part["kl"].flatten() for part in parts])
-    assert found.kl == pytest.approx(float(by_hand.double().nanmean()), rel=1e-12)
-    assert LossTotals().result() is None
+    assert found.n_tokens == 35
+    for name in ByLoss._fields:
+        values = torch.cat([getattr(part, name).flatten() for part in parts])
+        assert getattr(found, name) == pytest.approx(float(values.double().nanmean()), rel=1e-12)
+    assert Losses.from_totals(LossTotals()) is None
 
 
 # ---- results and errors ----------------------------------------------------------------------------
@@ -518,11 +553,11 @@ def test_results_are_text_and_json(context: ModelContext) -> None:
 def test_bad_input(context: ModelContext) -> None:
     n = context.n_residual_stream_channels
     batches = [batch_of(ROWS)]
-    with pytest.raises(InputError, match="does not say which place"):
+    with pytest.raises(InputError, match="does not say where its inputs come from"):
         evaluate(context, random_autoencoder(n, None), batches, progress=False)
-    with pytest.raises(InputError, match="does not say what its output stands for"):
+    with pytest.raises(InputError, match="does not say which activation its output stands for"):
         evaluate(context, random_autoencoder(n, POST_MLP, n_outputs=n), batches, progress=False)
-    with pytest.raises(InputError, match=r"place in one layer, found mlp\.post_act"):
+    with pytest.raises(InputError, match=r"location in one layer, found mlp\.post_act"):
         evaluate_all(
             context, {"mlp.post_act": random_autoencoder(n, None)}, batches, progress=False
         )

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation import metrics
 from neuron_explainer.evaluation.metrics import (
-    ReconstructionStats,
     ce_recovered,
     cross_entropy_per_token,
     dead_share,
     fvu,
     l0,
 )
+from neuron_explainer.evaluation.running import ReconstructionStats
 from neuron_explainer.models.autoencoders.latents import Latents
 
 
@@ -73,15 +73,13 @@ def test_batches_may_be_cut_anywhere(cuts, mean, random):
     edges = [0, *sorted(cuts), 60]
     parts = list(itertools.pairwise(edges))
     random.shuffle(parts)
-    one_by_one, merged = ReconstructionStats(), ReconstructionStats()
+    stats = ReconstructionStats()
     for a, b in parts:
-        one_by_one.update(x[a:b], recons[a:b], latents[a:b])
-        merged.merge(ReconstructionStats().update(x[a:b], recons[a:b], latents[a:b]))
-    for stats in (one_by_one, merged):
-        assert stats.n_tokens == 60
-        assert stats.fvu.item() == pytest.approx(whole.fvu.item(), rel=1e-9)
-        assert stats.mse.item() == pytest.approx(whole.mse.item(), rel=1e-12)
-        assert torch.equal(stats.frequency, whole.frequency)
+        stats.update(x[a:b], recons[a:b], latents[a:b])
+    assert stats.n_tokens == 60
+    assert stats.fvu.item() == pytest.approx(whole.fvu.item(), rel=1e-9)
+    assert stats.mse.item() == pytest.approx(whole.mse.item(), rel=1e-12)
+    assert torch.equal(stats.frequency, whole.frequency)
     assert whole.fvu.item() == pytest.approx(numpy_fvu(x, recons), rel=1e-9)
 
 
@@ -89,8 +87,8 @@ def test_totals_are_those_of_the_functions():
     x, recons = tokens_of(2, 8, 5), tokens_of(2, 8, 5, seed=1)
     latents = torch.relu(tokens_of(2, 8, 9, mean=-1.5, seed=2))
     stats = ReconstructionStats().update(x, recons, latents)
-    assert stats.fvu == fvu(x, recons)
-    assert stats.l0.item() == pytest.approx(l0(latents).item())
+    assert stats.fvu.item() == pytest.approx(fvu(x, recons).item(), rel=1e-14)
+    assert stats.l0 == l0(latents)
     assert stats.dead_share == dead_share(latents)
     error = (x.double() - recons.double()).numpy()
     assert stats.mse.item() == pytest.approx((error**2).sum(-1).mean(), rel=1e-12)
@@ -113,7 +111,7 @@ def test_padding_does_not_count():
     assert torch.equal(padded.frequency, solo.frequency)
     nothing = ReconstructionStats().update(x, recons, latents, torch.ones_like(pad))
     assert nothing.n_tokens == 0
-    assert nothing.merge(solo).fvu == solo.fvu
+    assert nothing.update(x[~pad], recons[~pad]).fvu == solo.fvu
 
 
 def test_l0_and_dead_share_by_hand():
@@ -177,7 +175,7 @@ def test_bad_input():
         ReconstructionStats().update(x, x, latents).update(x, x, latents[:, :8])
     with pytest.raises(InputError, match="no tokens have been added"):
         _ = ReconstructionStats().fvu
-    with pytest.raises(InputError, match="no tokens have been added"):
+    with pytest.raises(InputError, match=r"x: expected at least one token .* found \[0, 5\]"):
         fvu(x[:0], x[:0])
     with pytest.raises(InputError, match="no latents have been added"):
         _ = ReconstructionStats().update(x, x).l0
@@ -286,23 +284,23 @@ def test_l1_by_hand():
     assert ReconstructionStats().update(x, x, latents).l1 == 3
 
 
-def test_all_totals_merge_and_resume():
-    """Cut in pieces, saved and read again in between: the same figures."""
-    x, recons = tokens_of(60, 5, mean=10), tokens_of(60, 5, mean=10, seed=1)
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+def test_running_totals_are_the_functions_in_float64(mean):
+    """Whatever the batches, in any figure: the running form and the formula are two pieces of code."""
+    x, recons = tokens_of(60, 5, mean=mean), tokens_of(60, 5, mean=mean, seed=1)
+    x[3], recons[9] = 0, 0
     latents = torch.relu(tokens_of(60, 9, mean=-1.5, seed=2))
-    mean = x.double().mean(0)
-    whole = ReconstructionStats(mean).update(x, recons, latents)
-    pieces = ReconstructionStats(mean)
+    stats = ReconstructionStats(x.double().mean(0))
     for a, b in itertools.pairwise([0, 7, 7, 31, 60]):
-        pieces = ReconstructionStats.from_state_dict(pieces.state_dict())
-        if a < 31:
-            pieces.update(x[a:b], recons[a:b], latents[a:b])
-        else:  # of another process
-            other = ReconstructionStats(mean).update(x[a:b], recons[a:b], latents[a:b])
-            pieces.merge(ReconstructionStats.from_state_dict(other.state_dict()))
-    for name in (*FIGURES, "fvu", "mse", "l0", "l1", "dead_share", "explained_variance"):
-        assert float(getattr(pieces, name)) == pytest.approx(float(getattr(whole, name)), rel=1e-12)
-    assert torch.allclose(pieces.mean, mean, rtol=1e-12)
+        stats.update(x[a:b], recons[a:b], latents[a:b])
+    of_recons = [fvu, metrics.explained_variance, *FIGURES.values()]
+    expected = {function.__name__: function(x, recons) for function in of_recons}
+    expected |= {f.__name__: f(latents) for f in (l0, metrics.l1, dead_share)}
+    for name, value in expected.items():
+        found = getattr(stats, name)
+        assert found.dtype == value.dtype == torch.float64
+        assert float(found) == pytest.approx(float(value), rel=1e-12), name
+    assert torch.allclose(stats.mean, x.double().mean(0), rtol=1e-12)
 
 
 def test_sparse_latents_are_the_dense_ones():
@@ -315,6 +313,12 @@ def test_sparse_latents_are_the_dense_ones():
     sparse = ReconstructionStats().update(x, x, Latents(values, indices, 9), pad)
     assert 0 < (values == 0).sum() < values.numel()
     assert torch.equal(dense.frequency, sparse.frequency)
+    tokens = kept[~pad]
+    for stats in (dense, sparse, ReconstructionStats().update(x[:1], x[:1], kept[:1], pad[:1])):
+        if stats.n_tokens < len(tokens):
+            stats.update(x[1:], x[1:], Latents(values[1:], indices[1:], 9), pad[1:])
+        assert stats.largest.tolist() == tokens.amax(0).tolist()
+        assert torch.allclose(stats.mean_square, tokens.double().square().mean(0), rtol=1e-12)
     assert sparse.l1.item() == pytest.approx(dense.l1.item(), rel=1e-12)
     with pytest.raises(InputError, match="leading axes"):
         ReconstructionStats().update(x, x, Latents(values[:2], indices[:2], 9))

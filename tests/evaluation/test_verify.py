@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.errors import InputError
+from neuron_explainer.evaluation import Verification
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
+from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.model_context import StandardModelContext
 from neuron_explainer.models.transformer import Transformer
 
@@ -114,7 +116,15 @@ def test_recorded_figures_are_compared(context: StandardModelContext, tmp_path: 
     found = saved(autoencoder, tmp_path / "ae").verify(context, TEXT, layers=[0])[0]
     assert found.recorded == {"fvu": 0.1, "l0": 3.0}
     assert 0.25 < found.fvu < 0.5  # fine without the record
-    assert "recorded 0.100" in (found.problem or "")
+    assert "(recorded: 0.100)" in (found.problem or "")
+
+
+def test_the_two_numbers_of_a_problem_differ() -> None:
+    place = ActivationLocation("mlp.post_act", 3)
+    assert Verification(place, 9, 0.6, 1.0, 0.0).problem is None
+    problem = Verification(place, 9, 0.60002, 1.0, 0.0).problem or ""
+    assert "0.60002 of the variance" in problem
+    assert "at most 0.60000." in problem
 
 
 def test_a_transcoder_is_measured_against_its_target(

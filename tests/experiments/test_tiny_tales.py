@@ -1,4 +1,4 @@
-"""The training of the embedded model: data, schedule, arithmetic, resuming, figures. Tiny sizes."""
+"""The training of the embedded model: data, arithmetic, resuming, figures. Tiny sizes."""
 
 import math
 from dataclasses import replace
@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import neuron_explainer
-from neuron_explainer.errors import CheckpointError, InputError, SourceError
+from neuron_explainer.activations import TokenCorpus
+from neuron_explainer.errors import InputError, SourceError
+from neuron_explainer.evaluation import measure
+from neuron_explainer.evaluation.figures import Losses
 from neuron_explainer.evaluation.metrics import fvu
 from neuron_explainer.experiments.tiny_tales import (
     autoencoder_training,
@@ -21,26 +24,25 @@ from neuron_explainer.experiments.tiny_tales import (
 from neuron_explainer.experiments.tiny_tales.__main__ import main
 from neuron_explainer.experiments.tiny_tales.autoencoder_training import (
     Size,
+    activations_of_books,
     places,
     record_statistics,
     size_of,
     train_config,
 )
-from neuron_explainer.experiments.tiny_tales.checkpoints import check_same_recipe
 from neuron_explainer.experiments.tiny_tales.data import (
     HELD_OUT_BOOKS,
-    TrainingWindows,
+    ModelBatches,
     evaluation_windows,
     read_corpus,
-    token_stream,
 )
 from neuron_explainer.experiments.tiny_tales.fused_loss import linear_cross_entropy
 from neuron_explainer.experiments.tiny_tales.model_training import (
+    ModelStep,
     ModelTrainer,
     ModelTrainingConfig,
     final_hidden,
 )
-from neuron_explainer.experiments.tiny_tales.schedule import warmup_stable_decay
 from neuron_explainer.experiments.tiny_tales.tokenizer import (
     load_tokenizer,
     save_tokenizer,
@@ -66,9 +68,14 @@ def tiny_model(seed: int = 0) -> Transformer:
     return Transformer(cfg, seed=seed)
 
 
-def tiny_windows(batch_size: int = 4, n_tokens: int = 300) -> TrainingWindows:
-    stream = np.random.default_rng(3).integers(0, BOS, n_tokens)
-    return TrainingWindows(stream, CTX, batch_size, seed=0, bos_token=BOS)
+def tiny_corpus(n_tokens: int = 300) -> TokenCorpus:
+    return TokenCorpus.of([np.random.default_rng(3).integers(0, BOS, n_tokens).tolist()])
+
+
+def tiny_batches(
+    batch_size: int = 4, corpus: TokenCorpus | None = None, seed: int = 0
+) -> ModelBatches:
+    return ModelBatches(corpus or tiny_corpus(), CTX, batch_size, seed, BOS)
 
 
 @pytest.fixture
@@ -97,38 +104,47 @@ def test_a_corpus_without_its_held_out_books_is_refused(corpus: Path, tmp_path: 
         read_corpus(corpus)
 
 
-def test_an_epoch_shows_each_token_once_at_most() -> None:
-    windows = replace(tiny_windows(), stream=np.arange(300), bos_share=0.0)
-    seen = np.concatenate([windows.window(i)[1] for i in range(windows.windows_per_epoch)])
-    assert len(set(seen)) == len(seen) >= 300 - 2 * CTX
-    order = [windows.window(i)[0][0] for i in range(windows.windows_per_epoch)]
-    next_epoch = [windows.window(windows.windows_per_epoch + i)[0][0] for i in range(3)]
-    assert order != sorted(order)
-    assert order[:3] != next_epoch
+def test_an_epoch_shows_each_token_once_at_most_and_each_cuts_elsewhere() -> None:
+    batches = tiny_batches(corpus=TokenCorpus.of([range(300)]))
+    per_epoch = batches.n_windows // 4
+    orders, offsets = [], set()
+    for epoch in range(4):
+        plain = [n for n in range(epoch * per_epoch, (epoch + 1) * per_epoch) if n % 4]
+        inputs = torch.cat([batches.batch(n)[0] for n in plain])
+        assert len(set(inputs.flatten().tolist())) == inputs.numel()
+        orders.append(inputs[:, 0].tolist())
+        offsets |= {first % (CTX + 1) for first in orders[-1]}
+        assert orders[-1] != sorted(orders[-1])
+    assert len(offsets) > 1
 
 
 def test_targets_are_the_next_tokens_also_behind_the_start_token() -> None:
-    windows = replace(tiny_windows(), stream=np.arange(300), bos_share=0.5)
-    kinds = set()
-    for index in range(60):
-        inputs, targets = windows.window(index)
-        kinds.add(bool(inputs[0] == BOS and targets[0] != BOS + 1))
-        assert len(inputs) == len(targets) == CTX
-        assert (inputs[1:] == targets[:-1]).all()
-    assert kinds == {True, False}
+    batches = tiny_batches(corpus=TokenCorpus.of([range(1000, 1300)]))
+    for number in range(30):
+        inputs, targets = batches.batch(number)
+        assert inputs.shape == targets.shape == (4, CTX)
+        assert torch.equal(inputs[:, 1:], targets[:, :-1])
+        assert torch.equal(targets[:, 1:], targets[:, :-1] + 1)
+        assert bool((inputs[:, 0] == BOS).all() if number % 4 == 0 else (inputs >= 1000).all())
 
 
-def test_batches_depend_on_seed_and_step_alone() -> None:
-    one, other = tiny_windows(), tiny_windows()
-    for step in (100, 3):
-        other.batch(step)
+def test_batches_depend_on_seed_and_number_alone() -> None:
+    one, other = tiny_batches(), tiny_batches()
+    for number in (100, 3):
+        other.batch(number)
     assert torch.equal(one.batch(7)[0], other.batch(7)[0])
-    assert not torch.equal(one.batch(7)[0], replace(tiny_windows(), seed=1).batch(7)[0])
+    assert not torch.equal(one.batch(7)[0], tiny_batches(seed=1).batch(7)[0])
+    iterator = iter(one)
+    first = [next(iterator)[0] for _ in range(3)]
+    other.load_state_dict({"next": 2})
+    assert torch.equal(next(iter(other))[0], first[2])
+    assert one.state_dict() == other.state_dict() == {"next": 3}
 
 
-def test_a_stream_shorter_than_two_windows_is_refused() -> None:
-    with pytest.raises(InputError, match="too short"):
-        tiny_windows(n_tokens=2 * CTX)
+def test_a_corpus_too_short_for_a_batch_is_refused() -> None:
+    with pytest.raises(InputError, match=r"too short .* at least 44 are needed"):
+        tiny_batches(corpus=tiny_corpus(43))
+    tiny_batches(corpus=tiny_corpus(44)).batch(0)
 
 
 @pytest.mark.parametrize("n_tokens", [1, CTX - 1, CTX, CTX + 1, 5 * CTX + 3])
@@ -197,13 +213,6 @@ def test_a_missing_tokenizer_says_how_to_make_it(tmp_path: Path) -> None:
 # --- the loops ---
 
 
-def test_schedule() -> None:
-    rates = [warmup_stable_decay(step, 20, warmup_steps=4, decay_steps=5) for step in range(21)]
-    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert rates[4:16] == [1.0] * 12
-    assert rates[16:] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
-
-
 def test_fused_loss_is_cross_entropy() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1100, 24, generator=generator, requires_grad=True)
@@ -218,7 +227,7 @@ def test_fused_loss_is_cross_entropy() -> None:
 
 
 def test_training_arithmetic_is_the_models_own() -> None:
-    model, (tokens, _) = tiny_model(), tiny_windows().batch(0)
+    model, (tokens, _) = tiny_model(), tiny_batches().batch(0)
     with torch.no_grad():
         ours = model.unembed(final_hidden(model, tokens))
         logits, _ = model(tokens)
@@ -228,30 +237,35 @@ def test_training_arithmetic_is_the_models_own() -> None:
 def test_model_training_learns_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     config = ModelTrainingConfig(steps=12, decay_steps=4, warmup_steps=2, batch_size=4)
 
-    def run(folder: Path, config: ModelTrainingConfig, seed: int = 0) -> ModelTrainer:
-        trainer = ModelTrainer(tiny_model(seed), config)
-        model_training.train(trainer, tiny_windows(), folder, checkpoint_every=5)
+    class Stopped(ModelTrainer):
+        """Ends like a killed process."""
+
+        def learn(self, batch: tuple[torch.Tensor, torch.Tensor], step: int) -> ModelStep:
+            if step == 7:
+                raise RuntimeError("killed")
+            return super().learn(batch, step)
+
+    def run(folder: Path, kind: type[ModelTrainer] = ModelTrainer, seed: int = 0) -> ModelTrainer:
+        trainer = kind(tiny_model(seed), config, folder / "model")
+        model_training.train(trainer, tiny_batches(), folder / "run", 5, progress=False)
         return trainer
 
-    whole = run(tmp_path / "whole", config)
-    # stopped while the rate is level; the resumed model's own first weights do not matter
-    run(tmp_path / "parts", replace(config, steps=7, decay_steps=0))
-    resumed = run(tmp_path / "parts", config, seed=99)
+    whole = run(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "parts", Stopped)
+    resumed = run(tmp_path / "parts", seed=99)  # whose first weights do not matter
     for (name, a), b in zip(
         whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
     ):
         assert torch.equal(a, b), name
     assert whole.model.unembed.weight is whole.model.tok_embed.weight
-    fresh = ModelTrainer(tiny_model(), config)
-    batch = tiny_windows().batch(0)
-    assert whole.train_step(*batch) < fresh.train_step(*batch)
+    assert Transformer.load(tmp_path / "parts" / "model", device="cpu").dtype == torch.float16
+    fresh, batch = ModelTrainer(tiny_model(), config), tiny_batches().batch(1)
+    assert whole.loss is not None
+    assert whole.loss < fresh.learn(batch, 0).loss
 
 
-def test_autoencoders_of_all_layers_are_learnt_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(autoencoder_training, "BATCH", 64)
-    monkeypatch.setattr(autoencoder_training, "BUFFER", 512)
+def test_autoencoders_of_all_layers_are_learnt_together(tmp_path: Path) -> None:
     tiny_model().save(tmp_path / "model")
     context = StandardModelContext(tmp_path / "model", device="cpu")
     sizes = {"mlp.post_act": Size(96, 4, 1e-2), "1/resid.torso.delta_attn": Size(64, 2, 1e-2)}
@@ -260,14 +274,15 @@ def test_autoencoders_of_all_layers_are_learnt_together(
         steps: int, folder: Path | None, locations: list[str] | None = None
     ) -> dict[str, Autoencoder]:
         configs = {
-            str(place): train_config(place, size_of(place, sizes), steps, steps // 2, seed=0)
+            str(place): train_config(place, size_of(place, sizes), steps, steps // 2, 0, 64)
             for place in places(context, locations or list(sizes))
         }
-        return autoencoder_training.train(context, tiny_windows(), configs, folder)
+        source = activations_of_books(context, tiny_corpus(), list(configs), seed=0)
+        return autoencoder_training.train(source, configs, folder, buffer=512)
 
     little, much = trained(1, None), trained(60, tmp_path / "run")
     assert set(much) == {"0/mlp.post_act", "1/mlp.post_act", "1/resid.torso.delta_attn"}
-    tokens = tiny_windows(32).batch(0)[0]
+    tokens = tiny_batches(32).batch(1)[0]
     captured = context.get_or_create_model().capture(tokens, list(much))
     for location, autoencoder in much.items():
         x = captured[ActivationLocation.parse(location)]
@@ -276,7 +291,10 @@ def test_autoencoders_of_all_layers_are_learnt_together(
         assert autoencoder.model_name == "tiny-tales"
     (alone,) = trained(60, None, ["0/mlp.post_act"]).values()
     assert torch.equal(alone.encoder.weight, much["0/mlp.post_act"].encoder.weight)
-    record_statistics(context, tiny_windows(), much, n_batches=4)
+    again = trained(60, tmp_path / "run")  # a finished run is read, not refused
+    assert torch.equal(alone.encoder.weight, again["0/mlp.post_act"].encoder.weight)
+    source = activations_of_books(context, tiny_corpus(), list(much), seed=0)
+    record_statistics(source, much, n_chunks=4)
     for location, autoencoder in much.items():
         active = (autoencoder.latents_activation_frequency > 0).float()
         assert (
@@ -286,61 +304,21 @@ def test_autoencoders_of_all_layers_are_learnt_together(
         assert torch.equal(active, (autoencoder.latents_mean_square > 0).float())
 
 
-def test_resuming_with_another_recipe_is_refused() -> None:
-    recipe = {"steps": 100, "decay_steps": 20, "lr": 1e-3}
-    path = Path("checkpoint.pt")
-    check_same_recipe(path, recipe, {**recipe, "steps": 200}, step=80)
-    with pytest.raises(CheckpointError, match=r"lr: 0\.001 -> 0\.1"):
-        check_same_recipe(path, recipe, {**recipe, "lr": 0.1}, step=5)
-    with pytest.raises(CheckpointError, match="can no longer be moved"):
-        check_same_recipe(path, recipe, {**recipe, "steps": 200}, step=81)
-    with pytest.raises(CheckpointError, match="can no longer be moved"):
-        check_same_recipe(path, recipe, {**recipe, "steps": 50}, step=60)
-
-
 # --- figures ---
 
 
-def test_figures_agree_with_their_definitions() -> None:
-    model = tiny_model()
-    location = ActivationLocation.parse("1/resid.torso.delta_mlp")
-    autoencoder = Autoencoder(64, 16, TopK(4), location=location)
-    tokens = np.random.default_rng(5).integers(0, BOS, 61)
-    windows = list(evaluation_windows(tokens, CTX, CTX, BOS))
-    figures = evaluation.measure_autoencoders(
-        model, {location: autoencoder}, windows, loss_every=1
-    )[location]
-
-    inputs = [torch.from_numpy(window.tokens[:-1])[None] for window in windows]
-    counted = [window.count_from for window in windows]
-    with torch.no_grad():
-        x = torch.cat(
-            [
-                model.capture(t, [location])[location][0, first:]
-                for t, first in zip(inputs, counted, strict=True)
-            ]
-        ).double()
-        recons = autoencoder.reconstruct(x.float()).double()
-        losses = torch.cat(
-            [
-                F.cross_entropy(
-                    model(t)[0][0, first:],
-                    torch.from_numpy(w.tokens[1 + first :]),
-                    reduction="none",
-                )
-                for t, w, first in zip(inputs, windows, counted, strict=True)
-            ]
-        )
-    fvu = (x - recons).square().sum() / (x - x.mean(0)).square().sum()
-    assert figures.fvu == pytest.approx(float(fvu), rel=1e-5)
-    assert figures.tokens == len(tokens) == len(losses)
-    assert figures.loss_clean == pytest.approx(float(losses.mean()), rel=1e-5)
-    assert 0 < figures.l0 <= 4
-    assert 0 <= figures.dead_share < 1
-    assert figures.loss_recovered_zero == pytest.approx(
-        (figures.loss_zero_ablated - figures.loss_spliced)
-        / (figures.loss_zero_ablated - figures.loss_clean)
-    )
+def test_figures_are_recorded_under_the_names_of_the_stored_ones() -> None:
+    autoencoder, x = Autoencoder(64, 16, TopK(4)), torch.randn(50, 16)
+    measured = measure(autoencoder, [x])
+    losses = Losses(40, 1.0, 2.0, 4.0, 3.0, 2 / 3, 0.5, 0.1, 0.2, 0.3)
+    found = evaluation.held_out_figures(replace(measured, losses=losses))
+    assert found["fvu"] == measured.fvu
+    assert found["loss_recovered_zero"] == 2 / 3
+    assert (found["tokens"], found["loss_tokens"]) == (50, 40)
+    stored = evaluation.load_autoencoders(ASSETS / "autoencoders").values()
+    for _, each in stored:
+        assert set(found) <= set(each.metadata["held_out"])
+    assert evaluation.rounded({"a": 0.123456789, "b": 7}) == {"a": 0.12346, "b": 7}
 
 
 def test_reach_of_a_decoder_that_needs_no_more_than_it_may_use() -> None:
@@ -378,39 +356,25 @@ def test_bits_per_byte_of_a_model_that_knows_nothing(corpus: Path, tmp_path: Pat
     assert figures.bits_per_byte_side_by_side == pytest.approx(figures.bits_per_byte)
 
 
-def test_streams_open_each_book_with_the_start_token(corpus: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tokenizers")
-    books = read_corpus(corpus).training
-    save_tokenizer(train_tokenizer(books.values(), 300), tmp_path / "t.tiktoken")
-    enc = load_tokenizer(tmp_path / "t.tiktoken")
-    stream = token_stream(books, enc)
-    assert (stream == enc.eot_token).sum() == len(books)
-    assert stream[0] == enc.eot_token
-
-
 # --- the commands ---
 
 
 def test_commands_from_books_to_figures(
     corpus: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("tokenizers")
-    module = "neuron_explainer.experiments.tiny_tales.__main__"
-    monkeypatch.setattr(
-        f"{module}.model_config",
-        lambda n_vocab: TransformerConfig(
+
+    def small(n_vocab: int) -> TransformerConfig:
+        return TransformerConfig(
             enc="tiny-tales", ctx_window=32, d_model=16, n_layers=1, n_heads=2, n_vocab=n_vocab
-        ),
-    )
-    monkeypatch.setattr(autoencoder_training, "BATCH", 64)
-    monkeypatch.setattr(autoencoder_training, "BUFFER", 256)
+        )
+
     run, stored = tmp_path / "run", tmp_path / "run" / "tiny-tales"
     common = ["--corpus", str(corpus), "--run", str(run)]
     main(["tokenizer", *common])
-    main(["train", *common, "--steps", "2", "--decay-steps", "1"])
+    main(["train", *common, "--steps", "2", "--decay-steps", "1"], small)
     main(
         [
             "autoencoders",
@@ -421,9 +385,13 @@ def test_commands_from_books_to_figures(
             "2",
             "--decay-steps",
             "1",
+            "--batch-size",
+            "16",
         ]
     )
     main(["evaluate", "--corpus", str(corpus), "--model", str(stored)])
+    assert "0/mlp.post_act" in capsys.readouterr().out
+    main(["reach", "--corpus", str(corpus), "--model", str(stored), "--windows", "2"])
     assert "0/mlp.post_act" in capsys.readouterr().out
     model = Transformer.load(stored, device="cpu")
     assert model.dtype == torch.float16

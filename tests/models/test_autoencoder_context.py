@@ -21,9 +21,11 @@ from neuron_explainer.models.autoencoder_context import (
     AutoencoderContext,
     AutoencoderSpec,
     MultiAutoencoderContext,
+    get_autoencoder_output_weight_by_layer_index,
+)
+from neuron_explainer.models.autoencoders.pruned import (
     PrunedAutoencoder,
     count_dead_latents,
-    get_autoencoder_output_weight_by_layer_index,
     get_decoder_weight,
     omit_dead_latents,
     omit_least_active_latents,
@@ -523,7 +525,7 @@ def test_names_of_gpt2_small():
         "ae-resid-delta-mlp-v4",
         "ae-resid-delta-attn-v4",
     ]
-    assert len(names) == len(set(names)) == 15
+    assert len(names) == len(set(names)) == 32
     assert list_autoencoder_names("gpt2/small") == names
     assert list_autoencoder_names("gpt2-medium") == []
     assert list_autoencoder_names("tiny-tales") == [
@@ -573,6 +575,58 @@ def test_the_release_of_saelens_is_named_by_the_layer_before():
     (folder,) = first.autoencoder_path_by_layer_index.values()
     assert ActivationLocation.parse(str(folder).rpartition("/")[2]) == first.location
     assert spec.input_normalization == first.input_normalization == "center"
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "location", "normalization", "path"),
+    [
+        (
+            "gpt2-small-res-jb-feature-splitting-1536",
+            [7],
+            "7/resid.torso.post_mlp",
+            "center",
+            "hf:jbloom/GPT2-Small-Feature-Splitting-Experiment-Layer-8/blocks.8.hook_resid_pre_1536",
+        ),
+        (
+            "gpt2-small-res_slefr-ajt",
+            [1, 5, 9],
+            "9/resid.torso.post_mlp",
+            "center",
+            "hf:neuronpedia/gpt2-small__res_slefr-ajt/10-res_slefr-ajt",
+        ),
+        (
+            "gpt2-small-mlp-tm",
+            list(range(12)),
+            "8/resid.torso.delta_mlp",
+            "center",
+            "hf:tommmcgrath/gpt2-small-mlp-out-saes/sae_group_gpt2_blocks.8.hook_mlp_out_24576:v1",
+        ),
+        (
+            "gpt2-small-hook-z-kk",
+            list(range(12)),
+            "11/attn.v_out",
+            None,
+            "hf:ckkissane/attn-saes-gpt2-small-all-layers/gpt2-small_L11_Hcat_z_lr1.20e-03_l13.00e+00_"
+            "ds24576_bs4096_dc3.16e-06_rsanthropic_rie25000_nr4_v9.pt",
+        ),
+        (
+            "gpt2-transcoders",
+            list(range(12)),
+            "11/resid.torso.ln_mlp.post_scale",
+            None,
+            "hf:pchlenski/gpt2-transcoders/final_sparse_autoencoder_gpt2-small_blocks.11.ln2."
+            "hook_normalized_24576.pt",
+        ),
+    ],
+)
+def test_other_releases_for_gpt2_small(name, layers, location, normalization, path):
+    spec = get_autoencoder_spec("gpt2-small", name)
+    paths = {layer: str(p) for layer, p in spec.autoencoder_path_by_layer_index.items()}
+    assert list(paths) == layers
+    place = ActivationLocation.parse(location)
+    assert spec.location == place.at(None)
+    assert paths[place.layer] == path
+    assert spec.input_normalization == normalization
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,15 @@ from torch import nn
 
 from neuron_explainer.errors import CheckpointError, InputError, NeuronExplainerError
 from neuron_explainer.models.autoencoder import Autoencoder, InputStats, JumpReLU, TopK
-from neuron_explainer.models.autoencoder_context import (
-    AutoencoderConfig,
-    AutoencoderContext,
-    omit_least_active_latents,
+from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
+from neuron_explainer.models.autoencoders.fista import fista
+from neuron_explainer.models.autoencoders.nonlinearities import (
+    Fista,
+    Gated,
+    GroupMax,
+    make_activation,
 )
-from neuron_explainer.models.autoencoders.fista import Fista, fista
-from neuron_explainer.models.autoencoders.nonlinearities import Gated, GroupMax, make_activation
+from neuron_explainer.models.autoencoders.pruned import omit_least_active_latents
 from neuron_explainer.models.checkpoints.autoencoders.state import select_latents
 from neuron_explainer.models.hooks import AutoencoderHooks
 
@@ -164,11 +166,11 @@ def test_decode_asks_for_what_it_needs():
     for normalization in NORMALIZATIONS[1:]:
         stats = make(input_normalization=normalization).normalize(x)[1]
         with pytest.raises(
-            InputError, match="these stats are not of 'none' normalisation with a sk"
+            InputError, match="these stats are not those of 'none' normalisation with a sk"
         ):
             skip.decode(skip.encode(x), stats)
     layer_norm = make(input_normalization="layer_norm")
-    with pytest.raises(InputError, match="not of 'layer_norm' normalisation without a skip"):
+    with pytest.raises(InputError, match="not those of 'layer_norm' normalisation without a skip"):
         layer_norm.decode(layer_norm.encode(x), make(input_normalization="rms").normalize(x)[1])
     transcoder = make(n_outputs=OUT, input_normalization="layer_norm")
     assert torch.equal(transcoder.decode(transcoder.encode(x)), transcoder.reconstruct(x))
@@ -316,8 +318,8 @@ def test_latents_that_depend_on_each_other_are_not_left_out(activation):
         ({"group_sizes": [12, 0]}, "group_sizes must be whole numbers >= 1"),
         ({"group_sizes": "12"}, "group_sizes must be whole numbers >= 1"),
         ({"activation": Fista(0.1)}, "Fista codes an input .*tied=True"),
-        ({"activation": GroupMax(5)}, "GroupMax: 12 latents are not 5 groups"),
-        ({"activation": Gated(*torch.zeros(3, 4))}, "Gated has 4 gates for 12 latents"),
+        ({"activation": GroupMax(5)}, "GroupMax: 12 latents are not 5 equal groups"),
+        ({"activation": Gated(*torch.zeros(3, 4))}, "Gated: b_gate has 4 numbers for 12 latents"),
     ],
 )
 def test_bad_construction(kwargs, message):
@@ -347,14 +349,14 @@ def test_bad_activations(name, fields, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_outputs": 4}, r"decoder\.weight: expected \[4, 12\] .* found \[3, 12\]"),
+        ({"n_outputs": 4}, r"decoder\.weight: expected shape \[4, 12\], found \[3, 12\]"),
         ({"n_outputs": True}, "n_outputs is True, expected a whole number"),
-        ({"n_outputs": None}, r"decoder\.weight: expected \[5, 12\]"),
-        ({"post_bias": None}, "missing post_bias"),
-        ({"post_bias": torch.zeros(5)}, r"post_bias: expected \[3\] .* found \[5\]"),
-        ({"glu.bias": None}, r"missing glu\.bias"),
-        ({"glu.weight": torch.zeros(2, 5)}, r"glu\.weight: expected \[12, 5\]"),
-        ({"skip.weight": torch.zeros(5, 5)}, r"skip\.weight: expected \[3, 5\]"),
+        ({"n_outputs": None}, r"decoder\.weight: expected shape \[5, 12\]"),
+        ({"post_bias": None}, "post_bias: missing"),
+        ({"post_bias": torch.zeros(5)}, r"post_bias: expected shape \[3\], found \[5\]"),
+        ({"glu.bias": None}, r"glu\.bias: missing"),
+        ({"glu.weight": torch.zeros(2, 5)}, r"glu\.weight: expected shape \[12, 5\]"),
+        ({"skip.weight": torch.zeros(5, 5)}, r"skip\.weight: expected shape \[3, 5\]"),
         ({"skip.weight": torch.full((3, 5), float("nan"))}, r"skip\.weight: holds NaN"),
         ({"group_sizes": [1]}, "add up to the 12 latents"),
     ],
@@ -380,8 +382,8 @@ def test_state_dicts_of_another_kind_are_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_outputs": "3"}, "n_outputs: found '3'"),
-        ({"n_outputs": 4}, r"decoder\.weight: expected \[4, 12\]"),
+        ({"n_outputs": "3"}, "n_outputs: expected a whole number, found '3'"),
+        ({"n_outputs": 4}, r"decoder\.weight: expected shape \[4, 12\]"),
         ({"output_location": "x/y"}, "expected a location"),
         ({"group_sizes": [1, 2]}, "add up to the 12 latents"),
     ],
@@ -402,5 +404,5 @@ def test_output_locations_agree_or_are_added(tmp_path):
     with pytest.raises(CheckpointError, match=r"says location '3/resid.*the call says '4/resid"):
         Autoencoder.load(tmp_path / "told", output_location="4/resid_delta_mlp")
     make().save(tmp_path / "autoencoder")
-    with pytest.raises(CheckpointError, match="of no transcoder"):
+    with pytest.raises(CheckpointError, match="not of a transcoder"):
         Autoencoder.load(tmp_path / "autoencoder", output_location="4/resid_delta_mlp")

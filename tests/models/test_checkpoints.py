@@ -350,23 +350,23 @@ def test_native_config_errors(tmp_path: Path) -> None:
     assert "format_version None" in error(format_version="REMOVED")
     assert "format_version True" in error(format_version=True)
     assert "expected kind 'transformer', found 'autoencoder'" in error(kind="autoencoder")
-    assert "extra: unknown field" in error(extra=1)
-    assert "shared: this field is missing" in error(shared="REMOVED")
+    assert "unknown field 'extra'" in error(extra=1)
+    assert "the field 'shared' is missing" in error(shared="REMOVED")
     assert "metadata: expected an object, found []" in error(metadata=[])
-    assert "shared: expected names" in error(shared={"unembed.weight": 3})
-    assert "tokenizer must be null or" in error(tokenizer="gpt2")
+    assert "shared.unembed.weight: expected text" in error(shared={"unembed.weight": 3})
+    assert "tokenizer: expected an object" in error(tokenizer="gpt2")
     sizes = CFG.to_dict()
     both = error(config={k: v for k, v in sizes.items() if k != "n_heads"} | {"n_head": 3})
-    assert "n_head: unknown field. Did you mean 'n_heads'?" in both
-    assert "n_heads: this field is missing" in both
-    assert "n_heads must be a whole number" in error(config=sizes | {"n_heads": 2.5})
+    assert "unknown field 'n_head'. Did you mean 'n_heads'" in both
+    assert "the field 'n_heads' is missing" in both
+    assert "n_heads: expected a whole number" in error(config=sizes | {"n_heads": 2.5})
     assert "not divisible by n_heads" in error(config=sizes | {"n_heads": 3})
-    assert "activation must be one of" in error(config=sizes | {"activation": "swish"})
-    assert "norm_eps must be a number" in error(config=sizes | {"norm_eps": "tiny"})
-    assert "norm_eps must be a number" in error(config=sizes | {"norm_eps": float("nan")})
+    assert "activation: expected one of" in error(config=sizes | {"activation": "swish"})
+    assert "norm_eps: expected a finite number" in error(config=sizes | {"norm_eps": "tiny"})
+    assert "norm_eps: expected a finite number" in error(config=sizes | {"norm_eps": float("nan")})
     assert "m_mlp" in error(config=sizes | {"m_mlp": "4"})
     assert "config.json" in error(config=sizes | {"m_mlp": float("nan")})
-    assert "enc must be a name" in error(config=sizes | {"enc": None})
+    assert "enc: expected text" in error(config=sizes | {"enc": None})
     tokenizer = {"name": "x", "pattern": ".", "special_tokens": {}, "file": "../../etc/passwd"}
     assert "the file 'tokenizer.tiktoken'" in error(tokenizer=tokenizer)
     no_target = error(shared={"unembed.weight": "tok_embed.weights"})
@@ -592,10 +592,10 @@ def test_hostile_pickles_are_refused(kind: str, tmp_path: Path) -> None:
 def test_pieces_config_errors(tmp_path: Path) -> None:
     save_pieces(tmp_path / "a", CFG, random_state())
     config = tmp_path / "a/config.json"
-    edit_json(config, n_heads="REMOVED", n_layer=2)
+    edit_json(config, n_heads="REMOVED", n_head=2)
     text = error_of(tmp_path / "a")
-    assert "n_heads: this field is missing" in text
-    assert "n_layer: unknown field. Did you mean" in text
+    assert "the field 'n_heads' is missing" in text
+    assert "unknown field 'n_head'. Did you mean 'n_heads'" in text
 
 
 def test_pieces_refuse_what_seven_fields_cannot_say(tmp_path: Path) -> None:
@@ -889,7 +889,7 @@ def test_huggingface_vocabulary_padded_or_contradictory(tmp_path: Path, hf_folde
         ("n_inner", 0, "expected null or a whole number"),
         ("activation_function", ["relu"], "supported are gelu_new"),
         ("tie_word_embeddings", None, "expected true or false, found None"),
-        ("layer_norm_epsilon", None, "norm_eps must be a number"),
+        ("layer_norm_epsilon", None, "norm_eps: expected a finite number"),
         ("n_head", 3, "not divisible by n_heads 3"),
         ("n_positions", 6, "wpe.weight: expected shape [6, 8], found [7, 8]"),
         ("n_layer", 1, "unexpected"),

@@ -154,10 +154,10 @@ def test_fields_that_may_change_numbers_are_refused_and_others_kept(tmp_path):
     [
         (
             "standard",
-            {"architecture": "temporal"},
-            "architecture: expected one of .*found 'temporal'",
+            {"architecture": "toppk"},
+            "architecture: expected 'standard', .*found 'toppk'. Did you mean 'topk'",
         ),
-        ("standard", {"architecture": ...}, "architecture: expected one of .*found None"),
+        ("standard", {"architecture": ...}, "architecture: expected 'standard', .*found None"),
         ("standard", {"architecture": "gated"}, r"b_gate: missing, expected \[24\]"),
         ("standard", {"d_in": 9}, r"W_enc: expected shape \[9, 24\], found \[8, 24\]"),
         ("standard", {"d_in": ...}, "d_in: expected a whole number >= 1, found no such field"),
@@ -210,9 +210,7 @@ def test_saelens_scaling_factors(tmp_path):
     expected = load_file(CASES["sae-lens-old-standard"][0] / "expected.safetensors")
     assert_agrees(Autoencoder.load(folder).reconstruct(expected["x"]).detach(), expected["recons"])
     save_file(tensors | {"scaling_factor": torch.ones(24) * 2}, folder / "sae_weights.safetensors")
-    with pytest.raises(
-        CheckpointError, match="finetuning_scaling_factor: expected false, found tru"
-    ):
+    with pytest.raises(CheckpointError, match="scaling_factor: expected ones, found other values"):
         Autoencoder.load(folder)
     config = json.loads((folder / "cfg.json").read_text()) | {"finetuning_scaling_factor": False}
     (folder / "cfg.json").write_text(json.dumps(config))
@@ -501,7 +499,13 @@ def test_transformer_vis(tmp_path):
 def test_e2e(tmp_path):
     expected, path = published.e2e(), tmp_path / "run.pt"
     torch.save(tensors_of(expected), path)
-    assert_is(Autoencoder.load(path), expected)
+    with pytest.raises(
+        CheckpointError, match=r"run\.pt: input_normalization: .*stream was centred"
+    ):
+        Autoencoder.load(path)
+    assert_is(Autoencoder.load(path, location="3/mlp.post_act"), expected)  # is never centred
+    plain: Any = {"input_normalization": "none"}
+    assert_is(Autoencoder.load(path, **plain), expected)
     run = {
         f"saes.blocks-{layer}-hook_resid_pre.{name}": value + (layer != 6)
         for layer in (2, 6)
@@ -514,9 +518,13 @@ def test_e2e(tmp_path):
         CheckpointError, match=r"expected a dictionary of 5/mlp\.post_act, found saes"
     ):
         Autoencoder.load(path, location="5/mlp.post_act")
-    ae = Autoencoder.load(path, location="blocks.6.hook_resid_pre")
+    ae = Autoencoder.load(path, location="blocks.6.hook_resid_pre", **plain)
     assert_is(ae, expected)
     assert str(ae.location) == "5/resid.torso.post_mlp"
+    x = torch.tensor(published.inputs(), dtype=torch.float32)
+    mean = x.mean(-1, keepdim=True)
+    centred = Autoencoder.load(path, location="5/resid_post_mlp", input_normalization="center")
+    assert_agrees(centred.encode(x).detach(), ae.encode(x - mean).detach())
 
 
 def test_gemma_scope(tmp_path):
@@ -669,7 +677,7 @@ def test_a_remote_file(tmp_path, monkeypatch, name):
     assert repr(found).startswith("Autoencoder(n_latents=24, n_inputs=8")
 
 
-def test_a_context_passes_on_what_is_stated():
+def test_a_context_passes_on_what_is_stated(tmp_path):
     saved = CASES["sae-lens-standard-expected_average_only_in"][0] / "saved"
     location = Autoencoder.load(saved, norm_factor=2.0).location
     place = "resid_post_mlp" if location is None else location.at(None)
@@ -679,6 +687,13 @@ def test_a_context_passes_on_what_is_stated():
     expected = Autoencoder.load(saved, norm_factor=2.0)
     x = torch.ones(1, expected.n_inputs)
     assert torch.equal(found.encode(x), expected.encode(x))
+    each: dict[int, Stated] = {0: {"norm_factor": 2.0}, 1: {"norm_factor": 3.0}}
+    unplaced = edited(tmp_path, "sae-lens-standard-expected_average_only_in", metadata={})
+    paths = {0: unplaced, 1: shutil.copytree(unplaced, tmp_path / "other")}
+    by_layer = AutoencoderContext(AutoencoderConfig(place, paths, stated_by_layer=each), "cpu")
+    for number, told in each.items():
+        expected = Autoencoder.load(unplaced, **told)
+        assert torch.equal(by_layer.get_autoencoder(number).encode(x), expected.encode(x))
     with pytest.raises(CheckpointError, match="norm_factor="):
         AutoencoderContext(AutoencoderConfig(place, {layer: saved}), "cpu").get_autoencoder(layer)
 

@@ -1,5 +1,6 @@
 """Written in other libraries' formats and read back: the same numbers, or a refusal."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,7 @@ from torch import nn
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.autoencoder import Autoencoder, BatchTopK, JumpReLU, TopK
 from neuron_explainer.models.autoencoders.convert import convert, save_as
-from neuron_explainer.models.autoencoders.fista import Fista
-from neuron_explainer.models.autoencoders.nonlinearities import Gated, GroupMax
+from neuron_explainer.models.autoencoders.nonlinearities import Fista, Gated, GroupMax
 from neuron_explainer.models.checkpoints.autoencoders import WRITTEN_FORMATS
 from tests.peers.write_ours import fixtures, source_in
 
@@ -130,10 +130,10 @@ def test_what_has_no_fixture(tmp_path, form, ae):
         ("saelens", make(input_normalization="center"), "input_normalization 'center'"),
         ("saelens", make(glu=True), "a GLU encoder"),
         ("saelens", make(skip=True), "a skip connection outside of a transcoder"),
-        ("saelens", make(nn.Identity()), "the activation Identity"),
-        ("saelens", make(TopK(3, nn.Identity())), "the activation TopK"),
+        ("saelens", make(nn.Identity()), "the nonlinearity Identity"),
+        ("saelens", make(TopK(3, nn.Identity())), "the nonlinearity TopK"),
         ("saelens", make(TopK(3), n_outputs=3), "a transcoder with TopK"),
-        ("saelens", make(Fista(0.1), tied=True), "the activation Fista"),
+        ("saelens", make(Fista(0.1), tied=True), "the nonlinearity Fista"),
         ("dictionary_learning", make(input_normalization="rms"), "input_normalization 'rms'"),
         ("dictionary_learning", make(skip=True), "a skip connection"),
         ("dictionary_learning", make(n_outputs=3), "input and output differ in width"),
@@ -142,8 +142,8 @@ def test_what_has_no_fixture(tmp_path, form, ae):
         ("dictionary_learning", make(group_sizes=[4, 8]), "groups with ReLU"),
         ("dictionary_learning", make(BatchTopK(0.4)), "k is not known"),
         ("dictionary_learning", make(BatchTopK(-1.0, k=3)), "a threshold below zero"),
-        ("dictionary_learning", make(GroupMax(3)), "the activation GroupMax"),
-        ("sparsify", make(), "the activation ReLU"),
+        ("dictionary_learning", make(GroupMax(3)), "the nonlinearity GroupMax"),
+        ("sparsify", make(), "the nonlinearity ReLU"),
         ("sparsify", make(TopK(3), glu=True), "a GLU encoder"),
         ("sparsify", make(TopK(3), post_bias=True), "an output bias"),
         ("sparsify", make(TopK(3), n_outputs=3), "input and output differ in width"),
@@ -206,7 +206,7 @@ def test_overwriting(tmp_path):
 
 def test_an_unknown_format(tmp_path):
     with pytest.raises(InputError, match=r"'SAELens' is not written\. Did you mean 'saelens'"):
-        save_as(make(), tmp_path / "folder", "SAELens")  # type: ignore[arg-type]
+        save_as(make(), tmp_path / "folder", "SAELens")
 
 
 @pytest.mark.parametrize("form", ["native", "saelens"])
@@ -225,3 +225,57 @@ def test_convert_keeps_the_stored_dtype(tmp_path):
     convert(tmp_path / "half", tmp_path / "new", "saelens")
     stored = load_file(Path(tmp_path, "new", "sae_weights.safetensors"))
     assert {value.dtype for value in stored.values()} == {torch.float16}
+
+
+HALF_CASES: list[tuple[str, Any]] = [
+    ("saelens", lambda: make(post_bias=True)),
+    ("saelens", lambda: make(gated(), post_bias=True, input_normalization="rms")),
+    ("saelens", lambda: make(JumpReLU(torch.rand(L)), n_outputs=N)),
+    ("dictionary_learning", lambda: make(post_bias=True)),
+    ("dictionary_learning", lambda: make()),
+    ("dictionary_learning", lambda: make(gated())),
+    ("dictionary_learning", lambda: make(JumpReLU(torch.rand(L)))),
+    ("sparsify", lambda: make(TopK(3), n_outputs=N)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("form", "made"), HALF_CASES)
+def test_biases_of_half_precision_are_folded_and_written_in_float32(tmp_path, form, made, dtype):
+    """The weights are as they were, and what is computed from several of them is not rounded."""
+    ae = made().to(dtype)
+    with torch.no_grad():  # far from zero: the folded bias is beyond what float16 holds
+        ae.pre_bias += 300
+        ae.encoder.weight *= 100
+    save_as(ae, tmp_path / "folder", form)
+    new = Autoencoder.load(tmp_path / "folder", dtype=torch.float64)
+    x = 300 + torch.randn(7, N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        for found, expected in zip(new(x)[1:], copy.deepcopy(ae).double()(x)[1:], strict=True):
+            # A bias of 1e5 is rounded to 0.01 in float32, to 64 or infinity in half precision.
+            assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_saelens_is_told_a_dtype_that_holds_every_tensor(tmp_path):
+    """Its loader casts all tensors to the one dtype of the config."""
+    for activation, dtype in ((None, "float16"), (BatchTopK(0.1234567, k=3), "float32")):
+        ae = make(activation).half()
+        if activation is not None:
+            ae.activation = BatchTopK(0.1234567, k=3)
+        save_as(ae, tmp_path / dtype, "saelens")
+        assert json.loads((tmp_path / dtype / "cfg.json").read_text())["dtype"] == dtype
+        stored = load_file(tmp_path / dtype / "sae_weights.safetensors")
+        assert stored["W_enc"].dtype == torch.float16
+    assert (stored["threshold"] == torch.tensor(0.1234567)).all()
+
+
+@pytest.mark.parametrize("form", ["native", "saelens", "dictionary_learning"])
+def test_convert_rounds_nothing(tmp_path, form):
+    """Our own folders of half precision hold biases in float32, here beyond what float16 holds."""
+    ae = make(post_bias=True)
+    with torch.no_grad():
+        ae.latent_bias.add_(1e5)
+    ae.save(tmp_path / "half", torch.float16)
+    convert(tmp_path / "half", tmp_path / "new", form)
+    x = torch.randn(7, N, generator=torch.Generator().manual_seed(1))
+    assert_same_function(Autoencoder.load(tmp_path / "half"), Autoencoder.load(tmp_path / "new"), x)

@@ -626,17 +626,17 @@ def test_config_sizes() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"d_model": 0}, r"d_model must be a whole number >= 1, found 0"),
-        ({"n_layers": 2.5}, r"n_layers must be a whole number >= 1, found 2.5"),
-        ({"ctx_window": "12"}, r"ctx_window must be a whole number >= 1, found '12'"),
+        ({"d_model": 0}, r"d_model must be at least 1 and at most 2147483647, found 0"),
+        ({"n_layers": 2.5}, r"n_layers: expected a whole number, found 2.5"),
+        ({"ctx_window": "12"}, r"ctx_window: expected a whole number, found '12'"),
         ({"n_heads": -1}, r"n_heads must be .* found -1"),
-        ({"n_vocab": None}, r"n_vocab must be .* found None"),
+        ({"n_vocab": None}, r"n_vocab: expected .* found None"),
         ({"n_heads": 3}, r"attention width 256 .* not divisible by n_heads 3"),
         ({"m_mlp": 0}, r"m_mlp must leave a width >= 1, found 0"),
         ({"m_attn": -1}, r"m_attn must leave a width >= 1, found -1"),
         (
             {"activation": "gelu_new"},
-            r"activation must be one of gelu_tanh, gelu, relu, found 'gelu_new'",
+            r"activation: expected one of gelu_tanh, gelu, relu, found 'gelu_new'",
         ),
     ],
     ids=str,

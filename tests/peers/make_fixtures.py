@@ -346,7 +346,14 @@ def make_e2e(root: Path) -> None:
         saved.mkdir(parents=True, exist_ok=True)
         torch.save(saes.state_dict(), saved / "samples_400000.pt")
         recons, latents = saes[place.replace(".", "-")](x)
-        write(saved.parent, "e2e_sae", x, latents, recons, {"location": place})
+        write(
+            saved.parent,
+            "e2e_sae",
+            x,
+            latents,
+            recons,
+            {"location": place, "input_normalization": "none"},
+        )
 
 
 def e2e_classes() -> Any:

@@ -5,14 +5,12 @@ Importing this registers all of them; see :mod:`.base` for how to add one from o
 
 from neuron_explainer.dictionaries.objectives.base import (
     Loss,
-    Moment,
     Objective,
     ObjectiveConfig,
     SparseLatents,
-    config_class,
+    StepFacts,
     make_objective,
     register,
-    registered,
 )
 from neuron_explainer.dictionaries.objectives.batch_topk import BatchTopKConfig, MatryoshkaConfig
 from neuron_explainer.dictionaries.objectives.gated import GatedConfig
@@ -26,15 +24,13 @@ __all__ = [
     "JumpReLUConfig",
     "Loss",
     "MatryoshkaConfig",
-    "Moment",
     "Objective",
     "ObjectiveConfig",
     "PAnnealConfig",
     "ReLUConfig",
     "SparseLatents",
+    "StepFacts",
     "TopKConfig",
-    "config_class",
     "make_objective",
     "register",
-    "registered",
 ]

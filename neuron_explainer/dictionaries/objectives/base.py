@@ -9,7 +9,7 @@ subclass of :class:`Objective` that is registered for it:
 
     @register("mine", MyConfig)
     class Mine(Objective[MyConfig]):
-        def loss(self, dictionary, x, target, moment): ...
+        def loss(self, dictionary, x, target, facts): ...
         def activation(self, dictionary): ...
 
 Shape legend: ``b`` tokens of a batch, ``n`` inputs, ``o`` outputs, ``l`` latents, ``k`` active ones.
@@ -22,30 +22,21 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from neuron_explainer.dictionaries.dictionary import DecoderNorm, Dictionary
-from neuron_explainer.dictionaries.distributed import ALONE, World
-from neuron_explainer.errors import InputError, did_you_mean
+from neuron_explainer.dictionaries.dictionary import DecoderNorm, LearnedDictionary
+from neuron_explainer.errors import InputError
+from neuron_explainer.kernels.workspace import Workspace
+from neuron_explainer.settings.fields import Variant
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
-    """Settings of one objective; each objective has its own subclass."""
-
-    @property
-    def name(self) -> str:
-        """Under which the objective is registered."""
-        for name, (config_class, _) in _REGISTRY.items():
-            if type(self) is config_class:
-                return name
-        raise InputError(
-            f"{type(self).__name__} is not registered as the settings of an objective."
-        )
+class ObjectiveConfig(Variant, noun="objective"):
+    """Settings of one objective; each objective has its own subclass, known by the objective's name."""
 
     def check_run(self, steps: int, decoder_norm: DecoderNorm, tied: bool) -> None:
         """An error if a run with these settings of its own cannot be what it is meant to be."""
 
 
-class Moment(NamedTuple):
+class StepFacts(NamedTuple):
     """Where in the run a loss is computed."""
 
     step: int
@@ -57,14 +48,9 @@ class Moment(NamedTuple):
     dead: Tensor
     """``[d]`` int64: latents that have been silent for too long."""
     n_tokens: int = 0
-    """Of the whole batch."""
-    world: World = ALONE
-    """The processes that share a run: ``x`` is this one's part of the batch, or ``dictionary`` its
-    part of the latents."""
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Over the whole batch, of what ``x`` is the mean of over the rows that are here."""
-        return self.world.mean(x, self.n_tokens)
+    """Tokens of the whole batch, of which this process may see a part."""
+    workspace: Workspace | None = None
+    """Memory for large gradients, used again at the next step; kernels take it."""
 
 
 class SparseLatents(NamedTuple):
@@ -96,9 +82,10 @@ C = TypeVar("C", bound=ObjectiveConfig)
 class Objective(nn.Module, ABC, Generic[C]):
     """A loss, with the parameters and running numbers that only training needs.
 
-    Where processes share a batch, a loss that is a mean over its tokens needs nothing more: such
-    losses are averaged. What else is taken of a batch, to divide by for example, has to go through
-    ``moment.mean``, or its like in ``moment.world``.
+    Several processes may share a run: ``x`` is then this process's part of a batch, or ``dictionary`` its
+    part of the latents. A loss that is a mean over the tokens of a batch needs nothing more: such losses
+    are averaged. Any other mean over a batch (to divide by, for example) goes through
+    ``dictionary.mean``, and any sum over latents through ``dictionary.total``.
 
     All that changes from step to step is kept in parameters and buffers: they are what a checkpoint
     holds.
@@ -114,21 +101,23 @@ class Objective(nn.Module, ABC, Generic[C]):
     splits_latents: ClassVar[bool] = False
     """Whether it can be computed where each process holds some of the latents."""
 
-    def __init__(self, config: C, dictionary: Dictionary) -> None:
+    def __init__(self, config: C, dictionary: LearnedDictionary) -> None:
         super().__init__()
         self.config = config
 
     @abstractmethod
-    def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
+    def loss(
+        self, dictionary: LearnedDictionary, x: Tensor, target: Tensor, facts: StepFacts
+    ) -> Loss:
         """Of normalised inputs ``[b, n]`` and targets ``[b, o]`` (the same tensor but for
         transcoders). Losses of tokens are summed over the width and averaged over the batch."""
 
     @abstractmethod
-    def activation(self, dictionary: Dictionary) -> nn.Module:
+    def activation(self, dictionary: LearnedDictionary) -> nn.Module:
         """For the finished ``Autoencoder``, whose latents are ``dictionary.target_scale`` times
         those in training; so must thresholds be."""
 
-    def after_step(self, dictionary: Dictionary, loss: Loss, moment: Moment) -> None:
+    def after_step(self, dictionary: LearnedDictionary, loss: Loss, facts: StepFacts) -> None:
         """Called after each step of the optimiser, without gradients."""
 
     def revive(self, latents: Tensor) -> None:
@@ -139,7 +128,7 @@ class Objective(nn.Module, ABC, Generic[C]):
         return None
 
 
-_REGISTRY: dict[str, tuple[type[ObjectiveConfig], type[Objective[Any]]]] = {}
+_OBJECTIVES: dict[str, type[Objective[Any]]] = {}
 
 
 def register(
@@ -148,33 +137,19 @@ def register(
     """Class decorator: makes an objective known by a name and by the class of its settings."""
 
     def decorate(objective: type[Objective[Any]]) -> type[Objective[Any]]:
-        known = _REGISTRY.get(name)
-        if known is not None and known[1].__qualname__ != objective.__qualname__:
-            raise InputError(f"an objective {name!r} is registered already: {known[1].__name__}.")
-        _REGISTRY[name] = (config_class, objective)
+        known = _OBJECTIVES.get(name)
+        if known is not None and known.__qualname__ != objective.__qualname__:
+            raise InputError(f"an objective {name!r} is registered already: {known.__name__}.")
+        _OBJECTIVES[name] = objective
+        ObjectiveConfig.add(name, config_class)
         return objective
 
     return decorate
 
 
-def registered() -> list[str]:
-    """Names of all known objectives."""
-    return sorted(_REGISTRY)
-
-
-def config_class(name: str) -> type[ObjectiveConfig]:
-    """The settings that the objective ``name`` takes."""
-    if name not in _REGISTRY:
-        raise InputError(
-            f"unknown objective {name!r}.{did_you_mean(name, _REGISTRY)} "
-            f"Known: {', '.join(registered())}."
-        )
-    return _REGISTRY[name][0]
-
-
-def make_objective(config: ObjectiveConfig, dictionary: Dictionary) -> Objective[Any]:
+def make_objective(config: ObjectiveConfig, dictionary: LearnedDictionary) -> Objective[Any]:
     """The objective that ``config`` sets, for one dictionary."""
-    return _REGISTRY[config.name][1](config, dictionary)
+    return _OBJECTIVES[config.name](config, dictionary)
 
 
 def check_free_rows(name: str, decoder_norm: DecoderNorm, tied: bool) -> None:

@@ -22,18 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuron_explainer.dictionaries.dictionary import Dictionary
-from neuron_explainer.dictionaries.distributed import ALONE, World
+from neuron_explainer.dictionaries.dictionary import LearnedDictionary
+from neuron_explainer.dictionaries.distributed import SINGLE_PROCESS, World
 from neuron_explainer.dictionaries.objectives.base import (
     Loss,
-    Moment,
     Objective,
     SparseLatents,
+    StepFacts,
     register,
     squared_error,
 )
 from neuron_explainer.dictionaries.objectives.topk import AuxKConfig, aux_k_loss, check_k, k_at
 from neuron_explainer.errors import InputError
+from neuron_explainer.kernels.top_k import largest_entries
 from neuron_explainer.models.autoencoders.nonlinearities import BatchTopK as BatchTopKActivation
 
 
@@ -70,7 +71,7 @@ class Active(NamedTuple):
     starts: Tensor
     """``[b]`` int64: where each token's pairs begin."""
 
-    def decode(self, dictionary: Dictionary) -> Tensor:
+    def decode(self, dictionary: LearnedDictionary) -> Tensor:
         """``[b, o]``: the sum of the active latents' rows, without bias."""
         return F.embedding_bag(
             self.latents, dictionary.rows, self.starts, mode="sum", per_sample_weights=self.values
@@ -78,7 +79,7 @@ class Active(NamedTuple):
 
 
 def batch_top_k(
-    pre_act: Tensor, k: int, world: World = ALONE, n_everywhere: int | None = None
+    pre_act: Tensor, k: int, world: World = SINGLE_PROCESS, n_everywhere: int | None = None
 ) -> Active:
     """``[b, l]``: the ``b · k`` largest of all, rectified.
 
@@ -87,14 +88,15 @@ def batch_top_k(
     """
     n_tokens, n_latents = pre_act.shape
     count = k * (n_everywhere if world.splits_batch and n_everywhere else n_tokens)
-    values, flat = pre_act.flatten().topk(min(count, pre_act.numel()), sorted=False)
+    every = pre_act.flatten()
+    flat = largest_entries(every, min(count, len(every)))
+    values = every.gather(0, flat)
     if world.size > 1:
         chosen = world.among_largest(values, count)
         values, flat = values[chosen], flat[chosen]
-    flat, order = flat.sort()
     tokens = flat.div(n_latents, rounding_mode="floor")
     starts = torch.searchsorted(tokens, torch.arange(n_tokens, device=flat.device))
-    return Active(values[order].relu(), flat % n_latents, starts)
+    return Active(values.relu(), flat % n_latents, starts)
 
 
 C = TypeVar("C", bound=AuxKConfig)
@@ -110,35 +112,37 @@ class _BatchTopK(Objective[C]):
     seen: Tensor
     """``[]``: batches so far."""
 
-    def __init__(self, config: C, dictionary: Dictionary) -> None:
+    def __init__(self, config: C, dictionary: LearnedDictionary) -> None:
         super().__init__(config, dictionary)
         check_k(config, dictionary, k_at(config, dictionary, 0))
         dtype = dictionary.encoder.dtype
         self.register_buffer("threshold", torch.zeros((), dtype=dtype))
         self.register_buffer("seen", torch.zeros((), dtype=dtype))
 
-    def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
-        k = k_at(self.config, dictionary, moment.step)
-        active = batch_top_k(dictionary.pre_act(x), k, moment.world, moment.n_tokens)
+    def loss(
+        self, dictionary: LearnedDictionary, x: Tensor, target: Tensor, facts: StepFacts
+    ) -> Loss:
+        k = k_at(self.config, dictionary, facts.step)
+        active = batch_top_k(dictionary.pre_act(x), k, dictionary.world, facts.n_tokens)
         every = self.reconstructions(dictionary, active)
-        errors = [target - dictionary.join(recons, x, moment.world) for recons in every]
+        errors = [target - dictionary.complete(recons, x) for recons in every]
         losses = [squared_error(error) / dictionary.variance for error in errors]
         total = torch.stack(losses).mean()
         terms = {"reconstruction": total.detach()}
         if len(losses) > 1:
             terms |= {f"prefix_{i}": loss.detach() for i, loss in enumerate(losses)}
         error = errors[-1].detach()
-        aux = aux_k_loss(self.config, dictionary, x, error, moment)
+        aux = aux_k_loss(self.config, dictionary, x, error, facts)
         if aux is not None:
             total = total + self.config.aux_coefficient * aux
             terms["aux"] = aux.detach()
         return Loss(total, terms, error, SparseLatents(active.values.detach(), active.latents))
 
-    def reconstructions(self, dictionary: Dictionary, active: Active) -> Iterator[Tensor]:
+    def reconstructions(self, dictionary: LearnedDictionary, active: Active) -> Iterator[Tensor]:
         """``[b, o]`` each, without bias; the last one is that of all latents."""
         yield active.decode(dictionary)
 
-    def after_step(self, dictionary: Dictionary, loss: Loss, moment: Moment) -> None:
+    def after_step(self, dictionary: LearnedDictionary, loss: Loss, facts: StepFacts) -> None:
         """Follow the threshold: a running mean over the last tenth of the steps, at most 1000.
 
         With a window of fixed length, short runs would end with the threshold of their beginning.
@@ -146,13 +150,13 @@ class _BatchTopK(Objective[C]):
         assert isinstance(loss.latents, SparseLatents)
         values = loss.latents.values
         positive = F.pad(torch.where(values > 0, values, torch.inf), (0, 1), value=torch.inf)
-        smallest = moment.world.smallest_of_all(positive.min())
+        smallest = dictionary.world.all_reduce_min(positive.min())
         self.seen += 1
         weight = 1 / (self.seen / 10).clamp(1, 1000)
         moved = torch.lerp(self.threshold, smallest, weight)
         self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
 
-    def activation(self, dictionary: Dictionary) -> nn.Module:
+    def activation(self, dictionary: LearnedDictionary) -> nn.Module:
         return BatchTopKActivation(self.threshold * dictionary.target_scale, self.config.k)
 
 
@@ -165,7 +169,7 @@ class BatchTopK(_BatchTopK[BatchTopKConfig]):
 class Matryoshka(_BatchTopK[MatryoshkaConfig]):
     """A reconstruction from each prefix of the latents."""
 
-    def __init__(self, config: MatryoshkaConfig, dictionary: Dictionary) -> None:
+    def __init__(self, config: MatryoshkaConfig, dictionary: LearnedDictionary) -> None:
         super().__init__(config, dictionary)
         total, ends = dictionary.n_latents_everywhere, list[int]()
         for fraction in config.group_fractions:
@@ -175,7 +179,7 @@ class Matryoshka(_BatchTopK[MatryoshkaConfig]):
         if min(self.sizes) < 1:
             raise InputError(f"matryoshka: {total} latents are too few for groups {self.sizes}.")
 
-    def reconstructions(self, dictionary: Dictionary, active: Active) -> Iterator[Tensor]:
+    def reconstructions(self, dictionary: LearnedDictionary, active: Active) -> Iterator[Tensor]:
         # Each pair is looked at once: what a group adds, on top of the groups before it.
         ends = torch.tensor(self.sizes, device=active.latents.device).cumsum(0)
         group = torch.searchsorted(ends, active.latents + dictionary.first_latent, right=True)

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from neuron_explainer.dictionaries.dictionary import DecoderNorm, Dictionary
+from neuron_explainer.dictionaries.dictionary import DecoderNorm, LearnedDictionary
 from neuron_explainer.dictionaries.objectives.base import (
     Loss,
-    Moment,
     Objective,
     ObjectiveConfig,
+    StepFacts,
     check_free_rows,
     register,
     squared_error,
@@ -39,6 +39,7 @@ class GatedConfig(ObjectiveConfig):
     """Weight of the penalty on the gate, in the units of relu's."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.l1_coefficient < 0:
             raise InputError(f"l1_coefficient must not be negative, found {self.l1_coefficient}.")
 
@@ -55,24 +56,26 @@ class Gated(Objective[GatedConfig]):
     per_latent = ("b_gate", "r_mag", "b_mag")
     trains_latent_bias = False  # each path has its own
 
-    def __init__(self, config: GatedConfig, dictionary: Dictionary) -> None:
+    def __init__(self, config: GatedConfig, dictionary: LearnedDictionary) -> None:
         super().__init__(config, dictionary)
         zeros = torch.zeros(dictionary.n_latents, dtype=dictionary.encoder.dtype)
         self.b_gate = nn.Parameter(zeros.clone())
         self.r_mag = nn.Parameter(zeros.clone())
         self.b_mag = nn.Parameter(zeros.clone())
 
-    def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
+    def loss(
+        self, dictionary: LearnedDictionary, x: Tensor, target: Tensor, facts: StepFacts
+    ) -> Loss:
         pre_act = dictionary.pre_act(x)
         gate = pre_act + self.b_gate
         magnitude = (pre_act * self.r_mag.exp() + self.b_mag).relu()
         latents = torch.where(gate > 0, magnitude, 0.0)
-        error = target - dictionary.decode(latents, x, moment.world)
+        error = target - dictionary.decode(latents, x)
         reconstruction = squared_error(error)
         opening = gate.relu()
-        opened = moment.world.add_up(opening.sum() / len(x))
-        penalty = self.config.l1_coefficient * moment.sparsity * opened
-        frozen = moment.world.add_up(opening @ dictionary.rows.detach())
+        opened = dictionary.total(opening.sum() / len(x))
+        penalty = self.config.l1_coefficient * facts.sparsity * opened
+        frozen = dictionary.total(opening @ dictionary.rows.detach())
         auxiliary = squared_error(target - (frozen + dictionary.frozen_rest(x)))
         terms = {
             "reconstruction": reconstruction.detach(),
@@ -86,6 +89,6 @@ class Gated(Objective[GatedConfig]):
         for parameter in (self.b_gate, self.r_mag, self.b_mag):
             parameter.data[latents] = 0
 
-    def activation(self, dictionary: Dictionary) -> nn.Module:
+    def activation(self, dictionary: LearnedDictionary) -> nn.Module:
         scale = dictionary.target_scale
         return GatedActivation(self.b_gate * scale, self.r_mag, self.b_mag * scale)

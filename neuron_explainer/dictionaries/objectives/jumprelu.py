@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuron_explainer.dictionaries.dictionary import Dictionary
+from neuron_explainer.dictionaries.dictionary import LearnedDictionary
 from neuron_explainer.dictionaries.objectives.base import (
     Loss,
-    Moment,
     Objective,
     ObjectiveConfig,
+    StepFacts,
     register,
     squared_error,
 )
@@ -52,6 +52,7 @@ class JumpReLUConfig(ObjectiveConfig):
     that takes some ten thousand steps, in which nothing is sparse."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("bandwidth", "first_threshold", "threshold_speed", "target_l0"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -68,7 +69,7 @@ class JumpReLU(Objective[JumpReLUConfig]):
     splits_latents = True
     per_latent = ("threshold_exponent",)
 
-    def __init__(self, config: JumpReLUConfig, dictionary: Dictionary) -> None:
+    def __init__(self, config: JumpReLUConfig, dictionary: LearnedDictionary) -> None:
         super().__init__(config, dictionary)
         first = torch.zeros(dictionary.n_latents, dtype=dictionary.encoder.dtype)
         self.threshold_exponent = nn.Parameter(first)
@@ -82,24 +83,26 @@ class JumpReLU(Objective[JumpReLUConfig]):
             * (self.config.threshold_speed * self.threshold_exponent).exp()
         )
 
-    def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
+    def loss(
+        self, dictionary: LearnedDictionary, x: Tensor, target: Tensor, facts: StepFacts
+    ) -> Loss:
         c, unit = self.config, dictionary.variance.sqrt()
         threshold, bandwidth = self.thresholds * unit, c.bandwidth * unit
         pre_act = dictionary.pre_act(x).relu()
         latents = jump_relu(pre_act, threshold, bandwidth)
-        l0 = moment.mean(step(pre_act, threshold, bandwidth).sum() / len(x))
-        l0 = moment.world.add_up(l0)
-        error = target - dictionary.decode(latents, x, moment.world)
+        here = step(pre_act, threshold, bandwidth).sum() / len(x)
+        l0 = dictionary.total(dictionary.mean(here, facts.n_tokens))
+        error = target - dictionary.decode(latents, x)
         reconstruction = squared_error(error) / dictionary.variance
         excess = l0 if c.target_l0 is None else (l0 / c.target_l0 - 1).square()
-        penalty = c.coefficient * moment.sparsity * excess
+        penalty = c.coefficient * facts.sparsity * excess
         terms = {"reconstruction": reconstruction.detach(), "sparsity": penalty.detach()}
         return Loss(reconstruction + penalty, terms, error.detach(), latents.detach())
 
     def revive(self, latents: Tensor) -> None:
         self.threshold_exponent.data[latents] = 0
 
-    def activation(self, dictionary: Dictionary) -> nn.Module:
+    def activation(self, dictionary: LearnedDictionary) -> nn.Module:
         unit = dictionary.variance.sqrt() * dictionary.target_scale
         return JumpReLUActivation(self.thresholds * unit)
 

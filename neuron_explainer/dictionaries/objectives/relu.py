@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuron_explainer.dictionaries.dictionary import DecoderNorm, Dictionary
+from neuron_explainer.dictionaries.dictionary import DecoderNorm, LearnedDictionary
 from neuron_explainer.dictionaries.objectives.base import (
     Loss,
-    Moment,
     Objective,
     ObjectiveConfig,
     SparseLatents,
+    StepFacts,
     check_free_rows,
     register,
     squared_error,
@@ -46,6 +46,7 @@ class ReLUConfig(ObjectiveConfig):
     """Whether each latent counts with the norm of its decoder row; for decoder_norm free."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.l1_coefficient < 0:
             raise InputError(f"l1_coefficient must not be negative, found {self.l1_coefficient}.")
 
@@ -61,20 +62,28 @@ class ReLU(Objective[ReLUConfig]):
     first_encoder_norm = 0.1
     splits_latents = True
 
-    def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
+    def loss(
+        self, dictionary: LearnedDictionary, x: Tensor, target: Tensor, facts: StepFacts
+    ) -> Loss:
         d, c = dictionary, self.config
         norms = torch.linalg.vector_norm(d.rows, dim=1) if c.weighted else None
         out = relu_autoencoder(
-            x, d.encoder, d.latent_bias, d.rows, pre_bias=d.pre_bias, scale=norms
+            x,
+            d.encoder,
+            d.latent_bias,
+            d.rows,
+            pre_bias=d.pre_bias,
+            scale=norms,
+            workspace=facts.workspace,
         )
-        error = target - d.join(out.output, x, moment.world)
+        error = target - d.complete(out.output, x)
         reconstruction = squared_error(error)
-        penalty = c.l1_coefficient * moment.sparsity * moment.world.add_up(out.sums.mean())
+        penalty = c.l1_coefficient * facts.sparsity * dictionary.total(out.sums.mean())
         terms = {"reconstruction": reconstruction.detach(), "sparsity": penalty.detach()}
         active = out.values if out.indices is None else SparseLatents(out.values, out.indices)
         return Loss(reconstruction + penalty, terms, error.detach(), active)
 
-    def activation(self, dictionary: Dictionary) -> nn.Module:
+    def activation(self, dictionary: LearnedDictionary) -> nn.Module:
         return nn.ReLU()
 
 
@@ -96,13 +105,16 @@ class PAnnealConfig(ObjectiveConfig):
     """Batches before a change on which the rescaling is measured."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.l1_coefficient < 0 or not 0 < self.p_end <= 1:
             raise InputError(
                 "l1_coefficient must not be negative and p_end must be in 0 to 1, 0 excluded (the "
                 f"gradient of L0 is zero), found {self.l1_coefficient} and {self.p_end}."
             )
-        if min(self.n_updates, self.memory, self.start(1)) < 1:
-            raise InputError("n_updates, memory and anneal_start must be at least 1.")
+        for name in ("n_updates", "memory", "anneal_start"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, found {value}.")
 
     def check_run(self, steps: int, decoder_norm: DecoderNorm, tied: bool) -> None:
         check_free_rows(self.name, decoder_norm, tied)
@@ -131,20 +143,22 @@ class PAnneal(Objective[PAnnealConfig]):
     sums: Tensor
     """``[2]``: Σ f^p over recent batches with the present p, and with the next."""
 
-    def __init__(self, config: PAnnealConfig, dictionary: Dictionary) -> None:
+    def __init__(self, config: PAnnealConfig, dictionary: LearnedDictionary) -> None:
         super().__init__(config, dictionary)
         self.register_buffer(
             "coefficient", torch.tensor(config.l1_coefficient, dtype=torch.float64)
         )
         self.register_buffer("sums", torch.zeros(2, dtype=torch.float64))
 
-    def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
+    def loss(
+        self, dictionary: LearnedDictionary, x: Tensor, target: Tensor, facts: StepFacts
+    ) -> Loss:
         latents = dictionary.pre_act(x).relu()
-        error = target - dictionary.decode(latents, x, moment.world)
+        error = target - dictionary.decode(latents, x)
         reconstruction = squared_error(error)
-        power = power_sum(latents, self.p_after(self.updates(moment.step, moment.steps)))
-        power = moment.world.add_up(power)
-        penalty = self.coefficient.to(x.dtype) * moment.sparsity * power
+        power = power_sum(latents, self.p_after(self.updates(facts.step, facts.steps)))
+        power = dictionary.total(power)
+        penalty = self.coefficient.to(x.dtype) * facts.sparsity * power
         terms = {"reconstruction": reconstruction.detach(), "sparsity": penalty.detach()}
         return Loss(reconstruction + penalty, terms, error.detach(), latents.detach())
 
@@ -159,22 +173,22 @@ class PAnneal(Objective[PAnnealConfig]):
         """p when it has fallen that many times."""
         return 1 + (self.config.p_end - 1) * updates / self.config.n_updates
 
-    def after_step(self, dictionary: Dictionary, loss: Loss, moment: Moment) -> None:
+    def after_step(self, dictionary: LearnedDictionary, loss: Loss, facts: StepFacts) -> None:
         """In the last batches before a change of p: measure it; then rescale the coefficient."""
-        now = self.updates(moment.step, moment.steps)
-        soon = self.updates(moment.step + self.config.memory, moment.steps)
+        now = self.updates(facts.step, facts.steps)
+        soon = self.updates(facts.step + self.config.memory, facts.steps)
         if soon == now:
             return
         assert isinstance(loss.latents, Tensor)
         for index, updates in enumerate((now, now + 1)):
             power = power_sum(loss.latents, self.p_after(updates))
-            self.sums[index] += moment.world.add_up(moment.mean(power))
-        if self.updates(moment.step + 1, moment.steps) > now:
+            self.sums[index] += dictionary.total(dictionary.mean(power, facts.n_tokens))
+        if self.updates(facts.step + 1, facts.steps) > now:
             known = self.sums[1] > 0
             self.coefficient *= torch.where(known, self.sums[0] / self.sums[1], 1.0)
             self.sums.zero_()
 
-    def activation(self, dictionary: Dictionary) -> nn.Module:
+    def activation(self, dictionary: LearnedDictionary) -> nn.Module:
         return nn.ReLU()
 
 

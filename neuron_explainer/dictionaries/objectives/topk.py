@@ -16,20 +16,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from neuron_explainer.dictionaries.dictionary import DecoderNorm, Dictionary
-from neuron_explainer.dictionaries.distributed import World
+from neuron_explainer.dictionaries.dictionary import DecoderNorm, LearnedDictionary
 from neuron_explainer.dictionaries.objectives.base import (
     Loss,
-    Moment,
     Objective,
     ObjectiveConfig,
     SparseLatents,
+    StepFacts,
     register,
     squared_error,
 )
 from neuron_explainer.dictionaries.schedules import annealed_k
 from neuron_explainer.errors import InputError
 from neuron_explainer.kernels.top_k_step import decode_rows, encode_top_k
+from neuron_explainer.kernels.workspace import Workspace
 from neuron_explainer.models.autoencoders.nonlinearities import TopK as TopKActivation
 
 
@@ -49,6 +49,7 @@ class AuxKConfig(ObjectiveConfig):
     """Latents that are active at step 0 if the number is annealed; the width if not given."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.k < 1:
             raise InputError(f"k must be at least 1, found {self.k}.")
         if self.aux_k is not None and self.aux_k < 1:
@@ -87,7 +88,7 @@ class TopKConfig(AuxKConfig):
             raise InputError(f"multi_k must be more than k = {self.k}, found {self.multi_k}.")
 
 
-def check_k(config: AuxKConfig, dictionary: Dictionary, largest: int) -> None:
+def check_k(config: AuxKConfig, dictionary: LearnedDictionary, largest: int) -> None:
     """An error if more latents are to be active than there are."""
     there_are = dictionary.n_latents_everywhere
     if largest > there_are:
@@ -97,7 +98,7 @@ def check_k(config: AuxKConfig, dictionary: Dictionary, largest: int) -> None:
         )
 
 
-def k_at(config: AuxKConfig, dictionary: Dictionary, step: int) -> int:
+def k_at(config: AuxKConfig, dictionary: LearnedDictionary, step: int) -> int:
     """Number of active latents a token at a step."""
     most = min(dictionary.n_inputs, dictionary.n_latents_everywhere)
     start = config.k_start or max(config.k, most)
@@ -105,18 +106,22 @@ def k_at(config: AuxKConfig, dictionary: Dictionary, step: int) -> int:
 
 
 def aux_k_loss(
-    config: AuxKConfig, dictionary: Dictionary, x: Tensor, error: Tensor, moment: Moment
+    config: AuxKConfig, dictionary: LearnedDictionary, x: Tensor, error: Tensor, facts: StepFacts
 ) -> Tensor | None:
     """``[]``: how badly the best of the dead latents explain ``error`` ``[b, o]``; None if none is dead.
 
     The error is taken as it is, without gradient: live latents are not to leave work for dead ones.
     """
-    if not config.aux_coefficient or not (n_dead := moment.world.count(len(moment.dead))):
+    if not config.aux_coefficient or not (
+        n_dead := int(dictionary.total(torch.tensor(len(facts.dead))))
+    ):
         return None
     k = min(config.aux_k or max(1, dictionary.n_outputs // 2), n_dead)
-    values, indices = largest(dictionary, x, k, moment.world, moment.dead).of(k)
-    explained = moment.world.add_up(decode_rows(values, indices, dictionary.rows))
-    deviation = moment.mean(squared_error(error - moment.mean(error.mean(0))))
+    values, indices = largest(dictionary, x, k, facts.dead, facts.workspace).of(k)
+    explained = decode_rows(values, indices, dictionary.rows, workspace=facts.workspace)
+    explained = dictionary.total(explained)
+    mean = dictionary.mean(error.mean(0), facts.n_tokens)
+    deviation = dictionary.mean(squared_error(error - mean), facts.n_tokens)
     share = squared_error(error - explained) / torch.where(deviation > 0, deviation, 1.0)
     return torch.where(deviation > 0, share, 0.0)  # nothing to explain is not infinitely hard
 
@@ -129,21 +134,26 @@ class Largest(NamedTuple):
 
     values: Tensor
     indices: Tensor
-    standing: Tensor | None
-    """``[b, k]``: how many latents of all processes are larger; None: as many as stand before."""
+    rank: Tensor | None
+    """``[b, k]``: rank of each value among all processes, from 0; None on one process, where the column
+    index is the rank."""
 
     def of(self, k: int) -> tuple[Tensor, Tensor]:
         """Values and indices of the ``k`` largest only."""
-        if self.standing is None:
+        if self.rank is None:
             return self.values[:, :k], self.indices[:, :k]
-        among = self.standing < k
+        among = self.rank < k
         most = max(1, int(among.sum(1).max()))  # of a token; what comes after is nobody's
         values = torch.where(among, self.values, 0.0)
         return values[:, :most], self.indices[:, :most]
 
 
 def largest(
-    dictionary: Dictionary, x: Tensor, k: int, world: World, latents: Tensor | None = None
+    dictionary: LearnedDictionary,
+    x: Tensor,
+    k: int,
+    latents: Tensor | None = None,
+    workspace: Workspace | None = None,
 ) -> Largest:
     """The ``k`` largest of all latents, or of those ``[c]`` that are given."""
     d, k_here = dictionary, min(k, dictionary.n_latents if latents is None else len(latents))
@@ -152,10 +162,16 @@ def largest(
         indices = torch.zeros_like(values, dtype=torch.int64)
     else:
         values, indices = encode_top_k(
-            x, d.encoder, d.latent_bias, k_here, pre_bias=d.pre_bias, latents=latents
+            x,
+            d.encoder,
+            d.latent_bias,
+            k_here,
+            pre_bias=d.pre_bias,
+            latents=latents,
+            workspace=workspace,
         )
-    standing = world.standing(values, k) if world.splits_latents else None
-    return Largest(values.relu(), indices, standing)
+    rank = d.world.global_rank(values, k) if d.world.splits_latents else None
+    return Largest(values.relu(), indices, rank)
 
 
 @register("topk", TopKConfig)
@@ -164,31 +180,35 @@ class TopK(Objective[TopKConfig]):
 
     splits_latents = True
 
-    def __init__(self, config: TopKConfig, dictionary: Dictionary) -> None:
+    def __init__(self, config: TopKConfig, dictionary: LearnedDictionary) -> None:
         super().__init__(config, dictionary)
         check_k(config, dictionary, max(config.multi_k or 0, k_at(config, dictionary, 0)))
 
-    def loss(self, dictionary: Dictionary, x: Tensor, target: Tensor, moment: Moment) -> Loss:
+    def loss(
+        self, dictionary: LearnedDictionary, x: Tensor, target: Tensor, facts: StepFacts
+    ) -> Loss:
         config = self.config
-        k = k_at(config, dictionary, moment.step)
+        k = k_at(config, dictionary, facts.step)
         # One search for both numbers: values come in descending order.
-        every = largest(dictionary, x, max(k, config.multi_k or 0), moment.world)
+        every = largest(dictionary, x, max(k, config.multi_k or 0), workspace=facts.workspace)
         values, indices = every.of(k)
-        recons = decode_rows(values, indices, dictionary.rows)
-        error = target - dictionary.join(recons, x, moment.world)
+        recons = decode_rows(values, indices, dictionary.rows, workspace=facts.workspace)
+        error = target - dictionary.complete(recons, x)
         total = reconstruction = squared_error(error) / dictionary.variance
         terms = {"reconstruction": reconstruction.detach()}
         if config.multi_k is not None:
-            more = decode_rows(*every.of(config.multi_k), dictionary.rows)
-            more = dictionary.join(more, x, moment.world)
+            more = decode_rows(
+                *every.of(config.multi_k), dictionary.rows, workspace=facts.workspace
+            )
+            more = dictionary.complete(more, x)
             multi = squared_error(target - more) / dictionary.variance
             total = total + config.multi_coefficient * multi
             terms["multi"] = multi.detach()
-        aux = aux_k_loss(config, dictionary, x, error.detach(), moment)
+        aux = aux_k_loss(config, dictionary, x, error.detach(), facts)
         if aux is not None:
             total = total + config.aux_coefficient * aux
             terms["aux"] = aux.detach()
         return Loss(total, terms, error.detach(), SparseLatents(values.detach(), indices))
 
-    def activation(self, dictionary: Dictionary) -> nn.Module:
+    def activation(self, dictionary: LearnedDictionary) -> nn.Module:
         return TopKActivation(self.config.k)

@@ -1,11 +1,11 @@
 """Everything that decides a dictionary of sparse coding, next to the activations."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.autoencoders.fista import MAX_ITERATIONS, TOLERANCE, check_settings
+from neuron_explainer.settings.fields import check_types
 
 
 @dataclass(frozen=True)
@@ -45,32 +45,18 @@ class SparseCodingConfig:
     """Checkpoints that stay; older ones are deleted."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_settings(self.penalty, self.max_iterations, self.tolerance)
         for name in _COUNTS:
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise InputError(
-                    f"SparseCodingConfig: {name} must be a whole number >= 1, found {value!r}."
-                )
-        if type(self.seed) is not int or not 0 <= self.seed < 2**31:
-            raise InputError(
-                f"SparseCodingConfig: seed must lie in 0 to 2**31 - 1, found {self.seed!r}."
-            )
+            self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("step_size", "hessian_floor"):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not 0 < value < math.inf:
-                raise InputError(
-                    f"SparseCodingConfig: {name} must be a number > 0, found {value!r}."
-                )
-        if self.solver not in ("fista", "ista"):
+            self._check(name, getattr(self, name) > 0, "above 0")
+        self._check("seed", 0 <= self.seed < 2**31, "in 0 to 2**31 - 1")
+
+    def _check(self, name: str, right: bool, expected: str) -> None:
+        if not right:
             raise InputError(
-                f"SparseCodingConfig: solver must be 'fista' or 'ista', found {self.solver!r}."
-            )
-        if type(self.across_layers) is not bool:
-            raise InputError(
-                "SparseCodingConfig: across_layers must be True or False, found "
-                f"{self.across_layers!r}."
+                f"SparseCodingConfig: {name} must be {expected}, found {getattr(self, name)}."
             )
 
 

@@ -78,49 +78,6 @@ def _check(activations: dict[Place, Tensor], tokens: Tensor | None) -> None:
         )
 
 
-class BatchStream:
-    """The batches of all epochs one after another, and the place reached in them.
-
-    An :class:`ActivationSource` is asked for the next batch by its number. Any other iterable is
-    started again and what had been used is passed over, so it must give the same batches every time.
-    """
-
-    def __init__(
-        self,
-        source: Iterable[Any] | ActivationSource,
-        epochs: int,
-        epoch: int = 0,
-        batch: int = 0,
-    ) -> None:
-        self.source, self.epochs = source, epochs
-        self.epoch, self.batch = epoch, batch
-
-    def __iter__(self) -> Iterator[Batch]:
-        while self.epoch < self.epochs:
-            for raw in self._rest_of_epoch():
-                self.batch += 1
-                yield read_batch(raw)
-            if not self.batch:
-                raise InputError(
-                    f"sparse coding: there are no batches in epoch {self.epoch}. A generator can be "
-                    "read once: give a list, or an object whose iter() starts again."
-                )
-            self.epoch, self.batch = self.epoch + 1, 0
-
-    def _rest_of_epoch(self) -> Iterator[Any]:
-        if not isinstance(self.source, Iterable):
-            chunk = self.source.chunk
-            return iter(lambda: chunk(self.batch), None)
-        batches = iter(self.source)
-        for passed in range(self.batch):
-            if next(batches, None) is None:
-                raise InputError(
-                    f"sparse coding: the checkpoint is at batch {self.batch} of epoch {self.epoch}, "
-                    f"but there are {passed} batches. Give those of the first run."
-                )
-        return batches
-
-
 def describe_source(source: Iterable[Any] | ActivationSource) -> dict[str, Any]:
     """What a source says of the batches that it gives, as JSON has it."""
     described = {} if isinstance(source, Iterable) else source.describe()

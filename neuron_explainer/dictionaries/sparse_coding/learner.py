@@ -17,7 +17,8 @@ from neuron_explainer.dictionaries.sparse_coding.dictionary_update import (
     updated_dictionary,
 )
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.models.autoencoders.fista import Fista, fista, ista
+from neuron_explainer.models.autoencoders.fista import fista, ista
+from neuron_explainer.models.autoencoders.nonlinearities import Fista
 from neuron_explainer.models.locations import ActivationLocation
 
 _SOLVERS = {"fista": fista, "ista": ista}

@@ -16,32 +16,28 @@ linear superposition of transformer factors".
 
 import hashlib
 from collections.abc import Iterable
-from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 from torch import Tensor
-from tqdm import tqdm
 
 from neuron_explainer.activations.chunks import ActivationSource
-from neuron_explainer.dictionaries.logs import JsonLines
-from neuron_explainer.dictionaries.run_folder import RunFolder
+from neuron_explainer.dictionaries.batches import BatchSource, ChunkBatches
+from neuron_explainer.dictionaries.loop import Loop, Plan
+from neuron_explainer.dictionaries.runs import SINGLE_NAME
 from neuron_explainer.dictionaries.sparse_coding.config import SparseCodingConfig
 from neuron_explainer.dictionaries.sparse_coding.data import (
-    Batch,
-    BatchStream,
     LocatedBatch,
     Place,
     PlainBatch,
     describe_source,
     group_locations,
+    read_batch,
     shuffled_parts,
 )
 from neuron_explainer.dictionaries.sparse_coding.learner import DictionaryLearner
-from neuron_explainer.dictionaries.train import ONLY, result_folder
 from neuron_explainer.errors import InputError
-from neuron_explainer.kernels.denormals import flush_denormals
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.locations import ActivationLocation
 
@@ -91,41 +87,38 @@ def train_sparse_coding(
             ``[r]``. They are gone through ``config.epochs`` times, in the same order each time; pads
             must not be among them.
         folder: for config, log, checkpoints and results, as
-            :mod:`~neuron_explainer.dictionaries.run_folder` has them. An unfinished run with the
+            :mod:`~neuron_explainer.dictionaries.runs` has them. An unfinished run with the
             same settings goes on, and a finished one if ``config.epochs`` was raised. None: nothing is kept.
         token_counts: how often each token id stands in the training set, ``[v]``
             (:func:`~neuron_explainer.dictionaries.sparse_coding.frequency.count_tokens`); rows are
             weighted by its inverse root. None: all rows weigh the same.
         model_name: recorded with the results.
-        progress: show a bar, where there is a terminal, with ``snr``, smallest and largest mean
-            latent (``l1``) and ``l0`` of the first dictionary.
+        progress: whether to show a progress bar.
 
     Returns:
         The dictionary as an autoencoder; by location, where batches have locations. The key of a
         dictionary of several layers is their location without a layer.
     """
-    run = _Run(config, describe_source(batches), token_counts, model_name)
-    with flush_denormals():
-        if folder is None:
-            run.to_end(batches, None, progress)
-            found = run.autoencoders()
-        else:
-            place = RunFolder(folder, run.settings(), config.keep_checkpoints, extensible=True)
-            with place.open():
-                if (state := place.load_checkpoint()) is not None:
-                    run.load(state)
-                place.begin()
-                run.to_end(batches, place, progress)
-                found = run.autoencoders()
-                for name, autoencoder in found.items():
-                    target = result_folder(folder, ONLY if name is None else str(name))
-                    autoencoder.save(target, overwrite=True)
-                place.finish(run.batches, run.statistics())
-    return found.get(None, found)
+    learner = SparseCoding(config, describe_source(batches), token_counts, model_name)
+    plan = Plan(
+        config.log_every, config.checkpoint_every, config.keep_checkpoints, passes=config.epochs
+    )
+    read = batches if isinstance(batches, Iterable) else ChunkBatches(batches)
+    found = Loop(learner, read, plan).run(folder, progress=progress)
+    if SINGLE_NAME in found:
+        return found[SINGLE_NAME]
+    return {_place(name): autoencoder for name, autoencoder in found.items()}
 
 
-class _Run:
-    """All dictionaries of a run and the place reached."""
+class Coded(NamedTuple):
+    """What one batch was."""
+
+    n_tokens: int
+    """Its rows."""
+
+
+class SparseCoding:
+    """All dictionaries of a run: the learner that the loop drives."""
 
     def __init__(
         self,
@@ -138,13 +131,23 @@ class _Run:
         self.token_counts, self.model_name = token_counts, model_name
         self.groups: dict[Place, list[Place]] = {}
         self.learners: dict[Place, DictionaryLearner] = {}
-        self.batches = 0
-        self.place: tuple[int, int] = (0, 0)
-        """Epoch, and batches of it that have been learned from."""
 
-    def learn(self, batch: Batch) -> None:
-        """Take every dictionary through a batch."""
-        groups = group_locations(batch, self.config.across_layers)
+    def settings(self) -> dict[str, Any]:
+        """What ``config.json`` records."""
+        return {
+            "method": "sparse coding",
+            "config": asdict(self.config),
+            "source": self.source,
+            "token_counts": _digest(self.token_counts),
+        }
+
+    def begin(self, source: BatchSource) -> None:
+        """Nothing: dictionaries are made for the first batch."""
+
+    def learn(self, batch: Any, step: int) -> Coded:
+        """Take every dictionary through one batch."""
+        read = read_batch(batch)
+        groups = group_locations(read, self.config.across_layers)
         if not self.groups:
             self.groups = groups
         elif groups != self.groups:
@@ -153,13 +156,13 @@ class _Run:
                 f"{_names(groups)} after {_names(self.groups)}."
             )
         for place, members in groups.items():
-            parts = shuffled_parts(batch, members, self.config, self.batches, self.token_counts)
+            parts = shuffled_parts(read, members, self.config, step, self.token_counts)
             for x, weights in parts:
                 self._learner(place, x).learn(x, weights)
-        self.batches += 1
+        return Coded(sum(len(x) for x in read.activations.values()))
 
     def _learner(self, place: Place, x: Tensor) -> DictionaryLearner:
-        """Of a place; made, or brought to the device of the rows, at the first of them."""
+        """The learner of a dictionary: made at its first rows, and moved to the device of the rows."""
         learner = self.learners.get(place)
         if learner is None:
             learner = DictionaryLearner(self.config, x.shape[1], x)
@@ -174,49 +177,23 @@ class _Run:
             )
         return learner
 
-    def to_end(
-        self, batches: Iterable[Any] | ActivationSource, place: RunFolder | None, progress: bool
-    ) -> None:
-        """Learn from all batches that are left."""
-        c, stream = self.config, BatchStream(batches, self.config.epochs, *self.place)
-        lines = None if place is None else JsonLines(place.path / "log.jsonl", self.batches)
-        saved = self.batches
-        with (
-            tqdm(initial=self.batches, unit="batch", disable=None if progress else True) as bar,
-            nullcontext() if lines is None else closing(lines),
-        ):
-            for batch in stream:
-                # Before a batch and not after one: at the last there is another checkpoint.
-                if self.batches % c.checkpoint_every == 0 and self.batches > saved:
-                    self._save(place, lines)
-                    saved = self.batches
-                self.learn(batch)
-                self.place = stream.epoch, stream.batch
-                bar.update()
-                if self.batches % c.log_every == 0:
-                    statistics = self.statistics()
-                    bar.set_postfix_str(_postfix(next(iter(statistics.values()), {})))
-                    if lines is not None:
-                        lines.write(self.batches, {"epoch": stream.epoch}, statistics)
-            if not self.learners:
-                raise InputError("sparse coding: there are no rows of activations in any batch.")
-            self.place = stream.epoch, stream.batch
-            if self.batches > saved:
-                self._save(place, lines)
+    def metrics(self, result: Coded, step: int, tokens: int) -> dict[str, dict[str, float]]:
+        """The statistics of every dictionary, by name."""
+        return self._statistics()
 
-    def _save(self, place: RunFolder | None, lines: JsonLines | None) -> None:
-        if place is not None and lines is not None:
-            lines.sync()
-            place.save_checkpoint(self.batches, self.state())
+    def outcome(self) -> dict[str, Any]:
+        """The statistics at the end."""
+        return {"metrics": self._statistics()}
 
-    def statistics(self) -> dict[str, dict[str, float]]:
-        """Of every dictionary, by name."""
+    def _statistics(self) -> dict[str, dict[str, float]]:
         return {_name(place): learner.statistics() for place, learner in self.learners.items()}
 
-    def autoencoders(self) -> dict[Place, Autoencoder]:
-        """The dictionaries as they are now."""
+    def finish(self) -> dict[str, Autoencoder]:
+        """The dictionaries as autoencoders, by name."""
+        if not self.learners:
+            raise InputError("sparse coding: there are no rows of activations in any batch.")
         return {
-            place: learner.autoencoder(
+            SINGLE_NAME if place is None else str(place): learner.autoencoder(
                 place,
                 self.model_name,
                 {
@@ -228,40 +205,21 @@ class _Run:
             for place, learner in self.learners.items()
         }
 
-    def settings(self) -> dict[str, Any]:
-        """What the run was given."""
-        return {
-            "method": "sparse coding",
-            "config": asdict(self.config),
-            "source": self.source,
-            "token_counts": _digest(self.token_counts),
-        }
-
     def state(self) -> dict[str, Any]:
-        """All that :meth:`load` needs: tensors and plain values."""
+        """All that :meth:`resume` needs: tensors and plain values."""
         return {
-            "batches": self.batches,
-            "place": list(self.place),
             "groups": [[_text(m) for m in (name, *group)] for name, group in self.groups.items()],
             "learners": [learner.tensors() for learner in self.learners.values()],
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a :meth:`state`."""
-        epoch, batch = self.place = tuple(state["place"])
-        if (epoch, batch) > (self.config.epochs, 0):
-            raise InputError(
-                f"sparse coding: the run is in epoch {epoch} (from 0), beyond the "
-                f"{self.config.epochs} asked for now. Raise epochs, or give another folder."
-            )
-        self.batches = state["batches"]
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continue from a :meth:`state`."""
         for texts, tensors in zip(state["groups"], state["learners"], strict=True):
             name, *members = (_place(text) for text in texts)
             self.groups[name] = members
-            learner = DictionaryLearner.from_tensors(
+            self.learners[name] = DictionaryLearner.from_tensors(
                 self.config, tensors, tensors["dictionary"].device
             )
-            self.learners[name] = learner
 
 
 def _text(place: Place) -> str | None:
@@ -284,8 +242,3 @@ def _digest(counts: Tensor | None) -> str | None:
     if counts is None:
         return None
     return hashlib.sha256(counts.cpu().contiguous().numpy().tobytes()).hexdigest()
-
-
-def _postfix(found: dict[str, float]) -> str:
-    short = {"snr": "snr", "act_l1_min": "min l1", "act_l1_max": "max l1", "l0": "l0"}
-    return " ".join(f"{text}={found[name]:.3g}" for name, text in short.items() if name in found)

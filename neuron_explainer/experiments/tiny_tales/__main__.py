@@ -2,13 +2,16 @@
 
 import argparse
 import datetime
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from neuron_explainer.activations import TokenWindows
 from neuron_explainer.errors import NeuronExplainerError
+from neuron_explainer.evaluation import evaluate_all, evaluation_table
 from neuron_explainer.experiments.tiny_tales import (
     autoencoder_training,
     evaluation,
@@ -17,10 +20,11 @@ from neuron_explainer.experiments.tiny_tales import (
 )
 from neuron_explainer.experiments.tiny_tales.data import (
     HELD_OUT_BOOKS,
-    TrainingWindows,
+    ModelBatches,
     read_corpus,
-    token_stream,
+    token_corpus,
 )
+from neuron_explainer.experiments.tiny_tales.evaluation import WINDOWS_PER_BATCH
 from neuron_explainer.experiments.tiny_tales.model_training import ModelTrainer, ModelTrainingConfig
 from neuron_explainer.experiments.tiny_tales.tokenizer import (
     TOKENIZER_FILE,
@@ -39,7 +43,7 @@ AUTOENCODERS = "autoencoders"
 
 
 def model_config(n_vocab: int) -> TransformerConfig:
-    """2.6 million parameters: GPT-2's architecture at a size that two CPU cores can train."""
+    """GPT-2's architecture at a size that two CPU cores can train: 2.6 million parameters."""
     return TransformerConfig(
         enc=MODEL_NAME, ctx_window=256, d_model=192, n_layers=4, n_heads=6, n_vocab=n_vocab
     )
@@ -52,57 +56,53 @@ def run_tokenizer(args: argparse.Namespace) -> None:
 
 
 def run_train(args: argparse.Namespace) -> None:
-    """Train the model, from the run's checkpoint where there is one, and store it in float16."""
+    """Train the model, from the run's newest checkpoint if there is one, and save it in float16."""
     config = ModelTrainingConfig(steps=args.steps, decay_steps=args.decay_steps, seed=args.seed)
     enc = load_tokenizer(args.run / TOKENIZER_FILE)
     model = Transformer(
-        model_config(enc.n_vocab),
+        args.model_config(enc.n_vocab),
         seed=config.seed,
         tokenizer=tokenizer_spec(args.run / TOKENIZER_FILE),
     )
-    windows = TrainingWindows(
-        token_stream(read_corpus(args.corpus).training, enc),
-        model.cfg.ctx_window,
-        config.batch_size,
-        config.seed,
-        enc.eot_token,
-        config.bos_share,
-    )
-    model_training.train(ModelTrainer(model, config), windows, args.run)
-    tokens = config.steps * config.batch_size * model.cfg.ctx_window
+    ctx, size = model.cfg.ctx_window, config.batch_size
+    corpus = token_corpus(read_corpus(args.corpus).training, enc)
+    batches = ModelBatches(corpus, ctx, size, config.seed, enc.eot_token)
+    tokens = config.steps * size * ctx
     model.metadata = {
         "training": {
             **_data_record(),
             **asdict(config),
             "optimiser": "Muon for hidden matrices, AdamW for the rest; bfloat16 autocast",
             "tokens": tokens,
-            "epochs": round(tokens / len(windows.stream), 2),
+            "epochs": round(tokens / corpus.n_tokens, 2),
         }
     }
-    model.half().save(args.run / MODEL_NAME)
+    trainer = ModelTrainer(model, config, args.run / MODEL_NAME)
+    model_training.train(trainer, batches, args.run / "training.model")
 
 
 def run_autoencoders(args: argparse.Namespace) -> None:
-    """Train autoencoders on the stored model, and store them in float16."""
+    """Train autoencoders on the stored model, and save them in float16."""
     context = StandardModelContext(str(args.run / MODEL_NAME), device=torch.device("cpu"))
-    enc = context.get_encoding()
-    windows = TrainingWindows(
-        token_stream(read_corpus(args.corpus).training, enc),
-        context.n_context,
-        autoencoder_training.WINDOWS_PER_FORWARD,
-        args.seed,
-        enc.eot_token,
-    )
+    books = token_corpus(read_corpus(args.corpus).training, context.get_encoding())
     configs = {
         str(place): autoencoder_training.train_config(
-            place, autoencoder_training.size_of(place), args.steps, args.decay_steps, args.seed
+            place,
+            autoencoder_training.size_of(place),
+            args.steps,
+            args.decay_steps,
+            args.seed,
+            args.batch_size,
         )
         for place in autoencoder_training.places(context, args.locations)
     }
+    source = autoencoder_training.activations_of_books(context, books, list(configs), args.seed)
     name = "+".join(sorted(args.locations)).replace("/", "-")
-    found = autoencoder_training.train(context, windows, configs, args.run / f"training.{name}")
-    found = autoencoder_training.without_rare(context, windows, found, n_batches=100)
-    autoencoder_training.record_statistics(context, windows, found, n_batches=25)
+    found = autoencoder_training.train(
+        source, configs, args.run / f"training.{name}", 256 * args.batch_size
+    )
+    found = autoencoder_training.without_rare(source, found, n_chunks=100)
+    autoencoder_training.record_statistics(source, found, n_chunks=25)
     for name, autoencoder in found.items():
         training = autoencoder_training.training_record(configs[name], HELD_OUT_BOOKS)
         autoencoder.metadata = {"training": training}
@@ -114,14 +114,14 @@ def run_autoencoders(args: argparse.Namespace) -> None:
 def run_evaluate(args: argparse.Namespace) -> None:
     """Measure a stored model and its autoencoders, and write the figures into their configs."""
     books = read_corpus(args.corpus).held_out
-    model = Transformer.load(args.model, device="cpu", dtype=torch.float32)
+    context, model = _opened(args.model)
     if not args.autoencoders_only:
-        model_figures = evaluation.measure_model(model, books, model.enc)
+        figures = evaluation.measure_model(model, books, model.enc)
         print(
-            f"bits per byte {model_figures.bits_per_byte:.4f} "
-            f"({model_figures.bits_per_byte_side_by_side:.4f} in windows side by side)"
+            f"bits per byte {figures.bits_per_byte:.4f} "
+            f"({figures.bits_per_byte_side_by_side:.4f} in windows side by side)"
         )
-        evaluation.record(args.model, held_out=_figures_record(model_figures))
+        _record_figures(args.model, asdict(figures))
     if args.model_only:
         return
     wanted = {
@@ -130,30 +130,27 @@ def run_evaluate(args: argparse.Namespace) -> None:
         for place in location.expand(model.cfg.n_layers)
     }
     stored = {
-        location: found
+        str(location): found
         for location, found in evaluation.load_autoencoders(args.model / AUTOENCODERS).items()
         if location in wanted
     }
-    ctx = model.cfg.ctx_window
-    figures = evaluation.measure_autoencoders(
-        model,
-        {location: autoencoder for location, (_, autoencoder) in stored.items()},
-        evaluation.held_out_windows(books, model.enc, ctx, ctx),
+    found = evaluate_all(
+        context,
+        {name: autoencoder for name, (_, autoencoder) in stored.items()},
+        _held_out_windows(books, model),
+        ce_every=4,
     )
-    for location, (folder, _) in stored.items():
-        evaluation.record(folder, held_out=_figures_record(figures[location]))
-    print(evaluation.table(figures))
+    for name, (folder, _) in stored.items():
+        _record_figures(folder, evaluation.held_out_figures(found[name]))
+    print(evaluation_table(found))
 
 
 def run_reach(args: argparse.Namespace) -> None:
-    """How much of the stored autoencoders' error is their encoders', on a sample of held-out text."""
-    model = Transformer.load(args.model, device="cpu", dtype=torch.float32)
-    enc, ctx = model.enc, model.cfg.ctx_window
-    windows = evaluation.held_out_windows(read_corpus(args.corpus).held_out, enc, ctx, ctx)
-    step = max(1, len(windows) // args.windows)
-    tokens = torch.stack(
-        [torch.from_numpy(w.tokens[:-1]) for w in windows[::step] if len(w.tokens) == ctx + 1]
-    )
+    """Measure how much of the stored autoencoders' error is their encoders', on some held-out text."""
+    _, model = _opened(args.model)
+    windows = _held_out_windows(read_corpus(args.corpus).held_out, model)
+    rows = torch.cat([batch.tokens for batch in windows if batch.pad is None])
+    tokens = rows[:: max(1, windows.n_windows // args.windows)]
     found = {}
     for location, (_, autoencoder) in evaluation.load_autoencoders(
         args.model / AUTOENCODERS
@@ -166,6 +163,18 @@ def run_reach(args: argparse.Namespace) -> None:
     print(reach.table(found))
 
 
+def _opened(folder: Path) -> tuple[StandardModelContext, Transformer]:
+    """The stored model, in float32."""
+    context = StandardModelContext(str(folder), device=torch.device("cpu"), dtype=torch.float32)
+    return context, context.get_or_create_model()
+
+
+def _held_out_windows(books: Mapping[str, str], model: Transformer) -> TokenWindows:
+    """The held-out books in windows side by side, in their order."""
+    corpus = token_corpus(books, model.enc)
+    return TokenWindows(corpus, model.cfg.ctx_window, WINDOWS_PER_BATCH, seed=None)
+
+
 def _data_record() -> dict[str, Any]:
     return {
         "data": "35 public-domain books in English",
@@ -174,14 +183,10 @@ def _data_record() -> dict[str, Any]:
     }
 
 
-def _figures_record(
-    figures: evaluation.ModelFigures | evaluation.AutoencoderFigures,
-) -> dict[str, Any]:
-    return {
-        **evaluation.rounded(figures),
-        "books": list(HELD_OUT_BOOKS),
-        "date": datetime.date.today().isoformat(),
-    }
+def _record_figures(folder: Path, figures: Mapping[str, float]) -> None:
+    books, date = list(HELD_OUT_BOOKS), datetime.date.today().isoformat()
+    held_out = {**evaluation.rounded(figures), "books": books, "date": date}
+    evaluation.record(folder, held_out=held_out)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -202,20 +207,30 @@ def parser() -> argparse.ArgumentParser:
     ) -> argparse.ArgumentParser:
         sub = command(name, run)
         _add_run(sub)
-        sub.add_argument("--steps", type=int, default=steps, help="in all (default: %(default)s)")
+        sub.add_argument(
+            "--steps", type=int, default=steps, help="steps in all (default: %(default)s)"
+        )
         sub.add_argument(
             "--decay-steps",
             type=int,
             default=decay_steps,
-            help="last steps, over which the learning rate falls to zero (default: %(default)s)",
+            help="the learning rate falls to zero over the last so many steps (default: %(default)s)",
         )
-        sub.add_argument("--seed", type=int, default=seed, help="(default: %(default)s)")
+        sub.add_argument(
+            "--seed", type=int, default=seed, help="random seed (default: %(default)s)"
+        )
         return sub
 
     _add_run(command("tokenizer", run_tokenizer))
     training_command("train", run_train, steps=3800, decay_steps=1000, seed=0)
     autoencoders = training_command(
         "autoencoders", run_autoencoders, steps=8000, decay_steps=3200, seed=1
+    )
+    autoencoders.add_argument(
+        "--batch-size",
+        type=int,
+        default=autoencoder_training.BATCH,
+        help="activations per step (default: %(default)s)",
     )
     _add_locations(autoencoders)
     evaluate = command("evaluate", run_evaluate)
@@ -224,7 +239,7 @@ def parser() -> argparse.ArgumentParser:
     of_codes = command("reach", run_reach)
     of_codes.add_argument("--model", type=Path, required=True, help="folder of the stored model")
     of_codes.add_argument(
-        "--windows", type=int, default=16, help="to measure on (default: %(default)s)"
+        "--windows", type=int, default=16, help="windows to measure on (default: %(default)s)"
     )
     part = evaluate.add_mutually_exclusive_group()
     part.add_argument("--model-only", action="store_true", help="leave the autoencoders out")
@@ -234,7 +249,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_run(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--run", type=Path, required=True, help="folder for checkpoints and results of this run"
+        "--run", type=Path, required=True, help="folder for the checkpoints and results of this run"
     )
 
 
@@ -243,14 +258,20 @@ def _add_locations(sub: argparse.ArgumentParser) -> None:
         "--locations",
         nargs="+",
         default=autoencoder_training.PATHS,
-        help="some only, such as mlp.post_act or 0/mlp.post_act: locations may have trainings of "
-        "their own, and share the work out among processes (default: all)",
+        help="only these, such as mlp.post_act or 0/mlp.post_act; each process can train some of them "
+        "(default: all)",
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run one command; what a user can mend is said in one line."""
-    args = parser().parse_args(argv)
+def main(
+    argv: list[str] | None = None,
+    model_config: Callable[[int], TransformerConfig] = model_config,
+) -> None:
+    """Run one command; an error that the user can correct is printed in one line.
+
+    ``model_config`` gives the model's sizes from the size of its vocabulary.
+    """
+    args = parser().parse_args(argv, argparse.Namespace(model_config=model_config))
     try:
         args.run_command(args)
     except NeuronExplainerError as error:

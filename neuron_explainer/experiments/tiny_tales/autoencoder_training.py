@@ -1,49 +1,61 @@
 """Trains one TopK autoencoder for every layer and location of the model, with the library's own rooms.
 
-The frozen model runs on windows of the books as activations are needed, once for all dictionaries
-of a process; nothing is stored but checkpoints. Resumable bit for bit.
+The frozen model runs on windows of the books when activations are needed, once for all dictionaries of
+a process; only checkpoints are stored. A run continues from its newest checkpoint, bit for bit.
 """
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from neuron_explainer.activations import ActivationBatch, Harvester, ShuffleBuffer, TokenBatch
+from neuron_explainer.activations import (
+    ActivationBatch,
+    Harvester,
+    LiveSource,
+    ShuffleBuffer,
+    TokenCorpus,
+    TokenWindows,
+)
 from neuron_explainer.dictionaries import TopKConfig, TrainConfig, train_many
-from neuron_explainer.dictionaries.prune import LatentActivity, prune_by
-from neuron_explainer.experiments.tiny_tales.data import TrainingWindows
+from neuron_explainer.dictionaries.prune import prune_by
+from neuron_explainer.dictionaries.runs import Run
+from neuron_explainer.evaluation.latent_activity import LatentActivity
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.locations import ActivationLocation, parse_locations
 from neuron_explainer.models.model_context import ModelContext
+from neuron_explainer.models.weight_names import Dimension
 
 PATHS = ("mlp.post_act", "resid.torso.delta_mlp", "resid.torso.delta_attn")
 BATCH = 1024
-"""Activations a step. Small batches fit better for the same number of tokens: 4,096 left 10 % more
+"""Activations per step. Small batches fit better for the same number of tokens: 4,096 left 10 % more
 variance unexplained after a million tokens."""
 BUFFER = 256 * BATCH
+"""Activations in the shuffled buffer."""
 WINDOWS_PER_FORWARD = 16
 
 
 @dataclass(frozen=True)
 class Size:
-    """Latents to begin with, how many of them may be active for one token, and Adam's settings."""
+    """The size of a dictionary, and Adam's settings."""
 
     n_latents: int
+    """Latents to begin with."""
     k: int
+    """How many of them may be active on one token."""
     lr: float
     beta2: float = 0.99
     rarest: float = 0.0
-    """Latents that are active on no larger share of tokens are left out in the end: too seldom to be looked
-    at or measured."""
+    """Latents that are active on no more than this share of tokens are removed at the end: they are too
+    rare to be looked at or measured."""
 
 
-#: By location, or by path for all layers not named. Sizes keep all assets below 40 MB. The first
-#: layer writes less variety, and latents that it does not need die; the last is the hardest to
-#: explain. Higher rates fit faster and kill more, and so does a second moment that forgets fast.
+#: By location, or by path for all layers that are not named. The sizes keep all assets below 40 MB. The
+#: first layer writes less variety, and latents that it does not need die; the last one is the hardest to
+#: explain. Higher rates fit faster and kill more latents, and so does a second moment that forgets fast.
 SIZES = {
     "mlp.post_act": Size(n_latents=1536, k=32, lr=2e-3),
     "1/mlp.post_act": Size(n_latents=1536, k=32, lr=2e-3, beta2=0.999),
@@ -57,24 +69,29 @@ SIZES = {
 
 
 def size_of(location: ActivationLocation, sizes: Mapping[str, Size] = SIZES) -> Size:
-    """Of the location, or of its path."""
+    """The size for a location: its own, or that of its path."""
     return sizes.get(str(location)) or sizes[location.path]
 
 
 def places(context: ModelContext, locations: Sequence[str]) -> list[ActivationLocation]:
-    """The single locations meant; one without a layer stands for all layers."""
+    """Each location in one layer; a location without a layer stands for all layers."""
     return [p for each in parse_locations(locations) for p in each.expand(context.n_layers)]
 
 
 def train_config(
-    location: ActivationLocation, size: Size, steps: int, decay_steps: int, seed: int
+    location: ActivationLocation,
+    size: Size,
+    steps: int,
+    decay_steps: int,
+    seed: int,
+    batch_size: int = BATCH,
 ) -> TrainConfig:
-    """The recipe; sizes and rates differ from location to location, all else is the same."""
+    """The recipe; only the size differs from location to location."""
     return TrainConfig(
         TopKConfig(k=size.k, aux_k=64),
         n_latents=size.n_latents,
         steps=steps,
-        batch_size=BATCH,
+        batch_size=batch_size,
         lr=size.lr,
         beta2=size.beta2,
         warmup_steps=min(50, steps - decay_steps),
@@ -90,58 +107,39 @@ def train_config(
     )
 
 
-class BookActivations:
-    """Activations of the training windows, by number: a source for :class:`ShuffleBuffer`."""
-
-    def __init__(self, harvester: Harvester, windows: TrainingWindows) -> None:
-        self.harvester, self.windows = harvester, windows
-
-    @property
-    def forward_s(self) -> float:
-        """Seconds spent in the model so far."""
-        return self.harvester.forward_s
-
-    def chunk(self, number: int) -> ActivationBatch:
-        """Of one batch of windows; there is always another."""
-        tokens, _ = self.windows.batch(number)
-        position = torch.arange(tokens.shape[1]).expand_as(tokens)
-        return self.harvester(TokenBatch(tokens, torch.zeros_like(tokens), position))
-
-    def describe(self) -> dict[str, Any]:
-        """What decides the values."""
-        windows = self.windows
-        return {
-            **self.harvester.describe(),
-            "tokens": len(windows.stream),
-            "windows": [windows.ctx_window, windows.batch_size, windows.seed, windows.bos_share],
-        }
-
-
 def train(
-    context: ModelContext,
-    windows: TrainingWindows,
+    source: LiveSource,
     configs: Mapping[str, TrainConfig],
     folder: Path | None,
+    buffer: int = BUFFER,
 ) -> dict[str, Autoencoder]:
-    """Autoencoders by location; goes on from the checkpoint in ``folder`` where there is one."""
-    source = BookActivations(Harvester(context, list(configs), autocast_bf16=True), windows)
-    seed = next(iter(configs.values())).seed
-    with ShuffleBuffer(source, BUFFER, BATCH, seed=seed, prefetch=False) as batches:
+    """Autoencoders by location, from the newest checkpoint in ``folder`` if there is one."""
+    run = None if folder is None else Run.find(folder)
+    if run is not None and run.is_finished:
+        return {name: Autoencoder.load(path) for name, path in run.results.items()}
+    first = next(iter(configs.values()))
+    with ShuffleBuffer(
+        source, buffer, first.batch_size, seed=first.seed, prefetch=False
+    ) as batches:
         return train_many(configs, batches, folder)
 
 
+def activations_of_books(
+    context: ModelContext, books: TokenCorpus, locations: Sequence[str], seed: int
+) -> LiveSource:
+    """Activations of the books, window after window in random order, without end."""
+    size = context.get_dim_size(Dimension.MAX_CONTEXT_LENGTH)
+    windows = TokenWindows(books, size, WINDOWS_PER_FORWARD, seed=seed, epochs=None)
+    return LiveSource(Harvester(context, locations, autocast_bf16=True), windows)
+
+
 def without_rare(
-    context: ModelContext,
-    windows: TrainingWindows,
-    autoencoders: Mapping[str, Autoencoder],
-    n_batches: int,
+    source: LiveSource, autoencoders: Mapping[str, Autoencoder], n_chunks: int
 ) -> dict[str, Autoencoder]:
-    """The autoencoders without the latents that are active too seldom (:attr:`Size.rarest`), judged on
-    ``n_batches`` batches of windows."""
-    source = BookActivations(Harvester(context, list(autoencoders), autocast_bf16=True), windows)
+    """The autoencoders without their rarest latents (:attr:`Size.rarest`), judged on some chunks."""
     activity = {name: LatentActivity(each.n_latents) for name, each in autoencoders.items()}
-    for number in range(n_batches):
-        for location, x in source.chunk(number).activations.items():
+    for chunk in _chunks(source, n_chunks):
+        for location, x in chunk.activations.items():
             activity[str(location)].update(autoencoders[str(location)].encode_sparse(x))
     return {
         name: prune_by(
@@ -158,18 +156,13 @@ def without_rare(
 
 @torch.no_grad()
 def record_statistics(
-    context: ModelContext,
-    windows: TrainingWindows,
-    autoencoders: Mapping[str, Autoencoder],
-    n_batches: int,
+    source: LiveSource, autoencoders: Mapping[str, Autoencoder], n_chunks: int
 ) -> None:
-    """Fill the autoencoders' own statistics of their latents, over ``n_batches`` batches of windows."""
-    source = BookActivations(Harvester(context, list(autoencoders), autocast_bf16=True), windows)
+    """Fill in the autoencoders' own statistics of their latents, over some chunks of activations."""
     tokens = 0
     for autoencoder in autoencoders.values():
         autoencoder.latents_activation_frequency.zero_()
-    for number in range(n_batches):
-        chunk = source.chunk(number)
+    for chunk in _chunks(source, n_chunks):
         for location, x in chunk.activations.items():
             autoencoder = autoencoders[str(location)]
             latents = autoencoder.encode(x)
@@ -184,16 +177,23 @@ def record_statistics(
         autoencoder.latents_mean_square /= tokens
 
 
+def _chunks(source: LiveSource, n_chunks: int) -> Iterator[ActivationBatch]:
+    for number in range(n_chunks):
+        chunk = source.chunk(number)
+        assert chunk is not None  # the source has no end
+        yield chunk
+
+
 def training_record(config: TrainConfig, held_out_books: Sequence[str]) -> dict[str, Any]:
-    """What an autoencoder's config says of how it was made."""
+    """What an autoencoder's config says about how it was made."""
     return {
         "data": "35 public-domain books in English",
         "held_out_books": list(held_out_books),
         "date": datetime.date.today().isoformat(),
         "optimiser": f"Adam, betas ({config.beta1}, {config.beta2}), in float32",
         "steps": config.total_steps,
-        "batch": BATCH,
-        "tokens": config.total_steps * BATCH,
+        "batch": config.batch_size,
+        "tokens": config.total_steps * config.batch_size,
         "lr": config.lr,
         "decay_steps": config.decay_steps,
         "seed": config.seed,

@@ -1,37 +1,34 @@
-"""Books on disk -> token streams -> training batches and held-out windows.
+"""Books on disk -> tokens -> training batches and held-out windows.
 
-Everything random here is a pure function of ``(seed, step)``: a resumed run needs no saved state of
-the data to see exactly the batches that an uninterrupted run sees.
+Shape legend: ``b`` windows of a batch, ``s`` tokens of a window.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import tiktoken
-import torch
 from torch import Tensor
 
+from neuron_explainer.activations import TokenCorpus, TokenWindows
+from neuron_explainer.activations.corpus import Ints, permutation
 from neuron_explainer.errors import InputError, SourceError
 
-#: Books that nothing is ever trained on: neither the tokenizer, the model nor an autoencoder.
+#: Books that are never trained on, neither for the tokenizer nor the model nor an autoencoder.
 HELD_OUT_BOOKS = ("the_crimson_fairy_book", "the_wind_in_the_willows", "treasure_island")
-
-Tokens = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts of the books by title, those to train on and those held out."""
+    """The texts of the books, by title."""
 
     training: dict[str, str]
     held_out: dict[str, str]
 
 
 def read_corpus(folder: Path) -> Corpus:
-    """Read ``folder/*.txt``, one book a file, and set the held-out books apart."""
+    """Read ``folder/*.txt``, one book per file, and set the held-out books apart."""
     if not folder.is_dir():
         raise SourceError(f"No corpus at {str(folder)!r}: expected a folder of .txt files.")
     books = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))}
@@ -49,88 +46,89 @@ def read_corpus(folder: Path) -> Corpus:
     )
 
 
-def token_stream(books: dict[str, str], enc: tiktoken.Encoding) -> Tokens:
-    """All books one after the other, each one opened by ``<|endoftext|>``."""
-    pieces = [[enc.eot_token, *enc.encode_ordinary(text)] for text in books.values()]
-    return np.concatenate([np.asarray(piece, dtype=np.int64) for piece in pieces])
+def token_corpus(books: Mapping[str, str], enc: tiktoken.Encoding) -> TokenCorpus:
+    """The books as tokens, one document each."""
+    return TokenCorpus.of(enc.encode_ordinary(text) for text in books.values())
 
 
-@dataclass
-class TrainingWindows:
-    """Batches of windows of ``ctx_window`` tokens; batch ``step`` depends on the seed alone.
+class ModelBatches:
+    """Batches for training the model: inputs and targets ``[b, s]``, without end.
 
-    An epoch cuts the stream at every ``ctx_window``-th token from a random offset and goes through
-    the windows in random order, so each token is seen once an epoch and at another position in each.
-    A share of the windows is shifted by one behind ``<|endoftext|>``, so that a prompt that starts
-    with it is nothing new to the model.
+    The books are one stream. Each epoch cuts it from another offset, so that a token is at another
+    position each time. In every fourth batch the windows begin with ``<|endoftext|>``, so that prompts
+    which begin with it are nothing new to the model. Each batch depends on its number and the seed only.
+
+    Args:
+        corpus: the books.
+        ctx_window: ``s``
+        batch_size: ``b``
+        seed: of the offsets and of the order of windows.
+        bos: the id of ``<|endoftext|>``.
     """
 
-    stream: Tokens
-    ctx_window: int
-    batch_size: int
-    seed: int
-    bos_token: int
-    bos_share: float = 0.25
-    _epoch: tuple[int, Tokens, npt.NDArray[np.bool_]] | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        if len(self.stream) < 2 * self.ctx_window + 1:
+    def __init__(
+        self, corpus: TokenCorpus, ctx_window: int, batch_size: int, seed: int, bos: int
+    ) -> None:
+        self.corpus, self.ctx_window, self.batch_size = corpus, ctx_window, batch_size
+        self.seed, self.bos = seed, bos
+        # A window has one token more than its inputs: the last target.
+        self.n_windows = (corpus.n_tokens - ctx_window) // (ctx_window + 1)
+        if self.n_windows < batch_size:
             raise InputError(
-                f"A stream of {len(self.stream)} tokens is too short for windows of "
-                f"{self.ctx_window}: at least {2 * self.ctx_window + 1} are needed."
+                f"a corpus of {corpus.n_tokens} tokens is too short for batches of {batch_size} windows "
+                f"of {ctx_window}: at least {batch_size * (ctx_window + 1) + ctx_window} are needed."
             )
+        self._next = 0
+        self._epoch = -1
+        self._cut: list[TokenWindows] = []
 
-    @property
-    def windows_per_epoch(self) -> int:
-        """The same for every offset below ``ctx_window``; one more token is the last target."""
-        return (len(self.stream) - self.ctx_window) // self.ctx_window
+    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the batch with this number."""
+        epoch, index = divmod(number, self.n_windows // self.batch_size)
+        if self._epoch != epoch:
+            offset = int(permutation(self.ctx_window, self.seed, epoch)[0])
+            self._cut = [self._windows(offset, bos) for bos in (self.bos, None)]
+            self._epoch = epoch
+        windows = self._cut[0 if number % 4 == 0 else 1]
+        tokens = windows.batch(epoch * windows.batches_per_epoch + index).tokens
+        return tokens[:, :-1], tokens[:, 1:]
 
-    def _plan(self, epoch: int) -> tuple[Tokens, npt.NDArray[np.bool_]]:
-        """Starts of the epoch's windows in their order, and which of them open with BOS."""
-        if self._epoch is None or self._epoch[0] != epoch:
-            rng = np.random.default_rng((self.seed, epoch))
-            offset = int(rng.integers(self.ctx_window))
-            starts = offset + self.ctx_window * rng.permutation(self.windows_per_epoch)
-            with_bos = rng.random(self.windows_per_epoch) < self.bos_share
-            self._epoch = (epoch, starts, with_bos)
-        return self._epoch[1:]
+    def _windows(self, offset: int, bos: int | None) -> TokenWindows:
+        """``n_windows`` whole windows from ``offset`` on."""
+        length = self.ctx_window + 1
+        end = offset + self.n_windows * (length if bos is None else length - 1)
+        stream = TokenCorpus(self.corpus.tokens, np.array([offset, end]), np.array([0]))
+        return TokenWindows(stream, length, self.batch_size, bos=bos, seed=self.seed, epochs=None)
 
-    def window(self, index: int) -> tuple[Tokens, Tokens]:
-        """Inputs and targets of the window with this running number over all epochs."""
-        epoch, position = divmod(index, self.windows_per_epoch)
-        starts, with_bos = self._plan(epoch)
-        start = int(starts[position])
-        tokens = self.stream[start : start + self.ctx_window + 1]
-        if with_bos[position]:
-            return np.concatenate([[self.bos_token], tokens[:-2]]), tokens[:-1]
-        return tokens[:-1], tokens[1:]
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            self._next += 1
+            yield self.batch(self._next - 1)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets ``[batch_size, ctx_window]`` of a training step."""
-        first = step * self.batch_size
-        pairs = [self.window(index) for index in range(first, first + self.batch_size)]
-        return (
-            torch.from_numpy(np.stack([inputs for inputs, _ in pairs])),
-            torch.from_numpy(np.stack([targets for _, targets in pairs])),
-        )
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self._next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._next = state["next"]
 
 
 @dataclass(frozen=True)
 class EvalWindow:
-    """Tokens for one forward pass, and from which position on the predictions are counted."""
+    """Tokens for one forward pass."""
 
-    tokens: Tokens
+    tokens: Ints
     count_from: int
+    """The position of the first prediction that counts."""
 
 
 def evaluation_windows(
-    text_tokens: Tokens, ctx_window: int, stride: int, bos_token: int
+    text_tokens: Ints, ctx_window: int, stride: int, bos_token: int
 ) -> Iterator[EvalWindow]:
     """Cut a book into windows so that each of its tokens is predicted exactly once.
 
-    The book is opened by BOS, so its first token is predicted too. With ``stride == ctx_window`` the
-    windows lie side by side and a window's first predictions have almost no context; with a shorter
-    stride they overlap and each prediction (but a book's first ones) sees at least
+    A start token before the book lets its first token be predicted too. With ``stride == ctx_window``
+    the windows lie side by side, and the first predictions of a window have almost no context. With a
+    shorter stride they overlap, and each prediction (except a book's first ones) sees at least
     ``ctx_window - stride`` tokens.
     """
     if not 0 < stride <= ctx_window:

@@ -27,10 +27,10 @@ Shape legend: ``n`` inputs, ``l`` latents (atoms of the dictionary), ``r`` rows,
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from neuron_explainer.errors import InputError
 
@@ -192,75 +192,6 @@ def largest_eigenvalue(dictionary: Tensor) -> float:
     # In float64: an eigenvalue that is too small would make the step too large.
     value = float(torch.linalg.eigvalsh(gram.double())[-1])
     return value if value > 0 else 1.0
-
-
-class Fista(nn.Module):
-    """The non-negative sparse code as an activation of ``Φᵀx``, for a tied autoencoder.
-
-    ``[…, l] -> […, l]``. The minimisation needs ``Φᵀx``, which is the pre-activation of an
-    autoencoder whose encoder is the transpose of its decoder Φ, and Φ, which is given at the call.
-
-    There is no gradient through it: asking for one is an error, rather than zero without a word.
-    """
-
-    def __init__(
-        self, penalty: float, max_iterations: int = MAX_ITERATIONS, tolerance: float = TOLERANCE
-    ) -> None:
-        super().__init__()
-        check_settings(penalty, max_iterations, tolerance)
-        self.penalty = float(penalty)
-        self.max_iterations = max_iterations
-        self.tolerance = float(tolerance)
-
-    def forward(self, correlations: Tensor, dictionary: Tensor) -> Tensor:
-        code = solve(
-            correlations,
-            dictionary,
-            self.penalty,
-            self.max_iterations,
-            self.tolerance,
-            momentum=True,
-        )
-        return _refuse_gradient(correlations, code.latents)
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        for name in ("penalty", "max_iterations", "tolerance"):
-            destination[prefix + name] = getattr(self, name)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        found = {name: state_dict[prefix + name] for name in ("penalty", "max_iterations")}
-        new = Fista(**found, tolerance=state_dict.get(prefix + "tolerance", TOLERANCE))
-        self.penalty, self.tolerance = new.penalty, new.tolerance
-        self.max_iterations = new.max_iterations
-
-    def __repr__(self) -> str:
-        return (
-            f"Fista(penalty={self.penalty:g}, max_iterations={self.max_iterations}, "
-            f"tolerance={self.tolerance:g})"
-        )
-
-
-class _Refusal(torch.autograd.Function):
-    """Passes the code on, and fails where a gradient is asked for."""
-
-    @staticmethod
-    def forward(ctx: Any, correlations: Tensor, latents: Tensor) -> Tensor:
-        return latents.view_as(latents)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise InputError(
-            "no gradient runs through a sparse code found by FISTA. Detach the latents, or run the "
-            "autoencoder under torch.no_grad()."
-        )
-
-
-def _refuse_gradient(correlations: Tensor, latents: Tensor) -> Tensor:
-    return _Refusal.apply(correlations, latents)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def check_settings(penalty: float, max_iterations: int, tolerance: float) -> None:

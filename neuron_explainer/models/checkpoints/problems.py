@@ -1,10 +1,10 @@
 """What a state dict must hold, and one report of everything in which a found one differs.
 
 State dicts are judged by their headers (shape, dtype) where a format has them, so that a wrong file
-is told at once and all that is wrong with it together, before gigabytes are read.
+is reported at once, with all that is wrong with it, before gigabytes are read.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ import torch
 from neuron_explainer.errors import CheckpointError, InputError, did_you_mean
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.tokenizers import TokenizerSpec
+from neuron_explainer.settings.fields import read_fields
 
 Format = Literal["native", "pieces", "huggingface"]
 StateDict = dict[str, torch.Tensor]
@@ -45,7 +46,7 @@ class TensorInfo:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "TensorInfo":
-        """Of a tensor in memory."""
+        """What is known of a tensor in memory."""
         dtype = str(tensor.dtype).removeprefix("torch.")
         return cls(tuple(tensor.shape), dtype, tensor.is_floating_point())
 
@@ -55,7 +56,7 @@ class Report:
     """Collects what is wrong, to be raised as one error."""
 
     where: str
-    problems: list[tuple[str, str]] = field(default_factory=list)  # name of a tensor, what of it
+    problems: list[tuple[str, str]] = field(default_factory=list)  # name of a tensor, its problem
 
     def add(self, name: str, problem: str) -> None:
         """Note one problem of the thing called ``name``."""
@@ -69,6 +70,63 @@ class Report:
         count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
         text = "\n".join([f"{self.where}: {count}:", *lines])
         raise CheckpointError(f"{text}\n{hint}" if hint else text)
+
+
+def tensor_problems(
+    tensors: Mapping[str, Any], expected: Mapping[str, Shape], integers: Iterable[str] = ()
+) -> list[tuple[str, str]]:
+    """What is wrong with tensors, by name: missing, unknown, of a wrong shape or kind, not finite.
+
+    ``integers`` need not be floating point, and may have any value. Values are not looked at before
+    sizes: a tensor of a few bytes in a file may claim to be gigabytes (stride 0).
+    """
+    problems = [
+        (name, f"missing, expected {list(expected[name])}")
+        for name in expected.keys() - tensors.keys()
+    ]
+    for name in tensors.keys() - expected.keys():
+        near = did_you_mean(name, expected.keys() - tensors.keys())
+        problems.append((name, f"unexpected, found {described(tensors[name])}.{near}"))
+    for name in expected.keys() & tensors.keys():
+        value, wanted = tensors[name], list(expected[name])
+        if not isinstance(value, torch.Tensor):
+            problems.append((name, f"expected a tensor, found {described(value)}"))
+            continue
+        found = list(value.shape)
+        if found != wanted:
+            turned = " (transposed?)" if len(found) == 2 and found == wanted[::-1] else ""
+            problems.append((name, f"expected shape {wanted}, found {found}{turned}"))
+        if odd := not_plain(value):
+            problems.append((name, odd))
+        elif name in integers:
+            continue
+        elif value.dtype not in FLOATING_DTYPES:
+            dtype = TensorInfo.of(value).dtype
+            problems.append((name, f"expected a floating-point dtype, found {dtype}"))
+        elif found == wanted and not torch.isfinite(value).all():
+            problems.append((name, "holds NaN or infinity"))
+    return sorted(problems)
+
+
+# With which one can calculate; of fewer bits (float8) torch has little more than the storage.
+FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def not_plain(value: torch.Tensor) -> str:
+    """What keeps a tensor from being read as numbers in memory; empty if nothing does."""
+    if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+        kind = "quantized" if value.is_quantized else str(value.layout).removeprefix("torch.")
+        return f"expected a dense tensor, found a {kind} one on {value.device}"
+    claimed, held = value.numel() * value.element_size(), value.untyped_storage().nbytes()
+    if claimed > held:
+        return f"expected {claimed} bytes for shape {list(value.shape)}, found {held} in the file"
+    return ""
+
+
+def described(value: Any) -> str:
+    """A value in an error message: the shape of a tensor, the type of anything else."""
+    tensor = isinstance(value, torch.Tensor)
+    return str(list(value.shape)) if tensor else f"a {type(value).__name__}"
 
 
 def expected_shapes(cfg: TransformerConfig) -> dict[str, Shape]:
@@ -163,29 +221,14 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-def config_from(fields: Mapping[str, Any], names: Iterable[str], where: str) -> TransformerConfig:
-    """A config from exactly the fields ``names``, all problems of names told together."""
-    names = list(names)
-    report = Report(where)
-    for name in set(names) - set(fields):
-        report.add(name, "this field is missing")
-    for name in set(fields) - set(names):
-        report.add(name, f"unknown field.{did_you_mean(name, set(names) - set(fields))}")
-    report.raise_if_any(f"Expected fields: {', '.join(names)}.")
-    return make_config(dict(fields), where)
+def make_config(
+    fields: Mapping[str, Any], where: str, only: Sequence[str] | None = None
+) -> TransformerConfig:
+    """A config whose problems are told as those of the file ``where``.
 
-
-def make_config(fields: dict[str, Any], where: str) -> TransformerConfig:
-    """A config whose problems are told as those of the file ``where``."""
-    if not isinstance(fields.get("enc", ""), str):
-        raise CheckpointError(f"{where}: enc must be a name, found {fields['enc']!r}.")
-    eps = fields.get("norm_eps", 0.0)
-    if not isinstance(eps, int | float) or not 0 <= eps < float("inf"):
-        raise CheckpointError(f"{where}: norm_eps must be a number >= 0, found {eps!r}.")
-    try:
-        return TransformerConfig(**fields)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{where}: {error}") from None
+    ``only``: the fields that all have to be there, with no others.
+    """
+    return read_fields(TransformerConfig, fields, where, only=only, error=CheckpointError)
 
 
 def damaged(file: str | Path, error: Exception) -> CheckpointError:

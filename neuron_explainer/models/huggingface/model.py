@@ -307,7 +307,7 @@ class HuggingFaceModel:
         """The module, and the side of it, after which nothing is needed; None: all is."""
         if any(place.path == "logits" for place in wanted):
             return None
-        if any(place.path == "resid.post_ln_f" for place in wanted):
+        if any(place.site.stage == "final" for place in wanted):
             assert self._wiring.final_norm is not None
             return self._wiring.final_norm, "out"
         layers = [place.layer for place in wanted if place.layer is not None]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from neuron_explainer.errors import InputError
-from neuron_explainer.models.autoencoders.fista import Fista, fista, ista, largest_eigenvalue
+from neuron_explainer.models.autoencoders.fista import fista, ista, largest_eigenvalue
+from neuron_explainer.models.autoencoders.nonlinearities import Fista
 from tests.reference import fista_numpy
 
 N_INPUTS, N_LATENTS, ROWS, PENALTY = 12, 24, 5, 0.3

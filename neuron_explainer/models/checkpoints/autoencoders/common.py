@@ -1,8 +1,6 @@
-"""What all readers and writers of autoencoders share: results, statements, checks.
+"""What readers of autoencoders share: statements of the caller, checks of tensors and configs, folding.
 
-A reader is a pure function from tensors and a config to :class:`LoadedAutoencoder`, whose state dict
-is in the layout of :class:`~neuron_explainer.models.autoencoder.Autoencoder`. Everything that is
-wrong with a file is told at once, in the file's own words.
+Everything that is wrong with a file is reported at once, in the file's own words.
 
 Shape legend: ``n`` inputs, ``o`` outputs, ``l`` latents.
 """
@@ -10,95 +8,97 @@ Shape legend: ``n`` inputs, ``o`` outputs, ``l`` latents.
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from neuron_explainer.errors import CheckpointError, InputError, LocationError, did_you_mean
-from neuron_explainer.models.checkpoints.autoencoders.state import STATISTICS, InputNormalization
-from neuron_explainer.models.checkpoints.problems import Report, Shape
+from neuron_explainer.models.checkpoints.autoencoders.format import LoadedAutoencoder, Stated
+from neuron_explainer.models.checkpoints.autoencoders.state import (
+    STATISTICS,
+    InputNormalization,
+    at_least_float32,
+)
+from neuron_explainer.models.checkpoints.problems import Report, Shape, described, tensor_problems
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
 
-AutoencoderFormat = Literal[
-    "native",
-    "openai",
-    "saelens",
-    "dictionary_learning",
-    "sparsify",
-    "language_model_saes",
-    "transformer_vis",
-    "e2e",
-    "gemma_scope",
-]
-FORMATS: tuple[AutoencoderFormat, ...] = get_args(AutoencoderFormat)
+# ---- results -------------------------------------------------------------------------------------
 
 
-class Stated(TypedDict, total=False):
-    """What a caller says about a file. Each is needed only where the file does not say it."""
+def parameters(
+    encoder: Tensor,
+    decoder: Tensor,
+    latent_bias: Tensor | None,
+    *,
+    pre_bias: Tensor | None = None,
+    post_bias: Tensor | None = None,
+    nonlinearity: str = "ReLU",
+    is_transcoder: bool = False,
+    **fields: Any,
+) -> dict[str, Any]:
+    """The state dict of an ``Autoencoder``; statistics of latents are unknown in it.
 
-    input_normalization: InputNormalization | None
-    """What was done to each input vector before encoding."""
-    location: LocationLike | None
-    """Where in the model the inputs come from."""
-    output_location: LocationLike | None
-    """What the output stands for; makes a transcoder of a file that does not say that it is one."""
-    norm_factor: float
-    """SAELens (``expected_average_only_in``), Gemma Scope: what inputs were multiplied by in training."""
-    k: int
-    """dictionary_learning: latents active at a time, for early files."""
-    threshold: float
-    """dictionary_learning: of BatchTopK, for files whose training ended before it was known."""
-    dict_class: str
-    """dictionary_learning: the class of a dictionary without a ``config.json``."""
-    normalize_decoder: bool
-    """dictionary_learning, ``AutoEncoder``: move the norms of the decoder's columns into the encoder,
-    as that library does on loading (the default); False keeps latents as they are stored."""
-    penalty: float
-    """TransformerVis: weight of the latents in the objective, ``reg`` in its programs."""
-    max_iterations: int
-    """TransformerVis: of FISTA; 500 if not given, as in its programs."""
-    tolerance: float
-    """TransformerVis: at which FISTA stops."""
-
-
-COMMON = {"input_normalization", "location"}
-_USED: dict[AutoencoderFormat, set[str]] = {
-    "native": COMMON | {"output_location"},
-    "openai": COMMON,
-    "saelens": COMMON | {"output_location", "norm_factor"},
-    "dictionary_learning": COMMON
-    | {"output_location", "k", "threshold", "dict_class", "normalize_decoder"},
-    "sparsify": COMMON | {"output_location"},
-    "language_model_saes": COMMON,
-    "transformer_vis": COMMON | {"penalty", "max_iterations", "tolerance"},
-    "e2e": COMMON,
-    "gemma_scope": COMMON | {"output_location", "norm_factor"},
-}
+    Args:
+        encoder: ``[l, n]``
+        decoder: ``[o, l]``
+        latent_bias: ``[l]``; zeros if None.
+        pre_bias: ``[n]``, subtracted from the input; zeros if None.
+        post_bias: ``[o]``, added to the output; if None, ``pre_bias`` is.
+        nonlinearity: its stored name.
+        is_transcoder: whether the output stands for something else than the input.
+        fields: of the nonlinearity.
+    """
+    state: dict[str, Any] = {
+        "encoder.weight": encoder,
+        "decoder.weight": decoder,
+        "latent_bias": encoder.new_zeros(len(encoder)) if latent_bias is None else latent_bias,
+        "pre_bias": encoder.new_zeros(encoder.shape[1]) if pre_bias is None else pre_bias,
+        "activation": nonlinearity,
+        "activation_state_dict": fields,
+    }
+    if post_bias is not None:
+        state["post_bias"] = post_bias
+    if is_transcoder:
+        state["n_outputs"] = len(decoder)
+    return state
 
 
-@dataclass
-class LoadedAutoencoder:
-    """What a file or folder held."""
+def loaded(
+    where: str | Path,
+    stated: Stated,
+    state: Mapping[str, Any],
+    *,
+    said_by: str = "this format",
+    input_normalization: InputNormalization | None = "none",
+    location: ActivationLocation | None = None,
+    output_location: ActivationLocation | None = None,
+    model_name: str | None = None,
+    metadata: dict[str, Any],
+) -> LoadedAutoencoder:
+    """A reader's result: what the file says, completed by what the caller states.
 
-    state_dict: dict[str, Any]
-    """In the layout of ``Autoencoder``; may hold views of mapped files."""
-    input_normalization: InputNormalization | None = "none"
-    location: ActivationLocation | None = None
-    output_location: ActivationLocation | None = None
-    model_name: str | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
-    statistics: Literal["none", "all", "vary"] = "none"
-    """Of latents: whether the format has no place for them, always holds them, or it varies."""
+    ``said_by`` is what an error about a contradiction names as the source of the normalisation.
+    """
+    given = stated.get("input_normalization")
+    return LoadedAutoencoder(
+        with_statistics(state),
+        settle(where, said_by, input_normalization, given, "input_normalization"),
+        settle_location(where, location, stated.get("location")),
+        settle_location(where, output_location, stated.get("output_location")),
+        model_name,
+        metadata,
+    )
 
 
 def with_statistics(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """With the values of statistics that are not known, where a format has no place for them."""
-    n_latents = len(state_dict["encoder.weight"])
+    """A state dict completed by the values that statistics have where nothing is known about them."""
+    weight = state_dict.get("encoder.weight")
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        return dict(state_dict)  # what is wrong is reported with all else that is
     unknown = {
-        name: torch.full((n_latents,), value, dtype=dtype)
+        name: torch.full((len(weight),), value, dtype=dtype)
         for name, (value, dtype) in STATISTICS.items()
     }
     return unknown | dict(state_dict)
@@ -107,25 +107,11 @@ def with_statistics(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 # ---- what the caller says ------------------------------------------------------------------------
 
 
-def check_stated(where: str | Path, found: AutoencoderFormat, stated: Stated) -> None:
-    """Refuse statements that a format has no use for: they would be ignored without a word."""
-    known = {name for used in _USED.values() for name in used}
-    for name, value in stated.items():
-        if name not in known:
-            raise InputError(f"{where}: unknown argument {name!r}.{did_you_mean(name, known)}")
-        if value is not None and name not in _USED[found]:
-            formats = [other for other in FORMATS if name in _USED[other]]
-            raise InputError(
-                f"{where}: is of the format {found!r}, which has no {name}; that is for "
-                f"{', '.join(formats)}."
-            )
-
-
-def settle(where: str | Path, field_name: str, found: Any, given: Any, name: str) -> Any:
+def settle(where: str | Path, said_by: str, found: Any, given: Any, name: str) -> Any:
     """What a file says, or else the caller (either may be None); a contradiction is an error."""
     if found is not None and given is not None and found != given:
         raise CheckpointError(
-            f"{where}: {field_name} says {name} {_shown(found)}, the call says {_shown(given)}."
+            f"{where}: {said_by} says {name} {_shown(found)}, the call says {_shown(given)}."
         )
     return given if found is None else found
 
@@ -137,7 +123,7 @@ def _shown(value: Any) -> str:
 def settle_location(
     where: str | Path, found: ActivationLocation | None, given: LocationLike | None
 ) -> ActivationLocation | None:
-    """Likewise for a location; where one of the two names no layer, the other's holds."""
+    """The same for a location; where one of the two has no layer, it takes the other's."""
     said = None if given is None else ActivationLocation.parse(given)
     if found is not None and said is not None:
         said = said.at(found.layer) if said.layer is None else said
@@ -146,8 +132,13 @@ def settle_location(
     return settled
 
 
+def is_on_the_stream(location: ActivationLocation) -> bool:
+    """Whether TransformerLens centres the activations there when it processes a model's weights."""
+    return location.path.startswith("resid.") and "ln" not in location.path
+
+
 def location_of(hook_name: Any) -> ActivationLocation | None:
-    """The location that another library's name means; None for a name without one here."""
+    """The location that another library's name means; None for a name that means none here."""
     if not isinstance(hook_name, str):
         return None
     try:
@@ -171,47 +162,63 @@ def check_tensors(
 
     ``integers`` need not be floating point; ``why`` says what the expected shapes come from.
     """
-    report = Report(str(where))
-    for name in expected.keys() - tensors.keys():
-        report.add(name, f"missing, expected {list(expected[name])}")
-    for name in tensors.keys() - expected.keys():
-        near = did_you_mean(name, expected.keys() - tensors.keys())
-        report.add(name, f"unexpected, found {_described(tensors[name])}.{near}")
-    for name in expected.keys() & tensors.keys():
-        value = tensors[name]
-        if not isinstance(value, Tensor):
-            report.add(name, f"expected a tensor, found {_described(value)}")
-            continue
-        if tuple(value.shape) != tuple(expected[name]):
-            wanted, found = list(expected[name]), list(value.shape)
-            turned = " (transposed?)" if len(found) == 2 and found == wanted[::-1] else ""
-            report.add(name, f"expected shape {wanted}, found {found}{turned}")
-        if name in integers:
-            continue
-        if not value.is_floating_point():
-            dtype = str(value.dtype).removeprefix("torch.")
-            report.add(name, f"expected a floating-point dtype, found {dtype}")
-        elif not torch.isfinite(value).all():
-            report.add(name, "holds NaN or infinity")
+    report = Report(str(where), tensor_problems(tensors, expected, integers))
     report.raise_if_any(why)
-
-
-def _described(value: Any) -> str:
-    return str(list(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def matrix_shape(where: str | Path, tensors: Mapping[str, Any], name: str) -> tuple[int, int]:
     """The two sizes of the matrix from which all others follow."""
     value = tensors.get(name)
     if not isinstance(value, Tensor) or value.ndim != 2 or 0 in value.shape:
-        found = "nothing" if value is None else _described(value)
+        found = "nothing" if value is None else described(value)
         raise CheckpointError(f"{where}: {name}: expected a matrix, found {found}.")
     return value.shape[0], value.shape[1]
 
 
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """For folding factors in: in half precision their product would be rounded twice."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def width_of(tensors: Mapping[str, Any], bias: str, default: int) -> int:
+    """The width of an output by that of its bias: a transcoder's need not be that of its input."""
+    value = tensors.get(bias)
+    return len(value) if isinstance(value, Tensor) and value.ndim == 1 else default
+
+
+def encoder_by_latent(tensors: Mapping[str, Any]) -> bool:
+    """Whether ``W_enc`` is ``[l, n]``; False where the biases do not tell, being of equal length."""
+    found = [tensors.get(name) for name in ("W_enc", "b_enc", "b_dec")]
+    if not all(isinstance(value, Tensor) for value in found):
+        return False
+    encoder, *biases = [list(value.shape) for value in found if value is not None]
+    return encoder == biases[0] + biases[1] and biases[0] != biases[1]
+
+
+def check_facts(
+    where: str | Path, config: Mapping[str, Any], facts: Mapping[str, Any], source: str
+) -> None:
+    """Refuse a config that states other facts than the tensors, ``source``, show."""
+    wrong = [
+        f"{name}: expected {value!r} as in {source}, found {config[name]!r}"
+        for name, value in facts.items()
+        if config.get(name) is not None and config[name] != value
+    ]
+    if wrong:
+        raise CheckpointError(f"{where}: {'; '.join(wrong)}.")
+
+
+def refuse_scaled_latents(where: str | Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors without ``scaling_factor``, which must be ones.
+
+    Factors by which fine-tuning scaled latents are not applied any more, even by SAELens itself.
+    """
+    factor = tensors.get("scaling_factor")
+    plain = isinstance(factor, Tensor) and not tensor_problems({"": factor}, {"": factor.shape})
+    if factor is not None and not (plain and (factor == 1).all()):
+        raise CheckpointError(
+            f"{where}: scaling_factor: expected ones, found other values: latents scaled by "
+            "fine-tuning cannot be applied."
+        )
+    return {name: value for name, value in tensors.items() if name != "scaling_factor"}
+
+
+# ---- folding -------------------------------------------------------------------------------------
 
 
 def fold_norm_factor(state: dict[str, Any], factor: float) -> None:
@@ -228,7 +235,7 @@ def fold_norm_factor(state: dict[str, Any], factor: float) -> None:
 
 
 def fold_latent_scale(state: dict[str, Any], scale: Tensor, decoder_too: bool) -> None:
-    """In place: latents ``scale`` ``[l]`` times as large, for activations that scale along.
+    """In place: latents ``scale`` ``[l]`` times as large, for nonlinearities that scale along.
 
     ``decoder_too`` divides the decoder's columns, so that the output stays what it is.
     """
@@ -240,8 +247,7 @@ def fold_latent_scale(state: dict[str, Any], scale: Tensor, decoder_too: bool) -
 
 def check_factor(name: str, value: Any) -> float:
     """A positive number that a caller stated."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
+    if not _is_positive(value):
         raise InputError(f"{name} must be a number > 0, found {value!r}.")
     return float(value)
 
@@ -259,10 +265,10 @@ _OFF: tuple[Any, ...] = (None, False, 0, "", "none", "None", [], {})
 def check_unknown_fields(
     where: str | Path, config: Mapping[str, Any], known: Iterable[str], harmless: Iterable[str]
 ) -> None:
-    """Refuse fields that are not known here, by whose names they may change numbers.
+    """Refuse fields that are not known here and whose names suggest that they change numbers.
 
     Others (learning rates, names of runs, …) say how a dictionary was trained, not how it is
-    applied, and so does everything that is switched off.
+    applied. Everything that is switched off is accepted too.
     """
     unread = set(config) - set(known) - set(harmless)
     doubtful = sorted(
@@ -285,12 +291,46 @@ def read_size(where: str | Path, config: Mapping[str, Any], name: str) -> int:
     return value
 
 
+def read_number(where: str | Path, config: Mapping[str, Any], name: str) -> float:
+    """A finite number > 0 in a config."""
+    value: Any = config.get(name)
+    if _is_positive(value):
+        return float(value)
+    found = repr(value) if name in config else "no such field"
+    raise CheckpointError(f"{where}: {name}: expected a number > 0, found {found}.")
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
 def read_flag(where: str | Path, config: Mapping[str, Any], name: str, default: bool) -> bool:
     """A truth value in a config."""
     value = config.get(name, default)
     if not isinstance(value, bool):
         raise CheckpointError(f"{where}: {name}: expected true or false, found {value!r}.")
     return value
+
+
+def read_choice(
+    where: str | Path,
+    config: Mapping[str, Any],
+    name: str,
+    choices: Iterable[str],
+    default: str | None = None,
+    *,
+    hint: str = "",
+) -> str:
+    """One of some texts in a config; ``hint`` is added to the error."""
+    value, choices = config.get(name, default), list(choices)
+    if isinstance(value, str) and value in choices:
+        return value
+    *others, last = map(repr, choices)
+    expected = f"{', '.join(others)} or {last}" if others else last
+    raise CheckpointError(
+        f"{where}: {name}: expected {expected}, found {value!r}."
+        f"{hint or did_you_mean(str(value), choices)}"
+    )
 
 
 def read_text(config: Mapping[str, Any], name: str) -> str | None:

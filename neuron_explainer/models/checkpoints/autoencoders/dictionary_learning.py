@@ -11,7 +11,7 @@ Seven classes, known by their keys; ``f`` latents, ``W`` and ``b`` of encoder (e
     MatryoshkaBatchTopKSAE  the same, transposed, in groups              x̂ = f Wd + bd
 
 ``AutoEncoder`` is the one class whose loader there moves the norms of the decoder's columns into the
-encoder, which leaves the output and changes the latents; it is done here too unless it is switched
+encoder, which keeps the output and changes the latents; that is done here too unless it is switched
 off. ``AutoEncoderTopK`` and ``BatchTopKSAE`` have the same keys: the config, or the caller, has to
 say which it is.
 
@@ -27,20 +27,27 @@ from torch import Tensor
 
 from neuron_explainer.errors import CheckpointError, InputError, did_you_mean
 from neuron_explainer.models.checkpoints.autoencoders.common import (
-    LoadedAutoencoder,
-    Stated,
+    check_facts,
     check_tensors,
     fold_latent_scale,
+    loaded,
     location_of,
     matrix_shape,
+    parameters,
     read_text,
     settle,
-    settle_location,
 )
 from neuron_explainer.models.checkpoints.autoencoders.export import (
     Exported,
     fold_latent_bias_into_gates,
     fold_pre_bias,
+)
+from neuron_explainer.models.checkpoints.autoencoders.format import (
+    Content,
+    Format,
+    LoadedAutoencoder,
+    Source,
+    Stated,
 )
 from neuron_explainer.models.checkpoints.problems import Shape
 
@@ -65,6 +72,12 @@ _KEYS: dict[str, set[str]] = {
     "MatryoshkaBatchTopKSAE": _MATRICES | {"k", "threshold", "group_sizes"},
 }
 _MAY_BE_MISSING = {"AutoEncoderTopK": {"k", "threshold"}, "BatchTopKSAE": {"k", "threshold"}}
+# The classes that a statement is for.
+_SETTINGS = {
+    "k": {"AutoEncoderTopK", "BatchTopKSAE"},
+    "threshold": {"BatchTopKSAE", "MatryoshkaBatchTopKSAE"},
+    "normalize_decoder": {"AutoEncoder"},
+}
 
 
 def classes_with_keys(keys: set[str]) -> list[str]:
@@ -76,14 +89,24 @@ def classes_with_keys(keys: set[str]) -> list[str]:
     ]
 
 
-def read_dictionary_learning(
-    where: str | Path, config: Mapping[str, Any] | None, tensors: Mapping[str, Any], stated: Stated
-) -> LoadedAutoencoder:
-    """From the content of ``ae.pt`` at ``where`` and of the ``config.json`` beside it, if any."""
+def read(source: Source, stated: Stated) -> LoadedAutoencoder:
+    """Read ``ae.pt`` and the ``config.json`` beside it, if there is one."""
+    where, tensors = source.weights(WEIGHTS_FILE)
+    config = source.json_if_any(CONFIG_FILE)
     trainer = _trainer(where, config)
     name = _class(where, trainer, set(tensors), stated)
     shapes = _shapes(where, name, tensors)
-    _check_config(where, trainer, tensors, name)
+    n_latents, n_inputs = _sizes(where, name, tensors)
+    facts: dict[str, Any] = {"activation_dim": n_inputs, "dict_size": n_latents}
+    k = tensors.get("k")
+    if isinstance(k, Tensor) and (k.ndim or k.is_floating_point() or k.is_complex()):
+        dtype = str(k.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{where}: k: expected a whole number, found {dtype} {list(k.shape)}."
+        )
+    if isinstance(k, Tensor) and k.device.type != "meta":
+        facts["k"] = int(k)
+    check_facts(f"{where}: {CONFIG_FILE} beside it", trainer, facts, WEIGHTS_FILE)
     check_tensors(
         where,
         tensors,
@@ -100,20 +123,13 @@ def read_dictionary_learning(
     if transcoder or stated.get("output_location") is not None:
         state.setdefault("post_bias", state["pre_bias"])
         state["n_outputs"] = len(state["pre_bias"])
-    location = location_of(trainer.get("submodule_name"))
-    return LoadedAutoencoder(
+    return loaded(
+        where,
+        stated,
         state,
-        settle(
-            where,
-            "this format",
-            "none",
-            stated.get("input_normalization"),
-            "input_normalization",
-        ),
-        settle_location(where, location, stated.get("location")),
-        settle_location(where, None, stated.get("output_location")),
-        read_text(trainer, "lm_name"),
-        metadata,
+        location=location_of(trainer.get("submodule_name")),
+        model_name=read_text(trainer, "lm_name"),
+        metadata=metadata,
     )
 
 
@@ -128,10 +144,9 @@ def _trainer(where: str | Path, config: Mapping[str, Any] | None) -> Mapping[str
 
 
 def _class(where: str | Path, trainer: Mapping[str, Any], keys: set[str], stated: Stated) -> str:
-    said = trainer.get("dict_class")
-    given = stated.get("dict_class")
+    said, given = trainer.get("dict_class"), stated.get("dict_class")
     for name in (said, given):
-        if name is not None and name not in _KEYS:
+        if name is not None and not (isinstance(name, str) and name in _KEYS):
             raise CheckpointError(
                 f"{where}: dict_class: expected one of {', '.join(_KEYS)}, found {name!r}."
                 f"{did_you_mean(str(name), _KEYS)}"
@@ -150,15 +165,21 @@ def _class(where: str | Path, trainer: Mapping[str, Any], keys: set[str], stated
     raise CheckpointError(
         f"{where}: the keys are those of {' and of '.join(possible)}, whose latents differ, and no "
         f"{CONFIG_FILE} says which it is. Expected dict_class as an argument, "
-        f"`Autoencoder.load(source, dict_class={possible[0]!r})`."
+        f"`Autoencoder.load(source, dict_class={possible[0]!r})`, in the shell "
+        f"`--dict-class {possible[0]}`."
     )
 
 
-def _shapes(where: str | Path, name: str, tensors: Mapping[str, Any]) -> dict[str, Shape]:
+def _sizes(where: str | Path, name: str, tensors: Content) -> tuple[int, int]:
+    """Numbers of latents and of inputs."""
     if "W_enc" in _KEYS[name]:
-        d, f = matrix_shape(where, tensors, "W_enc")
-    else:
-        f, d = matrix_shape(where, tensors, "encoder.weight")
+        n_inputs, n_latents = matrix_shape(where, tensors, "W_enc")
+        return n_latents, n_inputs
+    return matrix_shape(where, tensors, "encoder.weight")
+
+
+def _shapes(where: str | Path, name: str, tensors: Content) -> dict[str, Shape]:
+    f, d = _sizes(where, name, tensors)
     every: dict[str, Shape] = {
         "bias": (d,),
         "decoder.bias": (d,),
@@ -171,7 +192,7 @@ def _shapes(where: str | Path, name: str, tensors: Mapping[str, Any]) -> dict[st
         "k": (),
     }
     shapes = {key: every.get(key, (f,)) for key in _KEYS[name]}
-    if name in ("AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
+    if name in _SETTINGS["threshold"] | _SETTINGS["k"]:
         shapes["threshold"] = ()
     if "group_sizes" in shapes:
         groups = tensors.get("group_sizes")
@@ -180,33 +201,8 @@ def _shapes(where: str | Path, name: str, tensors: Mapping[str, Any]) -> dict[st
     return {key: shape for key, shape in shapes.items() if key not in missing}
 
 
-def _check_config(
-    where: str | Path, trainer: Mapping[str, Any], tensors: Mapping[str, Any], name: str
-) -> None:
-    """The sizes that the config states are those of the tensors."""
-    if "W_enc" in _KEYS[name]:
-        d, f = matrix_shape(where, tensors, "W_enc")
-    else:
-        f, d = matrix_shape(where, tensors, "encoder.weight")
-    facts: dict[str, Any] = {"activation_dim": d, "dict_size": f}
-    k = tensors.get("k")
-    if isinstance(k, Tensor) and k.numel() == 1:
-        facts["k"] = int(k)
-    wrong = [
-        f"{key}: expected {value} as in {WEIGHTS_FILE}, found {trainer[key]!r}"
-        for key, value in facts.items()
-        if trainer.get(key) is not None and trainer[key] != value
-    ]
-    if wrong:
-        raise CheckpointError(f"{where}: {CONFIG_FILE} beside it: {'; '.join(wrong)}.")
-
-
 def _state(
-    where: str | Path,
-    name: str,
-    tensors: Mapping[str, Tensor],
-    trainer: Mapping[str, Any],
-    stated: Stated,
+    where: str | Path, name: str, tensors: Content, trainer: Mapping[str, Any], stated: Stated
 ) -> dict[str, Any]:
     for setting, classes in _SETTINGS.items():
         if stated.get(setting) is not None and name not in classes:
@@ -215,20 +211,24 @@ def _state(
                 f"{', '.join(sorted(classes))}."
             )
     turned = "W_enc" in tensors
-    encoder = tensors["W_enc"].T if turned else tensors["encoder.weight"]
-    zeros = encoder.new_zeros(encoder.shape[0])
-    state: dict[str, Any] = {
-        "encoder.weight": encoder,
-        "decoder.weight": tensors["W_dec"].T if turned else tensors["decoder.weight"],
-        "latent_bias": tensors.get("encoder.bias", tensors.get("b_enc", zeros)),
-    }
-    if name in ("AutoEncoderNew", "JumpReluAutoEncoder"):  # nothing is taken off the input
-        state["post_bias"] = tensors["decoder.bias" if name == "AutoEncoderNew" else "b_dec"]
-        state["pre_bias"] = state["post_bias"].new_zeros(encoder.shape[1])
-    else:
-        bias = {"AutoEncoder": "bias", "GatedAutoEncoder": "decoder_bias"}.get(name, "b_dec")
-        state["pre_bias"] = tensors[bias]
-    state |= _activation(where, name, tensors, trainer, stated)
+    bias = {
+        "AutoEncoder": "bias",
+        "AutoEncoderNew": "decoder.bias",
+        "GatedAutoEncoder": "decoder_bias",
+    }.get(name, "b_dec")
+    bare = name in ("AutoEncoderNew", "JumpReluAutoEncoder")  # nothing is subtracted from the input
+    nonlinearity, fields = _nonlinearity(where, name, tensors, trainer, stated)
+    state = parameters(
+        tensors["W_enc"].T if turned else tensors["encoder.weight"],
+        tensors["W_dec"].T if turned else tensors["decoder.weight"],
+        tensors.get("encoder.bias", tensors.get("b_enc")),
+        pre_bias=None if bare else tensors[bias],
+        post_bias=tensors[bias] if bare else None,
+        nonlinearity=nonlinearity,
+        **fields,
+    )
+    if "group_sizes" in tensors:
+        state["group_sizes"] = tensors["group_sizes"].tolist()
     if name == "AutoEncoder" and stated.get("normalize_decoder", True):
         norms = state["decoder.weight"].float().norm(dim=0)
         if not torch.allclose(norms, torch.ones_like(norms)):  # the condition of its loader
@@ -236,70 +236,47 @@ def _state(
     return state
 
 
-_SETTINGS = {
-    "k": {"AutoEncoderTopK", "BatchTopKSAE"},
-    "threshold": {"BatchTopKSAE", "MatryoshkaBatchTopKSAE"},
-    "normalize_decoder": {"AutoEncoder"},
-}
-
-
-def _activation(
-    where: str | Path,
-    name: str,
-    tensors: Mapping[str, Tensor],
-    trainer: Mapping[str, Any],
-    stated: Stated,
-) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
+def _nonlinearity(
+    where: str | Path, name: str, tensors: Content, trainer: Mapping[str, Any], stated: Stated
+) -> tuple[str, dict[str, Any]]:
+    """The nonlinearity of a class: its name here, and its fields."""
     if name == "GatedAutoEncoder":
-        fields = {
-            "b_gate": tensors["gate_bias"],
-            "r_mag": tensors["r_mag"],
-            "b_mag": tensors["mag_bias"],
-        }
-        return {"activation": "Gated", "activation_state_dict": fields}
+        renamed = {"b_gate": "gate_bias", "r_mag": "r_mag", "b_mag": "mag_bias"}
+        return "Gated", {ours: tensors[theirs] for ours, theirs in renamed.items()}
     if name == "JumpReluAutoEncoder":
-        fields = {"threshold": tensors["threshold"]}
-        return {"activation": "JumpReLU", "activation_state_dict": fields}
+        return "JumpReLU", {"threshold": tensors["threshold"]}
     if name in ("AutoEncoder", "AutoEncoderNew"):
-        return {"activation": "ReLU", "activation_state_dict": fields}
+        return "ReLU", {}
     k = _k(where, tensors, trainer, stated)
     if name == "AutoEncoderTopK":
-        fields = {"k": k, "postact_fn": "ReLU"}
-        return {"activation": "TopK", "activation_state_dict": fields}
-    fields = {"threshold": _threshold(where, tensors, stated), "k": k}
-    result: dict[str, Any] = {"activation": "BatchTopK", "activation_state_dict": fields}
-    if "group_sizes" in tensors:
-        result["group_sizes"] = tensors["group_sizes"].tolist()
-    return result
+        return "TopK", {"k": k, "postact_fn": "ReLU"}
+    return "BatchTopK", {"threshold": _threshold(where, tensors, stated), "k": k}
 
 
-def _k(
-    where: str | Path, tensors: Mapping[str, Tensor], trainer: Mapping[str, Any], stated: Stated
-) -> int:
+def _k(where: str | Path, tensors: Content, trainer: Mapping[str, Any], stated: Stated) -> int:
     found = int(tensors["k"]) if "k" in tensors else trainer.get("k")
     k = settle(where, "the file", found, stated.get("k"), "k")
     if k is None:
         raise CheckpointError(
             f"{where}: k: expected a whole number, found none in the file or in {CONFIG_FILE}; give it: "
-            "`Autoencoder.load(source, k=…)`."
+            "`Autoencoder.load(source, k=…)`, in the shell `--k …`."
         )
-    return k  # type: ignore[no-any-return]  # judged with the activation
+    return k  # type: ignore[no-any-return]  # judged with the nonlinearity
 
 
-def _threshold(where: str | Path, tensors: Mapping[str, Tensor], stated: Stated) -> Tensor:
-    """-1 is what the training starts from: after it, that library applies a plain ReLU."""
+def _threshold(where: str | Path, tensors: Content, stated: Stated) -> Tensor:
+    """-1 is what training starts from: where it is left, that library applies a plain ReLU."""
     known = tensors.get("threshold")
     if known is not None and float(known) >= 0:
         settle(where, "the file", float(known), stated.get("threshold"), "threshold")
-        return known
+        return known  # type: ignore[no-any-return]  # checked to be a tensor
     given = stated.get("threshold")
     if given is None:
         raise CheckpointError(
             f"{where}: threshold: expected a number >= 0, found "
             f"{'none' if known is None else float(known)}: training ended before it was known. Give "
-            "it, `Autoencoder.load(source, threshold=…)`; 0.0 keeps every positive latent, as "
-            "dictionary_learning does then."
+            "it, `Autoencoder.load(source, threshold=…)`, in the shell `--threshold …`; 0.0 keeps "
+            "every positive latent, as dictionary_learning does then."
         )
     return torch.tensor(float(given))
 
@@ -307,18 +284,16 @@ def _threshold(where: str | Path, tensors: Mapping[str, Tensor], stated: Stated)
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def export_dictionary_learning(it: Exported) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and state dict of a folder that ``load_dictionary`` reads.
+def write(it: Exported) -> dict[str, dict[str, Any]]:
+    """The files of a folder that ``load_dictionary`` reads.
 
-    Which class follows from the activation and from whether the output has a bias of its own. A
+    Which class follows from the nonlinearity and from whether the output has a bias of its own. A
     transcoder is written where its bias can be; ``io`` in the config says that it is one.
     """
     it.refuse_parts("glu", "skip")
-    if it.input_normalization != "none":
-        it.refuse(f"input_normalization {it.input_normalization!r}")
-    if it.is_transcoder and it.decoder_weight.shape[0] != it.n_inputs:
-        it.refuse("a transcoder whose input and output differ in width")
-    name, tensors, fields = _export(it)
+    it.refuse_normalization()
+    it.refuse_width()
+    name, tensors = _export(it)
     trainer = {
         "dict_class": name,
         "trainer_class": None,
@@ -327,87 +302,71 @@ def export_dictionary_learning(it: Exported) -> tuple[dict[str, Any], dict[str, 
         "layer": None if it.location is None else it.location.layer,
         "lm_name": it.model_name,
         "submodule_name": None if it.location is None else str(it.location),
-        **fields,
     }
-    return {
-        "trainer": trainer,
-        "buffer": {"io": "in_and_out" if it.is_transcoder else "out", "d_submodule": it.n_inputs},
-    }, tensors
+    if "k" in tensors:
+        trainer["k"] = int(tensors["k"])
+    buffer = {"io": "in_and_out" if it.is_transcoder else "out", "d_submodule": it.n_inputs}
+    return {CONFIG_FILE: {"trainer": trainer, "buffer": buffer}, WEIGHTS_FILE: tensors}
 
 
-def _export(it: Exported) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
-    """Class, state dict, and fields of the trainer."""
-    name = it.activation
-    own_bias = it.has("post_bias")
+def _export(it: Exported) -> tuple[str, dict[str, Tensor]]:
+    """Class and state dict."""
+    name = it.nonlinearity
+    if name != "BatchTopK":
+        it.refuse_groups()
     if name == "ReLU":
-        return _export_relu(it, own_bias)
+        return _export_relu(it)
     if name == "JumpReLU":
-        return _export_jumprelu(it)
-    state = it.state_dict
-    if own_bias:
+        bias = it.state_dict.get("post_bias", it.state_dict["pre_bias"])
+        own = {"b_dec": bias, "threshold": it.fields["threshold"]}
+        return "JumpReluAutoEncoder", _matrices(it, fold_pre_bias(it.state_dict)) | own
+    if it.has("post_bias"):
         it.refuse(f"{name} with an output bias that is not that of the input")
-    linear = {"encoder.weight": state["encoder.weight"], "decoder.weight": it.decoder_weight}
-    fields = it.activation_fields
     if name == "Gated":
-        gates = fold_latent_bias_into_gates(state["latent_bias"], fields)
-        tensors = {
-            "decoder_bias": state["pre_bias"],
+        gates = fold_latent_bias_into_gates(it.state_dict["latent_bias"], it.fields)
+        return "GatedAutoEncoder", {
+            "encoder.weight": it.state_dict["encoder.weight"],
+            "decoder.weight": it.decoder_weight,
+            "decoder_bias": it.state_dict["pre_bias"],
             "r_mag": gates["r_mag"],
             "gate_bias": gates["b_gate"],
             "mag_bias": gates["b_mag"],
         }
-        return "GatedAutoEncoder", linear | tensors, {}
+    return _export_top_k(it)
+
+
+def _export_top_k(it: Exported) -> tuple[str, dict[str, Tensor]]:
+    name, fields = it.nonlinearity, it.fields
     if name not in ("TopK", "BatchTopK") or fields.get("postact_fn", "ReLU") != "ReLU":
-        it.refuse(f"the activation {name}")
+        it.refuse(f"the nonlinearity {name}")
     if fields["k"] is None:
         it.refuse("a BatchTopK whose k is not known")
     threshold = fields["threshold"].float() if name == "BatchTopK" else torch.tensor(-1.0)
     if name == "BatchTopK" and threshold < 0:
         it.refuse("a threshold below zero: it stands for one that is not known")
     shared = {"k": torch.tensor(fields["k"], dtype=torch.int32), "threshold": threshold}
-    if it.group_sizes is not None and name == "BatchTopK":
-        tensors = _matrices(it, state) | shared
-        tensors["group_sizes"] = torch.tensor(it.group_sizes)
-        return "MatryoshkaBatchTopKSAE", tensors, {"k": fields["k"]}
     if it.group_sizes is not None:
-        it.refuse("Matryoshka groups with TopK")
-    biases = {"encoder.bias": state["latent_bias"], "b_dec": state["pre_bias"]}
+        groups = {"group_sizes": torch.tensor(it.group_sizes)}
+        return "MatryoshkaBatchTopKSAE", _matrices(it, it.state_dict) | shared | groups
     kind = "AutoEncoderTopK" if name == "TopK" else "BatchTopKSAE"
-    return kind, linear | biases | shared, {"k": fields["k"]}
+    return kind, _linear(it, it.state_dict) | {"b_dec": it.state_dict["pre_bias"]} | shared
 
 
-def _export_relu(it: Exported, own_bias: bool) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
-    _refuse_groups(it)
-    state = fold_pre_bias(it.state_dict) if own_bias else it.state_dict
-    tensors = {
+def _export_relu(it: Exported) -> tuple[str, dict[str, Tensor]]:
+    norms = it.decoder_weight.float().norm(dim=0)
+    # AutoEncoder's loader would scale latents by the norms of the decoder's columns.
+    if it.has("post_bias") or not torch.allclose(norms, torch.ones_like(norms)):
+        bias = it.state_dict.get("post_bias", it.state_dict["pre_bias"])
+        return "AutoEncoderNew", _linear(it, fold_pre_bias(it.state_dict)) | {"decoder.bias": bias}
+    return "AutoEncoder", _linear(it, it.state_dict) | {"bias": it.state_dict["pre_bias"]}
+
+
+def _linear(it: Exported, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {
         "encoder.weight": state["encoder.weight"],
         "encoder.bias": state["latent_bias"],
         "decoder.weight": it.decoder_weight,
     }
-    if own_bias:
-        return "AutoEncoderNew", tensors | {"decoder.bias": state["post_bias"]}, {}
-    # The loader there would scale latents by the norms of the decoder's columns.
-    norms = it.decoder_weight.float().norm(dim=0)
-    if not torch.allclose(norms, torch.ones_like(norms)):
-        state = fold_pre_bias(state)
-        tensors["encoder.bias"] = state["latent_bias"]
-        return "AutoEncoderNew", tensors | {"decoder.bias": it.state_dict["pre_bias"]}, {}
-    return "AutoEncoder", tensors | {"bias": state["pre_bias"]}, {}
-
-
-def _export_jumprelu(it: Exported) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
-    _refuse_groups(it)
-    bias = it.state_dict.get("post_bias", it.state_dict["pre_bias"])
-    tensors = _matrices(it, fold_pre_bias(it.state_dict)) | {
-        "b_dec": bias,
-        "threshold": it.activation_fields["threshold"],
-    }
-    return "JumpReluAutoEncoder", tensors, {}
-
-
-def _refuse_groups(it: Exported) -> None:
-    if it.group_sizes is not None:
-        it.refuse(f"Matryoshka groups with {it.activation}")
 
 
 def _matrices(it: Exported, state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -417,3 +376,15 @@ def _matrices(it: Exported, state: Mapping[str, Any]) -> dict[str, Tensor]:
         "W_dec": it.decoder_weight.T,
         "b_dec": state["pre_bias"],
     }
+
+
+DICTIONARY_LEARNING = Format(
+    name="dictionary_learning",
+    layout=f"{WEIGHTS_FILE} (dictionary_learning)",
+    read=read,
+    states=frozenset({"output_location", "k", "threshold", "dict_class", "normalize_decoder"}),
+    marks=(WEIGHTS_FILE,),
+    configs={CONFIG_FILE: lambda config: "trainer" in config},
+    holds={"torch": lambda content: bool(classes_with_keys(set(content)))},
+    write=write,
+)

@@ -1,50 +1,57 @@
-"""Apollo's end-to-end dictionaries: a torch state dict, of one or of several places.
+"""Apollo's end-to-end dictionaries: a torch state dict of one place or of several.
 
     encoder.0.weight [l, n]   encoder.0.bias [l]   decoder.weight [n, l]   decoder.bias [n]
 
     latents = relu(We x + be),   recons = latents · (Wd with columns of norm 1)ᵀ + bd
 
-The decoder is normalised whenever it is applied, and is so once and for all on reading. A file of a
-whole run has these keys once a place, after ``blocks-6-hook_resid_pre.`` or the like: state the
-location that is wanted.
+The library normalises the decoder whenever it applies it; here that is done once, on reading. A file of
+a whole run has these keys once for each place, after ``blocks-6-hook_resid_pre.`` or the like: state
+the location that is wanted. Published models (GPT-2 small) were TransformerLens's, whose residual stream
+is centred; models of one's own were not. The file does not say which: state ``input_normalization``.
 
 As read in e2e_sae 2.1.1: ``models/sparsifiers.py``, ``models/transformers.py``.
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch.nn.functional as F
 
 from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
-    LoadedAutoencoder,
-    Stated,
-    at_least_float32,
     check_tensors,
+    is_on_the_stream,
+    loaded,
     location_of,
     matrix_shape,
-    settle,
-    settle_location,
+    parameters,
 )
+from neuron_explainer.models.checkpoints.autoencoders.format import (
+    Content,
+    Format,
+    LoadedAutoencoder,
+    Source,
+    Stated,
+)
+from neuron_explainer.models.checkpoints.autoencoders.state import at_least_float32
 from neuron_explainer.models.locations import ActivationLocation
 
 _MARK = "encoder.0.weight"
 _KEY = re.compile(r"((?:.*\.)?)encoder\.0\.(?:weight|bias)")
 
 
-def places(content: Mapping[str, Any]) -> list[str]:
-    """The prefixes under which the content of a torch file has dictionaries of this format."""
+def places(content: Content) -> list[str]:
+    """The prefixes of the keys of each dictionary in a torch file; none if it is of another format."""
     found = [_KEY.fullmatch(key) for key in content if isinstance(key, str)]
     return list(dict.fromkeys(match[1] for match in found if match))
 
 
-def read_e2e(where: str | Path, content: Mapping[str, Any], stated: Stated) -> LoadedAutoencoder:
-    """From the content of the torch file ``where``."""
-    prefix, location = _choose(where, content, stated)
-    tensors = {k.removeprefix(prefix): v for k, v in content.items() if k.startswith(prefix)}
+def read(source: Source, stated: Stated) -> LoadedAutoencoder:
+    """Read a torch file of this format."""
+    assert source.content is not None
+    where = source.path
+    prefix, location = _choose(where, source.content, stated)
+    tensors = {k.removeprefix(prefix): v for k, v in source.content.items() if k.startswith(prefix)}
     n_latents, n_inputs = matrix_shape(where, tensors, _MARK)
     check_tensors(
         where,
@@ -56,34 +63,40 @@ def read_e2e(where: str | Path, content: Mapping[str, Any], stated: Stated) -> L
             "decoder.bias": (n_inputs,),
         },
     )
-    state: dict[str, Any] = {
-        "encoder.weight": tensors[_MARK],
-        "latent_bias": tensors["encoder.0.bias"],
-        "decoder.weight": F.normalize(at_least_float32(tensors["decoder.weight"]), dim=0),
-        "pre_bias": tensors["decoder.bias"].new_zeros(n_inputs),
-        "post_bias": tensors["decoder.bias"],
-        "activation": "ReLU",
-        "activation_state_dict": {},
-    }
-    return LoadedAutoencoder(
+    state = parameters(
+        tensors[_MARK],
+        F.normalize(at_least_float32(tensors["decoder.weight"]), dim=0),
+        tensors["encoder.0.bias"],
+        post_bias=tensors["decoder.bias"],
+    )
+    found = loaded(
+        where,
+        stated,
         state,
-        settle(
-            where, "this format", "none", stated.get("input_normalization"), "input_normalization"
-        ),
-        location,
+        input_normalization=stated.get("input_normalization"),
+        location=location,
         metadata={"format": "e2e", "place": prefix.rstrip(".")},
     )
+    if found.input_normalization is None:
+        if found.location is None or is_on_the_stream(found.location):
+            raise CheckpointError(
+                f"{where}: input_normalization: the file does not say whether the residual stream was "
+                "centred. Give it: `Autoencoder.load(source, input_normalization='center')` for the "
+                "published dictionaries of GPT-2 small (TransformerLens centres the stream), or 'none' "
+                "for a model of your own; in the shell `--input-normalization center`."
+            )
+        found.input_normalization = "none"
+    return found
 
 
 def _choose(
-    where: str | Path, content: Mapping[str, Any], stated: Stated
+    where: str | Path, content: Content, stated: Stated
 ) -> tuple[str, ActivationLocation | None]:
-    """The prefix that is meant, and the location it names."""
+    """The prefix of the dictionary that is wanted, and the location that the prefix names."""
     found = {prefix: _location(prefix) for prefix in places(content)}
     given = stated.get("location")
     if len(found) == 1:
-        prefix, location = next(iter(found.items()))
-        return prefix, settle_location(where, location, given)
+        return next(iter(found.items()))
     listed = ", ".join(prefix.rstrip(".") for prefix in found)
     if given is None:
         raise CheckpointError(
@@ -100,3 +113,11 @@ def _choose(
 def _location(prefix: str) -> ActivationLocation | None:
     name = prefix.rstrip(".").rpartition(".")[2]
     return location_of(name.replace("-", "."))
+
+
+E2E = Format(
+    name="e2e",
+    layout="a .pt file with encoder.0.weight and decoder.bias (Apollo's end-to-end dictionaries)",
+    read=read,
+    holds={"torch": lambda content: bool(places(content))},
+)

@@ -8,8 +8,8 @@
     f = mask · scale · relu(h),   recons = (f D + decoder_bias) / (√n / ‖x‖)
 
 Mask and scale are folded into the encoder: scale · relu(h) = relu(scale · h). The normalisation is
-not in the file but in ``hyperparams.json``, looked for beside it and one folder further out; where
-there is none it has to be stated (``"rms"`` for token-wise).
+not in the file but in ``hyperparams.json``, which is looked for beside it and in the folder around
+that one. Without that file the normalisation has to be stated (``"rms"`` for token-wise).
 
 As read in OpenMOSS/gpt2-dictionary at bd7a871.
 """
@@ -18,31 +18,38 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from neuron_explainer import files
 from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
-    LoadedAutoencoder,
-    Stated,
+    check_facts,
     check_tensors,
     fold_latent_scale,
+    loaded,
     location_of,
     matrix_shape,
+    parameters,
+    read_choice,
     read_flag,
     read_text,
-    settle,
-    settle_location,
+)
+from neuron_explainer.models.checkpoints.autoencoders.format import (
+    Content,
+    Format,
+    LoadedAutoencoder,
+    Source,
+    Stated,
+    read_content,
 )
 from neuron_explainer.models.checkpoints.autoencoders.state import InputNormalization
 from neuron_explainer.models.checkpoints.problems import Shape
 
 HYPERPARAMETERS_FILE, MODEL_FILE = "hyperparams.json", "lm_config.json"
 
-_NORMALIZATIONS: dict[Any, InputNormalization] = {"token-wise": "rms", "none": "none"}
+_NORMALIZATIONS: dict[str, InputNormalization] = {"token-wise": "rms", "none": "none"}
 
 
-def has_keys(content: Mapping[str, Any]) -> bool:
-    """Whether the content of a torch file is of this format, be it incomplete."""
+def holds(content: Content) -> bool:
+    """Whether a torch file is of this format, though perhaps incomplete."""
     inner = content.get("sae")
     return (
         isinstance(inner, Mapping)
@@ -51,36 +58,32 @@ def has_keys(content: Mapping[str, Any]) -> bool:
     )
 
 
-def read_language_model_saes(
-    where: str | Path,
-    content: Mapping[str, Any],
-    hyperparameters: Mapping[str, Any] | None,
-    model: Mapping[str, Any] | None,
-    stated: Stated,
-) -> LoadedAutoencoder:
-    """From the content of the torch file ``where`` and of the two JSON files, if any."""
-    tensors = content.get("sae", content)
+def read(source: Source, stated: Stated) -> LoadedAutoencoder:
+    """Read a torch file, or the one that is in a run's folder."""
+    where, content = _weights(source)
+    source = Source(where, content)
+    hyperparameters, model = (_json(source, name) for name in (HYPERPARAMETERS_FILE, MODEL_FILE))
+    inner = content.get("sae")
+    tensors = inner if isinstance(inner, Mapping) else content
     check_tensors(where, tensors, _shapes(where, tensors))
     _check_hyperparameters(where, hyperparameters or {}, tensors)
-    n_inputs = tensors["encoder"].shape[0]
-    bias = tensors.get("decoder_bias", tensors["encoder"].new_zeros(n_inputs))
-    state: dict[str, Any] = {
-        "encoder.weight": tensors["encoder"].T,
-        "decoder.weight": tensors["decoder"].T,
-        "latent_bias": tensors["encoder_bias"],
-        "pre_bias": bias,
-        "activation": "ReLU",
-        "activation_state_dict": {},
-    }
+    state = parameters(
+        tensors["encoder"].T,
+        tensors["decoder"].T,
+        tensors["encoder_bias"],
+        pre_bias=tensors.get("decoder_bias"),
+    )
     _fold_scale(where, state, tensors)
     if "encoder_glu" in tensors:
         state["glu.weight"] = tensors["encoder_glu"].T
         state["glu.bias"] = tensors["encoder_bias_glu"]
-    found = location_of((model or {}).get("hook_point"))
-    return LoadedAutoencoder(
+    found = loaded(
+        where,
+        stated,
         state,
-        _normalization(where, hyperparameters, stated),
-        settle_location(where, found, stated.get("location")),
+        said_by=HYPERPARAMETERS_FILE,
+        input_normalization=_normalization(where, hyperparameters),
+        location=location_of((model or {}).get("hook_point")),
         model_name=read_text(model or {}, "model_name"),
         metadata={
             "format": "language_model_saes",
@@ -88,9 +91,42 @@ def read_language_model_saes(
             "lm_config": dict(model or {}),
         },
     )
+    if found.input_normalization is None:
+        raise CheckpointError(
+            f"{where}: input_normalization: the file does not say it, and there is no "
+            f"{HYPERPARAMETERS_FILE} beside it that does. Give it: `Autoencoder.load(source, "
+            "input_normalization='rms')` for norm_activation 'token-wise', or 'none'."
+        )
+    return found
 
 
-def _shapes(where: str | Path, tensors: Mapping[str, Any]) -> dict[str, Shape]:
+def _weights(source: Source) -> tuple[str | Path, Content]:
+    """The path and content of the one file of weights in a run's folder, or in its ``checkpoints``."""
+    if source.content is not None:
+        return source.path, source.content
+    if files.is_remote(source.path):
+        raise CheckpointError(
+            f"{source.path}: a remote folder cannot be listed; give the .pt file in it, and "
+            "input_normalization."
+        )
+    folder = Path(source.path).expanduser()
+    found = sorted([*folder.glob("*.pt"), *folder.glob("checkpoints/*.pt")])
+    if len(found) != 1:
+        listed = ", ".join(str(path.relative_to(folder)) for path in found) or "none"
+        raise CheckpointError(
+            f"{source.path}: expected one .pt file, found {listed}; give the path of the file."
+        )
+    return found[0], read_content(found[0], found[0])
+
+
+def _json(source: Source, name: str) -> dict[str, Any] | None:
+    """A JSON file beside the weights or, locally, in the folder around theirs."""
+    if files.is_remote(source.path):
+        return source.json_if_any(name)
+    return source.json_if_any(name) or Source(source.path, {}).json_if_any(f"../{name}")
+
+
+def _shapes(where: str | Path, tensors: Content) -> dict[str, Shape]:
     n_inputs, n_latents = matrix_shape(where, tensors, "encoder")
     shapes: dict[str, Shape] = {
         "encoder": (n_inputs, n_latents),
@@ -107,25 +143,17 @@ def _shapes(where: str | Path, tensors: Mapping[str, Any]) -> dict[str, Shape]:
     return shapes
 
 
-def _check_hyperparameters(
-    where: str | Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> None:
+def _check_hyperparameters(where: str | Path, fields: Mapping[str, Any], tensors: Content) -> None:
     n_inputs, n_latents = tensors["encoder"].shape
     facts: dict[str, Any] = {"d_model": n_inputs, "d_sae": n_latents}
     for name, key in (("use_decoder_bias", "decoder_bias"), ("use_glu_encoder", "encoder_glu")):
         if name in fields:
             read_flag(f"{where}: {HYPERPARAMETERS_FILE}", fields, name, False)
             facts[name] = key in tensors
-    wrong = [
-        f"{name}: expected {value!r} as in the tensors, found {fields[name]!r}"
-        for name, value in facts.items()
-        if fields.get(name) is not None and fields[name] != value
-    ]
-    if wrong:
-        raise CheckpointError(f"{where}: {HYPERPARAMETERS_FILE}: {'; '.join(wrong)}.")
+    check_facts(f"{where}: {HYPERPARAMETERS_FILE}", fields, facts, "the tensors")
 
 
-def _fold_scale(where: str | Path, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _fold_scale(where: str | Path, state: dict[str, Any], tensors: Content) -> None:
     for name in ("feature_act_mask", "feature_act_scale"):
         if name not in tensors or bool((tensors[name] == 1).all()):
             continue
@@ -137,26 +165,25 @@ def _fold_scale(where: str | Path, state: dict[str, Any], tensors: Mapping[str, 
 
 
 def _normalization(
-    where: str | Path, hyperparameters: Mapping[str, Any] | None, stated: Stated
-) -> InputNormalization:
-    found = None
-    if hyperparameters is not None and "norm_activation" in hyperparameters:
-        value = hyperparameters["norm_activation"]
-        if value not in _NORMALIZATIONS:
-            why = ": with it a row's latents depend on its batch" if value == "batch-wise" else ""
-            raise CheckpointError(
-                f"{where}: {HYPERPARAMETERS_FILE}: norm_activation: expected "
-                f"{' or '.join(map(repr, _NORMALIZATIONS))}, found {value!r}{why}."
-            )
-        found = _NORMALIZATIONS[value]
-    given = stated.get("input_normalization")
-    settled: InputNormalization | None = settle(
-        where, HYPERPARAMETERS_FILE, found, given, "input_normalization"
+    where: str | Path, hyperparameters: Mapping[str, Any] | None
+) -> InputNormalization | None:
+    if hyperparameters is None or "norm_activation" not in hyperparameters:
+        return None
+    batches = hyperparameters["norm_activation"] == "batch-wise"
+    found = read_choice(
+        f"{where}: {HYPERPARAMETERS_FILE}",
+        hyperparameters,
+        "norm_activation",
+        _NORMALIZATIONS,
+        hint=" With it a row's latents would depend on its batch." if batches else "",
     )
-    if settled is None:
-        raise CheckpointError(
-            f"{where}: input_normalization: the file does not say it, and there is no "
-            f"{HYPERPARAMETERS_FILE} beside it that does. Give it: `Autoencoder.load(source, "
-            "input_normalization='rms')` for norm_activation 'token-wise', or 'none'."
-        )
-    return settled
+    return _NORMALIZATIONS[found]
+
+
+LANGUAGE_MODEL_SAES = Format(
+    name="language_model_saes",
+    layout=f"{HYPERPARAMETERS_FILE} and a .pt file (Language-Model-SAEs)",
+    read=read,
+    configs={HYPERPARAMETERS_FILE: lambda config: "hook_point_in" not in config},
+    holds={"torch": holds},
+)

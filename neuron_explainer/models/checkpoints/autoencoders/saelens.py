@@ -3,36 +3,41 @@
     W_enc [n, l]   W_dec [l, o]   b_enc [l] (not gated)   b_dec [o]
     threshold [l] (jumprelu)      b_gate, r_mag, b_mag [l] (gated)      W_skip [o, n] (skip)
 
-``apply_b_dec_to_input`` says whether ``b_dec`` is also taken off the input, after normalisation.
+``apply_b_dec_to_input`` says whether ``b_dec`` is also subtracted from the input, after normalisation.
 ``normalize_activations``: ``layer_norm`` is that of OpenAI, ``constant_norm_rescale`` is ``"rms"``
 here, and ``expected_average_only_in`` is one factor that is *not in the folder*: it has to be stated
 and is folded in. ``rescale_acts_by_decoder_norm`` chooses the top k among latents times the norm of
-their decoder rows, and is folded in too. Before version 6 the config was flat, with other names.
+their decoder rows; it is folded in last, as SAELens applies it to the decoder that it has then. Before
+version 6 the config was flat, with other names.
 
 As read in sae-lens 6.54.12: ``saes/*.py`` and ``loading/pretrained_sae_loaders.py``.
 """
 
+import logging
 from collections.abc import Mapping
-from pathlib import Path
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neuron_explainer.errors import CheckpointError, did_you_mean
+from neuron_explainer import files
+from neuron_explainer.errors import CheckpointError, SourceError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
-    LoadedAutoencoder,
-    Stated,
     check_factor,
     check_tensors,
     check_unknown_fields,
     fold_latent_scale,
     fold_norm_factor,
+    is_on_the_stream,
+    loaded,
     location_of,
+    parameters,
+    read_choice,
     read_flag,
     read_size,
     read_text,
-    settle,
+    refuse_scaled_latents,
     settle_location,
 )
 from neuron_explainer.models.checkpoints.autoencoders.export import (
@@ -40,9 +45,19 @@ from neuron_explainer.models.checkpoints.autoencoders.export import (
     fold_latent_bias_into_gates,
     fold_pre_bias,
 )
+from neuron_explainer.models.checkpoints.autoencoders.format import (
+    Content,
+    Format,
+    LoadedAutoencoder,
+    Source,
+    Stated,
+    read_content,
+)
 from neuron_explainer.models.checkpoints.autoencoders.state import InputNormalization
 from neuron_explainer.models.checkpoints.problems import Shape
 from neuron_explainer.models.locations import ActivationLocation
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 SPARSITY_FILE = "sparsity.safetensors"
@@ -110,7 +125,13 @@ _ARCHITECTURES = (
     "jumprelu_transcoder",
     "jumprelu_skip_transcoder",
 )
-_NORMALIZATIONS: dict[Any, InputNormalization] = {
+# Architectures of SAELens that cannot be an Autoencoder, and why.
+_NOT_READ = {
+    "abstopk": "it keeps the k latents that are largest in magnitude, of either sign",
+    "matching_pursuit": "it finds latents one after the other, by what is left of the input",
+    "temporal": "its latents also depend on the tokens before, through attention",
+}
+_NORMALIZATIONS: dict[str, InputNormalization] = {
     "none": "none",
     "layer_norm": "layer_norm",
     "constant_norm_rescale": "rms",
@@ -118,33 +139,51 @@ _NORMALIZATIONS: dict[Any, InputNormalization] = {
 }
 
 
-def read_saelens(
-    where: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], stated: Stated
-) -> LoadedAutoencoder:
-    """From the config and tensors of the folder ``where``."""
-    cfg_file = f"{where}/{CONFIG_FILE}"
+def read(source: Source, stated: Stated) -> LoadedAutoencoder:
+    """Read a folder of this format."""
+    where = source.path
+    config, cfg_file = source.json(CONFIG_FILE), f"{where}/{CONFIG_FILE}"
     cfg = _flat(config)
-    architecture = _architecture(cfg_file, cfg, old="metadata" not in config)
-    cfg["architecture"] = architecture
+    cfg["architecture"] = _architecture(cfg_file, cfg, old="metadata" not in config)
     check_unknown_fields(cfg_file, cfg, _KNOWN, _HARMLESS | _metadata_names(config))
-    _refuse_scaling(cfg_file, where, cfg, tensors)
-    state = _state(cfg_file, where, cfg, tensors)
+    weights_file, tensors = source.weights(WEIGHTS_FILE)
+    ones = "scaling_factor" in tensors
+    tensors = refuse_scaled_latents(weights_file, tensors)
+    if cfg.get("finetuning_scaling_factor") and not ones:
+        raise CheckpointError(
+            f"{cfg_file}: finetuning_scaling_factor: expected false, found true: latents scaled by "
+            "fine-tuning cannot be applied."
+        )
+    check_tensors(
+        weights_file,
+        tensors,
+        _shapes(cfg_file, cfg),
+        why=f"Expected is what architecture {cfg['architecture']!r} and the sizes in {CONFIG_FILE} ask "
+        "for.",
+    )
+    state = _state(cfg_file, cfg, tensors)
     normalization = _normalization(cfg_file, cfg, state, stated)
+    _fold_decoder_norm(cfg_file, cfg, state)
     metadata: dict[str, Any] = {"format": "saelens", "cfg": dict(config)}
     if stated.get("norm_factor") is not None:
         metadata["norm_factor"] = stated["norm_factor"]
-    # Of one head's activations there is no location here.
+    # The activations of a single head have no location here.
     hook = None if cfg.get("hook_head_index") is not None else cfg.get("hook_name")
-    output = location_of(cfg.get("hook_name_out"))
     location = settle_location(cfg_file, location_of(hook), stated.get("location"))
-    return LoadedAutoencoder(
+    given = stated.get("input_normalization")
+    found = loaded(
+        cfg_file,
+        stated,
         state,
-        _centred(cfg_file, cfg, normalization, location, stated.get("input_normalization")),
-        location,
-        settle_location(cfg_file, output, stated.get("output_location")),
-        read_text(cfg, "model_name"),
-        metadata,
+        said_by="the file",
+        input_normalization=_centred(cfg_file, cfg, normalization, location, given),
+        location=location,
+        output_location=location_of(cfg.get("hook_name_out")),
+        model_name=read_text(cfg, "model_name"),
+        metadata=metadata,
     )
+    _add_sparsity(source, found)
+    return found
 
 
 def _centred(
@@ -154,11 +193,11 @@ def _centred(
     location: ActivationLocation | None,
     given: InputNormalization | None,
 ) -> InputNormalization:
-    """The normalisation, with the mean over the width taken off where TransformerLens had done so.
+    """The normalisation, ``"center"`` where TransformerLens had centred what the model writes.
 
     Autoencoders of a model loaded with ``center_writing_weights`` saw a residual stream, and what is
     added to it, without its mean. Models are not edited when they are loaded here, so that step
-    belongs to the autoencoder. (A layer norm takes the mean off anyway.)
+    belongs to the autoencoder. (A layer norm subtracts the mean anyway.)
     """
     kwargs = cfg.get("model_from_pretrained_kwargs") or {}
     said = kwargs.get("center_writing_weights") if isinstance(kwargs, dict) else None
@@ -172,9 +211,7 @@ def _centred(
         )
     if normalization == "none" and said is None and given == "center":
         return "center"  # how the model was loaded is often not in the folder
-    found: InputNormalization = "center" if centred else normalization
-    settle(cfg_file, "the file", found, given, "input_normalization")
-    return found
+    return "center" if centred else normalization
 
 
 def _on_the_stream(cfg_file: str, location: ActivationLocation | None, given: Any) -> bool:
@@ -185,16 +222,21 @@ def _on_the_stream(cfg_file: str, location: ActivationLocation | None, given: An
                 "here: expected input_normalization='center' or 'none' as an argument."
             )
         return bool(given == "center")
-    return location.path.startswith("resid.") and "ln" not in location.path
+    return is_on_the_stream(location)
 
 
-def add_sparsity(
-    where: str | Path, loaded: LoadedAutoencoder, tensors: Mapping[str, Tensor]
-) -> None:
-    """In place: how often each latent is active, from its log10 in ``sparsity`` ``[l]``."""
-    n_latents = len(loaded.state_dict["encoder.weight"])
-    check_tensors(where, tensors, {"sparsity": (n_latents,)})
-    loaded.state_dict["latents_activation_frequency"] = 10.0 ** tensors["sparsity"].float()
+def _add_sparsity(source: Source, found: LoadedAutoencoder) -> None:
+    """In place: how often each latent is active, from its log10 in ``sparsity`` ``[l]``, if known."""
+    path = source.beside(SPARSITY_FILE)
+    try:
+        if not files.exists(path):
+            return
+    except SourceError as error:  # offline: nothing that is computed depends on it
+        logger.warning("%s: statistics of latents stay unknown: %s", source.path, error)
+        return
+    tensors = read_content(files.fetch(path), path)
+    check_tensors(path, tensors, {"sparsity": (len(found.state_dict["encoder.weight"]),)})
+    found.state_dict["latents_activation_frequency"] = 10.0 ** tensors["sparsity"].float()
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,47 +254,25 @@ def _metadata_names(config: Mapping[str, Any]) -> set[str]:
 
 def _architecture(cfg_file: str, cfg: dict[str, Any], old: bool) -> str:
     found = cfg.get("architecture", "standard" if old else None)
-    activation = cfg.get("activation_fn", "relu")
+    if isinstance(found, str) and found in _NOT_READ:
+        raise CheckpointError(
+            f"{cfg_file}: architecture {found!r} is not supported: {_NOT_READ[found]}. Supported: "
+            f"{', '.join(_ARCHITECTURES)}."
+        )
+    activation = read_choice(cfg_file, cfg, "activation_fn", ("relu", "topk"), "relu")
     arguments = cfg.get("activation_fn_kwargs") or {}
     if activation == "topk":
         if found not in ("standard", "topk") or not isinstance(arguments, dict):
             raise CheckpointError(
                 f"{cfg_file}: activation_fn 'topk' and architecture {found!r} contradict each other."
             )
-        if set(arguments) - {"k"} and any(arguments[name] for name in set(arguments) - {"k"}):
+        if any(value for name, value in arguments.items() if name != "k"):
             raise CheckpointError(
                 f"{cfg_file}: activation_fn_kwargs: expected k only, found {arguments!r}."
             )
         cfg["k"] = cfg.get("k", arguments.get("k"))
         return "topk"
-    if activation != "relu":
-        raise CheckpointError(
-            f"{cfg_file}: activation_fn: expected 'relu' or 'topk', found {activation!r}."
-        )
-    if found not in _ARCHITECTURES:
-        raise CheckpointError(
-            f"{cfg_file}: architecture: expected one of {', '.join(_ARCHITECTURES)}, found {found!r}."
-            f"{did_you_mean(str(found), _ARCHITECTURES)}"
-        )
-    return str(found)
-
-
-def _refuse_scaling(
-    cfg_file: str, where: str | Path, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> None:
-    """Latents scaled after fine-tuning: SAELens itself no longer applies such factors."""
-    factor = tensors.get("scaling_factor")
-    ones = factor is None or bool(torch.equal(factor, torch.ones_like(factor)))
-    if cfg.get("finetuning_scaling_factor") and not (factor is not None and ones):
-        raise CheckpointError(
-            f"{cfg_file}: finetuning_scaling_factor: expected false, found true: latents scaled by "
-            "fine-tuning cannot be applied."
-        )
-    if not ones:
-        raise CheckpointError(
-            f"{where}/{WEIGHTS_FILE}: scaling_factor: expected ones, found other values: latents "
-            "scaled by fine-tuning cannot be applied."
-        )
+    return read_choice(cfg_file, {"architecture": found}, "architecture", _ARCHITECTURES)
 
 
 def _shapes(cfg_file: str, cfg: Mapping[str, Any]) -> dict[str, Shape]:
@@ -270,81 +290,66 @@ def _shapes(cfg_file: str, cfg: Mapping[str, Any]) -> dict[str, Shape]:
     return shapes
 
 
-def _state(
-    cfg_file: str, where: str | Path, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    architecture = cfg["architecture"]
-    tensors = {name: value for name, value in tensors.items() if name != "scaling_factor"}
-    check_tensors(
-        f"{where}/{WEIGHTS_FILE}",
-        tensors,
-        _shapes(cfg_file, cfg),
-        why=f"Expected is what architecture {architecture!r} and the sizes in {CONFIG_FILE} ask for.",
+def _state(cfg_file: str, cfg: Mapping[str, Any], tensors: Content) -> dict[str, Any]:
+    is_transcoder = "transcoder" in cfg["architecture"]
+    subtract = read_flag(cfg_file, cfg, "apply_b_dec_to_input", not is_transcoder)
+    if is_transcoder and subtract:
+        raise CheckpointError(
+            f"{cfg_file}: apply_b_dec_to_input: expected false for a transcoder, found true."
+        )
+    nonlinearity, fields = _nonlinearity(cfg_file, cfg, tensors)
+    state = parameters(
+        tensors["W_enc"].T,
+        tensors["W_dec"].T,
+        tensors.get("b_enc"),
+        pre_bias=tensors["b_dec"] if subtract else None,
+        post_bias=None if subtract else tensors["b_dec"],
+        nonlinearity=nonlinearity,
+        is_transcoder=is_transcoder,
+        **fields,
     )
-    n_latents = tensors["W_dec"].shape[0]
-    transcoder = "transcoder" in architecture
-    subtract = read_flag(cfg_file, cfg, "apply_b_dec_to_input", not transcoder)
-    b_dec = tensors["b_dec"]
-    state: dict[str, Any] = {
-        "encoder.weight": tensors["W_enc"].T,
-        "decoder.weight": tensors["W_dec"].T,
-        "latent_bias": tensors.get("b_enc", b_dec.new_zeros(n_latents)),
-        "pre_bias": b_dec if subtract else b_dec.new_zeros(tensors["W_enc"].shape[0]),
-    }
-    if not subtract:
-        state["post_bias"] = b_dec
-    if transcoder:
-        if subtract:
-            raise CheckpointError(
-                f"{cfg_file}: apply_b_dec_to_input: expected false for a transcoder, found true."
-            )
-        state["n_outputs"] = len(b_dec)
     if "W_skip" in tensors:
         state["skip.weight"] = tensors["W_skip"]
-    return state | _activation(cfg_file, cfg, tensors, state)
+    return state
 
 
-def _activation(
-    cfg_file: str, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], state: dict[str, Any]
-) -> dict[str, Any]:
+def _nonlinearity(
+    cfg_file: str, cfg: Mapping[str, Any], tensors: Content
+) -> tuple[str, dict[str, Any]]:
+    """The nonlinearity of an architecture: its name here, and its fields."""
     architecture = cfg["architecture"]
     if architecture == "topk":
-        k = read_size(cfg_file, cfg, "k")
-        if read_flag(cfg_file, cfg, "rescale_acts_by_decoder_norm", False):
-            fold_latent_scale(state, tensors["W_dec"].float().norm(dim=-1), decoder_too=True)
-        fields: dict[str, Any] = {"k": k, "postact_fn": "ReLU"}
-        return {"activation": "TopK", "activation_state_dict": fields}
-    if cfg.get("rescale_acts_by_decoder_norm"):
+        return "TopK", {"k": read_size(cfg_file, cfg, "k"), "postact_fn": "ReLU"}
+    if architecture == "gated":
+        return "Gated", {name: tensors[name] for name in ("b_gate", "r_mag", "b_mag")}
+    if "jumprelu" in architecture:
+        return "JumpReLU", {"threshold": tensors["threshold"]}
+    return "ReLU", {}
+
+
+def _fold_decoder_norm(cfg_file: str, cfg: Mapping[str, Any], state: dict[str, Any]) -> None:
+    """In place: latents in SAELens's units, where they are scaled by the norms of decoder rows."""
+    if not read_flag(cfg_file, cfg, "rescale_acts_by_decoder_norm", False):
+        return
+    if cfg["architecture"] != "topk":
         raise CheckpointError(
             f"{cfg_file}: rescale_acts_by_decoder_norm: expected for the architecture 'topk' only, "
-            f"found with {architecture!r}."
+            f"found with {cfg['architecture']!r}."
         )
-    if architecture == "gated":
-        fields = {name: tensors[name] for name in ("b_gate", "r_mag", "b_mag")}
-        return {"activation": "Gated", "activation_state_dict": fields}
-    if "jumprelu" in architecture:
-        fields = {"threshold": tensors["threshold"]}
-        return {"activation": "JumpReLU", "activation_state_dict": fields}
-    return {"activation": "ReLU", "activation_state_dict": {}}
+    fold_latent_scale(state, state["decoder.weight"].float().norm(dim=0), decoder_too=True)
 
 
 def _normalization(
     cfg_file: str, cfg: Mapping[str, Any], state: dict[str, Any], stated: Stated
 ) -> InputNormalization:
-    """Folds a stated factor into ``state``."""
+    """The normalisation; a stated factor is folded into ``state``."""
     found = cfg.get("normalize_activations")
     if isinstance(found, bool) or found is None:  # as earlier versions wrote it
         found = "expected_average_only_in" if found else "none"
-    if found not in _NORMALIZATIONS:
-        raise CheckpointError(
-            f"{cfg_file}: normalize_activations: expected one of {', '.join(_NORMALIZATIONS)}, "
-            f"found {found!r}."
-        )
-    if cfg.get("reshape_activations", "none") not in ("none", "hook_z", None):
-        raise CheckpointError(
-            f"{cfg_file}: reshape_activations: expected 'none' or 'hook_z', found "
-            f"{cfg['reshape_activations']!r}."
-        )
+    config = {"normalize_activations": found}
+    found = read_choice(cfg_file, config, "normalize_activations", _NORMALIZATIONS)
+    if cfg.get("reshape_activations") is not None:
+        read_choice(cfg_file, cfg, "reshape_activations", ("none", "hook_z"))
     factor = stated.get("norm_factor")
     if found == "expected_average_only_in":
         if factor is None:
@@ -365,8 +370,8 @@ def _normalization(
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def export_saelens(it: Exported) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of a folder that SAELens 6 reads.
+def write(it: Exported) -> dict[str, dict[str, Any]]:
+    """The files of a folder that SAELens 6 reads.
 
     BatchTopK becomes a JumpReLU of equal thresholds, as SAELens itself saves it. A tied decoder is
     written out. Matryoshka groups are kept in the metadata.
@@ -378,36 +383,33 @@ def export_saelens(it: Exported) -> tuple[dict[str, Any], dict[str, Tensor]]:
         value: key for key, value in _NORMALIZATIONS.items() if key != "expected_average_only_in"
     }
     if it.input_normalization not in normalizations:
-        it.refuse(f"input_normalization {it.input_normalization!r}")
-    state = fold_pre_bias(it.state_dict) if it.has("post_bias") else dict(it.state_dict)
-    b_dec = state.get("post_bias", state["pre_bias"])
+        it.refuse_normalization()
+    state = fold_pre_bias(it.state_dict) if it.has("post_bias") else it.state_dict
     tensors = {
         "W_enc": state["encoder.weight"].T,
         "W_dec": it.decoder_weight.T,
-        "b_dec": b_dec,
+        "b_dec": state.get("post_bias", state["pre_bias"]),
         "b_enc": state["latent_bias"],
     }
+    architecture = _export_nonlinearity(it, tensors)
+    if it.is_transcoder:
+        architecture |= _export_transcoder(it, architecture["architecture"], tensors)
     config: dict[str, Any] = {
         "d_in": it.n_inputs,
         "d_sae": it.n_latents,
-        "dtype": str(it.decoder_weight.dtype).removeprefix("torch."),
+        # SAELens casts all tensors to this dtype, so that it has to hold every one of them.
+        "dtype": _name(reduce(torch.promote_types, (value.dtype for value in tensors.values()))),
         "device": "cpu",
         "apply_b_dec_to_input": not it.has("post_bias"),
         "normalize_activations": normalizations[it.input_normalization],
         "reshape_activations": "hook_z" if _is_of_heads(it) else "none",
         "metadata": _metadata(it),
     }
-    config |= _export_activation(it, state, tensors)
-    if it.is_transcoder:
-        kind = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}
-        if config["architecture"] not in kind:
-            it.refuse(f"a transcoder with {it.activation}")
-        config["architecture"] = kind[config["architecture"]]
-        config["d_out"] = len(b_dec)
-        if it.has("skip.weight"):
-            config["architecture"] = config["architecture"].replace("transc", "skip_transc")
-            tensors["W_skip"] = state["skip.weight"]
-    return config, tensors
+    return {CONFIG_FILE: config | architecture, WEIGHTS_FILE: tensors}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _is_of_heads(it: Exported) -> bool:
@@ -415,23 +417,34 @@ def _is_of_heads(it: Exported) -> bool:
     return it.location is not None and it.location.path == "attn.v_out" and not it.is_transcoder
 
 
-def _export_activation(
-    it: Exported, state: Mapping[str, Any], tensors: dict[str, Tensor]
-) -> dict[str, Any]:
-    """Config fields; tensors are added to ``tensors``."""
-    fields = it.activation_fields
-    if it.activation == "ReLU":
+def _export_nonlinearity(it: Exported, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The config fields of the nonlinearity; its tensors are added to ``tensors``."""
+    name, fields = it.nonlinearity, it.fields
+    if name == "ReLU":
         return {"architecture": "standard"}
-    if it.activation == "TopK" and fields["postact_fn"] == "ReLU":
+    if name == "TopK" and fields["postact_fn"] == "ReLU":
         return {"architecture": "topk", "k": fields["k"], "rescale_acts_by_decoder_norm": False}
-    if it.activation in ("JumpReLU", "BatchTopK"):
-        tensors["threshold"] = fields["threshold"].to(tensors["b_enc"]).expand(it.n_latents)
+    if name in ("JumpReLU", "BatchTopK"):
+        tensors["threshold"] = fields["threshold"].expand(it.n_latents)
         return {"architecture": "jumprelu"}
-    if it.activation == "Gated":
-        tensors |= fold_latent_bias_into_gates(state["latent_bias"], fields)
-        del tensors["b_enc"]
+    if name == "Gated":
+        tensors |= fold_latent_bias_into_gates(tensors.pop("b_enc"), fields)
         return {"architecture": "gated"}
-    return it.refuse(f"the activation {it.activation}")
+    return it.refuse(f"the nonlinearity {name}")
+
+
+def _export_transcoder(
+    it: Exported, architecture: str, tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    """The config fields of a transcoder; a skip is added to ``tensors``."""
+    kinds = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}
+    if architecture not in kinds:
+        it.refuse(f"a transcoder with {it.nonlinearity}")
+    kind = kinds[architecture]
+    if it.has("skip.weight"):
+        kind = kind.replace("transcoder", "skip_transcoder")
+        tensors["W_skip"] = it.state_dict["skip.weight"]
+    return {"architecture": kind, "d_out": len(tensors["b_dec"])}
 
 
 def _metadata(it: Exported) -> dict[str, Any]:
@@ -446,3 +459,19 @@ def _metadata(it: Exported) -> dict[str, Any]:
     if it.group_sizes is not None:
         metadata["matryoshka_group_sizes"] = list(it.group_sizes)
     return metadata
+
+
+def is_saelens(config: Mapping[str, Any]) -> bool:
+    """Whether a ``cfg.json`` is SAELens's."""
+    return "d_sae" in config
+
+
+SAELENS = Format(
+    name="saelens",
+    layout=f"{CONFIG_FILE} and {WEIGHTS_FILE} (SAELens)",
+    read=read,
+    states=frozenset({"output_location", "norm_factor"}),
+    marks=(WEIGHTS_FILE,),
+    configs={CONFIG_FILE: is_saelens},
+    write=write,
+)

@@ -4,31 +4,33 @@
 
     latents = topk(relu(We (x - b_dec) + be)),   recons = latents W_dec + b_dec [+ W_skip x]
 
-A transcoder (``transcode``) takes nothing off its input. ``groupmax`` keeps the largest latent of
+A transcoder (``transcode``) subtracts nothing from its input. ``groupmax`` keeps the largest latent of
 each of k groups of neighbours. The folder does not say where its inputs come from; its name usually
-does, and a name is no content: state the location.
+does, but a name is not content: state the location.
 
 As read in eai-sparsify 1.3.3: ``sparse_coder.py``, ``fused_encoder.py``, ``config.py``.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
-    LoadedAutoencoder,
-    Stated,
     check_tensors,
     check_unknown_fields,
+    loaded,
+    parameters,
+    read_choice,
     read_flag,
     read_size,
-    settle,
-    settle_location,
 )
 from neuron_explainer.models.checkpoints.autoencoders.export import Exported, fold_pre_bias
+from neuron_explainer.models.checkpoints.autoencoders.format import (
+    Format,
+    LoadedAutoencoder,
+    Source,
+    Stated,
+)
 from neuron_explainer.models.checkpoints.problems import Shape
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae.safetensors"
@@ -44,49 +46,50 @@ _KNOWN = {
     "signed",
 }
 _HARMLESS = {"normalize_decoder", "multi_topk"}  # of training: both act on weights or losses
+# Their name, ours, and the fields of ours besides k.
+_NONLINEARITIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "topk": ("TopK", {"postact_fn": "ReLU"}),
+    "groupmax": ("GroupMax", {}),
+}
 
 
-def read_sparsify(
-    where: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], stated: Stated
-) -> LoadedAutoencoder:
-    """From the config and tensors of the folder ``where``."""
-    cfg_file = f"{where}/{CONFIG_FILE}"
+def read(source: Source, stated: Stated) -> LoadedAutoencoder:
+    """Read a folder of this format."""
+    where = source.path
+    config, cfg_file = source.json(CONFIG_FILE), f"{where}/{CONFIG_FILE}"
     check_unknown_fields(cfg_file, config, _KNOWN, _HARMLESS)
     if config.get("signed"):
         raise CheckpointError(f"{cfg_file}: signed: expected false, found {config['signed']!r}.")
     transcode = read_flag(cfg_file, config, "transcode", False)
+    _, tensors = source.weights(WEIGHTS_FILE)
     check_tensors(
         f"{where}/{WEIGHTS_FILE}",
         tensors,
         _shapes(cfg_file, config),
         why=f"Expected is what {CONFIG_FILE} asks for.",
     )
-    b_dec = tensors["b_dec"]
-    state: dict[str, Any] = {
-        "encoder.weight": tensors["encoder.weight"],
-        "decoder.weight": tensors["W_dec"].T,
-        "latent_bias": tensors["encoder.bias"],
-        "pre_bias": b_dec.new_zeros(b_dec.shape) if transcode else b_dec,
-        **_activation(cfg_file, config),
-    }
-    if transcode:
-        state |= {"post_bias": b_dec, "n_outputs": len(b_dec)}
-    elif stated.get("output_location") is not None:
+    if not transcode and stated.get("output_location") is not None:
         raise CheckpointError(
             f"{cfg_file}: transcode says false, the call says output_location "
             f"{str(stated['output_location'])!r}."
         )
+    name = read_choice(cfg_file, config, "activation", _NONLINEARITIES, "topk")
+    nonlinearity, fields = _NONLINEARITIES[name]
+    state = parameters(
+        tensors["encoder.weight"],
+        tensors["W_dec"].T,
+        tensors["encoder.bias"],
+        pre_bias=None if transcode else tensors["b_dec"],
+        post_bias=tensors["b_dec"] if transcode else None,
+        nonlinearity=nonlinearity,
+        is_transcoder=transcode,
+        k=read_size(cfg_file, config, "k"),
+        **fields,
+    )
     if "W_skip" in tensors:
         state["skip.weight"] = tensors["W_skip"]
-    return LoadedAutoencoder(
-        state,
-        settle(
-            where, "this format", "none", stated.get("input_normalization"), "input_normalization"
-        ),
-        settle_location(where, None, stated.get("location")),
-        settle_location(where, None, stated.get("output_location")),
-        metadata={"format": "sparsify", "cfg": dict(config)},
-    )
+    metadata = {"format": "sparsify", "cfg": dict(config)}
+    return loaded(where, stated, state, metadata=metadata)
 
 
 def _shapes(cfg_file: str, config: Mapping[str, Any]) -> dict[str, Shape]:
@@ -106,35 +109,23 @@ def _shapes(cfg_file: str, config: Mapping[str, Any]) -> dict[str, Shape]:
     return shapes
 
 
-def _activation(cfg_file: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    k, name = read_size(cfg_file, config, "k"), config.get("activation", "topk")
-    if name == "topk":
-        fields: dict[str, Any] = {"k": k, "postact_fn": "ReLU"}
-        return {"activation": "TopK", "activation_state_dict": fields}
-    if name == "groupmax":
-        return {"activation": "GroupMax", "activation_state_dict": {"k": k}}
-    raise CheckpointError(f"{cfg_file}: activation: expected 'topk' or 'groupmax', found {name!r}.")
-
-
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def export_sparsify(it: Exported) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of a folder that ``SparseCoder.load_from_disk`` reads."""
+def write(it: Exported) -> dict[str, dict[str, Any]]:
+    """The files of a folder that ``SparseCoder.load_from_disk`` reads."""
     it.refuse_parts("glu")
-    if it.input_normalization != "none":
-        it.refuse(f"input_normalization {it.input_normalization!r}")
-    if it.is_transcoder and it.decoder_weight.shape[0] != it.n_inputs:
-        it.refuse("a transcoder whose input and output differ in width")
-    if it.has("post_bias") and not it.is_transcoder:
+    it.refuse_normalization()
+    it.refuse_groups()
+    if it.is_transcoder:
+        it.refuse_width()
+    elif it.has("post_bias"):
         it.refuse("an output bias that is not that of the input, but in a transcoder")
-    if it.group_sizes is not None:
-        it.refuse("Matryoshka groups")
-    names = {"TopK": "topk", "GroupMax": "groupmax"}
-    fields = it.activation_fields
-    if it.activation not in names or fields.get("postact_fn", "ReLU") != "ReLU":
-        it.refuse(f"the activation {it.activation}")
-    state = fold_pre_bias(it.state_dict) if it.is_transcoder else dict(it.state_dict)
+    fields = it.fields
+    names = {ours: theirs for theirs, (ours, _) in _NONLINEARITIES.items()}
+    if it.nonlinearity not in names or fields.get("postact_fn", "ReLU") != "ReLU":
+        it.refuse(f"the nonlinearity {it.nonlinearity}")
+    state = fold_pre_bias(it.state_dict) if it.is_transcoder else it.state_dict
     tensors = {
         "encoder.weight": state["encoder.weight"],
         "encoder.bias": state["latent_bias"],
@@ -144,7 +135,7 @@ def export_sparsify(it: Exported) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if it.has("skip.weight"):
         tensors["W_skip"] = state["skip.weight"]
     config = {
-        "activation": names[it.activation],
+        "activation": names[it.nonlinearity],
         "expansion_factor": max(1, it.n_latents // it.n_inputs),
         "normalize_decoder": False,
         "num_latents": it.n_latents,
@@ -154,4 +145,15 @@ def export_sparsify(it: Exported) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "transcode": it.is_transcoder,
         "d_in": it.n_inputs,
     }
-    return config, tensors
+    return {CONFIG_FILE: config, WEIGHTS_FILE: tensors}
+
+
+SPARSIFY = Format(
+    name="sparsify",
+    layout=f"{CONFIG_FILE} and {WEIGHTS_FILE} (sparsify)",
+    read=read,
+    states=frozenset({"output_location"}),
+    marks=(WEIGHTS_FILE,),
+    configs={CONFIG_FILE: lambda config: {"d_in", "k"} <= set(config) and "d_sae" not in config},
+    write=write,
+)

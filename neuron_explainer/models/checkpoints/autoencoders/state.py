@@ -1,47 +1,50 @@
-"""What a saved autoencoder holds: state dicts of OpenAI's layout and this package's folders.
+"""What the state dict of an autoencoder holds, in OpenAI's layout and in this package's.
 
-Only reading and judging: everything that is wrong is found here and told together, before an
+Everything that is wrong is found here and reported together, before an
 :class:`~neuron_explainer.models.autoencoder.Autoencoder` is made.
 
 Shape legend: ``n`` inputs, ``o`` outputs (as many as inputs but in a transcoder), ``l`` latents.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from neuron_explainer.errors import CheckpointError, InputError, LocationError, did_you_mean
+from neuron_explainer.errors import CheckpointError, InputError, did_you_mean, shown
 from neuron_explainer.models.autoencoders.nonlinearities import (
     ACTIVATIONS_CLASSES,
-    PER_LATENT_FIELDS,
-    Gated,
-    GroupMax,
-    JumpReLU,
-    TopK,
+    as_nonlinearity,
     make_activation,
+    select_fields,
 )
-from neuron_explainer.models.checkpoints.tensor_files import SafetensorsFile, torch_load
-from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.models.checkpoints.problems import (
+    Shape,
+    described,
+    not_plain,
+    tensor_problems,
+)
 
 InputNormalization = Literal["none", "center", "layer_norm", "rms"]
 NORMALIZATIONS: tuple[str, ...] = get_args(InputNormalization)
 
-FORMAT_VERSION = 1
-
 PARAMETERS = ("pre_bias", "latent_bias", "encoder.weight", "decoder.weight")
-# What OpenAI's layout has not: a bias of the output that is not that of the input, a linear path
-# past the latents, a second encoder that gates the first. They are there or they are not.
+# Optional parts, which OpenAI's layout does not have: a bias of the output that is not that of the
+# input, a linear path past the latents, a second encoder that gates the first.
 OPTIONAL_PARAMETERS = ("post_bias", "skip.weight", "glu.weight", "glu.bias")
-# name -> (value where nothing is known, dtype). The dtype is theirs whatever that of the weights is:
+# name -> (value where nothing is known, dtype). The dtype does not follow that of the weights:
 # frequencies of 1e-8, which tell rare latents from dead ones, vanish in float16.
 STATISTICS: dict[str, tuple[float, torch.dtype]] = {
     "stats_last_nonzero": (0, torch.int64),
     "latents_activation_frequency": (1, torch.float32),
     "latents_mean_square": (0, torch.float32),
 }
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """For folding factors in: in half precision their product would be rounded twice."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def check_sizes(
@@ -51,7 +54,7 @@ def check_sizes(
     normalization: str,
     n_outputs: int | None = None,
 ) -> None:
-    """Refuse what cannot be an autoencoder; ``n_outputs`` None: as many as inputs."""
+    """Refuse sizes that no autoencoder has; ``n_outputs`` is None if there are as many as inputs."""
     sizes = {"n_latents": n_latents, "n_inputs": n_inputs}
     for name, value in (sizes if n_outputs is None else sizes | {"n_outputs": n_outputs}).items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -66,25 +69,12 @@ def check_sizes(
         raise InputError(
             f"Autoencoder: activation must be a module such as TopK(32), found {activation!r}."
         )
-    if isinstance(activation, TopK) and activation.k > n_latents:
-        raise InputError(f"Autoencoder: TopK(k={activation.k}) on {n_latents} latents.")
-    if isinstance(activation, GroupMax) and n_latents % activation.k:
-        raise InputError(
-            f"Autoencoder: GroupMax: {n_latents} latents are not {activation.k} groups."
-        )
-    if isinstance(activation, JumpReLU) and len(activation.threshold) != n_latents:
-        raise InputError(
-            f"Autoencoder: JumpReLU has {len(activation.threshold)} thresholds for {n_latents} "
-            "latents."
-        )
-    if isinstance(activation, Gated) and len(activation.b_gate) != n_latents:
-        raise InputError(
-            f"Autoencoder: Gated has {len(activation.b_gate)} gates for {n_latents} latents."
-        )
+    if activation is not None:
+        as_nonlinearity(activation).check(n_latents)
 
 
 def read_group_sizes(sizes: Any, n_latents: int) -> tuple[int, ...] | None:
-    """Sizes of Matryoshka groups, which make up all latents; None where there are none."""
+    """The sizes of Matryoshka groups, which have to add up to all latents; None for no groups."""
     if sizes is None:
         return None
     found = list(sizes) if isinstance(sizes, Sequence) and not isinstance(sizes, str) else [0]
@@ -114,20 +104,22 @@ class Entries(NamedTuple):
     input_normalization: str | None
     """None: the file does not say."""
     n_outputs: int | None = None
-    """Of a transcoder; None for an autoencoder, which gives back what it takes."""
+    """The width of a transcoder's output; None for an autoencoder, whose output stands for its input."""
     group_sizes: tuple[int, ...] | None = None
 
 
 def parse_state_dict(
     state_dict: Mapping[str, Any], strict: bool
 ) -> tuple[Entries, list[str], list[str]]:
-    """Take a state dict apart; the second result lists what is wrong, the third what was let pass."""
+    """Take a state dict apart; also returns what is wrong with it, and what is only worth a warning."""
     rest = {str(key): value for key, value in state_dict.items()}
     problems: list[str] = []
     name, fields = _pop_activation(rest, problems)
     tied = _pop_tied(rest, problems)
     normalization = rest.pop("input_normalization", None)
-    if normalization is not None and normalization not in NORMALIZATIONS:
+    if normalization is not None and not (
+        isinstance(normalization, str) and normalization in NORMALIZATIONS
+    ):
         problems.append(unknown_normalization(normalization))
     n_outputs, group_sizes = rest.pop("n_outputs", None), rest.pop("group_sizes", None)
     known = (*PARAMETERS, *OPTIONAL_PARAMETERS, *STATISTICS)
@@ -138,7 +130,7 @@ def parse_state_dict(
         notes.append(f"missing statistics {', '.join(missing)}")
     if strict:
         problems, notes = problems + notes, []
-    problems += _check_tensors(tensors, tied, n_outputs)
+    problems += _tensor_problems(tensors, tied, n_outputs)
     if not problems:
         shape = tensors["encoder.weight"].shape
         problems += _check_activation(name, fields, shape)
@@ -154,7 +146,7 @@ def parse_state_dict(
 
 
 def _pop_activation(rest: dict[str, Any], problems: list[str]) -> tuple[str, dict[str, Any]]:
-    """Name and fields of the activation, folded (``activation_state_dict``) or flat.
+    """Name and fields of the nonlinearity, from ``activation_state_dict`` or from flat entries.
 
     The original wrote both for TopK; then they have to agree.
     """
@@ -163,7 +155,7 @@ def _pop_activation(rest: dict[str, Any], problems: list[str]) -> tuple[str, dic
     folded = rest.pop("activation_state_dict", {})
     name = rest.pop("activation", "ReLU")
     if not isinstance(folded, Mapping):
-        problems.append(f"activation_state_dict is {folded!r}, expected a dict")
+        problems.append(f"activation_state_dict is {shown(folded)}, expected a dict")
         folded = {}
     for key, value in folded.items():
         if not _same(fields.setdefault(key, value), value):
@@ -182,9 +174,9 @@ def _pop_tied(rest: dict[str, Any], problems: list[str]) -> bool:
     """Whether the decoder is the encoder's transpose, as stated or by the original's entry."""
     stated = rest.pop("tied", None)
     linear = rest.pop("decoder.linear.weight", None)
-    if stated not in (None, True, False):
-        problems.append(f"tied is {stated!r}, expected True or False")
-    tied = bool(stated) or (stated is None and linear is not None)
+    if stated is not None and not isinstance(stated, bool):
+        problems.append(f"tied is {shown(stated)}, expected True or False")
+    tied = stated is True or (stated is None and linear is not None)
     if linear is not None and not _same(linear, rest.get("encoder.weight")):
         problems.append("decoder.linear.weight (a tied decoder) differs from encoder.weight")
     if tied and "decoder.weight" in rest:
@@ -192,167 +184,78 @@ def _pop_tied(rest: dict[str, Any], problems: list[str]) -> bool:
     return tied
 
 
-def _check_tensors(tensors: Mapping[str, Any], tied: bool, n_outputs: Any) -> list[str]:
-    required = [key for key in PARAMETERS if not (tied and key == "decoder.weight")]
-    if n_outputs is not None:
-        required.append("post_bias")
-    if "glu.weight" in tensors or "glu.bias" in tensors:
-        required += ["glu.weight", "glu.bias"]
-    problems = [_missing(key) for key in required if key not in tensors]
-    not_tensors = {key for key, value in tensors.items() if not isinstance(value, Tensor)}
-    problems += [f"{key} is a {type(tensors[key]).__name__}, not a tensor" for key in not_tensors]
+def _tensor_problems(tensors: Mapping[str, Any], tied: bool, n_outputs: Any) -> list[str]:
     weight = tensors.get("encoder.weight")
-    if not isinstance(weight, Tensor):
-        return problems
-    if weight.ndim != 2:
-        return [*problems, f"encoder.weight: expected [l, n], found {list(weight.shape)}"]
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        found = "missing" if weight is None else f"found {described(weight)}"
+        return [f"encoder.weight: expected a matrix [l, n], {found}"]
     n_latents, n_inputs = weight.shape
     if n_outputs is not None and (type(n_outputs) is not int or n_outputs < 1):
-        return [*problems, f"n_outputs is {n_outputs!r}, expected a whole number >= 1"]
-    n_outputs = n_inputs if n_outputs is None else n_outputs
-    shapes = {
-        "pre_bias": [n_inputs],
-        "decoder.weight": [n_outputs, n_latents],
-        "post_bias": [n_outputs],
-        "skip.weight": [n_outputs, n_inputs],
-        "glu.weight": [n_latents, n_inputs],
+        return [f"n_outputs is {n_outputs!r}, expected a whole number >= 1"]
+    is_transcoder = n_outputs is not None
+    n_outputs = n_outputs if is_transcoder else n_inputs
+    optional: dict[str, Shape] = {
+        "post_bias": (n_outputs,),
+        "skip.weight": (n_outputs, n_inputs),
+        "glu.weight": (n_latents, n_inputs),
+        "glu.bias": (n_latents,),
+        **dict.fromkeys(STATISTICS, (n_latents,)),
     }
-    for key in tensors.keys() - not_tensors - {"encoder.weight"}:
-        expected, found = shapes.get(key, [n_latents]), list(tensors[key].shape)
-        if found != expected:
-            problems.append(f"{key}: expected {expected} to go with encoder.weight, found {found}")
-    for key in (*PARAMETERS, *OPTIONAL_PARAMETERS):
-        if key not in tensors or key in not_tensors:
-            continue
-        if not tensors[key].is_floating_point():
-            problems.append(f"{key}: expected floating-point numbers, found {tensors[key].dtype}")
-        elif not torch.isfinite(tensors[key]).all():
-            problems.append(f"{key}: holds NaN or infinity")
+    present = set(tensors)
+    if is_transcoder:
+        present.add("post_bias")
+    if present & {"glu.weight", "glu.bias"}:
+        present |= {"glu.weight", "glu.bias"}
+    expected: dict[str, Shape] = {
+        "encoder.weight": (n_latents, n_inputs),
+        "latent_bias": (n_latents,),
+        "pre_bias": (n_inputs,),
+        **{name: shape for name, shape in optional.items() if name in present},
+    }
+    if not tied:
+        expected["decoder.weight"] = (n_outputs, n_latents)
+    problems = [f"{name}: {it}" for name, it in tensor_problems(tensors, expected, STATISTICS)]
+    if not tied and "decoder.weight" not in tensors:
+        problems.append("a tied decoder has to be marked: tied=True")
     return problems
 
 
-def _missing(key: str) -> str:
-    hint = " (a tied decoder has to be marked: tied=True)" if key == "decoder.weight" else ""
-    return f"missing {key}{hint}"
-
-
 def _check_activation(name: str, fields: dict[str, Any], shape: torch.Size) -> list[str]:
+    tensors = {key: value for key, value in fields.items() if isinstance(value, Tensor)}
+    found = {key: tuple(value.shape) for key, value in tensors.items()}
+    integers = [key for key, value in tensors.items() if not value.is_floating_point()]
+    problems = [f"{name}: {key}: {it}" for key, it in tensor_problems(tensors, found, integers)]
+    if problems:
+        return problems
     try:
-        activation = make_activation(name, fields)
-        check_sizes(shape[0], shape[1], activation, "none")
+        check_sizes(shape[0], shape[1], make_activation(name, fields), "none")
     except (CheckpointError, InputError) as error:
         return [str(error)]
-    return [
-        f"{name}: {key} holds NaN or infinity"
-        for key, value in fields.items()
-        if isinstance(value, Tensor) and not torch.isfinite(value).all()
-    ]
+    return []
 
 
 def select_latents(state_dict: Mapping[str, Any], kept: Tensor) -> dict[str, Any]:
-    """The state dict of the autoencoder that has only the latents ``kept``, which move together.
+    """The state dict of the autoencoder that has only the latents ``kept`` (indices).
 
-    A ``k`` that is more than are left becomes their number. What says how latents are grouped is
-    left out, or refused where the latents would change.
+    A ``k`` larger than their number becomes their number. Matryoshka groups are dropped; a
+    nonlinearity whose latents depend on one another is refused.
     """
     result = dict(state_dict)
-    name, fields = result.get("activation", "ReLU"), dict(result.get("activation_state_dict", {}))
-    if name in ("GroupMax", "Fista"):
-        raise InputError(f"latents cannot be left out: {name} finds each of them among the others.")
+    name, fields = result.get("activation", "ReLU"), result.get("activation_state_dict", {})
+    fields = select_fields(name, fields, kept)
     result.pop("group_sizes", None)
     for key in ("latent_bias", "encoder.weight", "glu.weight", "glu.bias", *STATISTICS):
         if key in result:
             result[key] = result[key][kept]
     if "decoder.weight" in result:
         result["decoder.weight"] = result["decoder.weight"][:, kept]
-    if name == "TopK":
-        fields["k"] = min(fields["k"], len(kept))
-    for field in PER_LATENT_FIELDS.get(name, []):
-        fields[field] = fields[field][kept]
     return result | {"activation_state_dict": fields}
 
 
 def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
-    return bool(a == b)
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-_CONFIG_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "format_version": int,
-    "kind": str,
-    "n_latents": int,
-    "n_inputs": int,
-    "activation": dict,
-    "tied": bool,
-    "input_normalization": str,
-    "location": (str, type(None)),
-    "model_name": (str, type(None)),
-    "dtype": str,
-    "metadata": dict,
-}
-# Only where they are needed: a reader that does not know them refuses the folder, rightly.
-_OPTIONAL_CONFIG_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "n_outputs": int,
-    "output_location": str,
-    "group_sizes": list,
-}
-
-
-def check_config(config: Any, path: str | Path) -> dict[str, Any]:
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(config).__name__}.")
-    if config.get("kind") != "autoencoder":
-        raise CheckpointError(
-            f"{path}: expected kind 'autoencoder', found {config.get('kind')!r}: this folder holds "
-            "something else."
-        )
-    if config.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format_version {config.get('format_version')!r} cannot be read; this version "
-            f"of neuron_explainer reads {FORMAT_VERSION}."
-        )
-    known = _CONFIG_FIELDS | _OPTIONAL_CONFIG_FIELDS
-    problems = [f"unknown field {key!r}" for key in config if key not in known]
-    for key, kind in known.items():
-        if key not in config:
-            if key in _CONFIG_FIELDS:
-                problems.append(f"missing field {key!r}")
-        elif not isinstance(config[key], kind):
-            problems.append(f"{key}: found {config[key]!r}")
-    if not problems:
-        problems = _check_values(config)
-    if problems:
-        raise CheckpointError(f"{path}: {'; '.join(problems)}.")
-    return config
-
-
-def _check_values(config: dict[str, Any]) -> list[str]:
-    problems = []
-    if not isinstance(config["activation"].get("name"), str):
-        problems.append(f"activation: expected a 'name', found {config['activation']!r}")
-    if config["input_normalization"] not in NORMALIZATIONS:
-        problems.append(unknown_normalization(config["input_normalization"]))
-    for key in ("location", "output_location"):
-        if config.get(key) is not None:
-            try:
-                ActivationLocation.parse(config[key])
-            except LocationError as error:
-                problems.append(str(error))
-    return problems
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    file = SafetensorsFile(path)
-    return {name: file.read(name) for name in file.infos}
-
-
-def read_pt(path: Path, source: str | Path) -> Mapping[str, Any]:
-    state_dict = torch_load(path)
-    if not isinstance(state_dict, Mapping):
-        raise CheckpointError(
-            f"{source}: expected a state dict, found {type(state_dict).__name__}."
-        )
-    return state_dict
+    if a is b:
+        return True
+    if not (isinstance(a, Tensor) or isinstance(b, Tensor)):
+        return bool(a == b)
+    plain = all(isinstance(it, Tensor) and not not_plain(it) for it in (a, b))
+    return plain and torch.equal(a, b)

@@ -7,14 +7,14 @@ without a word.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from neuron_explainer import files
-from neuron_explainer.errors import CheckpointError
+from neuron_explainer.errors import CheckpointError, shown
 from neuron_explainer.models.checkpoints.problems import (
     FITS_CONFIG,
     LoadedCheckpoint,
@@ -23,22 +23,44 @@ from neuron_explainer.models.checkpoints.problems import (
     StateDict,
     check_for_saving,
     compare,
-    config_from,
     expected_shapes,
+    make_config,
     same_bytes,
     wanted_keys,
 )
 from neuron_explainer.models.checkpoints.tensor_files import SafetensorsFile, take
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.tokenizers import TOKENIZER_FILE, TokenizerSpec, write_tiktoken
+from neuron_explainer.settings.fields import read_fields
 
 FORMAT_VERSION = 1
 KIND = "transformer"
 WEIGHTS_FILE = "model.safetensors"
 
-_FIELDS = ("format_version", "kind", "config", "tokenizer", "metadata", "shared")
 _CONFIG_FIELDS = tuple(field.name for field in fields(TransformerConfig))
-_TOKENIZER_FIELDS = ("name", "pattern", "special_tokens", "file")
+
+
+@dataclass(frozen=True)
+class _StoredTokenizer:
+    """``tokenizer`` of ``config.json``: a name alone, or all that its file does not say."""
+
+    name: str
+    pattern: str | None
+    special_tokens: dict[str, int] | None
+    file: str | None
+
+
+@dataclass(frozen=True)
+class _StoredConfig:
+    """``config.json``."""
+
+    format_version: int
+    kind: str
+    config: dict[str, Any]
+    tokenizer: _StoredTokenizer | None
+    metadata: dict[str, Any]
+    shared: dict[str, str]
+    """By the name of a tensor that is not stored, the name of the one with the same bits."""
 
 
 def save_native(
@@ -128,9 +150,9 @@ def load_native(
 ) -> LoadedCheckpoint:
     """Load the folder ``source`` whose ``config.json`` holds ``config``."""
     where = str(files.join(source, "config.json"))
-    _check_outer(config, where)
-    cfg = config_from(config["config"], _CONFIG_FIELDS, f"{where}, in config")
-    shared = config["shared"]
+    stored = _stored(config, where)
+    cfg = make_config(stored.config, f"{where}, in config", _CONFIG_FIELDS)
+    shared = stored.shared
     expected = expected_shapes(cfg)
     wanted = wanted_keys(expected, keys)
     state_dict: StateDict = {}
@@ -144,8 +166,8 @@ def load_native(
     return LoadedCheckpoint(
         config=cfg,
         state_dict=state_dict,
-        tokenizer=_load_tokenizer(source, config["tokenizer"], where),
-        metadata=config["metadata"],
+        tokenizer=_load_tokenizer(source, stored.tokenizer, where),
+        metadata=stored.metadata,
         format="native",
     )
 
@@ -166,48 +188,30 @@ def _check_tensors(
     report.raise_if_any(FITS_CONFIG)
 
 
-def _check_outer(config: dict[str, Any], where: str) -> None:
+def _stored(config: dict[str, Any], where: str) -> _StoredConfig:
     version, kind = config.get("format_version"), config.get("kind")
     if kind != KIND:
-        raise CheckpointError(f"{where}: expected kind {KIND!r}, found {kind!r}.")
+        raise CheckpointError(f"{where}: expected kind {KIND!r}, found {shown(kind)}.")
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise CheckpointError(
-            f"{where}: format_version {version!r} is not known here, expected {FORMAT_VERSION}. "
-            "A newer version of neuron_explainer may have written it."
+            f"{where}: format_version {shown(version)} is not known here, expected "
+            f"{FORMAT_VERSION}. A newer version of neuron_explainer may have written it."
         )
-    report = Report(where)
-    for name in set(_FIELDS) - set(config):
-        report.add(name, "this field is missing")
-    for name in set(config) - set(_FIELDS):
-        report.add(name, "unknown field")
-    for name in {"config", "metadata", "shared"} & set(config):
-        if not isinstance(config[name], dict):
-            report.add(name, f"expected an object, found {config[name]!r}")
-    if isinstance(config.get("shared"), dict) and not _all_text(config["shared"].values()):
-        report.add("shared", "expected names of tensors as values")
-    report.raise_if_any(f"Expected fields: {', '.join(_FIELDS)}.")
+    return read_fields(_StoredConfig, config, where, error=CheckpointError)
 
 
-def _all_text(values: Iterable[object]) -> bool:
-    return all(isinstance(value, str) for value in values)
-
-
-def _load_tokenizer(source: str | Path, found: Any, where: str) -> TokenizerSpec | None:
+def _load_tokenizer(
+    source: str | Path, found: _StoredTokenizer | None, where: str
+) -> TokenizerSpec | None:
     if found is None:
         return None
-    if not isinstance(found, dict) or set(found) != set(_TOKENIZER_FIELDS):
+    if found.file is None:
+        return TokenizerSpec(found.name)
+    if found.pattern is None or found.special_tokens is None or found.file != TOKENIZER_FILE:
         raise CheckpointError(
-            f"{where}: tokenizer must be null or an object of {', '.join(_TOKENIZER_FIELDS)}, "
-            f"found {found!r}."
-        )
-    name, pattern, special = found["name"], found["pattern"], found["special_tokens"]
-    if found["file"] is None and isinstance(name, str):
-        return TokenizerSpec(name)
-    ids_are_whole = isinstance(special, dict) and all(type(i) is int for i in special.values())
-    if not (_all_text([name, pattern]) and ids_are_whole and found["file"] == TOKENIZER_FILE):
-        raise CheckpointError(
-            f"{where}: tokenizer: expected a name, a pattern, special tokens with whole numbers "
-            f"and the file {TOKENIZER_FILE!r}, found {found!r}."
+            f"{where}: tokenizer: expected a pattern, special tokens and the file "
+            f"{TOKENIZER_FILE!r}, found {shown(vars(found))}."
         )
     file = files.fetch(files.join(source, TOKENIZER_FILE))
-    return TokenizerSpec(name, pattern, tuple(special.items()), (str(file),))
+    special = tuple(found.special_tokens.items())
+    return TokenizerSpec(found.name, found.pattern, special, (str(file),))

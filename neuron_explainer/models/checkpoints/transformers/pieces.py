@@ -19,7 +19,6 @@ from neuron_explainer.models.checkpoints.problems import (
     TensorInfo,
     check_for_saving,
     compare,
-    config_from,
     expected_shapes,
     make_config,
     own_copy,
@@ -92,7 +91,7 @@ def load_pieces(
 ) -> LoadedCheckpoint:
     """Load the folder ``source`` whose ``config.json`` holds ``config``."""
     where = str(files.join(source, "config.json"))
-    sizes = config_from(config, CONFIG_FIELDS, where)
+    sizes = make_config(config, where, CONFIG_FIELDS)
     wanted = wanted_keys(expected_shapes(sizes), keys)
     needed = {*wanted, _EMBEDDING}
     report = Report(str(files.join(source, PIECES_FOLDER)))

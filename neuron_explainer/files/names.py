@@ -1,28 +1,30 @@
-"""Names of remote files, none of which leads out of where it belongs."""
+"""Names of remote files, none of which leads out of its folder, and the private folder of the copies."""
 
 import contextlib
 import hashlib
 import ipaddress
+import os
+import stat
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
 from neuron_explainer.errors import SourceError
-from neuron_explainer.files._folder import inside_cache
-from neuron_explainer.files._local import REMOTE_PREFIXES
+from neuron_explainer.files.writing import REMOTE_PREFIXES, in_way
 
 _AZURE_HOST = ".blob.core.windows.net"
 
 
 @dataclass(frozen=True)
 class Remote:
-    """One remote file: how the user wrote it, where it is, and where its copy lies."""
+    """One remote file: the name that the user gave, its URL, and the place of its copy."""
 
-    source: str  # for people: never with the query, which may hold a secret
-    url: str  # https://, http:// (loopback) or hf:// with everything
-    parts: tuple[str, ...]  # the copy's path below files/
-    size: int | None = None  # what the caller says of the file
+    source: str  # for messages: without the query, which may hold a secret
+    url: str  # https://, http:// (loopback) or hf://, complete
+    parts: tuple[str, ...]  # path of the copy below files/
+    size: int | None = None  # what the caller expects, like sha256
     sha256: str | None = None
 
     @property
@@ -33,13 +35,13 @@ class Remote:
     def state(self) -> Path:
         """The folder of the record, the lock and the unfinished download.
 
-        Flat and hashed, so that no remote name can stand for one of these.
+        Its name is a hash, so that no remote name can be that of one of these files.
         """
         return inside_cache("state", hashlib.sha256(self.url.encode()).hexdigest()[:32])
 
     @property
     def azure(self) -> tuple[str, str] | None:
-        """``(account, path)`` of an Azure blob."""
+        """``(account, path)`` of an Azure blob; None for other files."""
         found = urlsplit(self.url)
         host = found.hostname or ""
         if not host.endswith(_AZURE_HOST):
@@ -57,7 +59,7 @@ def is_remote(source: str | Path) -> bool:
 
 
 def parse(source: str) -> Remote:
-    """The file that a name means. The two spellings of an Azure blob give the same."""
+    """The file that a name stands for. Both spellings of an Azure blob give the same file."""
     if source.startswith("az://"):
         account, _, rest = source.removeprefix("az://").partition("/")
         if not (account.isascii() and account.isalnum() and account == account.lower()):
@@ -66,7 +68,7 @@ def parse(source: str) -> Remote:
     elif source.startswith("hf:"):
         return _parse_hf(source)
     else:
-        found = urlsplit(source)
+        found = split_url(source)
     shown = without_query(source) if found.query else source
     host = checked_host(found, shown)
     names = [unquote(name) for name in found.path.split("/")[1:]]
@@ -88,10 +90,21 @@ def _parse_hf(source: str) -> Remote:
     return Remote(source, f"hf://{text}", ("hf", *map(_file_name, names)))
 
 
+def split_url(url: str) -> SplitResult:
+    """The parts of a URL; SourceError for text that is no URL, such as ``http://[::1``."""
+    try:
+        return urlsplit(url)
+    except ValueError as error:
+        raise SourceError(f"{without_query(url)}: not a URL: {error}") from None
+
+
 def checked_host(found: SplitResult, shown: str) -> str:
-    """Host and port of a URL that may be read from."""
+    """Host and port of a URL; SourceError if the URL may not be read from."""
     if "@" in found.netloc:
-        raise SourceError(f"{found.scheme}://{found.hostname}: no passwords in a URL, please")
+        raise SourceError(
+            f"{found.scheme}://{found.hostname}: URLs with a user or password are not "
+            "accepted; use a link without one"
+        )
     if not found.hostname:
         raise SourceError(f"{shown}: a URL without a host")
     if found.scheme == "http" and not _is_loopback(found.hostname):
@@ -109,7 +122,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _check_names(names: Sequence[str], source: str) -> None:
-    """Refuse what could lead out of a folder, on any system: names come from remote indexes too."""
+    """Refuse names that lead out of a folder on any system; remote indexes hold names too."""
     for name in names:
         if name in ("", ".", "..") or any(c in "/\\" or ord(c) < 32 for c in name):
             hint = " (a folder's name, not a file's?)" if name == names[-1] == "" else ""
@@ -117,7 +130,7 @@ def _check_names(names: Sequence[str], source: str) -> None:
 
 
 def _file_name(name: str) -> str:
-    """A name that every file system takes, the same for the same name and no other."""
+    """A name that every file system accepts, and that differs for different names."""
     safe = quote(name, safe=" !#$&'()+,;=@[]^_`{}~.-")
     if len(safe) <= 120:
         return safe
@@ -144,6 +157,73 @@ def join(folder: str | Path, *parts: str) -> str | Path:
     url = str(folder)
     if url.startswith(("az://", "hf:")):
         return "/".join((url.rstrip("/"), *parts))
-    found = urlsplit(url)
+    found = split_url(url)
     path = "/".join((found.path.rstrip("/"), *map(quote, parts)))
     return urlunsplit(found._replace(path=path))
+
+
+# --- the private folder of downloads ---
+
+
+CACHE_VARIABLE = "NEURON_EXPLAINER_CACHE"
+
+
+def cache_dir() -> Path:
+    """The private folder of downloaded files; it is made if it does not exist.
+
+    It is ``$NEURON_EXPLAINER_CACHE``, or else the user's cache folder. A folder that others own or can
+    write to is refused: they could choose which weights are loaded.
+    """
+    chosen = os.environ.get(CACHE_VARIABLE)
+    folder = Path(os.path.abspath(Path(chosen).expanduser())) if chosen else _user_cache()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        where = f" ({CACHE_VARIABLE})" if chosen else f"; set {CACHE_VARIABLE} to another"
+        raise SourceError(
+            f"cannot make the cache folder {folder}{where}: {in_way(error, folder)}"
+        ) from error
+    _check_private(folder)
+    return folder
+
+
+def _user_cache() -> Path:
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        return (Path(local) if local else Path.home() / "AppData/Local") / "neuron_explainer/Cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Caches/neuron_explainer"
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification says to ignore a relative path.
+    base = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache"
+    return base / "neuron_explainer"
+
+
+def _check_private(folder: Path) -> None:
+    if not hasattr(os, "geteuid"):
+        return  # Windows has access lists, not modes, and the user's folder is private
+    found = folder.stat()
+    if found.st_uid != os.geteuid():
+        raise SourceError(
+            f"the cache folder {folder} belongs to user {found.st_uid}, not to you "
+            f"({os.geteuid()}), who could change what you load. "
+            f"Set {CACHE_VARIABLE} to a folder of your own."
+        )
+    if found.st_mode & stat.S_IWOTH:
+        raise SourceError(
+            f"everyone may write to the cache folder {folder} and so change what you load. "
+            f"Run chmod o-w on it, or set {CACHE_VARIABLE} to a private folder."
+        )
+
+
+def inside_cache(*parts: str) -> Path:
+    """A path within the cache; SourceError if a symbolic link in it leads out of the cache."""
+    root = cache_dir()
+    path = root.joinpath(*parts)
+    real = path.resolve()
+    if not real.is_relative_to(root.resolve()):
+        raise SourceError(
+            f"{path} leads out of the cache, to {real}, through a symbolic link; "
+            "remove the link, or give the file's own path instead of a URL"
+        )
+    return path

@@ -1,0 +1,403 @@
+"""Local files: clear errors, and writes of files and folders that appear whole or not at all."""
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+import tempfile
+from base64 import b64encode
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from neuron_explainer.errors import CheckpointError, InputError, SourceError, did_you_mean, shown
+
+if sys.platform != "win32":
+    import fcntl  # no locks there, and so nothing is cleared away
+
+REMOTE_PREFIXES = ("az://", "https://", "http://", "hf:")
+DISK_FULL = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})
+
+FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+
+
+def local_path(source: str | Path) -> Path:
+    """The path ``source``, with a leading ``~`` expanded."""
+    return Path(source).expanduser() if str(source).startswith("~") else Path(source)
+
+
+def local_file(source: str | Path, size: int | None, sha256: str | None) -> Path:
+    """The path of an existing file; SourceError if its size or SHA-256 are not those given."""
+    path = local_path(source)
+    try:
+        if path.is_dir():
+            raise SourceError(f"{path} is a folder where a file is expected")
+        if not path.exists():
+            near = _nearby(path) + _unknown_scheme(str(source))
+            raise SourceError(f"there is no file {source}{near}")
+        check_regular(path)
+        check_expected(path, str(source), size, sha256 and sha256.lower())
+    except OSError as error:  # no permission, a name too long
+        raise SourceError(f"cannot read {source}: {error.strerror}") from error
+    return path
+
+
+def check_regular(path: Path) -> None:
+    """Refuse a pipe, socket or device: reading one may never end."""
+    if not path.is_file():
+        raise SourceError(
+            f"{path} is a pipe, socket or device; save what it gives as a file, and give that"
+        )
+
+
+def _nearby(path: Path) -> str:
+    for parent in path.parents:
+        if parent.is_file():
+            return f": {parent} is a file where a folder is expected"
+    if not path.parent.is_dir():
+        return f": there is no folder {path.parent} either"
+    # A folder may hold a file for each of 100,000 latents; comparing with some is enough.
+    return did_you_mean(path.name, (p.name for p in islice(path.parent.iterdir(), 1000)))
+
+
+def _unknown_scheme(source: str) -> str:
+    scheme, separator, _ = source.partition("://")
+    if not separator:
+        return ""
+    known = ", ".join(REMOTE_PREFIXES)
+    return f" ({scheme}:// is not among the known prefixes {known})"
+
+
+def check_expected(path: Path, source: str, size: int | None, sha256: str | None) -> None:
+    """Refuse a file that differs in size or SHA-256 from what the caller expects."""
+    found = path.stat().st_size
+    if size is not None and found != size:
+        raise SourceError(f"{source}: expected {size} bytes, found {found} in {path}")
+    if sha256 is not None and (digest := sha256_of(path)) != sha256:
+        raise SourceError(f"{source}: expected SHA-256 {sha256}, found {digest} in {path}")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents, if they do not exist."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SourceError(f"cannot make the folder {folder}: {in_way(error, folder)}") from error
+
+
+def in_way(error: OSError, path: Path) -> str:
+    """Why ``path`` cannot be made: a file in the place of a folder is named."""
+    for part in (path, *path.parents):
+        if part.is_file():
+            return f"{part} is a file where a folder is expected"
+    return f"{type(error).__name__}: {error.strerror or error}"
+
+
+def disk_reason(error: OSError, folder: Path) -> str:
+    """Why writing in ``folder`` failed."""
+    if error.errno not in DISK_FULL:
+        return in_way(error, Path(error.filename or folder))
+    free = shutil.disk_usage(folder).free
+    return f"no room ({error.strerror}; {free} bytes are free in {folder})"
+
+
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def md5_of(path: Path) -> str:
+    """The MD5 of a file in base64, as servers state it; it guards against accidents only."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
+    return b64encode(digest.digest()).decode()
+
+
+# --- whole or not at all ---
+
+
+_SAVED_FOLDER_MARKS = ("config.json", "cfg.json")
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """A temporary file that becomes ``path``, on disk to the last byte, if the block ends well.
+
+    If it does not, ``path`` is what it was. A symbolic link is written through. A process that is
+    killed may leave a hidden ``.name.….tmp`` beside the target, which the next write of it deletes.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise SourceError(f"{target} is a folder where a file is expected")
+    make_folder(target.parent)
+    with explain_refusal(target), _temporary_beside(target, _new_file) as temporary:
+        if target.exists():
+            shutil.copymode(target, temporary)
+        mode = temporary.stat().st_mode
+        yield temporary
+        os.chmod(
+            temporary, mode
+        )  # safetensors replaces the file by one that only its owner can read
+        _sync_file(temporary)
+        os.replace(temporary, target)
+    sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes ``path``, whole and on disk, if the block ends well.
+
+    ``path`` must be absent or empty. With ``overwrite``, an existing folder is replaced as a whole, but
+    only if it is a saved thing, that is, holds a ``config.json`` or ``cfg.json``: a mistyped path must
+    not cost someone's home folder. On Linux the two folders change places in one step; elsewhere there
+    is a moment, between two renames, when the old folder is called ``.name.….old``. What a killed
+    process left unfinished for the same ``path`` is deleted.
+    """
+    target = Path(os.path.realpath(path))
+    _check_replaceable(target, overwrite)
+    make_folder(target.parent)
+    with explain_refusal(target), _temporary_beside(target, os.mkdir) as temporary:
+        yield temporary
+        _sync_tree(temporary, temporary.stat().st_mode & 0o666)
+        _check_replaceable(target, overwrite)  # again: the block may have taken hours
+        _swap_in(temporary, target)
+    sync_folder(target.parent)
+
+
+def _new_file(path: Path) -> None:
+    # Not mkstemp: the file would keep its mode 0600. This gives the usual mode.
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+
+
+def _name_beside(target: Path, ending: str) -> Path:
+    return target.parent / f".{target.name[:100]}.{secrets.token_hex(6)}.{ending}"
+
+
+@contextlib.contextmanager
+def _temporary_beside(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A new file or folder beside ``target``, locked for as long as this process uses it.
+
+    Unlocked ones for the same target are deleted: the processes that made them are gone.
+    """
+    _remove_abandoned(target)
+    with contextlib.ExitStack() as stack:
+        while True:
+            temporary = _name_beside(target, "tmp")
+            make(temporary)
+            stack.callback(_remove, temporary)
+            if _hold(temporary, stack):
+                break
+        yield temporary
+
+
+def _hold(path: Path, stack: contextlib.ExitStack) -> bool:
+    """Lock a temporary file or folder; False if another process has just deleted it as abandoned."""
+    if sys.platform == "win32":
+        return True
+    with contextlib.suppress(OSError):  # some network file systems have no locks
+        handle = os.open(path, os.O_RDONLY)
+        stack.callback(os.close, handle)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        return path.exists() and os.path.samestat(os.fstat(handle), path.stat())
+    return path.exists()
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Delete the temporary files and folders that killed processes left for ``target``."""
+    # safetensors renames a file of its own to ours, and our lock is not on that file.
+    if sys.platform == "win32" or target.suffix == ".safetensors":
+        return
+    begin = f".{target.name[:100]}."
+    for path in [p for p in target.parent.iterdir() if p.name.startswith(begin)]:
+        if not re.fullmatch(r"[0-9a-f]{12}\.tmp", path.name.removeprefix(begin)):
+            continue
+        with contextlib.suppress(OSError):  # already gone, locked by its process, or no locks here
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(path)
+            finally:
+                os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# Our own names, and the names of the temporary files that safetensors makes beside its target.
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.tmp|\.tmp[A-Za-z0-9]{6}", re.DOTALL)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether this is the name of a temporary file or folder."""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
+def list_folder(folder: Path, *, but: str = "") -> list[str]:
+    """The names in a folder, sorted, without one of them."""
+    return sorted(name for name in os.listdir(folder) if name != but)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files and folders that killed processes have left in ``folder``.
+
+    Call this only if nobody else can be writing there now, for example with the folder's lock held.
+    """
+    for path in [*folder.iterdir()] if folder.is_dir() else ():
+        if is_leftover(path.name):
+            _remove(path)
+
+
+@contextlib.contextmanager
+def explain_refusal(target: Path) -> Iterator[None]:
+    """Turn the errors of a full or write-protected disk into a :class:`SourceError` that names
+    ``target``; other errors pass."""
+    try:
+        yield
+    except (
+        Exception
+    ) as error:  # safetensors' own, which is none of the system's, says the number in words
+        words = re.search(r"\(os error (\d+)\)", str(error))
+        known = OSError(int(words[1]), str(error)) if words else error
+        if isinstance(known, OSError) and known.errno in DISK_FULL | FORBIDDEN:
+            reason = disk_reason(known, target.parent)
+            raise SourceError(f"cannot write {target}: {reason}") from error
+        raise
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise SourceError, before hours of work, if ``path`` could not be written."""
+    target = Path(os.path.realpath(path))
+    make_folder(target.parent)
+    with explain_refusal(target), tempfile.TemporaryFile(dir=target.parent):
+        pass
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise SourceError(f"{target} is a file where a folder is expected")
+    names = os.listdir(target)
+    if not names:
+        return
+    if not overwrite:
+        raise InputError(f"{target} exists and is not empty; pass overwrite=True to replace it")
+    if not set(names) & set(_SAVED_FOLDER_MARKS):
+        raise InputError(
+            f"{target} is not replaced: it holds none of {', '.join(_SAVED_FOLDER_MARKS)}, so it "
+            "is no saved model or autoencoder. Choose another path, or empty the folder yourself."
+        )
+
+
+def _swap_in(temporary: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(temporary, target)
+        return
+    if _exchange(temporary, target):
+        return  # the old folder is now the temporary one, and goes with it
+    old = _name_beside(target, "old")
+    os.rename(target, old)
+    try:
+        os.rename(temporary, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step; False if the system cannot do that."""
+    if sys.platform != "linux":
+        return False
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    if renameat2 is None:
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    return bool(renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Sync a folder, so that a rename in it lasts. Windows and some network file systems cannot."""
+    if os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_tree(folder: Path, mode: int) -> None:
+    """Sync a folder's files, and give them the usual mode: safetensors makes them private."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            os.chmod(Path(root, name), mode)
+            _sync_file(Path(root, name))
+        sync_folder(Path(root))
+
+
+# --- JSON ---
+
+
+def write_json(path: str | Path, obj: object) -> None:
+    """Write ``obj`` as JSON that every reader accepts, in UTF-8 and without NaN, whole or not at all."""
+    try:
+        text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: this cannot be written as JSON: {error}") from error
+    with atomic_write(path) as temporary:
+        temporary.write_text(text + "\n", "utf-8")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file. A repeated key is an error: nobody knows which value was meant.
+
+    ``NaN`` and ``Infinity`` are read although they are not JSON, because other programs write them.
+    """
+    file = local_file(path, None, None)
+    try:
+        found = json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{file}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}, byte {error.start}: not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:  # a key twice, or nested too deep
+        raise CheckpointError(f"{file}: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        twice = sorted(key for key, count in counts.items() if count > 1)
+        more = ", …" if len(twice) > 3 else ""
+        raise ValueError(
+            f"the key {', '.join(map(shown, twice[:3]))}{more} stands twice in one object"
+        )
+    return found
