@@ -57,8 +57,8 @@ def model_options(verb: argparse.ArgumentParser) -> None:
 
 
 def model_context(args: argparse.Namespace) -> "StandardModelContext":
+    from neuron_explainer.models.devices import check_device
     from neuron_explainer.models.model_context import StandardModelContext
-    from neuron_explainer.models.sampling import check_device
 
     device = None if args.device is None else check_device(args.device)
     return StandardModelContext(args.model, device=device)

@@ -126,8 +126,8 @@ def any_model_options(verb: argparse.ArgumentParser, default: str = "tiny-tales"
 
 def open_model(name: str | None, device: str | None) -> "ModelContext":
     """The context that ``--model`` and ``--device`` mean."""
+    from neuron_explainer.models.devices import check_device
     from neuron_explainer.models.model_context import StandardModelContext
-    from neuron_explainer.models.sampling import check_device
 
     where = None if device is None else check_device(device)
     if name is not None and name.startswith("hf:"):

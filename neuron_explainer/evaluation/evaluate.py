@@ -33,8 +33,9 @@ from neuron_explainer.evaluation.running import ByLoss, LossTotals, Reconstructi
 from neuron_explainer.evaluation.spliced_passes import SplicedPasses, scored
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
+from neuron_explainer.models.language_model import LanguageModel
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
-from neuron_explainer.models.model_context import HookableModel, ModelContext
+from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.weight_names import Dimension
 
 Activations = Iterable[Tensor | tuple[Tensor, Tensor]]
@@ -220,7 +221,7 @@ class _Totals:
 
 
 def _means(
-    model: HookableModel,
+    model: LanguageModel,
     locations: Iterable[ActivationLocation],
     batches: Iterable[TokenBatch],
     score_bos: bool,
@@ -239,7 +240,7 @@ def _means(
 
 
 def _add_batch(
-    model: HookableModel,
+    model: LanguageModel,
     batch: TokenBatch,
     subjects: Mapping[str, Placed],
     totals: Mapping[str, _Totals],
