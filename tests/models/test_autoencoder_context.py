@@ -31,8 +31,8 @@ from neuron_explainer.models.autoencoders.pruned import (
     omit_least_active_latents,
 )
 from neuron_explainer.models.config import TransformerConfig
-from neuron_explainer.models.hooks import TransformerHooks
-from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.models.hooks import Hook, TransformerHooks
+from neuron_explainer.models.locations import ActivationLocation, LocationLike
 from neuron_explainer.models.model_registry import (
     get_autoencoder_spec,
     list_autoencoder_names,
@@ -378,7 +378,10 @@ def test_a_hook_for_one_layer_runs_in_that_layer_only(tmp_path, model):
 
         return hook
 
-    given = {"2/resid_delta_mlp": note("a"), "blocks.1.hook_mlp_out": note("b")}
+    given: dict[LocationLike, Hook] = {
+        "2/resid_delta_mlp": note("a"),
+        "blocks.1.hook_mlp_out": note("b"),
+    }
     run(model, multi.hooks(given | {"resid_delta_mlp": note("c"), "0/resid_delta_attn": note("d")}))
     assert sorted(ran) == [("a", 2), ("b", 1), ("c", 0), ("c", 1), ("c", 2), ("d", 0)]
     ran.clear()
