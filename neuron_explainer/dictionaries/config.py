@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 
 from neuron_explainer.dictionaries.dictionary import DecoderNorm
-from neuron_explainer.dictionaries.normalization import DecoderBias
+from neuron_explainer.dictionaries.first_batches import DecoderBias
 from neuron_explainer.dictionaries.objectives import ObjectiveConfig, TopKConfig
 from neuron_explainer.dictionaries.schedules import Decay
 from neuron_explainer.errors import InputError

@@ -18,7 +18,7 @@ from neuron_explainer.dictionaries.dead_latents import (
 )
 from neuron_explainer.dictionaries.dictionary import LearnedDictionary
 from neuron_explainer.dictionaries.distributed import SINGLE_PROCESS, World
-from neuron_explainer.dictionaries.normalization import first_bias, mean_and_scale, variance
+from neuron_explainer.dictionaries.first_batches import first_bias, mean_and_scale, variance
 from neuron_explainer.dictionaries.objectives import (
     Loss,
     Objective,
