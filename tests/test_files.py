@@ -63,7 +63,7 @@ def child() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     def start(code: str, *args: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-W", "error", "-c", begin + code, *args]
         pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
         started.append(process)
         return process
 
@@ -1144,6 +1144,33 @@ with files.atomic_write(sys.argv[1]) as temporary:
 """
     assert child(code, str(path)).wait() == -signal.SIGKILL
     assert path.read_text() == "old"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of open files")
+@pytest.mark.parametrize("how", ["atomic_write", "atomic_folder"])
+def test_what_a_killed_process_left_goes_with_the_next_write(
+    tmp_path: Path, child: Callable[..., Any], how: str
+) -> None:
+    """And what another process still writes, or another target's, stays."""
+    code = f"""
+with files.{how}(sys.argv[1]) as temporary:
+    print(temporary.name, flush=True)
+    if sys.argv[2] == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.read()
+"""
+    path, other = tmp_path / "x", tmp_path / "x.json"
+    for target in (path, other):
+        assert child(code, str(target), "die").wait() == -signal.SIGKILL
+    alive = child(code, str(path), "live")
+    held = alive.stdout.readline().strip()
+    assert len(os.listdir(tmp_path)) == 2  # the live one has cleared the dead one's away
+    with getattr(files, how)(path) as temporary:
+        if how == "atomic_write":
+            temporary.write_text("new")
+    left = set(os.listdir(tmp_path))
+    assert held in left
+    assert {name.startswith(".x.json.") for name in left - {"x", held}} == {True}
 
 
 def test_what_is_renamed_is_on_disk_first(

@@ -58,7 +58,14 @@ FLOORS = [
         "autoencoders",
     ],
     ["huggingface"],
-    ["model_context", "autoencoder_context", "huggingface.context", "model_registry", ""],
+    [
+        "model_context",
+        "autoencoder_context",
+        "huggingface.context",
+        "model_registry",
+        "open_model",
+        "",
+    ],
 ]
 
 

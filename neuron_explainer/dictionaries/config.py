@@ -6,7 +6,7 @@ Each objective has a dataclass of its own, so that no run has fields without a m
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -16,7 +16,7 @@ from neuron_explainer.dictionaries.objectives import ObjectiveConfig, TopKConfig
 from neuron_explainer.dictionaries.schedules import Decay
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.locations import ActivationLocation
-from neuron_explainer.settings.fields import check_types
+from neuron_explainer.settings.fields import check_types, to_dict
 
 Normalization = Literal["none", "constant", "center", "layer_norm", "rms"]
 Remedy = Literal["none", "resample", "ghost"]
@@ -122,8 +122,8 @@ class TrainConfig:
     """Steps between two checkpoints, if there is a folder. If not given: a tenth of all, at most 1000."""
     keep_checkpoints: int = 2
     """How many checkpoints are kept; older ones are deleted."""
-    log_every: int = 100
-    """Steps between two lines of the log."""
+    log_every: int | None = None
+    """Steps between two lines of the log. If not given: a fiftieth of all, at most 100."""
 
     location: str | None = None
     """Location in the model that the inputs come from, such as 3/mlp.post_act; only recorded."""
@@ -265,6 +265,11 @@ class TrainConfig:
         """Steps between two checkpoints."""
         return self.checkpoint_every or max(1, min(1000, self.total_steps // 10))
 
+    @property
+    def log_interval(self) -> int:
+        """Steps between two lines of the log."""
+        return self.log_every or max(1, min(100, self.total_steps // 50))
+
     def dead_after(self, n_tokens: int) -> int:
         """Tokens without activity after which a latent is dead, for batches of ``n_tokens``."""
         return self.dead_after_tokens or max(1, min(10_000_000, self.total_steps * n_tokens // 10))
@@ -272,6 +277,24 @@ class TrainConfig:
     def lr_for(self, n_latents: int) -> float:
         """The learning rate for a dictionary of ``n_latents``."""
         return 2e-4 / math.sqrt(n_latents / 2**14) if self.lr is None else self.lr
+
+    def resolved(self, n_inputs: int) -> dict[str, Any]:
+        """All settings for activations of width ``n_inputs``, with the default values filled in."""
+        n_latents = self.latents_for(n_inputs)
+        worked_out = {
+            "n_latents": n_latents,
+            "expansion": n_latents / n_inputs,
+            "steps": self.total_steps,
+            "num_tokens": self.total_steps * self.batch_size,
+            "lr": self.lr_for(n_latents),
+            "warmup_steps": self.n_warmup_steps,
+            "decay_steps": 0 if self.decay == "none" else self.n_decay_steps,
+            "dead_after_tokens": self.dead_after(self.batch_size),
+            "resample_every": self.resample_interval if self.remedy == "resample" else None,
+            "checkpoint_every": self.checkpoint_interval,
+            "log_every": self.log_interval,
+        }
+        return {**to_dict(self), **worked_out}
 
     @property
     def torch_dtype(self) -> torch.dtype:

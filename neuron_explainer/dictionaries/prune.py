@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-from neuron_explainer.dictionaries.rebuild import rebuilt
 from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation.evaluate import Activations
 from neuron_explainer.evaluation.latent_activity import LatentActivity
@@ -60,7 +59,7 @@ def prune(
         min_max_activation: and larger than this on one of them, in the autoencoder's own units,
         min_decoder_norm: and if its decoder direction is at least this long.
         keep_indices: if True, all latents keep their indices, and the weights of removed latents are zero,
-            so they are never active; :func:`~neuron_explainer.models.autoencoder_context.omit_dead_latents`
+            so they are never active; :func:`~neuron_explainer.models.autoencoders.pruned.omit_dead_latents`
             takes them out of memory. If False, the result is a smaller autoencoder with new indices.
     """
     inputs = (batch[0] if isinstance(batch, tuple) else batch for batch in batches)
@@ -112,8 +111,10 @@ def prune_by(
     else:
         places = kept.nonzero().flatten().to(autoencoder.device)
         state = select_latents(autoencoder.state_dict(), places)
-    metadata = {**autoencoder.metadata, "pruned": counts}
-    return Pruning(autoencoder=rebuilt(autoencoder, state, metadata), kept=kept, **counts)
+    facts = autoencoder.facts
+    facts["metadata"] = {**autoencoder.metadata, "pruned": counts}
+    pruned = Autoencoder.from_state_dict(state, **facts)
+    return Pruning(autoencoder=pruned, kept=kept, **counts)
 
 
 def _masked(autoencoder: Autoencoder, kept: Tensor) -> dict[str, Any]:

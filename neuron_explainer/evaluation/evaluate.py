@@ -229,13 +229,23 @@ def _means(
     """The mean activation at each location, over all tokens that count."""
     totals = {location: ReconstructionStats() for location in locations}
     for batch in batches:
-        passes = SplicedPasses(model, batch.tokens, batch.pad, totals, logits=False)
-        counted = scored(passes.tokens, batch.pad, batch.bos, score_bos)
-        for location, stats in totals.items():
-            x = passes.activation(location)[counted]
-            stats.update(x, x)
+        _add_activations(model, batch, totals, score_bos)
         bar.update()
     return {location: stats.mean for location, stats in totals.items()}
+
+
+def _add_activations(
+    model: HookableModel,
+    batch: TokenBatch,
+    totals: Mapping[ActivationLocation, ReconstructionStats],
+    score_bos: bool,
+) -> None:
+    # A function of its own, so that nothing of a batch is held when the next one is made.
+    passes = SplicedPasses(model, batch.tokens, batch.pad, totals, logits=False)
+    counted = scored(passes.tokens, batch.pad, batch.bos, score_bos)
+    for location, stats in totals.items():
+        x = passes.activation(location)[counted]
+        stats.update(x, x)
 
 
 def _add_batch(

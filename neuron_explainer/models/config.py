@@ -1,4 +1,4 @@
-"""The shape of a transformer, as seven numbers of the original and four that other files need."""
+"""The sizes of a transformer: the seven fields of the original, and three that other files need."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from neuron_explainer.settings.fields import check_types, read_fields
 
 Activation = Literal["gelu_tanh", "gelu", "relu"]
 
-# Far beyond any model there is: a damaged file must not cost minutes before it is refused.
+# Far beyond any model: it must not take minutes to refuse a damaged file.
 _LARGEST = {
     "ctx_window": 2**31 - 1,
     "d_model": 2**31 - 1,
@@ -57,9 +57,9 @@ class TransformerConfig(SerializableDataclass):
     """Sizes of a GPT-2-family transformer. The first seven fields are those of the original."""
 
     enc: str = "gpt2"
-    """Name of the tokenizer: one of tiktoken's, or the one whose files lie beside the weights."""
+    """Name of the tokenizer: one of tiktoken's, or the one whose files are beside the weights."""
     ctx_window: int = 1024
-    """Most positions a sequence may have."""
+    """Largest number of positions in a sequence."""
     d_model: int = 256
     """Width of the residual stream."""
     n_layers: int = 2
@@ -67,11 +67,11 @@ class TransformerConfig(SerializableDataclass):
     m_attn: float = 1
     """Width of queries, keys and values over all heads, as a multiple of ``d_model``."""
     n_heads: int = 8
-    """Attention heads a layer."""
+    """Number of attention heads in each layer."""
     m_mlp: float = 4
     """Width of the MLP as a multiple of ``d_model``."""
     n_vocab: int = 50257
-    """Rows of the embedding; may be more than the tokenizer knows (padded vocabularies)."""
+    """Rows of the embedding; there may be more than tokens (padded vocabularies)."""
     activation: Activation = "gelu_tanh"
     """The MLP's nonlinearity; GPT-2's is the tanh approximation of GELU."""
     norm_eps: float = 1e-5

@@ -8,7 +8,7 @@ Shape legend: ``d`` model width, ``f`` MLP width, ``h`` heads, ``v`` vocabulary.
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -59,6 +59,10 @@ class HookableModel(Protocol):
     def device(self) -> torch.device:
         """Where the model computes."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its parameters."""
+
     def __call__(
         self,
         tokens: Tensor,
@@ -85,6 +89,12 @@ class HookableModel(Protocol):
         temperature: float = 1.0,
         top_p: float | None = None,
         hooks: TransformerHooks | None = None,
+        *,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        stop: int | str | Sequence[int | str] | None = None,
+        bos: bool | int = False,
     ) -> dict[str, Any]:
         """Continue each prompt."""
 
@@ -95,6 +105,11 @@ class ModelContext(ABC):
     def __init__(self, model_name: str, device: Device) -> None:
         self.model_name = model_name
         self.device = torch.device(device)
+
+    @property
+    def reference(self) -> str:
+        """The name by which :func:`~neuron_explainer.models.open_model.open_model` opens this model."""
+        return self.model_name
 
     # --- what a kind of model has to say ---
 

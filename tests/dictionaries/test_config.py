@@ -273,6 +273,18 @@ def test_a_setting_of_another_objective_is_an_error() -> None:
         parsed("--steps 5 --target-l0 4")
 
 
+@pytest.mark.parametrize(
+    "value",
+    [None, 3, 1.5, True, [], ["topk"], {}, {"name": 3}, {"name": None}, {"k": 8}, "", {"value": 1}],
+)
+def test_a_file_with_an_objective_of_another_type(value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"steps": 5, "objective": value}))
+    for line in ("", "--k 3"):
+        with pytest.raises(InputError, match="objective"):
+            parsed(line, path)
+
+
 def test_help_comes_from_the_docstrings() -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser, TrainConfig)

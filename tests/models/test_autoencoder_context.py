@@ -21,9 +21,11 @@ from neuron_explainer.models.autoencoder_context import (
     AutoencoderContext,
     AutoencoderSpec,
     MultiAutoencoderContext,
+    get_autoencoder_output_weight_by_layer_index,
+)
+from neuron_explainer.models.autoencoders.pruned import (
     PrunedAutoencoder,
     count_dead_latents,
-    get_autoencoder_output_weight_by_layer_index,
     get_decoder_weight,
     omit_dead_latents,
     omit_least_active_latents,
@@ -523,7 +525,7 @@ def test_names_of_gpt2_small():
         "ae-resid-delta-mlp-v4",
         "ae-resid-delta-attn-v4",
     ]
-    assert len(names) == len(set(names)) == 31
+    assert len(names) == len(set(names)) == 32
     assert list_autoencoder_names("gpt2/small") == names
     assert list_autoencoder_names("gpt2-medium") == []
     assert list_autoencoder_names("tiny-tales") == [
@@ -591,6 +593,13 @@ def test_the_release_of_saelens_is_named_by_the_layer_before():
             "9/resid.torso.post_mlp",
             "center",
             "hf:neuronpedia/gpt2-small__res_slefr-ajt/10-res_slefr-ajt",
+        ),
+        (
+            "gpt2-small-mlp-tm",
+            list(range(12)),
+            "8/resid.torso.delta_mlp",
+            "center",
+            "hf:tommmcgrath/gpt2-small-mlp-out-saes/sae_group_gpt2_blocks.8.hook_mlp_out_24576:v1",
         ),
         (
             "gpt2-small-hook-z-kk",

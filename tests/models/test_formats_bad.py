@@ -352,7 +352,8 @@ def test_a_config_that_is_not_json(tmp_path, name, content):
 
 def test_the_tensors_alone_do_not_say_enough(tmp_path):
     source = SOURCES["saelens"](tmp_path)
-    assert "give the folder, with its config.json or cfg.json" in error_of(source, source.weights)
+    text = error_of(source, source.weights)
+    assert "give the folder, with its config.json or cfg.json or hyperparams.json" in text
 
 
 @pytest.mark.parametrize("config", [{"trainer": 3}, {"trainer": {"dict_class": 3}}])
@@ -500,6 +501,18 @@ def test_whatever_is_changed_it_is_read_or_refused(source, seed):
         Autoencoder.load(source.path, **source.told)
 
 
+def test_python_entries_of_any_other_kind(tmp_path):
+    source = openai(tmp_path)
+    path = tmp_path / "odd.pt"
+    for key in ("tied", "input_normalization", "n_outputs", "group_sizes", "activation"):
+        for odd in odd_entries(torch.ones(published.L)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.save(source.read() | {key: odd}, path)
+                with contextlib.suppress(NeuronExplainerError):
+                    Autoencoder.load(path)
+
+
 def test_odd_tensors_in_the_fields_of_a_nonlinearity(tmp_path):
     source = openai(tmp_path)
     for odd in odd_entries(torch.ones(published.L)):
@@ -508,6 +521,21 @@ def test_odd_tensors_in_the_fields_of_a_nonlinearity(tmp_path):
             warnings.simplefilter("ignore")
             torch.save(source.read() | fields, tmp_path / "jumps.pt")
         assert "threshold" in error_of(source, tmp_path / "jumps.pt")
+
+
+@pytest.mark.parametrize("name", ["data.pkl", "W_enc.npy"])
+def test_archives_that_inflate_beyond_measure_are_refused_unread(tmp_path, name):
+    path = tmp_path / "bomb.zip"
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open(name, "w", force_zip64=True) as entry,
+    ):
+        for _ in range(257):
+            entry.write(bytes(2**20))
+    assert path.stat().st_size < 2**22
+    text = error_of(Source(path, path, "", {}))
+    assert "refused: " in text
+    assert "bytes that inflate to 269,484,032" in text
 
 
 def test_one_byte_changed_is_noticed_in_archives(tmp_path):

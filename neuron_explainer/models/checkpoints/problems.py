@@ -1,7 +1,7 @@
 """What a state dict must hold, and one report of everything in which a found one differs.
 
 State dicts are judged by their headers (shape, dtype) where a format has them, so that a wrong file
-is told at once and all that is wrong with it together, before gigabytes are read.
+is reported at once, with all that is wrong with it, before gigabytes are read.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,7 +46,7 @@ class TensorInfo:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "TensorInfo":
-        """Of a tensor in memory."""
+        """What is known of a tensor in memory."""
         dtype = str(tensor.dtype).removeprefix("torch.")
         return cls(tuple(tensor.shape), dtype, tensor.is_floating_point())
 
@@ -56,7 +56,7 @@ class Report:
     """Collects what is wrong, to be raised as one error."""
 
     where: str
-    problems: list[tuple[str, str]] = field(default_factory=list)  # name of a tensor, what of it
+    problems: list[tuple[str, str]] = field(default_factory=list)  # name of a tensor, its problem
 
     def add(self, name: str, problem: str) -> None:
         """Note one problem of the thing called ``name``."""
@@ -100,7 +100,7 @@ def tensor_problems(
             problems.append((name, odd))
         elif name in integers:
             continue
-        elif value.dtype not in _FLOATING:
+        elif value.dtype not in FLOATING_DTYPES:
             dtype = TensorInfo.of(value).dtype
             problems.append((name, f"expected a floating-point dtype, found {dtype}"))
         elif found == wanted and not torch.isfinite(value).all():
@@ -109,7 +109,7 @@ def tensor_problems(
 
 
 # With which one can calculate; of fewer bits (float8) torch has little more than the storage.
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def not_plain(value: torch.Tensor) -> str:

@@ -123,7 +123,7 @@ def _shown(value: Any) -> str:
 def settle_location(
     where: str | Path, found: ActivationLocation | None, given: LocationLike | None
 ) -> ActivationLocation | None:
-    """Likewise for a location; where one of the two has no layer, it takes the other's."""
+    """The same for a location; where one of the two has no layer, it takes the other's."""
     said = None if given is None else ActivationLocation.parse(given)
     if found is not None and said is not None:
         said = said.at(found.layer) if said.layer is None else said
@@ -173,6 +173,12 @@ def matrix_shape(where: str | Path, tensors: Mapping[str, Any], name: str) -> tu
         found = "nothing" if value is None else described(value)
         raise CheckpointError(f"{where}: {name}: expected a matrix, found {found}.")
     return value.shape[0], value.shape[1]
+
+
+def width_of(tensors: Mapping[str, Any], bias: str, default: int) -> int:
+    """The width of an output by that of its bias: a transcoder's need not be that of its input."""
+    value = tensors.get(bias)
+    return len(value) if isinstance(value, Tensor) and value.ndim == 1 else default
 
 
 def encoder_by_latent(tensors: Mapping[str, Any]) -> bool:

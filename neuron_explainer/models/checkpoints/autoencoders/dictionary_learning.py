@@ -338,7 +338,7 @@ def _export(it: Exported) -> tuple[str, dict[str, Tensor]]:
 def _export_top_k(it: Exported) -> tuple[str, dict[str, Tensor]]:
     name, fields = it.nonlinearity, it.fields
     if name not in ("TopK", "BatchTopK") or fields.get("postact_fn", "ReLU") != "ReLU":
-        it.refuse(f"the activation {name}")
+        it.refuse(f"the nonlinearity {name}")
     if fields["k"] is None:
         it.refuse("a BatchTopK whose k is not known")
     threshold = fields["threshold"].float() if name == "BatchTopK" else torch.tensor(-1.0)

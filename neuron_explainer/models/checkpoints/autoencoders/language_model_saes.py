@@ -9,7 +9,7 @@
 
 Mask and scale are folded into the encoder: scale · relu(h) = relu(scale · h). The normalisation is
 not in the file but in ``hyperparams.json``, which is looked for beside it and in the folder around
-that one. Where there is none the normalisation has to be stated (``"rms"`` for token-wise).
+that one. Without that file the normalisation has to be stated (``"rms"`` for token-wise).
 
 As read in OpenMOSS/gpt2-dictionary at bd7a871.
 """
