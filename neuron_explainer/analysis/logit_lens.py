@@ -14,7 +14,7 @@ import torch
 
 from neuron_explainer.errors import NeuronExplainerError, shown
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.models.autoencoder_context import get_decoder_weight
+from neuron_explainer.models.autoencoders.pruned import get_decoder_weight
 from neuron_explainer.models.model_context import ModelContext, get_unembedding_with_ln_gain
 
 RESIDUAL_STREAM = (

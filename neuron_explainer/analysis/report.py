@@ -10,7 +10,7 @@ import html
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -27,12 +27,13 @@ from neuron_explainer.analysis.plots import (
     density_plot,
     histogram,
 )
-from neuron_explainer.analysis.verdict import DENSE, Remark, n_dead, n_dense, verdict
+from neuron_explainer.analysis.verdict import DENSE, n_dead, n_dense, verdict
 from neuron_explainer.errors import SourceError
 from neuron_explainer.evaluation.figures import Evaluation
 from neuron_explainer.evaluation.geometry import WeightGeometry
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.models.autoencoder_context import get_decoder_weight
+from neuron_explainer.models.autoencoders.nonlinearities import TopK
+from neuron_explainer.models.autoencoders.pruned import get_decoder_weight
 from neuron_explainer.models.model_context import ModelContext
 
 _STYLE = """
@@ -82,7 +83,7 @@ class Reported:
     autoencoder: Autoencoder | None = None
     evaluation: Evaluation | None = None
     target_l0: float | None = None
-    """How many active latents per token were asked for."""
+    """How many active latents per token were asked for; a TopK autoencoder says it itself."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """How it was trained; there may be mappings among the values."""
 
@@ -113,7 +114,7 @@ def write_report(
         MissingExtraError: matplotlib is not installed; it comes with the extra ``plots``.
     """
     check_matplotlib()
-    subjects = dict(dictionaries or {})
+    subjects = {name: _with_target(each) for name, each in (dictionaries or {}).items()}
     lines = read_log(log) if isinstance(log, str | Path) else list(log)
     curves = collect_curves(lines)
     geometries = {
@@ -136,6 +137,13 @@ def write_report(
     page = _page(title, _introduction(lines, measured_on), sections)
     with files.atomic_write(path) as temporary:
         temporary.write_text(page, "utf-8")
+
+
+def _with_target(subject: Reported) -> Reported:
+    nonlinearity = None if subject.autoencoder is None else subject.autoencoder.activation
+    if subject.target_l0 is None and isinstance(nonlinearity, TopK):
+        return replace(subject, target_l0=float(nonlinearity.k))
+    return subject
 
 
 def _introduction(lines: Sequence[Mapping[str, Any]], measured_on: str) -> str:
@@ -190,16 +198,15 @@ def _verdict(name: str, subject: Reported, geometry: WeightGeometry | None, curv
         next(iter(of_training.values()), []) if len(of_training) == 1 else []
     )
     remarks = verdict(subject.evaluation, subject.target_l0, geometry, points)
-    unusual = [remark for remark in remarks if remark.unusual]
-    count = (
-        f"{len(unusual)} of these are unusual" if len(unusual) > 1 else "One of these is unusual"
-    )
-    end = Remark(f"{count}; they are marked." if unusual else "Nothing here is unusual.")
+    n_unusual = sum(remark.unusual for remark in remarks)
+    end = "Nothing here is unusual."
+    if n_unusual:
+        end = f"Unusual: {n_unusual} of these {len(remarks)} (marked)."
     items = "".join(
         f"<li{' class=unusual' if remark.unusual else ''}>{html.escape(remark.text)}</li>\n"
         for remark in remarks
     )
-    return f'<h2>{html.escape(name)}</h2>\n<ul>{items}</ul>\n<p class="note">{end.text}</p>\n'
+    return f'<h2>{html.escape(name)}</h2>\n<ul>{items}</ul>\n<p class="note">{end}</p>\n'
 
 
 def _main_figures(subjects: Mapping[str, Reported]) -> str:
@@ -262,6 +269,7 @@ def _training(curves: Curves, axis: str) -> str:
     legend = "".join(
         f'<span class="name" style="--colour: {COLOURS[i % len(COLOURS)]}">{html.escape(name)}</span>'
         for i, name in enumerate(names)
+        if len(names) > 1
     )
     known = [field for field in _CURVES if field in curves]
     ordered = known + [f for f in curves if f not in known and f not in _NOT_DRAWN]
@@ -275,9 +283,9 @@ def _training(curves: Curves, axis: str) -> str:
             constant.append(f"{what} ({_cell(values[0])})")
             continue
         lines: Lines = [(names.index(name) if name else 0, points) for name, points in of.items()]
-        label = _CURVES.get(what, "")
         x_label = {"tokens": "tokens trained on", "step": "steps"}.get(axis, "line of the log")
-        pictures.append(_picture(curve(lines, x_label, label), f"{label or what} in training"))
+        picture = curve(lines, x_label, _CURVES.get(what, "value"))
+        pictures.append(_picture(picture, f"{_CURVES.get(what, what)} in training"))
     note = f"Did not change: {html.escape(', '.join(constant))}." if constant else ""
     return (
         f"<h2>Training</h2>\n<p>{legend}</p>\n{''.join(pictures)}\n"

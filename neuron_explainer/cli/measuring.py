@@ -393,15 +393,18 @@ def _reported(
     from neuron_explainer.dictionaries import TrainConfig
     from neuron_explainer.settings.formats import from_dict
 
-    trained = {} if run is None else run.dictionaries
-    names = list(trained) if len(trained) == len(evaluations) > 1 else list(evaluations)
-    configs = list(trained.values()) if len(trained) == len(evaluations) else [{}] * len(names)
+    trained_as = {} if run is None else {str(path): name for name, path in run.results.items()}
+    settings = {} if run is None else run.dictionaries
     found = {}
-    for name, config, autoencoder, evaluation in zip(
-        names, configs, opened.autoencoders.values(), evaluations.values(), strict=True
+    for (path, autoencoder), (label, evaluation) in zip(
+        opened.autoencoders.items(), evaluations.items(), strict=True
     ):
-        settings = config and from_dict(TrainConfig, config).resolved(autoencoder.n_inputs)
-        found[name] = Reported(autoencoder, evaluation, target_l0(settings), settings)
+        name = trained_as.get(path, label)
+        config = settings.get(name, {})
+        if config:
+            config = from_dict(TrainConfig, config).resolved(autoencoder.n_inputs)
+        shown = name if len(trained_as) > 1 else label
+        found[shown] = Reported(autoencoder, evaluation, target_l0(config), config)
     return found
 
 
@@ -409,7 +412,9 @@ def show_report(result: Result) -> None:
     """Where it is, and what was measured."""
     say(f"{result['report']}: open it in a browser")
     say(f"Measured on {result['measured_on']}")
-    say(f"Next: neuron-explainer prune {result['autoencoders'][0]} --out FOLDER")
+    first = result["autoencoders"][0]
+    if Path(first).exists():  # a name of the registry has its layer behind it
+        say(f"Next: neuron-explainer prune {first} --out FOLDER")
 
 
 # --- sentences ---

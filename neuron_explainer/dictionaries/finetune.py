@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from neuron_explainer.dictionaries.rebuild import rebuilt
 from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation.evaluate import Activations
 from neuron_explainer.models.autoencoder import Autoencoder
@@ -97,7 +96,9 @@ class _Decoder(nn.Module):
         state.pop("tied", None)
         state["decoder.weight"] = (self.scale[:, None] * self.directions).detach().t()
         state["post_bias"] = self.bias.detach()
-        return rebuilt(autoencoder, state, {**autoencoder.metadata, "finetuned": facts})
+        known = autoencoder.facts
+        known["metadata"] = {**autoencoder.metadata, "finetuned": facts}
+        return Autoencoder.from_state_dict(state, **known)
 
 
 @torch.no_grad()
@@ -112,11 +113,8 @@ def _frozen(
             f"stands for; found a batch {list(x.shape)} alone."
         )
     x, target = (t.flatten(0, -2).to(autoencoder.device, autoencoder.dtype) for t in (x, target))
-    _, stats = autoencoder.normalize(x)
+    latents, stats, _ = autoencoder.code_sparse(x)
     if stats is not None:  # the inverse of what decode does to the decoder's output
-        mean, std, skip = stats
-        target = target if skip is None else target - skip
-        if not autoencoder.is_transcoder:
-            target = target if mean is None else target - mean
-            target = target if std is None else target / std.masked_fill(std == 0, 1)
-    return autoencoder.encode_sparse(x), target
+        target = target if stats.skip is None else target - stats.skip
+        target = target if autoencoder.is_transcoder else stats.redo(target)
+    return latents, target

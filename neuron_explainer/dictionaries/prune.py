@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import Tensor
 
-from neuron_explainer.dictionaries.rebuild import rebuilt
 from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation.evaluate import Activations
 from neuron_explainer.evaluation.latent_activity import LatentActivity
@@ -61,7 +60,7 @@ def prune(
         min_max_activation: and larger than this on one of them, in the autoencoder's own units,
         min_decoder_norm: and if its decoder direction is at least this long.
         keep_indices: if True, the result has all latents where they were, those left out with weights
-            of zero and zero for ever; :func:`~neuron_explainer.models.autoencoder_context.omit_dead_latents`
+            of zero and zero for ever; :func:`~neuron_explainer.models.autoencoders.pruned.omit_dead_latents`
             takes them out of memory. If False, it is a smaller autoencoder in which the latents that
             are left have moved together.
     """
@@ -114,8 +113,10 @@ def prune_by(
     else:
         places = kept.nonzero().flatten().to(autoencoder.device)
         state = select_latents(autoencoder.state_dict(), places)
-    metadata = {**autoencoder.metadata, "pruned": counts}
-    return Pruning(autoencoder=rebuilt(autoencoder, state, metadata), kept=kept, **counts)
+    facts = autoencoder.facts
+    facts["metadata"] = {**autoencoder.metadata, "pruned": counts}
+    pruned = Autoencoder.from_state_dict(state, **facts)
+    return Pruning(autoencoder=pruned, kept=kept, **counts)
 
 
 def _masked(autoencoder: Autoencoder, kept: Tensor) -> dict[str, Any]:

@@ -31,7 +31,8 @@ from neuron_explainer.dictionaries.schedules import learning_rate_factor, ramp
 from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation.metrics import fvu, n_active
 from neuron_explainer.kernels.workspace import Workspace
-from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.autoencoder import Autoencoder, InputNormalization
+from neuron_explainer.models.autoencoders.input_normalization import normalize_input
 
 
 class Trainee(nn.Module):
@@ -79,11 +80,7 @@ class Trainee(nn.Module):
         self.to(device)
         # Normalises each vector by itself; folded normalisation is the dictionary's.
         each = config.input_normalization
-        self._per_vector = (
-            Autoencoder(1, n_inputs, input_normalization=each, dtype=config.torch_dtype)
-            if each in ("center", "layer_norm", "rms")
-            else None
-        )
+        self._per_vector: InputNormalization = "none" if each == "constant" else each
 
     @torch.no_grad()
     def measure(self, sample: Sequence[tuple[Tensor, Tensor]]) -> Self:
@@ -124,8 +121,8 @@ class Trainee(nn.Module):
     def normalize(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Activations as the dictionary takes them; an autoencoder's target is its input."""
         same = x is target
-        if self._per_vector is not None:
-            x = self._per_vector.normalize(x)[0]
+        if self._per_vector != "none":
+            x = normalize_input(x, self._per_vector)[0]
             return x, x if same else target
         d = self.dictionary
         if self.config.input_normalization == "none":
@@ -263,9 +260,9 @@ class Trainee(nn.Module):
         ones. ``dead`` latents are those that were not active in the last ``dead_window`` tokens.
         """
         error = loss.error
-        if self._per_vector is not None and not self.config.transcoder:  # not one scale for all
-            _, stats = self._per_vector.normalize(raw)
-            error, target = raw - self._per_vector.denormalize(target - error, stats), raw
+        _, stats = normalize_input(raw, self._per_vector)
+        if stats is not None and not self.config.transcoder:  # not one scale for all
+            error, target = raw - stats.undo(target - error), raw
         error, target = (self.world.gather_rows(t, n_tokens).double() for t in (error, target))
         values = loss.latents.values if isinstance(loss.latents, SparseLatents) else loss.latents
         window = min(self.config.dead_after(n_tokens), tokens_so_far)
@@ -308,7 +305,7 @@ class Trainee(nn.Module):
 
     def _empty(self, n_latents: int, device: torch.device) -> Autoencoder:
         """An autoencoder with the settings of this run."""
-        c, d, each = self.config, self.dictionary, self._per_vector
+        c, d = self.config, self.dictionary
         activation, groups = self.objective.activation(d), self.objective.group_sizes()
         for parameter in activation.parameters():
             if parameter.ndim and len(parameter) != n_latents:  # others have the rest of them
@@ -318,7 +315,7 @@ class Trainee(nn.Module):
             d.n_inputs,
             activation,
             c.tied,
-            input_normalization="none" if each is None else each.input_normalization,
+            input_normalization=self._per_vector,
             n_outputs=d.n_outputs if d.is_transcoder else None,
             skip=c.skip,
             group_sizes=groups if groups and sum(groups) == n_latents else None,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.models.autoencoder_context import get_decoder_weight
+from neuron_explainer.models.autoencoders.pruned import get_decoder_weight
 
 SAMPLE = 2048
 """For how many latents the nearest other one is searched: all pairs of 32,768 would take a minute."""

@@ -18,15 +18,12 @@ from torch import Tensor
 
 from neuron_explainer.errors import InputError, LocationError
 from neuron_explainer.models.autoencoder import Autoencoder, InputNormalization
-from neuron_explainer.models.autoencoders.latents import Latents
-from neuron_explainer.models.checkpoints.autoencoders.state import select_latents
+from neuron_explainer.models.autoencoders.pruned import get_decoder_weight, omit_dead_latents
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.hooks import AutoencoderHooks, Hook, TransformerHooks
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.weight_names import Dimension, LayerIndex
-
-ACTIVATION_FREQUENCY_THRESHOLD_FOR_DEAD_LATENTS = 1e-8
 
 
 @dataclass(frozen=True)
@@ -384,16 +381,7 @@ def _sizes_of(model: HasSizes | HasConfig | TransformerConfig) -> Callable[[Dime
     }.__getitem__
 
 
-# ---- weights and dead latents ----------------------------------------------------------------------
-
-
-def get_decoder_weight(autoencoder: Autoencoder) -> Tensor:
-    """The direction of each latent, ``[l, n]``; zeros for latents that were left out of memory."""
-    weight: Tensor = autoencoder.decoder.weight.t()
-    if isinstance(autoencoder, PrunedAutoencoder):
-        full = weight.new_zeros(autoencoder.n_latents, autoencoder.n_inputs)
-        return full.index_copy(0, autoencoder.kept, weight)
-    return weight
+# ---- weights -----------------------------------------------------------------------------------------
 
 
 def get_autoencoder_output_weight_by_layer_index(
@@ -404,154 +392,3 @@ def get_autoencoder_output_weight_by_layer_index(
         layer: get_decoder_weight(autoencoder_context.get_autoencoder(layer))
         for layer in autoencoder_context._paths
     }
-
-
-def count_dead_latents(autoencoder: Autoencoder) -> int:
-    """Latents that were active on less than 1e-8 of the training tokens, by its statistics."""
-    return int((~_alive(autoencoder)).sum())
-
-
-def _alive(autoencoder: Autoencoder) -> Tensor:
-    frequency = autoencoder.latents_activation_frequency
-    if not frequency.any():
-        raise InputError(
-            f"{autoencoder._name()}: its statistics say that no latent was ever active: they were "
-            "not recorded, and cannot tell which latents are dead."
-        )
-    return frequency >= ACTIVATION_FREQUENCY_THRESHOLD_FOR_DEAD_LATENTS
-
-
-def omit_dead_latents(autoencoder: Autoencoder) -> Autoencoder:
-    """The autoencoder without its dead latents in memory; every index stays what it is."""
-    return omit_least_active_latents(autoencoder, int(_alive(autoencoder).sum()))
-
-
-def omit_least_active_latents(
-    autoencoder: Autoencoder, n_latents_to_keep: int, preserve_indices: bool = True
-) -> Autoencoder:
-    """The autoencoder with only its most active latents in memory.
-
-    Activity is ``latents_activation_frequency``; of equally active latents the first are kept. Biases,
-    activation function, tying and input normalisation stay. With TopK, the place among the ``k`` of a
-    latent that is left out goes to the next.
-
-    Args:
-        autoencoder: left as it is.
-        n_latents_to_keep: how many.
-        preserve_indices: if True, latents keep their indices: the result is a
-            :class:`PrunedAutoencoder`. If False, it is an ordinary, smaller autoencoder in which the
-            latents that are left have moved together.
-    """
-    n_latents = autoencoder.n_latents
-    if not 1 <= n_latents_to_keep <= n_latents:
-        raise InputError(
-            f"{autoencoder._name()}: n_latents_to_keep must lie in 1 to {n_latents}, found "
-            f"{n_latents_to_keep}."
-        )
-    if isinstance(autoencoder, PrunedAutoencoder):
-        raise InputError(f"{autoencoder._name()}: latents were left out already; load it whole.")
-    if preserve_indices and n_latents_to_keep == n_latents:
-        return autoencoder
-    order = autoencoder.latents_activation_frequency.argsort(descending=True, stable=True)
-    kept = order[:n_latents_to_keep].sort().values
-    return PrunedAutoencoder(autoencoder, kept) if preserve_indices else _reduced(autoencoder, kept)
-
-
-def _reduced(whole: Autoencoder, kept: Tensor) -> Autoencoder:
-    """An autoencoder of the latents ``kept`` only."""
-    state_dict = select_latents(whole.state_dict(), kept)
-    return Autoencoder.from_state_dict(
-        state_dict,
-        input_normalization=whole.input_normalization,
-        location=whole.location,
-        output_location=whole.output_location,
-        model_name=whole.model_name,
-        metadata=whole.metadata,
-    )
-
-
-class PrunedAutoencoder(Autoencoder):
-    """An autoencoder that has left latents out of memory and still speaks of all ``l`` by index.
-
-    Latents that were left out are zero, before and after the activation function. Statistics are
-    those of all latents. It is a way of using an autoencoder, not of storing one: it is not saved.
-    """
-
-    kept: Tensor
-    """``[kept]`` int64, ascending: the latents that are there."""
-
-    def __init__(self, whole: Autoencoder, kept: Tensor) -> None:
-        small = _reduced(whole, kept)
-        super().__init__(
-            small.n_latents,
-            small.n_inputs,
-            small.activation,
-            small.tied,
-            input_normalization=small.input_normalization,
-            n_outputs=small.n_outputs if small.is_transcoder else None,
-            location=small.location,
-            output_location=small.output_location,
-            model_name=small.model_name,
-            metadata=small.metadata,
-            device="meta",
-        )
-        self.pre_bias, self.latent_bias = small.pre_bias, small.latent_bias
-        self.encoder, self.decoder = small.encoder, small.decoder
-        self.post_bias, self.skip, self.glu = small.post_bias, small.skip, small.glu
-        for name, _ in list(small.named_buffers(recurse=False)):
-            setattr(self, name, getattr(whole, name).clone())
-        self.register_buffer("kept", kept.clone())
-        self.n_latents, self.group_sizes = whole.n_latents, whole.group_sizes
-        self.train(whole.training)
-
-    def _all(self, kept: Tensor) -> Tensor:
-        """``[…, kept] -> […, l]``."""
-        return kept.new_zeros(*kept.shape[:-1], self.n_latents).index_copy(-1, self.kept, kept)
-
-    def _pre_act(
-        self, x_hat: Tensor, latent_slice: slice = slice(None), relu: bool = False
-    ) -> Tensor:
-        return self._all(super()._pre_act(x_hat, relu=relu))[..., latent_slice]
-
-    def _latents(self, x_hat: Tensor) -> tuple[Tensor, Tensor]:
-        pre_act = super()._pre_act(x_hat)
-        return self._all(pre_act), self._all(self._activate(pre_act))
-
-    def _top_k(self, x_hat: Tensor) -> Latents:
-        found = super()._top_k(x_hat)
-        return found._replace(indices=self.kept[found.indices])
-
-    def _plain_latents(self, x_hat: Tensor) -> Tensor:
-        return self._all(self._activate(super()._pre_act(x_hat)))
-
-    def _decode_normalized(self, latents: Tensor | Latents) -> Tensor:
-        if isinstance(latents, Latents):
-            place = self.kept.new_full((self.n_latents,), -1)
-            place[self.kept] = torch.arange(len(self.kept), device=place.device)
-            indices = place[latents.indices]
-            lost = latents.indices[(indices < 0) & (latents.values != 0)]
-            used: Tensor | Latents = Latents(latents.values, indices.clamp(min=0), len(self.kept))
-        else:
-            used = latents.index_select(-1, self.kept)
-            lost = self.kept[:0]
-            if (used != 0).sum() != (latents != 0).sum():
-                active = (latents != 0).reshape(-1, self.n_latents).any(0)
-                lost = active.index_fill(0, self.kept, False).nonzero().flatten()
-        # Without this, an edit of a latent that is not there would be lost without a word.
-        if len(lost):
-            raise InputError(
-                f"{self._name()}: latent {int(lost[0])} is not zero but was left out of memory; load "
-                "the autoencoder with omit_dead_latents=False to set it."
-            )
-        return super()._decode_normalized(used)
-
-    def state_dict(self, *args: object, **kwargs: object) -> dict[str, object]:  # type: ignore[override]
-        """Refused: it would be read as a smaller autoencoder, in which every index has moved."""
-        raise InputError(f"{self._name()}: latents were left out; save or copy the whole one.")
-
-    def save(self, *args: object, **kwargs: object) -> None:
-        """Refused, see :meth:`state_dict`."""
-        self.state_dict()
-
-    def __repr__(self) -> str:
-        return f"{super().__repr__().removesuffix(')')}, in memory={len(self.kept)})"

@@ -20,11 +20,8 @@ from neuron_explainer.evaluation.figures import Evaluation, Losses, evaluation_t
 from neuron_explainer.evaluation.pieces import coded_pieces
 from neuron_explainer.evaluation.running import ByLoss, LossTotals
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
-from neuron_explainer.models.autoencoder_context import (
-    AutoencoderConfig,
-    AutoencoderContext,
-    omit_dead_latents,
-)
+from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
+from neuron_explainer.models.autoencoders.pruned import omit_dead_latents
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.model_context import ModelContext, StandardModelContext

@@ -171,7 +171,7 @@ def test_decode_asks_for_what_it_needs_and_remembers_nothing(normalization):
     with pytest.raises(InputError, match="decode needs stats"):
         ae.decode(latents)
     other = "layer_norm" if normalization == "center" else "center"
-    with pytest.raises(InputError, match="these stats are not of"):
+    with pytest.raises(InputError, match="these stats are not those of"):
         ae.decode(latents, make(normalization=other).normalize(first)[1])
 
 

@@ -21,9 +21,11 @@ from neuron_explainer.models.autoencoder_context import (
     AutoencoderContext,
     AutoencoderSpec,
     MultiAutoencoderContext,
+    get_autoencoder_output_weight_by_layer_index,
+)
+from neuron_explainer.models.autoencoders.pruned import (
     PrunedAutoencoder,
     count_dead_latents,
-    get_autoencoder_output_weight_by_layer_index,
     get_decoder_weight,
     omit_dead_latents,
     omit_least_active_latents,

@@ -9,7 +9,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuron_explainer.errors import InputError
-from neuron_explainer.models import autoencoder as module
 from neuron_explainer.models.autoencoder import Autoencoder, BatchTopK, JumpReLU, TopK
 from neuron_explainer.models.autoencoders.latents import Latents
 from neuron_explainer.models.autoencoders.nonlinearities import Fista, Gated, GroupMax
@@ -53,16 +52,18 @@ def inputs(*shape, dtype=torch.float64):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_without_gradients_all_is_as_with_them(activation, shape, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 3 * L * 8)
+def test_without_gradients_all_is_as_with_them(activation, shape):
+    few = {"chunk_bytes": 3 * L * 8}
     ae, x = make(activation, shape), inputs(2, 5)
     with_graph = ae(x)
     with torch.no_grad():
         torch.testing.assert_close(ae.encode(x), with_graph.latents)
-        torch.testing.assert_close(ae.reconstruct(x), with_graph.recons)
-        latents = ae.encode_sparse(x)
+        torch.testing.assert_close(ae.reconstruct(x, **few), with_graph.recons)
+        latents = ae.encode_sparse(x, **few)
         torch.testing.assert_close(latents.dense(), with_graph.latents)
         torch.testing.assert_close(ae.decode(latents, ae.normalize(x)[1]), with_graph.recons)
+        for code in (ae.code(x), ae.code_sparse(x)):
+            torch.testing.assert_close(code.decode(code.latents), with_graph.recons)
         assert ae.reconstruct(x[:0]).shape == (0, *with_graph.recons.shape[1:])
         assert ae.encode_sparse(x[:0]).dense().shape == (0, 5, L)
         torch.testing.assert_close(ae.reconstruct(x[0, 0]), with_graph.recons[0, 0])
@@ -134,24 +135,21 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("activation", ["TopK", "BatchTopK", "ReLU"])
-def test_dense_latents_are_never_held_for_all_rows(activation, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 8 * L * 4)
-    monkeypatch.setattr("neuron_explainer.kernels.encode_top_k._CHUNK_BYTES", 8 * L * 4)
+def test_dense_latents_are_never_held_for_all_rows(activation):
     ae, x = make(activation, dtype=torch.float32), inputs(100, dtype=torch.float32)
     with torch.no_grad(), LargestTensor() as largest:
-        ae.reconstruct(x)
+        ae.reconstruct(x, chunk_bytes=8 * L * 4)
     assert 8 * L <= largest.numel < 100 * L / 2
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_few_latents_are_decoded_one_by_one_and_many_by_a_product(share, monkeypatch):
-    monkeypatch.setattr(module, "_SPARSE_SHARE", share)
     used = []
     whole = Latents.decode
     monkeypatch.setattr(Latents, "decode", lambda *args: used.append(1) or whole(*args))  # type: ignore[func-returns-value]
     ae, x = make("BatchTopK"), inputs(9)
     with torch.no_grad():
-        torch.testing.assert_close(ae.reconstruct(x), ae(x).recons)
+        torch.testing.assert_close(ae.reconstruct(x, sparse_share=share), ae(x).recons)
     assert bool(used) == bool(share)
 
 
