@@ -65,17 +65,20 @@ def read_documents(
     """
     if split is not None:
         _check_pattern(split)
-    local = files.fetch(path) if files.is_remote(str(path)) else Path(path).expanduser()
-    if not local.is_dir():
-        _reader_of(local)  # an error now, not at the first document, if there is none
-    else:
-        _tell_left_out(local)
+    local = files.fetch(path) if files.is_remote(str(path)) else files.local_path(path)
+    with _as_source_errors(local):
+        if local.is_dir():
+            _tell_left_out(local)
+        else:
+            _reader_of(local)  # an error now, not at the first document, if there is none
 
     how = _How(column, split, inflated_bytes)
 
     def read() -> Iterator[str]:
         n_documents = 0
-        for file in _files_of(local):
+        with _as_source_errors(local):
+            found = _files_of(local)
+        for file in found:
             with _as_source_errors(file):
                 for text in _reader_of(file)(file, how):
                     n_documents += 1

@@ -10,6 +10,7 @@ Shape legend: ``n`` rows (tokens), ``d`` width of a location.
 """
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -133,7 +134,7 @@ class ActivationStore:
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
-        self.folder, self.verify = Path(folder).expanduser(), verify
+        self.folder, self.verify = files.local_path(folder), verify
         manifest = read_manifest(self.folder, _StoreManifest, _KIND, _VERSION)
         self.header, self.shards = manifest.header, manifest.shards
         self.n_batches = manifest.n_batches
@@ -242,7 +243,7 @@ class StoreWriter:
     ) -> None:
         if shard_rows < 1:
             raise InputError(f"shard_rows must be at least 1, found {shard_rows}.")
-        self.folder, self.shard_rows = Path(folder).expanduser(), shard_rows
+        self.folder, self.shard_rows = files.local_path(folder), shard_rows
         self._model, self._dtype = model, parse_dtype(dtype)
         self._settings = dict(settings or {})
         self._header: StoreHeader | None = None
@@ -257,6 +258,7 @@ class StoreWriter:
         self._lock = FileLock(self.folder / _LOCK_FILE, timeout=0)
 
     def __enter__(self) -> "StoreWriter":
+        check_store_folder(self.folder)
         files.make_folder(self.folder)
         try:
             with files.explain_refusal(self.folder / _LOCK_FILE):
@@ -279,7 +281,6 @@ class StoreWriter:
 
     def _take_up(self) -> None:
         """Continue after the rows that are there, and delete what an earlier process left unfinished."""
-        check_store_folder(self.folder)
         if files.list_folder(self.folder, but=_LOCK_FILE) and not self._append:
             raise InputError(f"{self.folder} is not empty; pass append=True to add to a store.")
         files.remove_leftovers(self.folder)
@@ -457,8 +458,8 @@ def source_of(harvester: Harvester, windows: TokenWindows) -> dict[str, Any]:
 
 def check_store_folder(folder: str | Path) -> None:
     """Raise InputError if a folder holds anything but a store or the beginning of one."""
-    path = Path(folder).expanduser()
-    if not path.exists():
+    path = files.local_path(folder)
+    if not os.path.exists(path):
         return
     if not path.is_dir():
         raise InputError(f"{path} is a file; a store of activations is a folder.")
