@@ -3,7 +3,7 @@
 The GEMM floor is the one product that a float32 encoder cannot do without, by the fastest kernel at
 hand; the bfloat16 product, what a certified search cannot do without. ``--peers`` adds the libraries;
 ratios are to SAELens where it takes part, else to the floor. Extra peak memory is that of a warm call,
-the result included; what is kept between calls stands beside the name.
+the result included.
 """
 
 from benchmarks.harness import Contestant, Entry, Race

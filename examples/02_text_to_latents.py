@@ -1,7 +1,8 @@
-"""Which latents fire on a text, and on which of its tokens the strongest one fires most."""
+"""Which latents fire on a text, and on which of its tokens the strongest ones fire most."""
 
 import torch
 
+from neuron_explainer.evaluation.metrics import fvu, l0
 from neuron_explainer.models.model_registry import make_autoencoder_context
 from neuron_explainer.models.transformer import Transformer
 
@@ -20,8 +21,7 @@ with torch.no_grad():
     x = found[context.location.at(LAYER)][0]  # [tokens, width]
     output = autoencoder(x)
 
-error = (x - output.recons).square().sum() / (x - x.mean(0)).square().sum()
-fired = (output.latents > 0).sum(-1).float().mean()
+error, fired = fvu(x, output.recons), l0(output.latents)
 print(f"{autoencoder}")
 print(f"{len(x)} tokens, {fired:.1f} latents fire on each, unexplained variance {error:.3f}")
 

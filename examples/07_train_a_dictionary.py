@@ -1,4 +1,4 @@
-"""Text to activations to a dictionary: harvest, train, measure, use. A real one takes millions of tokens."""
+"""From text to a dictionary: harvest, train, measure, use. A real one takes millions of tokens."""
 
 import torch
 
@@ -27,7 +27,7 @@ source = LiveSource(Harvester(context, LOCATION), windows)
 
 
 def show(report: StepReport) -> None:
-    """A callback: what each step comes to."""
+    """A callback: print the losses now and then."""
     if report.step % 10 == 0:
         losses = {name: f"{float(loss.total):.3f}" for name, loss in report.losses.items()}
         print(f"step {report.step}: {losses}")

@@ -1,7 +1,8 @@
-"""What autoencoders are worth: measured together, by our definitions and by those of other libraries."""
+"""How good autoencoders are: measured together, by our definitions and by those of other libraries."""
 
 from neuron_explainer.activations import Harvester, TokenWindows, start_token, tokenize
-from neuron_explainer.dictionaries import evaluate_all, evaluation_table, prune
+from neuron_explainer.dictionaries import prune
+from neuron_explainer.evaluation import evaluate_all, evaluation_table
 from neuron_explainer.evaluation.passage import PASSAGE
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.model_registry import make_autoencoder_context
@@ -11,7 +12,7 @@ windows = TokenWindows(tokenize(PASSAGE.split("\n\n"), context), 64, 4, bos=star
 known = make_autoencoder_context("tiny-tales", "ae-resid-delta-mlp", device=context.device)
 published = known.get_autoencoder(2)
 
-# A leaner one, without the latents that do next to nothing on this text; indices stay what they were.
+# A smaller one without the latents that do almost nothing on this text; the others keep their indices.
 harvester = Harvester(context, published.location)
 activations = [harvester(batch).activations[published.location] for batch in windows]
 pruning = prune(published, activations, min_max_activation=2.0)

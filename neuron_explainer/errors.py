@@ -1,7 +1,7 @@
-"""The errors that users see: one family, all of them ``ValueError``s.
+"""The errors that users see: one family of ``ValueError``s.
 
-A message names the thing, what was expected, what was found and, for names, the nearest valid one.
-``assert`` is kept for the library's own invariants.
+A message names the thing, what was expected and what was found, and suggests the nearest valid name.
+``assert`` is used for the library's own invariants only.
 """
 
 import difflib
@@ -10,11 +10,11 @@ from collections.abc import Iterable
 
 
 class NeuronExplainerError(ValueError):
-    """Base of every error that this package raises for something a user can mend."""
+    """Base of every error that this package raises for something that a user can correct."""
 
 
 class HookError(NeuronExplainerError):
-    """A hook was attached at a wrong place, or returned something that cannot stand in for x."""
+    """A hook was attached at a wrong place, or returned something that cannot replace x."""
 
 
 class LocationError(NeuronExplainerError):
@@ -22,19 +22,19 @@ class LocationError(NeuronExplainerError):
 
 
 class CheckpointError(NeuronExplainerError):
-    """A saved model or autoencoder is incomplete, damaged, contradictory or of unknown kind."""
+    """A saved model or autoencoder is incomplete, damaged, contradictory or of an unknown kind."""
 
 
 class SourceError(NeuronExplainerError):
-    """A name, path or URL leads to nothing that can be had now."""
+    """A name, path or URL cannot be read or written now."""
 
 
 class InputError(NeuronExplainerError):
-    """Tokens, prompts, tensors or settings that a call cannot work with."""
+    """A call cannot work with these tokens, prompts, tensors or settings."""
 
 
 class DistributedError(NeuronExplainerError):
-    """Another of the processes that share a run is gone, or did not answer in time."""
+    """Another process of the same run ended, or did not answer in time."""
 
 
 class MissingExtraError(NeuronExplainerError, ImportError):

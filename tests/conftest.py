@@ -6,6 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Everything here is small: a second thread costs more than it saves, and with one the results do not
+# depend on the machine. Set before torch is imported, for the processes that tests start as well.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import numpy as np
 import pytest
 import torch
@@ -19,9 +23,20 @@ from tests.reference import gpt2_numpy
 PER_LAYER = [path for path, site in SITES.items() if site.per_layer]
 ONCE = [path for path, site in SITES.items() if not site.per_layer]
 
+torch.set_num_threads(1)
+
 TINY = TransformerConfig(
     enc="none", ctx_window=12, d_model=16, n_layers=2, n_heads=4, m_mlp=3, n_vocab=29
 )
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The whole suite runs on all cores; chosen files run in one process, which starts faster.
+
+    ``-n 0`` runs the whole suite in one process, ``-n 4`` anything in four.
+    """
+    whole = config.args == config.getini("testpaths")
+    return min(os.cpu_count() or 1, 8) if whole else 0
 
 
 def make_model(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> Transformer:

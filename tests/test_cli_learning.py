@@ -5,12 +5,10 @@ import errno
 import itertools
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,19 @@ import pytest
 import torch
 
 from neuron_explainer import cli
+from neuron_explainer.activations import (
+    DataConfig,
+    harvest_to_store,
+    open_buffer,
+    open_harvester,
+    open_windows,
+)
 from neuron_explainer.cli import measuring
-from neuron_explainer.dictionaries import TopKConfig, TrainConfig, train_many
+from neuron_explainer.dictionaries import TopKConfig, TrainConfig, train, train_many
 from neuron_explainer.dictionaries.runs import RunFolder
 from neuron_explainer.evaluation.passage import PASSAGE
 from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.transformer import Transformer
 
 PLACES = ["1/resid.torso.delta_mlp", "2/resid.torso.delta_mlp"]
@@ -186,7 +192,7 @@ def test_the_scripts_params_name_things_on_the_hub(
 ) -> None:
     """With the script's own values; the hub is played by what is here."""
     from neuron_explainer.activations import data_config
-    from neuron_explainer.models.huggingface import context as huggingface_context
+    from neuron_explainer.models import open_model
     from neuron_explainer.models.model_context import StandardModelContext
 
     asked: list[tuple[str, ...]] = []
@@ -201,7 +207,7 @@ def test_the_scripts_params_name_things_on_the_hub(
         return StandardModelContext("tiny-tales", device=device)
 
     monkeypatch.setattr(data_config, "huggingface_documents", documents)
-    monkeypatch.setattr(huggingface_context, "HuggingFaceModelContext", model)
+    monkeypatch.setattr(open_model, "HuggingFaceModelContext", model)
     Path("params.json").write_text(json.dumps({"device": {"value": "cpu"}}), "utf-8")
     flags = ["--n-latents", "48", "--batch-size", "4096", "--out", "hub"]
     assert as_json(capsys, "train", "--params", "params.json", *flags)["steps"] == 2
@@ -312,12 +318,12 @@ def test_what_cannot_be_written_is_known_before_the_work(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    monkeypatch.setattr(measuring, "_Opened", lambda *args: pytest.fail("has begun"))
-    one = str(sorted(Path("run/autoencoders").iterdir())[0])
+    # What is to be read is not there: whoever looks at it first says that instead.
     for argv in (
-        ("prune", one, "--out", "lean"),
-        ("finetune", one, "--out", "fine"),
-        ("sentences", "s.csv", "--csv-out", "t.csv"),
+        ("prune", "nothing", "--out", "lean"),
+        ("finetune", "nothing", "--out", "fine"),
+        ("report", "nothing", "--out", "page.html"),
+        ("sentences", "nothing.csv", "--csv-out", "t.csv"),
     ):
         message = fail(capsys, *argv)
         assert "cannot write" in message
@@ -329,9 +335,75 @@ def test_a_run_stands_for_its_one_autoencoder(capsys: pytest.CaptureFixture[str]
     assert as_json(capsys, "latents", "Hello", "--autoencoder", "one")["location"] == PLACES[0]
     run(capsys, "convert", "one", "moved", "--format", "saelens")
     assert Path("moved/cfg.json").exists()
-    assert "a run of several autoencoders" in fail(
-        capsys, "latents", "Hello", "--autoencoder", "run"
-    )
+
+
+def test_a_run_of_several_dictionaries_in_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    looked = ("latents", "Hello", "--autoencoder", "run")
+    assert as_json(capsys, *looked)["location"] == PLACES[1]  # the last layer, as of a name
+    for choice in (("--layer", "1"), ("--location", PLACES[0])):
+        assert as_json(capsys, *looked, *choice)["location"] == PLACES[0]
+    message = fail(capsys, *looked, "--layer", "3")
+    assert "run has nothing for layer 3; it has 1/resid" in message
+    changed = as_json(capsys, "ablate", "Hello", "--autoencoder", "run", "--unit", "3")
+    assert "latent 3 = 0.0" in changed["ablated"]
+    assert "stands for several" in fail(capsys, "convert", "run", "new", "--format", "native")
+    run(capsys, "convert", "run", "moved", "--layer", "2", "--format", "native")
+    assert str(Autoencoder.load("moved").location) == PLACES[1]
+    pruned = as_json(capsys, "prune", "run", "--location", PLACES[0], "--out", "lean")
+    assert pruned["n_latents"] == 48
+    assert str(Autoencoder.load("lean").location) == PLACES[0]
+    found = as_json(capsys, "evaluate", "run", "--location", PLACES[0], "--ce-every", "0")
+    assert list(found["evaluations"]) == [PLACES[0]]
+
+
+def test_names_in_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    name, text = "ae-resid-delta-mlp", ("--text", "books")
+    few = ("--num-tokens", "200", "--ce-every", "0")
+    message = fail(capsys, "evaluate", name)
+    assert "ae-resid-delta-mlp does not say what text it was trained on; give --text" in message
+    found = as_json(capsys, "evaluate", name, *text, *few)["evaluations"]
+    assert PLACES[0] in found
+    assert len(found) > 2
+    one = as_json(capsys, "evaluate", name, *text, *few, "--location", PLACES[0])["evaluations"]
+    assert list(one) == [PLACES[0]]
+    assert one[PLACES[0]]["fvu"] == pytest.approx(found[PLACES[0]]["fvu"], rel=1e-5)
+    run(capsys, "convert", name, "moved", "--layer", "1", "--format", "saelens")
+    assert str(Autoencoder.load("moved").location) == PLACES[0]
+    assert "stands for several" in fail(capsys, "finetune", name, "--out", "new", *text)
+    assert "Did you mean 'ae-resid-delta-mlp'" in fail(capsys, "evaluate", "ae-resid-delta-mpl")
+
+
+def test_several_autoencoders_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    few = ("--text", "books", "--num-tokens", "200", "--ce-every", "0", "--location", PLACES[0])
+    argv = ("evaluate", "run", "ae-resid-delta-mlp", *few)
+    found = as_json(capsys, *argv)
+    assert found["autoencoder"] == "run ae-resid-delta-mlp"
+    assert [name.partition(",")[0] for name in found["evaluations"]] == [
+        "1-resid.torso.delta_mlp",
+        "ae-resid-delta-mlp",
+    ]
+    assert "1-resid.torso.delta_mlp" in run(capsys, *argv)
+    message = fail(capsys, "evaluate", "run", "ae-resid-delta-mlp", "--location", PLACES[0])
+    assert "not trained on the same text in the same way; give --text" in message
+
+
+def test_a_store_made_in_python_is_measured_by_the_shell(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Text and settings are noted by the library, so that what was held out is known."""
+    context = ModelContext.from_model_type("tiny-tales", device="cpu")
+    data = DataConfig(context_length=32, windows_per_forward=2, hold_out=0.2)
+    windows = open_windows(context, "books", data)
+    store = harvest_to_store("made", open_harvester(context, PLACES[0], data), windows)
+    assert store.record["data"]["hold_out"] == 0.2
+    config = TrainConfig(TopKConfig(k=4), n_latents=48, steps=4, batch_size=64, location=PLACES[0])
+    for source, out in (("made", "from-store"), ("books", "from-text")):
+        places, size = [PLACES[0]], config.batch_size
+        with open_buffer(context, source, places, data, size, num_tokens=4 * size) as batches:
+            train(config, batches, out, progress=False)
+        found = as_json(capsys, "evaluate", out, "--ce-every", "0")
+        assert found["part"] == "held_out"
+        assert Path(found["text"]).name == "books"
 
 
 def test_an_autoencoder_of_all_layers_needs_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -369,12 +441,27 @@ def test_pruned_and_finetuned_know_their_text(capsys: pytest.CaptureFixture[str]
     assert not torch.equal(before.decoder.weight, after.decoder.weight)
 
 
+def test_a_missing_picture_library_is_said_before_the_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluated(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("evaluated first")
+
+    monkeypatch.setattr(measuring, "_evaluate", evaluated)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install matplotlib" in fail(capsys, "report", "run", "--out", "other.html")
+    assert not Path("other.html").exists()
+
+
 def test_a_report_is_one_page(capsys: pytest.CaptureFixture[str]) -> None:
     found = as_json(capsys, "report", "run")
     assert found["report"] == str(Path("run/report.html"))
     page = Path(found["report"]).read_text("utf-8")
     assert PLACES[0] in page
-    assert f"{PLACES[0]}.objective.name" in page  # what was trained
+    assert "objective.name" in page  # what was trained
+    assert found["measured_on"] in page
+    assert "promotes" in page
+    assert str(Path.cwd()) not in page
     assert "data.context_length" in page  # and on what
     assert "http://" not in page
     measuring.show_report(found)
@@ -445,7 +532,7 @@ def swap(argv: list[str], **values: str | list[str]) -> list[str]:
         (swap(TRAIN, source="none"), ["none holds no file of text"]),
         (swap(TRAIN, source="rows.csv"), ["rows.csv has no column 'text'", "'prose'"]),
         (swap(TRAIN, source="bytes.txt"), ["bytes.txt", "not UTF-8"]),
-        (swap(TRAIN, source="one.txt"), ["one.txt is a single document", "split", "hold_out"]),
+        (swap(TRAIN, source="one.txt"), ["one.txt is a single document", "too short", "hold_out"]),
         (swap(TRAIN, config="bad.toml"), ["bad.toml", "'n_latent'", "Did you mean 'n_latents'"]),
         (swap(TRAIN, params="bad.json"), ["bad.json", "'layr'", "Did you mean 'layer'"]),
         ([*TRAIN, "--objective", "relu"], ["--k is no setting of the objective relu"]),
@@ -469,7 +556,8 @@ def swap(argv: list[str], **values: str | list[str]) -> list[str]:
             ["finetune", "loose", "--text", "books", "--out", "new", *WINDOWS],
             ["less than one batch of 4096", "--batch-size"],
         ),
-        (["report", "nothing"], ["nothing: no such file or folder"]),
+        (["report", "nothing"], ["nothing is not a folder", "--out"]),
+        (["report", "nothing", "--out", "new"], ["nothing: no such file or folder"]),
         (["sentences", "nothing.csv"], ["nothing.csv"]),
         (["sentences", "rows.csv"], ["'sentence'", "'prose'"]),
         (["sentences", "empty.txt"], ["empty.txt", "found nothing"]),
@@ -484,7 +572,7 @@ def test_bad_input_is_one_line_and_loses_nothing(
     Path("none").mkdir()
     Path("rows.csv").write_text("prose,n\nonce,1\n", "utf-8")
     Path("bytes.txt").write_bytes(b"\xff\xfe\x00once")
-    Path("one.txt").write_text(PASSAGE, "utf-8")
+    Path("one.txt").write_text("Only a few words.", "utf-8")
     Path("bad.toml").write_text("n_latent = 5\n", "utf-8")
     Path("bad.json").write_text('{"layr": {"value": 1}}', "utf-8")
     width = Transformer.load("tiny-tales").cfg.d_model
@@ -561,32 +649,43 @@ def test_an_interrupted_run_goes_on(
     assert torch.equal(one.encoder.weight, other.encoder.weight)
 
 
+# ``neuron-explainer …`` that kills itself, as the system would, in the middle of its n-th step.
+DYING = """
+import os, signal, sys
+from neuron_explainer import cli
+from neuron_explainer.dictionaries.logs import Logs
+
+steps_left = int(sys.argv.pop(1))
+step = Logs.step
+
+def dying(self):
+    global steps_left
+    steps_left -= 1
+    if not steps_left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(self)
+
+Logs.step = dying
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.parametrize("objective", ["batch_topk", "relu"])
 def test_a_command_that_is_killed_goes_on_to_the_same_weights(objective: str) -> None:
     """SIGKILL of the whole of it: model, buffer, steps, checkpoints."""
-    argv = [sys.executable, "-m", "neuron_explainer", "train", "books", "--location", PLACES[0]]
+    argv = ["train", "books", "--location", PLACES[0]]
     argv += ["--objective", objective, "--steps", "60", "--batch-size", "64", "--n-latents", "300"]
     argv += [*WINDOWS, "--buffer-tokens", "400", "--checkpoint-every", "7", "--log-every", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run([*argv, "--out", "whole"], env=environment, check=True, capture_output=True)
-    dice = random.Random(objective)
-    log = Path("killed/log.jsonl")
-    for kill_at in sorted(dice.sample(range(1, 55), 2)):
-        process = subprocess.Popen(
-            [*argv, "--out", "killed"], env=environment, stderr=subprocess.DEVNULL
-        )
-        while process.poll() is None and (not log.exists() or last_step(log) < kill_at):
-            time.sleep(0.002)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, "it was too fast"
-    subprocess.run([*argv, "--out", "killed"], env=environment, check=True, capture_output=True)
+    whole = [sys.executable, "-m", "neuron_explainer", *argv]
+    subprocess.run([*whole, "--out", "whole"], env=environment, check=True, capture_output=True)
+    for steps in (5, 24):  # before the first checkpoint; between two, after a start from none
+        dying = [sys.executable, "-c", DYING, str(steps), *argv, "--out", "killed"]
+        process = subprocess.run(dying, env=environment, capture_output=True, check=False)
+        assert process.returncode == -signal.SIGKILL, process.stderr
+    subprocess.run([*whole, "--out", "killed"], env=environment, check=True, capture_output=True)
     weights = [
         Path(run, "autoencoder", "autoencoder.safetensors").read_bytes()
         for run in ("whole", "killed")
     ]
     assert weights[0] == weights[1]
-
-
-def last_step(log: Path) -> int:
-    lines = [line for line in log.read_bytes().split(b"\n")[:-1] if line]
-    return int(json.loads(lines[-1])["step"]) if lines else 0

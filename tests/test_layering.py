@@ -19,6 +19,7 @@ ROOMS = [
         "neuron_explainer",
         "neuron_explainer.errors",
         "neuron_explainer.tables",
+        "neuron_explainer.progress",
         "neuron_explainer.files",
     ],
     ["neuron_explainer.settings"],
@@ -67,7 +68,14 @@ FLOORS = [
         "autoencoders",
     ],
     ["huggingface"],
-    ["model_context", "autoencoder_context", "huggingface.context", "model_registry", ""],
+    [
+        "model_context",
+        "autoencoder_context",
+        "huggingface.context",
+        "model_registry",
+        "open_model",
+        "",
+    ],
 ]
 
 

@@ -1,9 +1,9 @@
-"""Text to streams of vectors: documents, token windows, activations, stores on disk, shuffling.
+"""From text to streams of activations: documents, token windows, harvesting, stores on disk, shuffling.
 
-The usual way from text to what a dictionary is trained on::
+The usual way from text to the batches that a dictionary is trained on::
 
     context = ModelContext.from_model_type("tiny-tales")
-    corpus = tokenize(read_documents("books/"), context)  # or write_token_file, for more than memory holds
+    corpus = tokenize(read_documents("books/"), context)  # write_token_file: for more than memory
     training, held_out = corpus.split(0.05)
     windows = TokenWindows(training, 128, 32, bos=start_token(context), epochs=None)
     source = LiveSource(Harvester(context, "2/mlp.post_act", keep_bos=False), windows)

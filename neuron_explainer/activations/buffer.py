@@ -1,20 +1,21 @@
 """Activations in random order within bounded memory: :class:`ShuffleBuffer`.
 
-A buffer of ``capacity`` rows is filled, shuffled and read; when less than half of it is unread, the rows
-read make room for the next of the source and all is shuffled anew (the buffer of dictionary_learning,
-github.com/saprmarks/dictionary_learning). Each row that the source gives comes out exactly once.
+A buffer of ``capacity`` rows is filled, shuffled and read. When less than half of it is unread, the next
+rows of the source replace the rows that were read, and everything is shuffled again (the buffer of
+dictionary_learning, github.com/saprmarks/dictionary_learning). Each row of the source comes out exactly
+once.
 
-Everything random is a function of the seed and the refill's number, and a row that has been through two
-refills comes out before the next. So the rows in a buffer are from its last three refills, and a state is
-small: it says which rows of which chunks, and loading it fetches these chunks again (from a model: at most
-about one and a half buffers' worth of forwards).
+All randomness depends on the seed and the number of the refill alone, and a row that has seen two refills
+comes out before the next one. So the rows in a buffer come from its last three refills, and a saved state
+is small: it says which rows of which chunks are unread. Loading it fetches these chunks again (from a
+model: at most about one and a half buffers' worth of forward passes).
 
 Shape legend: ``n`` rows of a batch, ``d`` width of a location.
 """
 
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,23 +35,31 @@ logger = logging.getLogger(__name__)
 Batch = Tensor | dict[ActivationLocation, Tensor] | tuple[Tensor, Tensor]
 
 
-class ShuffleBuffer(Iterator[Batch]):
-    """Batches of activations in random order, float32; a context manager, for its thread.
+class Cursor(NamedTuple):
+    """A row of a source."""
 
-    A batch is ``[n, d]`` where the source has one location, ``{location: [n, d]}`` of the same tokens
-    where it has several, and the two of ``pair`` where that is given. The last batch of a source that
-    ends may have fewer rows; no row is left out.
+    chunk: int = 0
+    row: int = 0
+    """Its place in the chunk."""
+
+
+class ShuffleBuffer(Iterator[Batch]):
+    """Batches of activations in random order, float32; a context manager that ends its thread.
+
+    A batch is ``[n, d]`` if the source has one location, ``{location: [n, d]}`` of the same tokens if
+    it has several, and the tensors of the two locations of ``pair`` if that is given. The last batch of a
+    source that ends may have fewer rows; no row is left out.
 
     Args:
         source: a :class:`LiveSource` or :class:`StoreSource`.
-        capacity: rows in memory, at least two batches. With ``prefetch`` up to half as many more, and
-            a chunk, lie ready.
+        capacity: rows in memory, at least two batches. With ``prefetch``, up to half as many more rows
+            and one chunk are held ready.
         batch_size: rows of a batch.
-        seed: of the order.
-        num_tokens: rows to take from the source in all; None: those that it has.
-        pair: locations of input and target, for what maps one to the other.
-        device: where the rows lie and batches come out; default: where the source has them.
-        prefetch: fetch in a thread. The order is the same.
+        seed: decides the order.
+        num_tokens: total number of rows to take from the source; None: all.
+        pair: locations of input and target, for a dictionary that maps one to the other.
+        device: of the rows in memory and of the batches; default: that of the source.
+        prefetch: fetch chunks in a thread. The order is the same.
     """
 
     def __init__(
@@ -78,6 +87,8 @@ class ShuffleBuffer(Iterator[Batch]):
         self.source, self.capacity, self.batch_size = source, capacity, batch_size
         self.seed, self.num_tokens, self.device = seed, num_tokens, device
         self.pair = None if pair is None else tuple(map(ActivationLocation.parse, pair))
+        self.record: dict[str, Any] = {}
+        """Which model, text and settings the activations are of, as ``open_buffer`` notes it."""
         self._prefetch = prefetch
         self._fetcher: Prefetcher[ActivationBatch] | None = None
         self._waited_s = 0.0  # of fetchers that were closed
@@ -85,30 +96,30 @@ class ShuffleBuffer(Iterator[Batch]):
         self._reset()
 
     def _reset(self) -> None:
-        # Of each slot: chunk, row in it, and refill at which it came; -1 where it is free.
+        # For each slot: chunk, row in the chunk, and refill that brought it; -1 in a free slot.
         self._origin = np.full((self.capacity, 3), -1, dtype=np.int64)
         self._order = np.empty(0, dtype=np.int64)  # slots in the order in which they are read
-        self._read = 0  # how many of them have been
+        self._read = 0  # how many slots of the order have been read
         self._refills = 0
         self._taken = 0  # rows taken from the source
-        self._chunk, self._chunk_row = 0, 0  # where the source goes on
-        self._rest: ActivationBatch | None = None  # of a chunk that did not fit
+        self._next = Cursor()  # the first row that has not been taken
+        self._rest: ActivationBatch | None = None  # chunk `_next.chunk`, where it was begun
         self._exhausted = False
         self.close()
 
     @property
     def unread(self) -> int:
-        """Rows in the buffer that have not come out."""
+        """Number of rows in the buffer that have not come out."""
         return len(self._order) - self._read
 
     @property
     def refills(self) -> int:
-        """How often the buffer has been filled."""
+        """Number of times that the buffer has been filled."""
         return self._refills
 
     @property
     def waited_s(self) -> float:
-        """Seconds in which this had nothing to do but to wait for its thread; without one, none."""
+        """Seconds spent waiting for the fetching thread; 0 without one."""
         return self._waited_s + (self._fetcher.waited_s if self._fetcher else 0.0)
 
     @property
@@ -133,47 +144,46 @@ class ShuffleBuffer(Iterator[Batch]):
     # --- filling ---
 
     def _refill(self) -> None:
+        """Fill the free slots from the source, and draw a new order of all slots."""
         free = np.flatnonzero(self._origin[:, 0] < 0)
-        filled = 0
-        while filled < len(free) and not self._exhausted:
-            rows, chunk, begin = self._take(len(free) - filled)
-            if rows is None:
+        assert 2 * len(free) > self.capacity, "half of the buffer has been read"
+        while len(free):
+            taken = self._take(len(free))
+            if taken is None:
                 self._exhausted = True
                 self.close()
                 self._check_amount()
                 break
-            slots = free[filled : filled + len(rows)]
+            at, rows = taken
+            slots, free = free[: len(rows)], free[len(rows) :]
             self._put(slots, rows)
-            self._origin[slots, 0] = chunk
-            self._origin[slots, 1] = np.arange(begin, begin + len(rows))
+            self._origin[slots, 0] = at.chunk
+            self._origin[slots, 1] = np.arange(at.row, at.row + len(rows))
             self._origin[slots, 2] = self._refills
-            filled += len(rows)
             self._taken += len(rows)
         self._shuffle()
 
-    def _take(self, most: int) -> tuple[ActivationBatch | None, int, int]:
-        """The source's next rows, at most so many: with their chunk and the first one's place in it."""
+    def _take(self, most: int) -> tuple[Cursor, ActivationBatch] | None:
+        """The next rows of the source, at most ``most``, and where they begin; None at the end."""
         if self.num_tokens is not None:
             most = min(most, self.num_tokens - self._taken)
-            if not most:
-                return None, 0, 0
-        if self._rest is None:
+        if most and self._rest is None:
             self._rest = self._fetch()
-            self._chunk_row = 0
-        if self._rest is None:
-            return None, 0, 0
-        chunk, begin, rest = self._chunk, self._chunk_row, self._rest
-        end = min(begin + most, len(rest))
-        self._chunk_row = end
-        if end == len(rest):
-            self._rest, self._chunk, self._chunk_row = None, chunk + 1, 0
-        return rest.rows(slice(begin, end)), chunk, begin
+        if not most or self._rest is None:
+            return None
+        at, rest = self._next, self._rest
+        end = min(at.row + most, len(rest))
+        if end < len(rest):
+            self._next = Cursor(at.chunk, end)
+        else:
+            self._next, self._rest = Cursor(at.chunk + 1), None
+        return at, rest.rows(slice(at.row, end))
 
     def _fetch(self) -> ActivationBatch | None:
         if not self._prefetch:
-            return self.source.chunk(self._chunk)
+            return self.source.chunk(self._next.chunk)
         if self._fetcher is None:
-            self._fetcher = Prefetcher(self.source.chunk, self._chunk, self.capacity // 2)
+            self._fetcher = Prefetcher(self.source.chunk, self._next.chunk, self.capacity // 2)
         return self._fetcher.get()
 
     def _put(self, slots: Ints, rows: ActivationBatch) -> None:
@@ -196,13 +206,14 @@ class ShuffleBuffer(Iterator[Batch]):
             self._slots[place] = x.new_empty((self.capacity, x.shape[1]), device=device)
 
     def _shuffle(self) -> None:
-        """A new order of all rows; those of two refills ago are read before the next refill."""
+        """Draw a new order of all rows, in which those of two refills ago come before the next refill."""
         occupied = np.flatnonzero(self._origin[:, 0] >= 0)
         order = occupied[permutation(len(occupied), self.seed, self._refills, 0)]
         if not self._exhausted:
             over_half = 2 * len(order) - self.capacity
             n_next = self.batch_size * (over_half // (2 * self.batch_size) + 1)
             is_old = self._origin[order, 2] <= self._refills - 2
+            assert is_old.sum() <= n_next, "rows of two refills ago come out before the next refill"
             order = np.concatenate([order[is_old], order[~is_old]])
             order[:n_next] = order[permutation(n_next, self.seed, self._refills, 1)]
         self._order, self._read = order, 0
@@ -211,16 +222,16 @@ class ShuffleBuffer(Iterator[Batch]):
     def _check_amount(self) -> None:
         if not self._taken:
             raise InputError(
-                "the source gave no activations: every token was left out, or it is empty."
+                "the source gave no activations: it is empty, or all of its tokens are left out."
             )
         if self.num_tokens is not None and self._taken < self.num_tokens:
             logger.warning(
-                "the source ended after %d activations, num_tokens is %d; give it more epochs",
+                "the source ended after %d activations, fewer than num_tokens = %d; give it more epochs",
                 self._taken,
                 self.num_tokens,
             )
 
-    # --- leaving and going on ---
+    # --- saving and resuming ---
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -232,10 +243,10 @@ class ShuffleBuffer(Iterator[Batch]):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the reading is: JSON values, and ``unread`` ``[rows, 4]`` int32.
+        """The position of the reader: JSON values, and ``unread`` ``[rows, 4]`` int32.
 
-        ``unread`` has slot, chunk, row in the chunk and refill of each row that has not come out, in
-        the order in which they will.
+        ``unread`` holds slot, chunk, row in the chunk and refill of each row that has not come out, in
+        the order in which the rows will.
         """
         slots = self._order[self._read :]
         unread = np.column_stack([slots, self._origin[slots]]).astype(np.int32)
@@ -243,17 +254,17 @@ class ShuffleBuffer(Iterator[Batch]):
             "settings": self._settings(),
             "refills": self._refills,
             "taken": self._taken,
-            "chunk": self._chunk,
-            "chunk_row": self._chunk_row,
+            "chunk": self._next.chunk,
+            "chunk_row": self._next.row,
             "exhausted": self._exhausted,
             "unread": torch.from_numpy(unread),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there, to the bit, where the source computes the same values again.
+        """Continue from a saved position, with bitwise equal batches if the source repeats its values.
 
         Raises:
-            CheckpointError: the state is of a buffer with other settings, or the source has changed.
+            CheckpointError: the state was saved with other settings, or the source has changed.
         """
         check_same_settings(state["settings"], self._settings(), "activations")
         self._reset()
@@ -261,22 +272,22 @@ class ShuffleBuffer(Iterator[Batch]):
         self._order = unread[:, 0].copy()
         self._origin[self._order] = unread[:, 1:]
         self._refills, self._taken = int(state["refills"]), int(state["taken"])
-        self._chunk, self._chunk_row = int(state["chunk"]), int(state["chunk_row"])
+        self._next = Cursor(int(state["chunk"]), int(state["chunk_row"]))
         self._exhausted = bool(state["exhausted"])
         for chunk in np.unique(unread[:, 1]).tolist():
             of_chunk = unread[unread[:, 1] == chunk]
             rows = self.source.chunk(chunk)
             if rows is None or len(rows) <= of_chunk[:, 2].max():
                 raise CheckpointError(
-                    f"the source no longer gives all rows of chunk {chunk}, which the state is of."
+                    f"the source no longer gives all rows of chunk {chunk} that the state refers to."
                 )
             which = torch.from_numpy(of_chunk[:, 2].copy()).to(rows.tokens.device)
             self._put(of_chunk[:, 0], rows.rows(which))
-        if self._chunk_row:
-            self._rest = self.source.chunk(self._chunk)
+        if self._next.row:
+            self._rest = self.source.chunk(self._next.chunk)
 
     def close(self) -> None:
-        """Stop the thread; reading on starts it again."""
+        """End the thread; reading on starts it again."""
         if self._fetcher is not None:
             self._waited_s = self.waited_s
             fetcher, self._fetcher = self._fetcher, None

@@ -1,4 +1,4 @@
-"""Where a buffer's activations come from: chunks by number, from a model or a store."""
+"""The sources of a buffer: chunks of activations by number, from a model or a store."""
 
 from typing import Any, Protocol
 
@@ -10,21 +10,21 @@ from neuron_explainer.errors import InputError
 
 
 class ActivationSource(Protocol):
-    """Chunks of activations by number, the same for a number whenever it is asked for."""
+    """Chunks of activations by number; a number always stands for the same chunk."""
 
     @property
     def forward_s(self) -> float:
         """Seconds spent in a model so far."""
 
     def chunk(self, number: int) -> ActivationBatch | None:
-        """The rows of a chunk; None: there are no more."""
+        """The rows of a chunk; None beyond the last chunk."""
 
     def describe(self) -> dict[str, Any]:
-        """What decides the chunks, as JSON holds it."""
+        """Everything that decides the chunks, as JSON values."""
 
 
 class LiveSource:
-    """Activations as a model computes them: a chunk is a batch of windows."""
+    """Activations that a model computes when they are needed: a chunk is a batch of windows."""
 
     def __init__(self, harvester: Harvester, windows: TokenWindows) -> None:
         check_context_length(harvester.context, windows.context_length)
@@ -48,16 +48,16 @@ class LiveSource:
 
 
 class StoreSource:
-    """Activations on disk: a chunk is a run of rows, and the runs come in random order.
+    """Activations on disk: a chunk is a run of neighbouring rows, and the runs come in random order.
 
-    A buffer mixes these; so rows that are neighbours in the store are in one buffer, but not in order.
+    Neighbouring rows come into the buffer together, and the buffer mixes them.
 
     Args:
-        store: to read.
-        chunk_rows: length of the runs, but for the last of the store.
-        seed: of the order of runs; None: as they lie.
-        epochs: None: without end.
-        rank: take runs ``rank``, ``rank + world``, … only: for process ``rank`` of ``world``.
+        store: the store to read.
+        chunk_rows: length of the runs; the last run of the store may be shorter.
+        seed: decides the order of the runs; None: the order of the store.
+        epochs: how often the store is read; None: without end.
+        rank: take runs ``rank``, ``rank + world``, … only, for process ``rank`` of ``world``.
         world: see ``rank``.
     """
 

@@ -20,17 +20,17 @@ TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32] | Ints
 
 
 class TextEncoder(Protocol):
-    """What turns text into tokens: every ``ModelContext`` does."""
+    """Anything that turns text into tokens, as every ``ModelContext`` does."""
 
     def encode(self, string: str, /) -> list[int]:
-        """The tokens of a text, with nothing added."""
+        """The tokens of a text; no start token is added."""
 
 
 def permutation(n: int, *key: int) -> Ints:
-    """A random order of ``0 … n-1`` that depends on nothing but the key.
+    """A random order of ``0 … n-1`` that depends on the key alone.
 
-    NumPy promises that ``RandomState`` draws the same for ever, and promises no such thing of its
-    newer generators: with those, a run resumed after an update would repeat and miss rows.
+    NumPy promises that ``RandomState`` will always draw the same numbers, and makes no such promise for
+    its newer generators: with those, a run resumed after an update would repeat and miss rows.
     """
     if not all(0 <= part < 2**64 for part in key):
         raise InputError(f"a seed must be at least 0 and below 2**64, found {key[0]}.")
@@ -40,20 +40,20 @@ def permutation(n: int, *key: int) -> Ints:
 
 @dataclass(frozen=True, eq=False)
 class TokenCorpus:
-    """All tokens of all documents one after the other, and where each document lies.
+    """The tokens of all documents one after the other, and where each document begins.
 
-    ``split`` gives corpora of some of the documents, over the same tokens.
+    ``split`` makes two corpora that share these tokens and have some of the documents each.
     """
 
     tokens: TokenArray
-    """Ids ``[n]``."""
+    """Token ids, ``[n]``."""
     starts: Ints
     """``[m + 1]``: document ``i`` of the source is ``tokens[starts[i] : starts[i + 1]]``."""
     numbers: Ints
-    """The documents that belong to this corpus, rising."""
+    """The numbers of the documents that belong to this corpus, in rising order."""
     name: str = "tokens"
     vocabulary: int | None = None
-    """The tokenizer's size, where it is known; ids are below it."""
+    """The size of the tokenizer, which all ids are below; None if it is not known."""
     origin: Mapping[str, Any] = field(default_factory=dict)
     """How to read the same text again: ``source`` (a path, a URL or ``hf:OWNER/NAME``) and fields of
     :class:`~neuron_explainer.activations.data_config.DataConfig`; empty where that is not known."""
@@ -77,24 +77,25 @@ class TokenCorpus:
 
     @property
     def lengths(self) -> Ints:
-        """Tokens of each document of this corpus."""
+        """Number of tokens of each document of this corpus."""
         return self.starts[self.numbers + 1] - self.starts[self.numbers]
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of this corpus."""
+        """Number of tokens of this corpus."""
         return int(self.lengths.sum())
 
     @property
     def fingerprint(self) -> str:
-        """Tells corpora apart by all of their tokens, and where documents begin."""
+        """A hash of all tokens, and of where the documents of this corpus begin."""
         digest = sha256(self.source_fingerprint.encode())
+        digest.update(self.starts.tobytes())
         digest.update(self.numbers.tobytes())
         return digest.hexdigest()[:16]
 
     @property
     def source_fingerprint(self) -> str:
-        """The same for all documents of the source, whichever of them belong to this corpus."""
+        """A hash of all documents of the source, the same for all corpora split or cut from it."""
         if "source" not in self._digests:
             digest = sha256(self.starts.tobytes())
             for begin in range(0, len(self.tokens), _TOKENS_AT_ONCE):
@@ -111,25 +112,48 @@ class TokenCorpus:
         return self.tokens[self.starts[number] : self.starts[number + 1]].astype(np.int64)
 
     def split(self, held_out: float, seed: int = 0) -> tuple["TokenCorpus", "TokenCorpus"]:
-        """Whole documents set apart at random: (to train on, to measure on).
+        """Split at random into whole documents to train on and to measure on, in this order.
+
+        Goes through the documents in random order, and sets each apart that brings the number of
+        tokens set apart nearer to ``held_out``. If none does, the shortest document is set apart.
 
         Args:
-            held_out: share of the documents, rounded to a whole number of them, at least one.
-            seed: of the choice.
+            held_out: share of the tokens.
+            seed: decides the order.
         """
-        if not 0 < held_out < 1:
-            raise InputError(f"held_out must lie between 0 and 1, found {held_out}.")
-        if len(self) < 2:
+        _check_share(held_out)
+        lengths = self.lengths
+        if np.count_nonzero(lengths) < 2:
             raise InputError(
-                f"{self.name} is a single document, of which none can be set apart; cut the text "
-                "into documents (read_documents(..., split=)), or measure on another file."
+                f"{self.name} is a single document, so no whole one can be set apart; cut the text "
+                "into documents (read_documents(..., split=), corpus.cut()), or measure on another "
+                "file."
             )
-        n_held_out = min(max(1, round(held_out * len(self))), len(self) - 1)
-        order = permutation(len(self), seed, len(self))
+        wanted, found = held_out * lengths.sum(), 0
         chosen = np.zeros(len(self), dtype=bool)
-        chosen[order[:n_held_out]] = True
+        for index in permutation(len(self), seed, len(self)):
+            if lengths[index] and abs(found + lengths[index] - wanted) < wanted - found:
+                chosen[index], found = True, found + lengths[index]
+        if not found:
+            chosen[np.where(lengths > 0, lengths, lengths.max() + 1).argmin()] = True
         how = {"hold_out": held_out, "data_seed": seed}
         return self._only(self.numbers[~chosen], how), self._only(self.numbers[chosen], how)
+
+    def cut(self, length: int) -> "TokenCorpus":
+        """The same tokens, cut into documents of at most ``length`` tokens, which are numbered anew.
+
+        This is for a text of a few long documents, none of which can be set apart.
+        """
+        if length < 1:
+            raise InputError(f"length must be at least 1, found {length}.")
+        if len(self) != len(self.starts) - 1:
+            raise InputError("cut the whole corpus, and split it then.")
+        pieces = [
+            np.arange(a, b, length) for a, b in zip(self.starts, self.starts[1:], strict=False)
+        ]
+        starts = np.concatenate([*pieces, self.starts[-1:]]).astype(np.int64)
+        _ = self.source_fingerprint  # of the documents before they are cut; handed on
+        return replace(self, starts=starts, numbers=np.arange(len(starts) - 1))
 
     def _only(self, numbers: Ints, how: Mapping[str, Any]) -> "TokenCorpus":
         return replace(self, numbers=numbers, origin={**self.origin, **how})
@@ -138,15 +162,20 @@ class TokenCorpus:
         return f"TokenCorpus({self.name!r}, {len(self)} documents, {self.n_tokens} tokens)"
 
 
+def _check_share(held_out: float) -> None:
+    if not 0 < held_out < 1:
+        raise InputError(f"held_out must lie between 0 and 1, found {held_out}.")
+
+
 def tokenize(
     documents: Iterable[str], encoder: TextEncoder, *, max_tokens: int | None = None
 ) -> TokenCorpus:
-    """The documents as tokens in memory (8 bytes each); for more, :func:`write_token_file`.
+    """The documents as tokens in memory, 8 bytes each; :func:`write_token_file` needs less memory.
 
     Args:
-        documents: texts; ``<|endoftext|>`` in them is the special token.
+        documents: texts; ``<|endoftext|>`` in them becomes the special token.
         encoder: a context.
-        max_tokens: stop with the document that reaches so many.
+        max_tokens: stop with the document that reaches this many tokens.
     """
     if max_tokens is not None and max_tokens < 1:
         raise InputError(f"max_tokens must be at least 1, found {max_tokens}.")

@@ -1,13 +1,16 @@
-"""Which text, cut how and harvested how: one frozen dataclass from which whole pipelines are opened.
+"""One frozen dataclass of settings, from text to activations, and functions that open what it describes.
 
 windows = open_windows(context, "books/", DataConfig(context_length=256), epochs=None)
 batches = open_buffer(context, "books/", "3/mlp.post_act", DataConfig(), batch_size=4096)
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from neuron_explainer import files
 from neuron_explainer.activations.buffer import ShuffleBuffer
@@ -27,7 +30,10 @@ from neuron_explainer.models.locations import ActivationLocation, LocationLike, 
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.settings.fields import check_types
 
+logger = logging.getLogger(__name__)
+
 Part = Literal["training", "held_out", "all"]
+_SHORTEST_PIECE, _LONGEST_PIECE = 64, 8192  # tokens; where a document is cut, a sentence may be too
 
 
 @dataclass(frozen=True)
@@ -35,43 +41,56 @@ class DataConfig:
     """How text becomes vectors."""
 
     column: str = "text"
-    """Which field of a row is the text, in CSV, JSONL and Parquet files."""
+    """The field that holds the text, in CSV, TSV, JSONL and Parquet files."""
     split: str | None = None
-    """A regular expression at whose matches .txt files are cut into documents; a file is one document
-    if not given."""
+    """A regular expression; .txt files are cut into documents at its matches. If not given, a file is
+    one document."""
     corpus_tokens: int | None = None
-    """Read documents until there are so many tokens, for what is larger than memory; all if not given."""
+    """Read documents until there are this many tokens, for text that is larger than memory; all if not
+    given."""
     hold_out: float = 0.05
-    """Share of the documents that is set apart, to measure on; 0 for none."""
+    """Share of the tokens that is set apart to measure on; 0 for none. Whole documents are set apart, or
+    pieces of them if the text has too few documents."""
     context_length: int = 128
-    """Tokens of a window, start token included."""
+    """Number of tokens in a window, including the start token."""
     windows_per_forward: int = 32
-    """Windows that go through the model at once."""
+    """Number of windows that go through the model at once."""
     pack: bool = True
-    """Whether documents are packed one after the other; else each is a row, cut and padded."""
+    """Pack documents one after the other; if not, each document is one window, cut and padded."""
     bos: bool = True
-    """Whether each window and each document begins with the model's start token."""
+    """Begin each window and each document with the model's start token."""
     keep_bos: bool = False
-    """Whether activations of start tokens come out; with bos, those that stand in the text are known too."""
+    """Keep the activations of start tokens, including those that stand in the text."""
     max_norm_multiple: float | None = None
-    """Leave out tokens whose norm is more than this many times the median; none if not given."""
+    """Leave out tokens whose norm is more than this many times the median norm; none if not given."""
     buffer_tokens: int = 262_144
-    """Activations in memory, among which batches are drawn at random."""
+    """Number of activations in memory, from which batches are drawn at random."""
     model_autocast: bool = False
-    """Whether the model computes in bfloat16 where it can."""
+    """Let the model compute in bfloat16 where it can."""
     data_seed: int = 0
-    """Of the split, of the order of windows, and of batches."""
+    """Seed of the hold-out, of the order of windows, and of batches."""
 
     def __post_init__(self) -> None:
         check_types(self)
 
 
 def open_corpus(context: ModelContext, text: str | Path, config: DataConfig) -> TokenCorpus:
-    """All documents of a file, of a folder of files, of a token file's folder, or of a data set of
-    Hugging Face (``hf:OWNER/NAME``); of all but token files, as many as ``config.corpus_tokens`` takes."""
-    if (
-        str(text).startswith("hf:") and str(text).count("/") < 2
-    ):  # more of them: a file of a repository
+    """The documents of a text as tokens, ``config.corpus_tokens`` of them at most.
+
+    ``text`` is a file, a folder of files, the folder of a token file (always used whole), or a data set
+    of Hugging Face (``hf:OWNER/NAME``). How much was read is logged.
+    """
+    corpus = _open_corpus(context, text, config)
+    n_empty = int(np.count_nonzero(corpus.lengths == 0))
+    empty = f" ({n_empty:,} of them without text)" if n_empty else ""
+    documents = "1 document" if len(corpus) == 1 else f"{len(corpus):,} documents"
+    logger.info("%s: %s%s, %s tokens", text, documents, empty, f"{corpus.n_tokens:,}")
+    return corpus
+
+
+def _open_corpus(context: ModelContext, text: str | Path, config: DataConfig) -> TokenCorpus:
+    # With two or more slashes, hf: names a file of a repository.
+    if str(text).startswith("hf:") and str(text).count("/") < 2:
         documents = huggingface_documents(str(text).removeprefix("hf:"), config.column)
         return tokenize(documents, context, max_tokens=config.corpus_tokens)
     if not (files.is_remote(str(text)) or Path(text).exists()):
@@ -95,21 +114,15 @@ def open_windows(
     """Windows of one part of the text, in seeded order.
 
     Args:
-        context: the model that they are for.
-        text: a file or folder of documents, or the folder of a token file.
-        config: how it is read and cut.
-        part: ``"training"`` leaves out what ``config.hold_out`` sets apart, ``"held_out"`` is that.
-        epochs: None: without end.
+        context: the model that will read the windows.
+        text: as for :func:`open_corpus`.
+        config: how the text is read and cut.
+        part: ``"held_out"`` is the part that ``config.hold_out`` sets apart, ``"training"`` the rest.
+        epochs: how often the text is read; None: without end.
     """
     corpus = open_corpus(context, text, config)
     if part != "all" and config.hold_out:
-        if len(corpus) == 1:
-            raise InputError(
-                f"{corpus.name} is a single document, of which none can be set apart to measure on: "
-                "set split to a pattern that cuts it (such as '\\n\\n'), or hold_out to 0 and measure "
-                "on another text."
-            )
-        training, held_out = corpus.split(config.hold_out, config.data_seed)
+        training, held_out = _set_apart(corpus, config)
         corpus = held_out if part == "held_out" else training
     elif part == "held_out":
         raise InputError(
@@ -127,10 +140,54 @@ def open_windows(
     )
 
 
+def _record(
+    context: ModelContext, source: str | Path, config: DataConfig, described: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Model, text and settings: what it takes to find again which documents were held out."""
+    record = {
+        "model": context.reference,
+        "source": str(source) if files.is_remote(str(source)) else str(Path(source).resolve()),
+        "source_fingerprint": described.get("source_fingerprint"),
+        "data": asdict(config),
+    }
+    harvested = ActivationStore(source).record if is_store(source) else {}
+    return {**record, "harvest": harvested} if harvested else record
+
+
+def _set_apart(corpus: TokenCorpus, config: DataConfig) -> tuple[TokenCorpus, TokenCorpus]:
+    """(Training, held out); a text of too few documents is cut into pieces before that."""
+    parts, wanted = None, config.hold_out
+    if np.count_nonzero(corpus.lengths) > 1:
+        parts = corpus.split(wanted, config.data_seed)
+    if parts is None or not wanted / 2 <= parts[1].n_tokens / corpus.n_tokens <= 2 * wanted:
+        # Four pieces or more are held out then. The length depends on nothing that evaluating changes.
+        longest = min(int(wanted * corpus.n_tokens / 4), _LONGEST_PIECE)
+        length = max(_SHORTEST_PIECE, longest)
+        if corpus.n_tokens >= 2 * length:
+            logger.info(
+                "%s: whole documents do not make a share of %g, so the text is cut into pieces of %d "
+                "tokens; split= cuts it where you want",
+                *(corpus.name, wanted, length),
+            )
+            parts = corpus.cut(length).split(wanted, config.data_seed)
+    if parts is None:
+        raise InputError(
+            f"{corpus.name} is a single document of {corpus.n_tokens} tokens, too short to set some of "
+            "it apart: set hold_out to 0 and measure on another text."
+        )
+    n_tokens = parts[1].n_tokens
+    logger.info(
+        "%s: %d of %d documents are held out to measure on, %s of %s tokens (%.1f %%)",
+        *(corpus.name, len(parts[1]), len(parts[0]) + len(parts[1])),
+        *(f"{n_tokens:,}", f"{corpus.n_tokens:,}", 100 * n_tokens / corpus.n_tokens),
+    )
+    return parts
+
+
 def open_harvester(
     context: ModelContext, locations: LocationLike | Iterable[LocationLike], config: DataConfig
 ) -> Harvester:
-    """What takes the activations of windows."""
+    """The :class:`Harvester` that a config describes."""
     return Harvester(
         context,
         locations,
@@ -156,19 +213,19 @@ def open_buffer(
     """Shuffled batches of activations, live or from an activation store.
 
     Args:
-        context: the model; of a store, the one that it was made with.
-        source: text as of :func:`open_windows`, or the folder of a store.
-        locations: which activations; a store must have them.
-        config: how text becomes vectors; of a store only the buffer's settings matter.
+        context: the model; for a store, the model that it was made with.
+        source: a text, as for :func:`open_corpus`, or the folder of a store.
+        locations: which activations; a store must hold them.
+        config: how text becomes activations; for a store, only the settings of the buffer matter.
         batch_size: rows of a batch.
-        pair: as of :class:`ShuffleBuffer`.
-        epochs: None: without end.
-        num_tokens: activations to take in all; the buffer is not filled with more.
-        share: what makes of activations that are computed live those that several processes compute
-            in turn; the buffer then fetches them in the thread that reads it.
-        prefetch: whether a thread fetches ahead. If not given, unless the model is on the CPU: there it
-            and what reads the buffer would take the same cores from each other, and taking turns is as
-            fast (``benchmarks/README.md``, end_to_end).
+        pair: as for :class:`ShuffleBuffer`.
+        epochs: how often the source is read; None: without end.
+        num_tokens: total number of activations; the buffer is not filled with more.
+        share: wraps a live source into one whose chunks several processes compute in turn. The thread
+            that reads the buffer then fetches them itself.
+        prefetch: fetch ahead in a thread. Default: only if the model is not on the CPU, where fetching
+            and reading would compete for the same cores and taking turns is as fast
+            (``benchmarks/README.md``, end_to_end).
     """
     opened: ActivationSource
     on_cpu = context.device.type == "cpu" and not is_store(source)
@@ -176,14 +233,18 @@ def open_buffer(
     if is_store(source):
         store = ActivationStore(source)
         wanted = _stored_places(store, context, locations)
-        opened = _Some(StoreSource(store, seed=config.data_seed, epochs=epochs), wanted)
+        _tell_passes(num_tokens, len(store), str(source))
+        opened = _SelectedLocations(
+            StoreSource(store, seed=config.data_seed, epochs=epochs), wanted
+        )
     else:
         windows = open_windows(context, source, config, epochs=epochs)
+        _tell_passes(num_tokens, windows.corpus.n_tokens, str(source))
         opened = LiveSource(open_harvester(context, locations, config), windows)
         if share is not None:
             opened, ahead = share(opened), False
     capacity = max(config.buffer_tokens, 2 * batch_size)
-    return ShuffleBuffer(
+    buffer = ShuffleBuffer(
         opened,
         capacity,
         batch_size,
@@ -192,6 +253,17 @@ def open_buffer(
         pair=pair,
         prefetch=ahead,
     )
+    buffer.record = _record(context, source, config, opened.describe())
+    return buffer
+
+
+def _tell_passes(num_tokens: int | None, in_one: int, name: str) -> None:
+    """Log a warning if more activations are wanted than one pass gives."""
+    if num_tokens is not None and num_tokens > in_one:
+        logger.warning(
+            "%s has about %s activations; %s are wanted, so it is read %.1f times",
+            *(name, f"{in_one:,}", f"{num_tokens:,}", num_tokens / in_one),
+        )
 
 
 def is_store(path: str | Path) -> bool:
@@ -205,8 +277,8 @@ def _manifest_kind(path: str | Path) -> object:
     return files.read_json(manifest).get("kind")
 
 
-class _Some:
-    """Some of the locations of a source."""
+class _SelectedLocations:
+    """A store's activations at some of its locations."""
 
     forward_s = 0.0
 
@@ -214,14 +286,14 @@ class _Some:
         self.source, self.places = source, places
 
     def chunk(self, number: int) -> ActivationBatch | None:
-        """The source's, with the places wanted."""
+        """The rows of a chunk, without the other locations."""
         batch = self.source.chunk(number)
         if batch is None:
             return None
         return replace(batch, activations={p: batch.activations[p] for p in self.places})
 
     def describe(self) -> dict[str, Any]:
-        """The source's, and the places."""
+        """The store's settings, and the locations."""
         return {**self.source.describe(), "places": [str(place) for place in self.places]}
 
 
@@ -230,7 +302,7 @@ def _stored_places(
     context: ModelContext,
     locations: LocationLike | Iterable[LocationLike],
 ) -> list[ActivationLocation]:
-    """The single places that are wanted; an error if the store is of another model, or lacks one."""
+    """The wanted locations with their layers; an error if the store lacks one or has another model."""
     if store.header.model != context.model_name:
         raise InputError(
             f"{store.folder} holds activations of {store.header.model}, not of {context.model_name}."

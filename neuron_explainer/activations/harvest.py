@@ -1,4 +1,4 @@
-"""Token windows to activations: any context, any locations that hold one vector a token, one forward.
+"""From token windows to activations, at any locations that hold one vector for each token.
 
 Shape legend: ``b`` windows, ``s`` positions, ``n`` tokens that come out, ``d`` width of a location.
 """
@@ -23,7 +23,7 @@ _SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """One of ``DTYPES``, by name (``"bfloat16"``, ``"bf16"``) or itself."""
+    """The dtype with this name (``"bfloat16"``, ``"bf16"``), if it is one of ``DTYPES``."""
     name = str(dtype).removeprefix("torch.")
     name = _SHORT.get(name, name)
     if name not in DTYPES:
@@ -33,22 +33,22 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class ActivationBatch:
-    """Activations of tokens, and which tokens they are."""
+    """Activations of some tokens, and where these tokens stand."""
 
     activations: dict[ActivationLocation, Tensor]
-    """``[n, d]`` at each single place."""
+    """``[n, d]`` at each location."""
     tokens: Tensor
-    """Ids ``[n]`` int64."""
+    """Token ids, ``[n]`` int64."""
     document: Tensor
-    """Running number of each token's document, ``[n]`` int64."""
+    """Number of each token's document, ``[n]`` int64."""
     position: Tensor
-    """Each token's place in its window, ``[n]`` int64."""
+    """Position of each token in its window, ``[n]`` int64."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def rows(self, which: Tensor | slice) -> "ActivationBatch":
-        """Some of the tokens."""
+        """The batch of some of the tokens."""
         return ActivationBatch(
             {place: x[which] for place, x in self.activations.items()},
             self.tokens[which],
@@ -58,7 +58,7 @@ class ActivationBatch:
 
     @staticmethod
     def cat(batches: "list[ActivationBatch]") -> "ActivationBatch":
-        """The tokens of several batches, one after the other."""
+        """One batch of the tokens of several batches."""
         return ActivationBatch(
             {
                 place: torch.cat([batch.activations[place] for batch in batches])
@@ -71,20 +71,20 @@ class ActivationBatch:
 
 
 class Harvester:
-    """Runs windows through a model and returns the vectors of their tokens, never those of pads.
+    """Runs windows through a model and returns the activations of their tokens, never those of pads.
 
-    One forward serves all locations and stops after the last that is needed. Values carry no gradient
-    and may be trained on.
+    One forward pass serves all locations and stops after the last one that is needed. The activations
+    carry no gradient, and can be trained on.
 
     Args:
-        context: model and device.
-        locations: such as ``"3/mlp.post_act"``; without a layer, every layer. Those with heads come
-            out with the heads side by side, ``[n, h * d_head]``.
-        keep_bos: whether start tokens and separators (``batch.bos``) come out.
+        context: the model and its device.
+        locations: such as ``"3/mlp.post_act"``; a location without a layer stands for every layer. At
+            locations with heads, these are side by side: ``[n, h * d_head]``.
+        keep_bos: return the activations of start tokens and separators (``batch.bos``) too.
         max_norm_multiple: leave out tokens whose norm, at any of the locations, is more than this
-            many times the median of those of the batch; None: leave out none.
-        dtype: of what comes out; default: as the model computes.
-        autocast_bf16: let the model compute in bfloat16 where it can; float32 comes out.
+            many times the median norm of the batch; None: leave out none.
+        dtype: of the activations; default: the dtype in which the model computes.
+        autocast_bf16: let the model compute in bfloat16 where it can; the activations are float32.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Harvester:
         """Seconds spent in the model so far."""
 
     def describe(self) -> dict[str, Any]:
-        """What decides the values, as JSON holds it."""
+        """Everything that decides the values, as JSON values."""
         return {
             "model": self.context.model_name,
             "locations": [str(place) for place in self.locations],
@@ -173,7 +173,7 @@ class Harvester:
 def single_locations(
     context: ModelContext, locations: LocationLike | Iterable[LocationLike]
 ) -> list[ActivationLocation]:
-    """The single places meant in this model, each once; an error if one is no vector a token."""
+    """The locations with their layers, each once; an error if one has no single vector for a token."""
     places = [
         place
         for location in parse_locations(locations)
@@ -191,7 +191,7 @@ def single_locations(
 
 
 def check_context_length(context: ModelContext, length: int) -> None:
-    """An error if windows are longer than the model can read."""
+    """Raise InputError if windows are longer than the context of the model."""
     try:
         longest = context.n_context
     except InputError:  # positions that are not learned may have no end
@@ -204,7 +204,7 @@ def check_context_length(context: ModelContext, length: int) -> None:
 
 
 def check_finite(batch: ActivationBatch) -> None:
-    """An error that says where, if any value is NaN or infinite."""
+    """Raise InputError, which names the place, if any value is NaN or infinite."""
     for place, x in batch.activations.items():
         if bool(torch.isfinite(x).all()):
             continue

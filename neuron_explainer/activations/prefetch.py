@@ -1,4 +1,4 @@
-"""A thread that fetches ahead: the same things in the same order, only sooner."""
+"""A thread that fetches items before they are asked for, in the same order."""
 
 import threading
 import time
@@ -11,7 +11,8 @@ Item = TypeVar("Item", bound=Sized)
 
 
 class _Shared(Generic[Item]):
-    """What the thread and its owner both hold; the thread does not hold the owner, which so can go."""
+    """The state that the thread and its owner share. The thread does not hold the owner, so that it can be
+    collected."""
 
     def __init__(self, fetch: Callable[[int], Item | None], start: int, ahead: int) -> None:
         self.fetch, self.next, self.ahead = fetch, start, ahead
@@ -51,15 +52,15 @@ class _Shared(Generic[Item]):
 
 
 class Prefetcher(Generic[Item]):
-    """``fetch(start)``, ``fetch(start + 1)``, … until None, fetched by a thread up to ``ahead`` rows early.
+    """Gives ``fetch(start)``, ``fetch(start + 1)``, … until None, which a thread fetches in advance.
 
     An error in ``fetch`` is raised by the call of :meth:`get` that would have returned its result. The
     thread ends with :meth:`close`, with this object, and with the interpreter.
 
     Args:
-        fetch: by number; its result's length counts as rows; None: there are no more.
-        start: the first number.
-        ahead: rows that may lie ready; the item that reaches it is the last one fetched.
+        fetch: makes the item with a number; None ends the series. The length of an item counts as rows.
+        start: the number of the first item.
+        ahead: rows that may lie ready: with this many, the thread waits.
     """
 
     def __init__(self, fetch: Callable[[int], Item | None], start: int, ahead: int) -> None:
@@ -68,11 +69,11 @@ class Prefetcher(Generic[Item]):
         # Runs when this is collected, and at exit before daemon threads are cut off in mid-forward.
         self._finalizer = weakref.finalize(self, self._shared.close, thread)
         self.waited_s = 0.0
-        """Seconds that :meth:`get` has waited."""
+        """Seconds that :meth:`get` has spent waiting."""
         thread.start()
 
     def get(self) -> Item | None:
-        """The next item; None at the end, and at every call after it."""
+        """The next item; None at the end and in every later call."""
         shared, began = self._shared, time.perf_counter()
         with shared.changed:
             shared.changed.wait_for(lambda: shared.ready or shared.closed)
@@ -90,5 +91,5 @@ class Prefetcher(Generic[Item]):
             return item
 
     def close(self) -> None:
-        """Stop the thread after what it is fetching now, and wait for that."""
+        """End the thread, after waiting for the item that it is fetching."""
         self._finalizer()

@@ -10,11 +10,12 @@ Shape legend: ``n`` rows (tokens), ``d`` width of a location.
 """
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import safetensors.torch
@@ -22,7 +23,6 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
 from neuron_explainer import files
 from neuron_explainer.activations.harvest import (
@@ -35,8 +35,9 @@ from neuron_explainer.activations.harvest import (
 from neuron_explainer.activations.token_files import MANIFEST_FILE, read_manifest
 from neuron_explainer.activations.windows import TokenWindows, check_same_settings
 from neuron_explainer.errors import CheckpointError, InputError, SourceError, shown
-from neuron_explainer.models.huggingface.context import HuggingFaceModelContext
 from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.progress import progress_bar
+from neuron_explainer.settings.fields import read_fields
 
 SOURCE_FILE = "source.json"
 _LOCK_FILE = ".lock"
@@ -53,10 +54,10 @@ class StoreHeader:
     widths: dict[ActivationLocation, int]
     dtype: torch.dtype
     settings: list[dict[str, Any]]
-    """What made the rows: seed, context length, …; JSON. More than one where others were added."""
+    """The settings that made the rows (seed, context length, …), one entry for each harvest."""
 
     def to_json(self) -> dict[str, Any]:
-        """As the manifest holds it."""
+        """The header as it stands in the manifest."""
         return {
             "model": self.model,
             "locations": {str(place): width for place, width in self.widths.items()},
@@ -68,7 +69,7 @@ class StoreHeader:
     def of(
         cls, batch: ActivationBatch, model: str, dtype: torch.dtype, settings: Mapping[str, Any]
     ) -> "StoreHeader":
-        """The header of a store that begins with this batch."""
+        """The header of a store whose first batch is ``batch``."""
         widths = {place: x.shape[1] for place, x in batch.activations.items()}
         return cls(model, widths, dtype, [dict(settings)])
 
@@ -80,7 +81,7 @@ class Shard:
     file: str
     rows: int
     size: int
-    """Bytes."""
+    """In bytes."""
     sha256: str
 
 
@@ -112,18 +113,28 @@ class _StoreManifest:
         _ = self.header  # an error if a location is none
 
 
-class ActivationStore:
-    """A store that is there, read with its rows mapped into memory.
+class _Source(TypedDict):
+    """``source.json`` of a store, see :func:`source_of`."""
 
-    Sizes of all files are compared on opening, a file's SHA-256 when it is first read.
+    model: NotRequired[str | None]
+    source: NotRequired[str | None]
+    source_fingerprint: NotRequired[str | None]
+    data: NotRequired[dict[str, Any]]
+
+
+class ActivationStore:
+    """Reads a store; its rows are mapped into memory.
+
+    The sizes of all files are checked when the store is opened, the SHA-256 of a file when it is first
+    read.
 
     Args:
-        folder: as :class:`StoreWriter` left it, finished or not.
-        verify: whether to compare the SHA-256 too.
+        folder: written by :class:`StoreWriter`, finished or not.
+        verify: False: do not check the SHA-256.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
-        self.folder, self.verify = Path(folder).expanduser(), verify
+        self.folder, self.verify = files.local_path(folder), verify
         manifest = read_manifest(self.folder, _StoreManifest, _KIND, _VERSION)
         self.header, self.shards = manifest.header, manifest.shards
         self.n_batches = manifest.n_batches
@@ -134,15 +145,24 @@ class ActivationStore:
         self._mapped: dict[int, dict[str, Tensor]] = {}
 
     @property
+    def record(self) -> dict[str, Any]:
+        """Model, text and settings of the harvest; empty if the store does not hold them."""
+        path = self.folder / SOURCE_FILE
+        if not path.exists():
+            return {}
+        found = read_fields(_Source, files.read_json(path), str(path), error=CheckpointError)
+        return dict(found)
+
+    @property
     def locations(self) -> list[ActivationLocation]:
-        """The places that each row has a vector of."""
+        """The locations of the activations in each row."""
         return list(self.header.widths)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.shards else 0
 
     def rows(self, begin: int, end: int) -> ActivationBatch:
-        """Rows ``begin`` to ``end`` (not included), as they were written, copied to memory."""
+        """Rows ``begin`` to ``end - 1`` in the order in which they were written, copied to memory."""
         if not 0 <= begin < end <= len(self):
             raise InputError(f"{self.folder} has rows 0 to {len(self) - 1}; found {begin}:{end}.")
         pieces = []
@@ -156,7 +176,7 @@ class ActivationStore:
         return ActivationBatch.cat(pieces)
 
     def batches(self, batch_size: int) -> Iterator[ActivationBatch]:
-        """All rows in the order in which they were written."""
+        """All rows in the order in which they were written, ``batch_size`` at a time."""
         for begin in range(0, len(self), batch_size):
             yield self.rows(begin, min(begin + batch_size, len(self)))
 
@@ -195,19 +215,20 @@ class ActivationStore:
 
 
 class StoreWriter:
-    """Writes batches to a store, new or there already; a context manager.
+    """Writes batches to a new or an existing store; a context manager.
 
-    A shard is closed by the batch with which it has ``shard_rows``, so shards hold whole batches, and
-    leaving the block closes the last, also where an error leaves it. ``n_batches`` says where to go on.
+    The batch with which a shard reaches ``shard_rows`` closes it, so a shard holds whole batches. Leaving
+    the block closes the last shard, also if an error ends the block. ``n_batches`` is the number of the
+    batch to continue with.
 
     Args:
-        folder: new or empty, or a store with ``append``.
-        model: the name of the model that the rows are of.
-        dtype: of the values on disk: float32, float16 or bfloat16, by name or itself.
-        shard_rows: rows from which on a shard is closed.
-        settings: what made the rows, as JSON holds it.
-        append: go on with the store in ``folder`` if there is one; it must be of the same model,
-            locations, widths and dtype.
+        folder: new or empty; with ``append`` it may hold a store.
+        model: the name of the model whose activations the rows are.
+        dtype: of the values on disk: float32, float16 or bfloat16, as a name or a ``torch.dtype``.
+        shard_rows: number of rows that closes a shard.
+        settings: the settings that made the rows, as JSON values.
+        append: add to the store in ``folder`` if there is one; it must have the same model, locations,
+            widths and dtype.
     """
 
     def __init__(
@@ -222,21 +243,22 @@ class StoreWriter:
     ) -> None:
         if shard_rows < 1:
             raise InputError(f"shard_rows must be at least 1, found {shard_rows}.")
-        self.folder, self.shard_rows = Path(folder).expanduser(), shard_rows
+        self.folder, self.shard_rows = files.local_path(folder), shard_rows
         self._model, self._dtype = model, parse_dtype(dtype)
         self._settings = dict(settings or {})
         self._header: StoreHeader | None = None
         self._shards: list[Shard] = []
         self._pending: list[ActivationBatch] = []
         self.n_batches = 0
-        """Batches in closed shards."""
+        """Number of batches in closed shards."""
         self.n_rows = 0
-        """Rows added so far, those not yet written included."""
+        """Number of rows added so far, including those not yet written."""
         self._append = append
         self._identity: tuple[int, ...] = ()
         self._lock = FileLock(self.folder / _LOCK_FILE, timeout=0)
 
     def __enter__(self) -> "StoreWriter":
+        check_store_folder(self.folder)
         files.make_folder(self.folder)
         try:
             with files.explain_refusal(self.folder / _LOCK_FILE):
@@ -258,8 +280,7 @@ class StoreWriter:
             self._lock.release()
 
     def _take_up(self) -> None:
-        """Continue after what an earlier process left, and clear away what it left unfinished."""
-        check_store_folder(self.folder)
+        """Continue after the rows that are there, and delete what an earlier process left unfinished."""
         if files.list_folder(self.folder, but=_LOCK_FILE) and not self._append:
             raise InputError(f"{self.folder} is not empty; pass append=True to add to a store.")
         files.remove_leftovers(self.folder)
@@ -276,12 +297,12 @@ class StoreWriter:
                 path.unlink()
 
     def _identify(self) -> tuple[int, ...]:
-        """Which folder this is, whatever its name."""
+        """Numbers that tell the folder from any other, whatever its name."""
         folder, lock = self.folder.stat(), (self.folder / _LOCK_FILE).stat()
         return folder.st_dev, folder.st_ino, lock.st_ino
 
     def _check_still_there(self) -> None:
-        """Half a store here and half in a folder that was moved would both look whole."""
+        """Raise SourceError if the folder is another one now, so that no half store looks whole."""
         try:
             same = self._identify() == self._identity
         except OSError:
@@ -306,7 +327,7 @@ class StoreWriter:
             )
 
     def check_only_settings(self) -> None:
-        """An error if any row that is there was made with other settings than these."""
+        """Raise CheckpointError if any stored row was made with other settings than these."""
         for there in self._header.settings if self._header else []:
             for part in there.keys() | self._settings.keys():
                 check_same_settings(
@@ -314,7 +335,7 @@ class StoreWriter:
                 )
 
     def add(self, batch: ActivationBatch) -> None:
-        """Take a batch; it is on disk when its shard is closed."""
+        """Add a batch; it is written when its shard is closed."""
         batch = ActivationBatch(
             {place: x.detach().to("cpu", self._dtype) for place, x in batch.activations.items()},
             *(getattr(batch, name).cpu().long() for name in _WHERE),
@@ -330,7 +351,7 @@ class StoreWriter:
             self.close_shard()
 
     def close_shard(self) -> None:
-        """Put what has been added on disk."""
+        """Write the rows that have been added since the last shard."""
         if not self._pending:
             return
         self._check_still_there()
@@ -395,7 +416,7 @@ def harvest_to_store(
         settings=settings,
         append=True,
     )
-    with writer, tqdm(total=num_tokens, unit=" tokens", disable=not progress) as bar:
+    with writer, progress_bar(total=num_tokens, unit=" tokens", disable=not progress) as bar:
         writer.check_only_settings()
         files.write_json(writer.folder / SOURCE_FILE, source_of(harvester, windows))
         bar.update(writer.n_rows)
@@ -409,16 +430,15 @@ def harvest_to_store(
 
 
 def source_of(harvester: Harvester, windows: TokenWindows) -> dict[str, Any]:
-    """Where activations come from, as ``source.json`` holds it.
+    """The content of ``source.json``: model, text and settings of a harvest.
 
-    ``data`` has the names of :class:`~neuron_explainer.activations.data_config.DataConfig`; ``source``
-    is None where the tokens were not read from a file, a folder or a data set with a name.
+    ``data`` holds fields of :class:`~neuron_explainer.activations.data_config.DataConfig`. ``source`` is
+    None if the tokens were not read from a file, a folder or a data set with a name.
     """
     context, origin = harvester.context, dict(windows.corpus.origin)
-    on_hub = isinstance(context, HuggingFaceModelContext)
     source = origin.pop("source", None)
     return {
-        "model": f"hf:{context.model_name}" if on_hub else context.model_name,
+        "model": context.reference,
         "source": source,
         "source_fingerprint": windows.corpus.source_fingerprint,
         "data": {
@@ -437,9 +457,9 @@ def source_of(harvester: Harvester, windows: TokenWindows) -> dict[str, Any]:
 
 
 def check_store_folder(folder: str | Path) -> None:
-    """An error if a folder holds something that is neither a store nor the beginning of one."""
-    path = Path(folder).expanduser()
-    if not path.exists():
+    """Raise InputError if a folder holds anything but a store or the beginning of one."""
+    path = files.local_path(folder)
+    if not os.path.exists(path):
         return
     if not path.is_dir():
         raise InputError(f"{path} is a file; a store of activations is a folder.")

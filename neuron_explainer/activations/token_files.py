@@ -1,4 +1,4 @@
-"""Token files: a corpus on disk, tokenised once and mapped into memory ever after.
+"""Token files: a corpus on disk that is tokenised once, and mapped into memory whenever it is used.
 
 A folder with ``tokens.bin`` (uint16, or uint32 where the vocabulary needs it, little-endian),
 ``starts.bin`` (int64, see :class:`~neuron_explainer.activations.corpus.TokenCorpus`) and
@@ -47,7 +47,7 @@ class _TokenManifest:
 
 
 def read_manifest(folder: Path, manifest: type[T], kind: str, version: int) -> T:
-    """What the ``manifest.json`` of a folder says; an error if it is of another kind or version."""
+    """The content of the ``manifest.json`` in a folder; an error if its kind or version differs."""
     path = folder / MANIFEST_FILE
     found = files.read_json(path)
     if (found.get("kind"), found.get("format_version")) != (kind, version):
@@ -64,9 +64,10 @@ def write_token_file(
     """Tokenise documents into a folder that must be absent or empty, and open it.
 
     Args:
-        folder: to write.
-        documents: texts, one at a time in memory; ``<|endoftext|>`` in them is the special token.
-        context: whose tokenizer is used.
+        folder: the folder to write.
+        documents: texts, held in memory one at a time; ``<|endoftext|>`` in them becomes the special
+            token.
+        context: the model whose tokenizer is used.
         progress: show a progress bar on stderr.
     """
     vocabulary = _vocabulary_of(context)
@@ -99,14 +100,14 @@ def write_token_file(
 def open_token_file(
     folder: str | Path, context: ModelContext | None = None, *, verify: bool = False
 ) -> TokenCorpus:
-    """A corpus over the mapped file; it takes next to no memory.
+    """The corpus in a token file. The file is mapped, so the corpus takes next to no memory.
 
     Args:
-        folder: as :func:`write_token_file` left it.
-        context: the model that the tokens are for; one with another tokenizer is refused.
-        verify: compare the checksums too, which reads everything; sizes are compared always.
+        folder: written by :func:`write_token_file`.
+        context: the model that will read the tokens; a model with another tokenizer is refused.
+        verify: check the SHA-256 of the files too, which reads all of them; sizes are always checked.
     """
-    folder = Path(folder).expanduser()
+    folder = files.local_path(folder)
     manifest = read_manifest(folder, _TokenManifest, _KIND, _VERSION)
     if context is not None:
         _check_tokenizer(folder, manifest, context)
@@ -160,6 +161,6 @@ def _name_of(documents: Iterable[str]) -> str:
 def _counted(documents: Iterable[str], progress: bool) -> Iterator[str]:
     if not progress:
         return iter(documents)
-    from tqdm import tqdm
+    from neuron_explainer.progress import progress_bar
 
-    return iter(tqdm(documents, desc="tokenising", unit=" documents"))
+    return iter(progress_bar(documents, desc="tokenising", unit=" documents"))

@@ -1,16 +1,18 @@
-"""Batches of token windows, with what each token is: of which document, where in it, pad, start token.
+"""Batches of token windows that say for each token its document, its position, and whether it is a pad
+or a start token.
 
-Windows are addressed by number, and their order is a function of seed and epoch alone: so every number
-of workers or processes sees one order, and to resume takes one counter.
+Windows are addressed by number, and their order depends on the seed and the epoch alone. So any number of
+workers or processes sees the same order, and one counter is enough to resume.
 
-Packed windows attend across the documents in them, as is usual where models are trained on packed text
-(GPT-2 was): a token sees those of the document before. One document a row has nothing of that.
+In packed windows a token attends to the documents before it, as is usual where models are trained on
+packed text (GPT-2 was). With one document a row it does not.
 
 Shape legend: ``b`` windows in a batch, ``s`` positions of a window.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,19 +25,19 @@ from neuron_explainer.errors import CheckpointError, InputError
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Windows of tokens, as they go through a model."""
+    """Windows of tokens, as a model reads them."""
 
     tokens: Tensor
     """Ids ``[b, s]`` int64."""
     document: Tensor
     """Running number of the document that each token belongs to, ``[b, s]`` int64; -1 at pads."""
     position: Tensor
-    """Place in the window as the model sees it, ``[b, s]`` int64, from 0; -1 at pads."""
+    """Position in the window as the model sees it, ``[b, s]`` int64, from 0; -1 at pads."""
     pad: Tensor | None = None
-    """Pad mask ``[b, s]`` bool, True at padding; None: there is none."""
+    """Pad mask ``[b, s]`` bool, True at padding; None if the batch has no padding."""
     bos: Tensor | None = None
-    """``[b, s]`` bool, True at start tokens and document separators, whether they were put there or read
-    (they have one id, and activations of their own kind); None: there are none."""
+    """``[b, s]`` bool, True at start tokens and document separators, added here or read from the text
+    (they share one id, and their activations differ in kind from others); None if there are none."""
 
 
 @dataclass(frozen=True)
@@ -44,23 +46,83 @@ class _Window:
     document: Ints
 
 
+class _Stream:
+    """The documents of a corpus one after the other, each behind a separator if ``bos`` is given."""
+
+    def __init__(self, corpus: TokenCorpus, bos: int | None) -> None:
+        self.corpus, self.bos = corpus, bos
+        self.n_separators = 0 if bos is None else 1  # in front of each document
+        self.numbers = corpus.numbers[corpus.lengths > 0]
+        lengths = corpus.lengths[corpus.lengths > 0] + self.n_separators
+        self.fronts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        """``[m + 1]``: where each document begins in the stream, and where the stream ends."""
+
+    def cuts(self, length: int) -> Ints:
+        """``[n_windows + 1]``: where windows of ``length`` begin in the stream, and where it ends.
+
+        A window holds one token less if a start token has to be added in front of it. A window that
+        begins with a separator has its start token already.
+        """
+        end = int(self.fronts[-1])
+        if self.bos is None:
+            return np.append(np.arange(0, end, length), end)
+        cuts, place = [], 0
+        while place < end:
+            front = _next_front(self.fronts, place, length - 1)
+            cuts.append(np.arange(place, front + 1, length - 1))
+            place = front + length
+        places = np.concatenate(cuts)
+        return np.append(places[places < end], end)
+
+    def slice(self, begin: int, end: int) -> _Window:
+        """The part from ``begin`` to ``end``, with a start token in front."""
+        first = int(np.searchsorted(self.fronts, begin, side="right")) - 1
+        tokens, document = [], []
+        for index in range(first, len(self.numbers)):
+            front, back = int(self.fronts[index]), int(self.fronts[index + 1])
+            if front >= end:
+                break
+            # What of this document is wanted; 0 is its separator, if it has one.
+            low, high = max(begin, front) - front, min(end, back) - front
+            if low < self.n_separators:
+                tokens.append(np.array([self.bos]))
+            number = int(self.numbers[index])
+            text = int(self.corpus.starts[number]) - self.n_separators
+            span = slice(text + max(low, self.n_separators), text + high)
+            tokens.append(self.corpus.tokens[span].astype(np.int64))
+            document.append(np.full(high - low, number))
+        window = _Window(np.concatenate(tokens), np.concatenate(document))
+        begins_document = int(self.fronts[first]) == begin
+        return window if begins_document else _with_bos(window, self.bos)
+
+
+def _with_bos(window: _Window, bos: int | None) -> _Window:
+    if bos is None:
+        return window
+    return _Window(
+        np.concatenate([[bos], window.tokens]),
+        np.concatenate([window.document[:1], window.document]),
+    )
+
+
 class TokenWindows:
     """Batches of windows cut from a corpus, by number or one after the other.
 
-    Each token of the corpus is in exactly one window an epoch (``concat=False``: those within the
-    context length); the last window of packed text is padded. Iterating starts anew each time.
+    Each token of the corpus is in exactly one window of an epoch (``concat=False``: each token within the
+    context length). The last window of packed text is padded. Iterating starts again from the beginning
+    each time.
 
     Args:
         corpus: the documents.
         context_length: positions of a window, start token included.
-        batch_size: windows in a batch; an epoch's last batch has what is left.
-        concat: pack documents one after the other; else one document a row, cut to the context length
+        batch_size: windows in a batch; the last batch of an epoch has what is left.
+        concat: pack documents one after the other; False: one document a row, cut to the context length
             and padded on the right to the longest of its batch.
         bos: id of a start token to put at the front of each window, and of each document in it;
             None: nothing is added. See :func:`~neuron_explainer.activations.corpus.start_token`.
-        seed: of the order of the windows; None: as they lie in the corpus, in each epoch.
-        epochs: None: without end.
-        rank: take batches ``rank``, ``rank + world``, … only: for process ``rank`` of ``world``.
+        seed: decides the order of the windows; None: the order of the corpus, in each epoch.
+        epochs: how often the corpus is gone through; None: without end.
+        rank: take batches ``rank``, ``rank + world``, … only, for process ``rank`` of ``world``.
         world: see ``rank``.
     """
 
@@ -87,34 +149,32 @@ class TokenWindows:
         self.corpus, self.context_length, self.batch_size = corpus, context_length, batch_size
         self.concat, self.bos, self.seed, self.epochs = concat, bos, seed, epochs
         self.rank, self.world = rank, world
-        self._numbers = corpus.numbers[corpus.lengths > 0]
-        # Packed: each document in the stream is a separator, where there is one, and its tokens.
-        lengths = corpus.lengths[corpus.lengths > 0] + (0 if bos is None else 1)
-        self._offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        self._cuts = self._cut_stream() if concat else np.arange(len(lengths) + 1)
+        self._stream = _Stream(corpus, bos)
+        n_documents = len(self._stream.numbers)
+        self._cuts = self._stream.cuts(context_length) if concat else np.arange(n_documents + 1)
         self._order: tuple[int, Ints] | None = None
 
     @property
     def n_windows(self) -> int:
-        """Windows in an epoch."""
+        """Number of windows in an epoch."""
         return len(self._cuts) - 1
 
     @property
     def batches_per_epoch(self) -> int:
-        """Of all processes together."""
+        """Number of batches in an epoch, of all processes together."""
         return -(-self.n_windows // self.batch_size)
 
     @property
     def n_batches(self) -> int | None:
-        """Batches of this process in all epochs; None: without end."""
+        """Number of batches of this process in all epochs; None: without end."""
         if self.epochs is None:
             return None
         return len(range(self.rank, self.epochs * self.batches_per_epoch, self.world))
 
     def describe(self) -> dict[str, Any]:
-        """What decides which tokens come in which order, as JSON holds it."""
+        """Everything that decides which tokens come in which order, as JSON values."""
         return {
-            "corpus": self.corpus.name,
+            "corpus": Path(self.corpus.name).name,  # without the folders of a user
             "n_documents": len(self.corpus),
             "n_tokens": self.corpus.n_tokens,
             "fingerprint": self.corpus.fingerprint,
@@ -130,9 +190,11 @@ class TokenWindows:
         }
 
     def batch(self, number: int) -> TokenBatch:
-        """The batch with this number among those of this process, over all epochs."""
+        """Batch ``number`` of this process, counted over all epochs."""
         if number < 0 or (self.n_batches is not None and number >= self.n_batches):
-            raise InputError(f"there are {self.n_batches} batches; found number {number}.")
+            raise InputError(
+                f"there are {self.n_batches} batches, numbered from 0; found number {number}."
+            )
         epoch, index = divmod(self.rank + number * self.world, self.batches_per_epoch)
         order = self._order_of(epoch)
         chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
@@ -152,58 +214,13 @@ class TokenWindows:
             self._order = epoch, permutation(self.n_windows, self.seed, epoch)
         return self._order[1]
 
-    def _cut_stream(self) -> Ints:
-        """Where windows begin in the stream, and its end.
-
-        A window holds one token less where the start token in front is not in the stream already; a
-        separator that a window begins with is its start token.
-        """
-        end = int(self._offsets[-1])
-        if self.bos is None:
-            return np.append(np.arange(0, end, self.context_length), end)
-        cuts, place = [], 0
-        while place < end:
-            front = _next_front(self._offsets, place, self.context_length - 1)
-            cuts.append(np.arange(place, front + 1, self.context_length - 1))
-            place = front + self.context_length
-        places = np.concatenate(cuts)
-        return np.append(places[places < end], end)
-
     def _window(self, which: int) -> _Window:
-        if not self.concat:
-            number = int(self._numbers[which])
-            room = self.context_length - (self.bos is not None)
-            tokens = self.corpus.document(number)[:room]
-            return self._with_bos(_Window(tokens, np.full(len(tokens), number)))
-        return self._packed(int(self._cuts[which]), int(self._cuts[which + 1]))
-
-    def _packed(self, begin: int, end: int) -> _Window:
-        first = int(np.searchsorted(self._offsets, begin, side="right")) - 1
-        tokens, document = [], []
-        for index in range(first, len(self._numbers)):
-            front, back = int(self._offsets[index]), int(self._offsets[index + 1])
-            if front >= end:
-                break
-            number = int(self._numbers[index])
-            separated = self.bos is not None
-            text_from = front + separated
-            if separated and front >= begin:
-                tokens.append(np.array([self.bos]))
-            source = int(self.corpus.starts[number]) - text_from
-            span = slice(max(begin, text_from) + source, max(min(end, back), text_from) + source)
-            tokens.append(self.corpus.tokens[span].astype(np.int64))
-            document.append(np.full(min(end, back) - max(begin, front), number))
-        window = _Window(np.concatenate(tokens), np.concatenate(document))
-        begins_document = int(self._offsets[first]) == begin
-        return window if begins_document else self._with_bos(window)
-
-    def _with_bos(self, window: _Window) -> _Window:
-        if self.bos is None:
-            return window
-        return _Window(
-            np.concatenate([[self.bos], window.tokens]),
-            np.concatenate([window.document[:1], window.document]),
-        )
+        if self.concat:
+            return self._stream.slice(int(self._cuts[which]), int(self._cuts[which + 1]))
+        number = int(self._stream.numbers[which])
+        room = self.context_length - (self.bos is not None)
+        tokens = self.corpus.document(number)[:room]
+        return _with_bos(_Window(tokens, np.full(len(tokens), number)), self.bos)
 
     def __repr__(self) -> str:
         return (
@@ -213,7 +230,7 @@ class TokenWindows:
 
 
 class TokenIterator(Iterator[TokenBatch]):
-    """One pass over a :class:`TokenWindows`, which can be left and taken up again."""
+    """One pass over a :class:`TokenWindows`, which can be saved and resumed."""
 
     def __init__(self, windows: TokenWindows) -> None:
         self.windows = windows
@@ -227,47 +244,47 @@ class TokenIterator(Iterator[TokenBatch]):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the pass is, and of what; JSON holds it."""
+        """The position of the pass and the settings of its windows, as JSON values."""
         return {"next_batch": self._next, "windows": self.windows.describe()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; an error where the state is of other windows."""
+        """Continue from a saved position; an error if it was saved with other windows."""
         check_same_settings(state["windows"], self.windows.describe(), "token windows")
         self._next = int(state["next_batch"])
 
 
 def check_rank(rank: int, world: int) -> None:
-    """An error unless ``rank`` is that of one of ``world`` processes."""
+    """An error unless ``rank`` is one of 0 to ``world`` - 1."""
     if not 0 <= rank < world:
         raise InputError(f"rank must be 0 to {world - 1} of {world}, found {rank}.")
 
 
 def check_same_settings(saved: dict[str, Any], here: dict[str, Any], what: str) -> None:
-    """An error that lists what differs: with it, resuming would repeat and miss tokens."""
+    """An error that lists what differs: resuming would repeat and miss tokens."""
     differing = [
         f"{key} was {saved.get(key)!r}, is {here.get(key)!r}"
         for key in sorted(saved.keys() | here.keys())
         if saved.get(key) != here.get(key)
     ]
     if differing:
-        raise CheckpointError(f"the state is of other {what}: {'; '.join(differing)}.")
+        raise CheckpointError(f"the state was saved with other {what}: {'; '.join(differing)}.")
 
 
-def _next_front(offsets: Ints, place: int, step: int) -> int:
-    """The first document at ``place``, ``place + step``, …; the end of the stream if there is none.
+def _next_front(fronts: Ints, place: int, step: int) -> int:
+    """The first document that begins at ``place``, ``place + step``, …; the end if none does.
 
-    That is some ``step`` documents on, as a rule: a look at a few thousand finds it.
+    It is about ``step`` documents away as a rule, so a look at a few thousand finds it.
     """
-    for begin in range(int(np.searchsorted(offsets, place)), len(offsets), 4096):
-        some = offsets[begin : begin + 4096]
+    for begin in range(int(np.searchsorted(fronts, place)), len(fronts), 4096):
+        some = fronts[begin : begin + 4096]
         hits = np.flatnonzero((some - place) % step == 0)
         if len(hits):
             return int(some[hits[0]])
-    return int(offsets[-1])
+    return int(fronts[-1])
 
 
 def _stack(windows: list[_Window], length: int | None, start_token: int | None) -> TokenBatch:
-    """Rows padded on the right to ``length``, or to the longest."""
+    """A batch of windows, padded on the right to ``length``, or to the longest."""
     length = length or max(len(window.tokens) for window in windows)
     shape = len(windows), length
     tokens, document = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)

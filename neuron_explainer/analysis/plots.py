@@ -1,9 +1,10 @@
 """The pictures of a report: SVG in base64, drawn by matplotlib, without words from outside.
 
-A picture is the same bytes for the same numbers.
+The same numbers give the same bytes.
 """
 
 import base64
+import importlib
 import io
 from collections.abc import Callable
 from typing import Any
@@ -14,62 +15,82 @@ from neuron_explainer.errors import MissingExtraError
 from neuron_explainer.evaluation.metrics import DensityHistogram
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
-"""Of the curves, in order, and again from the first."""
+"""The colours of the curves, in order, and then again from the first."""
 
 Lines = list[tuple[int, list[tuple[float, float]]]]
-"""Curves: which colour, and the points."""
+"""For each curve: the number of its colour, and its points."""
 
-_SIZE = (4.6, 3.0)  # inches
+_SIZE = (4.4, 2.7)  # inches
 _BINS = 60
+_FEW_POINTS = 25
 
 
-def curve(lines: Lines) -> str:
-    """A curve for each dictionary; on a logarithmic scale where values are positive and far apart."""
+def check_matplotlib() -> None:
+    """Raise MissingExtraError if matplotlib is not installed."""
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError:
+        raise MissingExtraError(
+            "a report's pictures need matplotlib, which is not installed: pip install matplotlib"
+        ) from None
+
+
+def curve(lines: Lines, x_label: str, y_label: str) -> str:
+    """Curves, on a logarithmic scale where values are positive and far apart."""
 
     def draw(axes: Any) -> None:
         for colour, points in lines:
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, color=COLOURS[colour % len(COLOURS)], linewidth=1.2)
-            if len(points) == 1:
-                axes.plot(x, y, "o", color=COLOURS[colour % len(COLOURS)])
+            marker = "o" if len(points) < _FEW_POINTS else None
+            colours = COLOURS[colour % len(COLOURS)]
+            axes.plot(x, y, color=colours, linewidth=1.2, marker=marker, markersize=3)
         values = [y for _, points in lines for _, y in points]
         if min(values) > 0 and max(values) > 30 * min(values):
             axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(_thousands)
 
-    return _draw(draw)
+    return _draw(draw, x_label, y_label)
 
 
 def density_plot(density: DensityHistogram) -> str:
-    """Latents by how often they fire, on a logarithmic scale."""
+    """How many latents fire how often, on a logarithmic scale."""
 
     def draw(axes: Any) -> None:
         axes.stairs(density.counts, density.edges, fill=True, color=COLOURS[0])
         axes.set_xscale("log")
 
-    return _draw(draw)
+    return _draw(draw, "share of tokens on which a latent fires", "latents")
 
 
-def histogram(values: Tensor) -> str:
+def histogram(values: Tensor, x_label: str) -> str:
     """How the numbers ``[w]`` are spread."""
 
     def draw(axes: Any) -> None:
         axes.hist(values.double().numpy(), bins=_BINS, color=COLOURS[0])
 
-    return _draw(draw)
+    return _draw(draw, x_label, "latents")
 
 
-def _draw(draw: Callable[[Any], None]) -> str:
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError(
-            "a report's pictures need matplotlib, which is not installed: pip install matplotlib"
-        ) from None
+def _thousands(value: float, _: int) -> str:
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:g} {letter}"
+    return f"{value:g}"
+
+
+def _draw(draw: Callable[[Any], None], x_label: str, y_label: str) -> str:
+    check_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure
+
     # A Figure of its own, not pyplot: nothing global is made, and no window system is looked for.
     with matplotlib.rc_context({"svg.hashsalt": "neuron_explainer", "font.size": 9}):
         figure = Figure(figsize=_SIZE, layout="constrained")
-        draw(figure.add_subplot())
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        draw(axes)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
         out = io.BytesIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
+        figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
     return base64.b64encode(out.getvalue()).decode()

@@ -1,12 +1,12 @@
-"""Sentences as vectors: for each, the mean activation at a place and its code, in a few numbers.
+"""Sentences as vectors: the mean activation of each at a location and its latents, in a few numbers.
 
-A sentence's activation is the mean over its tokens; pads, and a start token put before it, are no
-tokens of it. Its latents are the mean of its tokens' codes, or the code of its mean activation: two
-different things, the first of which says what the autoencoder saw, both are given.
+A sentence's activation is the mean over its tokens, without pads and without a start token before it.
+Its latents can be two different things, and both are given: the mean of its tokens' codes, which says
+what the autoencoder saw, or the code of its mean activation.
 
-A sentence longer than the model's context is cut into windows, none of which is left out.
+A sentence longer than the model's context is cut into windows, and all of them count.
 
-Shape legend: ``s`` sequence, ``n`` width of the place, ``l`` latents, ``t`` tokens.
+Shape legend: ``s`` sequence, ``n`` width at the location, ``l`` latents, ``t`` tokens.
 """
 
 import csv
@@ -37,7 +37,7 @@ COLUMNS = (
     *("Orig Mean", "Orig Var", "Orig Max Weight", "Orig Max Pos"),
     *("Sparse Mean", "Sparse Var", "Sparse Max Weight", "Sparse Max Pos"),
 )
-"""Of the table; where there are several places, ``Location`` comes first."""
+"""Columns of the table. If there are several locations, the column ``Location`` comes before them."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class VectorSummary:
     """A vector in four numbers."""
 
     mean: float
-    """Of its entries."""
+    """The mean of the entries."""
     variance: float
-    """Of its entries, as of a population: the mean squared distance from their mean."""
+    """The mean squared distance of the entries from their mean (of a population, not of a sample)."""
     max: float
     """The largest entry."""
     position: int
-    """Which one it is; the first if there are several."""
+    """The index of the largest entry; the first one if there are several."""
 
     @classmethod
     def of(cls, vector: Tensor) -> "VectorSummary":
@@ -68,21 +68,21 @@ class VectorSummary:
 
 @dataclass(frozen=True)
 class SentenceSummary:
-    """A sentence at one place."""
+    """A sentence at one location."""
 
     sentence: str
     location: str
     """Such as ``3/resid.torso.delta_mlp``: where the autoencoder's inputs come from."""
     n_tokens: int
     activation: VectorSummary
-    """Of the mean over its tokens of the activation, ``[n]``."""
+    """Summary of the mean activation over its tokens, ``[n]``."""
     mean_of_codes: VectorSummary
-    """Of the mean over its tokens of their latents, ``[l]``."""
+    """Summary of the mean of its tokens' latents, ``[l]``."""
     code_of_mean: VectorSummary
-    """Of the latents of the mean activation, ``[l]``."""
+    """Summary of the latents of the mean activation, ``[l]``."""
 
     def row(self, code: Code = "mean_of_codes") -> dict[str, Any]:
-        """By :data:`COLUMNS`."""
+        """The row of the table, by :data:`COLUMNS`."""
         latents = self.mean_of_codes if code == "mean_of_codes" else self.code_of_mean
         numbers = [v for part in (self.activation, latents) for v in vars(part).values()]
         return dict(zip(COLUMNS, [self.sentence, *numbers], strict=True))
@@ -97,18 +97,18 @@ def summarize_sentences(
     bos: bool = False,
     batch_size: int = 32,
 ) -> list[SentenceSummary]:
-    """Summarise each sentence at the place of each autoencoder.
+    """Summarise each sentence at the location of each autoencoder.
 
     Args:
         context: the model.
         sentences: texts, none of them empty.
         autoencoders: by name, as for :func:`~neuron_explainer.evaluation.evaluate.evaluate_all`; or
-            a context, of all whose layers the summaries are.
-        bos: put the start token before each, for autoencoders that were trained so. It is not counted.
-        batch_size: sentences that go through the model at once; numbers do not depend on it.
+            a context, for all of its layers.
+        bos: put the start token before each, for autoencoders that were trained so. It does not count.
+        batch_size: how many sentences go through the model at once; numbers do not depend on it.
 
     Returns:
-        All sentences at the first place, then at the next.
+        All sentences at the first location, then all at the next.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, found {batch_size}.")
@@ -145,7 +145,7 @@ def _summary(
 def _means(
     context: ModelContext, ids: list[list[int]], subjects: Mapping[str, Placed], bos: bool
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean activation ``[sentences, n]`` and mean code ``[sentences, l]`` at each place, in float64."""
+    """Mean activation ``[sentences, n]`` and mean code ``[sentences, l]`` by name, in float64."""
     model = context.get_or_create_model()
     size = context.get_dim_size(Dimension.MAX_CONTEXT_LENGTH) - int(bos)
     windows = [
@@ -178,8 +178,8 @@ def read_sentences(path: str | Path, column: str = "sentence") -> list[str]:
     """The sentences of a CSV file with a header, in UTF-8.
 
     Args:
-        path: of the file.
-        column: the header of the sentences' column.
+        path: the file.
+        column: the header of the column with the sentences.
     """
     try:
         text = Path(path).read_text("utf-8-sig")
@@ -187,7 +187,7 @@ def read_sentences(path: str | Path, column: str = "sentence") -> list[str]:
         raise SourceError(f"{path}: cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path}: expected UTF-8, found byte {error.start} of something else."
+            f"{path}: expected UTF-8, but byte {error.start} is not part of it; save the file as UTF-8."
         ) from None
     reader = csv.DictReader(io.StringIO(text, newline=""))
     if column not in (reader.fieldnames or []):
@@ -198,7 +198,9 @@ def read_sentences(path: str | Path, column: str = "sentence") -> list[str]:
     sentences = []
     for row in reader:
         if not (row[column] or "").strip():
-            raise InputError(f"{path}, line {reader.line_num}: the sentence is empty.")
+            raise InputError(
+                f"{path}, line {reader.line_num}: the sentence is empty; fill it in or remove the line."
+            )
         if None in row:
             raise InputError(
                 f"{path}, line {reader.line_num}: the row has more fields than the header; a sentence with "
@@ -211,7 +213,7 @@ def read_sentences(path: str | Path, column: str = "sentence") -> list[str]:
 def rows_of(
     summaries: Iterable[SentenceSummary], code: Code = "mean_of_codes"
 ) -> list[dict[str, Any]]:
-    """The table's rows by column; with ``Location`` first where there are several places."""
+    """The table's rows by column, with ``Location`` first if there are several locations."""
     summaries = list(summaries)
     several = len({summary.location for summary in summaries}) > 1
     return [
@@ -221,7 +223,7 @@ def rows_of(
 
 
 def to_csv(summaries: Iterable[SentenceSummary], code: Code = "mean_of_codes") -> str:
-    """The table as CSV, all digits kept."""
+    """The table as CSV, with all digits."""
     rows = rows_of(summaries, code)
     out = io.StringIO(newline="")
     writer = csv.DictWriter(out, rows[0] if rows else COLUMNS, lineterminator="\n")
@@ -238,7 +240,7 @@ def to_json(summaries: Iterable[SentenceSummary], code: Code = "mean_of_codes") 
 def to_table(
     summaries: Iterable[SentenceSummary], code: Code = "mean_of_codes", width: int = 40
 ) -> str:
-    """The table as text; of long sentences the first ``width`` characters."""
+    """The table as text; long sentences are cut to ``width`` characters."""
     rows = rows_of(summaries, code)
     head = list(rows[0] if rows else COLUMNS)
     cells = [[_cell(value, width) for value in row.values()] for row in rows]

@@ -1,16 +1,33 @@
 """The command line: one short function a verb. Heavy imports wait until a verb needs them."""
 
 import argparse
+import contextlib
+import io
 import json
+import logging
 import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from neuron_explainer import __version__, demo
 from neuron_explainer.cli import learning, looking, measuring, stored_files
-from neuron_explainer.cli.common import Result, VerbParser, add_verb
+from neuron_explainer.cli.common import (
+    Result,
+    VerbParser,
+    add_verb,
+    escaped,
+    in_flags,
+    say,
+    unknown_verb,
+)
 from neuron_explainer.errors import NeuronExplainerError
+
+DESCRIPTION = (
+    "Look inside GPT-2-family language models: sample, encode, ablate, and learn dictionaries of "
+    "what they compute."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,25 +35,71 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 if all is well, 1 if a check found something wrong, 2 (and one line on stderr) if the command
-        could not be carried out.
+        could not be carried out, 130 if it was interrupted.
     """
-    args = _parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    with _any_text_can_be_written():
+        parser, verbs = _parser()
+        if not given:
+            parser.print_help()
+            return 0
+        verb = next((argument for argument in given if not argument.startswith("-")), None)
+        if verb is not None and verb not in verbs:
+            unknown_verb(parser, verb, verbs)
+        return _run(parser.parse_args(given))
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
-        result = args.run(args)
-        if args.json:
-            print(json.dumps(_plain(result), indent=2, ensure_ascii=False, allow_nan=False))
-        else:
-            args.show(result)
+        with _log_on_stderr():
+            result = args.run(args)
     except NeuronExplainerError as error:
-        print(f"neuron-explainer {args.verb}: {error}", file=sys.stderr)
+        message = in_flags(escaped(str(error)), vars(args))
+        print(f"neuron-explainer {args.verb}: {message}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader (head, less) has seen enough
-        sys.stderr.close()
+    except BrokenPipeError:  # what reads a tour (head, less) has seen enough
+        _give_up_stdout()
+        return 0
     except KeyboardInterrupt:
         return 130
+    try:
+        _print(args, result)
+    except BrokenPipeError:
+        _give_up_stdout()
+    except OSError as error:
+        _give_up_stdout()
+        print(
+            f"neuron-explainer {args.verb}: cannot write to standard output: {error.strerror}",
+            file=sys.stderr,
+        )
+        return 2
+    return 0 if result.get("ok", True) else 1
+
+
+def _print(args: argparse.Namespace, result: Result) -> None:
+    if args.json:
+        # Other encodings may lack a letter, and an escape of theirs would not be JSON.
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        ascii_only = not encoding.lower().startswith("utf")
+        print(json.dumps(_plain(result), indent=2, ensure_ascii=ascii_only, allow_nan=False))
     else:
-        return 0 if result.get("ok", True) else 1
-    return 0
+        args.show(result)
+    if sys.stdout is not None:  # None: closed by whoever started this
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """What the library logs while a verb runs is for its user: one line each."""
+    log, handler = logging.getLogger("neuron_explainer"), logging.StreamHandler()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _plain(value: Any) -> Any:
@@ -48,21 +111,68 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="neuron-explainer",
-        description="Look inside GPT-2-family language models: sample, encode, ablate, and learn "
-        "dictionaries of what they compute.",
-    )
+@contextlib.contextmanager
+def _any_text_can_be_written() -> Iterator[None]:
+    """Letters that the terminal's encoding lacks are written as escapes, not raised as errors."""
+    streams = [each for each in (sys.stdout, sys.stderr) if isinstance(each, io.TextIOWrapper)]
+    before = [(stream, stream.errors) for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in before:
+            with contextlib.suppress(OSError, ValueError):  # closed meanwhile, or full
+                stream.reconfigure(errors=errors)
+
+
+def _give_up_stdout() -> None:
+    """Send the rest of the output nowhere, so that the interpreter's last flush cannot fail."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    """The parser of the whole command, whose help lists the verbs in groups."""
+
+    groups: dict[str, list[tuple[str, str]]]
+
+    def format_help(self) -> str:
+        """The verbs, by what one wants to do."""
+        lines = [f"usage: {self.prog} VERB ...", "", DESCRIPTION, ""]
+        lines += ["Begin with: neuron-explainer demo", ""]
+        for title, verbs in self.groups.items():
+            lines += [title, *(f"  {name:<11}{about}" for name, about in verbs), ""]
+        lines += [f"{self.prog} VERB --help has an example and the options; --version the version."]
+        return "\n".join(lines) + "\n"
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, VerbParser]]:
+    """The parser, and those of the verbs by name."""
+    parser = _Parser(prog="neuron-explainer", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(
         dest="verb", required=True, metavar="VERB", parser_class=VerbParser
     )
+    found: dict[str, VerbParser] = {}
+    parser.groups = {}
+    for title, register in (
+        ("look", _register_looking),
+        ("learn", learning.register),
+        ("measure", measuring.register),
+        ("files", stored_files.register),
+    ):
+        register(verbs)
+        new = {name: verb for name, verb in verbs.choices.items() if name not in found}
+        parser.groups[title] = [(name, verb.about) for name, verb in new.items()]
+        found |= new
+    return parser, found
+
+
+def _register_looking(verbs: Any) -> None:
     about = "a tour in seconds, offline, with the calls it makes"
-    add_verb(verbs, "demo", about, run_demo, show_demo)
-    for room in (looking, learning, measuring, stored_files):
-        room.register(verbs)
-    return parser
+    add_verb(verbs, "demo", about, run_demo, show_demo, example="neuron-explainer demo")
+    looking.register(verbs)
 
 
 def run_demo(args: argparse.Namespace) -> Result:
@@ -71,9 +181,9 @@ def run_demo(args: argparse.Namespace) -> Result:
 
 
 def show_demo(result: Result) -> None:
-    """After the tour: how long it took, where to go."""
-    print(
+    """How long the tour took, and where to go from here."""
+    say(
         f"\nAll of this ran here, offline, in {sum(s['seconds'] for s in result['steps']):.1f} s. "
-        "Next: neuron-explainer latents 'your text', neuron-explainer ablate 'your text', "
-        "neuron-explainer models, and the README."
+        "Next: neuron-explainer latents 'your text', neuron-explainer ablate 'your text' "
+        "--location 2/mlp.post_act, neuron-explainer models, and the README."
     )

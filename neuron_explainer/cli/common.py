@@ -1,35 +1,45 @@
-"""What the verbs share: how one is declared, and the options that name a model and its autoencoders."""
+"""What the verbs share: how a verb is declared, and how text reaches the terminal."""
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
-from neuron_explainer import files
-from neuron_explainer.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
-
-    from neuron_explainer.models.autoencoder_context import AutoencoderContext
-    from neuron_explainer.models.model_context import StandardModelContext
-    from neuron_explainer.models.transformer import Transformer
+from neuron_explainer.errors import did_you_mean
 
 Result = dict[str, Any]
 """What a verb found, as plain values: printed as JSON with ``--json``, else by the verb's printer."""
 
 
 class VerbParser(argparse.ArgumentParser):
-    """A verb's parser; options that take a heavy import to know are declared when it is called."""
+    """A verb's parser. Options that need a heavy import are declared when the verb is called."""
 
     declare: Callable[[argparse.ArgumentParser], None] | None = None
+    about = ""
+    example = ""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # A part of a flag is not taken for the flag: --step is a misspelling, not --steps.
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
-        """As argparse does, with all options there are."""
+        """As argparse does, with all options declared; an option that does not exist is an error."""
         if self.declare is not None:
             declare, self.declare = self.declare, None
             declare(self)
-        return super().parse_known_args(*args, **kwargs)
+        found, unknown = super().parse_known_args(*args, **kwargs)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            self.error(
+                f"unexpected {unknown[0]}.{did_you_mean(flag, self._option_string_actions)} "
+                f"{self.prog} --help lists what there is."
+            )
+        return found, unknown
+
+    def format_help(self) -> str:
+        """An example that works, then what argparse says."""
+        example = f"example: {self.example}\n\n" if self.example else ""
+        return example + super().format_help()
 
 
 def add_verb(
@@ -39,37 +49,24 @@ def add_verb(
     run: Callable[[argparse.Namespace], Result],
     show: Callable[[Result], None],
     declare: Callable[[argparse.ArgumentParser], None] | None = None,
+    example: str = "",
 ) -> argparse.ArgumentParser:
-    """A verb: what it does, how its result is shown, and options to be declared when it is called."""
+    """Declare a verb.
+
+    Args:
+        verbs: what argparse's ``add_subparsers`` returned.
+        name: the verb.
+        help: its line in the list of verbs.
+        run: does the work.
+        show: prints the result, where it is not printed as JSON.
+        declare: adds the options that need a heavy import, when the verb is called.
+        example: a command that works, first in the verb's help.
+    """
     verb: VerbParser = verbs.add_parser(name, help=help, description=f"{run.__doc__}")
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
     verb.set_defaults(run=run, show=show)
-    verb.declare = declare
+    verb.declare, verb.about, verb.example = declare, help, example
     return verb
-
-
-def model_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--model", default="tiny-tales", help="name, folder or URL (default: tiny-tales)"
-    )
-    verb.add_argument("--device", help="such as cpu or cuda:0 (default: the best there is)")
-    verb.add_argument("--bos", action="store_true", help="prepend the start token")
-
-
-def model_context(args: argparse.Namespace) -> "StandardModelContext":
-    from neuron_explainer.models.devices import check_device
-    from neuron_explainer.models.model_context import StandardModelContext
-
-    device = None if args.device is None else check_device(args.device)
-    return StandardModelContext(args.model, device=device)
-
-
-def load_model(
-    args: argparse.Namespace, context: "StandardModelContext | None" = None
-) -> "Transformer":
-
-    context = context or model_context(args)
-    return context.get_or_create_model()
 
 
 def positive(text: str) -> int:
@@ -80,37 +77,47 @@ def positive(text: str) -> int:
     return number
 
 
-def autoencoder_path(path: str) -> str:
-    """The same; of a run's folder, that of the one autoencoder in it."""
-    from neuron_explainer.dictionaries.runs import Run
+# --- text from elsewhere, and what is said ---
 
-    run = None if files.is_remote(path) else Run.find(path)
-    if run is None:
-        return path
-    found = list(run.results.values())
-    if len(found) > 1:
-        raise InputError(
-            f"{path} is a run of several autoencoders; give one: {', '.join(map(str, found))}."
-        )
-    return str(found[0])
+# C0 and C1 controls but tab and newline, and the marks that turn the direction of a line.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
-def autoencoder_context(args: argparse.Namespace, device: "torch.device") -> "AutoencoderContext":
-    """The autoencoders that ``--autoencoder`` names: of the registry, or a folder, file or URL."""
-    from neuron_explainer.models.autoencoder import Autoencoder
-    from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
-    from neuron_explainer.models.model_registry import make_autoencoder_context
+def escaped(text: str) -> str:
+    """Text of any origin, safe to print: control characters are written as Python writes them.
 
-    path = autoencoder_path(args.autoencoder)
-    if not (files.is_remote(path) or Path(path).exists()):
-        return make_autoencoder_context(args.model, path, device=device)
-    location = Autoencoder.load(path).location
-    if location is None:
-        raise InputError(
-            f"{path} does not say where in the model it belongs; load it in Python: "
-            "AutoencoderContext(AutoencoderConfig(location, {layer: path}), device)."
-        )
-    if location.layer is None and location.site.per_layer and args.layer is None:
-        raise InputError(f"{path} is for {location} of every layer; say which one: --layer N.")
-    layer = args.layer if location.layer is None else location.layer
-    return AutoencoderContext(AutoencoderConfig(location.at(None), {layer: path}), device)
+    Names, tokens and prompts may hold sequences that rewrite the screen or the terminal's settings.
+    """
+    return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def say(text: str = "") -> None:
+    """Print text, control characters escaped. Every verb prints with this."""
+    print(escaped(text))
+
+
+def in_flags(message: str, arguments: Mapping[str, Any]) -> str:
+    """A message of the library in the words of the shell: ``bos=True`` becomes ``--bos``.
+
+    Args:
+        message: speaks of arguments in Python.
+        arguments: the verb's, by name; other names stay as they are.
+    """
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found[1], found[2]
+        if name not in arguments or name in ("run", "show", "verb", "json"):
+            return found[0]
+        dashed = name.replace("_", "-")
+        return {"True": f"--{dashed}", "False": f"--no-{dashed}"}.get(value, f"--{dashed} {value}")
+
+    return re.sub(r"(?<![\w'\"-])([a-z]\w*)=(True|False|[\w.'\"-]*[\w'\"])", flag, message)
+
+
+def unknown_verb(parser: argparse.ArgumentParser, verb: str, verbs: Mapping[str, Any]) -> NoReturn:
+    """The error for a verb that does not exist."""
+    parser.exit(
+        2,
+        f"{parser.prog}: there is no verb {escaped(verb)!r}.{did_you_mean(verb, verbs)} "
+        f"{parser.prog} --help lists the verbs.\n",
+    )

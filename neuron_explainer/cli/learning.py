@@ -3,12 +3,10 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from neuron_explainer import files
-from neuron_explainer.cli.common import Result, add_verb, positive
+from neuron_explainer.cli.common import Result, add_verb, positive, say
+from neuron_explainer.cli.open import model_options, open_model
 from neuron_explainer.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,8 +14,6 @@ if TYPE_CHECKING:
     from neuron_explainer.dictionaries import TrainConfig
     from neuron_explainer.dictionaries.distributed import World
     from neuron_explainer.models.model_context import ModelContext
-
-"""In a store's folder: model, text and settings of the harvest, so that what was set apart is known."""
 
 
 def register(verbs: Any) -> None:
@@ -28,13 +24,19 @@ def register(verbs: Any) -> None:
 
 def _register_harvest(verbs: Any) -> None:
     harvest = add_verb(
-        verbs, "harvest", "activations of a text, to disk", run_harvest, show_harvest, data_options
+        verbs,
+        "harvest",
+        "activations of a text, to disk",
+        run_harvest,
+        show_harvest,
+        data_options,
+        "neuron-explainer harvest books --location 1/resid.torso.delta_mlp --out activations",
     )
     harvest.usage = "%(prog)s TEXT --location PLACE [PLACE ...] --out STORE [options]"
     harvest.add_argument(
         "text", metavar="TEXT", help="file or folder: txt, csv, jsonl (.gz, .zst), parquet"
     )
-    any_model_options(harvest)
+    model_options(harvest)
     harvest.add_argument(
         "--location",
         nargs="+",
@@ -68,7 +70,14 @@ def _register_harvest(verbs: Any) -> None:
 
 def _register_train(verbs: Any) -> None:
     train = add_verb(
-        verbs, "train", "a dictionary, from text or a store", run_train, show_train, train_options
+        verbs,
+        "train",
+        "a dictionary, from text or a store",
+        run_train,
+        show_train,
+        train_options,
+        "neuron-explainer train activations --steps 40 --batch-size 256 --n-latents 512 --k 16 "
+        "--lr 3e-3 --out run",
     )
     train.usage = (
         "%(prog)s SOURCE --location PLACE (--num-tokens N | --steps N) --out RUN [options]"
@@ -76,9 +85,9 @@ def _register_train(verbs: Any) -> None:
     train.add_argument(
         "source", nargs="?", metavar="SOURCE", help="text as of harvest, or the folder of a store"
     )
-    any_model_options(train, "what the store was harvested from, else tiny-tales")
+    model_options(train, "what the store was harvested from, else tiny-tales")
     train.add_argument(
-        "--out", metavar="RUN", help="folder of the run; an unfinished one is gone on with"
+        "--out", metavar="RUN", help="folder of the run; an unfinished run in it is resumed"
     )
     train.add_argument(
         "--config", metavar="FILE", help=".toml or .json file with settings; flags win over it"
@@ -109,32 +118,6 @@ def _register_train(verbs: Any) -> None:
         metavar="SECONDS",
         help="after which a process that does not answer is given up (default: 600)",
     )
-
-
-def any_model_options(verb: argparse.ArgumentParser, default: str = "tiny-tales") -> None:
-    """Which model, of this library or of Hugging Face."""
-    verb.add_argument(
-        "--model",
-        metavar="NAME",
-        help="name, folder or URL; hf:NAME or hf:FOLDER for any causal model of Hugging Face "
-        f"(default: {default})",
-    )
-    verb.add_argument(
-        "--device", metavar="NAME", help="such as cpu or cuda:0 (default: the best there is)"
-    )
-
-
-def open_model(name: str | None, device: str | None) -> "ModelContext":
-    """The context that ``--model`` and ``--device`` mean."""
-    from neuron_explainer.models.devices import check_device
-    from neuron_explainer.models.model_context import StandardModelContext
-
-    where = None if device is None else check_device(device)
-    if name is not None and name.startswith("hf:"):
-        from neuron_explainer.models.huggingface.context import HuggingFaceModelContext
-
-        return HuggingFaceModelContext(name.removeprefix("hf:"), where)
-    return StandardModelContext(name or "tiny-tales", device=where)
 
 
 def data_options(verb: argparse.ArgumentParser) -> None:
@@ -184,7 +167,7 @@ def run_harvest(args: argparse.Namespace) -> Result:
     )
     return {
         "store": args.out,
-        "model": args.model or "tiny-tales",
+        "model": context.reference,
         "text": args.text,
         "locations": {str(place): width for place, width in store.header.widths.items()},
         "rows": len(store),
@@ -192,27 +175,17 @@ def run_harvest(args: argparse.Namespace) -> Result:
     }
 
 
-def _origin(model: str, source: str, data: Any, described: Mapping[str, Any]) -> Result:
-    """Where vectors come from: what ``evaluate`` needs to find what was set apart."""
-    return {
-        "model": model,
-        "source": source if files.is_remote(source) else str(Path(source).resolve()),
-        "source_fingerprint": described.get("source_fingerprint"),
-        "data": dataclasses.asdict(data),
-    }
-
-
 def show_harvest(result: Result) -> None:
     """What is there, and what to do with it."""
-    print(
+    say(
         f"{result['store']}: {result['rows']:,} activations of {result['model']}, "
         f"{result['bytes'] / 1e6:.1f} MB"
     )
     for location, width in result["locations"].items():
-        print(f"  {location} [{width}]")
+        say(f"  {location} [{width}]")
     rows = result["rows"]
     few = f"--batch-size {max(1, rows // 8)} " if rows < 8 * 4096 else ""
-    print(
+    say(
         f"Next: neuron-explainer train {result['store']} --location {next(iter(result['locations']))} "
         f"--num-tokens {rows} {few}--out RUN"
     )
@@ -222,7 +195,7 @@ def show_harvest(result: Result) -> None:
 
 
 def run_train(args: argparse.Namespace) -> Result:
-    """Train a dictionary for each location meant; a run that was interrupted is gone on with. With
+    """Train a dictionary for each location; the same command resumes an interrupted run. With
     several processes (torchrun --nproc-per-node N -m neuron_explainer train ...) each takes a part."""
     from neuron_explainer.dictionaries.distributed import open_world
 
@@ -249,42 +222,31 @@ def _train(args: argparse.Namespace, asked: TrainRequest, world: "World") -> Res
     from functools import partial
 
     from neuron_explainer.activations import open_buffer
-    from neuron_explainer.dictionaries import train, train_many
     from neuron_explainer.dictionaries.runs import Run
     from neuron_explainer.dictionaries.shared_source import SharedSource
 
     config, data, model, source, out = asked
-    harvested = origin_of_store(source)
+    harvested = _record_of_store(source)
     model = model or harvested.get("model")
     context = open_model(model, config.device if world.device is None else str(world.device))
     config = dataclasses.replace(config, model_name=context.model_name)
     configs = _configs(context, config, source)
-    options: dict[str, Any] = {"log_to": args.log_to, "progress": not args.json, "world": world}
-    share = partial(SharedSource, world=world) if world.size > 1 else None
     places, pair = list(configs), None
     if config.transcoder:
         pair = places[0], config.output_location or ""
         places.append(pair[1])
     size = config.batch_size
-    total = config.total_steps * size
     with open_buffer(
-        context, source, places, data, size, pair=pair, num_tokens=total, share=share
+        context,
+        source,
+        places,
+        data,
+        size,
+        pair=pair,
+        num_tokens=config.total_steps * size,
+        share=partial(SharedSource, world=world) if world.size > 1 else None,
     ) as batches:
-        record = _origin(model or "tiny-tales", source, data, batches.source.describe())
-        if harvested:
-            record["harvest"] = harvested
-        options["record"] = record
-        try:
-            if len(configs) == 1:
-                train(next(iter(configs.values())), batches, out, **options)
-            else:
-                train_many(configs, batches, out, **options)
-        except KeyboardInterrupt:
-            print(
-                f"\ninterrupted: the same command goes on from the last checkpoint in {out}",
-                file=sys.stderr,
-            )
-            raise
+        _learn(args, configs, batches, out, world)
         waited, forward = batches.waited_s, batches.forward_s
     finished = Run.open(out).finished
     return {
@@ -298,12 +260,41 @@ def _train(args: argparse.Namespace, asked: TrainRequest, world: "World") -> Res
     }
 
 
-def origin_of_store(source: str) -> Result:
-    """What ``harvest`` noted in a store's folder; nothing of a text, or of another maker's store."""
-    from neuron_explainer.activations import SOURCE_FILE, is_store
+def _learn(
+    args: argparse.Namespace,
+    configs: "dict[str, TrainConfig]",
+    batches: Any,
+    out: str,
+    world: "World",
+) -> None:
+    """Train; Ctrl-C says how to go on."""
+    from neuron_explainer.dictionaries import train, train_many
 
-    note = Path(source) / SOURCE_FILE
-    return files.read_json(note) if is_store(source) and note.exists() else {}
+    options: dict[str, Any] = {"log_to": args.log_to, "progress": not args.json, "world": world}
+    try:
+        if len(configs) == 1:
+            train(next(iter(configs.values())), batches, out, **options)
+        else:
+            train_many(configs, batches, out, **options)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {_how_to_go_on(out)}", file=sys.stderr)
+        raise
+
+
+def _how_to_go_on(out: str) -> str:
+    from neuron_explainer.dictionaries.runs import Run
+
+    run = Run.find(out)
+    if run is not None and run.checkpoints:
+        return f"the same command goes on from the last checkpoint in {out}"
+    return f"{out} holds no checkpoint yet, so the same command starts over"
+
+
+def _record_of_store(source: str) -> Result:
+    """What a store notes of its harvest; nothing of a text, or of another maker's store."""
+    from neuron_explainer.activations import ActivationStore, is_store
+
+    return ActivationStore(source, verify=False).record if is_store(source) else {}
 
 
 def _settings(args: argparse.Namespace) -> TrainRequest:
@@ -389,10 +380,10 @@ def show_train(result: Result) -> None:
     """How it went, and what to look at."""
     for name, found in result["metrics"].items():
         figures = "  ".join(f"{key} {value:.4g}" for key, value in found.items())
-        print(f"{name}: {figures}")
-    print(
+        say(f"{name}: {figures}")
+    say(
         f"{result['run']}: {result['steps']:,} steps; {result['seconds_in_model']} s in the model, "
         f"{result['seconds_waiting']} s waiting for it"
     )
     run = result["run"] + ("" if result["held_out"] else " --text ANOTHER_TEXT")
-    print(f"Next: neuron-explainer evaluate {run}; neuron-explainer report {run}")
+    say(f"Next: neuron-explainer evaluate {run}; neuron-explainer report {run}")

@@ -6,7 +6,8 @@ import typing
 from typing import Any
 
 from neuron_explainer import files
-from neuron_explainer.cli.common import Result, add_verb, autoencoder_path
+from neuron_explainer.cli.common import Result, add_verb, say
+from neuron_explainer.cli.open import autoencoder_source
 from neuron_explainer.settings.flags import add_flag, own_docs
 
 
@@ -24,8 +25,12 @@ def _register_convert(verbs: Any) -> None:
         run_convert,
         show_convert,
         declare=_declare_convert,
+        example="neuron-explainer convert ae-resid-delta-mlp converted --layer 2 --format saelens",
     )
-    convert.add_argument("source", help="folder, file or URL of any known format")
+    convert.add_argument(
+        "source", help="folder, file or URL of any known format, a name, or a run's folder"
+    )
+    convert.add_argument("--layer", type=int, metavar="N", help="which one of several")
     convert.add_argument("destination", help="folder to write")
     convert.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
 
@@ -45,7 +50,9 @@ def _declare_convert(convert: argparse.ArgumentParser) -> None:
 
 
 def _register_cache(verbs: Any) -> None:
-    cache = verbs.add_parser("cache", help="files that were downloaded", description="Downloads.")
+    about = "files that were downloaded"
+    cache = verbs.add_parser("cache", help=about, description="Downloads.")
+    cache.about, cache.example = about, "neuron-explainer cache list"
     actions = cache.add_subparsers(dest="action", required=True, metavar="ACTION")
     add_verb(actions, "list", "what is there", run_cache_list, show_cache)
     add_verb(actions, "verify", "check sizes and hashes", run_cache_verify, show_cache)
@@ -59,17 +66,17 @@ def run_convert(args: argparse.Namespace) -> Result:
     from neuron_explainer.models.checkpoints.autoencoders import Stated
 
     given = vars(args)
+    source, known = autoencoder_source(args.source, args.layer)
     stated = typing.cast(
-        Stated, {name: given[name] for name in Stated.__annotations__ if name in given}
+        Stated, known | {name: given[name] for name in Stated.__annotations__ if name in given}
     )
-    source = autoencoder_path(args.source)
     convert(source, args.destination, args.format, overwrite=args.overwrite, **stated)
     return {"source": args.source, "destination": args.destination, "format": args.format}
 
 
 def show_convert(result: Result) -> None:
-    """Where it is now."""
-    print(f"{result['source']} is now in {result['destination']}, as {result['format']}")
+    """Print where the result is."""
+    say(f"{result['source']} is now in {result['destination']}, as {result['format']}")
 
 
 def run_cache_list(args: argparse.Namespace) -> Result:
@@ -98,8 +105,8 @@ def _plain(entry: files.CacheEntry) -> Result:
 
 
 def show_cache(result: Result) -> None:
-    """A line a file."""
+    """Print one line for each file."""
     total = sum(entry["size"] for entry in result["files"])
-    print(f"{result['folder']}: {len(result['files'])} files, {total / 1e6:.1f} MB")
+    say(f"{result['folder']}: {len(result['files'])} files, {total / 1e6:.1f} MB")
     for entry in result["files"]:
-        print(f"  {entry['size']:>12,}  {entry['problem'] or 'ok'}  {entry['source']}")
+        say(f"  {entry['size']:>12,}  {entry['problem'] or 'ok'}  {entry['source']}")

@@ -1,10 +1,8 @@
-"""Learning dictionaries: one loop, many objectives, an ordinary ``Autoencoder`` in the end.
+"""Learning dictionaries: one loop, many objectives, an ordinary ``Autoencoder`` as the result.
 
-And what comes after: measuring it, making it leaner, showing it.
+Also what follows training: pruning it and fine-tuning its decoder.
 """
 
-from neuron_explainer.analysis.report import write_report
-from neuron_explainer.analysis.sentences import summarize_sentences
 from neuron_explainer.dictionaries.config import TrainConfig
 from neuron_explainer.dictionaries.finetune import finetune_decoder
 from neuron_explainer.dictionaries.objectives import (
@@ -52,8 +50,6 @@ __all__ = [
     "prune",
     "read_config",
     "register",
-    "summarize_sentences",
     "train",
     "train_many",
-    "write_report",
 ]

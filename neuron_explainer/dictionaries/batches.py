@@ -194,7 +194,7 @@ class TensorBatches:
         per_pass = len(self._rows) // self._batch_size
         which, within = divmod(self._next, per_pass)
         if which != self._pass:
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + which)
+            generator = torch.Generator().manual_seed((self._seed * 1_000_003 + which) % 2**64)
             self._order, self._pass = torch.randperm(len(self._rows), generator=generator), which
         chosen = self._order[within * self._batch_size :][: self._batch_size]
         self._next += 1

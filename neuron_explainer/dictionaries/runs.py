@@ -314,11 +314,8 @@ class RunFolder(Run):
     def _tidied(self) -> list[str]:
         """The names of the checkpoints, newest first, after leftovers have been removed."""
         for folder in (self.path, self._checkpoints, self.path / "autoencoders"):
-            for leftover in folder.glob(".*.tmp"):
-                if leftover.is_dir():
-                    shutil.rmtree(leftover, ignore_errors=True)
-                else:
-                    leftover.unlink(missing_ok=True)
+            if folder.is_dir():
+                files.remove_leftovers(folder)
         if self.is_finished and not self.checkpoints:
             raise InputError(
                 f"{self.path} holds a finished run, whose checkpoints were removed: load what it trained "

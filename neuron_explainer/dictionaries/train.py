@@ -26,7 +26,13 @@ from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.settings import to_dict
 
 # All dictionaries of a run share these: one step, one checkpoint, one line of the log for all.
-_SHARED = ("total_steps", "sample_batches", "checkpoint_interval", "keep_checkpoints", "log_every")
+_SHARED = (
+    "total_steps",
+    "sample_batches",
+    "checkpoint_interval",
+    "keep_checkpoints",
+    "log_interval",
+)
 
 Batch = Mapping[str, tuple[Tensor, Tensor]]
 """By dictionary: inputs ``[b, n]`` and targets ``[b, o]``, the same tensor unless it is a transcoder."""
@@ -82,8 +88,8 @@ def train(
         callbacks: called with a :class:`StepReport` after each step.
         progress: whether to show a progress bar.
         log_to: any of ``"tensorboard"``, ``"wandb"``, next to ``log.jsonl``.
-        record: what else the folder's config is to say, of the data for example; a run is resumed
-            only with the same.
+        record: what else the folder's config says: by default where the activations of an
+            ``open_buffer`` came from. A run is resumed only with the same record.
         world: the processes that train together, of
             :func:`~neuron_explainer.dictionaries.distributed.open_world`. Each is given the same
             ``batches``, whole, and all see the same ``folder``. Where each holds some of the latents,
@@ -91,6 +97,7 @@ def train(
     """
     if isinstance(batches, Tensor):
         batches = TensorBatches(batches, config.batch_size, config.seed)
+    record = getattr(batches, "record", None) if record is None else record
     learner = GradientDescent({SINGLE_NAME: config}, single=True, record=record, world=world)
     return learner.run(batches, folder, callbacks, progress, log_to)[SINGLE_NAME]
 
@@ -115,6 +122,7 @@ def train_many(
     """
     if not configs:
         raise InputError("train_many: no configs were given.")
+    record = getattr(batches, "record", None) if record is None else record
     learner = GradientDescent(dict(configs), single=False, record=record, world=world)
     return learner.run(batches, folder, callbacks, progress, log_to)
 
@@ -155,7 +163,7 @@ class GradientDescent:
         """Train to the end."""
         c = self.shared
         plan = Plan(
-            c.log_every, c.checkpoint_interval, c.keep_checkpoints, total_steps=c.total_steps
+            c.log_interval, c.checkpoint_interval, c.keep_checkpoints, total_steps=c.total_steps
         )
 
         def report(step: int, result: StepResult) -> None:

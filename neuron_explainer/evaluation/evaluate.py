@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from neuron_explainer.activations.windows import TokenBatch
 from neuron_explainer.errors import InputError
@@ -37,6 +36,7 @@ from neuron_explainer.models.language_model import LanguageModel
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.weight_names import Dimension
+from neuron_explainer.progress import progress_bar
 
 Activations = Iterable[Tensor | tuple[Tensor, Tensor]]
 """Batches of activations ``[…, n]``; for a transcoder, pairs (input, activation to reconstruct)."""
@@ -140,7 +140,7 @@ def evaluate_all(
     model = context.get_or_create_model()
     subjects = placed(autoencoders, context.get_dim_size(Dimension.LAYERS))
     batches = list(batches) if isinstance(batches, Iterator) else batches
-    bar: Any = tqdm(desc="evaluating", unit="batch", disable=not progress)
+    bar: Any = progress_bar(desc="evaluating", unit="batch", disable=not progress)
     targets = dict.fromkeys(each.target for each in subjects.values())
     means = _means(model, targets, batches, score_bos, bar)
     totals = {
@@ -230,13 +230,23 @@ def _means(
     """The mean activation at each location, over all tokens that count."""
     totals = {location: ReconstructionStats() for location in locations}
     for batch in batches:
-        passes = SplicedPasses(model, batch.tokens, batch.pad, totals, logits=False)
-        counted = scored(passes.tokens, batch.pad, batch.bos, score_bos)
-        for location, stats in totals.items():
-            x = passes.activation(location)[counted]
-            stats.update(x, x)
+        _add_activations(model, batch, totals, score_bos)
         bar.update()
     return {location: stats.mean for location, stats in totals.items()}
+
+
+def _add_activations(
+    model: LanguageModel,
+    batch: TokenBatch,
+    totals: Mapping[ActivationLocation, ReconstructionStats],
+    score_bos: bool,
+) -> None:
+    # A function of its own, so that nothing of a batch is held when the next one is made.
+    passes = SplicedPasses(model, batch.tokens, batch.pad, totals, logits=False)
+    counted = scored(passes.tokens, batch.pad, batch.bos, score_bos)
+    for location, stats in totals.items():
+        x = passes.activation(location)[counted]
+        stats.update(x, x)
 
 
 def _add_batch(

@@ -96,7 +96,12 @@ class Evaluation:
     density: DensityHistogram = field(repr=False)
     """How many latents fire how often."""
     frequency: Tensor = field(repr=False, compare=False)
-    """``[l]``: share of the tokens on which each latent fires. :meth:`to_dict` leaves it out."""
+    """``[l]``: share of the tokens on which each latent fires. :meth:`to_dict` leaves out this and the
+    next two."""
+    mean_square: Tensor = field(repr=False, compare=False)
+    """``[l]`` in float64: mean over tokens of each latent's square."""
+    largest: Tensor = field(repr=False, compare=False)
+    """``[l]``: the largest value of each latent."""
     losses: Losses | None = None
     """Losses of the model's predictions; None if none were measured."""
     compat: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -130,6 +135,8 @@ class Evaluation:
             dead_share=float(stats.dead_share),
             density=density_histogram(stats.frequency),
             frequency=stats.frequency.cpu(),
+            mean_square=stats.mean_square.cpu(),
+            largest=stats.largest.cpu(),
             losses=Losses.from_totals(losses),
             compat={name: peer.figures(stats) for name, peer in peers.items()},
         )
@@ -154,12 +161,8 @@ class Evaluation:
         return own | theirs
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON can hold it, except the frequency of each latent; the histogram is there."""
-        result = {
-            name: value
-            for name, value in vars(self).items()
-            if name not in ("frequency", "density", "losses", "compat")
-        }
+        """All of it as JSON can hold it, except what there is of each latent; the histogram is there."""
+        result = {name: v for name, v in vars(self).items() if not isinstance(v, Tensor)}
         result["density"] = self.density._asdict()
         result["losses"] = None if self.losses is None else dict(vars(self.losses))
         result["compat"] = {peer: dict(figures) for peer, figures in self.compat.items()}

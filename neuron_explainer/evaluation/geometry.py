@@ -1,4 +1,4 @@
-"""What an autoencoder's weights look like without any data.
+"""Lengths and angles of an autoencoder's weights, without any data.
 
 Shape legend: ``n`` inputs, ``o`` outputs, ``l`` latents, ``m`` latents of a sample.
 """
@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.models.autoencoder_context import get_decoder_weight
+from neuron_explainer.models.autoencoders.pruned import get_decoder_weight
 
 SAMPLE = 2048
-"""Of how many latents the nearest other is looked for: all pairs of 32768 would take a minute."""
+"""For how many latents the nearest other one is searched: all pairs of 32,768 would take a minute."""
 _PAIRS_AT_ONCE = 2**24
 
 
@@ -24,14 +24,14 @@ class WeightGeometry:
     decoder_norm: Tensor
     """``[l]``"""
     encoder_decoder_cosine: Tensor | None
-    """``[l]``: how far a latent writes where it reads; None for a transcoder, which reads elsewhere."""
+    """``[l]``: how much a latent writes in the direction it reads; None for a transcoder."""
     nearest_cosine: Tensor
-    """``[m]``: the largest cosine of a decoder direction with any other; near 1 for duplicates."""
+    """``[m]``: the largest cosine of a decoder direction with any other one; near 1 for duplicates."""
 
     @classmethod
     @torch.no_grad()
     def of(cls, autoencoder: Autoencoder, sample: int = SAMPLE, seed: int = 0) -> "WeightGeometry":
-        """Measure the weights; the nearest cosine for a random ``sample`` of latents."""
+        """Measure the weights; the nearest cosine is measured for a random ``sample`` of latents."""
         decoder = get_decoder_weight(autoencoder).float()
         norm = decoder.norm(dim=1)
         alive = norm > 0
@@ -43,13 +43,13 @@ class WeightGeometry:
         return cls(norm[alive].cpu(), aligned, _nearest(directions, sample, seed).cpu())
 
     def sample_note(self, n_latents: int) -> str:
-        """What to add to a caption where the nearest is known of a sample only."""
+        """What to add to a caption if the nearest cosine is known for a sample only; else empty."""
         m = len(self.nearest_cosine)
         return "" if m >= len(self.decoder_norm) else f" ({m:,} of {n_latents:,} latents)"
 
 
 def _nearest(directions: Tensor, sample: int, seed: int) -> Tensor:
-    """``[l, o] -> [m]``"""
+    """The largest cosine of a sample of directions with any other one, ``[l, o] -> [m]``."""
     if len(directions) < 2:
         return directions.new_zeros(0)
     order = torch.randperm(len(directions), generator=torch.Generator().manual_seed(seed))

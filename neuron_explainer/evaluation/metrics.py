@@ -144,10 +144,12 @@ def cross_entropy_per_token(logits: Tensor, tokens: Tensor, pad: Tensor | None =
             f"expected logits [b, s, v] and tokens [b, s], found {list(logits.shape)} and "
             f"{list(tokens.shape)}."
         )
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
-    ).view(len(tokens), -1)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    # Row by row, as all logits at once would have to be copied.
+    rows = zip(logits[:, :-1], tokens[:, 1:], strict=True)
+    losses = torch.stack(
+        [F.cross_entropy(row.to(dtype), wanted, reduction="none") for row, wanted in rows]
+    )
     if pad is None:
         return losses
     check_pad(pad, tokens.shape)

@@ -1,4 +1,4 @@
-"""A text to measure on where the user gives none, written for this purpose."""
+"""A text to measure on if the user gives none. It was written for this purpose."""
 
 PASSAGE = """\
 The ferry left a little after six, when the fog had thinned enough for the captain to see the \

@@ -38,6 +38,6 @@ def coded_pieces(
         piece = slice(start, start + size)
         with torch.no_grad():
             x = rows[piece].to(autoencoder.device, autoencoder.dtype)
-            latents = autoencoder.encode_sparse(x)
-            recons = autoencoder.decode(latents, autoencoder.normalize(x)[1])
-        yield piece, Coded(latents, recons)
+            code = autoencoder.code_sparse(x)
+            recons = code.decode(code.latents)
+        yield piece, Coded(code.latents, recons)

@@ -70,9 +70,39 @@ class _LatentSums(NamedTuple):
 
     fired: Tensor
     """``[l]``: tokens on which each latent is not zero."""
+    square: Tensor
+    """``[l]`` in float64: the sum of its squares."""
+    largest: Tensor
+    """``[l]``: its largest value, at least 0."""
     l1: Tensor
     """``[]`` in float64."""
     n_tokens: int
+
+    @classmethod
+    def of(cls, values: Tensor, indices: Tensor | None, n_latents: int) -> Self:
+        """Sums over dense ``[t, l]`` or, with indices, over sparse ``[t, k]``."""
+        l1 = values.abs().sum(dtype=torch.float64)
+        active = values != 0
+        if indices is None:
+            largest = torch.cat([values, values.new_zeros(1, n_latents)]).amax(dim=0)
+            square = values.double().square().sum(dim=0)
+            return cls(active.sum(dim=0), square, largest, l1, len(values))
+        where, flat = indices.flatten(), values.flatten()
+        fired = where.new_zeros(n_latents).scatter_add_(0, where, active.flatten().long())
+        square = flat.new_zeros(n_latents, dtype=torch.float64)
+        square.scatter_add_(0, where, flat.double().square())
+        largest = flat.new_zeros(n_latents).scatter_reduce_(0, where, flat, "amax")
+        return cls(fired, square, largest, l1, len(values))
+
+    def plus(self, other: "_LatentSums") -> "_LatentSums":
+        device = self.fired.device
+        return _LatentSums(
+            self.fired + other.fired.to(device),
+            self.square + other.square.to(device),
+            torch.maximum(self.largest, other.largest.to(device)),
+            self.l1 + other.l1.to(device),
+            self.n_tokens + other.n_tokens,
+        )
 
 
 class ReconstructionStats:
@@ -137,29 +167,20 @@ class ReconstructionStats:
     def _add_latents(
         self, latents: Tensor | Latents, shape: torch.Size, pad: Tensor | None
     ) -> None:
-        values = latents if isinstance(latents, Tensor) else latents.values
+        if isinstance(latents, Tensor):
+            values, indices, n_latents = latents, None, latents.shape[-1]
+        else:
+            values, indices, n_latents = latents
         if values.shape[:-1] != shape[:-1]:
             raise InputError(
                 f"latents must have the leading axes of x {list(shape)}, found {list(values.shape)}."
             )
         values = kept_rows(values.detach(), pad, "latents")
-        active = values != 0
-        if isinstance(latents, Tensor):
-            fired = active.sum(dim=0)
-        else:
-            indices = kept_rows(latents.indices, pad, "latents")
-            fired = indices.new_zeros(latents.n_latents)
-            fired.scatter_add_(0, indices.flatten(), active.flatten().to(fired.dtype))
-        sums = _LatentSums(fired, values.abs().sum(dtype=torch.float64), len(values))
+        indices = None if indices is None else kept_rows(indices, pad, "latents")
         if self._latents is not None:
-            so_far, device = self._latents, self._latents.fired.device
-            _check_same_width("latents", len(so_far.fired), len(fired))
-            sums = _LatentSums(
-                so_far.fired + fired.to(device),
-                so_far.l1 + sums.l1.to(device),
-                so_far.n_tokens + sums.n_tokens,
-            )
-        self._latents = sums
+            _check_same_width("latents", len(self._latents.fired), n_latents)
+        sums = _LatentSums.of(values, indices, n_latents)
+        self._latents = sums if self._latents is None else self._latents.plus(sums)
 
     # ---- reconstructions -------------------------------------------------------------------------
 
@@ -225,6 +246,16 @@ class ReconstructionStats:
     def frequency(self) -> Tensor:
         """``[l]``: share of tokens on which each latent is not zero."""
         return self._encoded.fired.double() / self._encoded.n_tokens
+
+    @property
+    def mean_square(self) -> Tensor:
+        """``[l]``: mean over tokens of each latent's square, in float64."""
+        return self._encoded.square / self._encoded.n_tokens
+
+    @property
+    def largest(self) -> Tensor:
+        """``[l]``: the largest value of each latent; 0 if it has never been positive."""
+        return self._encoded.largest
 
     @property
     def l0(self) -> Tensor:

@@ -4,7 +4,7 @@ With another nonlinearity, without its input normalisation, or at another locati
 still gives latents and nothing fails, but its reconstructions become bad.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,17 +14,22 @@ from neuron_explainer.activations.corpus import start_token
 from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation.passage import PASSAGE
 from neuron_explainer.evaluation.pieces import coded_pieces
-from neuron_explainer.evaluation.placed import placed_at
+from neuron_explainer.evaluation.placed import Placed, placed_at
 from neuron_explainer.evaluation.running import ReconstructionStats
 from neuron_explainer.evaluation.spliced_passes import SplicedPasses
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
+from neuron_explainer.models.language_model import LanguageModel
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.weight_names import Dimension, LayerIndex
 
-WORST_FVU = 0.5
-"""With more of the variance unexplained than this, an autoencoder is suspected of misuse."""
+WORST_FVU = 0.6
+"""With more of the variance unexplained than this, an autoencoder is suspected of misuse.
+
+The shipped residual autoencoders in a wrong layer leave 0.58 to 28 unexplained; one of 512 latents that
+was trained for forty steps, at its own location, 0.53.
+"""
 MARGIN = 0.15
 """How far FVU may exceed the recorded one, which was measured on other text."""
 
@@ -117,13 +122,8 @@ def verify_autoencoder(
     stats = ReconstructionStats()
     sources = location.expand(model_context.get_dim_size(Dimension.LAYERS))
     subjects = [placed_at(source, autoencoder) for source in sources]
-    locations = [place for each in subjects for place in (each.source, each.target)]
     for tokens in _windows(model_context, text, bos):
-        passes = SplicedPasses(model, tokens, None, locations, logits=False)
-        for each in subjects:
-            x, target = (passes.activation(place)[0, 1:] for place in (each.source, each.target))
-            for piece, coded in coded_pieces(autoencoder, x):
-                stats.update(target[piece], coded.recons.to(target.device), coded.latents)
+        _add_window(model, tokens, subjects, stats)
     recorded = autoencoder.metadata.get("held_out") or {}
     return Verification(
         location,
@@ -133,6 +133,18 @@ def verify_autoencoder(
         float(stats.dead_share),
         {name: recorded[name] for name in ("fvu", "l0", "dead_share") if name in recorded},
     )
+
+
+def _add_window(
+    model: LanguageModel, tokens: Tensor, subjects: Sequence[Placed], stats: ReconstructionStats
+) -> None:
+    """Add all tokens ``[1, s]`` but the first."""
+    locations = [place for each in subjects for place in (each.source, each.target)]
+    passes = SplicedPasses(model, tokens, None, locations, logits=False)
+    for each in subjects:
+        x, target = (passes.activation(place)[0, 1:] for place in (each.source, each.target))
+        for piece, coded in coded_pieces(each.autoencoder, x):
+            stats.update(target[piece], coded.recons.to(target.device), coded.latents)
 
 
 def _windows(model_context: ModelContext, text: str, bos: bool) -> list[Tensor]:

@@ -1,19 +1,18 @@
-"""Paths and URLs to local files: a private cache that is never wrong, and writes that never tear.
+"""From paths and URLs to local files: a private cache that is always checked, and atomic writes.
 
 Every read of the library goes through :func:`fetch`, every write through :func:`atomic_write` or
-:func:`atomic_folder`. A remote file is had once and checked ever after:
+:func:`atomic_folder`. A remote file is downloaded once and checked at every later use:
 
-- it is received into ``state/<key>/partial``, continued with a ``Range`` request where the server
-  still has the same ETag, compared with every length and checksum that is known, synced to disk
-  and only then renamed to ``files/<host>/<path>``, under a lock that other processes respect;
-- ``state/<key>/record.json`` says source, size, ETag, SHA-256 and date. A load compares the size,
-  and the hash once in each process; bytes that differ are fetched again or refused, never used;
-- a file that is there and right is used without asking any server, so a warm cache works offline.
+- It is received into ``state/<key>/partial``. An interrupted download continues with a ``Range`` request
+  if the server still has the same ETag. The file is compared with every length and checksum that is
+  known, synced to disk, and only then renamed to ``files/<host>/<path>``, under a lock.
+- ``state/<key>/record.json`` holds source, size, ETag, SHA-256 and date. A load compares the size, and the
+  hash once in each process. A file that differs is fetched again or refused, never used.
+- A file that is present and right is used without asking a server, so a full cache works offline.
 
-Public blobs of Azure (``az://account/container/name``) are read over plain anonymous https, and
-``blobfile`` is asked only where that is refused and the user has Azure credentials: blobfile looks
-for credentials first, so that an expired ``az login`` would end the download of a public file, and
-needs the right to list the container, which a public blob need not give.
+Public blobs of Azure (``az://account/container/name``) are read over plain https. ``blobfile`` is used only
+if that is refused and the user has Azure credentials: it looks for credentials first, so that an expired
+``az login`` would end the download of a public file, and it needs the right to list the container.
 """
 
 from neuron_explainer.files.cache import (
@@ -32,6 +31,7 @@ from neuron_explainer.files.writing import (
     explain_refusal,
     is_leftover,
     list_folder,
+    local_path,
     make_folder,
     read_json,
     remove_leftovers,
@@ -55,6 +55,7 @@ __all__ = [
     "join",
     "list_cache",
     "list_folder",
+    "local_path",
     "make_folder",
     "options",
     "read_json",

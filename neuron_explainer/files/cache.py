@@ -1,4 +1,4 @@
-"""The cache: what is known about each file in it, and what ``neuron-explainer cache`` does with it."""
+"""The cache: the record of each file in it, and the functions behind ``neuron-explainer cache``."""
 
 import contextlib
 import fnmatch
@@ -13,6 +13,7 @@ from neuron_explainer.errors import CheckpointError, SourceError, did_you_mean
 from neuron_explainer.files.names import Remote, cache_dir, is_remote, parse
 from neuron_explainer.files.writing import (
     check_expected,
+    local_path,
     make_folder,
     read_json,
     sha256_of,
@@ -24,13 +25,13 @@ logger = logging.getLogger("neuron_explainer.files")
 
 
 ABSENT = "it is not in the cache"
-# Hashed once in a process: path -> what the file system said about the file then.
+# Files whose hash this process has checked: path -> size, time and inode at that moment.
 verified: dict[str, tuple[int, int, int]] = {}
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is known about a downloaded file; ``record.json``."""
+    """What is known about a downloaded file, as ``record.json`` holds it."""
 
     source: str
     path: str  # below the cache, with "/"
@@ -41,7 +42,7 @@ class Record:
 
 
 def read_record(state: Path) -> Record | None:
-    """None where nothing is recorded; CheckpointError where it cannot be believed."""
+    """The record of a file; None if there is none; CheckpointError if it is damaged."""
     file = state / "record.json"
     if not file.exists():
         return None
@@ -51,13 +52,17 @@ def read_record(state: Path) -> Record | None:
     except TypeError as error:
         raise CheckpointError(f"{file}: not a record of this cache: {error}") from None
     texts = (record.source, record.path, record.sha256, record.date)
-    if not isinstance(record.size, int) or not all(isinstance(text, str) for text in texts):
+    if type(record.size) is not int or not all(isinstance(text, str) for text in texts):
         raise CheckpointError(f"{file}: not a record of this cache: a field of another type")
+    try:
+        local_path(record.path)
+    except SourceError as error:
+        raise CheckpointError(f"{file}: not a record of this cache: {error}") from None
     return record
 
 
 def why_unusable(remote: Remote) -> str | None:
-    """None if the cached copy may be used, else what is wrong with it."""
+    """What is wrong with the cached copy; None if it can be used."""
     path = remote.path
     if not path.exists():
         return ABSENT
@@ -68,8 +73,8 @@ def why_unusable(remote: Remote) -> str | None:
     except CheckpointError as error:
         return str(error)
     if record is None:
-        # Downloads write the record first, so a user has put this file here. There is nothing to
-        # hold it against but the caller's figures, and it is not ours to replace.
+        # A download writes the record first, so a user has put this file here. It can only be compared
+        # with the caller's figures, and must not be replaced.
         check_expected(path, remote.source, remote.size, remote.sha256)
         return None
     if remote.size not in (None, record.size) or remote.sha256 not in (None, record.sha256):
@@ -78,9 +83,9 @@ def why_unusable(remote: Remote) -> str | None:
 
 
 def damage(path: Path, record: Record, *, rehash: bool = False) -> str | None:
-    """None where the file is what was downloaded, else what is not.
+    """How the file differs from the one that was downloaded; None if it does not.
 
-    Size, time and inode are compared at every call, the hash once in a process or on ``rehash``.
+    Size, time and inode are compared in every call, the hash once in each process, or with ``rehash``.
     """
     found = path.stat()
     if found.st_size != record.size:
@@ -99,7 +104,7 @@ def damage(path: Path, record: Record, *, rehash: bool = False) -> str | None:
 
 @dataclass(frozen=True)
 class Version:
-    """What the server says of a file: what the parts of one download must agree in."""
+    """What the server says about a file; all parts of a download must agree in it."""
 
     etag: str | None = None
     total: int | None = None
@@ -107,7 +112,7 @@ class Version:
 
 
 class Partial:
-    """An unfinished download: its bytes, and which version of the file they begin."""
+    """An unfinished download: the bytes received so far, and the version of the file they belong to."""
 
     def __init__(self, remote: Remote) -> None:
         self.source = remote.source
@@ -118,7 +123,7 @@ class Partial:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def version(self) -> Version:
-        """Of the bytes that are there; empty where unknown."""
+        """The version that the received bytes belong to; empty if it is not known."""
         try:
             found = read_json(self.info)
             return Version(found["etag"], found["total"], found["md5"])
@@ -126,7 +131,7 @@ class Partial:
             return Version()
 
     def begin(self, version: Version) -> None:
-        """Start anew. The old bytes go first, so that they never lie beside the new ETag."""
+        """Start again. The old bytes are deleted first, so that they never lie beside the new ETag."""
         self.discard()
         write_json(self.info, {"source": self.source} | asdict(version))
 
@@ -135,7 +140,7 @@ class Partial:
         self.info.unlink(missing_ok=True)
 
     def append(self, chunks: Iterator[bytes], received: Callable[[int], None]) -> None:
-        """Write what comes, synced to disk at the end; ``received`` is told of each chunk's size."""
+        """Write the chunks and sync them to disk; ``received`` is called with the size of each."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
         with open(os.open(self.path, flags, 0o600), "wb") as file:
             for chunk in chunks:
@@ -146,10 +151,10 @@ class Partial:
 
 
 def install(remote: Remote, partial: Partial) -> None:
-    """Give the received file its name. The record comes first.
+    """Write the record, and then give the received file its final name.
 
-    A process killed between the two leaves a record without its file, which is fetched again; the
-    other way round the new file would look like one put there by hand.
+    A process killed between the two leaves a record without a file, which is fetched again. In the other
+    order, the file would look like one that the user has put there.
     """
     path = remote.path
     found = partial.path.stat()
@@ -185,9 +190,9 @@ def _warn_if_other_version(remote: Remote, record: Record) -> None:
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One file of the cache. ``problem`` is None where nothing wrong was found.
+    """One file of the cache. ``problem`` is None if nothing wrong was found.
 
-    A file that someone has put there by hand has its path as ``source``, and no hash or date.
+    A file that a user has put there has its path as ``source``, and no hash or date.
     """
 
     source: str
@@ -200,7 +205,7 @@ class CacheEntry:
 
 
 def list_cache() -> list[CacheEntry]:
-    """Every file of the cache, by source, with what a look at names and sizes shows."""
+    """Every file of the cache, sorted by source; names and sizes are checked, contents are not."""
     return _entries(rehash=False)
 
 
@@ -261,10 +266,10 @@ def _entry_problem(root: Path, path: Path, record: Record, rehash: bool) -> str 
 
 
 def remove_from_cache(source_or_pattern: str) -> list[CacheEntry]:
-    """Delete the cached files of one source, or of all that match (``*``, ``?``); what went.
+    """Delete the cached files whose source matches (``*``, ``?``), and return their entries.
 
-    ``list_cache`` shows the names. Nothing matching is an error: a slip should not look like work
-    done.
+    ``list_cache`` shows the names. If nothing matches, that is an error: a typing error must not look
+    like success.
     """
     entries = list_cache()
     wanted = [entry for entry in entries if _matches(entry, source_or_pattern)]
@@ -292,7 +297,7 @@ def _remove(entry: CacheEntry) -> None:
         raise SourceError(f"{entry.path} leads out of the cache; remove it, or the link, yourself")
     verified.pop(str(entry.path), None)
     for state in _states_of(entry, root):
-        # The lock itself stays: to delete it would let two processes in at once.
+        # The lock stays: if it were deleted, two processes could hold one at the same time.
         with filelock.FileLock(state / "lock"):
             entry.path.unlink(missing_ok=True)
             for name in ("record.json", "partial", "partial.json"):
@@ -306,7 +311,7 @@ def _remove(entry: CacheEntry) -> None:
 
 
 def _states_of(entry: CacheEntry, root: Path) -> Iterator[Path]:
-    """Where the record of an entry lies: a partial download lies in its own state folder."""
+    """The folders that hold the record of an entry; an unfinished download lies in its own."""
     if entry.path.parent.parent == root / "state":
         yield entry.path.parent
         return

@@ -1,7 +1,7 @@
 """From a name to a local file: plain HTTP, the Hugging Face hub, private Azure blobs.
 
-A single try is one of the functions under "one try"; :func:`download` makes as many as it takes. Every
-failure is a :class:`RetryError`, which another try may mend, or a ``SourceError``, which it will not.
+The functions under "one try" try once; :func:`download` tries as often as necessary. A failure that may
+not happen again is a :class:`RetryError`, any other a ``SourceError``.
 """
 
 import contextlib
@@ -48,12 +48,12 @@ class Options:
     """How long downloads try; change the fields of :data:`options`."""
 
     attempts: int = 5
-    """Tries in a row that bring nothing new before a download is given up: a slow, broken line still
-    ends with the file."""
+    """A download is given up after this many tries in a row that bring no new bytes. A try that brings
+    some starts the count again, so that a slow, broken line still delivers the file."""
     backoff_seconds: float = 0.5
-    """Wait after the first such try; it doubles with each."""
+    """Wait after the first such try; it doubles with each further one."""
     chunk_bytes: int = 256 * 1024
-    """Bytes that are read from a connection at a time."""
+    """Number of bytes that are read from a connection at a time."""
 
 
 options = Options()
@@ -80,20 +80,20 @@ _REFUSED_STATUS = frozenset({401, 403, 404, 409, 410})
 
 
 class RetryError(Exception):
-    """This try failed in a way that another may mend. Not an OSError: those are the disk's."""
+    """This try failed, and the next one may not. (Not an OSError: those are errors of the disk.)"""
 
     def __init__(self, reason: str, *, wait_seconds: float = 0.0, anew: bool = False) -> None:
         super().__init__(reason)
         self.wait_seconds = wait_seconds
-        self.anew = anew  # what has been received is of no use
+        self.anew = anew  # start again: the received bytes cannot be used
 
 
 class UnreachableError(RetryError):
-    """No connection came about at all: hopeless unless bytes have already come in this call."""
+    """There was no connection at all: no use to try again, unless this call has received bytes."""
 
 
 class _RefusedError(SourceError):
-    """The server answered, and will answer the same again."""
+    """The server refused, and would refuse again."""
 
     def __init__(self, reason: str, status: int) -> None:
         super().__init__(reason)
@@ -102,7 +102,7 @@ class _RefusedError(SourceError):
 
 @dataclass(frozen=True)
 class _Body:
-    """An answer that has begun: the bytes of a version of the file from ``start`` on."""
+    """An answer whose bytes can be read: those of one version of the file, from ``start`` on."""
 
     start: int
     version: Version
@@ -110,13 +110,13 @@ class _Body:
 
 
 def new_session(threads: int) -> Any:
-    """Connections for some threads to share."""
+    """Connections that some threads share."""
     import requests
     from requests.adapters import HTTPAdapter
 
     session = requests.Session()
     for scheme in ("https://", "http://"):
-        # Retries are ours: these would not know of Range.
+        # We retry ourselves: requests would start from the first byte.
         session.mount(scheme, HTTPAdapter(pool_maxsize=threads, max_retries=0))
     return session
 
@@ -124,9 +124,9 @@ def new_session(threads: int) -> Any:
 def open_remote(
     remote: Remote, session: Any, start: int, etag: str | None, stack: contextlib.ExitStack
 ) -> _Body:
-    """The file from ``start`` on if its ETag still is ``etag``, else from its beginning.
+    """The file from ``start`` on if its ETag is still ``etag``, else the whole file.
 
-    What is opened is closed with ``stack``.
+    Everything that is opened is closed with ``stack``.
     """
     try:
         return _open_http(remote, session, start, etag, stack)
@@ -140,7 +140,7 @@ def open_remote(
 
 
 def exists_at(remote: Remote, session: Any) -> bool:
-    """Whether the server has the file; an exception where it does not tell."""
+    """Whether the server has the file; an exception if it does not say."""
     try:
         with _request(session, "HEAD", *_http_target(remote)):
             return True
@@ -153,8 +153,8 @@ def exists_at(remote: Remote, session: Any) -> bool:
 
 
 def _http_target(remote: Remote) -> tuple[str, dict[str, str]]:
-    """URL and headers; for the Hugging Face hub, with the user's own endpoint and token."""
-    # identity: the lengths and checksums are those of the file, not of a compressed form of it
+    """URL and headers of a file; for the Hugging Face hub, with the user's endpoint and token."""
+    # identity: lengths and checksums must be those of the file, not of a compressed form
     headers = {"Accept-Encoding": "identity"}
     if not remote.url.startswith("hf:"):
         return remote.url, headers
@@ -189,7 +189,7 @@ def _open_http(
     md5 = given.get("x-ms-blob-content-md5")
     chunks = _chunks(response, url)
     if response.status_code == 206:
-        # A server that knows no If-Range continues with what it has now: its ETag tells.
+        # A server without If-Range continues whatever version it has now; the ETag shows which.
         first, total = _content_range(given.get("Content-Range", ""))
         if first != start or found != etag:
             raise RetryError("the server continued another file than the one begun", anew=True)
@@ -200,7 +200,7 @@ def _open_http(
 
 
 def _strong(etag: str | None) -> str | None:
-    """Only a strong ETag promises the same bytes; a weak one must not be used with If-Range."""
+    """The ETag if it is a strong one: a weak one does not promise the same bytes, nor fits If-Range."""
     return None if etag is None or etag.startswith("W/") else etag
 
 
@@ -213,7 +213,7 @@ def _content_range(text: str) -> tuple[int | None, int | None]:
 
 @contextlib.contextmanager
 def _request(session: Any, method: str, url: str, headers: dict[str, str]) -> Iterator[Any]:
-    """The answer to a request that the server accepted; every other outcome is an exception."""
+    """The answer to a request, if the server accepts it; every other outcome is an exception."""
     import requests
 
     with contextlib.ExitStack() as stack:
@@ -242,8 +242,8 @@ def _request(session: Any, method: str, url: str, headers: dict[str, str]) -> It
 def _check_hop(here: str, there: str) -> None:
     """Refuse a redirect before it is followed.
 
-    Each hop must be as safe as a URL that the user gives: what a plain http server in the middle
-    answers could send the next hop anywhere.
+    Each hop must be as safe as a URL that the user gives: a plain http server in the middle could send
+    the next request anywhere.
     """
     found = split_url(there)
     checked_host(found, without_query(there))
@@ -299,13 +299,13 @@ def _network_error(error: Exception, url: str) -> Exception:
 
 
 def _has_azure_credentials() -> bool:
-    """Whether blobfile would find any: the places that it documents."""
+    """Whether there are credentials in the places where blobfile looks for them."""
     login = Path.home() / ".azure" / "msal_token_cache.json"
     return any(os.environ.get(name) for name in _AZURE_CREDENTIALS) or login.exists()
 
 
 def _azure_context() -> Any:
-    """blobfile with an end to its patience, and nothing left in the home folder."""
+    """A context of blobfile that gives up after two tries and writes nothing to the home folder."""
     import blobfile
 
     return blobfile.create_context(
@@ -316,7 +316,7 @@ def _azure_context() -> Any:
 def _open_blob(
     blob: tuple[str, str], start: int, etag: str | None, stack: contextlib.ExitStack
 ) -> _Body:
-    """A private blob, with the credentials that blobfile finds."""
+    """A private blob, opened with the credentials that blobfile finds."""
     context = _azure_context()
     path = f"az://{blob[0]}/{blob[1]}"
     with _blobfile_errors():
@@ -364,7 +364,7 @@ def _blobfile_errors() -> Iterator[None]:
 
 
 class Transfer:
-    """Connections, the progress bar, the wish to stop."""
+    """The connections, the progress bar and the stop signal of one call."""
 
     def __init__(self, *, progress: bool, threads: int = 1) -> None:
         self.stopped = threading.Event()
@@ -384,14 +384,14 @@ class Transfer:
             self._bar.close()
 
     def session(self) -> Any:
-        """Made when first needed: a warm cache does not even import requests."""
+        """The connections, made when they are first needed: a full cache does not even import requests."""
         with self._lock:
             if self._session is None:
                 self._session = new_session(self._threads)
             return self._session
 
     def began(self, source: str, total: int | None, have: int) -> None:
-        """A try has begun for a file of ``total`` bytes, of which ``have`` are there already."""
+        """Show that a try has begun, for a file of ``total`` bytes of which ``have`` are present."""
         if not self._progress:
             return
         from tqdm import tqdm
@@ -399,7 +399,7 @@ class Transfer:
         with self._lock:
             if self._bar is None:
                 name = source.rpartition("/")[2] if self._threads == 1 else "downloading"
-                # disable=None: silent where nobody looks
+                # disable=None: no bar if stderr is not a terminal
                 self._bar = tqdm(desc=name, unit="B", unit_scale=True, disable=None, total=0)
             if source not in self._got:
                 self._bar.total += total or 0
@@ -415,16 +415,16 @@ class Transfer:
                 self._bar.update(count)
 
     def pause(self, seconds: float) -> None:
-        """Sleep, unless somebody wants to stop."""
+        """Sleep; KeyboardInterrupt if the call is stopped meanwhile."""
         if self.stopped.wait(seconds):
             raise KeyboardInterrupt
 
 
-# --- as many tries as it takes ---
+# --- as many tries as necessary ---
 
 
 def download(remote: Remote, transfer: Transfer, why: str) -> None:
-    """Bring the file into the cache. The caller holds its lock."""
+    """Download a file into the cache. The caller holds the lock of the file."""
     if why != ABSENT:
         logger.warning("%s; downloading %s again", why, remote.source)
     partial = Partial(remote)
@@ -452,7 +452,7 @@ def _advice(remote: Remote) -> str:
 
 
 def _receive(remote: Remote, partial: Partial, transfer: Transfer) -> None:
-    """Fill ``partial`` with the whole, checked file, in as many tries as it takes."""
+    """Fill ``partial`` with the whole file and check it, in as many tries as necessary."""
     failures, most, came = 0, partial.size(), False
     while True:
         try:
@@ -472,7 +472,7 @@ def _receive(remote: Remote, partial: Partial, transfer: Transfer) -> None:
 
 
 def backoff(failures: int) -> float:
-    # Jitter, so that the threads of one fetch_all do not come back all at once.
+    # Random, so that the threads of one fetch_all do not all come back at once.
     return options.backoff_seconds * 2.0 ** (failures - 1) * random.uniform(0.75, 1.25)
 
 
@@ -538,9 +538,9 @@ def fetch(
     sha256: str | None = None,
     progress: bool = True,
 ) -> Path:
-    """The local file of ``source``: a local path itself, a remote file's checked copy.
+    """The local file of ``source``: the path itself if it is local, a checked copy if it is remote.
 
-    ``size`` in bytes and ``sha256`` in hex, where given, must be those of the file.
+    If ``size`` (in bytes) or ``sha256`` (in hex) are given, the file must have them.
     """
     if not is_remote(source):
         return local_file(source, size, sha256)
@@ -576,7 +576,7 @@ def _run_all(sources: Sequence[str], transfer: Transfer, threads: int) -> list[F
 
 
 def _fetch(source: str, transfer: Transfer, size: int | None, sha256: str | None) -> Path:
-    """One file, by whichever thread."""
+    """One file of a call, in any thread."""
     if not is_remote(source):
         return local_file(source, size, sha256)
     remote = replace(parse(source), size=size, sha256=sha256 and sha256.lower())
@@ -593,12 +593,15 @@ def _fetch(source: str, transfer: Transfer, size: int | None, sha256: str | None
 
 
 def exists(source: str | Path) -> bool:
-    """Whether there is such a local file or folder, or such a remote file.
+    """Whether a local file or folder, or a remote file, exists.
 
-    A remote file in the cache is not asked for again. SourceError where no answer can be had.
+    A file in the cache exists without asking the server. SourceError if there is no answer.
     """
     if not is_remote(source):
-        return local_path(source).exists()
+        try:
+            return local_path(source).exists()
+        except OSError as error:
+            raise SourceError(f"cannot see {source}: {error.strerror}") from error
     remote = parse(str(source))
     if why_unusable(remote) is None:
         return True

@@ -1,4 +1,4 @@
-"""Names of remote files, none of which leads out of where it belongs, and the folder of their copies."""
+"""Names of remote files, none of which leads out of its folder, and the private folder of the copies."""
 
 import contextlib
 import hashlib
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
-from neuron_explainer.errors import SourceError
+from neuron_explainer.errors import SourceError, shown
 from neuron_explainer.files.writing import REMOTE_PREFIXES, in_way
 
 _AZURE_HOST = ".blob.core.windows.net"
@@ -19,12 +19,12 @@ _AZURE_HOST = ".blob.core.windows.net"
 
 @dataclass(frozen=True)
 class Remote:
-    """One remote file: how the user wrote it, where it is, and where its copy lies."""
+    """One remote file: the name that the user gave, its URL, and the place of its copy."""
 
-    source: str  # for people: never with the query, which may hold a secret
-    url: str  # https://, http:// (loopback) or hf:// with everything
-    parts: tuple[str, ...]  # the copy's path below files/
-    size: int | None = None  # what the caller says of the file
+    source: str  # for messages: without the query, which may hold a secret
+    url: str  # https://, http:// (loopback) or hf://, complete
+    parts: tuple[str, ...]  # path of the copy below files/
+    size: int | None = None  # what the caller expects, like sha256
     sha256: str | None = None
 
     @property
@@ -35,13 +35,13 @@ class Remote:
     def state(self) -> Path:
         """The folder of the record, the lock and the unfinished download.
 
-        Flat and hashed, so that no remote name can stand for one of these.
+        Its name is a hash, so that no remote name can be that of one of these files.
         """
         return inside_cache("state", hashlib.sha256(self.url.encode()).hexdigest()[:32])
 
     @property
     def azure(self) -> tuple[str, str] | None:
-        """``(account, path)`` of an Azure blob."""
+        """``(account, path)`` of an Azure blob; None for other files."""
         found = urlsplit(self.url)
         host = found.hostname or ""
         if not host.endswith(_AZURE_HOST):
@@ -59,7 +59,8 @@ def is_remote(source: str | Path) -> bool:
 
 
 def parse(source: str) -> Remote:
-    """The file that a name means. The two spellings of an Azure blob give the same."""
+    """The file that a name stands for. Both spellings of an Azure blob give the same file."""
+    _check_text(source)
     if source.startswith("az://"):
         account, _, rest = source.removeprefix("az://").partition("/")
         if not (account.isascii() and account.isalnum() and account == account.lower()):
@@ -90,8 +91,16 @@ def _parse_hf(source: str) -> Remote:
     return Remote(source, f"hf://{text}", ("hf", *map(_file_name, names)))
 
 
+def _check_text(name: str) -> None:
+    """Refuse half a surrogate pair, which has no form in bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise SourceError(f"{shown(name)} cannot be the name of a file") from None
+
+
 def split_url(url: str) -> SplitResult:
-    """The parts of a URL; an error of ours where it is none, such as ``http://[::1``."""
+    """The parts of a URL; SourceError for text that is no URL, such as ``http://[::1``."""
     try:
         return urlsplit(url)
     except ValueError as error:
@@ -99,7 +108,7 @@ def split_url(url: str) -> SplitResult:
 
 
 def checked_host(found: SplitResult, shown: str) -> str:
-    """Host and port of a URL that may be read from."""
+    """Host and port of a URL; SourceError if the URL may not be read from."""
     if "@" in found.netloc:
         raise SourceError(
             f"{found.scheme}://{found.hostname}: URLs with a user or password are not "
@@ -122,7 +131,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _check_names(names: Sequence[str], source: str) -> None:
-    """Refuse what could lead out of a folder, on any system: names come from remote indexes too."""
+    """Refuse names that lead out of a folder on any system; remote indexes hold names too."""
     for name in names:
         if name in ("", ".", "..") or any(c in "/\\" or ord(c) < 32 for c in name):
             hint = " (a folder's name, not a file's?)" if name == names[-1] == "" else ""
@@ -130,7 +139,7 @@ def _check_names(names: Sequence[str], source: str) -> None:
 
 
 def _file_name(name: str) -> str:
-    """A name that every file system takes, the same for the same name and no other."""
+    """A name that every file system accepts, and that differs for different names."""
     safe = quote(name, safe=" !#$&'()+,;=@[]^_`{}~.-")
     if len(safe) <= 120:
         return safe
@@ -148,6 +157,8 @@ def join(folder: str | Path, *parts: str) -> str | Path:
 
     Parts are plain names, not URL-encoded ones: they are encoded here where the URL needs it.
     """
+    for part in (str(folder), *parts):
+        _check_text(part)
     for part in parts:
         if PureWindowsPath(part).drive:
             raise SourceError(f"{part!r}: a path of its own, expected one within {folder}")
@@ -162,17 +173,17 @@ def join(folder: str | Path, *parts: str) -> str | Path:
     return urlunsplit(found._replace(path=path))
 
 
-# --- the private folder that downloads go to ---
+# --- the private folder of downloads ---
 
 
 CACHE_VARIABLE = "NEURON_EXPLAINER_CACHE"
 
 
 def cache_dir() -> Path:
-    """The private folder of downloaded files, made when it is not there.
+    """The private folder of downloaded files; it is made if it does not exist.
 
-    ``$NEURON_EXPLAINER_CACHE``, or the user's cache folder. A folder that others own or can write
-    to is refused: who can plant a file there chooses which weights are loaded.
+    It is ``$NEURON_EXPLAINER_CACHE``, or else the user's cache folder. A folder that others own or can
+    write to is refused: they could choose which weights are loaded.
     """
     chosen = os.environ.get(CACHE_VARIABLE)
     folder = Path(os.path.abspath(Path(chosen).expanduser())) if chosen else _user_cache()
@@ -194,14 +205,14 @@ def _user_cache() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library/Caches/neuron_explainer"
     xdg = os.environ.get("XDG_CACHE_HOME", "")
-    # A relative XDG path is to be ignored, says the specification.
+    # The XDG specification says to ignore a relative path.
     base = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache"
     return base / "neuron_explainer"
 
 
 def _check_private(folder: Path) -> None:
     if not hasattr(os, "geteuid"):
-        return  # Windows: access lists, not modes, and the user's folder is the user's
+        return  # Windows has access lists, not modes, and the user's folder is private
     found = folder.stat()
     if found.st_uid != os.geteuid():
         raise SourceError(
@@ -217,7 +228,7 @@ def _check_private(folder: Path) -> None:
 
 
 def inside_cache(*parts: str) -> Path:
-    """A path within the cache, of which no part is a link to somewhere else."""
+    """A path within the cache; SourceError if a symbolic link in it leads out of the cache."""
     root = cache_dir()
     path = root.joinpath(*parts)
     real = path.resolve()

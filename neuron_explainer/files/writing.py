@@ -1,4 +1,4 @@
-"""Local files: what stands in their way, and files and folders that appear whole or not at all."""
+"""Local files: clear errors, and writes of files and folders that appear whole or not at all."""
 
 import contextlib
 import ctypes
@@ -13,26 +13,39 @@ import sys
 import tempfile
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from neuron_explainer.errors import CheckpointError, InputError, SourceError, did_you_mean, shown
 
+if sys.platform != "win32":
+    import fcntl  # no locks there, and so nothing is cleared away
+
 REMOTE_PREFIXES = ("az://", "https://", "http://", "hf:")
 DISK_FULL = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
+_NO_PLACE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO})
 FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 def local_path(source: str | Path) -> Path:
-    """``source`` as it is, but for a leading ``~``."""
-    return Path(source).expanduser() if str(source).startswith("~") else Path(source)
+    """The path ``source``, with a leading ``~`` expanded; SourceError if no file can have this name."""
+    try:
+        path = Path(source).expanduser() if str(source).startswith("~") else Path(source)
+        possible = b"\0" not in os.fsencode(path)
+    except RuntimeError as error:
+        raise SourceError(f"{shown(str(source))}: {error}") from None
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise SourceError(f"{shown(str(source))} cannot be the name of a file")
+    return path
 
 
 def local_file(source: str | Path, size: int | None, sha256: str | None) -> Path:
-    """The path of a file that is there and has these figures, where given."""
+    """The path of an existing file; SourceError if its size or SHA-256 are not those given."""
     path = local_path(source)
     try:
         if path.is_dir():
@@ -48,11 +61,9 @@ def local_file(source: str | Path, size: int | None, sha256: str | None) -> Path
 
 
 def check_regular(path: Path) -> None:
-    """Refuse a pipe, socket or device: a read of one may never end."""
+    """Refuse a pipe, socket or device: reading one may never end."""
     if not path.is_file():
-        raise SourceError(
-            f"{path} is a pipe, socket or device; save what it gives as a file, and give that"
-        )
+        raise SourceError(f"{path} is a pipe, socket or device where a file is expected")
 
 
 def _nearby(path: Path) -> str:
@@ -74,7 +85,7 @@ def _unknown_scheme(source: str) -> str:
 
 
 def check_expected(path: Path, source: str, size: int | None, sha256: str | None) -> None:
-    """Refuse a file that is not the one that the caller means."""
+    """Refuse a file that differs in size or SHA-256 from what the caller expects."""
     found = path.stat().st_size
     if size is not None and found != size:
         raise SourceError(f"{source}: expected {size} bytes, found {found} in {path}")
@@ -83,7 +94,8 @@ def check_expected(path: Path, source: str, size: int | None, sha256: str | None
 
 
 def make_folder(folder: Path) -> None:
-    """The folder and its parents, where they are not there."""
+    """Make a folder and its parents, if they do not exist."""
+    local_path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -91,15 +103,16 @@ def make_folder(folder: Path) -> None:
 
 
 def in_way(error: OSError, path: Path) -> str:
-    """What stands in the way, said better than ``FileExistsError`` does."""
-    for part in (path, *path.parents):
-        if part.is_file():
-            return f"{part} is a file where a folder is expected"
+    """Why ``path`` cannot be made: a file in the place of a folder is named."""
+    with contextlib.suppress(OSError):  # a name that is too long
+        for part in (path, *path.parents):
+            if part.exists() and not part.is_dir():
+                return f"{part} is a file where a folder is expected"
     return f"{type(error).__name__}: {error.strerror or error}"
 
 
 def disk_reason(error: OSError, folder: Path) -> str:
-    """Why nothing could be written in ``folder``."""
+    """Why writing in ``folder`` failed."""
     if error.errno not in DISK_FULL:
         return in_way(error, Path(error.filename or folder))
     free = shutil.disk_usage(folder).free
@@ -113,7 +126,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def md5_of(path: Path) -> str:
-    """As servers state it, in base64. Against accidents of transfer only."""
+    """The MD5 of a file in base64, as servers state it; it guards against accidents only."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
     return b64encode(digest.digest()).decode()
@@ -131,29 +144,25 @@ _RENAME_EXCHANGE = 2
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """A temporary file that becomes ``path``, on disk to the last byte, if the block ends well.
 
-    If it does not, ``path`` is what it was. A symbolic link is written through; a process that is
-    killed may leave a hidden ``.name.….tmp`` beside the target, which can be deleted.
+    If it does not, ``path`` is what it was. A symbolic link is written through. A process that is
+    killed may leave a hidden ``.name.….tmp`` beside the target, which the next write of it deletes.
     """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
+    target = _target(path)
+    if os.path.isdir(target):
         raise SourceError(f"{target} is a folder where a file is expected")
+    if os.path.exists(target):
+        check_regular(target)  # to rename a file to /dev/null would replace it
     make_folder(target.parent)
-    temporary = _temporary_beside(target)
-    try:
-        with explain_refusal(target):
-            # Not mkstemp: its 0600 would stay on the file. This takes the usual mode, or the old one.
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            if target.exists():
-                shutil.copymode(target, temporary)
-            mode = temporary.stat().st_mode
-            yield temporary
-            os.chmod(
-                temporary, mode
-            )  # safetensors puts a file of its own there, for its owner alone
-            _sync_file(temporary)
-            os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with explain_refusal(target), _temporary_beside(target, _new_file) as temporary:
+        if target.exists():
+            shutil.copymode(target, temporary)
+        mode = temporary.stat().st_mode
+        yield temporary
+        os.chmod(
+            temporary, mode
+        )  # safetensors replaces the file by one that only its owner can read
+        _sync_file(temporary)
+        os.replace(temporary, target)
     sync_folder(target.parent)
 
 
@@ -161,64 +170,125 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes ``path``, whole and on disk, if the block ends well.
 
-    ``path`` must be absent or empty, unless ``overwrite``: then an existing folder is replaced as
-    one whole (nothing of it remains), but only if it is a saved thing, that is, holds a
-    ``config.json`` or ``cfg.json``: a mistyped path must not cost someone's home folder. On Linux
-    the two folders change places in one step; elsewhere there is a moment, between two renames,
-    when the old folder is only to be found under its ``.name.….tmp`` name.
+    ``path`` must be absent or empty. With ``overwrite``, an existing folder is replaced as a whole, but
+    only if it is a saved thing, that is, holds a ``config.json`` or ``cfg.json``: a mistyped path must
+    not cost someone's home folder. On Linux the two folders change places in one step; elsewhere there
+    is a moment, between two renames, when the old folder is called ``.name.….old``. What a killed
+    process left unfinished for the same ``path`` is deleted.
     """
-    target = Path(os.path.realpath(path))
+    target = _target(path)
     _check_replaceable(target, overwrite)
     make_folder(target.parent)
-    temporary = _temporary_beside(target)
-    try:
-        with explain_refusal(target):
-            temporary.mkdir()
-            yield temporary
-            _sync_tree(temporary, temporary.stat().st_mode & 0o666)
-            _check_replaceable(target, overwrite)  # again: the block may have taken hours
-            _swap_in(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with explain_refusal(target), _temporary_beside(target, os.mkdir) as temporary:
+        yield temporary
+        _sync_tree(temporary, temporary.stat().st_mode & 0o666)
+        _check_replaceable(target, overwrite)  # again: the block may have taken hours
+        _swap_in(temporary, target)
     sync_folder(target.parent)
 
 
-def _temporary_beside(target: Path) -> Path:
-    return target.parent / f".{target.name[:100]}.{secrets.token_hex(6)}.tmp"
+def _target(path: str | Path) -> Path:
+    """Where ``path`` leads; SourceError, before any work, if no file can have this name."""
+    target = Path(os.path.realpath(local_path(path)))
+    try:
+        os.lstat(target)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise SourceError(f"cannot write {target}: {error.strerror}") from None
+    return target
 
 
-# Ours, as above, and those of safetensors, which has one of its own beside each file that it writes.
+def _new_file(path: Path) -> None:
+    # Not mkstemp: the file would keep its mode 0600. This gives the usual mode.
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+
+
+def _name_beside(target: Path, ending: str) -> Path:
+    return target.parent / f".{target.name[:100]}.{secrets.token_hex(6)}.{ending}"
+
+
+@contextlib.contextmanager
+def _temporary_beside(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A new file or folder beside ``target``, locked for as long as this process uses it.
+
+    Unlocked ones for the same target are deleted: the processes that made them are gone.
+    """
+    _remove_abandoned(target)
+    with contextlib.ExitStack() as stack:
+        while True:
+            temporary = _name_beside(target, "tmp")
+            make(temporary)
+            stack.callback(_remove, temporary)
+            if _hold(temporary, stack):
+                break
+        yield temporary
+
+
+def _hold(path: Path, stack: contextlib.ExitStack) -> bool:
+    """Lock a temporary file or folder; False if another process has just deleted it as abandoned."""
+    if sys.platform == "win32":
+        return True
+    with contextlib.suppress(OSError):  # some network file systems have no locks
+        handle = os.open(path, os.O_RDONLY)
+        stack.callback(os.close, handle)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        return path.exists() and os.path.samestat(os.fstat(handle), path.stat())
+    return path.exists()
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Delete the temporary files and folders that killed processes left for ``target``."""
+    # safetensors renames a file of its own to ours, and our lock is not on that file.
+    if sys.platform == "win32" or target.suffix == ".safetensors":
+        return
+    begin = f".{target.name[:100]}."
+    for path in [p for p in target.parent.iterdir() if p.name.startswith(begin)]:
+        if not re.fullmatch(r"[0-9a-f]{12}\.tmp", path.name.removeprefix(begin)):
+            continue
+        with contextlib.suppress(OSError):  # already gone, locked by its process, or no locks here
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(path)
+            finally:
+                os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# Our own names, and the names of the temporary files that safetensors makes beside its target.
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.tmp|\.tmp[A-Za-z0-9]{6}", re.DOTALL)
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a name is that of a temporary file or folder, which a killed process leaves behind."""
+    """Whether this is the name of a temporary file or folder."""
     return _LEFTOVER.fullmatch(name) is not None
 
 
 def list_folder(folder: Path, *, but: str = "") -> list[str]:
-    """The names in a folder, sorted, but for one."""
+    """The names in a folder, sorted, without one of them."""
     return sorted(name for name in os.listdir(folder) if name != but)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files and folders that killed processes have left in ``folder``.
 
-    Only for who knows that nobody else writes there now, such as the holder of the folder's lock.
+    Call this only if nobody else can be writing there now, for example with the folder's lock held.
     """
-    for path in folder.iterdir():
-        if not is_leftover(path.name):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    for path in [*folder.iterdir()] if folder.is_dir() else ():
+        if is_leftover(path.name):
+            _remove(path)
 
 
 @contextlib.contextmanager
 def explain_refusal(target: Path) -> Iterator[None]:
-    """A disk that is full or may not be written to is the user's to mend, and becomes a
-    :class:`SourceError` that names ``target``; any other error says itself what it is."""
+    """Turn the errors of a full or write-protected disk into a :class:`SourceError` that names
+    ``target``; other errors pass."""
     try:
         yield
     except (
@@ -226,22 +296,29 @@ def explain_refusal(target: Path) -> Iterator[None]:
     ) as error:  # safetensors' own, which is none of the system's, says the number in words
         words = re.search(r"\(os error (\d+)\)", str(error))
         known = OSError(int(words[1]), str(error)) if words else error
-        if isinstance(known, OSError) and known.errno in DISK_FULL | FORBIDDEN:
-            reason = disk_reason(known, target.parent)
-            raise SourceError(f"cannot write {target}: {reason}") from error
+        if not isinstance(known, OSError):
+            raise
+        # The last ones only for this very name: the block may have failed to read another file.
+        name = str(known.filename or "")
+        beside = str(target.parent / f".{target.name[:100]}.")
+        here = words is not None or name == str(target) or name.startswith(beside)
+        if known.errno in DISK_FULL | FORBIDDEN or (here and known.errno in _NO_PLACE):
+            raise SourceError(
+                f"cannot write {target}: {disk_reason(known, target.parent)}"
+            ) from error
         raise
 
 
 def check_writable(path: str | Path) -> None:
-    """An error, before hours of work, if ``path`` could not be written where it is to be."""
-    target = Path(os.path.realpath(path))
+    """Raise SourceError, before hours of work, if ``path`` could not be written."""
+    target = _target(path)
     make_folder(target.parent)
     with explain_refusal(target), tempfile.TemporaryFile(dir=target.parent):
         pass
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
-    if not target.exists():
+    if not os.path.exists(target):
         return
     if not target.is_dir():
         raise SourceError(f"{target} is a file where a folder is expected")
@@ -263,7 +340,7 @@ def _swap_in(temporary: Path, target: Path) -> None:
         return
     if _exchange(temporary, target):
         return  # the old folder is now the temporary one, and goes with it
-    old = _temporary_beside(target)
+    old = _name_beside(target, "old")
     os.rename(target, old)
     try:
         os.rename(temporary, target)
@@ -274,7 +351,7 @@ def _swap_in(temporary: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders change places in one step; False where the system cannot."""
+    """Let two folders change places in one step; False if the system cannot do that."""
     if sys.platform != "linux":
         return False
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
@@ -290,7 +367,7 @@ def _sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make a rename last. Windows cannot, and some network file systems will not."""
+    """Sync a folder, so that a rename in it lasts. Windows and some network file systems cannot."""
     if os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)
@@ -302,7 +379,7 @@ def sync_folder(path: Path) -> None:
 
 
 def _sync_tree(folder: Path, mode: int) -> None:
-    """Files get the usual mode: safetensors writes its own for their owner alone."""
+    """Sync a folder's files, and give them the usual mode: safetensors makes them private."""
     for root, _, names in os.walk(folder):
         for name in names:
             os.chmod(Path(root, name), mode)
@@ -314,7 +391,7 @@ def _sync_tree(folder: Path, mode: int) -> None:
 
 
 def write_json(path: str | Path, obj: object) -> None:
-    """Write ``obj`` as JSON that every reader accepts: UTF-8, no NaN, whole or not at all."""
+    """Write ``obj`` as JSON that every reader accepts, in UTF-8 and without NaN, whole or not at all."""
     try:
         text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -324,13 +401,17 @@ def write_json(path: str | Path, obj: object) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file. A key that stands twice is refused: which one was meant?
+    """The object in a JSON file. A repeated key is an error: nobody knows which value was meant.
 
-    ``NaN`` and ``Infinity`` are read, though they are not JSON, because others write them.
+    ``NaN`` and ``Infinity`` are read although they are not JSON, because other programs write them.
     """
     file = local_file(path, None, None)
     try:
-        found = json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=_unique)
+        content = file.read_bytes()
+    except OSError as error:
+        raise SourceError(f"cannot read {file}: {error.strerror}") from error
+    try:
+        found = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         raise CheckpointError(
             f"{file}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"

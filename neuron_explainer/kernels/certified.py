@@ -62,43 +62,38 @@ _TINY_NORM = 2.0**-54
 _LARGEST = 2.0**120
 _EXTRA_COLUMNS = 8
 _MAX_INPUTS = 2**16
-_MIN_ROWS = 256
+_MIN_ROWS = 512
 _MIN_LATENTS = 4096
-_CHUNK_BYTES = 2**24
-_PREPARE_ROWS = 1024
 _SWITCH = "NEURON_EXPLAINER_CERTIFIED"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An encoder's weights as the bound needs them; good until the weights change."""
+    """An encoder's weights as the bound needs them.
+
+    It is a copy: make it inside the call that uses it and drop it there. The search through a copy of
+    weights that have changed since would be silently wrong.
+    """
 
     operand: Tensor
     """``[l, n + 8]`` bfloat16: rounded weights and the columns that make the product a bound."""
     largest: Tensor
     """The largest ``‖w‖``; NaN where the weights or the biases allow no proof."""
-    fingerprint: tuple[object, ...]
-
-    def holds_for(self, weight: Tensor, bias: Tensor | None) -> bool:
-        """Whether this was made of these very weights, as they are now."""
-        return self.fingerprint == _fingerprint(weight, bias)
 
 
-def prepare(weight: Tensor, bias: Tensor | None, previous: Prepared | None = None) -> Prepared:
+def prepare(weight: Tensor, bias: Tensor | None, latents_at_once: int = 1024) -> Prepared:
     """What :func:`certified_top_k` needs of ``weight`` ``[l, n]`` and ``bias`` ``[l]``, both float32.
 
-    ``previous`` is handed back as long as it holds. One pass over the weights: less than a tenth of
-    the product with 1024 rows, so that it pays also where weights change at every step.
+    It reads the weights once, ``latents_at_once`` rows at a time. That takes less than a tenth of the
+    time of a product with 1024 rows, so it pays in every call with that many.
     """
     weight, bias = weight.detach(), None if bias is None else bias.detach()
-    if previous is not None and previous.holds_for(weight, bias):
-        return previous
-    fingerprint = _fingerprint(weight, bias)
     n_latents, n_inputs = weight.shape
     operand = weight.new_zeros(n_latents, n_inputs + _EXTRA_COLUMNS, dtype=torch.bfloat16)
     largest = weight.new_zeros(())
-    for start in range(0, n_latents, _PREPARE_ROWS):
-        rows, out = weight[start : start + _PREPARE_ROWS], operand[start : start + _PREPARE_ROWS]
+    for start in range(0, n_latents, latents_at_once):
+        some = slice(start, start + latents_at_once)
+        rows, out = weight[some], operand[some]
         norm, residual = _round_into(rows, out[:, :n_inputs])
         out[:, n_inputs] = _up(norm)
         out[:, n_inputs + 1] = _up(residual)
@@ -112,17 +107,23 @@ def prepare(weight: Tensor, bias: Tensor | None, previous: Prepared | None = Non
         largest = torch.where(bias.abs().max() < _LARGEST, largest, torch.nan)
     else:
         operand[:, n_inputs + 5] = 2 * _TINY
-    return Prepared(operand, largest, fingerprint)
+    return Prepared(operand, largest)
 
 
 def certified_top_k(
-    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, prepared: Prepared
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    prepared: Prepared,
+    chunk_bytes: int = 2**24,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The ``k`` largest entries of each row of ``x · weightᵀ + bias``, and where that is proven.
 
     ``x`` ``[b, n]``, ``weight`` ``[l, n]``, ``bias`` ``[l]``, float32, to values ``[b, k]``,
     indices ``[b, k]`` and ``[b]`` bool. Rows that are not proven hold nothing of use. Order and ties
-    are those of :func:`~neuron_explainer.kernels.top_k.top_k`.
+    are those of :func:`~neuron_explainer.kernels.top_k.top_k`. The bounds of all latents take
+    ``chunk_bytes`` at a time.
     """
     n_latents = len(weight)
     values = x.new_empty(len(x), k)
@@ -131,7 +132,7 @@ def certified_top_k(
     n_candidates = 2 * k + 32
     if n_candidates >= n_latents:
         return values, indices, proven
-    step = max(1, min(len(x), _CHUNK_BYTES // (2 * n_latents)))
+    step = max(1, min(len(x), chunk_bytes // (2 * n_latents)))
     buffer = torch.empty(step, n_latents, dtype=torch.bfloat16, device=x.device)
     for start in range(0, len(x), step):
         rows = slice(start, start + step)
@@ -151,7 +152,7 @@ def _chunk(
     buffer: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     operand, a, b = _row_operand(x, prepared.largest)
-    with _full_precision_sums():
+    with _full_precision_sums(x.device):
         upper = torch.mm(operand, prepared.operand.t(), out=buffer[: len(x)])
     # As integers bfloat16 compare as they do as numbers, but for negative ones: rows whose bound T
     # is not positive are not proven below.
@@ -230,31 +231,16 @@ def _accumulation(n_inputs: int) -> float:
     return 1.25 * (n_inputs + _EXTRA_COLUMNS) * _ADDITION
 
 
-def _fingerprint(weight: Tensor, bias: Tensor | None) -> tuple[object, ...]:
-    return tuple(
-        None
-        if tensor is None
-        else (
-            tensor.data_ptr(),
-            tensor.device,
-            tensor.dtype,
-            tensor.shape,
-            None if tensor.is_inference() else tensor._version,
-            _checksum(tensor),
-        )
-        for tensor in (weight, bias)
-    )
-
-
-def _checksum(tensor: Tensor) -> int:
-    """The sum of the bits as integers: ``tensor.data`` can be changed past ``_version``."""
-    flat = tensor.detach().contiguous().view(-1)
-    return int(flat.view(torch.int64 if flat.numel() % 2 == 0 else torch.int32).sum())
-
-
 @contextlib.contextmanager
-def _full_precision_sums() -> Iterator[None]:
-    """Have CUDA add up bfloat16 products in float32 throughout."""
+def _full_precision_sums(device: torch.device) -> Iterator[None]:
+    """Have CUDA add up bfloat16 products in float32 throughout; CPUs do so anyway.
+
+    On CUDA this sets a flag of the whole process, and threads that run it at once can restore each
+    other's value. That is one reason why the search is not used there unless it is asked for.
+    """
+    if device.type != "cuda":
+        yield
+        return
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_bf16_reduced_precision_reduction
     matmul.allow_bf16_reduced_precision_reduction = False
@@ -275,12 +261,14 @@ def _announce_sparse() -> None:
 # ---- where it pays -----------------------------------------------------------------------------
 
 
-def use_certified(x: Tensor, weight: Tensor, wanted: bool | None) -> bool:
+def use_certified(
+    x: Tensor, weight: Tensor, wanted: bool | None, fast_bfloat16: bool | None = None
+) -> bool:
     """Whether to try: as wanted, else as NEURON_EXPLAINER_CERTIFIED says (0 or 1), else by a rule.
 
-    The rule: at least 256 rows and 4096 latents on hardware that multiplies bfloat16 faster than
-    float32, which is known of CPUs with AVX512-BF16 or AMX and of CUDA devices of capability 8.0 or
-    higher. Only float32 is ever tried; other dtypes have nothing to gain.
+    The rule asks for at least 512 rows, 4096 latents and a CPU that multiplies bfloat16 faster than
+    float32 (``fast_bfloat16``; None: found out, True for AVX512-BF16 and AMX). CUDA devices use it
+    only when told to. Only float32 is ever tried; other dtypes have nothing to gain.
     """
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.shape[1] > _MAX_INPUTS:
         return False
@@ -291,15 +279,15 @@ def use_certified(x: Tensor, weight: Tensor, wanted: bool | None) -> bool:
         raise InputError(f"{_SWITCH} must be 0 or 1, found {switch!r}.")
     if switch:
         return switch == "1"
-    return len(x) >= _MIN_ROWS and len(weight) >= _MIN_LATENTS and _fast_bfloat16(x.device)
+    if len(x) < _MIN_ROWS or len(weight) < _MIN_LATENTS or x.device.type != "cpu":
+        return False
+    return _fast_bfloat16() if fast_bfloat16 is None else fast_bfloat16
 
 
 @cache
-def _fast_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if device.type != "cpu" or not mkldnn:
+def _fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 has none
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))

@@ -18,15 +18,12 @@ from torch import Tensor
 
 from neuron_explainer.errors import InputError, LocationError
 from neuron_explainer.models.autoencoder import Autoencoder, InputNormalization
-from neuron_explainer.models.autoencoders.latents import Latents
-from neuron_explainer.models.checkpoints.autoencoders.state import select_latents
+from neuron_explainer.models.autoencoders.pruned import get_decoder_weight, omit_dead_latents
 from neuron_explainer.models.config import TransformerConfig
-from neuron_explainer.models.hooks import AutoencoderHooks, Hook, TransformerHooks
+from neuron_explainer.models.hooks import AtLayers, AutoencoderHooks, Hook, TransformerHooks
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.weight_names import Dimension, LayerIndex
-
-ACTIVATION_FREQUENCY_THRESHOLD_FOR_DEAD_LATENTS = 1e-8
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,8 @@ class AutoencoderConfig:
     stated: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else the files do not say and :meth:`Autoencoder.load` has to be told, such as
     ``{"norm_factor": 0.9}``."""
+    stated_by_layer: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    """The same where it differs from layer to layer."""
 
     def __post_init__(self) -> None:
         location = ActivationLocation.parse(self.location)
@@ -79,6 +78,7 @@ class AutoencoderConfig:
             spec.autoencoder_path_by_layer_index,
             spec.input_normalization,
             spec.stated,
+            spec.stated_by_layer,
         )
 
 
@@ -161,13 +161,15 @@ class AutoencoderContext:
             return self._loaded[path]
 
     def _load(self, path: str, location: ActivationLocation) -> Autoencoder:
+        config = self.autoencoder_config
+        of_layer = {} if location.layer is None else config.stated_by_layer.get(location.layer, {})
         autoencoder = Autoencoder.load(
             path,
             strict=False,  # the statistics in published files vary
-            input_normalization=self.autoencoder_config.input_normalization,
+            input_normalization=config.input_normalization,
             location=location,
             dtype=self.dtype,
-            **self.autoencoder_config.stated,
+            **{**config.stated, **of_layer},
         )
         if self.omit_dead_latents:
             autoencoder = omit_dead_latents(autoencoder)
@@ -191,7 +193,7 @@ class AutoencoderContext:
         """
         size = _sizes_of(model)
         width = self.location.site.width(size)
-        for layer in self._paths:
+        for layer in self._paths if layers is None else layers:
             self.location.at(layer).expand(size(Dimension.LAYERS))
             autoencoder = self.get_autoencoder(layer)
             if autoencoder.n_inputs != width:
@@ -243,17 +245,24 @@ class AutoencoderContext:
             layers: which of the layers; None for all that have an autoencoder.
         """
         hooks = TransformerHooks()
-        self._splice(hooks, on_latents, add_error, layers)
+        self._splice(hooks, [] if on_latents is None else [(None, on_latents)], add_error, layers)
         return hooks
 
     def _splice(
         self,
         hooks: TransformerHooks,
-        on_latents: Hook | None,
+        on_latents: Iterable[tuple[LayerIndex, Hook]],
         add_error: bool,
         layers: Iterable[LayerIndex] | None = None,
     ) -> None:
-        chosen = self._paths if layers is None else layers
+        """Add the autoencoders to ``hooks``; ``on_latents`` names the layer of each hook, None for all."""
+        chosen = list(self._paths if layers is None else layers)
+        for at, _ in on_latents:
+            if at is not None and None not in chosen and at not in chosen:
+                raise InputError(
+                    f"on_latents has a hook for {self.location.at(at)}, where no autoencoder is spliced "
+                    f"in; the layers are {', '.join(map(str, chosen))}."
+                )
         for layer in chosen:
             autoencoder = self.get_autoencoder(layer)
             if autoencoder.is_transcoder:
@@ -262,8 +271,11 @@ class AutoencoderContext:
                     "activation than its input: it cannot take its input's place."
                 )
             inside = AutoencoderHooks.from_autoencoder(autoencoder, add_error)
-            if on_latents is not None:
-                inside.latents.append_fwd(on_latents)
+            for at, hook in on_latents:
+                if at is None or at == layer:
+                    inside.latents.append_fwd(hook)
+                elif layer is None:  # one autoencoder serves all layers
+                    inside.latents.append_fwd(AtLayers(at).append(hook))
             hooks.append_at(self.location.at(layer), inside)
 
     def __repr__(self) -> str:
@@ -329,6 +341,9 @@ class MultiAutoencoderContext:
         self, layer_index: LayerIndex, location: LocationLike | None = None
     ) -> Autoencoder:
         """The autoencoder of a layer at a location."""
+        named = None if location is None else ActivationLocation.parse(location).layer
+        if named not in (None, layer_index):
+            raise InputError(f"the location is in layer {named}, layer_index says {layer_index}.")
         return self.get_autoencoder_context(location).get_autoencoder(layer_index)
 
     def warmup(self) -> None:
@@ -337,21 +352,30 @@ class MultiAutoencoderContext:
             context.warmup()
 
     def hooks(
-        self, on_latents: Mapping[LocationLike, Hook] | None = None, add_error: bool = True
+        self,
+        on_latents: Mapping[LocationLike, Hook] | Hook | None = None,
+        add_error: bool = True,
+        layers: Iterable[LayerIndex] | None = None,
     ) -> TransformerHooks:
         """Hooks that pass activations through the autoencoders of all locations.
 
         Args:
-            on_latents: a hook for the latents of each location that has one.
+            on_latents: a hook for the latents of each location that has one, or one hook for all.
+                ``{"2/mlp.post_act": f}`` runs in layer 2 only, ``{"mlp.post_act": f}`` in every layer.
             add_error: see :meth:`AutoencoderContext.hooks`.
+            layers: which of the layers of each context; None for all that have an autoencoder.
         """
-        by_context = {
-            id(self.get_autoencoder_context(location)): hook
-            for location, hook in (on_latents or {}).items()
-        }
-        hooks = TransformerHooks()
-        for context in self.autoencoder_context_by_location.values():
-            context._splice(hooks, by_context.get(id(context)), add_error)
+        contexts = self.autoencoder_context_by_location
+        given: dict[ActivationLocation, list[tuple[LayerIndex, Hook]]] = {at: [] for at in contexts}
+        if on_latents is None or isinstance(on_latents, Mapping):
+            for text, hook in (on_latents or {}).items():
+                place = ActivationLocation.parse(text)
+                given[self.get_autoencoder_context(place).location].append((place.layer, hook))
+        else:
+            given = {at: [(None, on_latents)] for at in contexts}
+        hooks, chosen = TransformerHooks(), None if layers is None else list(layers)
+        for at, context in contexts.items():
+            context._splice(hooks, given[at], add_error, chosen)
         return hooks
 
     def _locations(self) -> str:
@@ -371,16 +395,7 @@ def _sizes_of(model: HasSizes | HasConfig | TransformerConfig) -> Callable[[Dime
     return cfg.sizes.__getitem__
 
 
-# ---- weights and dead latents ----------------------------------------------------------------------
-
-
-def get_decoder_weight(autoencoder: Autoencoder) -> Tensor:
-    """The direction of each latent, ``[l, n]``; zeros for latents that were left out of memory."""
-    weight: Tensor = autoencoder.decoder.weight.t()
-    if isinstance(autoencoder, PrunedAutoencoder):
-        full = weight.new_zeros(autoencoder.n_latents, autoencoder.n_inputs)
-        return full.index_copy(0, autoencoder.kept, weight)
-    return weight
+# ---- weights -----------------------------------------------------------------------------------------
 
 
 def get_autoencoder_output_weight_by_layer_index(
@@ -391,154 +406,3 @@ def get_autoencoder_output_weight_by_layer_index(
         layer: get_decoder_weight(autoencoder_context.get_autoencoder(layer))
         for layer in autoencoder_context._paths
     }
-
-
-def count_dead_latents(autoencoder: Autoencoder) -> int:
-    """Latents that were active on less than 1e-8 of the training tokens, by its statistics."""
-    return int((~_alive(autoencoder)).sum())
-
-
-def _alive(autoencoder: Autoencoder) -> Tensor:
-    frequency = autoencoder.latents_activation_frequency
-    if not frequency.any():
-        raise InputError(
-            f"{autoencoder._name()}: its statistics say that no latent was ever active: they were "
-            "not recorded, and cannot tell which latents are dead."
-        )
-    return frequency >= ACTIVATION_FREQUENCY_THRESHOLD_FOR_DEAD_LATENTS
-
-
-def omit_dead_latents(autoencoder: Autoencoder) -> Autoencoder:
-    """The autoencoder without its dead latents in memory; every index stays what it is."""
-    return omit_least_active_latents(autoencoder, int(_alive(autoencoder).sum()))
-
-
-def omit_least_active_latents(
-    autoencoder: Autoencoder, n_latents_to_keep: int, preserve_indices: bool = True
-) -> Autoencoder:
-    """The autoencoder with only its most active latents in memory.
-
-    Activity is ``latents_activation_frequency``; of equally active latents the first are kept. Biases,
-    activation function, tying and input normalisation stay. With TopK, the place among the ``k`` of a
-    latent that is left out goes to the next.
-
-    Args:
-        autoencoder: left as it is.
-        n_latents_to_keep: how many.
-        preserve_indices: if True, latents keep their indices: the result is a
-            :class:`PrunedAutoencoder`. If False, it is an ordinary, smaller autoencoder in which the
-            latents that are left have moved together.
-    """
-    n_latents = autoencoder.n_latents
-    if not 1 <= n_latents_to_keep <= n_latents:
-        raise InputError(
-            f"{autoencoder._name()}: n_latents_to_keep must lie in 1 to {n_latents}, found "
-            f"{n_latents_to_keep}."
-        )
-    if isinstance(autoencoder, PrunedAutoencoder):
-        raise InputError(f"{autoencoder._name()}: latents were left out already; load it whole.")
-    if preserve_indices and n_latents_to_keep == n_latents:
-        return autoencoder
-    order = autoencoder.latents_activation_frequency.argsort(descending=True, stable=True)
-    kept = order[:n_latents_to_keep].sort().values
-    return PrunedAutoencoder(autoencoder, kept) if preserve_indices else _reduced(autoencoder, kept)
-
-
-def _reduced(whole: Autoencoder, kept: Tensor) -> Autoencoder:
-    """An autoencoder of the latents ``kept`` only."""
-    state_dict = select_latents(whole.state_dict(), kept)
-    return Autoencoder.from_state_dict(
-        state_dict,
-        input_normalization=whole.input_normalization,
-        location=whole.location,
-        output_location=whole.output_location,
-        model_name=whole.model_name,
-        metadata=whole.metadata,
-    )
-
-
-class PrunedAutoencoder(Autoencoder):
-    """An autoencoder that has left latents out of memory and still speaks of all ``l`` by index.
-
-    Latents that were left out are zero, before and after the activation function. Statistics are
-    those of all latents. It is a way of using an autoencoder, not of storing one: it is not saved.
-    """
-
-    kept: Tensor
-    """``[kept]`` int64, ascending: the latents that are there."""
-
-    def __init__(self, whole: Autoencoder, kept: Tensor) -> None:
-        small = _reduced(whole, kept)
-        super().__init__(
-            small.n_latents,
-            small.n_inputs,
-            small.activation,
-            small.tied,
-            input_normalization=small.input_normalization,
-            n_outputs=small.n_outputs if small.is_transcoder else None,
-            location=small.location,
-            output_location=small.output_location,
-            model_name=small.model_name,
-            metadata=small.metadata,
-            device="meta",
-        )
-        self.pre_bias, self.latent_bias = small.pre_bias, small.latent_bias
-        self.encoder, self.decoder = small.encoder, small.decoder
-        self.post_bias, self.skip, self.glu = small.post_bias, small.skip, small.glu
-        for name, _ in list(small.named_buffers(recurse=False)):
-            setattr(self, name, getattr(whole, name).clone())
-        self.register_buffer("kept", kept.clone())
-        self.n_latents, self.group_sizes = whole.n_latents, whole.group_sizes
-        self.train(whole.training)
-
-    def _all(self, kept: Tensor) -> Tensor:
-        """``[…, kept] -> […, l]``."""
-        return kept.new_zeros(*kept.shape[:-1], self.n_latents).index_copy(-1, self.kept, kept)
-
-    def _pre_act(
-        self, x_hat: Tensor, latent_slice: slice = slice(None), relu: bool = False
-    ) -> Tensor:
-        return self._all(super()._pre_act(x_hat, relu=relu))[..., latent_slice]
-
-    def _latents(self, x_hat: Tensor) -> tuple[Tensor, Tensor]:
-        pre_act = super()._pre_act(x_hat)
-        return self._all(pre_act), self._all(self._activate(pre_act))
-
-    def _top_k(self, x_hat: Tensor) -> Latents:
-        found = super()._top_k(x_hat)
-        return found._replace(indices=self.kept[found.indices])
-
-    def _plain_latents(self, x_hat: Tensor) -> Tensor:
-        return self._all(self._activate(super()._pre_act(x_hat)))
-
-    def _decode_normalized(self, latents: Tensor | Latents) -> Tensor:
-        if isinstance(latents, Latents):
-            place = self.kept.new_full((self.n_latents,), -1)
-            place[self.kept] = torch.arange(len(self.kept), device=place.device)
-            indices = place[latents.indices]
-            lost = latents.indices[(indices < 0) & (latents.values != 0)]
-            used: Tensor | Latents = Latents(latents.values, indices.clamp(min=0), len(self.kept))
-        else:
-            used = latents.index_select(-1, self.kept)
-            lost = self.kept[:0]
-            if (used != 0).sum() != (latents != 0).sum():
-                active = (latents != 0).reshape(-1, self.n_latents).any(0)
-                lost = active.index_fill(0, self.kept, False).nonzero().flatten()
-        # Without this, an edit of a latent that is not there would be lost without a word.
-        if len(lost):
-            raise InputError(
-                f"{self._name()}: latent {int(lost[0])} is not zero but was left out of memory; load "
-                "the autoencoder with omit_dead_latents=False to set it."
-            )
-        return super()._decode_normalized(used)
-
-    def state_dict(self, *args: object, **kwargs: object) -> dict[str, object]:  # type: ignore[override]
-        """Refused: it would be read as a smaller autoencoder, in which every index has moved."""
-        raise InputError(f"{self._name()}: latents were left out; save or copy the whole one.")
-
-    def save(self, *args: object, **kwargs: object) -> None:
-        """Refused, see :meth:`state_dict`."""
-        self.state_dict()
-
-    def __repr__(self) -> str:
-        return f"{super().__repr__().removesuffix(')')}, in memory={len(self.kept)})"

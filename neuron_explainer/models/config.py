@@ -60,7 +60,7 @@ class TransformerConfig(SerializableDataclass):
     enc: str = "gpt2"
     """Name of the tokenizer: one of tiktoken's, or the one whose files are beside the weights."""
     ctx_window: int = 1024
-    """Most positions a sequence may have."""
+    """Largest number of positions in a sequence."""
     d_model: int = 256
     """Width of the residual stream."""
     n_layers: int = 2
@@ -68,7 +68,7 @@ class TransformerConfig(SerializableDataclass):
     m_attn: float = 1
     """Width of queries, keys and values over all heads, as a multiple of ``d_model``."""
     n_heads: int = 8
-    """Attention heads a layer."""
+    """Number of attention heads in each layer."""
     m_mlp: float = 4
     """Width of the MLP as a multiple of ``d_model``."""
     n_vocab: int = 50257

@@ -615,14 +615,24 @@ class FwdBwdHooks(HookCollection):
 Decode = Callable[[Tensor], Tensor]
 
 
-class NormalizingAutoencoder(Protocol):
-    """What :meth:`AutoencoderHooks.from_autoencoder` needs of an autoencoder."""
+class CodeOfInput(Protocol):
+    """The latents of one input and the decoder for them."""
 
-    def normalize(self, x: Tensor) -> tuple[Tensor, Any]: ...
+    @property
+    def latents(self) -> Tensor: ...
+
+    @property
+    def decode(self) -> Decode: ...
+
+
+class CodingAutoencoder(Protocol):
+    """What :meth:`AutoencoderHooks.from_autoencoder` needs of an autoencoder."""
 
     def encode(self, x: Tensor) -> Tensor: ...
 
     def decode(self, latents: Tensor, stats: Any = None) -> Tensor: ...
+
+    def code(self, x: Tensor) -> CodeOfInput: ...
 
 
 class AutoencoderHooks(HookCollection):
@@ -655,27 +665,21 @@ class AutoencoderHooks(HookCollection):
         self.encode = encode
         self.decode = decode
         self.add_error = add_error
-        # x -> its latents and the decoder that belongs to that x; None: encode and decode
-        self._codec: Callable[[Tensor], tuple[Tensor, Decode]] | None = None
+        # The latents of an input and the decoder for that input; None: encode and decode serve all.
+        self._code: Callable[[Tensor], CodeOfInput] | None = None
         for name in ("latents", "reconstruction", "error"):
             self.add_subhooks(name, FwdBwdHooks())
         self._place("")
 
     @classmethod
-    def from_autoencoder(cls, autoencoder: NormalizingAutoencoder, add_error: bool = False) -> Self:
+    def from_autoencoder(cls, autoencoder: CodingAutoencoder, add_error: bool = False) -> Self:
         """Hooks around an autoencoder, whatever its input normalisation.
 
-        The statistics that normalised one activation are carried to the decoder within the call,
-        never kept on the autoencoder: two forwards may interleave.
+        An activation is normalised once. The statistics that undo it go to the decoder within the
+        call and are never kept on the autoencoder: two forward passes may interleave.
         """
-
-        def codec(x: Tensor) -> tuple[Tensor, Decode]:
-            return autoencoder.encode(x), partial(
-                autoencoder.decode, stats=autoencoder.normalize(x)[1]
-            )
-
         new = cls(autoencoder.encode, autoencoder.decode, add_error)
-        new._codec = codec
+        new._code = autoencoder.code
         return new
 
     def is_empty(self) -> bool:
@@ -688,7 +692,8 @@ class AutoencoderHooks(HookCollection):
         def at(site: FwdBwdHooks, value: Tensor, name: str) -> Tensor:
             return site._run(value, args, kwargs, f"{where} > {name}")
 
-        latents, decode = self._codec(x) if self._codec else (self.encode(x), self.decode)
+        code = self._code(x) if self._code else None
+        latents, decode = (code.latents, code.decode) if code else (self.encode(x), self.decode)
         # A hook that edits in place gets its own copy: the error is that of the latents as encoded,
         # and the backward pass of a ReLU reads what it returned.
         hooked = latents if self.latents.is_empty() else latents.clone()

@@ -10,9 +10,9 @@ head, ``d`` model width, ``f`` MLP width, ``v`` vocabulary, ``1`` a single numbe
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from neuron_explainer.errors import LocationError, did_you_mean
 from neuron_explainer.models.weight_names import Dimension
@@ -46,7 +46,43 @@ class Site:
             return size(Dimension.QUERY_AND_KEY_CHANNELS)
         return size(_WIDTHS[axis]) if axis in _WIDTHS else 1
 
+    def unit(self, text: str) -> "Unit":
+        """The unit that a text means here: ``"3"``, or ``"3.17"`` for one channel of a head.
 
+        Where there are heads, a unit is a head: ``"3"`` is head 3 with all its channels. Elsewhere a
+        unit is one entry of the last axis.
+        """
+        first, dot, second = text.partition(".")
+        has_channels = self.shape[-1] == "d_head"
+        if not first.isdecimal() or (dot and not (second.isdecimal() and has_channels)):
+            channel = ", or 3.17 for a channel of a head" if has_channels else ""
+            raise LocationError(f"{self.path}: expected a unit such as 3{channel}; found {text!r}.")
+        number = int(first)
+        if not has_channels:
+            return Unit(f"{_UNITS.get(self.shape[-1], 'entry')} {number}", (..., number))
+        if not dot:
+            return Unit(f"head {number}", (..., number, slice(None)))
+        return Unit(f"channel {int(second)} of head {number}", (..., number, int(second)))
+
+
+class Unit(NamedTuple):
+    """What can be looked at or set at a site: a neuron, a channel of the stream, a head."""
+
+    name: str
+    """Such as ``"head 3"``."""
+    where: tuple[Any, ...]
+    """``x[where]`` is the unit's part of a tensor of the site."""
+
+    def check(self, x_shape: Sequence[int]) -> None:
+        """Refuse a unit that a tensor of this shape does not have."""
+        for number, length in zip(reversed(self.where[1:]), reversed(x_shape), strict=False):
+            if isinstance(number, int) and number >= length:
+                raise LocationError(
+                    f"there is no {self.name} here: the highest number is {length - 1}, found {number}."
+                )
+
+
+_UNITS = {"f": "neuron", "d": "channel", "h": "head", "v": "token"}
 _WIDTHS = {
     "d_head": Dimension.VALUE_CHANNELS,
     "d": Dimension.RESIDUAL_STREAM_CHANNELS,

@@ -58,6 +58,11 @@ class ModelContext(ABC):
         self.model_name = model_name
         self.device = torch.device(device)
 
+    @property
+    def reference(self) -> str:
+        """The name by which :func:`~neuron_explainer.models.open_model.open_model` opens this model."""
+        return self.model_name
+
     # --- what a kind of model has to say ---
 
     @abstractmethod

@@ -91,6 +91,27 @@ def _saelens_feature_splitting(n_latents: int) -> AutoencoderSpec:
     return AutoencoderSpec("resid_post_mlp", paths, "center")
 
 
+# By layer: version of the folder, and what inputs were multiplied by (SAELens's list of releases).
+_MLP_RUNS = (
+    *((1, 1.049317316132615), (0, 2.3693984005104283), (0, 1.6411934982190302)),
+    *((0, 1.8958522157897557), (0, 1.81673478700627), (0, 1.550234472245924)),
+    *((0, 1.3237742807210804), (0, 1.1042905114723296), (1, 0.9123762783479742)),
+    *((0, 0.6955335635232373), (0, 0.3619728926727644), (2, 0.2851548652550073)),
+)
+
+
+def _mlp_output() -> AutoencoderSpec:
+    """McGrath's autoencoders of the MLPs' outputs, on TransformerLens's centred weights."""
+    url = "hf:tommmcgrath/gpt2-small-mlp-out-saes/sae_group_gpt2_blocks"
+    runs = dict(enumerate(_MLP_RUNS))
+    return AutoencoderSpec(
+        "resid_delta_mlp",
+        {i: f"{url}.{i}.hook_mlp_out_24576:v{version}" for i, (version, _) in runs.items()},
+        "center",
+        stated_by_layer={i: {"norm_factor": factor} for i, (_, factor) in runs.items()},
+    )
+
+
 def _end_to_end(kind: str) -> AutoencoderSpec:
     """Apollo's dictionaries as Neuronpedia has them; trained on TransformerLens's centred stream."""
     url = f"hf:neuronpedia/gpt2-small__res_{kind}-ajt"
@@ -171,6 +192,7 @@ _AUTOENCODER_SPECS: dict[str, dict[str, Callable[[], AutoencoderSpec]]] = {
             f"gpt2-small-res_{kind}-ajt": partial(_end_to_end, kind)
             for kind in ("sce", "scefr", "scl", "sle", "slefr", "sll")
         },
+        "gpt2-small-mlp-tm": _mlp_output,
         "gpt2-small-hook-z-kk": _attention_output,
         "gpt2-transcoders": _transcoders,
         # TopK with k = 32, trained on layer-normed inputs.

@@ -4,8 +4,8 @@
     config = from_flags(parser.parse_args(), TrainConfig, read_values("run.toml"))
 
 A field that holds a :class:`Variant` becomes a flag for its name, and a flag for each setting of any
-member of the family; each member takes those that it has. Only flags that were given count: all else
-comes from a file's values, if there are any, or is the default.
+member of the family; each member takes those that it has. A flag that is not given
+leaves the value of the file, if there is one, or the default.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from neuron_explainer.errors import InputError
 from neuron_explainer.settings.fields import Variant, field_names, to_dict, variant_fields
-from neuron_explainer.settings.formats import from_dict
+from neuron_explainer.settings.formats import from_dict, plain_value
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 def add_flags(
     parser: argparse.ArgumentParser, config_type: type[Any], leave_out: Collection[str] = ()
 ) -> None:
-    """Add ``--some-field`` for each field of ``config_type``, but for some."""
+    """Add a flag ``--some-field`` for each field of ``config_type`` that is not left out."""
     hints, docs = typing.get_type_hints(config_type), field_docs(config_type)
     families = dict(variant_fields([config_type]))
     group = parser.add_argument_group(config_type.__name__)
@@ -52,11 +52,11 @@ def from_flags(
     """The config that parsed flags describe, on top of the values of a file.
 
     Args:
-        arguments: what the parser of :func:`add_flags` found.
+        arguments: the result of the parser of :func:`add_flags`.
         config_type: the dataclass.
-        base: values by field, which flags win over; a flag that is an alternative to one of them
-            (``num_tokens`` to ``steps``) takes its place.
-        where: what error messages name as the source.
+        base: values by field. Flags override them, and a flag that is an alternative to one of them
+            (``num_tokens`` to ``steps``) replaces it.
+        where: the name of the source in error messages.
     """
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     values = dict(base or {})
@@ -103,11 +103,13 @@ def _merged(helps: list[str]) -> list[str]:
     return [f"{', '.join(members)}: {doc}" for doc, members in merged.items()]
 
 
-def _member_values(
-    field: str, family: type[Variant], given: dict[str, Any], base: Any
-) -> dict[str, Any]:
+def _member_values(field: str, family: type[Variant], given: dict[str, Any], base: Any) -> Any:
     """The file's member, or another one, with the settings that were given as flags."""
-    values = {"name": base} if isinstance(base, str) else dict(base)
+    base = plain_value(base)
+    values = {"name": base} if isinstance(base, str) else base
+    if not isinstance(values, Mapping) or not isinstance(values.get("name"), str):
+        return base  # which the checker of fields will refuse
+    values = dict(values)
     if given.get(field, values.get("name")) != values.get("name"):
         values = {"name": given[field]}
     known = set(field_names(family.member(values["name"])))
@@ -143,7 +145,7 @@ def add_flag(group: Any, name: str, hint: Any, doc: str, default: Any) -> None:
 
 
 def _shown(default: Any) -> str:
-    """A default as help shows it; nothing for one that its text explains."""
+    """A default as the help shows it; empty if the text of the help explains it."""
     return "" if default is None or default is dataclasses.MISSING else str(default)
 
 

@@ -1,7 +1,7 @@
 """Settings in TOML and JSON files.
 
-``{"value": …, "description": …}`` is accepted in the place of a value, as others' ``params.json`` has
-it.
+A value may also be written as ``{"value": …, "description": …}``, as in the ``params.json`` of other
+tools.
 """
 
 import tomllib
@@ -24,7 +24,7 @@ def from_dict(config_type: type[T], values: Mapping[str, Any], where: str = "con
 def split_fields(
     values: Mapping[str, Any], config_types: Sequence[type[Any]], where: str
 ) -> list[dict[str, Any]]:
-    """The values of one file that is for several configs, by config; no field is in two of them."""
+    """The values of a file for several configs, split by config. No field is in two configs."""
     names = [set(field_names(each)) for each in config_types]
     for name in values:
         if not any(name in some for some in names):
@@ -48,7 +48,7 @@ def read_config(config_type: type[T], path: str | Path) -> T:
 
 
 def read_values(path: str | Path) -> dict[str, Any]:
-    """What a ``.toml`` or ``.json`` file holds."""
+    """The values in a ``.toml`` or ``.json`` file."""
     path = Path(path)
     if path.suffix == ".json":
         return files.read_json(path)
@@ -63,7 +63,7 @@ def read_values(path: str | Path) -> dict[str, Any]:
 
 
 def plain_value(entry: Any) -> Any:
-    """``value`` of ``{"value": …, "description": …}``; anything else as it is."""
+    """The ``value`` of ``{"value": …, "description": …}``; anything else unchanged."""
     described = isinstance(entry, Mapping) and {"value"} <= set(entry) <= {"value", "description"}
     return entry["value"] if described else entry
 

@@ -1,5 +1,7 @@
 """From a path and settings to windows and batches; what is not there is an error that helps."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -105,11 +107,47 @@ def test_a_store_gives_back_what_was_harvested(
         open_buffer(tales, tmp_path / "store", "3/resid.torso.delta_mlp", CONFIG, 8)
 
 
+def test_one_book_is_cut_for_the_hold_out(
+    tales: ModelContext, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    path = tmp_path / "book.txt"
+    path.write_text(" ".join(f"Wolf {number} met a king." for number in range(2000)))
+    config = DataConfig(context_length=16, windows_per_forward=64)
+    held_out = open_windows(tales, path, config, part="held_out").corpus
+    training = open_windows(tales, path, config).corpus
+    whole = open_windows(tales, path, config, part="all").corpus
+    assert held_out.n_tokens + training.n_tokens == whole.n_tokens
+    assert held_out.n_tokens / whole.n_tokens == pytest.approx(0.05, abs=0.01)
+    assert not set(held_out.numbers) & set(training.numbers)
+    assert held_out.source_fingerprint == training.source_fingerprint == whole.source_fingerprint
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    assert f"1 document, {whole.n_tokens:,} tokens" in said
+    assert "the text is cut into pieces of" in said
+    assert f"{held_out.n_tokens:,} of {whole.n_tokens:,} tokens (5." in said
+
+
+def test_what_is_read_is_said(
+    tales: ModelContext, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    rows = [{"text": "a wolf and a king" if number % 5 else ""} for number in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    open_buffer(tales, tmp_path / "a.jsonl", PLACE, CONFIG, 8, num_tokens=4000)
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    assert "40 documents (8 of them without text)" in said
+    assert "8 of 40 documents are held out" in said
+    assert re.search(r"4,000 are wanted, so it is read \d+\.\d times", said)
+
+
 def test_what_cannot_be_opened(tales: ModelContext, books: Path) -> None:
     with pytest.raises(SourceError, match=r"no file or folder .*bokks.* Did you mean .*books"):
         open_windows(tales, books.parent / "bokks", CONFIG)
-    with pytest.raises(InputError, match=r"single document.*split.*hold_out to 0"):
-        open_windows(tales, books / "0.txt", CONFIG)
+    (books / "short.txt").write_text("Only a few words.")
+    with pytest.raises(
+        InputError, match=r"single document of \d+ tokens, too short.*hold_out to 0"
+    ):
+        open_windows(tales, books / "short.txt", CONFIG)
     none = DataConfig(hold_out=0)
     assert len(documents_of(open_windows(tales, books / "0.txt", none))) == 1
     with pytest.raises(InputError, match="hold_out is 0"):

@@ -1,13 +1,20 @@
 """Documents: every kind of file gives the same texts, and each thing that is wrong with one is named."""
 
+import csv
 import gzip
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from neuron_explainer.activations import huggingface_documents, read_documents, row_documents
+from neuron_explainer.activations import (
+    huggingface_documents,
+    read_documents,
+    row_documents,
+)
 from neuron_explainer.errors import InputError, MissingExtraError, SourceError
 
 TEXTS = ["One, two.", 'a "quoted"\nline', "", "ünï — 語"]
@@ -67,6 +74,103 @@ def test_a_folder_is_its_files_by_name(tmp_path: Path) -> None:
     write(tmp_path / "c.jsonl", jsonl(["third"]))
     write(tmp_path / "notes.md", b"no source")
     assert list(read_documents(tmp_path)) == ["first", "second", "third"]
+
+
+def test_groups_in_the_pattern_make_no_documents_of_separators(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", b"CHAPTER I\none\nCHAPTER II\ntwo\nCHAPTER IX\nthree")
+    for pattern in (r"CHAPTER [IVX]+\n", r"CHAPTER ([IVX]+)\n", r"(CHAPTER) (([IV])+|IX)\n"):
+        assert list(read_documents(path, split=pattern)) == ["one\n", "two\n", "three"]
+
+
+def test_what_is_left_out_of_a_folder_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "a.txt", b"first")
+    for name in ("notes.md", "b.pdf", ".hidden"):
+        write(tmp_path / name, b"x")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "dir.txt").mkdir()
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert list(read_documents(tmp_path)) == ["first"]
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "sub-folders left out: dir.txt, more",
+        "files of no known kind left out: b.pdf, notes.md, pipe.txt",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        ('1,"never closed\n2,"quoted"\n', 2),
+        ('1,fine\n2,"never closed\n3,more\n4,more\n', 3),
+        ('1,"closed" late\n2,x\n', 2),
+        ('1,x\n"2,x\n', 3),
+    ],
+)
+def test_a_quote_that_is_not_closed_swallows_no_rows(tmp_path: Path, rows: str, line: int) -> None:
+    path = write(tmp_path / "a.csv", f"id,text\n{rows}".encode())
+    with pytest.raises(SourceError, match=rf"a\.csv: the row that begins in line {line} is not"):
+        list(read_documents(path))
+    with pytest.raises(SourceError, match="the row that begins in line 1 is not valid CSV"):
+        list(read_documents(write(tmp_path / "b.csv", b'id,"text\n1,x\n')))
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ['"Hello," she said.', "plain"],
+        ['"All of it."', "plain"],
+        ['an "inner" one', '"open', 'close"', '"'],
+        ['"a" and "b"', '"open', "between", 'close"'],
+    ],
+)
+def test_quotes_in_a_tsv_are_text(tmp_path: Path, texts: list[str]) -> None:
+    rows = "".join(f"{number}\t{text}\n" for number, text in enumerate(texts))
+    path = write(tmp_path / "a.tsv", f"id\ttext\n{rows}".encode())
+    assert list(read_documents(path)) == texts
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
+@pytest.mark.parametrize(
+    "texts", [["plain", "a\ttab"], ["two\nlines", "x"], ['"both" sides"', 'an "inner" one']]
+)
+def test_a_tsv_that_is_quoted_as_csv(
+    tmp_path: Path, quoting: Literal[0, 1, 2], texts: list[str]
+) -> None:
+    with (tmp_path / "a.tsv").open("w", newline="") as file:
+        csv.writer(file, delimiter="\t", quoting=quoting).writerows(
+            [["id", "text"], *enumerate(texts)]
+        )
+    assert list(read_documents(tmp_path / "a.tsv")) == texts
+
+
+def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(SourceError, match="is a pipe, socket or device"):
+        list(read_documents(tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.csv.gz", "a.jsonl.zst"])
+def test_a_small_file_that_would_fill_the_memory_is_refused(tmp_path: Path, name: str) -> None:
+    """One line of zeros that inflates a thousand times; half the limit still is read."""
+    if name.endswith(".zst"):
+        pack = pytest.importorskip("zstandard").ZstdCompressor(level=3).compress
+    else:
+        pack = gzip.compress
+    head, tail = {"json": (b'{"text": "', b'"}'), "csv": (b"text\n", b"\n")}.get(
+        name[2:].partition(".")[0].removesuffix("l"), (b"", b"")
+    )
+    fine = write(tmp_path / name, pack(head + b"0" * (1 << 19) + tail))
+    assert [len(text) for text in read_documents(fine, inflated_bytes=1 << 20)] == [1 << 19]
+    bomb = write(tmp_path / name, pack(head + b"0" * (1 << 25) + tail))
+    with pytest.raises(SourceError, match=r"inflates to more than \d+ bytes"):
+        list(read_documents(bomb, inflated_bytes=1 << 20))
+
+
+def test_lines_that_no_reader_of_json_can_hold(tmp_path: Path) -> None:
+    for line in (b'{"text": "x", "n": ' + b"9" * 5000 + b"}", b"[" * 100_000):
+        with pytest.raises(SourceError, match="line 2: not valid JSON"):
+            list(read_documents(write(tmp_path / "a.jsonl", jsonl(["x"]) + line)))
 
 
 def test_a_csv_field_may_be_a_book(tmp_path: Path) -> None:

@@ -334,6 +334,19 @@ def test_a_store_made_in_python_says_where_it_is_from(
     assert files.read_json(store.folder / SOURCE_FILE)["source"] is None
 
 
+@pytest.mark.parametrize(
+    "content", ["[]", '{"data": 3}', '{"source": 1.5}', '{"surprise": 1}', '{"model": [1]}', "{"]
+)
+def test_a_damaged_note_of_the_source_is_named(
+    tmp_path: Path, context: ModelContext, content: str
+) -> None:
+    store = harvest_to_store(tmp_path / "s", Harvester(context, PLACES), windows())
+    assert store.record["data"]["context_length"] == 8
+    (tmp_path / "s" / SOURCE_FILE).write_text(content)
+    with pytest.raises(CheckpointError, match=r"source\.json"):
+        _ = store.record
+
+
 def test_damage_is_named_and_the_rest_can_be_read(tmp_path: Path, context: ModelContext) -> None:
     folder = tmp_path / "s"
     store = write_store(folder, live(context), "tiny", shard_rows=20)

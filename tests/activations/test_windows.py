@@ -187,10 +187,58 @@ def test_held_out_documents_are_whole_and_apart() -> None:
     batches = list(TokenWindows(held_out, 4, 2, bos=BOS))
     assert read_tokens(batches) == expected_tokens(held_out)
     assert len(random_corpus([3, 3]).split(0.01)[1]) == 1
+    assert len(random_corpus([0, 3, 0, 3]).split(0.5)[1]) == 1
     with pytest.raises(InputError, match="single document"):
         random_corpus([9]).split(0.5)
     with pytest.raises(InputError, match="between 0 and 1, found 1"):
         corpus.split(1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_share_of_tokens_is_held_out_not_of_documents(seed: int) -> None:
+    """One of six books was 21 % of the text where 5 % were asked for."""
+    lengths = [210, 50, 60, 300, 80, 300]
+    held_out = random_corpus(lengths).split(0.05, seed)[1]
+    assert 50 <= held_out.n_tokens <= 80
+    longer = random_corpus([100, 90, 110, 400]).split(0.05, seed)[1]
+    assert longer.n_tokens <= 100  # none comes near: 9 to 57 %
+    many = random_corpus([1 + n % 7 for n in range(500)])
+    assert many.split(0.1, seed)[1].n_tokens / many.n_tokens == pytest.approx(0.1, abs=0.003)
+
+
+def test_a_corpus_is_cut_into_documents() -> None:
+    corpus = random_corpus([7, 0, 3, 10])
+    pieces = corpus.cut(4)
+    assert pieces.lengths.tolist() == [4, 3, 3, 4, 4, 2]
+    assert np.array_equal(pieces.tokens, corpus.tokens)
+    assert pieces.source_fingerprint == corpus.source_fingerprint
+    assert pieces.fingerprint != corpus.fingerprint
+    with pytest.raises(InputError, match="length must be at least 1"):
+        corpus.cut(0)
+    with pytest.raises(InputError, match="cut the whole corpus"):
+        corpus.split(0.3)[0].cut(2)
+
+
+@pytest.mark.parametrize("place", [0, 1, 4097, 9_998, 9_999])
+def test_a_fingerprint_is_of_every_token(place: int, tmp_path: Path, tales: ModelContext) -> None:
+    corpus = random_corpus([4000, 6000])
+    changed = corpus.tokens.copy()
+    changed[place] += 1
+    other = TokenCorpus(changed, corpus.starts, corpus.numbers)
+    moved = TokenCorpus(corpus.tokens, np.array([0, 4001, 10_000]), corpus.numbers)
+    parts = corpus.split(0.5)
+    found = [each.fingerprint for each in (corpus, other, moved, *parts)]
+    assert len(set(found)) == 5
+    assert parts[0].source_fingerprint == corpus.source_fingerprint != other.source_fingerprint
+    state = iter(TokenWindows(corpus, 8, 4)).state_dict()
+    with pytest.raises(CheckpointError, match="fingerprint was"):
+        iter(TokenWindows(other, 8, 4)).load_state_dict(state)
+
+
+def test_a_token_file_has_the_fingerprint_of_its_texts(tmp_path: Path, tales: ModelContext) -> None:
+    in_memory = tokenize(TEXTS, tales)
+    on_disk = write_token_file(tmp_path / "tokens", TEXTS, tales)
+    assert on_disk.source_fingerprint == in_memory.source_fingerprint
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,17 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from neuron_explainer.analysis.report import collect_curves, read_log, write_report
+from neuron_explainer.analysis.logit_lens import logit_lens
+from neuron_explainer.analysis.report import Reported, collect_curves, read_log, write_report
 from neuron_explainer.errors import MissingExtraError, SourceError
 from neuron_explainer.evaluation.evaluate import measure
 from neuron_explainer.evaluation.geometry import WeightGeometry
 from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.models.model_context import StandardModelContext
+from neuron_explainer.models.transformer import Transformer
 
 NASTY = '<script>alert("1")</script> & $x_{1$ _name'
 
@@ -33,6 +38,7 @@ def log_lines() -> list[dict[str, Any]]:
             "tokens": 512 * i,
             "seconds": 0.5 * i,
             "note": "text",
+            "note_rate": 3.0 * i,
             "dictionaries": {
                 NASTY: {"fvu": 1 / i, "l0": 10.0, "flag": True},
                 "b": {"fvu": 2 / i, "dead": i, "lr": float("nan")},
@@ -68,18 +74,19 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
     pytest.importorskip("matplotlib")
-    tmp_path = tmp_path_factory.mktemp("report")
+    path = tmp_path_factory.mktemp("report") / "report.html"
     autoencoder = dictionary()
     evaluation = measure(autoencoder, [torch.randn(100, 6)], compat="openai")
+    settings = {"path": NASTY, "lr": 3e-4, "steps": 10_000, "tied": False, "none": None}
     write_report(
-        tmp_path / "report.html",
+        path,
+        {NASTY: Reported(autoencoder, evaluation, 8.0, settings)},
         title=f"Run {NASTY}",
+        measured_on=f"100 tokens of {NASTY}",
         log=log_lines(),
-        autoencoders={NASTY: autoencoder},
-        evaluations={NASTY: evaluation},
-        settings={"path": NASTY, "lr": 3e-4, "steps": 10_000, "tied": False, "none": None},
+        settings={"harvest": {"source": "/home/someone/books"}},
     )
-    page = Page((tmp_path / "report.html").read_text("utf-8"))
+    page = Page(path.read_text("utf-8"))
     cells = re.split(r"\n+", page.text)
     assert any(f"fvu{evaluation.fvu:.6g}" in cell for cell in cells)
     value = evaluation.compat["openai"]["normalized_L1_loss"]
@@ -89,7 +96,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
 
 def test_words_are_escaped(page: Page) -> None:
     assert "script" not in {tag for tag, _ in page.tags}
-    assert page.text.count(NASTY) == 7  # title twice, setting, column, legend, two headings
+    # Title twice, what was measured, two headings, legend, two columns, three heads of tables.
+    assert page.text.count(NASTY) == 10
     assert not any("script" in svg or "alert" in svg for svg in page.pictures)
 
 
@@ -105,13 +113,63 @@ def test_it_needs_nothing_from_outside(page: Page) -> None:
             assert element.tag.rpartition("}")[2] not in ("image", "script", "foreignObject")
 
 
-def test_every_number_has_its_picture(page: Page) -> None:
+def test_the_verdict_comes_first_and_settings_are_folded(page: Page) -> None:
+    tags = [tag for tag, _ in page.tags]
+    assert tags.index("li") < tags.index("table") < tags.index("img") < tags.index("details")
+    assert page.text.index("explain") < page.text.index("FVU: fraction of variance unexplained")
+    folded = page.text[page.text.index("Settings") :]
+    assert "10,000" in folded
+    assert "0.0003" in folded
+    assert "books" in folded
+    assert "someone" not in page.text  # a path tells who trained
+
+
+def test_what_is_drawn(page: Page) -> None:
     captions = [attrs["alt"] or "" for tag, attrs in page.tags if tag == "img"]
-    assert captions[:4] == [f"{f}, over tokens" for f in ("seconds", "fvu", "l0", "dead")]
-    assert captions[4].startswith("Latents by the share of 100 tokens on which they fire")
-    assert [caption.split()[0] for caption in captions[5:]] == ["Length", "Cosine", "Cosine"]
-    assert "10,000" in page.text
-    assert "0.0003" in page.text
+    assert captions[:3] == ["FVU in training", "dead latents in training", "note_rate in training"]
+    assert captions[3].startswith("How often latents fire; ")
+    assert [caption.split()[0] for caption in captions[4:]] == ["Length", "Cosine", "Cosine"]
+    assert "Did not change: l0 (10)." in page.text
+    labels = {"FVU", "dead latents", "tokens trained on", "latents"}
+    for label in labels:  # matplotlib names each text in a comment
+        assert any(f"<!-- {label} -->" in svg for svg in page.pictures), label
+
+
+def test_rounding_is_not_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    autoencoder = dictionary()
+    with torch.no_grad():
+        autoencoder.decoder.weight.copy_(F.normalize(autoencoder.decoder.weight, dim=0))
+    write_report(tmp_path / "report.html", {"a": Reported(autoencoder)})
+    page = Page((tmp_path / "report.html").read_text("utf-8"))
+    assert "The length of decoder directions is the same for all: 1." in page.text
+    assert len(page.pictures) == 2
+
+
+def test_strongest_latents_and_the_tokens_they_promote(
+    text_model: Transformer, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    text_model.save(tmp_path / "model")
+    context = StandardModelContext(str(tmp_path / "model"), device="cpu")
+    width = text_model.cfg.d_model
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(30, width, location="1/resid.torso.delta_mlp")
+    unembedding = text_model.final_ln.weight[:, None] * text_model.unembed.weight.t()
+    autoencoder.requires_grad_(False)
+    autoencoder.decoder.weight[:, 7] = 50 * unembedding[:, ord("q")].detach()
+    evaluation = measure(autoencoder, [torch.randn(100, width)])
+    write_report(tmp_path / "r.html", {"a": Reported(autoencoder, evaluation)}, context=context)
+    page = Page((tmp_path / "r.html").read_text("utf-8"))
+    table = page.text[page.text.index("share of output") :]
+    first = next(line for line in table.splitlines() if line.startswith("7"))
+    assert f"{float(evaluation.frequency[7]):.2%}" in first
+    found = logit_lens(context, autoencoder, [7], n_tokens=3)
+    assert found is not None
+    assert found[0].up[0] == "q"
+    assert len(found[0].down) == 3
+    autoencoder.location = ActivationLocation("mlp.post_act", 1)
+    assert logit_lens(context, autoencoder, [7]) is None  # not of the residual stream
 
 
 def test_the_same_numbers_give_the_same_file(tmp_path: Path) -> None:
@@ -123,7 +181,7 @@ def test_the_same_numbers_give_the_same_file(tmp_path: Path) -> None:
 
 def test_curves_take_whatever_numbers_there_are() -> None:
     curves = collect_curves(log_lines())
-    assert list(curves) == ["seconds", "fvu", "l0", "dead"]
+    assert list(curves) == ["seconds", "note_rate", "fvu", "l0", "dead"]
     assert curves["fvu"]["b"] == [(512.0 * i, 2 / i) for i in range(1, 5)]
     assert curves["seconds"] == {"": [(512.0 * i, 0.5 * i) for i in range(1, 5)]}
     assert collect_curves([{"loss": 2}, {"loss": 1.5}]) == {"loss": {"": [(0, 2), (1, 1.5)]}}

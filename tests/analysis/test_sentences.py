@@ -167,7 +167,7 @@ def test_reading_a_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="found nothing"):
         read_sentences(path)
     path.write_bytes(b"sentence\n\xff\n")
-    with pytest.raises(InputError, match="expected UTF-8, found byte 9"):
+    with pytest.raises(InputError, match="expected UTF-8, but byte 9"):
         read_sentences(path)
 
 

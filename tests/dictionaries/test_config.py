@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from neuron_explainer.dictionaries import (
     GatedConfig,
@@ -18,8 +19,10 @@ from neuron_explainer.dictionaries import (
     TopKConfig,
     TrainConfig,
     read_config,
+    train,
 )
 from neuron_explainer.dictionaries.params_json import read_params
+from neuron_explainer.dictionaries.sparse_coding import SparseCodingConfig
 from neuron_explainer.errors import CheckpointError, InputError, LocationError
 from neuron_explainer.settings import from_dict, read_values, to_dict
 from neuron_explainer.settings.flags import add_flags, field_docs, from_flags
@@ -65,7 +68,7 @@ def test_every_field_has_a_docstring() -> None:
         ({"steps": 5, "skip": True}, "transcoder = true"),
         (
             {"steps": 5, "transcoder": True, "skip": True, "input_normalization": "rms"},
-            "takes inputs as the model has them",
+            "takes activations without normalisation",
         ),
         (
             {"steps": 50, "remedy": "resample", "resample_every": 30, "decay_steps": 30},
@@ -80,6 +83,56 @@ def test_every_field_has_a_docstring() -> None:
 def test_settings_that_cannot_be(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         TrainConfig(**fields)
+
+
+WHOLE_NUMBERS = [
+    (cls, field.name)
+    for cls in (
+        TrainConfig,
+        SparseCodingConfig,
+        *map(ObjectiveConfig.member, ObjectiveConfig.names()),
+    )
+    for field in dataclasses.fields(cls)
+    if "int" in str(field.type)
+]
+WRONG = [1.5, 1.0, True, "3", -1, 2**70]
+
+
+def least(cls: type[Any]) -> dict[str, Any]:
+    """The fields that have to be given."""
+    if cls is SparseCodingConfig:
+        return {"n_latents": 4, "penalty": 0.1}
+    return {"steps": 5} if cls is TrainConfig else {}
+
+
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+def test_whole_numbers_in_python(value: Any) -> None:
+    assert len(WHOLE_NUMBERS) > 30
+    for cls, name in WHOLE_NUMBERS:
+        with pytest.raises(InputError, match=rf"\b{name}\b"):
+            cls(**least(cls) | {name: value})
+
+
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+def test_whole_numbers_in_files(value: Any, tmp_path: Path) -> None:
+    for cls, name in WHOLE_NUMBERS:
+        fields: dict[str, Any] = {"steps": 5, name: value}
+        if issubclass(cls, ObjectiveConfig):
+            objective = next(n for n in ObjectiveConfig.names() if ObjectiveConfig.member(n) is cls)
+            fields = {"steps": 5, "objective": {"name": objective, name: value}}
+        if cls is SparseCodingConfig:
+            continue  # it has neither
+        (tmp_path / "c.json").write_text(json.dumps(fields))
+        with pytest.raises(InputError, match=rf"\b{name}\b"):
+            read_config(TrainConfig, tmp_path / "c.json")
+
+
+@pytest.mark.parametrize("seed", [2**31, 2**63, 2**64 - 1])
+def test_seeds_of_64_bits(seed: int) -> None:
+    rows = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    config = TrainConfig(TopKConfig(k=1), n_latents=8, steps=3, batch_size=32, seed=seed)
+    one, other = (train(config, rows, progress=False) for _ in range(2))
+    assert torch.equal(one.encoder.weight, other.encoder.weight)
 
 
 def test_what_is_not_given_goes_by_the_size_of_the_run() -> None:
@@ -220,12 +273,27 @@ def test_a_setting_of_another_objective_is_an_error() -> None:
         parsed("--steps 5 --target-l0 4")
 
 
+@pytest.mark.parametrize(
+    "value",
+    [None, 3, 1.5, True, [], ["topk"], {}, {"name": 3}, {"name": None}, {"k": 8}, "", {"value": 1}],
+)
+def test_a_file_with_an_objective_of_another_type(value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"steps": 5, "objective": value}))
+    for line in ("", "--k 3"):
+        with pytest.raises(InputError, match="objective"):
+            parsed(line, path)
+
+
 def test_help_comes_from_the_docstrings() -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser, TrainConfig)
     text = " ".join(parser.format_help().split())
-    assert "Adam's learning rate once it is warmed up; 2e-4 / sqrt(n_latents / 2**14)" in text
-    assert "Latents that are active for a token." in text
+    assert (
+        "Adam's learning rate after the warm-up. If not given: 2e-4 / sqrt(n_latents / 2**14)"
+        in text
+    )
+    assert "Number of active latents of each token." in text
 
 
 # ---- params.json -------------------------------------------------------------------------------

@@ -10,12 +10,12 @@ from neuron_explainer.dictionaries.prune import prune, prune_by
 from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation.latent_activity import LatentActivity
 from neuron_explainer.models.autoencoder import Autoencoder, BatchTopK, JumpReLU, TopK
-from neuron_explainer.models.autoencoder_context import (
+from neuron_explainer.models.autoencoders.nonlinearities import Gated
+from neuron_explainer.models.autoencoders.pruned import (
     count_dead_latents,
     get_decoder_weight,
     omit_dead_latents,
 )
-from neuron_explainer.models.autoencoders.nonlinearities import Gated
 
 N, N_LATENTS = 6, 20
 

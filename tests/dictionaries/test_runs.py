@@ -67,11 +67,14 @@ def test_folders_that_hold_no_run_or_none_that_is_finished(several: Path) -> Non
 
 def test_leftovers_are_no_results_and_go_when_the_run_is_resumed(several: Path) -> None:
     """What a killed process leaves: a folder and a file that were to be renamed."""
-    left = [several / "autoencoders" / ".0-mlp.post_act.0f.tmp", several / ".autoencoder.1a.tmp"]
+    left = [
+        several / "autoencoders" / ".0-mlp.post_act.0123456789ab.tmp",
+        several / ".autoencoder.0123456789ab.tmp",
+    ]
     for folder in left:
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({"kind": "autoencoder"}), "utf-8")
-    left.append(several / ".finished.json.2b.tmp")
+    left.append(several / ".finished.json.0123456789ab.tmp")
     left[-1].write_text("{", "utf-8")
     assert list(Run.open(several).results) == ["0/mlp.post_act", "1/mlp.post_act"]
     (several / "finished.json").unlink()

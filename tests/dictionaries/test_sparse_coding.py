@@ -249,15 +249,15 @@ def test_a_sentence_has_the_codes_that_it_has_alone(context, windows):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_latents": 0}, "n_latents must be a whole number >= 1, found 0"),
+        ({"n_latents": 0}, "n_latents must be at least 1, found 0"),
         ({"penalty": -1.0}, "penalty must be a number >= 0, found -1.0"),
-        ({"epochs": True}, "epochs must be a whole number >= 1, found True"),
-        ({"batch_size": 2.0}, "batch_size must be a whole number"),
-        ({"step_size": 0}, "step_size must be a number > 0, found 0"),
-        ({"hessian_floor": float("nan")}, "hessian_floor must be a number > 0, found nan"),
-        ({"solver": "lars"}, "solver must be 'fista' or 'ista', found 'lars'"),
-        ({"seed": -1}, "seed must lie in 0 to"),
-        ({"across_layers": 1}, "across_layers must be True or False"),
+        ({"epochs": True}, "epochs: expected a whole number, found True"),
+        ({"batch_size": 2.0}, "batch_size: expected a whole number, found 2.0"),
+        ({"step_size": 0}, "step_size must be above 0, found 0"),
+        ({"hessian_floor": float("nan")}, "hessian_floor: expected a finite number, found nan"),
+        ({"solver": "lars"}, "solver: expected one of fista, ista, found 'lars'"),
+        ({"seed": -1}, "seed must be in 0 to"),
+        ({"across_layers": 1}, "across_layers: expected true or false, found 1"),
     ],
 )
 def test_settings_that_mean_nothing(changes, message):

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from neuron_explainer.activations.harvest import ActivationBatch
-from neuron_explainer.cli.measuring import open_autoencoders
+from neuron_explainer.dictionaries.runs import Run
 from neuron_explainer.dictionaries.sparse_coding import SparseCodingConfig, train_sparse_coding
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.locations import ActivationLocation
@@ -149,11 +149,11 @@ def test_leftovers_of_a_killed_process_are_removed(whole, tmp_path):
 def test_one_epoch_and_another_are_two(whole, tmp_path):
     run(tmp_path, epochs=1)
     assert len(log_of(tmp_path)) == N_BATCHES
-    assert set(open_autoencoders(str(tmp_path))[0]) == {str(tmp_path / "autoencoder")}
+    assert Run.open(tmp_path).results == {"autoencoder": tmp_path / "autoencoder"}
     with pytest.raises(Interrupted):  # it is not finished while it goes on
         run(tmp_path, Batches(stop_at(2)))
     with pytest.raises(InputError, match="has not finished"):
-        open_autoencoders(str(tmp_path))
+        _ = Run.open(tmp_path).results
     found = run(tmp_path)
     assert torch.equal(found.encoder.weight, run(None).encoder.weight)
     for name in ("autoencoder/autoencoder.safetensors", "finished.json"):

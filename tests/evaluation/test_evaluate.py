@@ -1,6 +1,9 @@
 """Evaluation against the definitions: each row of tokens run alone, figures in numpy's float64."""
 
+import gc
 import math
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,8 @@ from neuron_explainer.evaluation.figures import Evaluation, Losses, evaluation_t
 from neuron_explainer.evaluation.pieces import coded_pieces
 from neuron_explainer.evaluation.running import ByLoss, LossTotals
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
-from neuron_explainer.models.autoencoder_context import (
-    AutoencoderConfig,
-    AutoencoderContext,
-    omit_dead_latents,
-)
+from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
+from neuron_explainer.models.autoencoders.pruned import omit_dead_latents
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.model_context import ModelContext, StandardModelContext
@@ -386,6 +386,55 @@ def test_passes_are_few_and_begin_at_the_layer(
     }
     evaluate_all(context, several, [batch_of(ROWS)], progress=False)
     assert runs == [2, 2 + 2 + 2]  # one splice each, and both ablations once
+
+
+class Watched:
+    """Token batches that note, whenever one is asked for, how many captured tensors are still alive."""
+
+    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.captured: list[weakref.ref[Tensor]] = []
+        self.alive: list[int] = []
+        capture = model.capture
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            found = capture(*args, **kwargs)
+            self.captured += [weakref.ref(x) for x in found.values()]
+            return found
+
+        monkeypatch.setattr(model, "capture", noted)
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        for ids in ROWS:
+            self.look()
+            yield batch_of([ids])
+        self.look()
+
+    def look(self) -> None:
+        self.alive.append(sum(ref() is not None for ref in self.captured))
+
+
+@pytest.fixture
+def no_garbage_collector() -> Iterator[None]:
+    """What a reference cycle holds stays: memory is freed by reference counts alone, or not at all."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_no_more_than_one_batch_is_held(
+    context: ModelContext, monkeypatch: pytest.MonkeyPatch, no_garbage_collector: None
+) -> None:
+    n = context.n_residual_stream_channels
+    watched = Watched(context.get_or_create_model(), monkeypatch)
+    several = {
+        "a": random_autoencoder(n, "0/resid.torso.post_mlp"),
+        "b": random_autoencoder(n, "1/resid.torso.delta_mlp"),
+    }
+    found = evaluate_all(context, several, watched, compat="sparsify", progress=False)
+    assert len(watched.captured) > 4 * len(ROWS)
+    assert set(watched.alive) == {0}
+    assert found["a"].losses is not None
 
 
 def test_losses_on_every_nth_batch(context: ModelContext) -> None:

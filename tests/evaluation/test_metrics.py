@@ -313,6 +313,12 @@ def test_sparse_latents_are_the_dense_ones():
     sparse = ReconstructionStats().update(x, x, Latents(values, indices, 9), pad)
     assert 0 < (values == 0).sum() < values.numel()
     assert torch.equal(dense.frequency, sparse.frequency)
+    tokens = kept[~pad]
+    for stats in (dense, sparse, ReconstructionStats().update(x[:1], x[:1], kept[:1], pad[:1])):
+        if stats.n_tokens < len(tokens):
+            stats.update(x[1:], x[1:], Latents(values[1:], indices[1:], 9), pad[1:])
+        assert stats.largest.tolist() == tokens.amax(0).tolist()
+        assert torch.allclose(stats.mean_square, tokens.double().square().mean(0), rtol=1e-12)
     assert sparse.l1.item() == pytest.approx(dense.l1.item(), rel=1e-12)
     with pytest.raises(InputError, match="leading axes"):
         ReconstructionStats().update(x, x, Latents(values[:2], indices[:2], 9))

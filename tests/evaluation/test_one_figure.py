@@ -1,6 +1,8 @@
 """One figure for one thing: FVU, L0, dead share and CE recovered through every door, on the same tokens."""
 
+import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.activations.windows import TokenBatch
+from neuron_explainer.analysis.report import Reported, write_report
 from neuron_explainer.cli import main
 from neuron_explainer.dictionaries import TopKConfig, TrainConfig
 from neuron_explainer.dictionaries.trainee import Trainee
@@ -96,6 +99,16 @@ def test_reconstruction(
         # The activations are float32, and a matrix product's rounding depends on how many rows it has.
         assert float(door.fvu) == pytest.approx(float(fvu), rel=1e-6), name
     assert verified.fvu == evaluated.fvu  # the same windows: the same bits
+
+    pytest.importorskip("matplotlib")
+    page = folder / "report.html"
+    write_report(page, {"a": Reported(evaluation=evaluated)})
+    cells = re.findall(r"<td>([^<]*)</td>", page.read_text("utf-8"))
+    everything = dict(itertools.pairwise(cells))
+    assert everything["fvu"] == f"{evaluated.fvu:.6g}"
+    assert everything["l0"] == f"{evaluated.l0:.6g}"
+    assert everything["dead_share"] == f"{evaluated.dead_share:.6g}"
+    assert {f"{evaluated.fvu:.4f}", f"{evaluated.l0:.2f}"} <= set(cells)
 
     common = ["--model", str(folder / "model"), "--device", "cpu", "--json"]
     main(["latents", "a text", "--autoencoder", str(folder / "autoencoder"), *common])

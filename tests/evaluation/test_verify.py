@@ -121,10 +121,10 @@ def test_recorded_figures_are_compared(context: StandardModelContext, tmp_path: 
 
 def test_the_two_numbers_of_a_problem_differ() -> None:
     place = ActivationLocation("mlp.post_act", 3)
-    assert Verification(place, 9, 0.5, 1.0, 0.0).problem is None
-    problem = Verification(place, 9, 0.50002, 1.0, 0.0).problem or ""
-    assert "0.50002 of the variance" in problem
-    assert "at most 0.50000." in problem
+    assert Verification(place, 9, 0.6, 1.0, 0.0).problem is None
+    problem = Verification(place, 9, 0.60002, 1.0, 0.0).problem or ""
+    assert "0.60002 of the variance" in problem
+    assert "at most 0.60000." in problem
 
 
 def test_a_transcoder_is_measured_against_its_target(

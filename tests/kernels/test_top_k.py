@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from neuron_explainer.errors import InputError
 from neuron_explainer.kernels import certified
-from neuron_explainer.kernels.certified import Prepared, certified_top_k, use_certified
-from neuron_explainer.kernels.encode_top_k import encode_top_k, prepare, top_k
-from neuron_explainer.kernels.top_k import search
+from neuron_explainer.kernels.certified import Prepared, certified_top_k, prepare, use_certified
+from neuron_explainer.kernels.encode_top_k import encode_top_k
+from neuron_explainer.kernels.top_k import search, top_k
 
 NAN, INF = math.nan, math.inf
 
@@ -304,7 +304,7 @@ def test_weights_that_are_not_finite_are_never_proven(where, bad):
     assert torch.equal(plain[1], tried[1])
 
 
-def test_no_bias_few_latents_no_rows_many_chunks(monkeypatch):
+def test_no_bias_few_latents_no_rows_many_chunks():
     x, weight, bias = gaussian()
     for c in (False, True):
         found = encode_top_k(x, weight, None, K, certified=c)
@@ -313,63 +313,37 @@ def test_no_bias_few_latents_no_rows_many_chunks(monkeypatch):
         assert encode_top_k(x, weight[:9], bias[:9], 9, certified=c)[1].shape == (B, 9)
         assert encode_top_k(x[:0], weight, bias, K, certified=c)[0].shape == (0, K)
     want = encode_top_k(x, weight, bias, K, certified=True)
-    monkeypatch.setattr(certified, "_CHUNK_BYTES", 2 * L * 7)
-    monkeypatch.setattr(certified, "_PREPARE_ROWS", 100)
-    found = encode_top_k(x, weight, bias, K, certified=True)
-    assert torch.equal(found[1], want[1])
-    torch.testing.assert_close(found[0], want[0])
+    in_parts = prepare(weight, bias, latents_at_once=100)
+    assert torch.equal(in_parts.operand, prepare(weight, bias).operand)
+    values, indices, proven = certified_top_k(x, weight, bias, K, in_parts, chunk_bytes=2 * L * 7)
+    assert proven.all()
+    assert torch.equal(indices, want[1])
+    torch.testing.assert_close(values, want[0])
+    few_at_once = encode_top_k(x, weight, bias, K, certified=False, chunk_bytes=4 * L * 7)
+    assert torch.equal(few_at_once[1], want[1])
 
 
-# ---- copies of weights and when they are used --------------------------------------------------------
-
-
-def test_prepared_weights_are_good_until_the_weights_change():
-    x, weight, bias = gaussian()
-    weight = torch.nn.Parameter(weight)
-    prepared = prepare(weight, bias)
-    assert prepare(weight, bias, prepared) is prepared
-    changes = [
-        lambda: weight.data.neg_(),  # torch counts no version for this one
-        lambda: weight.detach().mul_(-3),
-        lambda: bias.add_(torch.arange(L)),
-        lambda: setattr(weight, "data", weight.data.flip(0).clone()),
-    ]
-    for change in changes:
-        with torch.no_grad():
-            change()
-        stale, prepared = prepared, prepare(weight, bias, prepared)
-        assert prepared is not stale
-        found = encode_top_k(x, weight, bias, K, prepared=stale, certified=True)
-        want = encode_top_k(x, weight, bias, K, certified=False)
-        assert torch.equal(found[1], want[1])
+# ---- when it is used --------------------------------------------------------
 
 
 def test_a_bound_that_is_found_broken_proves_nothing():
     x, weight, bias = gaussian()
     prepared = prepare(weight, bias)
-    broken = Prepared(prepared.operand.clone(), prepared.largest, prepared.fingerprint)
+    broken = Prepared(prepared.operand.clone(), prepared.largest)
     broken.operand[:, :N] *= 0.9
     assert not certified_top_k(x, weight, bias, K, broken)[2].any()
 
 
-def test_inference_tensors_have_no_version():
-    with torch.inference_mode():
-        _, weight, bias = gaussian()
-        prepared = prepare(weight, bias)
-        assert prepare(weight, bias, prepared) is prepared
-        weight.neg_()
-        assert prepare(weight, bias, prepared) is not prepared
-
-
 def test_where_it_is_used(monkeypatch):
-    rows, weight = torch.zeros(256, 2), torch.zeros(4096, 2)
+    rows, weight = torch.zeros(512, 2), torch.zeros(4096, 2)
     monkeypatch.delenv("NEURON_EXPLAINER_CERTIFIED", raising=False)
     for fast in (True, False):
-        monkeypatch.setattr(certified, "_fast_bfloat16", lambda device, fast=fast: fast)
-        assert use_certified(rows, weight, None) == fast
-    monkeypatch.setattr(certified, "_fast_bfloat16", lambda device: True)
-    assert not use_certified(rows[1:], weight, None)
-    assert not use_certified(rows, weight[1:], None)
+        assert use_certified(rows, weight, None, fast_bfloat16=fast) == fast
+    assert not use_certified(rows[1:], weight, None, fast_bfloat16=True)
+    assert not use_certified(rows, weight[1:], None, fast_bfloat16=True)
+    meta = rows.to("meta")  # any device but a CPU
+    assert not use_certified(meta, weight, None, fast_bfloat16=True)
+    assert use_certified(meta, weight, True)
     assert use_certified(rows[1:], weight[1:], True)
     assert not use_certified(rows.double(), weight.double(), True)
     assert not use_certified(rows, weight, False)

@@ -171,7 +171,7 @@ def test_decode_asks_for_what_it_needs_and_remembers_nothing(normalization):
     with pytest.raises(InputError, match="decode needs stats"):
         ae.decode(latents)
     other = "layer_norm" if normalization == "center" else "center"
-    with pytest.raises(InputError, match="these stats are not of"):
+    with pytest.raises(InputError, match="these stats are not those of"):
         ae.decode(latents, make(normalization=other).normalize(first)[1])
 
 
@@ -698,8 +698,8 @@ def edit_config(folder, **changes):
         ({"kind": "transformer"}, "expected kind 'autoencoder', found 'transformer'"),
         ({"format_version": 2}, "format_version 2 cannot be read"),
         ({"surprise": 1}, "unknown field 'surprise'"),
-        ({"tied": "remove"}, "missing field 'tied'"),
-        ({"tied": 1}, "tied: found 1"),
+        ({"tied": "remove"}, "the field 'tied' is missing"),
+        ({"tied": 1}, "tied: expected true or false, found 1"),
         ({"tied": True}, r"tied, and yet there is a decoder\.weight"),
         ({"n_inputs": 6}, r"config\.json says \[12, 6\] of float32, encoder\.weight is \[12, 5\]"),
         ({"dtype": "float16"}, r"of float16, encoder\.weight is \[12, 5\] of float32"),
@@ -708,7 +708,7 @@ def edit_config(folder, **changes):
         ({"activation": {"name": "Relu"}}, "unknown latent activation 'Relu'"),
         ({"activation": {}}, "expected a 'name'"),
         ({"location": "3/mlp.middle"}, "unknown location 'mlp.middle'"),
-        ({"input_normalization": "norm"}, "unknown input_normalization 'norm'"),
+        ({"input_normalization": "norm"}, "input_normalization: expected one of .*, found 'norm'"),
     ],
 )
 def test_contradictory_configs(tmp_path, changes, message):

@@ -12,11 +12,7 @@ from torch import nn
 
 from neuron_explainer.errors import CheckpointError, InputError, NeuronExplainerError
 from neuron_explainer.models.autoencoder import Autoencoder, InputStats, JumpReLU, TopK
-from neuron_explainer.models.autoencoder_context import (
-    AutoencoderConfig,
-    AutoencoderContext,
-    omit_least_active_latents,
-)
+from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
 from neuron_explainer.models.autoencoders.fista import fista
 from neuron_explainer.models.autoencoders.nonlinearities import (
     Fista,
@@ -24,6 +20,7 @@ from neuron_explainer.models.autoencoders.nonlinearities import (
     GroupMax,
     make_activation,
 )
+from neuron_explainer.models.autoencoders.pruned import omit_least_active_latents
 from neuron_explainer.models.checkpoints.autoencoders.state import select_latents
 from neuron_explainer.models.hooks import AutoencoderHooks
 
@@ -169,11 +166,11 @@ def test_decode_asks_for_what_it_needs():
     for normalization in NORMALIZATIONS[1:]:
         stats = make(input_normalization=normalization).normalize(x)[1]
         with pytest.raises(
-            InputError, match="these stats are not of 'none' normalisation with a sk"
+            InputError, match="these stats are not those of 'none' normalisation with a sk"
         ):
             skip.decode(skip.encode(x), stats)
     layer_norm = make(input_normalization="layer_norm")
-    with pytest.raises(InputError, match="not of 'layer_norm' normalisation without a skip"):
+    with pytest.raises(InputError, match="not those of 'layer_norm' normalisation without a skip"):
         layer_norm.decode(layer_norm.encode(x), make(input_normalization="rms").normalize(x)[1])
     transcoder = make(n_outputs=OUT, input_normalization="layer_norm")
     assert torch.equal(transcoder.decode(transcoder.encode(x)), transcoder.reconstruct(x))
@@ -385,7 +382,7 @@ def test_state_dicts_of_another_kind_are_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_outputs": "3"}, "n_outputs: found '3'"),
+        ({"n_outputs": "3"}, "n_outputs: expected a whole number, found '3'"),
         ({"n_outputs": 4}, r"decoder\.weight: expected shape \[4, 12\]"),
         ({"output_location": "x/y"}, "expected a location"),
         ({"group_sizes": [1, 2]}, "add up to the 12 latents"),

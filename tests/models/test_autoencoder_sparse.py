@@ -1,7 +1,6 @@
 """Sparse latents and the ways without a graph: always the formula's values and gradients."""
 
 import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuron_explainer.errors import InputError
-from neuron_explainer.models import autoencoder as module
 from neuron_explainer.models.autoencoder import Autoencoder, BatchTopK, JumpReLU, TopK
 from neuron_explainer.models.autoencoders.latents import Latents
 from neuron_explainer.models.autoencoders.nonlinearities import Fista, Gated, GroupMax
@@ -54,17 +52,18 @@ def inputs(*shape, dtype=torch.float64):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_without_gradients_all_is_as_with_them(activation, shape, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 3 * L * 8)
-    monkeypatch.setattr(module, "_TOPK_ROWS", 3)
+def test_without_gradients_all_is_as_with_them(activation, shape):
+    few = {"chunk_bytes": 3 * L * 8}
     ae, x = make(activation, shape), inputs(2, 5)
     with_graph = ae(x)
     with torch.no_grad():
         torch.testing.assert_close(ae.encode(x), with_graph.latents)
-        torch.testing.assert_close(ae.reconstruct(x), with_graph.recons)
-        latents = ae.encode_sparse(x)
+        torch.testing.assert_close(ae.reconstruct(x, **few), with_graph.recons)
+        latents = ae.encode_sparse(x, **few)
         torch.testing.assert_close(latents.dense(), with_graph.latents)
         torch.testing.assert_close(ae.decode(latents, ae.normalize(x)[1]), with_graph.recons)
+        for code in (ae.code(x), ae.code_sparse(x)):
+            torch.testing.assert_close(code.decode(code.latents), with_graph.recons)
         assert ae.reconstruct(x[:0]).shape == (0, *with_graph.recons.shape[1:])
         assert ae.encode_sparse(x[:0]).dense().shape == (0, 5, L)
         torch.testing.assert_close(ae.reconstruct(x[0, 0]), with_graph.recons[0, 0])
@@ -136,24 +135,21 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("activation", ["TopK", "BatchTopK", "ReLU"])
-def test_dense_latents_are_never_held_for_all_rows(activation, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 8 * L * 4)
-    monkeypatch.setattr("neuron_explainer.kernels.encode_top_k._CHUNK_BYTES", 8 * L * 4)
+def test_dense_latents_are_never_held_for_all_rows(activation):
     ae, x = make(activation, dtype=torch.float32), inputs(100, dtype=torch.float32)
     with torch.no_grad(), LargestTensor() as largest:
-        ae.reconstruct(x)
+        ae.reconstruct(x, chunk_bytes=8 * L * 4)
     assert 8 * L <= largest.numel < 100 * L / 2
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_few_latents_are_decoded_one_by_one_and_many_by_a_product(share, monkeypatch):
-    monkeypatch.setattr(module, "_SPARSE_SHARE", share)
     used = []
     whole = Latents.decode
     monkeypatch.setattr(Latents, "decode", lambda *args: used.append(1) or whole(*args))  # type: ignore[func-returns-value]
     ae, x = make("BatchTopK"), inputs(9)
     with torch.no_grad():
-        torch.testing.assert_close(ae.reconstruct(x), ae(x).recons)
+        torch.testing.assert_close(ae.reconstruct(x, sparse_share=share), ae(x).recons)
     assert bool(used) == bool(share)
 
 
@@ -179,39 +175,41 @@ def certified(monkeypatch):
 def test_certified_is_what_float32_is(certified, monkeypatch):
     ae, x = certified
     fast = [ae.reconstruct(x), ae.encode(x), *ae.encode_sparse(x)[:2]]
-    assert ae._prepared is not None
     monkeypatch.setenv("NEURON_EXPLAINER_CERTIFIED", "0")
     slow = [ae.reconstruct(x), ae.encode(x), *ae.encode_sparse(x)[:2]]
     for one, other in zip(fast, slow, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-5)
 
 
-def test_copies_of_weights_follow_the_weights(certified):
-    ae, x = certified
-    ae.reconstruct(x)
-    for change in (
-        lambda: ae.encoder.weight.neg_(),
-        lambda: ae.encoder.weight.data.mul_(2),
-        lambda: ae.latent_bias.copy_(torch.linspace(0, 9, 600)),
-        lambda: ae.decoder.weight.mul_(-2),
-        lambda: ae.pre_bias.add_(3),
-    ):
-        before = ae.reconstruct(x)
-        change()
-        after = ae.reconstruct(x)
-        assert not torch.allclose(before, after)
-        torch.testing.assert_close(after, ae(x).recons, atol=1e-3, rtol=1e-5)
+WAYS_OF_CHANGING_WEIGHTS = {
+    "in place": lambda ae, p: ae.encoder.weight.neg_(),
+    "scaled through .data": lambda ae, p: ae.encoder.weight.data.mul_(2),
+    "latents in another order, through .data": lambda ae, p: ae.encoder.weight.data.__setitem__(
+        p, ae.encoder.weight.data[p.flip(0)].clone()
+    ),
+    "biases exchanged, through .data": lambda ae, p: ae.latent_bias.data.__setitem__(
+        p, ae.latent_bias.data[p.flip(0)].clone()
+    ),
+    "latents in another order, through numpy": lambda ae, p: ae.encoder.weight.numpy().__setitem__(
+        p.numpy(), ae.encoder.weight.numpy()[p.flip(0).numpy()].copy()
+    ),
+    "another pre_bias": lambda ae, p: ae.pre_bias.add_(3),
+}
 
 
-def test_copies_of_weights_are_no_part_of_the_state(certified):
+@pytest.mark.parametrize("change", WAYS_OF_CHANGING_WEIGHTS.values(), ids=WAYS_OF_CHANGING_WEIGHTS)
+def test_latents_are_those_of_the_weights_as_they_are(certified, change):
+    # A copy of the weights, recognised by a sum that is blind to their order, would still serve.
     ae, x = certified
-    keys, kept = set(ae.state_dict()), ae.reconstruct(x)
-    assert set(ae.state_dict()) == keys
-    for twin in (copy.deepcopy(ae), pickle.loads(pickle.dumps(ae))):
-        assert twin._prepared is None
-        torch.testing.assert_close(twin.reconstruct(x), kept)
-    assert ae._prepared is not None
-    assert ae.to(torch.float64)._prepared is None
+    before = ae.encode(x)
+    change(ae, torch.randperm(600, generator=torch.Generator().manual_seed(2))[:400])
+    pre_act = (x - ae.pre_bias).double() @ ae.encoder.weight.double().T + ae.latent_bias.double()
+    top = pre_act.topk(4)
+    expected = torch.zeros_like(pre_act).scatter(1, top.indices, top.values.relu()).float()
+    after = ae.encode(x)
+    torch.testing.assert_close(after, expected, atol=1e-4, rtol=1e-5)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(ae.reconstruct(x), ae(x).recons, atol=1e-3, rtol=1e-5)
 
 
 def test_the_decoder_lies_in_memory_latent_by_latent():

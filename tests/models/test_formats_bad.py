@@ -9,7 +9,7 @@ import random
 import shutil
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,6 +107,28 @@ def llama_scope_r1(folder: Path) -> Source:
     return Source(folder, weights, "decoder.weight", {})
 
 
+def llama_scope(folder: Path) -> Source:
+    weights = folder / "checkpoints" / "final.safetensors"
+    weights.parent.mkdir(parents=True)
+    fields = {
+        "hook_point_in": "blocks.1.hook_resid_post",
+        "hook_point_out": "blocks.1.hook_resid_post",
+        "jump_relu_threshold": 0.5,
+        "dataset_average_activation_norm": {"in": 2.0, "out": 2.0},
+        "sparsity_include_decoder_norm": True,
+        "act_fn": "jumprelu",
+    }
+    (folder / "hyperparams.json").write_text(json.dumps(fields))
+    save_file(tensors_of(published.llama_scope(2.0, 2.0, 0.5)), weights)
+    return Source(folder, weights, "decoder.weight", {})
+
+
+def attn_saes(path: Path) -> Source:
+    fields = {"act_name": "blocks.0.attn.hook_z", "act_size": published.N, "dict_size": published.L}
+    path.with_name("0_cfg.json").write_text(json.dumps(fields))
+    return single(path, tensors_of(published.sae_training(is_transcoder=False)), "W_dec")
+
+
 SOURCES: dict[str, Callable[[Path], Source]] = {
     "native": native,
     "openai": openai,
@@ -149,6 +171,8 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
         "W_dec",
     ),
     "llama_scope_r1": lambda p: llama_scope_r1(p / "llama"),
+    "llama_scope": lambda p: llama_scope(p / "llama"),
+    "attn_saes": lambda p: attn_saes(p / "0.pt"),
     "e2e": lambda p: single(
         p / "run.pt", tensors_of(published.e2e()), "decoder.weight", input_normalization="none"
     ),
@@ -328,7 +352,8 @@ def test_a_config_that_is_not_json(tmp_path, name, content):
 
 def test_the_tensors_alone_do_not_say_enough(tmp_path):
     source = SOURCES["saelens"](tmp_path)
-    assert "give the folder, with its config.json or cfg.json" in error_of(source, source.weights)
+    text = error_of(source, source.weights)
+    assert "give the folder, with its config.json or cfg.json or hyperparams.json" in text
 
 
 @pytest.mark.parametrize("config", [{"trainer": 3}, {"trainer": {"dict_class": 3}}])
@@ -391,6 +416,77 @@ def test_pickles_inside_of_arrays_are_refused(tmp_path):
     assert not mark.exists()
 
 
+ODD_VALUES: list[Any] = [
+    None,
+    True,
+    -1,
+    1.5,
+    10**30,
+    "x",
+    "",
+    [],
+    [1],
+    {},
+    {"in": "x"},
+    0,
+    "blocks.1",
+]
+
+
+def with_odd_values(value: Any) -> Iterator[Any]:
+    """JSON values that differ from ``value`` in one place, by type or by size."""
+    yield from (odd for odd in ODD_VALUES if odd != value)
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            for odd in with_odd_values(inner):
+                yield value | {key: odd}
+
+
+def test_a_field_of_any_other_type_is_read_or_refused(source):
+    """A config with one field of another type ends in one of our errors, or changes nothing read."""
+    folder = source.path if source.path.is_dir() else source.path.parent
+    for path in sorted(folder.glob("*.json")):
+        text = path.read_text()
+        for changed in with_odd_values(json.loads(text)):
+            path.write_text(json.dumps(changed))
+            with contextlib.suppress(NeuronExplainerError):
+                Autoencoder.load(source.path, **source.told)
+        path.write_text(text)
+
+
+def odd_entries(value: Any) -> Iterator[Any]:
+    """What may stand in a torch file where a tensor is expected."""
+    yield from (None, 3, "x", [1.0], {}, torch.tensor(float("nan")), torch.zeros(0))
+    if not isinstance(value, torch.Tensor):
+        return
+    yield value.float().to_sparse()
+    yield value.to(torch.complex64)
+    yield value.to("meta")
+    yield value.float().to(torch.float8_e4m3fn)
+    yield value.new_ones(1).expand(value.shape)  # fits, and is less than it claims
+    yield value.new_ones(1).expand(2**20, 2**20)  # a terabyte in four bytes
+    yield value.bool()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("openai", "dictionary_learning", "dictionary_learning transposed", "goodfire"),
+        *("language_model_saes", "sae_training", "e2e", "attn_saes"),
+    ],
+)
+def test_an_entry_of_any_other_kind_is_read_or_refused(tmp_path, name):
+    source = SOURCES[name](tmp_path)
+    tensors = source.read()
+    for key, value in tensors.items():
+        for odd in odd_entries(value):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                source.write(tensors | {key: odd})
+                with contextlib.suppress(NeuronExplainerError):
+                    Autoencoder.load(source.path, **source.told)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_whatever_is_changed_it_is_read_or_refused(source, seed):
     """No other exception, no warning: bytes changed, cut out or put in, in tensors and config."""
@@ -403,6 +499,43 @@ def test_whatever_is_changed_it_is_read_or_refused(source, seed):
     path.write_bytes(bytes(content))
     with contextlib.suppress(NeuronExplainerError):
         Autoencoder.load(source.path, **source.told)
+
+
+def test_python_entries_of_any_other_kind(tmp_path):
+    source = openai(tmp_path)
+    path = tmp_path / "odd.pt"
+    for key in ("tied", "input_normalization", "n_outputs", "group_sizes", "activation"):
+        for odd in odd_entries(torch.ones(published.L)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.save(source.read() | {key: odd}, path)
+                with contextlib.suppress(NeuronExplainerError):
+                    Autoencoder.load(path)
+
+
+def test_odd_tensors_in_the_fields_of_a_nonlinearity(tmp_path):
+    source = openai(tmp_path)
+    for odd in odd_entries(torch.ones(published.L)):
+        fields = {"activation": "JumpReLU", "activation_state_dict": {"threshold": odd}}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.save(source.read() | fields, tmp_path / "jumps.pt")
+        assert "threshold" in error_of(source, tmp_path / "jumps.pt")
+
+
+@pytest.mark.parametrize("name", ["data.pkl", "W_enc.npy"])
+def test_archives_that_inflate_beyond_measure_are_refused_unread(tmp_path, name):
+    path = tmp_path / "bomb.zip"
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open(name, "w", force_zip64=True) as entry,
+    ):
+        for _ in range(257):
+            entry.write(bytes(2**20))
+    assert path.stat().st_size < 2**22
+    text = error_of(Source(path, path, "", {}))
+    assert "refused: " in text
+    assert "bytes that inflate to 269,484,032" in text
 
 
 def test_one_byte_changed_is_noticed_in_archives(tmp_path):

@@ -677,7 +677,7 @@ def test_a_remote_file(tmp_path, monkeypatch, name):
     assert repr(found).startswith("Autoencoder(n_latents=24, n_inputs=8")
 
 
-def test_a_context_passes_on_what_is_stated():
+def test_a_context_passes_on_what_is_stated(tmp_path):
     saved = CASES["sae-lens-standard-expected_average_only_in"][0] / "saved"
     location = Autoencoder.load(saved, norm_factor=2.0).location
     place = "resid_post_mlp" if location is None else location.at(None)
@@ -687,6 +687,13 @@ def test_a_context_passes_on_what_is_stated():
     expected = Autoencoder.load(saved, norm_factor=2.0)
     x = torch.ones(1, expected.n_inputs)
     assert torch.equal(found.encode(x), expected.encode(x))
+    each: dict[int, Stated] = {0: {"norm_factor": 2.0}, 1: {"norm_factor": 3.0}}
+    unplaced = edited(tmp_path, "sae-lens-standard-expected_average_only_in", metadata={})
+    paths = {0: unplaced, 1: shutil.copytree(unplaced, tmp_path / "other")}
+    by_layer = AutoencoderContext(AutoencoderConfig(place, paths, stated_by_layer=each), "cpu")
+    for number, told in each.items():
+        expected = Autoencoder.load(unplaced, **told)
+        assert torch.equal(by_layer.get_autoencoder(number).encode(x), expected.encode(x))
     with pytest.raises(CheckpointError, match="norm_factor="):
         AutoencoderContext(AutoencoderConfig(place, {layer: saved}), "cpu").get_autoencoder(layer)
 

@@ -29,6 +29,7 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     Source,
     has_keys,
 )
+from neuron_explainer.models.locations import ActivationLocation
 from tests.reference import published_autoencoders as published
 
 N, L = published.N, published.L
@@ -233,7 +234,7 @@ def test_a_layer_of_a_cross_layer_transcoder_of_gemma_scope_2(tmp_path, skip):
         Autoencoder.load(path)
     with pytest.raises(CheckpointError, match="expected a layer below 4, found 4"):
         Autoencoder.load(path, location="4/resid.torso.post_ln_mlp")
-    ae = Autoencoder.load(path, location="1/resid.torso.post_ln_mlp")
+    ae = Autoencoder.load(path, location=ActivationLocation("resid.torso.post_ln_mlp", 1))
     assert_is(ae, expected)
     assert ae.metadata["output_layers"] == [1, 2, 3]
     assert ae.n_outputs == 3 * N
@@ -538,7 +539,7 @@ def test_a_new_variant_is_a_nonlinearity_a_format_and_a_line(tmp_path, monkeypat
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"shrunk\.safetensors \(nobody\)"):
         Autoencoder.load(tmp_path / "empty")
-    with pytest.raises(InputError, match="'saelens' cannot express the activation Shrunk"):
+    with pytest.raises(InputError, match="'saelens' cannot express the nonlinearity Shrunk"):
         save_as(ae, tmp_path / "new", "saelens")
     save_as(ae, tmp_path / "new", "shrunk")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["shrunk.safetensors"]

@@ -130,10 +130,10 @@ def test_what_has_no_fixture(tmp_path, form, ae):
         ("saelens", make(input_normalization="center"), "input_normalization 'center'"),
         ("saelens", make(glu=True), "a GLU encoder"),
         ("saelens", make(skip=True), "a skip connection outside of a transcoder"),
-        ("saelens", make(nn.Identity()), "the activation Identity"),
-        ("saelens", make(TopK(3, nn.Identity())), "the activation TopK"),
+        ("saelens", make(nn.Identity()), "the nonlinearity Identity"),
+        ("saelens", make(TopK(3, nn.Identity())), "the nonlinearity TopK"),
         ("saelens", make(TopK(3), n_outputs=3), "a transcoder with TopK"),
-        ("saelens", make(Fista(0.1), tied=True), "the activation Fista"),
+        ("saelens", make(Fista(0.1), tied=True), "the nonlinearity Fista"),
         ("dictionary_learning", make(input_normalization="rms"), "input_normalization 'rms'"),
         ("dictionary_learning", make(skip=True), "a skip connection"),
         ("dictionary_learning", make(n_outputs=3), "input and output differ in width"),
@@ -142,8 +142,8 @@ def test_what_has_no_fixture(tmp_path, form, ae):
         ("dictionary_learning", make(group_sizes=[4, 8]), "groups with ReLU"),
         ("dictionary_learning", make(BatchTopK(0.4)), "k is not known"),
         ("dictionary_learning", make(BatchTopK(-1.0, k=3)), "a threshold below zero"),
-        ("dictionary_learning", make(GroupMax(3)), "the activation GroupMax"),
-        ("sparsify", make(), "the activation ReLU"),
+        ("dictionary_learning", make(GroupMax(3)), "the nonlinearity GroupMax"),
+        ("sparsify", make(), "the nonlinearity ReLU"),
         ("sparsify", make(TopK(3), glu=True), "a GLU encoder"),
         ("sparsify", make(TopK(3), post_bias=True), "an output bias"),
         ("sparsify", make(TopK(3), n_outputs=3), "input and output differ in width"),
@@ -267,3 +267,15 @@ def test_saelens_is_told_a_dtype_that_holds_every_tensor(tmp_path):
         stored = load_file(tmp_path / dtype / "sae_weights.safetensors")
         assert stored["W_enc"].dtype == torch.float16
     assert (stored["threshold"] == torch.tensor(0.1234567)).all()
+
+
+@pytest.mark.parametrize("form", ["native", "saelens", "dictionary_learning"])
+def test_convert_rounds_nothing(tmp_path, form):
+    """Our own folders of half precision hold biases in float32, here beyond what float16 holds."""
+    ae = make(post_bias=True)
+    with torch.no_grad():
+        ae.latent_bias.add_(1e5)
+    ae.save(tmp_path / "half", torch.float16)
+    convert(tmp_path / "half", tmp_path / "new", form)
+    x = torch.randn(7, N, generator=torch.Generator().manual_seed(1))
+    assert_same_function(Autoencoder.load(tmp_path / "half"), Autoencoder.load(tmp_path / "new"), x)

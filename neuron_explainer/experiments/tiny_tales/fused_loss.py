@@ -1,7 +1,7 @@
-"""Cross entropy of a linear layer without ever holding all of its logits.
+"""Cross-entropy of a linear layer that never holds all logits at once.
 
-With 4,096 tokens the logits of a batch are the largest tensor of a training step by far, and passing
-over them in memory costs more than their products. Done in chunks that fit the cache, with the
+With a vocabulary of 4,096 tokens, the logits of a batch are by far the largest tensor of a training step,
+and reading and writing them costs more than computing them. In chunks that fit the cache, with the
 gradient taken in the same pass, the loss takes half the time (as in Hsu et al. 2024,
 arXiv:2410.10989).
 """
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 512  # rows; their logits in float32 take 8 MB with 4,096 tokens
+CHUNK = 512  # rows; with 4,096 tokens, their logits in float32 take 8 MB
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -43,7 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean ``cross_entropy(x @ weight.T, targets)`` over the rows; products in bfloat16.
+    """Mean ``cross_entropy(x @ weight.T, targets)`` over the rows, with products in bfloat16.
 
     ``x`` is ``[n, d]``, ``weight`` ``[v, d]``, ``targets`` ``[n]``.
     """

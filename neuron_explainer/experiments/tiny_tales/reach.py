@@ -1,13 +1,13 @@
-"""How much of an autoencoder's error is the encoder's: the same decoder with better codes.
+"""How much of an autoencoder's error comes from its encoder: the same decoder with better codes.
 
-A TopK encoder is one linear map, so its codes are not the best ones for its decoder. Two others tell
-what is left to gain, with as many latents for each token:
+A TopK encoder is one linear map, so its codes are not the best ones for its decoder. Two other codes with
+as many latents per token show what could still be gained:
 
     refit   the latents that the encoder chose, with the values that fit best (least squares)
-    pursuit orthogonal matching pursuit (Pati et al. 1993): the latents chosen one by one, each the one
-            most along the error that is left, all values fitted anew each time
+    pursuit orthogonal matching pursuit (Pati et al. 1993): latents are chosen one by one, each along the
+            largest part of the remaining error, and all values are fitted again each time
 
-Values may be negative in both, which makes them better than any autoencoder with these latents could be.
+Both allow negative values, so they are better than any autoencoder with these latents can be.
 
 Shape legend: ``b`` tokens, ``n`` inputs, ``l`` latents, ``k`` latents of a token.
 """
@@ -21,11 +21,11 @@ from neuron_explainer.evaluation.metrics import fvu
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.tables import text_table
 
-_RIDGE = 1e-6  # of unit vectors: two that are nearly the same do not get huge values
+_RIDGE = 1e-6  # keeps the values of two nearly equal unit vectors from becoming huge
 
 
 class Reach(NamedTuple):
-    """FVU of one decoder by where the codes come from."""
+    """FVU of one decoder with codes from the encoder, refitted, and from pursuit."""
 
     encoder: float
     refit: float

@@ -1,6 +1,6 @@
-"""A byte-level BPE trained on the books, stored the way tiktoken reads vocabularies.
+"""A byte-level BPE trained on the books and stored in the format that tiktoken reads.
 
-``tokenizers`` learns the merges (training time only); what is stored and used is tiktoken's list of
+``tokenizers`` learns the merges (only for training). What is stored and used is tiktoken's list of
 base64-encoded tokens with their ranks. Both split text with GPT-2's pattern.
 """
 
@@ -46,7 +46,7 @@ def train_tokenizer(
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     except ImportError as error:
         raise MissingExtraError(
-            "Training a tokenizer needs the package 'tokenizers': pip install tokenizers"
+            "training a tokenizer needs the package 'tokenizers': pip install tokenizers"
         ) from error
     alphabet = byte_level_alphabet()
     tokenizer = Tokenizer(models.BPE())

@@ -1,14 +1,21 @@
 """Autoencoders written in the formats of other libraries: :func:`save_as` and :func:`convert`."""
 
+from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
+
+import torch
 
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.checkpoints.autoencoders import (
     Exported,
     Stated,
+    read_autoencoder,
     write_autoencoder,
 )
+from neuron_explainer.models.checkpoints.autoencoders.state import OPTIONAL_PARAMETERS, PARAMETERS
+from neuron_explainer.models.checkpoints.problems import FLOATING_DTYPES
 
 
 def save_as(
@@ -60,6 +67,20 @@ def convert(
 
     ``stated`` is what the files at ``src`` do not say, see :meth:`Autoencoder.load`.
     """
-    autoencoder = Autoencoder.load(src, dtype=None, **stated)
+    dtype = _common_dtype(read_autoencoder(src, stated).state_dict)
+    autoencoder = Autoencoder.load(src, dtype=dtype, **stated)
     save_as(autoencoder, dst, format, overwrite=overwrite)
     return autoencoder
+
+
+def _common_dtype(state_dict: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype that holds every weight as it is stored; None for that of the encoder.
+
+    Our own folders of half precision hold biases and thresholds in float32.
+    """
+    weights = [state_dict.get(name) for name in (*PARAMETERS, *OPTIONAL_PARAMETERS)]
+    fields = state_dict.get("activation_state_dict")
+    weights += fields.values() if isinstance(fields, Mapping) else []
+    found = [value.dtype for value in weights if isinstance(value, torch.Tensor)]
+    floating = [dtype for dtype in found if dtype in FLOATING_DTYPES]
+    return reduce(torch.promote_types, floating) if floating else None

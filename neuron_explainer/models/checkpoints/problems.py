@@ -1,7 +1,7 @@
 """What a state dict must hold, and one report of everything in which a found one differs.
 
 State dicts are judged by their headers (shape, dtype) where a format has them, so that a wrong file
-is told at once and all that is wrong with it together, before gigabytes are read.
+is reported at once, with all that is wrong with it, before gigabytes are read.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,7 +46,7 @@ class TensorInfo:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "TensorInfo":
-        """Of a tensor in memory."""
+        """What is known of a tensor in memory."""
         dtype = str(tensor.dtype).removeprefix("torch.")
         return cls(tuple(tensor.shape), dtype, tensor.is_floating_point())
 
@@ -56,7 +56,7 @@ class Report:
     """Collects what is wrong, to be raised as one error."""
 
     where: str
-    problems: list[tuple[str, str]] = field(default_factory=list)  # name of a tensor, what of it
+    problems: list[tuple[str, str]] = field(default_factory=list)  # name of a tensor, its problem
 
     def add(self, name: str, problem: str) -> None:
         """Note one problem of the thing called ``name``."""
@@ -77,7 +77,8 @@ def tensor_problems(
 ) -> list[tuple[str, str]]:
     """What is wrong with tensors, by name: missing, unknown, of a wrong shape or kind, not finite.
 
-    ``integers`` need not be floating point, and may have any value.
+    ``integers`` need not be floating point, and may have any value. Values are not looked at before
+    sizes: a tensor of a few bytes in a file may claim to be gigabytes (stride 0).
     """
     problems = [
         (name, f"missing, expected {list(expected[name])}")
@@ -95,14 +96,31 @@ def tensor_problems(
         if found != wanted:
             turned = " (transposed?)" if len(found) == 2 and found == wanted[::-1] else ""
             problems.append((name, f"expected shape {wanted}, found {found}{turned}"))
-        if name in integers:
+        if odd := not_plain(value):
+            problems.append((name, odd))
+        elif name in integers:
             continue
-        if not value.is_floating_point():
+        elif value.dtype not in FLOATING_DTYPES:
             dtype = TensorInfo.of(value).dtype
             problems.append((name, f"expected a floating-point dtype, found {dtype}"))
-        elif not torch.isfinite(value).all():
+        elif found == wanted and not torch.isfinite(value).all():
             problems.append((name, "holds NaN or infinity"))
     return sorted(problems)
+
+
+# With which one can calculate; of fewer bits (float8) torch has little more than the storage.
+FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def not_plain(value: torch.Tensor) -> str:
+    """What keeps a tensor from being read as numbers in memory; empty if nothing does."""
+    if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+        kind = "quantized" if value.is_quantized else str(value.layout).removeprefix("torch.")
+        return f"expected a dense tensor, found a {kind} one on {value.device}"
+    claimed, held = value.numel() * value.element_size(), value.untyped_storage().nbytes()
+    if claimed > held:
+        return f"expected {claimed} bytes for shape {list(value.shape)}, found {held} in the file"
+    return ""
 
 
 def described(value: Any) -> str:

@@ -5,13 +5,14 @@ Loading then takes no time and no memory; pages are read when they are first use
 to a tensor goes to a copy of its pages, never to the file or to another tensor. What is cast or goes to
 a device is copied out tensor by tensor, and the map given back.
 
-A model that was loaded so hangs on its file as long as it lives. A file that is replaced or deleted,
+A model that was loaded so depends on its file as long as it lives. A file that is replaced or deleted,
 as every writer of this library does it, stays there for the model; one that is rewritten or cut in
 place by another program changes, or kills, the model. ``copy.deepcopy(model)`` has memory of its own.
 """
 
 import functools
 import mmap
+import os
 import pickle
 import re
 import threading
@@ -206,6 +207,7 @@ def _check_sums(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        check_inflation(archive, path)
         for entry in archive.infolist():
             # zipfile's own reading of large entries takes several times as long.
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size < 2**16:
@@ -213,6 +215,22 @@ def _check_sums(path: Path) -> bool:
             elif _stored_sum(file, archive, entry) != entry.CRC:
                 raise _broken(path, entry.filename)
     return True
+
+
+def check_inflation(
+    archive: zipfile.ZipFile, path: str | Path, inflated_bytes: int = 256 << 20
+) -> None:
+    """Refuse an archive that inflates beyond ``inflated_bytes`` and 100 times its own size.
+
+    Weights hardly compress: published archives are at most twice as large inside.
+    """
+    size = os.path.getsize(str(archive.filename))
+    inside = sum(entry.file_size for entry in archive.infolist())
+    if inside > max(inflated_bytes, 100 * size):
+        raise CheckpointError(
+            f"{path}: refused: {size:,} bytes that inflate to {inside:,}; expected at most "
+            f"{max(inflated_bytes, 100 * size):,}. If you trust it, save its arrays uncompressed."
+        )
 
 
 def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:

@@ -77,6 +77,11 @@ class HuggingFaceModelContext(ModelContext):
         self._models: dict[torch.device, HuggingFaceModel] = {}
         self._lock = threading.RLock()
 
+    @property
+    def reference(self) -> str:
+        """The name by which :func:`~neuron_explainer.models.open_model.open_model` opens this model."""
+        return f"hf:{self.model_name}"
+
     @classmethod
     def from_model(
         cls, model: Any, tokenizer: Any = None, architecture: Architecture | None = None

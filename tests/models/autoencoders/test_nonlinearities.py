@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from neuron_explainer.dictionaries import prune
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
-from neuron_explainer.models.autoencoder_context import omit_least_active_latents
 from neuron_explainer.models.autoencoders.nonlinearities import (
     ACTIVATIONS_CLASSES,
     Nonlinearity,
     activation_name,
     as_nonlinearity,
 )
+from neuron_explainer.models.autoencoders.pruned import omit_least_active_latents
 
 
 class Shifted(Nonlinearity):

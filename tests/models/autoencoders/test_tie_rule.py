@@ -15,12 +15,9 @@ from neuron_explainer.dictionaries.objectives.batch_topk import batch_top_k
 from neuron_explainer.dictionaries.objectives.topk import largest
 from neuron_explainer.kernels.top_k import largest_entries, top_k
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
-from neuron_explainer.models.autoencoder_context import (
-    PrunedAutoencoder,
-    omit_least_active_latents,
-)
 from neuron_explainer.models.autoencoders.latents import Latents
 from neuron_explainer.models.autoencoders.nonlinearities import GroupMax
+from neuron_explainer.models.autoencoders.pruned import PrunedAutoencoder, omit_least_active_latents
 from neuron_explainer.models.hooks import AutoencoderHooks
 
 B, N, L, K = 12, 8, 1024, 5

@@ -123,7 +123,7 @@ def _shown(value: Any) -> str:
 def settle_location(
     where: str | Path, found: ActivationLocation | None, given: LocationLike | None
 ) -> ActivationLocation | None:
-    """Likewise for a location; where one of the two has no layer, it takes the other's."""
+    """The same for a location; where one of the two has no layer, it takes the other's."""
     said = None if given is None else ActivationLocation.parse(given)
     if found is not None and said is not None:
         said = said.at(found.layer) if said.layer is None else said
@@ -175,6 +175,12 @@ def matrix_shape(where: str | Path, tensors: Mapping[str, Any], name: str) -> tu
     return value.shape[0], value.shape[1]
 
 
+def width_of(tensors: Mapping[str, Any], bias: str, default: int) -> int:
+    """The width of an output by that of its bias: a transcoder's need not be that of its input."""
+    value = tensors.get(bias)
+    return len(value) if isinstance(value, Tensor) and value.ndim == 1 else default
+
+
 def encoder_by_latent(tensors: Mapping[str, Any]) -> bool:
     """Whether ``W_enc`` is ``[l, n]``; False where the biases do not tell, being of equal length."""
     found = [tensors.get(name) for name in ("W_enc", "b_enc", "b_dec")]
@@ -203,7 +209,8 @@ def refuse_scaled_latents(where: str | Path, tensors: Mapping[str, Any]) -> dict
     Factors by which fine-tuning scaled latents are not applied any more, even by SAELens itself.
     """
     factor = tensors.get("scaling_factor")
-    if factor is not None and not torch.equal(factor, torch.ones_like(factor)):
+    plain = isinstance(factor, Tensor) and not tensor_problems({"": factor}, {"": factor.shape})
+    if factor is not None and not (plain and (factor == 1).all()):
         raise CheckpointError(
             f"{where}: scaling_factor: expected ones, found other values: latents scaled by "
             "fine-tuning cannot be applied."

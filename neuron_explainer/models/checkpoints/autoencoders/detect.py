@@ -32,7 +32,7 @@ def open_source(path: str | Path, formats: Sequence[Format]) -> tuple[Source, Fo
     if kind == "safetensors":
         raise CheckpointError(
             f"{path}: the tensors alone ({keys}) do not say how they are applied; give the folder, "
-            "with its config.json or cfg.json."
+            f"with its {' or '.join(_config_names(formats))}."
         )
     raise CheckpointError(
         f"{path}: not an autoencoder of a known format (found the keys: {keys}). {_layouts(formats)}"
@@ -55,9 +55,7 @@ def _of_folder(source: str | Path, formats: Sequence[Format]) -> Format:
     for name in _config_names(formats):
         if (folder / name).is_file():
             config = files.read_json(folder / name)
-            for form in formats:
-                if name in form.configs and form.configs[name](config):
-                    found[form.name] = name
+            found |= {form.name: name for form in formats if form.fits(name, config)}
     for name in names:
         marked = [form.name for form in formats if _is_marked(form, name)]
         if marked:
@@ -94,7 +92,7 @@ def _of_remote_folder(source: str | Path, formats: Sequence[Format]) -> Format:
             continue
         config = files.read_json(files.fetch(path)) if name in _config_names(formats) else {}
         for form in formats:
-            if _is_marked(form, name) or (name in form.configs and form.configs[name](config)):
+            if _is_marked(form, name) or form.fits(name, config):
                 return form
     if unanswered is not None:
         raise unanswered

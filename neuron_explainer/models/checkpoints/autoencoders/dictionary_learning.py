@@ -99,7 +99,12 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
     n_latents, n_inputs = _sizes(where, name, tensors)
     facts: dict[str, Any] = {"activation_dim": n_inputs, "dict_size": n_latents}
     k = tensors.get("k")
-    if isinstance(k, Tensor) and k.numel() == 1:
+    if isinstance(k, Tensor) and (k.ndim or k.is_floating_point() or k.is_complex()):
+        dtype = str(k.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{where}: k: expected a whole number, found {dtype} {list(k.shape)}."
+        )
+    if isinstance(k, Tensor) and k.device.type != "meta":
         facts["k"] = int(k)
     check_facts(f"{where}: {CONFIG_FILE} beside it", trainer, facts, WEIGHTS_FILE)
     check_tensors(
@@ -333,7 +338,7 @@ def _export(it: Exported) -> tuple[str, dict[str, Tensor]]:
 def _export_top_k(it: Exported) -> tuple[str, dict[str, Tensor]]:
     name, fields = it.nonlinearity, it.fields
     if name not in ("TopK", "BatchTopK") or fields.get("postact_fn", "ReLU") != "ReLU":
-        it.refuse(f"the activation {name}")
+        it.refuse(f"the nonlinearity {name}")
     if fields["k"] is None:
         it.refuse("a BatchTopK whose k is not known")
     threshold = fields["threshold"].float() if name == "BatchTopK" else torch.tensor(-1.0)

@@ -18,7 +18,11 @@ from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.export import Exported
 from neuron_explainer.models.checkpoints.autoencoders.state import InputNormalization
 from neuron_explainer.models.checkpoints.problems import damaged
-from neuron_explainer.models.checkpoints.tensor_files import SafetensorsFile, torch_load
+from neuron_explainer.models.checkpoints.tensor_files import (
+    SafetensorsFile,
+    check_inflation,
+    torch_load,
+)
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
 
 FileKind = Literal["torch", "npz", "npy", "safetensors"]
@@ -80,10 +84,10 @@ class Source:
     path: str | Path
     """As the caller gave it; errors name it."""
     content: Content | None = None
-    """Of a single file; None for a folder."""
+    """What a single file holds; None for a folder."""
 
     def weights(self, name: str) -> tuple[str | Path, Content]:
-        """The tensors, and the path that errors about them name.
+        """The path of the tensors, which errors about them name, and the tensors.
 
         They are those of the single file or, in a folder, of the file ``name``.
         """
@@ -97,7 +101,7 @@ class Source:
         return files.read_json(files.fetch(self.beside(name)))
 
     def json_if_any(self, name: str) -> dict[str, Any] | None:
-        """Likewise; None if there is no such file."""
+        """The same; None if there is no such file."""
         return self.json(name) if files.exists(self.beside(name)) else None
 
     def beside(self, name: str) -> str | Path:
@@ -131,6 +135,10 @@ class Format:
     """Kinds of single files, each with a test of their content: is it of this format?"""
     write: Callable[[Exported], Mapping[str, Mapping[str, Any]]] | None = None
     """The files of a folder by name, JSON objects and tensors; None if the format is only read."""
+
+    def fits(self, name: str, config: Mapping[str, Any]) -> bool:
+        """Whether the JSON file ``name`` with this content tells this format."""
+        return name in self.configs and self.configs[name](config)
 
 
 # ---- content of single files ---------------------------------------------------------------------
@@ -175,7 +183,10 @@ def file_kind(path: Path, source: str | Path) -> FileKind:
     if head.startswith(b"PK"):
         try:
             with zipfile.ZipFile(path) as archive:
+                check_inflation(archive, source)
                 names = archive.namelist()
+        except CheckpointError:
+            raise
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise damaged(source, error) from error
         return "npz" if names and all(name.endswith(".npy") for name in names) else "torch"

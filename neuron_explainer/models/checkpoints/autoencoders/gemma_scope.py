@@ -15,8 +15,6 @@ Lieberum et al. 2024, "Gemma Scope", section 2, and its tutorial.
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_factor,
@@ -26,6 +24,7 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     matrix_shape,
     parameters,
     refuse_scaled_latents,
+    width_of,
 )
 from neuron_explainer.models.checkpoints.autoencoders.format import (
     Format,
@@ -44,9 +43,7 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
     where, content = source.weights(WEIGHTS_FILE)
     tensors = refuse_scaled_latents(where, content)
     n_inputs, n_latents = matrix_shape(where, tensors, "W_enc")
-    # As wide as its bias: the output of a transcoder need not be as wide as its input.
-    bias = tensors.get("b_dec")
-    n_outputs = len(bias) if isinstance(bias, Tensor) and bias.ndim == 1 else n_inputs
+    n_outputs = width_of(tensors, "b_dec", n_inputs)
     check_tensors(
         where,
         tensors,

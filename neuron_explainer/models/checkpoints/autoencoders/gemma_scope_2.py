@@ -14,6 +14,7 @@ As read in sae-lens 6.54.12 and circuit-tracer 0.5.0.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,17 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     parameters,
     read_choice,
     read_text,
+    width_of,
 )
 from neuron_explainer.models.checkpoints.autoencoders.format import (
+    Content,
     Format,
     LoadedAutoencoder,
     Source,
     Stated,
 )
 from neuron_explainer.models.checkpoints.problems import Shape
+from neuron_explainer.models.locations import ActivationLocation
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "params.safetensors"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(output|self_attn\.o_proj\.input)")
@@ -48,45 +52,30 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
     config = source.json_if_any(CONFIG_FILE) or {}
     if config:
         read_choice(f"{where}: {CONFIG_FILE}", config, "architecture", ("jump_relu",))
-    n_inputs, n_latents = matrix_shape(where, tensors, "w_enc")
-    decoder, bias = tensors.get("w_dec"), tensors.get("b_dec")
-    n_outputs = len(bias) if isinstance(bias, Tensor) and bias.ndim == 1 else n_inputs
-    is_cross_layer = isinstance(decoder, Tensor) and decoder.ndim == 3
-    layers = [decoder.shape[1]] if isinstance(decoder, Tensor) and is_cross_layer else []
-    shapes: dict[str, Shape] = {
-        "w_enc": (n_inputs, n_latents),
-        "b_enc": (n_latents,),
-        "w_dec": (n_latents, *layers, n_outputs),
-        "b_dec": (n_outputs,),
-        "threshold": (n_latents,),
-    }
-    if "affine_skip_connection" in tensors or config.get("affine_connection") is True:
-        shapes["affine_skip_connection"] = (n_inputs, n_outputs)
-    check_tensors(where, tensors, shapes)
-    skip = tensors.get("affine_skip_connection")
-    is_transcoder = (
-        is_cross_layer
-        or skip is not None
-        or n_outputs != n_inputs
-        or config.get("hf_hook_point_out") is not None
-        or stated.get("output_location") is not None
-    )
+    check_tensors(where, tensors, _shapes(where, tensors, config))
+    weight, bias, skip = (tensors.get(n) for n in ("w_dec", "b_dec", "affine_skip_connection"))
     metadata: dict[str, Any] = {"format": "gemma_scope_2", "config": dict(config)}
-    weight, post_bias = tensors["w_dec"], tensors["b_dec"]
-    if is_cross_layer:
-        own, n_layers = own_layer(where, stated), layers[0]
+    if tensors["w_dec"].ndim == 3:
+        own, n_layers = _own_layer(where, stated), tensors["w_dec"].shape[1]
         if own >= n_layers:
             raise CheckpointError(f"{where}: expected a layer below {n_layers}, found {own}.")
         metadata["output_layers"] = list(range(own, n_layers))
-        weight, post_bias, skip = side_by_side(weight[:, own:], post_bias, skip)
+        weight, bias, skip = side_by_side(tensors["w_dec"][:, own:], tensors["b_dec"], skip)
+    assert weight is not None
     state = parameters(
         tensors["w_enc"].T,
         weight.T,
         tensors["b_enc"],
-        post_bias=post_bias,
+        post_bias=bias,
         nonlinearity="JumpReLU",
         threshold=tensors["threshold"],
-        is_transcoder=is_transcoder,
+        is_transcoder=(
+            skip is not None
+            or len(tensors["w_enc"]) != weight.shape[-1]
+            or "output_layers" in metadata
+            or config.get("hf_hook_point_out") is not None
+            or stated.get("output_location") is not None
+        ),
     )
     if skip is not None:
         state["skip.weight"] = skip.T
@@ -100,17 +89,35 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
     )
 
 
-def own_layer(where: str | Path, stated: Stated) -> int:
+def _shapes(where: str | Path, tensors: Content, config: Mapping[str, Any]) -> dict[str, Shape]:
+    n_inputs, n_latents = matrix_shape(where, tensors, "w_enc")
+    n_outputs = width_of(tensors, "b_dec", n_inputs)
+    decoder = tensors.get("w_dec")
+    is_cross_layer = isinstance(decoder, Tensor) and decoder.ndim == 3
+    layers = decoder.shape[1:2] if isinstance(decoder, Tensor) and is_cross_layer else ()
+    shapes: dict[str, Shape] = {
+        "w_enc": (n_inputs, n_latents),
+        "b_enc": (n_latents,),
+        "w_dec": (n_latents, *layers, n_outputs),
+        "b_dec": (n_outputs,),
+        "threshold": (n_latents,),
+    }
+    if "affine_skip_connection" in tensors or config.get("affine_connection") is True:
+        shapes["affine_skip_connection"] = (n_inputs, n_outputs)
+    return shapes
+
+
+def _own_layer(where: str | Path, stated: Stated) -> int:
     """The layer that a part of a cross-layer transcoder reads from, as the caller states it."""
-    location = location_of(stated.get("location"))
-    found = stated.get("location") if location is None else location.layer
-    if not isinstance(found, int):
+    given = stated.get("location")
+    layer = None if given is None else ActivationLocation.parse(given).layer
+    if layer is None:
         raise CheckpointError(
             f"{where}: one layer of a cross-layer transcoder does not say which layer it is: give the "
             "location of its input with the layer, `Autoencoder.load(source, "
             "location='3/resid.torso.post_ln_mlp')`."
         )
-    return found
+    return layer
 
 
 def side_by_side(
@@ -127,7 +134,7 @@ def side_by_side(
 
 
 def _hook_name(name: Any) -> str | None:
-    """The location that a module of Hugging Face's Gemma 3 means; None if there is none here."""
+    """The location that a module of Hugging Face's Gemma 3 means; None if it has no name here."""
     match = _LAYER.fullmatch(name) if isinstance(name, str) else None
     if match is None:
         return None

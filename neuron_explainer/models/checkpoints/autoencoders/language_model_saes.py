@@ -9,7 +9,7 @@
 
 Mask and scale are folded into the encoder: scale · relu(h) = relu(scale · h). The normalisation is
 not in the file but in ``hyperparams.json``, which is looked for beside it and in the folder around
-that one. Where there is none the normalisation has to be stated (``"rms"`` for token-wise).
+that one. Without that file the normalisation has to be stated (``"rms"`` for token-wise).
 
 As read in OpenMOSS/gpt2-dictionary at bd7a871.
 """
@@ -63,7 +63,8 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
     where, content = _weights(source)
     source = Source(where, content)
     hyperparameters, model = (_json(source, name) for name in (HYPERPARAMETERS_FILE, MODEL_FILE))
-    tensors = content.get("sae", content)
+    inner = content.get("sae")
+    tensors = inner if isinstance(inner, Mapping) else content
     check_tensors(where, tensors, _shapes(where, tensors))
     _check_hyperparameters(where, hyperparameters or {}, tensors)
     state = parameters(

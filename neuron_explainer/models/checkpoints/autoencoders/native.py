@@ -7,7 +7,7 @@ location) but not contradict it.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from neuron_explainer.errors import CheckpointError, LocationError
 from neuron_explainer.models.checkpoints.autoencoders.common import loaded
@@ -18,20 +18,41 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     Stated,
 )
 from neuron_explainer.models.checkpoints.autoencoders.state import (
-    NORMALIZATIONS,
     STATISTICS,
-    unknown_normalization,
+    InputNormalization,
 )
-from neuron_explainer.models.locations import ActivationLocation, LocationLike
+from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.settings.fields import read_fields
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "autoencoder.safetensors"
 FORMAT_VERSION = 1
 
 
+class _Config(TypedDict):
+    """``config.json``. A field that is not required is there only where it is needed."""
+
+    format_version: int
+    kind: str
+    n_latents: int
+    n_inputs: int
+    activation: dict[str, Any]
+    tied: bool
+    input_normalization: InputNormalization
+    location: str | None
+    model_name: str | None
+    dtype: str
+    metadata: dict[str, Any]
+    n_outputs: NotRequired[int]
+    output_location: NotRequired[str]
+    group_sizes: NotRequired[list[int]]
+
+
 def read(source: Source, stated: Stated) -> LoadedAutoencoder:
     """Read our own folder."""
     where = source.path
-    fields = check_config(source.json(CONFIG_FILE), f"{where}/{CONFIG_FILE}")
+    config_file = f"{where}/{CONFIG_FILE}"
+    config = source.json(CONFIG_FILE)
+    fields = _check_config(config, config_file)
     _, tensors = source.weights(WEIGHTS_FILE)
     _check_sizes(where, fields, tensors)
     nonlinearity = dict(fields["activation"])
@@ -40,7 +61,7 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
         "activation": nonlinearity.pop("name"),
         "activation_state_dict": nonlinearity,
         "tied": fields["tied"],
-        **{name: fields[name] for name in ("n_outputs", "group_sizes") if name in fields},
+        **{name: config[name] for name in ("n_outputs", "group_sizes") if name in config},
     }
     if stated.get("output_location") is not None and "n_outputs" not in fields:
         raise CheckpointError(f"{where}: {CONFIG_FILE} is not of a transcoder: no output_location.")
@@ -50,18 +71,14 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
         state,
         said_by=CONFIG_FILE,
         input_normalization=fields["input_normalization"],
-        location=_location(fields["location"]),
-        output_location=_location(fields.get("output_location")),
+        location=_location(fields["location"], config_file),
+        output_location=_location(fields.get("output_location"), config_file),
         model_name=fields["model_name"],
         metadata=fields["metadata"],
     )
 
 
-def _location(text: LocationLike | None) -> ActivationLocation | None:
-    return None if text is None else ActivationLocation.parse(text)
-
-
-def _check_sizes(where: str | Path, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+def _check_sizes(where: str | Path, fields: _Config, tensors: Mapping[str, Any]) -> None:
     missing = [name for name in STATISTICS if name not in tensors]
     if missing:
         raise CheckpointError(f"{where}/{WEIGHTS_FILE}: missing statistics {', '.join(missing)}.")
@@ -77,68 +94,31 @@ def _check_sizes(where: str | Path, fields: Mapping[str, Any], tensors: Mapping[
         )
 
 
-_CONFIG_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "format_version": int,
-    "kind": str,
-    "n_latents": int,
-    "n_inputs": int,
-    "activation": dict,
-    "tied": bool,
-    "input_normalization": str,
-    "location": (str, type(None)),
-    "model_name": (str, type(None)),
-    "dtype": str,
-    "metadata": dict,
-}
-# Only where they are needed: a reader that does not know them refuses the folder, rightly.
-_OPTIONAL_CONFIG_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "n_outputs": int,
-    "output_location": str,
-    "group_sizes": list,
-}
-
-
-def check_config(config: Any, path: str | Path) -> dict[str, Any]:
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(config).__name__}.")
+def _check_config(config: Mapping[str, Any], path: str) -> _Config:
     if config.get("kind") != "autoencoder":
         raise CheckpointError(
             f"{path}: expected kind 'autoencoder', found {config.get('kind')!r}: this folder holds "
             "something else."
         )
-    if config.get("format_version") != FORMAT_VERSION:
+    version = config.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format_version {config.get('format_version')!r} cannot be read; this version "
-            f"of neuron_explainer reads {FORMAT_VERSION}."
+            f"{path}: format_version {version!r} cannot be read; this version of neuron_explainer "
+            f"reads {FORMAT_VERSION}."
         )
-    known = _CONFIG_FIELDS | _OPTIONAL_CONFIG_FIELDS
-    problems = [f"unknown field {key!r}" for key in config if key not in known]
-    for key, kind in known.items():
-        if key not in config:
-            if key in _CONFIG_FIELDS:
-                problems.append(f"missing field {key!r}")
-        elif not isinstance(config[key], kind):
-            problems.append(f"{key}: found {config[key]!r}")
-    if not problems:
-        problems = _check_values(config)
-    if problems:
-        raise CheckpointError(f"{path}: {'; '.join(problems)}.")
-    return config
+    fields = read_fields(_Config, config, path, error=CheckpointError)
+    if not isinstance(fields["activation"].get("name"), str):
+        raise CheckpointError(
+            f"{path}: activation: expected a 'name', found {fields['activation']!r}."
+        )
+    return fields
 
 
-def _check_values(config: dict[str, Any]) -> list[str]:
-    problems = []
-    if not isinstance(config["activation"].get("name"), str):
-        problems.append(f"activation: expected a 'name', found {config['activation']!r}")
-    if config["input_normalization"] not in NORMALIZATIONS:
-        problems.append(unknown_normalization(config["input_normalization"]))
-    for key in ("location", "output_location"):
-        if config.get(key) is not None:
-            try:
-                ActivationLocation.parse(config[key])
-            except LocationError as error:
-                problems.append(str(error))
-    return problems
+def _location(text: str | None, path: str) -> ActivationLocation | None:
+    try:
+        return None if text is None else ActivationLocation.parse(text)
+    except LocationError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def is_native(config: Mapping[str, Any]) -> bool:

@@ -16,8 +16,6 @@ As read in jacobdunefsky/transcoder_circuits at c7ae22d: ``sae_training/*.py``.
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_facts,
@@ -29,6 +27,7 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     parameters,
     read_text,
     refuse_scaled_latents,
+    width_of,
 )
 from neuron_explainer.models.checkpoints.autoencoders.format import (
     Content,
@@ -49,8 +48,7 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
     tensors = refuse_scaled_latents(where, source.content["state_dict"])
     is_transcoder = "b_dec_out" in tensors or cfg.get("is_transcoder") is True
     n_inputs, n_latents = matrix_shape(where, tensors, "W_enc")
-    bias = tensors.get("b_dec_out")
-    n_outputs = len(bias) if isinstance(bias, Tensor) and bias.ndim == 1 else n_inputs
+    n_outputs = width_of(tensors, "b_dec_out", n_inputs)
     shapes: dict[str, Shape] = {
         "W_enc": (n_inputs, n_latents),
         "b_enc": (n_latents,),

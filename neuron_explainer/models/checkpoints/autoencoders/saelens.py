@@ -430,13 +430,13 @@ def _export_nonlinearity(it: Exported, tensors: dict[str, Tensor]) -> dict[str, 
     if name == "Gated":
         tensors |= fold_latent_bias_into_gates(tensors.pop("b_enc"), fields)
         return {"architecture": "gated"}
-    return it.refuse(f"the activation {name}")
+    return it.refuse(f"the nonlinearity {name}")
 
 
 def _export_transcoder(
     it: Exported, architecture: str, tensors: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """Likewise for what makes a transcoder of it."""
+    """The config fields of a transcoder; a skip is added to ``tensors``."""
     kinds = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}
     if architecture not in kinds:
         it.refuse(f"a transcoder with {it.nonlinearity}")

@@ -124,7 +124,7 @@ def write(it: Exported) -> dict[str, dict[str, Any]]:
     fields = it.fields
     names = {ours: theirs for theirs, (ours, _) in _NONLINEARITIES.items()}
     if it.nonlinearity not in names or fields.get("postact_fn", "ReLU") != "ReLU":
-        it.refuse(f"the activation {it.nonlinearity}")
+        it.refuse(f"the nonlinearity {it.nonlinearity}")
     state = fold_pre_bias(it.state_dict) if it.is_transcoder else it.state_dict
     tensors = {
         "encoder.weight": state["encoder.weight"],

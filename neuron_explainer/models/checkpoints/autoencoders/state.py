@@ -1,6 +1,6 @@
-"""What a saved autoencoder holds: state dicts of OpenAI's layout and this package's folders.
+"""What the state dict of an autoencoder holds, in OpenAI's layout and in this package's.
 
-Only reading and judging: everything that is wrong is found here and told together, before an
+Everything that is wrong is found here and reported together, before an
 :class:`~neuron_explainer.models.autoencoder.Autoencoder` is made.
 
 Shape legend: ``n`` inputs, ``o`` outputs (as many as inputs but in a transcoder), ``l`` latents.
@@ -12,23 +12,28 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from neuron_explainer.errors import CheckpointError, InputError, did_you_mean
+from neuron_explainer.errors import CheckpointError, InputError, did_you_mean, shown
 from neuron_explainer.models.autoencoders.nonlinearities import (
     ACTIVATIONS_CLASSES,
     as_nonlinearity,
     make_activation,
     select_fields,
 )
-from neuron_explainer.models.checkpoints.problems import Shape, described, tensor_problems
+from neuron_explainer.models.checkpoints.problems import (
+    Shape,
+    described,
+    not_plain,
+    tensor_problems,
+)
 
 InputNormalization = Literal["none", "center", "layer_norm", "rms"]
 NORMALIZATIONS: tuple[str, ...] = get_args(InputNormalization)
 
 PARAMETERS = ("pre_bias", "latent_bias", "encoder.weight", "decoder.weight")
-# What OpenAI's layout has not: a bias of the output that is not that of the input, a linear path
-# past the latents, a second encoder that gates the first. They are there or they are not.
+# Optional parts, which OpenAI's layout does not have: a bias of the output that is not that of the
+# input, a linear path past the latents, a second encoder that gates the first.
 OPTIONAL_PARAMETERS = ("post_bias", "skip.weight", "glu.weight", "glu.bias")
-# name -> (value where nothing is known, dtype). The dtype is theirs whatever that of the weights is:
+# name -> (value where nothing is known, dtype). The dtype does not follow that of the weights:
 # frequencies of 1e-8, which tell rare latents from dead ones, vanish in float16.
 STATISTICS: dict[str, tuple[float, torch.dtype]] = {
     "stats_last_nonzero": (0, torch.int64),
@@ -49,7 +54,7 @@ def check_sizes(
     normalization: str,
     n_outputs: int | None = None,
 ) -> None:
-    """Refuse what cannot be an autoencoder; ``n_outputs`` None: as many as inputs."""
+    """Refuse sizes that no autoencoder has; ``n_outputs`` is None if there are as many as inputs."""
     sizes = {"n_latents": n_latents, "n_inputs": n_inputs}
     for name, value in (sizes if n_outputs is None else sizes | {"n_outputs": n_outputs}).items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -69,7 +74,7 @@ def check_sizes(
 
 
 def read_group_sizes(sizes: Any, n_latents: int) -> tuple[int, ...] | None:
-    """Sizes of Matryoshka groups, which make up all latents; None where there are none."""
+    """The sizes of Matryoshka groups, which have to add up to all latents; None for no groups."""
     if sizes is None:
         return None
     found = list(sizes) if isinstance(sizes, Sequence) and not isinstance(sizes, str) else [0]
@@ -99,20 +104,22 @@ class Entries(NamedTuple):
     input_normalization: str | None
     """None: the file does not say."""
     n_outputs: int | None = None
-    """Of a transcoder; None for an autoencoder, which gives back what it takes."""
+    """The width of a transcoder's output; None for an autoencoder, whose output stands for its input."""
     group_sizes: tuple[int, ...] | None = None
 
 
 def parse_state_dict(
     state_dict: Mapping[str, Any], strict: bool
 ) -> tuple[Entries, list[str], list[str]]:
-    """Take a state dict apart; the second result lists what is wrong, the third what was let pass."""
+    """Take a state dict apart; also returns what is wrong with it, and what is only worth a warning."""
     rest = {str(key): value for key, value in state_dict.items()}
     problems: list[str] = []
     name, fields = _pop_activation(rest, problems)
     tied = _pop_tied(rest, problems)
     normalization = rest.pop("input_normalization", None)
-    if normalization is not None and normalization not in NORMALIZATIONS:
+    if normalization is not None and not (
+        isinstance(normalization, str) and normalization in NORMALIZATIONS
+    ):
         problems.append(unknown_normalization(normalization))
     n_outputs, group_sizes = rest.pop("n_outputs", None), rest.pop("group_sizes", None)
     known = (*PARAMETERS, *OPTIONAL_PARAMETERS, *STATISTICS)
@@ -139,7 +146,7 @@ def parse_state_dict(
 
 
 def _pop_activation(rest: dict[str, Any], problems: list[str]) -> tuple[str, dict[str, Any]]:
-    """Name and fields of the activation, folded (``activation_state_dict``) or flat.
+    """Name and fields of the nonlinearity, from ``activation_state_dict`` or from flat entries.
 
     The original wrote both for TopK; then they have to agree.
     """
@@ -148,7 +155,7 @@ def _pop_activation(rest: dict[str, Any], problems: list[str]) -> tuple[str, dic
     folded = rest.pop("activation_state_dict", {})
     name = rest.pop("activation", "ReLU")
     if not isinstance(folded, Mapping):
-        problems.append(f"activation_state_dict is {folded!r}, expected a dict")
+        problems.append(f"activation_state_dict is {shown(folded)}, expected a dict")
         folded = {}
     for key, value in folded.items():
         if not _same(fields.setdefault(key, value), value):
@@ -167,9 +174,9 @@ def _pop_tied(rest: dict[str, Any], problems: list[str]) -> bool:
     """Whether the decoder is the encoder's transpose, as stated or by the original's entry."""
     stated = rest.pop("tied", None)
     linear = rest.pop("decoder.linear.weight", None)
-    if stated not in (None, True, False):
-        problems.append(f"tied is {stated!r}, expected True or False")
-    tied = bool(stated) or (stated is None and linear is not None)
+    if stated is not None and not isinstance(stated, bool):
+        problems.append(f"tied is {shown(stated)}, expected True or False")
+    tied = stated is True or (stated is None and linear is not None)
     if linear is not None and not _same(linear, rest.get("encoder.weight")):
         problems.append("decoder.linear.weight (a tied decoder) differs from encoder.weight")
     if tied and "decoder.weight" in rest:
@@ -214,23 +221,24 @@ def _tensor_problems(tensors: Mapping[str, Any], tied: bool, n_outputs: Any) -> 
 
 
 def _check_activation(name: str, fields: dict[str, Any], shape: torch.Size) -> list[str]:
+    tensors = {key: value for key, value in fields.items() if isinstance(value, Tensor)}
+    found = {key: tuple(value.shape) for key, value in tensors.items()}
+    integers = [key for key, value in tensors.items() if not value.is_floating_point()]
+    problems = [f"{name}: {key}: {it}" for key, it in tensor_problems(tensors, found, integers)]
+    if problems:
+        return problems
     try:
-        activation = make_activation(name, fields)
-        check_sizes(shape[0], shape[1], activation, "none")
+        check_sizes(shape[0], shape[1], make_activation(name, fields), "none")
     except (CheckpointError, InputError) as error:
         return [str(error)]
-    return [
-        f"{name}: {key} holds NaN or infinity"
-        for key, value in fields.items()
-        if isinstance(value, Tensor) and not torch.isfinite(value).all()
-    ]
+    return []
 
 
 def select_latents(state_dict: Mapping[str, Any], kept: Tensor) -> dict[str, Any]:
-    """The state dict of the autoencoder that has only the latents ``kept``, which move together.
+    """The state dict of the autoencoder that has only the latents ``kept`` (indices).
 
-    A ``k`` that is more than are left becomes their number. What says how latents are grouped is
-    left out, or refused where the latents would change.
+    A ``k`` larger than their number becomes their number. Matryoshka groups are dropped; a
+    nonlinearity whose latents depend on one another is refused.
     """
     result = dict(state_dict)
     name, fields = result.get("activation", "ReLU"), result.get("activation_state_dict", {})
@@ -245,6 +253,9 @@ def select_latents(state_dict: Mapping[str, Any], kept: Tensor) -> dict[str, Any
 
 
 def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
-    return bool(a == b)
+    if a is b:
+        return True
+    if not (isinstance(a, Tensor) or isinstance(b, Tensor)):
+        return bool(a == b)
+    plain = all(isinstance(it, Tensor) and not not_plain(it) for it in (a, b))
+    return plain and torch.equal(a, b)
