@@ -19,6 +19,7 @@ ROOMS = [
         "neuron_explainer",
         "neuron_explainer.errors",
         "neuron_explainer.tables",
+        "neuron_explainer.progress",
         "neuron_explainer.files",
     ],
     ["neuron_explainer.settings"],

@@ -23,7 +23,6 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
 from neuron_explainer import files
 from neuron_explainer.activations.harvest import (
@@ -37,6 +36,7 @@ from neuron_explainer.activations.token_files import MANIFEST_FILE, read_manifes
 from neuron_explainer.activations.windows import TokenWindows, check_same_settings
 from neuron_explainer.errors import CheckpointError, InputError, SourceError, shown
 from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.progress import progress_bar
 from neuron_explainer.settings.fields import read_fields
 
 SOURCE_FILE = "source.json"
@@ -419,7 +419,7 @@ def harvest_to_store(
         settings=settings,
         append=True,
     )
-    with writer, tqdm(total=num_tokens, unit=" tokens", disable=not progress) as bar:
+    with writer, progress_bar(total=num_tokens, unit=" tokens", disable=not progress) as bar:
         writer.check_only_settings()
         source = source_of(harvester, windows)
         if source["source"] and not files.is_remote(source["source"]):

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from neuron_explainer.activations.windows import TokenBatch
 from neuron_explainer.errors import InputError
@@ -36,6 +35,7 @@ from neuron_explainer.models.autoencoder_context import AutoencoderContext
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
 from neuron_explainer.models.model_context import HookableModel, ModelContext
 from neuron_explainer.models.weight_names import Dimension
+from neuron_explainer.progress import progress_bar
 
 Activations = Iterable[Tensor | tuple[Tensor, Tensor]]
 """Batches of activations ``[…, n]``; for a transcoder, pairs (input, activation to reconstruct)."""
@@ -139,7 +139,7 @@ def evaluate_all(
     model = context.get_or_create_model()
     subjects = placed(autoencoders, context.get_dim_size(Dimension.LAYERS))
     batches = list(batches) if isinstance(batches, Iterator) else batches
-    bar: Any = tqdm(desc="evaluating", unit="batch", disable=not progress)
+    bar: Any = progress_bar(desc="evaluating", unit="batch", disable=not progress)
     targets = dict.fromkeys(each.target for each in subjects.values())
     means = _means(model, targets, batches, score_bos, bar)
     totals = {
