@@ -614,6 +614,61 @@ def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
                 read(path)
 
 
+def _write(name: str) -> None:
+    with files.atomic_write(name) as temporary:
+        temporary.write_text("new")
+
+
+def _write_folder(name: str) -> None:
+    with files.atomic_folder(name) as temporary:
+        (temporary / "x").write_text("new")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["x" * 5000, "x" * 300, "ü\ud800", "a\0b", "~no-such-user/x", "pipe", "pipe/x", "file/x"],
+)
+@pytest.mark.parametrize(
+    "use", [files.fetch, files.read_json, _write, _write_folder, files.check_writable]
+)
+def test_names_that_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, use: Callable[[str], Any]
+) -> None:
+    """A name too long, half a surrogate pair, a pipe in the place of a file: one line each."""
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    Path("file").write_text("old")
+    if (use, name) == (files.check_writable, "pipe"):
+        return  # its folder can be written to; the write itself is refused
+    with pytest.raises(SourceError):
+        use(name)
+    assert sorted(os.listdir()) == ["file", "pipe"]
+    assert stat.S_ISFIFO(os.stat("pipe").st_mode), "a rename to a device would replace it"
+
+
+@pytest.mark.parametrize(
+    "url", ["https://x.invalid/\ud800", "hf:a/\ud800/c", "az://a/\ud800", "https://\ud800/x"]
+)
+def test_urls_with_half_a_surrogate_pair(url: str) -> None:
+    for ask in (files.fetch, files.exists, lambda name: files.join(name, "x")):
+        with pytest.raises(SourceError, match="cannot be the name of a file"):
+            ask(url)
+    with pytest.raises(SourceError, match="cannot be the name of a file"):
+        files.join("https://x.invalid", "\ud800")
+
+
+def test_a_folder_that_goes_while_a_file_is_written(tmp_path: Path) -> None:
+    def write() -> None:
+        with files.atomic_write(tmp_path / "run" / "x") as temporary:
+            temporary.unlink()
+            (tmp_path / "run").rmdir()
+
+    with pytest.raises(SourceError, match=r"cannot write .*run/x: .*No such file"):
+        write()
+    with pytest.raises(FileNotFoundError), files.atomic_write(tmp_path / "x"):
+        (tmp_path / "elsewhere").read_text()  # what the block itself reads is its own affair
+
+
 DISK_FULL = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))

@@ -64,18 +64,21 @@ def read_documents(
         inflated_bytes: a compressed file may inflate to this, and beyond it to 100 times its own size.
     """
     if split is not None:
-        _check_pattern(split)
-    local = files.fetch(path) if files.is_remote(str(path)) else Path(path).expanduser()
-    if not local.is_dir():
-        _reader_of(local)  # an error now, not at the first document, if there is none
-    else:
-        _tell_left_out(local)
+        check_pattern(split)
+    local = files.fetch(path) if files.is_remote(str(path)) else files.local_path(path)
+    with _as_source_errors(local):
+        if local.is_dir():
+            _tell_left_out(local)
+        else:
+            _reader_of(local)  # an error now, not at the first document, if there is none
 
     how = _How(column, split, inflated_bytes)
 
     def read() -> Iterator[str]:
         n_documents = 0
-        for file in _files_of(local):
+        with _as_source_errors(local):
+            found = _files_of(local)
+        for file in found:
             with _as_source_errors(file):
                 for text in _reader_of(file)(file, how):
                     n_documents += 1
@@ -433,7 +436,8 @@ def _check_column(column: str, columns: Iterable[str], where: str) -> None:
         )
 
 
-def _check_pattern(split: str) -> None:
+def check_pattern(split: str) -> None:
+    """Raise InputError if ``split`` is no regular expression."""
     try:
         re.compile(split)
     except re.error as error:

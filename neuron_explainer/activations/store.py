@@ -10,6 +10,7 @@ Shape legend: ``n`` rows (tokens), ``d`` width of a location.
 """
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
 from neuron_explainer import files
 from neuron_explainer.activations.harvest import (
@@ -36,6 +36,7 @@ from neuron_explainer.activations.token_files import MANIFEST_FILE, read_manifes
 from neuron_explainer.activations.windows import TokenWindows, check_same_settings
 from neuron_explainer.errors import CheckpointError, InputError, SourceError, shown
 from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.progress import progress_bar
 from neuron_explainer.settings.fields import read_fields
 
 SOURCE_FILE = "source.json"
@@ -133,7 +134,7 @@ class ActivationStore:
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
-        self.folder, self.verify = Path(folder).expanduser(), verify
+        self.folder, self.verify = files.local_path(folder), verify
         manifest = read_manifest(self.folder, _StoreManifest, _KIND, _VERSION)
         self.header, self.shards = manifest.header, manifest.shards
         self.n_batches = manifest.n_batches
@@ -150,6 +151,9 @@ class ActivationStore:
         if not path.exists():
             return {}
         found = read_fields(_Source, files.read_json(path), str(path), error=CheckpointError)
+        source = found.get("source")
+        if source is not None and not files.is_remote(source):
+            found["source"] = str((self.folder / source).resolve())
         return dict(found)
 
     @property
@@ -242,7 +246,7 @@ class StoreWriter:
     ) -> None:
         if shard_rows < 1:
             raise InputError(f"shard_rows must be at least 1, found {shard_rows}.")
-        self.folder, self.shard_rows = Path(folder).expanduser(), shard_rows
+        self.folder, self.shard_rows = files.local_path(folder), shard_rows
         self._model, self._dtype = model, parse_dtype(dtype)
         self._settings = dict(settings or {})
         self._header: StoreHeader | None = None
@@ -257,6 +261,7 @@ class StoreWriter:
         self._lock = FileLock(self.folder / _LOCK_FILE, timeout=0)
 
     def __enter__(self) -> "StoreWriter":
+        check_store_folder(self.folder)
         files.make_folder(self.folder)
         try:
             with files.explain_refusal(self.folder / _LOCK_FILE):
@@ -279,7 +284,6 @@ class StoreWriter:
 
     def _take_up(self) -> None:
         """Continue after the rows that are there, and delete what an earlier process left unfinished."""
-        check_store_folder(self.folder)
         if files.list_folder(self.folder, but=_LOCK_FILE) and not self._append:
             raise InputError(f"{self.folder} is not empty; pass append=True to add to a store.")
         files.remove_leftovers(self.folder)
@@ -415,9 +419,13 @@ def harvest_to_store(
         settings=settings,
         append=True,
     )
-    with writer, tqdm(total=num_tokens, unit=" tokens", disable=not progress) as bar:
+    with writer, progress_bar(total=num_tokens, unit=" tokens", disable=not progress) as bar:
         writer.check_only_settings()
-        files.write_json(writer.folder / SOURCE_FILE, source_of(harvester, windows))
+        source = source_of(harvester, windows)
+        if source["source"] and not files.is_remote(source["source"]):
+            # Relative: the two may be moved together, and no folder of a user need be named.
+            source["source"] = os.path.relpath(source["source"], writer.folder.resolve())
+        files.write_json(writer.folder / SOURCE_FILE, source)
         bar.update(writer.n_rows)
         number = writer.n_batches
         while number != windows.n_batches and writer.n_rows < (num_tokens or math.inf):
@@ -457,8 +465,8 @@ def source_of(harvester: Harvester, windows: TokenWindows) -> dict[str, Any]:
 
 def check_store_folder(folder: str | Path) -> None:
     """Raise InputError if a folder holds anything but a store or the beginning of one."""
-    path = Path(folder).expanduser()
-    if not path.exists():
+    path = files.local_path(folder)
+    if not os.path.exists(path):
         return
     if not path.is_dir():
         raise InputError(f"{path} is a file; a store of activations is a folder.")

@@ -107,7 +107,7 @@ def open_token_file(
         context: the model that will read the tokens; a model with another tokenizer is refused.
         verify: check the SHA-256 of the files too, which reads all of them; sizes are always checked.
     """
-    folder = Path(folder).expanduser()
+    folder = files.local_path(folder)
     manifest = read_manifest(folder, _TokenManifest, _KIND, _VERSION)
     if context is not None:
         _check_tokenizer(folder, manifest, context)
@@ -161,6 +161,6 @@ def _name_of(documents: Iterable[str]) -> str:
 def _counted(documents: Iterable[str], progress: bool) -> Iterator[str]:
     if not progress:
         return iter(documents)
-    from tqdm import tqdm
+    from neuron_explainer.progress import progress_bar
 
-    return iter(tqdm(documents, desc="tokenising", unit=" documents"))
+    return iter(progress_bar(documents, desc="tokenising", unit=" documents"))

@@ -1,6 +1,6 @@
-"""Learning dictionaries: one loop, many objectives, an ordinary ``Autoencoder`` in the end.
+"""Learning dictionaries: one loop, many objectives, an ordinary ``Autoencoder`` as the result.
 
-And what comes after: measuring it, making it leaner, showing it.
+Also what follows training: pruning it and fine-tuning its decoder.
 """
 
 from neuron_explainer.dictionaries.config import TrainConfig

@@ -1,7 +1,7 @@
-"""What a run of dictionary learning is given: one flat, frozen dataclass, checked when it is made.
+"""The settings of a training run: one flat, frozen dataclass that is checked when it is made.
 
-The objective's own settings are a dataclass of their own, so that no field is there that has no
-meaning. ``config_files.py`` reads both from TOML and JSON, ``flags.py`` makes command lines of them.
+Each objective has a dataclass of its own, so that no run has fields without a meaning. The room
+``settings/`` reads both from TOML and JSON, and makes command-line flags from them.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from neuron_explainer.dictionaries.dictionary import DecoderNorm
-from neuron_explainer.dictionaries.normalization import DecoderBias
+from neuron_explainer.dictionaries.first_batches import DecoderBias
 from neuron_explainer.dictionaries.objectives import ObjectiveConfig, TopKConfig
 from neuron_explainer.dictionaries.schedules import Decay
 from neuron_explainer.errors import InputError
@@ -36,107 +36,108 @@ _AT_LEAST_0 = ("warmup_steps", "decay_steps", "sparsity_warmup_steps")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a dictionary, next to its batches."""
+    """Everything besides the batches that decides what a dictionary becomes."""
 
     alternatives: ClassVar = (("steps", "num_tokens"), ("n_latents", "expansion"))
-    """Fields of which only one is to be given."""
+    """Groups of fields of which at most one may be given."""
 
     objective: ObjectiveConfig = field(default_factory=TopKConfig)
     """Which variant is trained, with its own settings."""
 
     n_latents: int | None = None
-    """Number of latents; expansion times the width if not given."""
+    """Number of latents. If not given: expansion times the width of the input."""
     expansion: float | None = None
-    """Latents for each entry of the input, instead of n_latents; 8 if neither is given."""
+    """Number of latents divided by the width of the input, instead of n_latents; 8 if neither is given."""
     tied: bool = False
     """Whether the decoder is the transpose of the encoder."""
     transcoder: bool = False
-    """Whether the output stands for another activation: batches are then pairs (input, target)."""
+    """Whether to predict another activation than the input: batches are then pairs (input, target)."""
     skip: bool = False
-    """Whether a linear map of a transcoder's input goes past the latents to its output."""
+    """Whether a transcoder also has a linear map from its input straight to its output."""
 
     steps: int | None = None
     """Number of batches to train on; give this or num_tokens."""
     num_tokens: int | None = None
-    """Number of activations to train on, in batches of batch_size; what is left over is not used."""
+    """Number of activations to train on, in batches of batch_size; an incomplete last batch is left out."""
     batch_size: int = 4096
-    """Activations in a batch, where batches are made here; batches that are given are taken as they
-    are, and this only turns num_tokens into steps."""
+    """Activations in a batch, if training makes the batches. Batches that are passed in are used as they
+    are, and batch_size then only turns num_tokens into steps."""
 
     lr: float | None = None
-    """Adam's learning rate once it is warmed up; 2e-4 / sqrt(n_latents / 2**14) if not given, as Gao
-    et al. 2024 found it to scale."""
+    """Adam's learning rate after the warm-up. If not given: 2e-4 / sqrt(n_latents / 2**14), the scaling
+    that Gao et al. 2024 found."""
     beta1: float = 0.9
-    """Adam's decay of the mean of gradients."""
+    """Adam's decay rate for the mean of gradients."""
     beta2: float = 0.999
-    """Adam's decay of the mean of squared gradients."""
+    """Adam's decay rate for the mean of squared gradients."""
     eps: float = 1e-8
     """Adam's eps."""
     warmup_steps: int | None = None
-    """Steps in which the learning rate rises linearly; 5 % of all, at most 1000, if not given."""
+    """Steps in which the learning rate rises linearly. If not given: 5 % of all steps, at most 1000."""
     decay: Decay = "linear"
     """How the learning rate falls at the end: none, linear or cosine."""
     decay_steps: int | None = None
-    """Steps, the last ones, in which it falls; a fifth of all if not given, all if 0."""
+    """The last steps, in which the learning rate falls. If not given: a fifth of all steps; 0 means all."""
     lr_end: float = 0.0
-    """Share of lr towards which it falls."""
+    """The share of lr that it falls to."""
     grad_clip: float | None = None
-    """Largest norm of all gradients of a dictionary together; longer ones are shortened to it."""
+    """Largest allowed norm of a dictionary's gradient; a longer gradient is scaled down to it."""
     sparsity_warmup_steps: int = 0
-    """Steps in which penalties for active latents rise linearly from zero."""
+    """Steps in which the sparsity penalty rises linearly from zero."""
 
     input_normalization: Normalization = "constant"
-    """What is done to activations before training. constant takes off the mean and divides by one
-    scale so that the variance is 1, both measured on the first batches and folded into the finished
-    weights; center, layer_norm and rms work on each vector by itself and are recorded in the
-    autoencoder; none leaves activations as they are."""
+    """What happens to activations before training. constant subtracts the mean and divides by one scale,
+    so that the variance is 1; both are measured on the first batches and folded into the final weights.
+    center, layer_norm and rms normalise each vector by itself and are recorded in the autoencoder. none
+    leaves activations as they are."""
     sample_batches: int = 1
-    """First batches on which mean, scale and first bias are measured; they are trained on too."""
+    """How many of the first batches mean, scale and initial bias are measured on; they are trained on too."""
     decoder_bias: DecoderBias = "geometric_median"
-    """Where the decoder's bias starts: geometric_median or mean of the first batches, or zeros."""
+    """Initial bias of the decoder: geometric_median or mean of the first batches, or zeros."""
     decoder_norm: DecoderNorm = "unit"
-    """Norm of decoder rows: unit keeps each at 1, at_most_unit lets it shrink, free leaves it."""
+    """Norm of decoder rows: unit keeps each at 1, at_most_unit lets it shrink, free does not limit it."""
 
     dead_after_tokens: int | None = None
-    """Activations in a row after which a latent that none of them made active counts as dead; a tenth
-    of the run's, at most 10 million, if not given."""
+    """A latent counts as dead if it was not active in this many activations in a row. If not given: a
+    tenth of the run's activations, at most 10 million."""
     remedy: Remedy = "none"
-    """What is done for dead latents besides AuxK: resample gives them the directions of badly
-    reconstructed activations every resample_every steps, ghost adds a loss that only they get."""
+    """How dead latents are revived, besides AuxK: resample gives them the directions of badly
+    reconstructed activations every resample_every steps; ghost adds a loss that only trains them."""
     resample_every: int | None = None
-    """Steps between two resamplings; a quarter of all, at most 25,000, if not given. The learning rate
+    """Steps between two resamplings. If not given: a quarter of all steps, at most 25,000. The learning rate
     warms up again after each."""
 
     seed: int = 0
-    """Of the first directions, of resampling, and of the order of batches that are made here."""
+    """Random seed of the initial directions, of resampling, and of the order of rows if training makes the
+    batches."""
     dtype: Literal["float32", "float64"] = "float32"
-    """Of the weights while they are trained."""
+    """The dtype of the weights during training."""
     autocast: bool = False
-    """Whether dense matrix products are computed in bfloat16; topk and relu, which have sparse ones,
-    choose for themselves."""
+    """Whether dense matrix products run in bfloat16. topk and relu have sparse products and choose the
+    precision themselves."""
     device: str | None = None
-    """Where to train; where the batches are if not given."""
+    """Device to train on. If not given: the device of the batches."""
 
     checkpoint_every: int | None = None
-    """Steps between two checkpoints, if there is a folder; a tenth of all, at most 1000, if not given."""
+    """Steps between two checkpoints, if there is a folder. If not given: a tenth of all, at most 1000."""
     keep_checkpoints: int = 2
-    """Checkpoints that stay, the newest."""
+    """How many checkpoints are kept; older ones are deleted."""
     log_every: int | None = None
-    """Steps between two lines of the log; a fiftieth of all, at most 100, if not given."""
+    """Steps between two lines of the log. If not given: a fiftieth of all, at most 100."""
 
     location: str | None = None
-    """Where in the model the inputs come from, such as 3/mlp.post_act; recorded."""
+    """Location in the model that the inputs come from, such as 3/mlp.post_act; only recorded."""
     output_location: str | None = None
-    """What a transcoder's output stands for; recorded."""
+    """Location that a transcoder's output predicts; only recorded."""
     model_name: str | None = None
-    """The model whose activations these are; recorded."""
+    """The model that the activations come from; only recorded."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        _ = self.objective.name  # an error if it is none
+        _ = self.objective.name  # raises if it is not registered
         for location in (self.location, self.output_location):
             if location is not None:
-                ActivationLocation.parse(location)  # an error if there is none
+                ActivationLocation.parse(location)  # raises if there is no such location
         self._check_numbers()
         self._check_size()
         self._check_schedule()
@@ -197,7 +198,7 @@ class TrainConfig:
             if self.skip and self.input_normalization not in ("none", "constant"):
                 raise InputError(
                     f"skip with input_normalization = {self.input_normalization}: the skip "
-                    "connection takes inputs as the model has them; use constant or none."
+                    "connection takes activations without normalisation; use constant or none."
                 )
             return
         if self.skip or self.output_location is not None:
@@ -218,7 +219,7 @@ class TrainConfig:
             )
 
     def check_remedy(self, n_tokens: int) -> None:
-        """An error if, with batches of ``n_tokens``, no latent can be dead before it is too late."""
+        """Raise InputError if, with batches of ``n_tokens``, no latent can be dead in time for the remedy."""
         if self.remedy == "none":
             return
         steps = self.total_steps - 1
@@ -233,7 +234,7 @@ class TrainConfig:
 
     @property
     def total_steps(self) -> int:
-        """Batches to train on."""
+        """Number of batches to train on."""
         if self.steps is not None:
             return self.steps
         assert self.num_tokens is not None
@@ -249,7 +250,7 @@ class TrainConfig:
 
     @property
     def n_decay_steps(self) -> int:
-        """Steps in which the learning rate falls, if it does."""
+        """Steps in which the learning rate falls, unless decay is none."""
         if self.decay_steps is not None:
             return self.decay_steps or self.total_steps
         return max(1, min(self.total_steps // 5, self.total_steps - self.n_warmup_steps))
@@ -270,15 +271,15 @@ class TrainConfig:
         return self.log_every or max(1, min(100, self.total_steps // 50))
 
     def dead_after(self, n_tokens: int) -> int:
-        """Tokens after which a silent latent is dead, where a batch has ``n_tokens``."""
+        """Tokens without activity after which a latent is dead, for batches of ``n_tokens``."""
         return self.dead_after_tokens or max(1, min(10_000_000, self.total_steps * n_tokens // 10))
 
     def lr_for(self, n_latents: int) -> float:
-        """Learning rate of so many latents."""
+        """The learning rate for a dictionary of ``n_latents``."""
         return 2e-4 / math.sqrt(n_latents / 2**14) if self.lr is None else self.lr
 
     def resolved(self, n_inputs: int) -> dict[str, Any]:
-        """All settings as they come out for activations of a width, with the defaults worked out."""
+        """All settings for activations of width ``n_inputs``, with the default values filled in."""
         n_latents = self.latents_for(n_inputs)
         worked_out = {
             "n_latents": n_latents,
@@ -297,11 +298,11 @@ class TrainConfig:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return torch.float64 if self.dtype == "float64" else torch.float32
 
     def latents_for(self, n_inputs: int) -> int:
-        """Number of latents for activations of a width."""
+        """The number of latents for activations of width ``n_inputs``."""
         if self.n_latents is not None:
             return self.n_latents
         return max(1, round((self.expansion or _DEFAULT_EXPANSION) * n_inputs))

@@ -1,6 +1,6 @@
-"""Latents that nothing activates any more: counting them, and two ways to bring them back.
+"""Dead latents, which nothing activates any more: how to count them, and two ways to revive them.
 
-AuxK, the third way, belongs to the objectives that have a fixed number of active latents.
+A third way, AuxK, belongs to the objectives that have a fixed number of active latents.
 
 Shape legend: ``b`` tokens of a batch, ``n`` inputs, ``o`` outputs, ``l`` latents, ``d`` dead ones.
 """
@@ -16,11 +16,11 @@ from neuron_explainer.dictionaries.objectives import SparseLatents
 
 
 class ActivityCounter(nn.Module):
-    """How many tokens ago each latent was last active."""
+    """Counts how many tokens ago each latent was last active."""
 
     silent: Tensor
-    """``[l + 1]`` int64. The last entry belongs to no latent: it takes the hits of inactive ones,
-    so that no mask has to be turned into a list of places, which would wait for the device."""
+    """``[l + 1]`` int64. The last entry belongs to no latent: entries that are not active point to it. A
+    boolean mask would have to be turned into indices, which waits for the device."""
 
     def __init__(self, n_latents: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class ActivityCounter(nn.Module):
 
     @torch.no_grad()
     def update(self, latents: Tensor | SparseLatents, n_tokens: int) -> None:
-        """Count a batch whose latents were these."""
+        """Update the counters with one batch's latents."""
         self.silent += n_tokens
         if isinstance(latents, SparseLatents):
             nowhere = len(self.silent) - 1
@@ -38,17 +38,17 @@ class ActivityCounter(nn.Module):
             self.silent[:-1].masked_fill_((latents > 0).any(0), 0)
 
     def dead(self, after: int) -> Tensor:
-        """``[d]`` int64: latents silent for ``after`` tokens or more."""
+        """``[d]`` int64: latents that were not active for ``after`` tokens or more."""
         return (self.silent[:-1] >= after).nonzero().flatten()
 
     @torch.no_grad()
     def revive(self, latents: Tensor) -> None:
-        """Start counting anew for ``[d]`` of them."""
+        """Reset the counters of ``latents`` ``[d]``."""
         self.silent.index_fill_(0, latents, 0)
 
 
 def ghost_loss(dictionary: LearnedDictionary, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
-    """``[]``: a loss that draws dead latents towards what the living leave over.
+    """A loss ``[]`` that pulls dead latents towards what the living ones leave unexplained.
 
         g = exp(dead pre-activations) · their rows, scaled to half the length of the error e
         Σ (g - e)² · stop(e² / ((g - e)² + 1e-6))   summed over the width, averaged over tokens
@@ -60,7 +60,7 @@ def ghost_loss(dictionary: LearnedDictionary, x: Tensor, error: Tensor, dead: Te
     Jermyn and Templeton 2024, "Ghost grads: an improvement on resampling".
     """
     pre_act = dictionary.pre_act(x, dead)
-    # A factor for each token, which the scaling takes out again: exp alone could overflow.
+    # Without this factor for each token, which the scaling removes again, exp could overflow.
     pre_act = pre_act - pre_act.detach().amax(1, keepdim=True)
     ghost = pre_act.exp() @ dictionary.rows[dead]
     length = torch.linalg.vector_norm(error, dim=1, keepdim=True)
@@ -81,11 +81,11 @@ def resample(
 ) -> Tensor:
     """Give dead latents the directions of activations that are badly reconstructed.
 
-    Activations of the batch are drawn without replacement with probability proportional to their
-    squared error's square; a latent's decoder row becomes the activation's direction, its encoder
-    row a fifth as long as those of living latents are on average, its bias 0.
+    Activations of the batch are drawn without replacement, with a probability proportional to the square
+    of their squared error. A latent's decoder row becomes the activation's direction; its encoder row has
+    the same direction and a fifth of the mean length of living latents' rows; its bias is 0.
 
-    Returns the latents ``[≤ d]`` that were changed: of more than ``b`` dead ones the others wait.
+    Returns the latents ``[≤ d]`` that were changed, at most one for each activation of the batch.
     Bricken et al. 2023, "Towards monosemanticity", appendix on neuron resampling.
     """
     weight = error.square().sum(1).double().square().cpu()
@@ -113,7 +113,7 @@ def resample(
 def forget_moments(
     parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, latents: Tensor
 ) -> None:
-    """Reset what Adam remembers of ``latents`` in ``parameters``, which have one row for each."""
+    """Reset Adam's moments of ``latents`` in ``parameters``, which have one row for each latent."""
     for parameter in parameters:
         state: dict[str, Any] = optimizer.state.get(parameter, {})
         for moment in ("exp_avg", "exp_avg_sq"):

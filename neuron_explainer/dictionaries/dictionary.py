@@ -1,7 +1,7 @@
-"""A dictionary while it is being learned: encoder and decoder, and the scale that inputs get.
+"""A dictionary while it is being learned: encoder, decoder, and how inputs are scaled.
 
-Rows are latents in both matrices, so that what is done to a latent is done to a row of memory. What
-training gives in the end is a plain ``Autoencoder`` of activations as the model has them.
+Rows are latents in both matrices, so that a change to a latent is a change to a row of memory. The result of
+training is a plain ``Autoencoder`` of activations as the model has them.
 
 Shape legend: ``b`` tokens of a batch, ``n`` inputs, ``o`` outputs, ``l`` latents, ``k`` active ones.
 """
@@ -26,25 +26,25 @@ class LearnedDictionary(nn.Module):
     Args:
         n_latents: ``l``.
         n_inputs: ``n``.
-        n_outputs: ``o`` of a transcoder, whose output stands for another activation than its
-            input; None for an autoencoder.
+        n_outputs: ``o`` of a transcoder, which predicts another activation than its input; None for an
+            autoencoder.
         tied: whether the decoder is the encoder.
-        skip: whether a linear map of the input goes past the latents; transcoders only.
-        autocast: whether matrix products are computed in bfloat16.
-        generator: draws the first directions, on the CPU so that they do not depend on the device.
+        skip: whether a linear map leads from the input straight to the output; transcoders only.
+        autocast: whether matrix products run in bfloat16.
+        generator: draws the initial directions, on the CPU, so that they do not depend on the device.
         world: the processes that train it. Each has the whole of it, and sees a part of every batch; or
             each has some of the latents, and sees whole batches. Every method gives the result of one
             process alone.
     """
 
     input_mean: Tensor
-    """``[n]``, taken off inputs."""
+    """``[n]``, subtracted from inputs."""
     input_scale: Tensor
     """``[]``, inputs are divided by it."""
     target_mean: Tensor
     target_scale: Tensor
     variance: Tensor
-    """``[]``: mean squared distance of a normalised target from the mean of all."""
+    """``[]``: mean squared distance of normalised targets from their mean."""
 
     def __init__(
         self,
@@ -71,7 +71,8 @@ class LearnedDictionary(nn.Module):
         self.encoder = nn.Parameter(directions)
         self.decoder: nn.Parameter | None = None
         if not tied:
-            # A transcoder's two spaces are strangers; an autoencoder's latent starts as one direction.
+            # An autoencoder's latent starts with one direction for both; a transcoder's two spaces are
+            # unrelated.
             same = not self.is_transcoder
             self.decoder = nn.Parameter(
                 directions.clone()
@@ -93,24 +94,24 @@ class LearnedDictionary(nn.Module):
 
     @property
     def rows(self) -> nn.Parameter:
-        """``[l, o]``: the directions that latents add to the output."""
+        """``[l, o]``: the direction that each latent adds to the output."""
         return self.encoder if self.decoder is None else self.decoder
 
     @property
     def out_bias(self) -> nn.Parameter:
-        """``[o]``: what the output is when no latent is active."""
+        """``[o]``: the output when no latent is active."""
         return self.pre_bias if self.post_bias is None else self.post_bias
 
     def per_latent(self) -> list[nn.Parameter]:
-        """Parameters that have one row for each latent."""
+        """The parameters that have one row for each latent."""
         found = [self.encoder, self.latent_bias]
         return found if self.decoder is None else [*found, self.decoder]
 
     def pre_act(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
-        """``[b, n] -> [b, l]``, or of some latents only, before the activation function."""
+        """Pre-activations ``[b, n] -> [b, l]``, of all latents or of some."""
         weight, bias = self._encoder_of(latents)
         with self.products(x):
-            # Not off the input, which then needs no gradient: a third of the encoder's work.
+            # The bias takes up pre_bias, so that the input needs no gradient: a third of the encoder's work.
             return F.linear(x, weight, bias - weight @ self.pre_bias).to(x.dtype)
 
     def decode(self, latents: Tensor, x: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ class LearnedDictionary(nn.Module):
         return self.world.mean_over_batch(x, n_tokens)
 
     def add_rest(self, recons: Tensor, x: Tensor) -> Tensor:
-        """``[b, o]``: what the latents give, plus bias and skip connection."""
+        """``recons`` ``[b, o]`` plus bias and skip connection."""
         recons = recons + self.out_bias
         if self.skip is None:
             return recons
@@ -144,12 +145,12 @@ class LearnedDictionary(nn.Module):
             return recons + F.linear(x, self.skip).to(x.dtype)
 
     def frozen_rest(self, x: Tensor) -> Tensor:
-        """What :meth:`add_rest` adds, ``[b, o]`` or ``[o]``, as a constant to the gradient."""
+        """What :meth:`add_rest` adds, ``[b, o]`` or ``[o]``, without gradient."""
         with torch.no_grad():
             return self.add_rest(torch.zeros((), dtype=x.dtype, device=x.device), x)
 
     def products(self, x: Tensor) -> contextlib.AbstractContextManager[Any]:
-        """Matrix products inside run in bfloat16 if this dictionary was told to."""
+        """A context in which matrix products run in bfloat16, if ``autocast`` was asked for."""
         if not self.autocast:
             return contextlib.nullcontext()
         return torch.autocast(x.device.type, torch.bfloat16)
@@ -163,9 +164,9 @@ class LearnedDictionary(nn.Module):
 
     @torch.no_grad()
     def constrain_gradient(self, norm: DecoderNorm) -> None:
-        """Before a step: drop the part of the gradient that only moves a row's length.
+        """Before a step: remove the part of the gradient that only changes the length of a row.
 
-        With ``"at_most_unit"`` a row shorter than 1 may change its length, and one of length 1 may
+        With ``"at_most_unit"``, rows shorter than 1 may change their length, and rows of length 1 may
         become shorter.
         """
         if norm == "free" or self.rows.grad is None:
@@ -179,7 +180,7 @@ class LearnedDictionary(nn.Module):
 
     @torch.no_grad()
     def constrain_rows(self, norm: DecoderNorm) -> None:
-        """After a step: rows of length exactly, or at most, 1."""
+        """After a step: scale rows to length 1, or to length 1 at most."""
         if norm == "free":
             return
         shortest = 1e-12 if norm == "unit" else 1.0
@@ -187,14 +188,14 @@ class LearnedDictionary(nn.Module):
             length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
             rows.div_(length.clamp_min(shortest))
 
-    # ---- what comes of it ----------------------------------------------------------------------
+    # ---- the result ----------------------------------------------------------------------
 
     @torch.no_grad()
     def fold_into(self, autoencoder: Autoencoder) -> None:
-        """Write the same function of activations as the model has them into ``autoencoder``.
+        """Write weights into ``autoencoder`` that compute the same from activations without normalisation.
 
-        The activation functions commute with a positive factor, so the scale moves from the
-        inputs to the latents: they come out in units of the target.
+        The nonlinearities commute with a positive factor, so the scale moves from the inputs to the
+        latents, which then have the units of the target.
         """
         ratio = self.target_scale / self.input_scale
         autoencoder.encoder.weight.copy_(self.encoder * ratio)
@@ -213,17 +214,18 @@ class LearnedDictionary(nn.Module):
         autoencoder.post_bias.copy_(post_bias)
 
 
-_BLOCK = 4096  # rows that are drawn at a time
+_BLOCK = 4096  # rows drawn at a time
 
 
 def _unit_rows(
     n_rows: int, width: int, generator: torch.Generator | None, dtype: torch.dtype, here: range
 ) -> Tensor:
-    """Those rows ``here`` of the ``n_rows`` that would be drawn at once, but never held so."""
+    """The rows ``here`` of ``n_rows`` random unit rows, without ever holding all of them."""
     if len(here) == n_rows:
         return F.normalize(torch.randn(n_rows, width, generator=generator, dtype=dtype), dim=1)
     parts = []
-    # A multiple of 16 numbers at a time, and no few at last, are drawn as in one piece.
+    # torch draws the same numbers as in one piece, if each part has a multiple of 16 of them and the last
+    # part is not small.
     ends = [*range(_BLOCK, n_rows - _BLOCK + 1, _BLOCK), n_rows]
     for start, end in zip([0, *ends], ends, strict=False):
         drawn = torch.randn(end - start, width, generator=generator, dtype=dtype)

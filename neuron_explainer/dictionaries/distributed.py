@@ -4,15 +4,15 @@
     with open_world() as world:
         train(config, batches, folder, world=world)
 
-Every process goes through the same batches, those that one process alone would have. With ``"data"``
-each computes on its rows of a batch; gradients, and whatever else is a mean over the batch (the
-normaliser of AuxK, the L0 that JumpReLU aims at, the threshold of BatchTopK, which latents fired), are
-those of the whole. With ``"latents"`` each holds its rows of encoder and decoder and sees the whole
-batch; the k largest pre-activations are found among all. Either way the result is that of one process,
-up to the order in which floating point numbers are added.
+Every process reads the same batches as one process alone would. With ``"data"``, each computes on its rows
+of a batch; gradients, and everything else that is a mean over the batch (the normaliser of AuxK, the L0 that
+JumpReLU aims at, the threshold of BatchTopK, which latents fired), are those of the whole batch. With
+``"latents"``, each holds its rows of encoder and decoder and sees the whole batch; the k largest
+pre-activations are found among all processes. Either way the result is that of one process, up to the order
+in which floating point numbers are added.
 
-Collectives are called on the way forward and between passes only, never in a backward pass, so that
-all processes call the same ones in the same order.
+Collectives are called in the forward pass and between passes, never in a backward pass, so that all
+processes call the same ones in the same order.
 
 Shape legend: ``b`` tokens of a batch, ``r`` of them in this process, ``l`` latents, ``k`` active ones.
 """
@@ -39,16 +39,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, seen from one of them. Alone, every method gives what it was given."""
+    """The processes of a run, seen from one of them. With one process, every method returns its argument."""
 
     rank: int = 0
-    """Of this process, from 0."""
+    """The number of this process, from 0."""
     size: int = 1
-    """How many there are."""
+    """The number of processes."""
     split: Split = "data"
-    """What each has a part of."""
+    """What each process has a part of."""
     device: torch.device | None = None
-    """Where this one computes; where config or batches say if not given."""
+    """The device of this process; None: config or batches decide."""
 
     @property
     def is_rank_zero(self) -> bool:
@@ -66,7 +66,7 @@ class World:
     # ---- parts of a batch ------------------------------------------------------------------------
 
     def rows(self, n: int, rank: int | None = None) -> slice:
-        """Which rows of a batch of ``n`` are this process's, or another's."""
+        """The rows of a batch of ``n`` that belong to this process, or to process ``rank``."""
         if not self.splits_batch:
             return slice(0, n)
         if n < self.size:
@@ -78,7 +78,7 @@ class World:
         return slice(n * rank // self.size, n * (rank + 1) // self.size)
 
     def share(self, n: int) -> float:
-        """Part of a batch of ``n`` rows that is this process's."""
+        """The share of a batch of ``n`` rows that belongs to this process."""
         rows = self.rows(n)
         return (rows.stop - rows.start) / n if self.splits_batch else 1.0
 
@@ -96,7 +96,7 @@ class World:
         return self.all_reduce_min(x) if self.splits_batch else x
 
     def gather_rows(self, x: Tensor, n: int) -> Tensor:
-        """``[r, …] -> [b, …]``: of each process its rows of a batch of ``n``; without gradient."""
+        """``[r, …] -> [b, …]``: the rows of all processes, of a batch of ``n``; without gradient."""
         if not self.splits_batch:
             return x
         own = [self.rows(n, rank) for rank in range(self.size)]
@@ -105,9 +105,9 @@ class World:
         return torch.cat([p[:length] for p, length in zip(parts, lengths, strict=True)])
 
     def among_largest(self, values: Tensor, count: int) -> Tensor:
-        """``[m] -> [m]`` bool: which of them are among the ``count`` largest of all processes.
+        """``[m] -> [m]`` bool: which values are among the ``count`` largest of all processes.
 
-        ``m`` may differ from process to process; the lower rank comes first where values are equal.
+        ``m`` may differ between processes. Of equal values, that of the lower rank comes first.
         """
         longest = -int(self.all_reduce_min(torch.tensor(-len(values))))
         everyone = torch.cat(self._gather(_padded(values.detach(), longest, -torch.inf)))
@@ -119,7 +119,7 @@ class World:
     # ---- parts of the latents --------------------------------------------------------------------
 
     def latents(self, n_latents: int) -> range:
-        """Which of a dictionary's latents are this process's."""
+        """The latents of a dictionary that belong to this process."""
         if not self.splits_latents:
             return range(n_latents)
         each, rest = divmod(n_latents, self.size)
@@ -136,8 +136,8 @@ class World:
         return _with_value(x, self.all_reduce_sum(x.detach().clone())) if self.splits_latents else x
 
     def global_rank(self, values: Tensor, k: int) -> Tensor:
-        """``[b, ≤ k] -> [b, ≤ k]`` int64: for each token, how many latents of all processes have a
-        larger value, each process having given its largest; the lower latent where values are equal.
+        """``[b, ≤ k] -> [b, ≤ k]`` int64: the rank of each value, from 0, among the values of all processes
+        for its token. Each process gives its largest values; of equal values the lower latent comes first.
         """
         width = values.shape[1]
         padded = F.pad(values.detach(), (0, k - width), value=-torch.inf)
@@ -147,7 +147,8 @@ class World:
         return torch.empty_like(order).scatter_(1, order, places)[:, self.rank * k :][:, :width]
 
     def send_to_rank_zero(self, x: Tensor, source: int, shape: Sequence[int]) -> Tensor | None:
-        """``x`` of the process ``source``, of that shape, for the first one, on the CPU."""
+        """``x`` of the process ``source``, which has that shape, on the CPU; None in all processes but the
+        first."""
         if source == self.rank:
             x = x.detach().cpu().contiguous()
             if source:
@@ -162,31 +163,31 @@ class World:
     # ---- for either ------------------------------------------------------------------------------
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
-        """Sum over processes, written to ``x``."""
+        """The sum over processes, written to ``x``."""
         return self._reduce(x, dist.ReduceOp.SUM) if self.size > 1 else x
 
     def all_reduce_min(self, x: Tensor) -> Tensor:
-        """Entry by entry, the smallest over processes; without gradient."""
+        """Entry by entry, the minimum over processes; without gradient."""
         return self._reduce(x.detach().clone(), dist.ReduceOp.MIN) if self.size > 1 else x
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum over processes of the gradients of what all of them hold."""
+        """Replace the gradients of parameters that all processes hold by their sum over processes."""
         if self.size == 1:
             return
         for parameter in parameters:
-            if parameter.grad is None and self.splits_latents:  # used by the first process alone
+            if parameter.grad is None and self.splits_latents:  # only the first process has used it
                 parameter.grad = torch.zeros_like(parameter)
             if parameter.grad is not None:
                 self.all_reduce_sum(parameter.grad)
 
     def all_true(self, holds: bool) -> bool:
-        """Whether something holds in every process."""
+        """Whether ``holds`` is true in every process."""
         if self.size == 1:
             return holds
         return bool(self._reduce(torch.tensor(int(holds)), dist.ReduceOp.MIN))
 
     def on_rank_zero(self, function: Callable[[], T]) -> T:
-        """What ``function`` gives in the first process, or an error in all if it fails there.
+        """Call ``function`` in the first process only; return its result, or raise its error, in all.
 
         The others wait for it. It must give what JSON can hold.
         """
@@ -199,7 +200,7 @@ class World:
             return told["value"]  # type: ignore[no-any-return]
         try:
             value = function()
-        except Exception as error:  # whatever it is, the others must not wait for a value
+        except Exception as error:  # of whatever kind: the others must not wait for a value
             with contextlib.suppress(DistributedError):
                 self.broadcast_object({"error": str(error)}, 0)
             raise
@@ -207,7 +208,7 @@ class World:
         return value
 
     def broadcast_object(self, message: Any, source: int) -> Any:
-        """What the process ``source`` says, as JSON holds it."""
+        """The ``message`` of the process ``source``, which must be JSON."""
         text = json.dumps(message).encode() if source == self.rank else b""
         length = torch.tensor(len(text))
         self._do(dist.broadcast, length, source)
@@ -224,7 +225,7 @@ class World:
         return x
 
     def barrier(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes have called this."""
         self._do(dist.barrier)
 
     def _gather(self, x: Tensor) -> list[Tensor]:
@@ -239,7 +240,7 @@ class World:
     def _do(self, collective: Callable[..., Any], *args: Any) -> None:
         try:
             collective(*args)
-        except RuntimeError as error:  # the backend's: a connection is closed, a wait was too long
+        except RuntimeError as error:  # the backend's: a closed connection, or too long a wait
             reason = str(error).partition(". This is")[0]
             raise DistributedError(
                 f"process {self.rank} of {self.size}: another process of this run is gone or did not "
@@ -249,7 +250,7 @@ class World:
 
 
 SINGLE_PROCESS = World()
-"""One process."""
+"""The world of a run with one process."""
 
 
 class _WithValue(torch.autograd.Function):
@@ -277,7 +278,7 @@ def _padded(x: Tensor, length: int, filling: float) -> Tensor:
 def open_world(
     split: Split = "data", *, timeout: float = 600.0, device: str | None = None
 ) -> Iterator[World]:
-    """The processes that ``torchrun`` has started; one alone if it has not.
+    """The processes that ``torchrun`` has started; a single process without ``torchrun``.
 
     On GPUs each process takes the one of its ``LOCAL_RANK``, and NCCL connects them; else gloo.
 
@@ -292,8 +293,9 @@ def open_world(
         yield SINGLE_PROCESS
         return
     where = _device(device)
-    # Its functions have the group as a default argument. Imported later (the optimizer does) they would keep
-    # the group and gloo's threads, which abort the process if they are at work when Python ends.
+    # The functions in this module have the process group as a default argument. If it were imported later
+    # (the optimizer does), they would keep the group and gloo's threads alive, and these abort the process
+    # if they are at work when Python ends.
     importlib.import_module("torch.distributed.nn.functional")
     try:
         dist.init_process_group(
@@ -307,13 +309,13 @@ def open_world(
         ) from error
     world = World(dist.get_rank(), size, split, where)
     yield world
-    # Not after an error: what is under way then may never end, and the process ends anyway.
+    # Not after an error: collectives that are under way may never end, and the process ends anyway.
     world.barrier()
     dist.destroy_process_group()
 
 
 def _device(name: str | None) -> torch.device:
-    """Where this process is to compute."""
+    """The device of this process."""
     wanted = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if wanted.type == "cpu":
         return wanted

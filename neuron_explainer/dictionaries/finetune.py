@@ -1,13 +1,12 @@
-"""Undo shrinkage: train the decoder of a finished autoencoder, the encoder frozen.
+"""Undo shrinkage: train the decoder of a finished autoencoder while its encoder stays frozen.
 
-An autoencoder trained with a penalty on its latents makes them, and so what it reconstructs, too
-small (Wright and Sharkey 2024, "Addressing feature suppression in SAEs"). Which latents are active is
-left exactly as it is; a scale for each latent, its decoder direction and the output's bias are trained
-on the reconstruction alone.
+A penalty on latents makes them too small, and so the reconstruction too (Wright and Sharkey 2024,
+"Addressing feature suppression in SAEs"). Fine-tuning changes nothing about which latents are active. It
+trains a scale for each latent, its decoder direction and the bias of the output, on the reconstruction alone.
 
-In the end the scale is part of the decoder: latents have the values that they had, and directions
-have the length that reconstruction needs. (A scale within the encoder would be of no other effect with
-ReLU, and with TopK would change which latents are active.)
+At the end the scale becomes part of the decoder: latents keep their values, and directions get the length
+that reconstruction needs. (A scale in the encoder would have the same effect with ReLU, and with TopK would
+change which latents are active.)
 
 Shape legend: ``b`` tokens, ``n`` inputs, ``o`` outputs, ``l`` latents, ``k`` active ones.
 """
@@ -16,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation.evaluate import Activations
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoders.latents import Latents
+from neuron_explainer.progress import progress_bar
 
 
 def finetune_decoder(
@@ -32,21 +31,21 @@ def finetune_decoder(
     betas: tuple[float, float] = (0.9, 0.999),
     progress: bool = True,
 ) -> Autoencoder:
-    """Train scale, decoder and bias on the reconstruction, one step of Adam a batch.
+    """Train scale, decoder and bias on the reconstruction, with one step of Adam for each batch.
 
     The loss is the fraction of the batch's variance that is unexplained, in units of normalised inputs.
 
     Args:
-        autoencoder: left as it is. One whose decoder is tied gets a decoder of its own, and one
-            without a bias of its output gets one.
-        batches: activations as the model has them ``[…, n]``; of a transcoder, pairs with what its
-            output stands for. At least two tokens each.
-        lr: learning rate of all three; 1e-5 changes next to nothing in a hundred steps.
-        betas: of Adam.
-        progress: show a progress bar.
+        autoencoder: not changed. In the result, a tied decoder has become a decoder of its own, and the
+            output has a bias of its own.
+        batches: activations as the model has them ``[…, n]``; for a transcoder, pairs with the activations
+            that its output predicts. At least two tokens each.
+        lr: learning rate of all three; 1e-5 changes almost nothing in a hundred steps.
+        betas: Adam's betas.
+        progress: whether to show a progress bar.
 
     Returns:
-        A new autoencoder with the same latents; ``metadata["finetuned"]`` says on how many tokens.
+        A new autoencoder with the same latents; ``metadata["finetuned"]`` records the number of tokens.
     """
     if autoencoder.nonlinearity.needs_dictionary:
         raise InputError(
@@ -56,7 +55,7 @@ def finetune_decoder(
     decoder = _Decoder(autoencoder)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=lr, betas=betas)
     n_tokens = 0
-    for batch in tqdm(batches, desc="fine-tuning", unit="batch", disable=not progress):
+    for batch in progress_bar(batches, desc="fine-tuning", unit="batch", disable=not progress):
         latents, target = _frozen(autoencoder, batch)
         error = (decoder(latents) - target).square().sum()
         loss = error / (target - target.mean(dim=0)).square().sum()
@@ -75,7 +74,7 @@ def finetune_decoder(
 
 
 class _Decoder(nn.Module):
-    """What is trained."""
+    """The trained part: scale, directions, bias."""
 
     def __init__(self, autoencoder: Autoencoder) -> None:
         super().__init__()
@@ -105,7 +104,7 @@ class _Decoder(nn.Module):
 def _frozen(
     autoencoder: Autoencoder, batch: Tensor | tuple[Tensor, Tensor]
 ) -> tuple[Latents, Tensor]:
-    """The latents of a batch, and what the decoder has to give: ``[b, o]``."""
+    """The latents of a batch, and what the decoder should return for them: ``[b, o]``."""
     x, target = batch if isinstance(batch, tuple) else (batch, batch)
     if autoencoder.is_transcoder and not isinstance(batch, tuple):
         raise InputError(
@@ -114,7 +113,7 @@ def _frozen(
         )
     x, target = (t.flatten(0, -2).to(autoencoder.device, autoencoder.dtype) for t in (x, target))
     latents, stats, _ = autoencoder.code_sparse(x)
-    if stats is not None:  # the inverse of what decode does to the decoder's output
+    if stats is not None:  # the inverse of what decode does after the decoder
         target = target if stats.skip is None else target - stats.skip
         target = target if autoencoder.is_transcoder else stats.redo(target)
     return latents, target

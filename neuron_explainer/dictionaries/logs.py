@@ -1,4 +1,4 @@
-"""What a run says of itself: a progress bar, a JSON line for each logged step, other loggers if asked."""
+"""What a run reports: a progress bar, one line of JSON for each logged step, other loggers on request."""
 
 import contextlib
 import importlib
@@ -9,18 +9,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
-from tqdm import tqdm
-
 from neuron_explainer import files
 from neuron_explainer.dictionaries.runs import RunFolder
 from neuron_explainer.errors import InputError, MissingExtraError, did_you_mean
+from neuron_explainer.progress import progress_bar
 
 Metrics = Mapping[str, Mapping[str, float]]
 """By dictionary, then by name."""
 
 
 class Logger(Protocol):
-    """Anything that takes the numbers of a step."""
+    """Anything that accepts the numbers of a step."""
 
     def write(self, step: int, common: Mapping[str, float], metrics: Metrics) -> None: ...
 
@@ -31,9 +30,9 @@ L = TypeVar("L", bound=Logger)
 
 
 class JsonLines:
-    """``log.jsonl``: one object a step.
+    """``log.jsonl``: one JSON object for each logged step.
 
-    Opened at a step, it loses what was written after it: a run that was resumed from there says it
+    Opening it at a step removes the lines of later steps, because a run resumed at that step writes them
     again.
     """
 
@@ -57,15 +56,15 @@ class JsonLines:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        with files.explain_refusal(self._path):  # of what could not be written before, too
+        with files.explain_refusal(self._path):  # closing may report an earlier write that failed
             self._file.close()
 
 
 class ProgressBar:
-    """Rate, loss terms, L0, FVU and dead latents, as means over all dictionaries."""
+    """Shows tokens per second, and the mean over all dictionaries of every other number."""
 
     def __init__(self, steps: int | None, step: int, show: bool) -> None:
-        self._bar = tqdm(total=steps, initial=step, unit="step", disable=not show)
+        self._bar = progress_bar(total=steps, initial=step, unit="step", disable=not show)
 
     def step(self) -> None:
         self._bar.update()
@@ -85,11 +84,11 @@ class ProgressBar:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard, below the run's folder."""
+    """Scalars for TensorBoard, in the run's folder."""
 
     def __init__(self, folder: Path, step: int) -> None:
         module = _import("torch.utils.tensorboard", "tensorboard")
-        # Events of steps that the resumed run will do again are hidden by it.
+        # purge_step hides events of steps that the resumed run takes again.
         self._writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, common: Mapping[str, float], metrics: Metrics) -> None:
@@ -101,7 +100,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """Scalars for Weights & Biases; a resumed run goes on with the run whose id is in its folder."""
+    """Scalars for Weights & Biases; a resumed run continues the run whose id is in its folder."""
 
     def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
         module = _import("wandb", "wandb")
@@ -121,7 +120,7 @@ class Wandb:
 
 
 class Logs:
-    """All that a run writes to while it goes on; closed together, in whatever way it ends.
+    """Everything that a run writes to on the way; all is closed together, however the run ends.
 
     Args:
         steps: of the whole run, if that is known.
@@ -147,7 +146,7 @@ class Logs:
         for name in log_to:
             _check_known(name, folder)
         self._lines: JsonLines | None = None
-        with contextlib.ExitStack() as stack:  # what is open is closed if the next cannot be
+        with contextlib.ExitStack() as stack:  # closes what is open if the next cannot be opened
             self._bar = _keep(stack, ProgressBar(steps, step, progress))
             self._loggers: list[Logger] = [self._bar]
             if folder is not None:
@@ -170,7 +169,7 @@ class Logs:
         self._stack.close()
 
     def step(self) -> None:
-        """A step is done."""
+        """Count one step on the progress bar."""
         self._bar.step()
 
     def write(self, step: int, tokens: int, metrics: Metrics, epoch: int | None = None) -> None:
@@ -183,7 +182,7 @@ class Logs:
             logger.write(step, common | {"tokens": tokens, "tokens_per_second": rate}, metrics)
 
     def sync(self) -> None:
-        """Make all lines so far last, as the checkpoint does that comes after them."""
+        """Wait until all lines so far are on the disk, so that no checkpoint is newer than the log."""
         if self._lines is not None:
             self._lines.sync()
 
@@ -219,7 +218,7 @@ def _import(module: str, package: str) -> Any:
 
 
 def _step_of(line: bytes) -> float:
-    """Of a log line; infinity if it was cut off."""
+    """The step of a log line; infinity if the line was cut off."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

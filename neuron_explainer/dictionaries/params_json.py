@@ -1,8 +1,8 @@
-"""The ``params.json`` of the ``dictionary_learning`` training script, read as what it does.
+"""Reads the ``params.json`` of the ``dictionary_learning`` training script.
 
-Each entry is ``{"value": …, "description": …}``. The script has more settings than the file, fixed in
-its code: ReLU with an L1 of 2, eight latents for each entry, a learning rate of 3e-4 that warms up in
-the first tenth of the steps, the residual stream after a block, activations as they are.
+Each entry is ``{"value": …, "description": …}``. Other settings are fixed in the script's code: ReLU with an
+L1 coefficient of 2, eight times as many latents as inputs, a learning rate of 3e-4 that warms up in the first
+tenth of the steps, the residual stream after a block, no normalisation.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from neuron_explainer.settings import from_dict, split_fields
 
 @dataclass(frozen=True)
 class _Entries:
-    """The entries of a ``params.json``; those that are absent are as the script has them."""
+    """The entries of a ``params.json``; the defaults are the script's."""
 
     context_length: int = 128
     llm_batch_size: int = 512
@@ -40,7 +40,7 @@ class Params(NamedTuple):
     text: str
     """The data set."""
     folder: str
-    """Where results go."""
+    """Folder for the results."""
 
     @property
     def config(self) -> TrainConfig:
@@ -50,10 +50,10 @@ class Params(NamedTuple):
 
 
 def read_params(path: str | Path) -> Params:
-    """Read a ``params.json``; what is not in it is as the script has it, but for the device, which is
-    then the best there is.
+    """Read a ``params.json``. Entries that are absent have the script's defaults, except for the device,
+    which is the best one available.
 
-    Model and data set are names on the Hugging Face hub, but for those that are names or paths here.
+    Model and data set are names on the Hugging Face hub, unless they are names or paths of this library.
     """
     entries = from_dict(_Entries, files.read_json(path), str(path))
     if entries.sae_batch_size < 1:
@@ -77,13 +77,13 @@ def read_params(path: str | Path) -> Params:
         "model_name": _here_or_on_the_hub(entries.model_name),
         "context_length": entries.context_length,
         "windows_per_forward": entries.llm_batch_size,
-        # A data set of the hub may be larger than any memory; the rest is for what is held out.
+        # A data set on the hub may be larger than any memory. The other half is for what is held out.
         "corpus_tokens": 2 * entries.num_tokens,
     }
     return Params(fields, _here_or_on_the_hub(entries.dataset_name), entries.save_dir)
 
 
 def _here_or_on_the_hub(name: str) -> str:
-    """``owner/name`` is meant to be on the hub, unless it is a path here."""
+    """``owner/name`` as a name on the hub, unless it is a local path."""
     on_hub = name.count("/") == 1 and not (files.is_remote(name) or Path(name).exists())
     return f"hf:{name}" if on_hub else name

@@ -1,11 +1,10 @@
-"""Leave out the latents of an autoencoder that do next to nothing.
+"""Remove the latents of an autoencoder that do almost nothing.
 
-A latent is kept if it fires on more than a share of tokens, is somewhere larger than a bound, and has
-a decoder direction of nearly full length. These are the criteria and bounds of He et al. 2024
-("Dictionary learning improves patch-free circuit discovery in mechanistic interpretability"); the
-bounds on activation and length are of their autoencoders: latents in units in which an input has norm
-√n (``input_normalization="rms"``), decoder directions held to length 1 at most. With other units, say
-other bounds.
+A latent is kept if it fires on more than a given share of tokens, exceeds a bound on at least one token, and
+has a decoder direction of nearly full length. These are the criteria and bounds of He et al. 2024
+("Dictionary learning improves patch-free circuit discovery in mechanistic interpretability"). Their bounds on
+activation and length suit their autoencoders: inputs have norm √n (``input_normalization="rms"``), and
+decoder directions have length 1 at most. Autoencoders with other units need other bounds.
 
 Shape legend: ``n`` inputs, ``l`` latents, ``…`` any leading axes.
 """
@@ -24,17 +23,17 @@ from neuron_explainer.models.checkpoints.autoencoders.state import select_latent
 
 @dataclass(frozen=True)
 class Pruning:
-    """What was left out, and why."""
+    """What was removed, and why."""
 
     autoencoder: Autoencoder
-    """The result."""
+    """The pruned autoencoder."""
     kept: Tensor = field(repr=False)
-    """``[l]`` bool, over the latents of the autoencoder that was given."""
+    """``[l]`` bool, for the latents of the original autoencoder."""
     n_kept: int
     n_tokens: int
     """Tokens on which activity was measured."""
     too_rare: int
-    """Latents that fired too seldom; one may fail by several criteria."""
+    """Latents that fired too rarely. A latent may fail several criteria."""
     too_weak: int
     """Latents that were never large enough."""
     too_short: int
@@ -50,19 +49,18 @@ def prune(
     min_decoder_norm: float = 0.99,
     keep_indices: bool = True,
 ) -> Pruning:
-    """Measure latents on activations and leave out those that do next to nothing.
+    """Measure latents on activations and remove those that do almost nothing.
 
     Args:
-        autoencoder: left as it is.
-        batches: activations as the model has them ``[…, n]``, pairs or not; ten million tokens, if a
-            frequency of 1e-6 is to be told from none.
+        autoencoder: not changed.
+        batches: activations as the model has them ``[…, n]``, or pairs with targets. A
+            frequency of 1e-6 needs about ten million tokens to be told from zero.
         min_frequency: a latent is kept if it is active on more than this share of the tokens,
         min_max_activation: and larger than this on one of them, in the autoencoder's own units,
         min_decoder_norm: and if its decoder direction is at least this long.
-        keep_indices: if True, the result has all latents where they were, those left out with weights
-            of zero and zero for ever; :func:`~neuron_explainer.models.autoencoders.pruned.omit_dead_latents`
-            takes them out of memory. If False, it is a smaller autoencoder in which the latents that
-            are left have moved together.
+        keep_indices: if True, all latents keep their indices, and the weights of removed latents are zero,
+            so they are never active; :func:`~neuron_explainer.models.autoencoders.pruned.omit_dead_latents`
+            takes them out of memory. If False, the result is a smaller autoencoder with new indices.
     """
     inputs = (batch[0] if isinstance(batch, tuple) else batch for batch in batches)
     activity = LatentActivity.of(autoencoder, inputs)
@@ -85,7 +83,7 @@ def prune_by(
     min_decoder_norm: float = 0.99,
     keep_indices: bool = True,
 ) -> Pruning:
-    """:func:`prune` by an activity measured elsewhere."""
+    """:func:`prune`, with an activity that was measured before."""
     if not activity.n_tokens:
         raise InputError("pruning needs activations; no tokens were given.")
     norms = autoencoder.decoder.weight.detach().norm(dim=0).cpu()
@@ -103,7 +101,7 @@ def prune_by(
     if not kept.any():
         raise InputError(
             f"{autoencoder._name()}: no latent would be left: of {len(kept)}, {counts['too_rare']} fired "
-            f"too seldom, {counts['too_weak']} were never above {min_max_activation} (largest: "
+            f"too rarely, {counts['too_weak']} were never above {min_max_activation} (largest: "
             f"{float(activity.largest.max()):.3g}), {counts['too_short']} have a decoder direction "
             f"shorter than {min_decoder_norm} (longest: {float(norms.max()):.3g}). Bounds are in the "
             "autoencoder's own units."
@@ -120,7 +118,7 @@ def prune_by(
 
 
 def _masked(autoencoder: Autoencoder, kept: Tensor) -> dict[str, Any]:
-    """A state dict in which all others are zero, whatever the activation function."""
+    """A state dict in which the weights of removed latents are zero, so that they are never active."""
     state = dict(autoencoder.state_dict())
     zero = (~kept).to(autoencoder.device)
     rows = ["latent_bias", "encoder.weight", "glu.weight", "glu.bias"]

@@ -15,10 +15,11 @@ def learning_rate_factor(
     end: float,
     restart_every: int = 0,
 ) -> float:
-    """Of the learning rate at ``step`` (from 0): linearly up, level, down to about ``end`` at the last.
+    """The factor on the learning rate at ``step`` (from 0): it rises linearly, stays at 1, then falls to
+    about ``end`` at the last step.
 
-    With ``restart_every`` the way up is gone again after every that many steps, as latents that
-    were just resampled need.
+    With ``restart_every`` the rise is repeated after every ``restart_every`` steps, because latents that
+    were just resampled need it.
     """
     since = step % restart_every if restart_every else step
     up = min(1.0, (since + 1) / warmup_steps) if warmup_steps else 1.0
@@ -31,12 +32,13 @@ def learning_rate_factor(
 
 
 def ramp(step: int, steps: int) -> float:
-    """From just above 0 at step 0 linearly to 1 after ``steps``; 1 all along if there are none."""
+    """A factor that rises linearly from just above 0 at step 0 to 1 after ``steps`` steps; always 1 if
+    ``steps`` is 0."""
     return min(1.0, (step + 1) / steps) if steps else 1.0
 
 
 def annealed_k(step: int, k: int, k_start: int, steps: int) -> int:
-    """Number of active latents: linearly from ``k_start`` down to ``k`` within ``steps``."""
+    """The number of active latents at ``step``: it falls linearly from ``k_start`` to ``k``."""
     if step >= steps:
         return k
     return max(k, round(k_start + (k - k_start) * step / steps))

@@ -1,4 +1,4 @@
-"""Activations that the processes of a run compute in turn: a forward pass is made once, for all."""
+"""Activations that the processes of a run compute in turn, so that each forward pass runs only once."""
 
 from typing import Any
 
@@ -15,10 +15,9 @@ from neuron_explainer.models.locations import ActivationLocation
 class SharedSource:
     """The chunks of a source, the same in every process, each computed by one of them.
 
-    Chunk ``i`` comes from process ``i`` modulo their number; while it computes that one the others
-    compute the next. All have to ask for the same chunks in the same order, from the thread that
-    trains: a buffer of these is one without ``prefetch``. What comes out does not depend on how many
-    processes there are, so that a run is gone on with by any number of them.
+    Process ``i % n`` computes chunk ``i``, while the others compute the next chunks. All processes have to
+    ask for the same chunks in the same order, from the thread that trains: buffers must not prefetch. The
+    chunks do not depend on the number of processes, so any number of them can resume a run.
     """
 
     def __init__(self, source: ActivationSource, world: World) -> None:
@@ -32,11 +31,11 @@ class SharedSource:
         return self.source.forward_s
 
     def describe(self) -> dict[str, Any]:
-        """The source's."""
+        """What the source says of itself."""
         return self.source.describe()
 
     def chunk(self, number: int) -> ActivationBatch | None:
-        """The rows of a chunk; None: there are no more."""
+        """The rows of a chunk; None after the last one."""
         turn, owner = divmod(number, self.world.size)
         own = turn * self.world.size + self.world.rank
         if own != self._number:
@@ -53,7 +52,7 @@ class SharedSource:
         return self._exchange(header, owner)
 
     def _header(self) -> dict[str, Any] | None:
-        """What has to be known of this process's chunk before its tensors can be received."""
+        """What other processes need to know before they can receive this process's chunk."""
         own = self._own
         if own is None:
             return None

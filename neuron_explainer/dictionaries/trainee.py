@@ -18,7 +18,7 @@ from neuron_explainer.dictionaries.dead_latents import (
 )
 from neuron_explainer.dictionaries.dictionary import LearnedDictionary
 from neuron_explainer.dictionaries.distributed import SINGLE_PROCESS, World
-from neuron_explainer.dictionaries.normalization import first_bias, mean_and_scale, variance
+from neuron_explainer.dictionaries.first_batches import first_bias, mean_and_scale, variance
 from neuron_explainer.dictionaries.objectives import (
     Loss,
     Objective,
@@ -36,7 +36,7 @@ from neuron_explainer.models.autoencoders.input_normalization import normalize_i
 
 
 class Trainee(nn.Module):
-    """A dictionary with all that its training needs, but for the optimiser.
+    """A dictionary with everything that its training needs, except for the optimiser.
 
     Args:
         config: of the run.
@@ -84,7 +84,7 @@ class Trainee(nn.Module):
 
     @torch.no_grad()
     def measure(self, sample: Sequence[tuple[Tensor, Tensor]]) -> Self:
-        """Take mean, scale and first bias from pairs (input ``[b, n]``, target ``[b, o]``)."""
+        """Set mean, scale and initial bias from pairs (input ``[b, n]``, target ``[b, o]``)."""
         d = self.dictionary
         self.config.check_remedy(len(sample[0][0]))
         x, target = (torch.cat(side) for side in zip(*sample, strict=True))
@@ -108,7 +108,7 @@ class Trainee(nn.Module):
         return self
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """All that every process has the same of."""
+        """The parameters of which every process has the same copy."""
         if not self.world.splits_latents:
             return list(self.parameters())
         own = [*self.dictionary.per_latent(), *self._of_objective()]
@@ -119,7 +119,7 @@ class Trainee(nn.Module):
         return [self.objective.get_parameter(name) for name in self.objective.per_latent]
 
     def normalize(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Activations as the dictionary takes them; an autoencoder's target is its input."""
+        """Normalised inputs and targets; an autoencoder's target is its input."""
         same = x is target
         if self._per_vector != "none":
             x = normalize_input(x, self._per_vector)[0]
@@ -131,7 +131,7 @@ class Trainee(nn.Module):
         return x, x if same else (target - d.target_mean) / d.target_scale
 
     def folded(self) -> dict[str, float]:
-        """Of the normalisation that :meth:`finish` folds into the weights: scale, and norm of the mean."""
+        """Scale, and norm of the mean, of the normalisation that :meth:`finish` folds into the weights."""
         d, sides = self.dictionary, ("input", "target") if self.config.transcoder else ("input",)
         if self.config.input_normalization != "constant":
             return {}
@@ -168,7 +168,7 @@ class Trainee(nn.Module):
             )
         if not len(dead):
             return loss
-        # In the units of the objective's own reconstruction term.
+        # The ghost loss gets the units of the objective's own reconstruction term.
         unit = loss.terms["reconstruction"] / squared_error(loss.error)
         ghost = unit * ghost_loss(self.dictionary, x, loss.error, dead)
         return loss._replace(
@@ -176,13 +176,13 @@ class Trainee(nn.Module):
         )
 
     def facts(self, step: int, dead: Tensor, n_tokens: int = 0) -> StepFacts:
-        """What an objective is told of a step."""
+        """What an objective needs to know about a step."""
         c = self.config
         sparsity = ramp(step, c.sparsity_warmup_steps)
         return StepFacts(step, c.total_steps, sparsity, dead, n_tokens)
 
     def backward(self, loss: Loss, n_tokens: int) -> Loss:
-        """Gradients of the loss of a whole batch; that loss, of which one process has a part."""
+        """Compute the gradients of the loss of the whole batch; return that loss, summed over processes."""
         share = self.world.share(n_tokens)
         (loss.total * share if share < 1 else loss.total).backward()  # type: ignore[no-untyped-call]
         self.world.sum_gradients(self.shared_parameters())
@@ -194,7 +194,7 @@ class Trainee(nn.Module):
         return loss._replace(total=total, terms=dict(zip(loss.terms, terms, strict=True)))
 
     def lr(self, step: int) -> float:
-        """Learning rate of a step."""
+        """The learning rate of a step."""
         c = self.config
         return self.peak_lr * learning_rate_factor(
             step,
@@ -207,7 +207,7 @@ class Trainee(nn.Module):
         )
 
     def before_step(self) -> None:
-        """Gradients are there: clip them and keep them on the rows' sphere."""
+        """Before the optimiser's step: constrain and clip gradients."""
         self.dictionary.constrain_gradient(self.config.decoder_norm)
         if self.config.grad_clip is not None:
             self._clip_gradient(self.config.grad_clip)
@@ -217,7 +217,9 @@ class Trainee(nn.Module):
             nn.utils.clip_grad_norm_(self.parameters(), most)
             return
         shared = {id(parameter) for parameter in self.shared_parameters()}
-        squares = self.dictionary.encoder.new_zeros(2)  # of what is here only; of what all have
+        squares = self.dictionary.encoder.new_zeros(
+            2
+        )  # of parameters of this process only, and of shared ones
         for parameter in self.parameters():
             if parameter.grad is not None:
                 squares[int(id(parameter) in shared)] += parameter.grad.square().sum()
@@ -254,14 +256,15 @@ class Trainee(nn.Module):
     def metrics(
         self, loss: Loss, target: Tensor, raw: Tensor, n_tokens: int, tokens_so_far: int
     ) -> dict[str, float]:
-        """What the log says of a batch. Waits for the device, and for all processes.
+        """The numbers of a batch for the log. Waits for the device and for all processes.
 
-        ``fvu`` is of activations as the model has them: ``raw`` are these, ``target`` the normalised
-        ones. ``dead`` latents are those that were not active in the last ``dead_window`` tokens.
+        ``fvu`` is that of activations as the model has them (``raw``; ``target`` is normalised). ``dead``
+        counts the latents that were not active in the last ``dead_window`` tokens.
         """
         error = loss.error
+        # A scale for each vector changes FVU; one scale for all vectors does not.
         _, stats = normalize_input(raw, self._per_vector)
-        if stats is not None and not self.config.transcoder:  # not one scale for all
+        if stats is not None and not self.config.transcoder:
             error, target = raw - stats.undo(target - error), raw
         error, target = (self.world.gather_rows(t, n_tokens).double() for t in (error, target))
         values = loss.latents.values if isinstance(loss.latents, SparseLatents) else loss.latents
@@ -270,7 +273,6 @@ class Trainee(nn.Module):
         return {
             "loss": float(loss.total),
             **{name: float(term) for name, term in loss.terms.items()},
-            # One scale for all leaves FVU as it is, so normalised activations will do.
             "fvu": float(fvu(target, target - error)),
             "l0": int(self.world.all_reduce_sum(n_active(values))) / n_tokens,
             "dead": int(self.dictionary.total(torch.tensor(len(dead)))),
@@ -279,17 +281,17 @@ class Trainee(nn.Module):
 
     @torch.no_grad()
     def finish(self) -> Autoencoder:
-        """The dictionary as a plain autoencoder of activations as the model has them.
+        """The dictionary as a plain autoencoder of activations without normalisation.
 
-        Where each process has some of the latents, the first one gets all of them, on the CPU, and
-        the others their own.
+        Where each process has some of the latents, the first process returns all of them, on the CPU, and
+        the others return their own.
         """
         own = self._empty(self.dictionary.n_latents, self.dictionary.encoder.device)
         self.dictionary.fold_into(own)
         return self._join(own) if self.world.splits_latents else own
 
     def _join(self, own: Autoencoder) -> Autoencoder:
-        """One process's latents after the other's."""
+        """The latents of all processes, one process after the other."""
         n_latents = self.dictionary.n_latents_everywhere
         whole = self._empty(n_latents, torch.device("cpu")) if self.world.is_rank_zero else own
         for theirs, ours in zip(own.parameters(), whole.parameters(), strict=True):
@@ -304,11 +306,11 @@ class Trainee(nn.Module):
         return whole
 
     def _empty(self, n_latents: int, device: torch.device) -> Autoencoder:
-        """An autoencoder with the settings of this run."""
+        """An autoencoder with the settings of this run; its weights are still to be written."""
         c, d = self.config, self.dictionary
         activation, groups = self.objective.activation(d), self.objective.group_sizes()
         for parameter in activation.parameters():
-            if parameter.ndim and len(parameter) != n_latents:  # others have the rest of them
+            if parameter.ndim and len(parameter) != n_latents:  # the other processes have the rest
                 parameter.data = parameter.new_zeros(n_latents)
         return Autoencoder(
             n_latents,
@@ -327,17 +329,17 @@ class Trainee(nn.Module):
         )
 
     def state(self) -> dict[str, Any]:
-        """All that changes in training, but for the optimiser."""
+        """Everything that training changes, except for the optimiser's state."""
         return {"module": dict(self.state_dict()), "generator": self.generator.get_state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up what :meth:`state` gave."""
+        """Restore a :meth:`state`."""
         self.load_state_dict(state["module"])
         self.generator.set_state(state["generator"])
 
 
 def _rows_of(autoencoder: Autoencoder) -> list[Tensor]:
-    """What has one row for each latent."""
+    """The tensors that have one row for each latent."""
     found = [autoencoder.encoder.weight, autoencoder.latent_bias]
     found += [p for p in autoencoder.activation.parameters() if p.ndim]
     return found if autoencoder.tied else [*found, autoencoder.decoder.weight.t()]
@@ -346,7 +348,7 @@ def _rows_of(autoencoder: Autoencoder) -> list[Tensor]:
 def check_split(
     config: TrainConfig, objective: Objective[Any], n_latents: int, world: World
 ) -> None:
-    """An error where processes are to hold some latents each and the run needs all in one place."""
+    """Raise InputError if latents are divided among processes and the run needs them in one process."""
     if not world.splits_latents:
         return
     if not objective.splits_latents:

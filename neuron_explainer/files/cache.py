@@ -13,6 +13,7 @@ from neuron_explainer.errors import CheckpointError, SourceError, did_you_mean
 from neuron_explainer.files.names import Remote, cache_dir, is_remote, parse
 from neuron_explainer.files.writing import (
     check_expected,
+    local_path,
     make_folder,
     read_json,
     sha256_of,
@@ -51,8 +52,12 @@ def read_record(state: Path) -> Record | None:
     except TypeError as error:
         raise CheckpointError(f"{file}: not a record of this cache: {error}") from None
     texts = (record.source, record.path, record.sha256, record.date)
-    if not isinstance(record.size, int) or not all(isinstance(text, str) for text in texts):
+    if type(record.size) is not int or not all(isinstance(text, str) for text in texts):
         raise CheckpointError(f"{file}: not a record of this cache: a field of another type")
+    try:
+        local_path(record.path)
+    except SourceError as error:
+        raise CheckpointError(f"{file}: not a record of this cache: {error}") from None
     return record
 
 

@@ -598,7 +598,10 @@ def exists(source: str | Path) -> bool:
     A file in the cache exists without asking the server. SourceError if there is no answer.
     """
     if not is_remote(source):
-        return local_path(source).exists()
+        try:
+            return local_path(source).exists()
+        except OSError as error:
+            raise SourceError(f"cannot see {source}: {error.strerror}") from error
     remote = parse(str(source))
     if why_unusable(remote) is None:
         return True

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
-from neuron_explainer.errors import SourceError
+from neuron_explainer.errors import SourceError, shown
 from neuron_explainer.files.writing import REMOTE_PREFIXES, in_way
 
 _AZURE_HOST = ".blob.core.windows.net"
@@ -60,6 +60,7 @@ def is_remote(source: str | Path) -> bool:
 
 def parse(source: str) -> Remote:
     """The file that a name stands for. Both spellings of an Azure blob give the same file."""
+    _check_text(source)
     if source.startswith("az://"):
         account, _, rest = source.removeprefix("az://").partition("/")
         if not (account.isascii() and account.isalnum() and account == account.lower()):
@@ -88,6 +89,14 @@ def _parse_hf(source: str) -> Remote:
     if len(names) < 3:
         raise SourceError(f"{source}: expected hf:owner/name/path or hf:owner/name@revision/path")
     return Remote(source, f"hf://{text}", ("hf", *map(_file_name, names)))
+
+
+def _check_text(name: str) -> None:
+    """Refuse half a surrogate pair, which has no form in bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise SourceError(f"{shown(name)} cannot be the name of a file") from None
 
 
 def split_url(url: str) -> SplitResult:
@@ -148,6 +157,8 @@ def join(folder: str | Path, *parts: str) -> str | Path:
 
     Parts are plain names, not URL-encoded ones: they are encoded here where the URL needs it.
     """
+    for part in (str(folder), *parts):
+        _check_text(part)
     for part in parts:
         if PureWindowsPath(part).drive:
             raise SourceError(f"{part!r}: a path of its own, expected one within {folder}")

@@ -26,12 +26,22 @@ if sys.platform != "win32":
 REMOTE_PREFIXES = ("az://", "https://", "http://", "hf:")
 DISK_FULL = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
+_NO_PLACE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO})
 FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 def local_path(source: str | Path) -> Path:
-    """The path ``source``, with a leading ``~`` expanded."""
-    return Path(source).expanduser() if str(source).startswith("~") else Path(source)
+    """The path ``source``, with a leading ``~`` expanded; SourceError if no file can have this name."""
+    try:
+        path = Path(source).expanduser() if str(source).startswith("~") else Path(source)
+        possible = b"\0" not in os.fsencode(path)
+    except RuntimeError as error:
+        raise SourceError(f"{shown(str(source))}: {error}") from None
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise SourceError(f"{shown(str(source))} cannot be the name of a file")
+    return path
 
 
 def local_file(source: str | Path, size: int | None, sha256: str | None) -> Path:
@@ -53,9 +63,7 @@ def local_file(source: str | Path, size: int | None, sha256: str | None) -> Path
 def check_regular(path: Path) -> None:
     """Refuse a pipe, socket or device: reading one may never end."""
     if not path.is_file():
-        raise SourceError(
-            f"{path} is a pipe, socket or device; save what it gives as a file, and give that"
-        )
+        raise SourceError(f"{path} is a pipe, socket or device where a file is expected")
 
 
 def _nearby(path: Path) -> str:
@@ -87,6 +95,7 @@ def check_expected(path: Path, source: str, size: int | None, sha256: str | None
 
 def make_folder(folder: Path) -> None:
     """Make a folder and its parents, if they do not exist."""
+    local_path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -95,9 +104,10 @@ def make_folder(folder: Path) -> None:
 
 def in_way(error: OSError, path: Path) -> str:
     """Why ``path`` cannot be made: a file in the place of a folder is named."""
-    for part in (path, *path.parents):
-        if part.is_file():
-            return f"{part} is a file where a folder is expected"
+    with contextlib.suppress(OSError):  # a name that is too long
+        for part in (path, *path.parents):
+            if part.exists() and not part.is_dir():
+                return f"{part} is a file where a folder is expected"
     return f"{type(error).__name__}: {error.strerror or error}"
 
 
@@ -137,9 +147,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     If it does not, ``path`` is what it was. A symbolic link is written through. A process that is
     killed may leave a hidden ``.name.….tmp`` beside the target, which the next write of it deletes.
     """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
+    target = _target(path)
+    if os.path.isdir(target):
         raise SourceError(f"{target} is a folder where a file is expected")
+    if os.path.exists(target):
+        check_regular(target)  # to rename a file to /dev/null would replace it
     make_folder(target.parent)
     with explain_refusal(target), _temporary_beside(target, _new_file) as temporary:
         if target.exists():
@@ -164,7 +176,7 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     is a moment, between two renames, when the old folder is called ``.name.….old``. What a killed
     process left unfinished for the same ``path`` is deleted.
     """
-    target = Path(os.path.realpath(path))
+    target = _target(path)
     _check_replaceable(target, overwrite)
     make_folder(target.parent)
     with explain_refusal(target), _temporary_beside(target, os.mkdir) as temporary:
@@ -173,6 +185,17 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
         _check_replaceable(target, overwrite)  # again: the block may have taken hours
         _swap_in(temporary, target)
     sync_folder(target.parent)
+
+
+def _target(path: str | Path) -> Path:
+    """Where ``path`` leads; SourceError, before any work, if no file can have this name."""
+    target = Path(os.path.realpath(local_path(path)))
+    try:
+        os.lstat(target)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise SourceError(f"cannot write {target}: {error.strerror}") from None
+    return target
 
 
 def _new_file(path: Path) -> None:
@@ -273,22 +296,29 @@ def explain_refusal(target: Path) -> Iterator[None]:
     ) as error:  # safetensors' own, which is none of the system's, says the number in words
         words = re.search(r"\(os error (\d+)\)", str(error))
         known = OSError(int(words[1]), str(error)) if words else error
-        if isinstance(known, OSError) and known.errno in DISK_FULL | FORBIDDEN:
-            reason = disk_reason(known, target.parent)
-            raise SourceError(f"cannot write {target}: {reason}") from error
+        if not isinstance(known, OSError):
+            raise
+        # The last ones only for this very name: the block may have failed to read another file.
+        name = str(known.filename or "")
+        beside = str(target.parent / f".{target.name[:100]}.")
+        here = words is not None or name == str(target) or name.startswith(beside)
+        if known.errno in DISK_FULL | FORBIDDEN or (here and known.errno in _NO_PLACE):
+            raise SourceError(
+                f"cannot write {target}: {disk_reason(known, target.parent)}"
+            ) from error
         raise
 
 
 def check_writable(path: str | Path) -> None:
     """Raise SourceError, before hours of work, if ``path`` could not be written."""
-    target = Path(os.path.realpath(path))
+    target = _target(path)
     make_folder(target.parent)
     with explain_refusal(target), tempfile.TemporaryFile(dir=target.parent):
         pass
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
-    if not target.exists():
+    if not os.path.exists(target):
         return
     if not target.is_dir():
         raise SourceError(f"{target} is a file where a folder is expected")
@@ -377,7 +407,11 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """
     file = local_file(path, None, None)
     try:
-        found = json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=_unique)
+        content = file.read_bytes()
+    except OSError as error:
+        raise SourceError(f"cannot read {file}: {error.strerror}") from error
+    try:
+        found = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         raise CheckpointError(
             f"{file}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"

@@ -1,13 +1,13 @@
-"""A ReLU autoencoder's step: all five matrix products when latents are dense, one when they are sparse.
+"""A ReLU autoencoder's step: five matrix products while latents are dense, one when they are sparse.
 
     latents = relu((x - pre_bias) · weightᵀ + bias)
     output  = latents · decoder
     sums    = Σ latents · scale       of each token: the L1 penalty
 
-Early in training half of all latents are active, and a step is five products; what surrounds them is
-done in place and in few passes. Later one in a hundred is, and all but the first product concern the
-active pairs (token, latent) alone, as in :mod:`.top_k_step`. Which of the two is done depends on the
-latents of the first tokens; results and gradients are the same.
+Early in training half of all latents are active, and a step is five products; everything around them is done
+in place and in few passes. Later one latent in a hundred is active, and all products but the first concern
+only the active pairs (token, latent), as in :mod:`.top_k_step`. The latents of the first tokens decide which
+way is taken; results and gradients are the same.
 
 Shape legend: ``b`` tokens of a batch, ``n`` inputs, ``o`` outputs, ``l`` latents, ``m`` active pairs.
 """

@@ -1,21 +1,20 @@
-"""The pieces of a TopK training step that cost what is active, not what there is.
+"""The pieces of a TopK training step, at a cost that depends on the number of active latents.
 
-A step has to look at all ``b · l`` pre-activations once, to find the ``k`` largest of each token. All
-else concerns ``b · k`` pairs (token, latent): the decoder's output gathers rows of the decoder, and
-the gradient of a weight matrix gathers, for each latent, rows of the batch. Both functions equal
-their dense twins in value and in every gradient:
+A step computes all ``b · l`` pre-activations once, to find the ``k`` largest of each token. Everything else
+concerns only ``b · k`` pairs (token, latent): the decoder's output gathers rows of the decoder, and the
+gradient of a weight matrix gathers, for each latent, rows of the batch. Both functions equal their dense
+twins in value and in every gradient:
 
     encode_top_k   F.linear(x, weight, bias).topk(k)
     decode_rows    (zeros[b, l] with values at indices) @ decoder
 
-Losses are built of these two: with ``latents`` the search is among some latents only (AuxK: the dead
-ones), and as values come in descending order, one search with a larger ``k`` serves several
+Losses are built from these two. With ``latents``, the search is among some latents only (AuxK: the dead
+ones). Values come in descending order, so that one search with a larger ``k`` serves several losses
 (multi-TopK: ``values[:, :k]``). Gao et al. 2024, "Scaling and evaluating sparse autoencoders",
 sections 2.3, 2.4, A.2, D.
 
 Shape legend: ``b`` tokens of a batch, ``n`` inputs, ``o`` outputs, ``l`` latents, ``c`` latents that
-are searched, ``k`` chosen latents of a token, ``m`` pairs
-(token, latent).
+are searched, ``k`` chosen latents of a token, ``m`` pairs (token, latent).
 """
 
 from typing import Any, NamedTuple
@@ -45,20 +44,20 @@ def encode_top_k(
     chunk_bytes: int | None = None,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> tuple[Tensor, Tensor]:
-    """The ``k`` largest pre-activations of each token, largest first, and whose they are.
+    """The ``k`` largest pre-activations of each token, largest first, and their latents.
 
     ``[b, n], [l, n], [l] -> [b, k], [b, k]``: values, differentiable with respect to ``x``, ``weight``
-    and ``bias``, and int64 indices. Values are pre-activations: they may be negative, and what is
-    done about it (a ReLU) is the caller's. No ``[b, l]`` tensor exists, before or after.
+    and ``bias``, and int64 indices. Values are pre-activations and may be negative; a ReLU is left to the
+    caller. No ``[b, l]`` tensor exists at any time.
 
     Args:
-        pre_bias: ``[n]``, taken off ``x`` first; differentiable. Its gradient is one product of the
-            bias's with ``weight``, where that of ``x - pre_bias`` would be one for each token.
-        latents: ``[c]`` int64: look among these rows of ``weight`` only; each at most once. Indices
-            are still rows of ``weight``.
-        certified: how the largest are found, the result being the same: True, by products in
-            bfloat16 and a proof that nothing was missed; False, by exact products throughout; None,
-            whichever is faster here.
+        pre_bias: ``[n]``, subtracted from ``x`` first; differentiable. Its gradient is a single product, of
+        the
+            bias's gradient with ``weight``; computing it from ``x - pre_bias`` takes one for each token.
+        latents: ``[c]`` int64: search only these rows of ``weight``, each given at most once. Indices
+            still refer to rows of ``weight``.
+        certified: how the search works, with the same result. True: products in bfloat16 and a proof that
+            nothing was missed. False: exact products. None: whichever is faster here.
         workspace: where the gradient of ``weight`` is computed; without one its memory is new each time.
         chunk_bytes: size of the pre-activations that exist at a time, if not the fastest.
         block_elements: elements of the gradient that are computed at a time.
@@ -188,13 +187,13 @@ class Pairs(NamedTuple):
     tokens: Tensor
     """``[m]`` int64."""
     order: Tensor
-    """``[m]`` int64: where the pair stood before."""
+    """``[m]`` int64: the index of each pair before sorting."""
     first: Tensor
-    """``[l + 1]`` int64: where each latent's pairs start; the number of all."""
+    """``[l + 1]`` int64: the index of each latent's first pair, then the number of all pairs."""
 
 
 def sort_by_latent(tokens: Tensor, latents: Tensor, n_latents: int) -> Pairs:
-    """Pairs given as ``[m]`` int64 each, in whatever order."""
+    """Sort pairs by latent; tokens and latents are ``[m]`` int64 each, in any order."""
     latents, order = latents.sort(stable=True)
     every = torch.arange(n_latents + 1, device=latents.device)
     return Pairs(latents, tokens[order], order, torch.searchsorted(latents, every))
@@ -219,8 +218,8 @@ def collect_rows(
 ) -> Tensor:
     """``[m], pairs, [b, n] -> [l, n]``: for each latent, the weighted sum of its tokens' rows.
 
-    A latent's pairs are a bag of an ``embedding_bag`` over the batch; a latent that is nobody's has
-    an empty one, and a row of zeros.
+    A latent's pairs are one bag of an ``embedding_bag`` over the batch. A latent without pairs has an empty
+    bag, and a row of zeros.
 
     Rejected, at 768 wide with 4,096 x 32 pairs and 16,384 latents on two cores: a CSR matrix times
     the batch took 1.8 times as long, ``index_add_`` 9 times, ``segment_reduce`` 15 times.
@@ -229,8 +228,8 @@ def collect_rows(
     step = max(1, block_elements // max(1, rows.shape[1]))
     if rows.device.type != "cpu" or n_latents <= step:
         return bags(pairs.tokens, rows, pairs.first, values)
-    # By blocks of latents, so that what embedding_bag allocates is small enough for malloc to
-    # keep: for the whole it would map and unmap fresh memory each time.
+    # By blocks of latents, so that malloc keeps what embedding_bag allocates: memory for all latents
+    # would be mapped and unmapped each time.
     collected = (workspace or Workspace()).gradient((n_latents, rows.shape[1]), like=rows)
     for start in range(0, n_latents, step):
         first = pairs.first[start : start + step + 1]
@@ -242,7 +241,7 @@ def collect_rows(
 
 
 def bags(indices: Tensor, rows: Tensor, first: Tensor, values: Tensor) -> Tensor:
-    """``[m], [r, n], [s + 1], [m] -> [s, n]``: weighted sums of rows; sum i is of the ``indices`` from
+    """``[m], [r, n], [s + 1], [m] -> [s, n]``: weighted sums of rows; sum i is over ``indices`` from
     ``first[i]`` to ``first[i + 1]``."""
     return F.embedding_bag(
         indices, rows, first, per_sample_weights=values, mode="sum", include_last_offset=True
@@ -250,7 +249,7 @@ def bags(indices: Tensor, rows: Tensor, first: Tensor, values: Tensor) -> Tensor
 
 
 def pair_products(pairs: Pairs, rows: Tensor, x: Tensor) -> Tensor:
-    """``pairs, [l, n], [b, n] -> [m]``: of each pair, its latent's row times its token's."""
+    """``pairs, [l, n], [b, n] -> [m]``: for each pair, the product of its latent's row and its token's."""
     products: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         rows.contiguous(), x, pairs.tokens, pairs.first[:-1], pairs.latents, 0
     )

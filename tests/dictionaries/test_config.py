@@ -68,7 +68,7 @@ def test_every_field_has_a_docstring() -> None:
         ({"steps": 5, "skip": True}, "transcoder = true"),
         (
             {"steps": 5, "transcoder": True, "skip": True, "input_normalization": "rms"},
-            "takes inputs as the model has them",
+            "takes activations without normalisation",
         ),
         (
             {"steps": 50, "remedy": "resample", "resample_every": 30, "decay_steps": 30},
@@ -289,8 +289,11 @@ def test_help_comes_from_the_docstrings() -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser, TrainConfig)
     text = " ".join(parser.format_help().split())
-    assert "Adam's learning rate once it is warmed up; 2e-4 / sqrt(n_latents / 2**14)" in text
-    assert "Latents that are active for a token." in text
+    assert (
+        "Adam's learning rate after the warm-up. If not given: 2e-4 / sqrt(n_latents / 2**14)"
+        in text
+    )
+    assert "Number of active latents of each token." in text
 
 
 # ---- params.json -------------------------------------------------------------------------------

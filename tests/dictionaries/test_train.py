@@ -24,7 +24,7 @@ from neuron_explainer.dictionaries import (
     train_many,
 )
 from neuron_explainer.dictionaries.dictionary import LearnedDictionary
-from neuron_explainer.dictionaries.normalization import first_bias, geometric_median, mean_and_scale
+from neuron_explainer.dictionaries.first_batches import first_bias, geometric_median, mean_and_scale
 from neuron_explainer.dictionaries.schedules import annealed_k, learning_rate_factor, ramp
 from neuron_explainer.dictionaries.trainee import Trainee
 from neuron_explainer.errors import InputError, MissingExtraError

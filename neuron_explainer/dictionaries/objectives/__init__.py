@@ -1,6 +1,6 @@
-"""The variants of dictionary learning, each a small config and a loss.
+"""The variants of dictionary learning: each is a small config and a loss.
 
-Importing this registers all of them; see :mod:`.base` for how to add one from outside.
+Importing this module registers all of them. :mod:`.base` explains how to add one of your own.
 """
 
 from neuron_explainer.dictionaries.objectives.base import (

@@ -1,7 +1,7 @@
-"""What a variant of dictionary learning is: a loss, an activation, perhaps something after a step.
+"""What a variant of dictionary learning is: a loss, a nonlinearity, and perhaps something after each step.
 
-The loop in ``train.py`` knows no variant. A new one is a frozen dataclass of its settings and a
-subclass of :class:`Objective` that is registered for it:
+Training knows no variant. A new one is a frozen dataclass of its settings and a subclass of
+:class:`Objective` that is registered for it:
 
     @dataclass(frozen=True)
     class MyConfig(ObjectiveConfig):
@@ -33,20 +33,20 @@ class ObjectiveConfig(Variant, noun="objective"):
     """Settings of one objective; each objective has its own subclass, known by the objective's name."""
 
     def check_run(self, steps: int, decoder_norm: DecoderNorm, tied: bool) -> None:
-        """An error if a run with these settings of its own cannot be what it is meant to be."""
+        """Raise InputError if these settings cannot work in a run of ``steps`` steps."""
 
 
 class StepFacts(NamedTuple):
-    """Where in the run a loss is computed."""
+    """What an objective is told about a step."""
 
     step: int
-    """From 0."""
+    """The number of the step, from 0."""
     steps: int
-    """Of the whole run."""
+    """The number of steps in the whole run."""
     sparsity: float
-    """Factor on sparsity penalties, 1 after their warm-up."""
+    """Factor on sparsity penalties: it rises to 1 in ``sparsity_warmup_steps``."""
     dead: Tensor
-    """``[d]`` int64: latents that have been silent for too long."""
+    """``[d]`` int64: dead latents."""
     n_tokens: int = 0
     """Tokens of the whole batch, of which this process may see a part."""
     workspace: Workspace | None = None
@@ -54,52 +54,54 @@ class StepFacts(NamedTuple):
 
 
 class SparseLatents(NamedTuple):
-    """Which latents were active, without a ``[b, l]`` tensor."""
+    """The active latents of a batch, without a ``[b, l]`` tensor."""
 
     values: Tensor
-    """``[b, k]`` or ``[m]``; 0 where none is active."""
+    """``[b, k]`` or ``[m]``; 0 in entries that are not active."""
     indices: Tensor
-    """Of the same shape, int64."""
+    """Which latent each value belongs to: int64, of the same shape."""
 
 
 class Loss(NamedTuple):
-    """What an objective makes of a batch."""
+    """What an objective computes from a batch."""
 
     total: Tensor
     """``[]``, minimised."""
     terms: dict[str, Tensor]
-    """``[]`` each, detached: the parts of ``total``, for the log. ``"reconstruction"`` must be among
-    them where ghost gradients, which are scaled to it, are wanted."""
+    """``[]`` each, detached: the parts of ``total``, for the log. Ghost gradients are scaled to the term
+    ``"reconstruction"``, so ``remedy = ghost`` needs it."""
     error: Tensor
-    """``[b, o]``, detached: target minus reconstruction, normalised."""
+    """``[b, o]``, detached: normalised target minus reconstruction."""
     latents: Tensor | SparseLatents
-    """``[b, l]``, detached, or the active ones only."""
+    """``[b, l]``, detached; or only the active ones."""
 
 
 C = TypeVar("C", bound=ObjectiveConfig)
 
 
 class Objective(nn.Module, ABC, Generic[C]):
-    """A loss, with the parameters and running numbers that only training needs.
+    """A loss, with the parameters and running averages that only training needs.
 
     Several processes may share a run: ``x`` is then this process's part of a batch, or ``dictionary`` its
     part of the latents. A loss that is a mean over the tokens of a batch needs nothing more: such losses
     are averaged. Any other mean over a batch (to divide by, for example) goes through
     ``dictionary.mean``, and any sum over latents through ``dictionary.total``.
 
-    All that changes from step to step is kept in parameters and buffers: they are what a checkpoint
-    holds.
+    Everything that changes from step to step must be a parameter or a buffer, because these are what a
+    checkpoint holds.
     """
 
     per_latent: ClassVar[tuple[str, ...]] = ()
-    """Names of parameters with one row for each latent: Adam's moments are reset with their latent."""
+    """Names of parameters with one row for each latent. Resampling a latent resets Adam's moments of its
+    row."""
     trains_latent_bias: ClassVar[bool] = True
+    """Whether the dictionary's own latent bias is trained."""
     first_encoder_norm: ClassVar[float] = 1.0
-    """Length of encoder rows at the start. Where nothing limits how many latents are active, half of
-    them are at first, and with rows as long as the decoder's the first reconstruction would be a
-    multiple of the input."""
+    """Initial length of encoder rows. Where nothing limits how many latents are active, half of them are
+    active at first; with rows of length 1, the first reconstruction would then be a multiple of the
+    input."""
     splits_latents: ClassVar[bool] = False
-    """Whether it can be computed where each process holds some of the latents."""
+    """Whether the loss can be computed where each process holds some of the latents."""
 
     def __init__(self, config: C, dictionary: LearnedDictionary) -> None:
         super().__init__()
@@ -109,22 +111,22 @@ class Objective(nn.Module, ABC, Generic[C]):
     def loss(
         self, dictionary: LearnedDictionary, x: Tensor, target: Tensor, facts: StepFacts
     ) -> Loss:
-        """Of normalised inputs ``[b, n]`` and targets ``[b, o]`` (the same tensor but for
-        transcoders). Losses of tokens are summed over the width and averaged over the batch."""
+        """The loss of normalised inputs ``[b, n]`` and targets ``[b, o]`` (the same tensor, unless it is a
+        transcoder). The losses of tokens are summed over the width and averaged over the batch."""
 
     @abstractmethod
     def activation(self, dictionary: LearnedDictionary) -> nn.Module:
-        """For the finished ``Autoencoder``, whose latents are ``dictionary.target_scale`` times
-        those in training; so must thresholds be."""
+        """The nonlinearity of the finished ``Autoencoder``. Its latents are ``dictionary.target_scale`` times
+        as large as in training, so thresholds must be, too."""
 
     def after_step(self, dictionary: LearnedDictionary, loss: Loss, facts: StepFacts) -> None:
         """Called after each step of the optimiser, without gradients."""
 
     def revive(self, latents: Tensor) -> None:
-        """Called when ``latents`` ``[d]`` got new directions: forget what was learned of the old."""
+        """Called when ``latents`` ``[d]`` got new directions: forget what was learned about the old ones."""
 
     def group_sizes(self) -> tuple[int, ...] | None:
-        """Of a Matryoshka dictionary."""
+        """The sizes of the groups of a Matryoshka dictionary; None for any other."""
         return None
 
 
@@ -134,7 +136,7 @@ _OBJECTIVES: dict[str, type[Objective[Any]]] = {}
 def register(
     name: str, config_class: type[ObjectiveConfig]
 ) -> Callable[[type[Objective[Any]]], type[Objective[Any]]]:
-    """Class decorator: makes an objective known by a name and by the class of its settings."""
+    """Class decorator: register an objective under a name and for the class of its settings."""
 
     def decorate(objective: type[Objective[Any]]) -> type[Objective[Any]]:
         known = _OBJECTIVES.get(name)
@@ -148,16 +150,16 @@ def register(
 
 
 def make_objective(config: ObjectiveConfig, dictionary: LearnedDictionary) -> Objective[Any]:
-    """The objective that ``config`` sets, for one dictionary."""
+    """The objective that ``config`` belongs to, for one dictionary."""
     return _OBJECTIVES[config.name](config, dictionary)
 
 
 def check_free_rows(name: str, decoder_norm: DecoderNorm, tied: bool) -> None:
-    """An error where decoder rows could grow, and latents shrink, to escape a penalty on latents."""
+    """Raise InputError if decoder rows could grow and latents shrink to escape a penalty on latents."""
     if decoder_norm == "free" and not tied:
         raise InputError(
             f"{name} with decoder_norm = free: decoder rows would grow so that latents, and the "
-            "penalty on them, become as small as you like. Take unit or at_most_unit, or relu with "
+            "penalty on them, become arbitrarily small. Take unit or at_most_unit, or relu with "
             "weighted = true."
         )
 

@@ -4,8 +4,8 @@
     Matryoshka   loss = mean over prefixes of ‖e_prefix‖² / σ²  +  c_aux AuxK
 
 σ² is the variance of targets; AuxK that of TopK. In training a token has as many active latents as it
-deserves; the finished autoencoder uses one threshold instead, so that a token's latents do not depend
-on the others. A prefix is the reconstruction from the first latents only.
+needs; the finished autoencoder uses one threshold instead, so that a token's latents do not depend
+on other tokens. A prefix is the reconstruction from the first latents only.
 
 - Bussmann, Leask, Nanda 2024, "BatchTopK sparse autoencoders" (arXiv:2412.06410)
 - Bussmann et al. 2025, "Learning multi-level features with Matryoshka SAEs" (arXiv:2503.17547)
@@ -48,7 +48,7 @@ class MatryoshkaConfig(AuxKConfig):
     """Matryoshka BatchTopK (Bussmann et al. 2025)."""
 
     group_fractions: tuple[float, ...] = (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-    """Shares of the latents that each prefix adds to the one before; they add up to 1."""
+    """The share of the latents that each prefix adds to the previous one; the shares add up to 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +69,7 @@ class Active(NamedTuple):
     latents: Tensor
     """``[m]`` int64."""
     starts: Tensor
-    """``[b]`` int64: where each token's pairs begin."""
+    """``[b]`` int64: the index of each token's first pair."""
 
     def decode(self, dictionary: LearnedDictionary) -> Tensor:
         """``[b, o]``: the sum of the active latents' rows, without bias."""
@@ -81,10 +81,10 @@ class Active(NamedTuple):
 def batch_top_k(
     pre_act: Tensor, k: int, world: World = SINGLE_PROCESS, n_everywhere: int | None = None
 ) -> Active:
-    """``[b, l]``: the ``b · k`` largest of all, rectified.
+    """The ``b · k`` largest of all pre-activations ``[b, l]``, rectified.
 
-    Where processes share a batch of ``n_everywhere`` tokens, or have some of the latents each: those
-    that are here of the largest of all.
+    Where processes share a batch of ``n_everywhere`` tokens, or each has some of the latents: those of the
+    largest that belong to this process.
     """
     n_tokens, n_latents = pre_act.shape
     count = k * (n_everywhere if world.splits_batch and n_everywhere else n_tokens)
@@ -103,14 +103,14 @@ C = TypeVar("C", bound=AuxKConfig)
 
 
 class _BatchTopK(Objective[C]):
-    """What the two share; they differ in what of a batch's active latents is reconstructed."""
+    """What both objectives share; they differ in which reconstructions they train."""
 
     splits_latents = True
 
     threshold: Tensor
-    """``[]``: mean over recent batches of the smallest value that was active."""
+    """``[]``: mean over recent batches of the smallest active value."""
     seen: Tensor
-    """``[]``: batches so far."""
+    """``[]``: number of batches so far."""
 
     def __init__(self, config: C, dictionary: LearnedDictionary) -> None:
         super().__init__(config, dictionary)
@@ -139,13 +139,13 @@ class _BatchTopK(Objective[C]):
         return Loss(total, terms, error, SparseLatents(active.values.detach(), active.latents))
 
     def reconstructions(self, dictionary: LearnedDictionary, active: Active) -> Iterator[Tensor]:
-        """``[b, o]`` each, without bias; the last one is that of all latents."""
+        """The trained reconstructions, ``[b, o]`` each, without bias; the last one is from all latents."""
         yield active.decode(dictionary)
 
     def after_step(self, dictionary: LearnedDictionary, loss: Loss, facts: StepFacts) -> None:
-        """Follow the threshold: a running mean over the last tenth of the steps, at most 1000.
+        """Update the threshold: a running mean over the last tenth of the steps, at most 1000.
 
-        With a window of fixed length, short runs would end with the threshold of their beginning.
+        With a window of fixed length, short runs would end with a threshold from their first steps.
         """
         assert isinstance(loss.latents, SparseLatents)
         values = loss.latents.values
@@ -180,7 +180,7 @@ class Matryoshka(_BatchTopK[MatryoshkaConfig]):
             raise InputError(f"matryoshka: {total} latents are too few for groups {self.sizes}.")
 
     def reconstructions(self, dictionary: LearnedDictionary, active: Active) -> Iterator[Tensor]:
-        # Each pair is looked at once: what a group adds, on top of the groups before it.
+        # Each pair is decoded once: a group adds to the reconstruction from the groups before it.
         ends = torch.tensor(self.sizes, device=active.latents.device).cumsum(0)
         group = torch.searchsorted(ends, active.latents + dictionary.first_latent, right=True)
         recons: Any = 0

@@ -1,10 +1,10 @@
-"""Gated: one path says which latents are active, another, with the same directions, how strongly.
+"""Gated: one path decides which latents are active; another, with the same directions, how strongly.
 
     g = (x - b_pre) · W_encᵀ + b_gate         f = 1[g > 0] · relu(exp(r) (x - b_pre) · W_encᵀ + b_mag)
     loss = ‖x - x̂(f)‖²  +  c Σ relu(g)  +  ‖x - x̂_frozen(relu(g))‖²
 
-The last term teaches the gate, which gets no gradient from f, to open where that helps; x̂_frozen has
-the decoder and its bias as constants. The penalty falls on the gate only, so magnitudes are not shrunk.
+The gate gets no gradient from f, so the last term teaches it to open where that helps; in x̂_frozen, the
+decoder and its bias are constants. The penalty falls on the gate only, so magnitudes are not shrunk.
 
 Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse autoencoders"
 (arXiv:2404.16014), equations 6 to 8.
@@ -36,7 +36,7 @@ class GatedConfig(ObjectiveConfig):
     """Gated (Rajamanoharan et al. 2024)."""
 
     l1_coefficient: float = 1.0
-    """Weight of the penalty on the gate, in the units of relu's."""
+    """Weight of the penalty on the gate, in the same units as relu's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

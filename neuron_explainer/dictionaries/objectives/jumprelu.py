@@ -1,11 +1,11 @@
-"""JumpReLU: each latent has a threshold, learned by straight-through gradients, below which it is off.
+"""JumpReLU: each latent is off below a threshold, which is learned by straight-through gradients.
 
     f = z 1[z > θ]           loss = ‖e‖² / σ²  +  c L0        or  c (L0 / target - 1)²
 
     ∂f/∂θ  := -(θ/ε) K((z - θ)/ε)        ∂1[z > θ]/∂θ := -(1/ε) K((z - θ)/ε)
 
-K is 1 in -½ to ½, else 0: neither f nor L0 has a useful derivative with respect to θ, the expected loss
-has, and this is a kernel estimate of it. θ and ε are in units of σ, the root of the variance of
+K is 1 between -½ and ½, else 0. Neither f nor L0 has a useful derivative with respect to θ, but the expected
+loss has one, and this is a kernel estimate of it. θ and ε are in units of σ, the root of the variance of
 targets, as if activations had been scaled to a mean squared norm of 1.
 
 Rajamanoharan et al. 2024, "Jumping ahead" (arXiv:2407.14435), equations 9 to 12; the penalty with a
@@ -38,18 +38,18 @@ class JumpReLUConfig(ObjectiveConfig):
     """JumpReLU (Rajamanoharan et al. 2024)."""
 
     coefficient: float = 1.0
-    """Weight of the penalty; without target_l0 it multiplies the number of active latents itself,
-    and values around 0.001 are usual."""
+    """Weight of the penalty. Without target_l0 it multiplies the number of active latents, and values around
+    0.001 are usual."""
     target_l0: float | None = 20.0
-    """Mean number of active latents to aim at; if not given, fewer are always better."""
+    """Mean number of active latents to aim at. If not given: the fewer, the better."""
     bandwidth: float = 0.001
     """Width of the kernel that estimates gradients of thresholds."""
     first_threshold: float = 0.001
-    """Where thresholds start."""
+    """Initial value of thresholds."""
     threshold_speed: float = 10.0
-    """How much faster thresholds are learned than all else: Adam changes one by a factor of about
-    1 + threshold_speed · lr a step at most, and they have to grow a hundredfold. With 1, as in the paper,
-    that takes some ten thousand steps, in which nothing is sparse."""
+    """How much faster thresholds are learned than everything else. Adam changes a threshold by a factor of at
+    most about 1 + threshold_speed · lr in a step, and thresholds have to grow a hundredfold. With 1, as in
+    the paper, that takes some ten thousand steps, in which nothing is sparse."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,8 +76,8 @@ class JumpReLU(Objective[JumpReLUConfig]):
 
     @property
     def thresholds(self) -> Tensor:
-        """``[l]``, in units of σ. An exponential stays positive; its factor is the speed, since Adam's steps
-        are of one length, whatever the gradient's."""
+        """``[l]``, in units of σ. An exponential stays positive, and the factor in it sets the speed,
+        because the length of Adam's steps does not depend on that of gradients."""
         return (
             self.config.first_threshold
             * (self.config.threshold_speed * self.threshold_exponent).exp()

@@ -2,9 +2,8 @@
 
     loss = ‖e‖²  +  c Σ w f^p
 
-f are the latents, e the error of their reconstruction; w is 1, or the norm of each latent's decoder
-row, without which rows that may have any norm would grow to make latents small. p is 1 but for
-p-annealing.
+f are the latents, e is the error of their reconstruction. w is 1, or the norm of each latent's decoder row:
+without it, rows of unlimited norm would grow to make latents small. p is 1, except in p-annealing.
 
 - unit-norm decoder: Bricken et al. 2023, "Towards monosemanticity"; tied: Cunningham et al. 2023
   (arXiv:2309.08600)
@@ -40,10 +39,11 @@ class ReLUConfig(ObjectiveConfig):
     """ReLU and L1."""
 
     l1_coefficient: float = 1.0
-    """Weight of the penalty: summed over latents, as the squared error is over the width. With
-    constant normalisation, values of 1 to 10 are usual at the width of a language model."""
+    """Weight of the penalty. The penalty is summed over latents, and the squared error over the width; with
+    constant normalisation, values of 1 to 10 are usual for a language model."""
     weighted: bool = False
-    """Whether each latent counts with the norm of its decoder row; for decoder_norm free."""
+    """Whether the penalty weighs each latent by the norm of its decoder row; meant for decoder_norm =
+    free."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,20 +89,20 @@ class ReLU(Objective[ReLUConfig]):
 
 @dataclass(frozen=True)
 class PAnnealConfig(ObjectiveConfig):
-    """ReLU and Lp, p falling from 1 in steps."""
+    """ReLU with an Lp penalty whose p falls from 1 in steps."""
 
     l1_coefficient: float = 1.0
-    """Weight of the penalty while p is 1; when p falls it is rescaled so that the penalty of recent
-    batches stays what it was."""
+    """Weight of the penalty while p is 1. When p falls, the weight is rescaled so that the penalty of recent
+    batches stays the same."""
     p_end: float = 0.2
-    """The last p."""
+    """The final p."""
     n_updates: int = 10
     """How many times p falls."""
     anneal_start: int | None = None
-    """Step, from 1, at which it falls first; the other times are spread evenly from there to the end.
-    If not given, p is 1 for as long as each later value is kept."""
+    """Step, from 1, at which p falls for the first time; the other times are spread evenly over the rest of
+    the run. If not given: each value of p, including the first, is kept for the same number of steps."""
     memory: int = 10
-    """Batches before a change on which the rescaling is measured."""
+    """Number of batches before each change of p on which the rescaling is measured."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,7 +125,7 @@ class PAnnealConfig(ObjectiveConfig):
             )
 
     def start(self, steps: int) -> int:
-        """Step at which p falls first in a run of so many."""
+        """The step at which p falls for the first time, in a run of ``steps``."""
         if self.anneal_start is not None:
             return self.anneal_start
         return max(1, steps // (self.n_updates + 1))
@@ -139,9 +139,9 @@ class PAnneal(Objective[PAnnealConfig]):
     splits_latents = True
 
     coefficient: Tensor
-    """``[]``: by which the penalty is multiplied, changed whenever p is."""
+    """``[]``: the weight of the penalty; it changes whenever p does."""
     sums: Tensor
-    """``[2]``: Σ f^p over recent batches with the present p, and with the next."""
+    """``[2]``: Σ f^p over recent batches, with the current p and with the next one."""
 
     def __init__(self, config: PAnnealConfig, dictionary: LearnedDictionary) -> None:
         super().__init__(config, dictionary)
@@ -163,18 +163,19 @@ class PAnneal(Objective[PAnnealConfig]):
         return Loss(reconstruction + penalty, terms, error.detach(), latents.detach())
 
     def updates(self, step: int, steps: int) -> int:
-        """How many times p has fallen when ``step`` begins."""
+        """How many times p has fallen before ``step``."""
         start, n = self.config.start(steps), self.config.n_updates
         if step < start or steps <= start:
             return 0
         return min(n, (step - start) * n // (steps - start) + 1)
 
     def p_after(self, updates: int) -> float:
-        """p when it has fallen that many times."""
+        """The value of p after it has fallen ``updates`` times."""
         return 1 + (self.config.p_end - 1) * updates / self.config.n_updates
 
     def after_step(self, dictionary: LearnedDictionary, loss: Loss, facts: StepFacts) -> None:
-        """In the last batches before a change of p: measure it; then rescale the coefficient."""
+        """Measure both penalties in the last batches before p changes; rescale the coefficient when it
+        does."""
         now = self.updates(facts.step, facts.steps)
         soon = self.updates(facts.step + self.config.memory, facts.steps)
         if soon == now:
@@ -193,7 +194,7 @@ class PAnneal(Objective[PAnnealConfig]):
 
 
 def power_sum(latents: Tensor, p: float) -> Tensor:
-    """``[b, l] -> []``: Σ f^p over latents, mean over tokens. Latents at rest get no gradient."""
+    """``[b, l] -> []``: Σ f^p over latents, averaged over tokens. Inactive latents get no gradient."""
     if p == 1:
         return latents.sum() / len(latents)
     active = latents > 0

@@ -1,10 +1,10 @@
-"""TopK: the k largest pre-activations of each token, and AuxK for latents that nothing reaches.
+"""TopK: the k largest pre-activations of each token, and AuxK for dead latents.
 
     loss = ‖e‖² / σ²  +  c_multi ‖e_multi‖² / σ²  +  c_aux ‖e - ê‖² / ‖e - mean(e)‖²
 
-e is the reconstruction error, σ² the variance of targets, e_multi the error with more latents active,
-ê what the best of the dead latents make of e. Gao et al. 2024 (arXiv:2406.04093), section 2.3 and
-appendix A.
+e is the reconstruction error, σ² the variance of targets, e_multi the error with more active latents,
+ê the reconstruction of e by the dead latents that fit it best. Gao et al. 2024 (arXiv:2406.04093), section
+2.3 and appendix A.
 
 Shape legend: ``b`` tokens of a batch, ``n`` inputs, ``o`` outputs, ``l`` latents, ``k`` active ones,
 ``d`` dead ones.
@@ -35,18 +35,18 @@ from neuron_explainer.models.autoencoders.nonlinearities import TopK as TopKActi
 
 @dataclass(frozen=True)
 class AuxKConfig(ObjectiveConfig):
-    """What the objectives with a fixed number of active latents share."""
+    """Settings of all objectives with a fixed number of active latents."""
 
     k: int = 32
-    """Latents that are active for a token."""
+    """Number of active latents of each token."""
     aux_k: int | None = None
-    """Dead latents that try to explain the error of a token; half the width if not given."""
+    """Number of dead latents that try to explain the error of a token. If not given: half the width."""
     aux_coefficient: float = 1 / 32
-    """Weight of that try in the loss; 0 leaves dead latents alone."""
+    """Weight of the loss of dead latents; 0 turns AuxK off."""
     k_anneal_steps: int = 0
     """Steps in which the number of active latents falls from k_start to k."""
     k_start: int | None = None
-    """Latents that are active at step 0 if the number is annealed; the width if not given."""
+    """Number of active latents at step 0, if it is annealed. If not given: the width of the input."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,8 +77,8 @@ class TopKConfig(AuxKConfig):
     """TopK (Gao et al. 2024)."""
 
     multi_k: int | None = None
-    """A second, larger number of active latents whose reconstruction is trained too (4 k in the
-    paper), so that other numbers work when the dictionary is used; none if not given."""
+    """A second, larger number of active latents that is trained too (4 k in the paper), so that the finished
+    dictionary also works with other values of k. If not given: none."""
     multi_coefficient: float = 1 / 8
     """Weight of that second reconstruction in the loss."""
 
@@ -89,17 +89,17 @@ class TopKConfig(AuxKConfig):
 
 
 def check_k(config: AuxKConfig, dictionary: LearnedDictionary, largest: int) -> None:
-    """An error if more latents are to be active than there are."""
+    """Raise InputError if more latents should be active than the dictionary has."""
     there_are = dictionary.n_latents_everywhere
     if largest > there_are:
         raise InputError(
-            f"{config.name}: {largest} active latents are more than the {there_are} there "
-            "are; give more latents, or a smaller k."
+            f"{config.name}: {largest} active latents are more than the {there_are} latents of "
+            "the dictionary; give more latents, or a smaller k."
         )
 
 
 def k_at(config: AuxKConfig, dictionary: LearnedDictionary, step: int) -> int:
-    """Number of active latents a token at a step."""
+    """The number of active latents of each token at a step."""
     most = min(dictionary.n_inputs, dictionary.n_latents_everywhere)
     start = config.k_start or max(config.k, most)
     return annealed_k(step, config.k, start, config.k_anneal_steps)
@@ -108,9 +108,9 @@ def k_at(config: AuxKConfig, dictionary: LearnedDictionary, step: int) -> int:
 def aux_k_loss(
     config: AuxKConfig, dictionary: LearnedDictionary, x: Tensor, error: Tensor, facts: StepFacts
 ) -> Tensor | None:
-    """``[]``: how badly the best of the dead latents explain ``error`` ``[b, o]``; None if none is dead.
+    """How badly the best dead latents explain ``error`` ``[b, o]``, as ``[]``; None if no latent is dead.
 
-    The error is taken as it is, without gradient: live latents are not to leave work for dead ones.
+    ``error`` has no gradient, so that live latents do not learn to leave work for dead ones.
     """
     if not config.aux_coefficient or not (
         n_dead := int(dictionary.total(torch.tensor(len(facts.dead))))
@@ -123,13 +123,13 @@ def aux_k_loss(
     mean = dictionary.mean(error.mean(0), facts.n_tokens)
     deviation = dictionary.mean(squared_error(error - mean), facts.n_tokens)
     share = squared_error(error - explained) / torch.where(deviation > 0, deviation, 1.0)
-    return torch.where(deviation > 0, share, 0.0)  # nothing to explain is not infinitely hard
+    return torch.where(deviation > 0, share, 0.0)  # no error to explain: 0, not infinity
 
 
 class Largest(NamedTuple):
-    """The largest pre-activations of each token, rectified, and whose they are: ``[b, k]`` each.
+    """The largest pre-activations of each token, rectified, and their latents: ``[b, k]`` each.
 
-    Where processes hold some latents each, those that are here of the largest of all.
+    Where each process holds some of the latents: those of the largest that belong to this process.
     """
 
     values: Tensor
@@ -143,7 +143,7 @@ class Largest(NamedTuple):
         if self.rank is None:
             return self.values[:, :k], self.indices[:, :k]
         among = self.rank < k
-        most = max(1, int(among.sum(1).max()))  # of a token; what comes after is nobody's
+        most = max(1, int(among.sum(1).max()))  # for any token; the columns after that are empty
         values = torch.where(among, self.values, 0.0)
         return values[:, :most], self.indices[:, :most]
 
@@ -155,10 +155,10 @@ def largest(
     latents: Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> Largest:
-    """The ``k`` largest of all latents, or of those ``[c]`` that are given."""
+    """The ``k`` largest pre-activations of all latents, or of the given ``latents`` ``[c]``."""
     d, k_here = dictionary, min(k, dictionary.n_latents if latents is None else len(latents))
     if not k_here:
-        values = x.new_full((len(x), 1), -torch.inf)  # the others' are larger
+        values = x.new_full((len(x), 1), -torch.inf)  # smaller than any value of another process
         indices = torch.zeros_like(values, dtype=torch.int64)
     else:
         values, indices = encode_top_k(
@@ -176,7 +176,7 @@ def largest(
 
 @register("topk", TopKConfig)
 class TopK(Objective[TopKConfig]):
-    """Keeps the largest pre-activations of each token; no tensor of all latents outlives that."""
+    """Keeps the largest pre-activations of each token. No tensor ``[b, l]`` exists outside the search."""
 
     splits_latents = True
 

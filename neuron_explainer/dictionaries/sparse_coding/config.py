@@ -1,4 +1,4 @@
-"""Everything that decides a dictionary of sparse coding, next to the activations."""
+"""Everything besides the activations that decides what a dictionary of sparse coding becomes."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,34 +15,35 @@ class SparseCodingConfig:
     n_latents: int
     """Atoms of each dictionary. Published: 2000 for 768 inputs."""
     penalty: float
-    """Of the L1 norm, on the scale of the activations; the published value, 0.3, is for BERT-base."""
+    """Weight of the L1 norm, on the scale of the activations. The published value, 0.3, is for BERT-base."""
     epochs: int = 1
-    """Passes over the batches. A run that has ended goes on if this alone is raised."""
+    """Number of passes over the batches. A finished run continues if only this is raised."""
     batch_size: int = 100
-    """Most rows that are coded, and learned from, at once. A batch of activations is shuffled and cut
-    into equal parts of at most so many."""
+    """Largest number of rows that are coded, and learned from, at once. A batch of activations is shuffled
+    and cut into equal parts of at most this size."""
     step_size: float = 0.005
-    """Share of a Newton step that each part takes."""
+    """The fraction of a Newton step that is taken for each part."""
     hessian_floor: float = 1e-3
     """Added to the mean square of a latent before dividing by it."""
     history: int = 300
-    """Parts that the moving averages look back on."""
+    """Number of parts that the moving averages look back on."""
     solver: Literal["fista", "ista"] = "fista"
-    """How codes are found while learning; the same codes, but ISTA takes far more iterations."""
+    """How codes are found in training. Both find the same codes; ISTA needs far more iterations."""
     max_iterations: int = MAX_ITERATIONS
-    """At which a solve ends at the latest."""
+    """Largest number of iterations of a solve."""
     tolerance: float = TOLERANCE
-    """At which it ends (:mod:`neuron_explainer.models.autoencoders.fista`); 0: always ``max_iterations``."""
+    """A solve ends at this accuracy (:mod:`neuron_explainer.models.autoencoders.fista`); with 0 it always
+    takes ``max_iterations``."""
     across_layers: bool = True
-    """One dictionary for all layers of a hook path, or one for each layer."""
+    """Whether all layers of a hook path share one dictionary, or each layer gets its own."""
     seed: int = 0
-    """Of the first dictionary and of the order of rows."""
+    """Random seed of the initial dictionary and of the order of rows."""
     log_every: int = 10
-    """Batches between lines of the log."""
+    """Number of batches between two lines of the log."""
     checkpoint_every: int = 100
-    """Batches between checkpoints; there is one at the end in any case."""
+    """Number of batches between two checkpoints; there is always one at the end."""
     keep_checkpoints: int = 2
-    """Checkpoints that stay; older ones are deleted."""
+    """How many checkpoints are kept; older ones are deleted."""
 
     def __post_init__(self) -> None:
         check_types(self)

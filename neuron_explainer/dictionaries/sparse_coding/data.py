@@ -1,4 +1,4 @@
-"""Batches of activations as they come, read into one shape and put in an order that can be resumed.
+"""Reads batches of activations in any of their forms, and puts their rows in an order that can be resumed.
 
 Shape legend: ``n`` inputs, ``r`` rows, ``v`` vocabulary.
 """
@@ -18,25 +18,25 @@ from neuron_explainer.errors import InputError
 from neuron_explainer.models.locations import ActivationLocation
 
 Place = ActivationLocation | None
-"""Where activations come from; None where that is not said."""
+"""Where activations come from; None if unknown."""
 
 PlainBatch = Tensor | tuple[Tensor, Tensor | None]
-"""Activations ``[r, n]``, alone or with the token ids ``[r]`` that they belong to."""
+"""Activations ``[r, n]``, alone or with their token ids ``[r]``."""
 LocatedBatch = ActivationBatch | Mapping[ActivationLocation, Tensor]
-"""Activations of several places, with token ids or without."""
+"""Activations at several locations, with or without token ids."""
 
 
 class Batch(NamedTuple):
-    """Activations of the same rows at one or more places."""
+    """Activations of the same tokens at one or more locations."""
 
     activations: dict[Place, Tensor]
-    """``[r, n]`` by single location."""
+    """``[r, n]`` by location."""
     tokens: Tensor | None
-    """Ids ``[r]``."""
+    """Token ids ``[r]``, if known."""
 
 
 def read_batch(raw: Any) -> Batch:
-    """Any of the forms that training takes, checked."""
+    """A batch in any of the forms that training accepts, checked."""
     tokens: Tensor | None = None
     if isinstance(raw, Tensor):
         activations: dict[Place, Tensor] = {None: raw}
@@ -79,16 +79,16 @@ def _check(activations: dict[Place, Tensor], tokens: Tensor | None) -> None:
 
 
 def describe_source(source: Iterable[Any] | ActivationSource) -> dict[str, Any]:
-    """What a source says of the batches that it gives, as JSON has it."""
+    """How a source describes its batches, as JSON; empty for a plain iterable."""
     described = {} if isinstance(source, Iterable) else source.describe()
     plain: dict[str, Any] = json.loads(json.dumps(described))
     return plain
 
 
 def group_locations(batch: Batch, across_layers: bool) -> dict[Place, list[Place]]:
-    """The locations whose rows each dictionary learns from, by the name of the dictionary.
+    """For each dictionary, the locations that it learns from.
 
-    The name is the location; that of several layers is their path without a layer.
+    The name of a dictionary is its location; if it has several layers, their hook path without a layer.
     """
     if not across_layers:
         return {location: [location] for location in batch.activations}
@@ -109,9 +109,9 @@ def shuffled_parts(
     number: int,
     token_counts: Tensor | None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Rows ``[r, n]`` and weights ``[r]`` of equal parts of the ``number``-th batch, in its order.
+    """Yield rows ``[r, n]`` and weights ``[r]`` of equal parts of the ``number``-th batch, in random order.
 
-    The order depends on the seed and the number alone, so that nothing of it has to be kept.
+    The order depends only on the seed and the number, so that checkpoints need not hold it.
     """
     x = torch.cat([batch.activations[location] for location in members])
     generator = torch.Generator().manual_seed((config.seed << 32) + number)

@@ -1,4 +1,4 @@
-"""How a dictionary learns from the codes of a batch: a quasi-Newton step, atom by atom.
+"""How a dictionary learns from the codes of a batch: a quasi-Newton step for each atom.
 
     H    ← (1 - 1/T) H + (1/T) mean_r a²                       recent mean square of each latent
     G    = (1/r) Σ_r w_r (x_r - Φ a_r) a_rᵀ                    minus the gradient of ½ w ‖x - Φ a‖²
@@ -6,10 +6,9 @@
     Φ_i  ← Φ_i / ‖Φ_i‖
 
 The Hessian of ½ ‖x - Φ a‖² in Φ is mean(a aᵀ), in which H is the diagonal: dividing by it lets an
-atom that is seldom or weakly active learn at the pace of the others. ``w_r`` is the weight of the
-row's token (:mod:`~neuron_explainer.dictionaries.sparse_coding.frequency`). H starts at zero and is
-too small in the first T batches, so that these take larger steps, as in the published program;
-``floor`` bounds them.
+atom that is rarely or weakly active learn as fast as the others. ``w_r`` is the weight of the row's token
+(:mod:`~neuron_explainer.dictionaries.sparse_coding.frequency`). H starts at zero and is too small in the
+first T batches, so these take larger steps, as in the published program; ``floor`` limits them.
 
 Yun et al. 2021, "Transformer visualization via dictionary learning: contextualized embedding as a
 linear superposition of transformer factors", appendix, with the constants of its program: T = 300,
@@ -51,10 +50,10 @@ def updated_dictionary(
         dictionary: Φ, ``[n, l]``.
         residual: x - Φ a, ``[r, n]``.
         latents: a, ``[r, l]``.
-        hessian: H, ``[l]``, these latents included.
-        step_size: share of a Newton step.
+        hessian: H, ``[l]``, which includes these latents already.
+        step_size: fraction of a Newton step.
         floor: added to H.
-        weights: of the rows, ``[r]``; None: all 1.
+        weights: weights of the rows, ``[r]``; None: all are 1.
     """
     if weights is not None:
         residual = residual * weights[:, None]
@@ -63,5 +62,5 @@ def updated_dictionary(
 
 
 def normalize_columns(dictionary: Tensor) -> Tensor:
-    """``[n, l]`` with every column scaled to length 1; a column of zeros stays one."""
+    """``[n, l]`` with every column scaled to length 1; a column of zeros stays zero."""
     return F.normalize(dictionary, dim=0, eps=torch.finfo(dictionary.dtype).tiny)

@@ -1,9 +1,9 @@
-"""Weights that keep the most frequent tokens from owning the dictionary.
+"""Weights that keep the most frequent tokens from dominating the dictionary.
 
-    weight(token) = 1 / √(how often the token stands in the training set)
+    weight(token) = 1 / √(number of times the token occurs in the training set)
 
-Without them most atoms are spent on the states of a few words. Counts are by token id: text would
-have to be cut into the same pieces, with the same marks for spaces, to be found again.
+Without them, most atoms are spent on the activations of a few words. Tokens are counted by id, because text
+would first have to be cut into the same pieces, with the same marks for spaces.
 
 Yun et al. 2021, "Transformer visualization via dictionary learning", appendix.
 
@@ -20,9 +20,9 @@ from neuron_explainer.errors import InputError
 
 
 def count_tokens(batches: Iterable[TokenBatch | Tensor], n_vocab: int) -> Tensor:
-    """How often each id stands in the batches, ``[v]`` int64; pads are not counted.
+    """The number of times each id occurs in the batches, ``[v]`` int64, without padding.
 
-    Tensors of ids ``[…]`` have no pads. Run it over what training will see, once.
+    Tensors of ids ``[…]`` must have no padding. Count everything that training will see, once.
     """
     counts = torch.zeros(n_vocab, dtype=torch.int64)
     for batch in batches:
@@ -35,7 +35,7 @@ def count_tokens(batches: Iterable[TokenBatch | Tensor], n_vocab: int) -> Tensor
 
 
 def frequency_weights(tokens: Tensor, counts: Tensor) -> Tensor:
-    """``1 / √count`` of each id, ``[…] -> […]`` float64; 1 for ids that ``counts`` does not know."""
+    """``1 / √count`` of each id, ``[…] -> […]`` float64; 1 for ids beyond ``counts``."""
     _check_ids(tokens)
     known = tokens < len(counts)
     count = counts.to(tokens.device)[torch.where(known, tokens, 0)]

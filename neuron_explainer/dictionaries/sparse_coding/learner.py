@@ -1,4 +1,4 @@
-"""One dictionary on its way: its state, what a batch does to it, and what it is in the end.
+"""One dictionary of sparse coding in training: its state, how it learns, and the autoencoder it becomes.
 
 Shape legend: ``n`` inputs, ``l`` latents (atoms of the dictionary), ``r`` rows.
 """
@@ -25,10 +25,10 @@ _SOLVERS = {"fista": fista, "ista": ista}
 
 
 class DictionaryLearner:
-    """A dictionary, its Hessian and its statistics; all of it is in :meth:`tensors`."""
+    """A dictionary, its Hessian and its statistics; :meth:`tensors` is the whole state."""
 
     def __init__(self, config: SparseCodingConfig, n_inputs: int, like: Tensor) -> None:
-        """A new one for rows of width ``n_inputs``, with the dtype and device of ``like``."""
+        """A new dictionary for rows of width ``n_inputs``, with the dtype and device of ``like``."""
         self.config = config
         n_latents = config.n_latents
         self.dictionary = initial_dictionary(n_inputs, n_latents, config.seed).to(like)
@@ -38,18 +38,18 @@ class DictionaryLearner:
         self.act_l1 = like.new_zeros(n_latents)
         """``[l]``: moving average of the mean of each latent."""
         self.averages = torch.zeros(4, dtype=torch.float64)
-        """Moving averages, a row: ‖x‖², ‖x - Φ a‖², latents that are not zero, solves cut short."""
+        """Moving averages over rows: ‖x‖², ‖x - Φ a‖², active latents, solves that were cut short."""
         self.counts = torch.zeros(2, dtype=torch.int64)
-        """Parts and rows learned from."""
+        """Number of parts and of rows learned from."""
         self.fired = torch.zeros(n_latents, dtype=torch.int64, device=like.device)
-        """``[l]``: rows on which each latent was active."""
+        """``[l]``: number of rows on which each latent was active."""
         self.last_fired = torch.zeros(n_latents, dtype=torch.int64, device=like.device)
-        """``[l]``: the part in which each latent was last active; 0: none."""
+        """``[l]``: the part in which each latent was last active; 0 if it never was."""
 
     _TENSORS = ("dictionary", "hessian", "act_l1", "averages", "counts", "fired", "last_fired")
 
     def tensors(self) -> dict[str, Tensor]:
-        """All state."""
+        """The whole state, by name."""
         return {name: getattr(self, name) for name in self._TENSORS}
 
     @classmethod
@@ -61,14 +61,14 @@ class DictionaryLearner:
         learner = cls(config, len(dictionary), dictionary.to(device)[:0])
         for name in cls._TENSORS:
             where = getattr(learner, name).device
-            # Copied, because files are mapped at any address, and matrix products may be rounded
-            # otherwise there than at the addresses that torch chooses.
+            # Copied, because files are mapped at any address, and the rounding of matrix products
+            # may depend on the address.
             setattr(learner, name, tensors[name].to(where, copy=True))
         return learner
 
     @torch.no_grad()
     def learn(self, x: Tensor, weights: Tensor | None = None) -> None:
-        """Code rows ``[r, n]`` and take one step; ``weights`` ``[r]`` are of the rows."""
+        """Code rows ``[r, n]``, weighted by ``weights`` ``[r]``, and take one step."""
         c = self.config
         solved = _SOLVERS[c.solver](
             x,
@@ -107,15 +107,15 @@ class DictionaryLearner:
 
     @property
     def _share(self) -> float:
-        """What the moving averages, which begin at zero, have to be divided by."""
+        """The divisor that corrects moving averages for their start at zero."""
         return float(1 - (1 - 1 / self.config.history) ** int(self.counts[0]))
 
     def statistics(self) -> dict[str, float]:
-        """Rows so far and, as averages over the recent past, how well they were coded.
+        """The number of rows so far and, as averages over recent parts, how well they were coded.
 
-        ``snr``, Σ‖x‖² / Σ‖x - Φ a‖², not in dB (left out where nothing is left over);
-        ``act_l1_max`` and ``act_l1_min``, over latents, of the mean latent; ``l0``; ``cut_short``,
-        the share of rows whose solve ended at ``max_iterations``.
+        ``snr``: Σ‖x‖² / Σ‖x - Φ a‖², not in dB (absent if the error is zero). ``act_l1_max`` and
+        ``act_l1_min``: the largest and smallest mean of a latent. ``l0``. ``cut_short``: the share of rows
+        whose solve ended at ``max_iterations``.
         """
         signal, noise, l0, cut_short = (self.averages / self._share).tolist()
         act_l1 = self.act_l1 / self._share
@@ -134,9 +134,9 @@ class DictionaryLearner:
         model_name: str | None,
         metadata: Mapping[str, Any],
     ) -> Autoencoder:
-        """The dictionary as a tied autoencoder whose activation is FISTA.
+        """The dictionary as a tied autoencoder whose nonlinearity is FISTA.
 
-        Its inputs are neither centred nor scaled, as they were not in training.
+        Its inputs are neither centred nor scaled, as in training.
         """
         c, (parts, rows) = self.config, self.counts.tolist()
         facts = {"method": "sparse coding", "config": asdict(c), **self.statistics(), **metadata}

@@ -1,14 +1,14 @@
-"""Learning dictionaries for sparse coding ("transformer factors"): codes and steps, in turn.
+"""Learning dictionaries for sparse coding ("transformer factors"): codes and steps alternate.
 
     for every part of every batch:  a ← argmin_{a >= 0} ½ ‖x - Φ a‖² + penalty · Σ a    (FISTA)
                                     Φ ← quasi-Newton step, columns of length 1
 
-Inputs are neither centred nor scaled. The result is a tied autoencoder whose activation is FISTA:
+Inputs are neither centred nor scaled. The result is a tied autoencoder whose nonlinearity is FISTA:
 its latents are the codes.
 
-A run with a folder goes on where it was, with the Hessian, the statistics and the place in the data;
-on a CPU with the same number of threads, the dictionaries are bit for bit those of a run that was
-never interrupted, given that the batches come again in the same order.
+A run with a folder resumes with the same Hessian, statistics and place in the data. On a CPU with the same
+number of threads, its dictionaries are bit for bit those of a run that was never interrupted, if the batches
+come in the same order again.
 
 Yun et al. 2021, "Transformer visualization via dictionary learning: contextualized embedding as a
 linear superposition of transformer factors".
@@ -80,18 +80,18 @@ def train_sparse_coding(
     Args:
         config: settings.
         batches: an activation source such as
-            :class:`~neuron_explainer.activations.chunks.LiveSource`, which a run that
-            goes on need not run again from its beginning; or an iterable of what
-            :func:`~neuron_explainer.activations.harvest.harvest` yields, of dicts of tensors
-            ``[r, n]`` by location, of tensors ``[r, n]``, or of pairs of these and token ids
-            ``[r]``. They are gone through ``config.epochs`` times, in the same order each time; pads
-            must not be among them.
+            :class:`~neuron_explainer.activations.chunks.LiveSource`, which a resumed run does not have
+            to compute again from the start; or an iterable of what
+            :func:`~neuron_explainer.activations.harvest.harvest` yields, of dicts of tensors ``[r, n]`` by
+            location, of tensors ``[r, n]``, or of pairs of these and token ids ``[r]``. Training reads them
+            ``config.epochs`` times and needs the same order each time. They must not contain padding.
         folder: for config, log, checkpoints and results, as
             :mod:`~neuron_explainer.dictionaries.runs` has them. An unfinished run with the
-            same settings goes on, and a finished one if ``config.epochs`` was raised. None: nothing is kept.
-        token_counts: how often each token id stands in the training set, ``[v]``
+            same settings is resumed, and a finished one if ``config.epochs`` was raised. None: nothing is
+            saved.
+        token_counts: the number of times each token id occurs in the training set, ``[v]``
             (:func:`~neuron_explainer.dictionaries.sparse_coding.frequency.count_tokens`); rows are
-            weighted by its inverse root. None: all rows weigh the same.
+            weighted by its inverse square root. None: all rows have the same weight.
         model_name: recorded with the results.
         progress: whether to show a progress bar.
 
@@ -111,10 +111,10 @@ def train_sparse_coding(
 
 
 class Coded(NamedTuple):
-    """What one batch was."""
+    """The result of one batch."""
 
     n_tokens: int
-    """Its rows."""
+    """The number of its rows."""
 
 
 class SparseCoding:

@@ -1,4 +1,4 @@
-"""What is measured on the first batches: mean and scale of activations, their geometric median.
+"""What training measures on the first batches: mean and scale of activations, and their geometric median.
 
 Shape legend: ``b`` tokens, ``n`` width of an activation.
 """
