@@ -23,7 +23,6 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
 from neuron_explainer import files
 from neuron_explainer.activations.harvest import (
@@ -37,6 +36,7 @@ from neuron_explainer.activations.token_files import MANIFEST_FILE, read_manifes
 from neuron_explainer.activations.windows import TokenWindows, check_same_settings
 from neuron_explainer.errors import CheckpointError, InputError, SourceError, shown
 from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.progress import progress_bar
 from neuron_explainer.settings.fields import read_fields
 
 SOURCE_FILE = "source.json"
@@ -151,6 +151,9 @@ class ActivationStore:
         if not path.exists():
             return {}
         found = read_fields(_Source, files.read_json(path), str(path), error=CheckpointError)
+        source = found.get("source")
+        if source is not None and not files.is_remote(source):
+            found["source"] = str((self.folder / source).resolve())
         return dict(found)
 
     @property
@@ -416,9 +419,13 @@ def harvest_to_store(
         settings=settings,
         append=True,
     )
-    with writer, tqdm(total=num_tokens, unit=" tokens", disable=not progress) as bar:
+    with writer, progress_bar(total=num_tokens, unit=" tokens", disable=not progress) as bar:
         writer.check_only_settings()
-        files.write_json(writer.folder / SOURCE_FILE, source_of(harvester, windows))
+        source = source_of(harvester, windows)
+        if source["source"] and not files.is_remote(source["source"]):
+            # Relative: the two may be moved together, and no folder of a user need be named.
+            source["source"] = os.path.relpath(source["source"], writer.folder.resolve())
+        files.write_json(writer.folder / SOURCE_FILE, source)
         bar.update(writer.n_rows)
         number = writer.n_batches
         while number != windows.n_batches and writer.n_rows < (num_tokens or math.inf):

@@ -161,6 +161,6 @@ def _name_of(documents: Iterable[str]) -> str:
 def _counted(documents: Iterable[str], progress: bool) -> Iterator[str]:
     if not progress:
         return iter(documents)
-    from tqdm import tqdm
+    from neuron_explainer.progress import progress_bar
 
-    return iter(tqdm(documents, desc="tokenising", unit=" documents"))
+    return iter(progress_bar(documents, desc="tokenising", unit=" documents"))

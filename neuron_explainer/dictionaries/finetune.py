@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation.evaluate import Activations
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoders.latents import Latents
+from neuron_explainer.progress import progress_bar
 
 
 def finetune_decoder(
@@ -55,7 +55,7 @@ def finetune_decoder(
     decoder = _Decoder(autoencoder)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=lr, betas=betas)
     n_tokens = 0
-    for batch in tqdm(batches, desc="fine-tuning", unit="batch", disable=not progress):
+    for batch in progress_bar(batches, desc="fine-tuning", unit="batch", disable=not progress):
         latents, target = _frozen(autoencoder, batch)
         error = (decoder(latents) - target).square().sum()
         loss = error / (target - target.mean(dim=0)).square().sum()

@@ -9,11 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
-from tqdm import tqdm
-
 from neuron_explainer import files
 from neuron_explainer.dictionaries.runs import RunFolder
 from neuron_explainer.errors import InputError, MissingExtraError, did_you_mean
+from neuron_explainer.progress import progress_bar
 
 Metrics = Mapping[str, Mapping[str, float]]
 """By dictionary, then by name."""
@@ -65,7 +64,7 @@ class ProgressBar:
     """Shows tokens per second, and the mean over all dictionaries of every other number."""
 
     def __init__(self, steps: int | None, step: int, show: bool) -> None:
-        self._bar = tqdm(total=steps, initial=step, unit="step", disable=not show)
+        self._bar = progress_bar(total=steps, initial=step, unit="step", disable=not show)
 
     def step(self) -> None:
         self._bar.update()

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from neuron_explainer.activations.windows import TokenBatch
 from neuron_explainer.errors import InputError
@@ -33,9 +32,11 @@ from neuron_explainer.evaluation.running import ByLoss, LossTotals, Reconstructi
 from neuron_explainer.evaluation.spliced_passes import SplicedPasses, scored
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
+from neuron_explainer.models.language_model import LanguageModel
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
-from neuron_explainer.models.model_context import HookableModel, ModelContext
+from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.weight_names import Dimension
+from neuron_explainer.progress import progress_bar
 
 Activations = Iterable[Tensor | tuple[Tensor, Tensor]]
 """Batches of activations ``[…, n]``; for a transcoder, pairs (input, activation to reconstruct)."""
@@ -139,7 +140,7 @@ def evaluate_all(
     model = context.get_or_create_model()
     subjects = placed(autoencoders, context.get_dim_size(Dimension.LAYERS))
     batches = list(batches) if isinstance(batches, Iterator) else batches
-    bar: Any = tqdm(desc="evaluating", unit="batch", disable=not progress)
+    bar: Any = progress_bar(desc="evaluating", unit="batch", disable=not progress)
     targets = dict.fromkeys(each.target for each in subjects.values())
     means = _means(model, targets, batches, score_bos, bar)
     totals = {
@@ -220,7 +221,7 @@ class _Totals:
 
 
 def _means(
-    model: HookableModel,
+    model: LanguageModel,
     locations: Iterable[ActivationLocation],
     batches: Iterable[TokenBatch],
     score_bos: bool,
@@ -235,7 +236,7 @@ def _means(
 
 
 def _add_activations(
-    model: HookableModel,
+    model: LanguageModel,
     batch: TokenBatch,
     totals: Mapping[ActivationLocation, ReconstructionStats],
     score_bos: bool,
@@ -249,7 +250,7 @@ def _add_activations(
 
 
 def _add_batch(
-    model: HookableModel,
+    model: LanguageModel,
     batch: TokenBatch,
     subjects: Mapping[str, Placed],
     totals: Mapping[str, _Totals],

@@ -20,7 +20,7 @@ from neuron_explainer.errors import InputError, LocationError
 from neuron_explainer.models.autoencoder import Autoencoder, InputNormalization
 from neuron_explainer.models.autoencoders.pruned import get_decoder_weight, omit_dead_latents
 from neuron_explainer.models.config import TransformerConfig
-from neuron_explainer.models.hooks import AutoencoderHooks, Hook, TransformerHooks
+from neuron_explainer.models.hooks import AtLayers, AutoencoderHooks, Hook, TransformerHooks
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.weight_names import Dimension, LayerIndex
@@ -193,7 +193,7 @@ class AutoencoderContext:
         """
         size = _sizes_of(model)
         width = self.location.site.width(size)
-        for layer in self._paths:
+        for layer in self._paths if layers is None else layers:
             self.location.at(layer).expand(size(Dimension.LAYERS))
             autoencoder = self.get_autoencoder(layer)
             if autoencoder.n_inputs != width:
@@ -245,17 +245,24 @@ class AutoencoderContext:
             layers: which of the layers; None for all that have an autoencoder.
         """
         hooks = TransformerHooks()
-        self._splice(hooks, on_latents, add_error, layers)
+        self._splice(hooks, [] if on_latents is None else [(None, on_latents)], add_error, layers)
         return hooks
 
     def _splice(
         self,
         hooks: TransformerHooks,
-        on_latents: Hook | None,
+        on_latents: Iterable[tuple[LayerIndex, Hook]],
         add_error: bool,
         layers: Iterable[LayerIndex] | None = None,
     ) -> None:
-        chosen = self._paths if layers is None else layers
+        """Add the autoencoders to ``hooks``; ``on_latents`` names the layer of each hook, None for all."""
+        chosen = list(self._paths if layers is None else layers)
+        for at, _ in on_latents:
+            if at is not None and None not in chosen and at not in chosen:
+                raise InputError(
+                    f"on_latents has a hook for {self.location.at(at)}, where no autoencoder is spliced "
+                    f"in; the layers are {', '.join(map(str, chosen))}."
+                )
         for layer in chosen:
             autoencoder = self.get_autoencoder(layer)
             if autoencoder.is_transcoder:
@@ -264,8 +271,11 @@ class AutoencoderContext:
                     "activation than its input: it cannot take its input's place."
                 )
             inside = AutoencoderHooks.from_autoencoder(autoencoder, add_error)
-            if on_latents is not None:
-                inside.latents.append_fwd(on_latents)
+            for at, hook in on_latents:
+                if at is None or at == layer:
+                    inside.latents.append_fwd(hook)
+                elif layer is None:  # one autoencoder serves all layers
+                    inside.latents.append_fwd(AtLayers(at).append(hook))
             hooks.append_at(self.location.at(layer), inside)
 
     def __repr__(self) -> str:
@@ -331,6 +341,9 @@ class MultiAutoencoderContext:
         self, layer_index: LayerIndex, location: LocationLike | None = None
     ) -> Autoencoder:
         """The autoencoder of a layer at a location."""
+        named = None if location is None else ActivationLocation.parse(location).layer
+        if named not in (None, layer_index):
+            raise InputError(f"the location is in layer {named}, layer_index says {layer_index}.")
         return self.get_autoencoder_context(location).get_autoencoder(layer_index)
 
     def warmup(self) -> None:
@@ -339,21 +352,30 @@ class MultiAutoencoderContext:
             context.warmup()
 
     def hooks(
-        self, on_latents: Mapping[LocationLike, Hook] | None = None, add_error: bool = True
+        self,
+        on_latents: Mapping[LocationLike, Hook] | Hook | None = None,
+        add_error: bool = True,
+        layers: Iterable[LayerIndex] | None = None,
     ) -> TransformerHooks:
         """Hooks that pass activations through the autoencoders of all locations.
 
         Args:
-            on_latents: a hook for the latents of each location that has one.
+            on_latents: a hook for the latents of each location that has one, or one hook for all.
+                ``{"2/mlp.post_act": f}`` runs in layer 2 only, ``{"mlp.post_act": f}`` in every layer.
             add_error: see :meth:`AutoencoderContext.hooks`.
+            layers: which of the layers of each context; None for all that have an autoencoder.
         """
-        by_context = {
-            id(self.get_autoencoder_context(location)): hook
-            for location, hook in (on_latents or {}).items()
-        }
-        hooks = TransformerHooks()
-        for context in self.autoencoder_context_by_location.values():
-            context._splice(hooks, by_context.get(id(context)), add_error)
+        contexts = self.autoencoder_context_by_location
+        given: dict[ActivationLocation, list[tuple[LayerIndex, Hook]]] = {at: [] for at in contexts}
+        if on_latents is None or isinstance(on_latents, Mapping):
+            for text, hook in (on_latents or {}).items():
+                place = ActivationLocation.parse(text)
+                given[self.get_autoencoder_context(place).location].append((place.layer, hook))
+        else:
+            given = {at: [(None, on_latents)] for at in contexts}
+        hooks, chosen = TransformerHooks(), None if layers is None else list(layers)
+        for at, context in contexts.items():
+            context._splice(hooks, given[at], add_error, chosen)
         return hooks
 
     def _locations(self) -> str:
@@ -370,15 +392,7 @@ def _sizes_of(model: HasSizes | HasConfig | TransformerConfig) -> Callable[[Dime
         return model.get_dim_size
     else:
         cfg = model.cfg
-    return {
-        Dimension.LAYERS: cfg.n_layers,
-        Dimension.RESIDUAL_STREAM_CHANNELS: cfg.d_model,
-        Dimension.MLP_ACTS: cfg.d_ff,
-        Dimension.ATTN_HEADS: cfg.n_heads,
-        Dimension.QUERY_AND_KEY_CHANNELS: cfg.d_head_qk,
-        Dimension.VALUE_CHANNELS: cfg.d_head_v,
-        Dimension.VOCAB_SIZE: cfg.n_vocab,
-    }.__getitem__
+    return cfg.sizes.__getitem__
 
 
 # ---- weights -----------------------------------------------------------------------------------------

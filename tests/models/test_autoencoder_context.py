@@ -31,8 +31,8 @@ from neuron_explainer.models.autoencoders.pruned import (
     omit_least_active_latents,
 )
 from neuron_explainer.models.config import TransformerConfig
-from neuron_explainer.models.hooks import TransformerHooks
-from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.models.hooks import Hook, TransformerHooks
+from neuron_explainer.models.locations import ActivationLocation, LocationLike
 from neuron_explainer.models.model_registry import (
     get_autoencoder_spec,
     list_autoencoder_names,
@@ -363,6 +363,61 @@ def test_multi_context(tmp_path, model):
     assert single.get_autoencoder(0) is mlp.get_autoencoder(0)
     assert MultiAutoencoderContext.from_context_or_multi_context(multi) is multi
     assert MultiAutoencoderContext.from_context_or_multi_context(None) is None
+
+
+def test_a_hook_for_one_layer_runs_in_that_layer_only(tmp_path, model):
+    mlp = AutoencoderContext(save_all(tmp_path), "cpu")
+    attn = AutoencoderContext(save_all(tmp_path, "resid_delta_attn"), "cpu")
+    multi = MultiAutoencoderContext.from_autoencoder_context_list([mlp, attn])
+    ran = []
+
+    def note(name):
+        def hook(latents, layer):
+            ran.append((name, layer))
+            return latents
+
+        return hook
+
+    given: dict[LocationLike, Hook] = {
+        "2/resid_delta_mlp": note("a"),
+        "blocks.1.hook_mlp_out": note("b"),
+    }
+    run(model, multi.hooks(given | {"resid_delta_mlp": note("c"), "0/resid_delta_attn": note("d")}))
+    assert sorted(ran) == [("a", 2), ("b", 1), ("c", 0), ("c", 1), ("c", 2), ("d", 0)]
+    ran.clear()
+    run(model, multi.hooks(note("all"), layers=[2]))
+    assert ran == [("all", 2), ("all", 2)]
+    with pytest.raises(InputError, match=r"2/resid\.torso\.delta_mlp, where no autoencoder"):
+        multi.hooks(given, layers=[0, 1])
+    with pytest.raises(InputError, match=r"7/resid\.torso\.delta_mlp, where no autoencoder"):
+        multi.hooks({"7/resid_delta_mlp": note("x")})
+    with pytest.raises(InputError, match="the location is in layer 2, layer_index says 1"):
+        multi.get_autoencoder(1, "2/resid_delta_mlp")
+
+
+def test_a_hook_for_one_layer_of_an_autoencoder_for_all(tmp_path, model):
+    make().save(tmp_path / "shared")
+    config = AutoencoderConfig("resid_delta_mlp", {None: tmp_path / "shared"})
+    multi = MultiAutoencoderContext.from_autoencoder_context_list(
+        [AutoencoderContext(config, "cpu")]
+    )
+    layers = []
+
+    def note(latents, layer):
+        layers.append(layer)
+        return latents
+
+    run(model, multi.hooks({"1/resid_delta_mlp": note}))
+    assert layers == [1]
+
+
+def test_check_model_looks_at_the_layers_asked_for(tmp_path, model):
+    config = save_all(tmp_path)
+    paths = {0: config.paths[0], 9: config.paths[1]}
+    context = AutoencoderContext(AutoencoderConfig("resid_delta_mlp", paths), "cpu")
+    context.check_model(model, [0])
+    with pytest.raises(LocationError, match="outside the model"):
+        context.check_model(model)
 
 
 # ---- latents left out ------------------------------------------------------------------------------
