@@ -20,7 +20,11 @@ from neuron_explainer.activations.chunks import (
     StoreSource,
 )
 from neuron_explainer.activations.corpus import TokenCorpus, start_token, tokenize
-from neuron_explainer.activations.documents import huggingface_documents, read_documents
+from neuron_explainer.activations.documents import (
+    check_pattern,
+    huggingface_documents,
+    read_documents,
+)
 from neuron_explainer.activations.harvest import ActivationBatch, Harvester
 from neuron_explainer.activations.store import ActivationStore
 from neuron_explainer.activations.token_files import open_token_file
@@ -72,6 +76,23 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        for name in ("corpus_tokens", "windows_per_forward", "buffer_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, found {value}.")
+        if self.context_length < (least := 2 if self.bos else 1):
+            raise InputError(
+                f"context_length must be at least {least}, found {self.context_length}: a window holds "
+                f"{'the start token and ' if self.bos else ''}some text."
+            )
+        if not 0 <= self.hold_out < 1:
+            raise InputError(f"hold_out must be at least 0 and below 1, found {self.hold_out}.")
+        if self.max_norm_multiple is not None and self.max_norm_multiple <= 0:
+            raise InputError(f"max_norm_multiple must be above 0, found {self.max_norm_multiple}.")
+        if not 0 <= self.data_seed < 2**64:
+            raise InputError(f"data_seed must be at least 0, found {self.data_seed}.")
+        if self.split is not None:
+            check_pattern(self.split)
 
 
 def open_corpus(context: ModelContext, text: str | Path, config: DataConfig) -> TokenCorpus:

@@ -64,7 +64,7 @@ def read_documents(
         inflated_bytes: a compressed file may inflate to this, and beyond it to 100 times its own size.
     """
     if split is not None:
-        _check_pattern(split)
+        check_pattern(split)
     local = files.fetch(path) if files.is_remote(str(path)) else files.local_path(path)
     with _as_source_errors(local):
         if local.is_dir():
@@ -436,7 +436,8 @@ def _check_column(column: str, columns: Iterable[str], where: str) -> None:
         )
 
 
-def _check_pattern(split: str) -> None:
+def check_pattern(split: str) -> None:
+    """Raise InputError if ``split`` is no regular expression."""
     try:
         re.compile(split)
     except re.error as error:

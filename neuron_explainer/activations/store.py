@@ -151,6 +151,9 @@ class ActivationStore:
         if not path.exists():
             return {}
         found = read_fields(_Source, files.read_json(path), str(path), error=CheckpointError)
+        source = found.get("source")
+        if source is not None and not files.is_remote(source):
+            found["source"] = str((self.folder / source).resolve())
         return dict(found)
 
     @property
@@ -418,7 +421,11 @@ def harvest_to_store(
     )
     with writer, progress_bar(total=num_tokens, unit=" tokens", disable=not progress) as bar:
         writer.check_only_settings()
-        files.write_json(writer.folder / SOURCE_FILE, source_of(harvester, windows))
+        source = source_of(harvester, windows)
+        if source["source"] and not files.is_remote(source["source"]):
+            # Relative: the two may be moved together, and no folder of a user need be named.
+            source["source"] = os.path.relpath(source["source"], writer.folder.resolve())
+        files.write_json(writer.folder / SOURCE_FILE, source)
         bar.update(writer.n_rows)
         number = writer.n_batches
         while number != windows.n_batches and writer.n_rows < (num_tokens or math.inf):

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,6 +139,35 @@ def test_what_is_read_is_said(
     assert "40 documents (8 of them without text)" in said
     assert "8 of 40 documents are held out" in said
     assert re.search(r"4,000 are wanted, so it is read \d+\.\d times", said)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("context_length", 16.0),
+        ("context_length", True),
+        ("context_length", 1),
+        ("context_length", -5),
+        ("windows_per_forward", 0),
+        ("windows_per_forward", "4"),
+        ("corpus_tokens", 1e3),
+        ("corpus_tokens", 0),
+        ("buffer_tokens", -1),
+        ("hold_out", 1),
+        ("hold_out", -0.1),
+        ("hold_out", float("nan")),
+        ("max_norm_multiple", 0),
+        ("data_seed", -1),
+        ("data_seed", 2**64),
+        ("split", "("),
+        ("split", b"x"),
+        ("bos", 1),
+    ],
+)
+def test_settings_that_cannot_be(field: str, value: Any) -> None:
+    """Refused by name when they are made, not after the text has been read."""
+    with pytest.raises(InputError, match=field):
+        DataConfig(**{field: value})
 
 
 def test_what_cannot_be_opened(tales: ModelContext, books: Path) -> None:

@@ -321,7 +321,8 @@ def test_a_store_made_in_python_says_where_it_is_from(
     windows = TokenWindows(training, 16, 4, seed=3)
     harvester = Harvester(tales, "1/mlp.post_act", keep_bos=False)
     store = harvest_to_store("store", harvester, windows)
-    source = files.read_json(store.folder / SOURCE_FILE)
+    assert files.read_json(store.folder / SOURCE_FILE)["source"] == "../books"
+    source = store.record
     assert (source["model"], source["source"]) == ("tiny-tales", str(tmp_path / "books"))
     config = from_dict(DataConfig, source["data"])
     assert (config.split, config.corpus_tokens, config.hold_out) == (r"\. ", 900, 0.25)
@@ -331,7 +332,7 @@ def test_a_store_made_in_python_says_where_it_is_from(
     assert again.source_fingerprint == source["source_fingerprint"]
     by_hand = TokenWindows(random_corpus([40]), 12, 4)
     store = harvest_to_store("by_hand", harvester, by_hand)
-    assert files.read_json(store.folder / SOURCE_FILE)["source"] is None
+    assert store.record["source"] is None
 
 
 @pytest.mark.parametrize(
