@@ -46,7 +46,16 @@ LONGEST_CHAIN = 32
 # The five floors inside ``models/``, under the same rule. The longest prefix that fits counts.
 MODELS = "neuron_explainer.models"
 FLOORS = [
-    ["locations", "config", "tokenizers", "sampling", "devices", "names", "weight_names"]
+    [
+        "locations",
+        "config",
+        "tokenizers",
+        "sampling",
+        "devices",
+        "names",
+        "weight_names",
+        "weight_layouts",
+    ]
     + [f"autoencoders.{part}" for part in ("nonlinearities", "latents", "fista")],
     ["checkpoints"],
     [

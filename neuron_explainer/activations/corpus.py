@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neuron_explainer.errors import InputError, SourceError
+from neuron_explainer.models.tokenizers import start_token_of
 
 Ints = npt.NDArray[np.int64]
 _TOKENS_AT_ONCE = 1 << 20
@@ -202,4 +203,4 @@ def start_token(context: Any) -> int:
     """
     encoding = context.get_encoding()
     bos = getattr(encoding, "bos_token", None)
-    return int(encoding.eot_token if bos is None else bos)
+    return int(start_token_of(encoding) if bos is None else bos)

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from neuron_explainer.activations import DataConfig, TokenBatch, TokenWindows
     from neuron_explainer.activations.data_config import Part
     from neuron_explainer.models.autoencoder import Autoencoder
+    from neuron_explainer.models.language_model import LanguageModel
     from neuron_explainer.models.locations import ActivationLocation
-    from neuron_explainer.models.model_context import HookableModel, ModelContext
+    from neuron_explainer.models.model_context import ModelContext
 
 DEFAULT_MODEL = "tiny-tales"
 
@@ -390,6 +391,6 @@ def _check_split(recorded: Result, config: "DataConfig") -> None:
             )
 
 
-def fitted(autoencoder: "Autoencoder", model: "HookableModel") -> "Autoencoder":
+def fitted(autoencoder: "Autoencoder", model: "LanguageModel") -> "Autoencoder":
     """The autoencoder, frozen, on the model's device and in its dtype."""
     return autoencoder.to(model.device, model.dtype).eval().requires_grad_(False)

@@ -32,8 +32,9 @@ from neuron_explainer.evaluation.running import ByLoss, LossTotals, Reconstructi
 from neuron_explainer.evaluation.spliced_passes import SplicedPasses, scored
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
+from neuron_explainer.models.language_model import LanguageModel
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
-from neuron_explainer.models.model_context import HookableModel, ModelContext
+from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.weight_names import Dimension
 from neuron_explainer.progress import progress_bar
 
@@ -220,7 +221,7 @@ class _Totals:
 
 
 def _means(
-    model: HookableModel,
+    model: LanguageModel,
     locations: Iterable[ActivationLocation],
     batches: Iterable[TokenBatch],
     score_bos: bool,
@@ -235,7 +236,7 @@ def _means(
 
 
 def _add_activations(
-    model: HookableModel,
+    model: LanguageModel,
     batch: TokenBatch,
     totals: Mapping[ActivationLocation, ReconstructionStats],
     score_bos: bool,
@@ -249,7 +250,7 @@ def _add_activations(
 
 
 def _add_batch(
-    model: HookableModel,
+    model: LanguageModel,
     batch: TokenBatch,
     subjects: Mapping[str, Placed],
     totals: Mapping[str, _Totals],

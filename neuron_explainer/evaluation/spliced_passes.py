@@ -13,8 +13,8 @@ from torch import Tensor
 
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.hooks import TransformerHooks
+from neuron_explainer.models.language_model import LanguageModel
 from neuron_explainer.models.locations import ActivationLocation
-from neuron_explainer.models.model_context import HookableModel
 from neuron_explainer.models.transformer import Transformer
 
 _LOGITS = ActivationLocation("logits")
@@ -43,7 +43,7 @@ class SplicedPasses:
 
     def __init__(
         self,
-        model: HookableModel,
+        model: LanguageModel,
         tokens: Tensor,
         pad: Tensor | None,
         locations: Iterable[ActivationLocation],

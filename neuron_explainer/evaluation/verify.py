@@ -19,8 +19,9 @@ from neuron_explainer.evaluation.running import ReconstructionStats
 from neuron_explainer.evaluation.spliced_passes import SplicedPasses
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
+from neuron_explainer.models.language_model import LanguageModel
 from neuron_explainer.models.locations import ActivationLocation
-from neuron_explainer.models.model_context import HookableModel, ModelContext
+from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.weight_names import Dimension, LayerIndex
 
 WORST_FVU = 0.6
@@ -135,7 +136,7 @@ def verify_autoencoder(
 
 
 def _add_window(
-    model: HookableModel, tokens: Tensor, subjects: Sequence[Placed], stats: ReconstructionStats
+    model: LanguageModel, tokens: Tensor, subjects: Sequence[Placed], stats: ReconstructionStats
 ) -> None:
     """Add all tokens ``[1, s]`` but the first."""
     locations = [place for each in subjects for place in (each.source, each.target)]

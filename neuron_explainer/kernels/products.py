@@ -1,27 +1,26 @@
-"""Products with weights by the fastest kernel at hand, and the copies of weights that a generation keeps.
+"""Products with weights, each by the fastest kernel at hand.
 
-``F.linear`` is what a product means, and what runs wherever a gradient is wanted. Where none is, in
-float32 on a CPU, two things are faster and differ from it by rounding alone:
+``F.linear`` defines what a product is, and it runs wherever a gradient is wanted. Where none is wanted,
+in float32 on a CPU, two things are faster. They differ from it by rounding alone:
 
-- oneDNN's own product, with the bias and the activation function in the same pass, for products that
-  are large enough to be worth its set-up. It reads the parameter itself: nothing is kept.
-- In a generation each step multiplies a few rows with every weight, and the layout of the weights in
-  memory decides how long that takes. :class:`WeightCopies` holds them as that wants it: for one row
-  an output's weights side by side, for several in oneDNN's blocks; queries, keys and values as one
-  matrix. For one row a native model's own weights lie so already, and are not copied. (oneDNN's
-  product of one row is faster from them than BLAS's from any layout; its own blocks gain little.)
+- oneDNN's own product, which adds the bias and applies the nonlinearity in the same pass. It pays for
+  products that are large enough (:data:`LARGE`). It reads the parameter itself, so nothing is kept.
+- Within :func:`weight_copies`, copies of the weights in oneDNN's blocked layout, with queries, keys and
+  values as one matrix. A generation multiplies a few rows with every weight at each step, and the layout
+  decides how long that takes: 8 rows through GPT-2 small's weights take 37 ms from blocks, 55 ms from
+  the parameters and 74 ms with ``F.linear``; making the blocks takes 0.3 s. (*Rejected for one row:*
+  30 ms from copies, 32 ms to 38 ms without.)
 
-A copy that differs from its parameter would be silently wrong. So copies serve only
-``Transformer.sample``, are dropped as soon as a parameter is another one or its version has changed,
-and are compared with the weights (:func:`_fingerprint`) at the beginning of each generation, because
-torch does not count changes made through ``.data`` or numpy.
+A copy that differs from its parameter would give wrong results silently. So copies live in one ``with``
+block, whose owner makes sure that nothing in it can change the weights.
 
 Shape legend: ``...`` rows, ``i`` inputs, ``o`` outputs of a linear map.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,32 +29,41 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 LARGE = 2**21
-"""Multiplications from which a product goes to oneDNN: below, its set-up for each new shape shows."""
+"""Number of multiplications from which oneDNN's product is used. Below it, the set-up that oneDNN makes
+for each new shape takes longer than it saves."""
 
 Maps = tuple[nn.Linear, ...]
 """Linear maps that read the same input."""
 
 _After = Literal["none", "gelu", "relu"]
-"""What oneDNN does with a product: GPT-2's GELU; a ReLU, whose value at NaN is 0."""
+"""What oneDNN applies to a product: nothing, GPT-2's GELU, or a ReLU (whose value at NaN is 0)."""
 
 
 def _operator(name: str) -> Any:
-    """One of torch's oneDNN operators, or None: they are no public interface and may go."""
+    """One of torch's oneDNN operators; None if this torch lacks it (they are no public interface)."""
     try:
-        return getattr(torch.ops.mkldnn, name)
+        return getattr(torch.ops.mkldnn, name) if torch._C._has_mkldnn else None
     except (AttributeError, RuntimeError):
         return None
 
 
-_product = _operator("_linear_pointwise") if torch._C._has_mkldnn else None
-_pack = _operator("_reorder_linear_weight") if _product is not None else None
+_onednn_product = _operator("_linear_pointwise")
+_onednn_blocks = _operator("_reorder_linear_weight")
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
-    """``F.linear(x, weight, bias)``, and its ReLU: ``[..., i], [o, i], [o] -> [..., o]``."""
-    onednn = _is_plain(x, weight, bias) and _is_large(x, weight)
-    # oneDNN's ReLU of NaN is 0. Looking for what could become NaN reads the weights once: it pays
-    # where there are more results than weights, which a ReLU apart would read and write once more.
+def _has_onednn() -> bool:
+    """Whether oneDNN is there and switched on (``torch.backends.mkldnn.flags`` switches it off)."""
+    there = _onednn_product is not None and _onednn_blocks is not None
+    return there and bool(torch.backends.mkldnn.enabled)
+
+
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, large: int = LARGE
+) -> Tensor:
+    """``F.linear(x, weight, bias)``, with a ReLU if asked: ``[..., i], [o, i], [o] -> [..., o]``."""
+    onednn = _is_plain(x, weight, bias) and _is_large(x, weight, large)
+    # oneDNN's ReLU of NaN is 0. Ruling NaN out reads the weights once. That pays if there are more
+    # results than weights, because a separate ReLU reads and writes the results once more.
     many = x.numel() > weight.shape[1] ** 2
     if relu and onednn and many and _stays_finite(x, weight, bias):
         return _multiply(x, weight, bias, onednn, "relu")
@@ -63,67 +71,123 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) 
     return result.relu_() if relu else result
 
 
-def _stays_finite(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether no partial sum of the product can overflow, in whatever order they are added."""
-    largest = [
-        float(torch.linalg.vector_norm(tensor, ord=torch.inf))
-        for tensor in (x, weight, bias)
-        if tensor is not None
-    ]
-    bound = weight.shape[1] * largest[0] * largest[1] + sum(largest[2:])
-    return bound < 2.0**126  # which NaN is not
+def linear(x: Tensor, layer: nn.Linear, gelu: bool = False) -> Tensor:
+    """``layer(x)``, with GPT-2's GELU if asked: ``[..., i] -> [..., o]``."""
+    return _linears(x, (layer,), "gelu" if gelu else "none")[0]
 
 
-def linear(
-    x: Tensor, layer: nn.Linear, copies: "WeightCopies | None" = None, gelu: bool = False
-) -> Tensor:
-    """``layer(x)``, and GPT-2's GELU of it: ``[..., i] -> [..., o]``."""
-    return _linears(x, (layer,), copies, "gelu" if gelu else "none")[0]
+def linears(x: Tensor, layers: Maps) -> Sequence[Tensor]:
+    """Each layer's result for the same input: ``[..., i] -> [..., o]`` each."""
+    return _linears(x, layers, "none")
 
 
-def linears(x: Tensor, layers: Maps, copies: "WeightCopies | None" = None) -> Sequence[Tensor]:
-    """Each layer of the same input: ``[..., i] -> [..., o]`` each."""
-    return _linears(x, layers, copies, "none")
+@contextmanager
+def weight_copies(n_rows: int) -> Iterator[None]:
+    """Within this block :func:`linear` and :func:`linears` multiply with copies of the weights.
+
+    Each copy is made when its layer is first used, and all are dropped at the end. Nothing may change
+    the weights in between: what is computed would not follow. Only this thread is affected.
+
+    Args:
+        n_rows: how many rows most products have.
+    """
+    token = _copies.set(_Copies(n_rows) if _has_onednn() else None)
+    try:
+        yield
+    finally:
+        _copies.reset(token)
 
 
-def _linears(
-    x: Tensor, layers: Maps, copies: "WeightCopies | None", after: _After
-) -> Sequence[Tensor]:
-    if not all(_without_gradient(x, layer) for layer in layers):
-        results = [layer(x) for layer in layers]
-        if after == "gelu":
-            return [F.gelu(result, approximate="tanh") for result in results]
-        return results
-    copy = None if copies is None else copies.of(layers, x.numel() // x.shape[-1])
-    if copy is not None:
-        result = _multiply(x, copy.weight, copy.bias, True, after)
-        return torch.split(result, copy.sizes, dim=-1) if len(layers) > 1 else [result]
+def _linears(x: Tensor, layers: Maps, after: _After) -> Sequence[Tensor]:
+    if not all(_is_unobserved(x, layer) for layer in layers):
+        return _plain(x, layers, after)
+    copies = _copies.get()
+    return _products(x, layers, after) if copies is None else copies.products(x, layers, after)
+
+
+def _plain(x: Tensor, layers: Maps, after: _After) -> Sequence[Tensor]:
+    """By torch's modules and functions, which everything that torch offers can follow."""
+    results = [layer(x) for layer in layers]
+    if after == "gelu":
+        return [F.gelu(result, approximate="tanh") for result in results]
+    return results
+
+
+def _products(x: Tensor, layers: Maps, after: _After) -> Sequence[Tensor]:
+    """From the parameters themselves."""
     joined = _joined(layers)
     if joined is not None:
         result = _multiply(x, joined, _joined_bias(layers), _is_large(x, joined), after)
-        return torch.split(result, [layer.out_features for layer in layers], dim=-1)
+        return _split(result, layers)
     return [
         _multiply(x, layer.weight, layer.bias, _is_large(x, layer.weight), after)
         for layer in layers
     ]
 
 
-def _is_large(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN has an advantage; it is very slow with a weight that is a part of a matrix."""
+class _Copy(NamedTuple):
+    """The weights of several maps in oneDNN's blocks, ``[o, i]`` of all maps together, and their bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class _Copies:
+    """Copies of weights for products of about ``n_rows`` rows."""
+
+    def __init__(self, n_rows: int) -> None:
+        self._n_rows = n_rows
+        self._made: dict[Maps, _Copy] = {}
+
+    def products(self, x: Tensor, layers: Maps, after: _After) -> Sequence[Tensor]:
+        """From copies."""
+        if layers not in self._made:
+            self._made[layers] = self._make(layers)
+        weight, bias = self._made[layers]
+        return _split(_multiply(x, weight, bias, True, after), layers)
+
+    def _make(self, layers: Maps) -> _Copy:
+        weight: Tensor = layers[0].weight
+        bias: Tensor | None = layers[0].bias
+        if len(layers) > 1:
+            weight, bias = torch.cat([layer.weight for layer in layers]), _joined_bias(layers)
+        return _Copy(_onednn_blocks(weight.detach(), self._n_rows), bias)
+
+
+_copies: ContextVar[_Copies | None] = ContextVar("copies of weights", default=None)
+
+
+def _split(result: Tensor, layers: Maps) -> Sequence[Tensor]:
+    if len(layers) == 1:
+        return [result]
+    return torch.split(result, [layer.out_features for layer in layers], dim=-1)
+
+
+def _multiply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool, after: _After
+) -> Tensor:
+    if onednn and _has_onednn():
+        algorithm = "tanh" if after == "gelu" else ""
+        result: Tensor = _onednn_product(x, weight, bias, after, [], algorithm)
+        return result
+    result = F.linear(x, weight, bias)
+    # In place: nothing else has seen the result.
+    return torch.ops.aten.gelu_(result, approximate="tanh") if after == "gelu" else result
+
+
+def _is_large(x: Tensor, weight: Tensor, large: int = LARGE) -> bool:
+    """Whether oneDNN has an advantage. It is very slow if the weight is a part of a larger matrix."""
     dense = weight.is_contiguous() or weight.t().is_contiguous()
-    return dense and x.numel() * weight.shape[0] >= LARGE
+    return dense and x.numel() * weight.shape[0] >= large
 
 
 def _joined(layers: Maps) -> Tensor | None:
-    """The matrix ``[o, i]`` of all weights together, where they are columns of one ``[i, o]`` in memory.
+    """The matrix ``[o, i]`` of all weights, if they are neighbouring columns of one ``[i, o]`` in memory.
 
-    So are Hugging Face's queries, keys and values when a model was loaded from such a folder.
+    Queries, keys and values of a model that was loaded from a Hugging Face folder are. None if not.
     """
-    first, n_out, n_in = (
-        layers[0].weight,
-        sum(m.out_features for m in layers),
-        layers[0].in_features,
-    )
+    first, n_in = layers[0].weight, layers[0].in_features
+    n_out = sum(layer.out_features for layer in layers)
     start = first.storage_offset()
     for layer in layers:
         weight = layer.weight
@@ -143,19 +207,19 @@ def _joined_bias(layers: Maps) -> Tensor | None:
     return torch.cat([layer.bias for layer in layers])
 
 
-def _multiply(
-    x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool, after: _After
-) -> Tensor:
-    if onednn and _product is not None:
-        algorithm = "tanh" if after == "gelu" else ""
-        return _product(x, weight, bias, after, [], algorithm)  # type: ignore[no-any-return]
-    result = F.linear(x, weight, bias)
-    # In place: no one else has seen it.
-    return torch.ops.aten.gelu_(result, approximate="tanh") if after == "gelu" else result
+def _stays_finite(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether no partial sum of the product can overflow, in whatever order they are added."""
+    largest = [
+        float(torch.linalg.vector_norm(tensor, ord=torch.inf))
+        for tensor in (x, weight, bias)
+        if tensor is not None
+    ]
+    bound = weight.shape[1] * largest[0] * largest[1] + sum(largest[2:])
+    return bound < 2.0**126  # False for NaN
 
 
-def _without_gradient(x: Tensor, layer: nn.Linear) -> bool:
-    """Whether a map is a plain product, in which no one is interested but for its result."""
+def _is_unobserved(x: Tensor, layer: nn.Linear) -> bool:
+    """Whether nothing observes this layer: no gradient, no module hook, no patched ``forward``."""
     return (
         type(layer) is nn.Linear
         and _is_plain(x, layer.weight, layer.bias)
@@ -164,7 +228,7 @@ def _without_gradient(x: Tensor, layer: nn.Linear) -> bool:
 
 
 def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether these are float32 numbers on a CPU, without gradient, and torch does nothing more with them."""
+    """Whether these are plain float32 tensors on a CPU, without gradient and without any torch mode."""
     return (
         type(x) is Tensor
         and x.dtype is torch.float32 is weight.dtype
@@ -181,7 +245,7 @@ def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether torch traces, transforms or casts what is computed now, or someone counts operators."""
+    """Whether torch traces, transforms, casts or counts what is computed now."""
     return bool(
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -192,116 +256,3 @@ def is_transformed() -> bool:
         or torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
     )
-
-
-@dataclass(frozen=True, eq=False)
-class _Copy:
-    """The weights of some maps in another layout, and what tells that they are still those."""
-
-    weight: Tensor
-    """``[o, i]`` of all maps together; contiguous, or in oneDNN's blocks."""
-    bias: Tensor | None
-    sizes: list[int]
-    """Outputs of each map."""
-    parameters: list[tuple[nn.Linear, Tensor, int, int]]
-    """Of each weight and bias: its map, itself, its version and address."""
-    fingerprints: list[Tensor] = field(default_factory=list)
-    """Of each parameter that was copied; one that is used itself cannot differ from itself."""
-
-    def has_these(self, layers: Maps) -> bool:
-        """Whether these are the maps, with their parameters unchanged as far as torch counts."""
-        return all(
-            (parameter is layer.weight or parameter is layer.bias)
-            and parameter._version == version
-            and parameter.data_ptr() == address
-            for layer, parameter, version, address in self.parameters
-        ) and sum(1 + (layer.bias is not None) for layer in layers) == len(self.parameters)
-
-    def copied(self) -> list[Tensor]:
-        """The parameters whose numbers are kept here once more."""
-        used = {x.data_ptr() for x in (self.weight, self.bias) if x is not None and not x.is_mkldnn}
-        return [parameter for _, parameter, _, address in self.parameters if address not in used]
-
-
-class WeightCopies:
-    """Copies of a model's weights for steps of a generation, each made when it is first used.
-
-    Args:
-        single: whether a step has one row; else several.
-    """
-
-    def __init__(self, single: bool) -> None:
-        self.single = single
-        self._copies: dict[Maps, _Copy] = {}
-
-    def of(self, layers: Maps, n_rows: int) -> _Copy | None:
-        """The copy for a product of so many rows; None: the parameters themselves do."""
-        if _product is None or (self.single and n_rows > 1):
-            return None
-        if any(p.is_inference() for p in _parameters(layers)):
-            return None
-        copy = self._copies.get(layers)
-        if copy is None or not copy.has_these(layers):
-            copy = self._copies[layers] = _copied(layers, self.single, n_rows)
-        return copy
-
-    def drop_stale(self) -> None:
-        """Drop each copy whose parameters are not what they were, whoever changed them."""
-        self._copies = {
-            layers: copy
-            for layers, copy in self._copies.items()
-            if copy.has_these(layers)
-            and all(map(_same_bits, map(_fingerprint, copy.copied()), copy.fingerprints))
-        }
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the copies take."""
-        return sum(
-            copy.weight.numel() * copy.weight.element_size()
-            for copy in self._copies.values()
-            if copy.copied()
-        )
-
-
-def _parameters(layers: Maps) -> list[Tensor]:
-    return [
-        parameter
-        for layer in layers
-        for parameter in (layer.weight, layer.bias)
-        if parameter is not None
-    ]
-
-
-@torch.no_grad()
-def _copied(layers: Maps, single: bool, n_rows: int) -> _Copy:
-    weight: Tensor = layers[0].weight
-    bias: Tensor | None = layers[0].bias
-    if len(layers) > 1:
-        weight, bias = torch.cat([layer.weight for layer in layers]), _joined_bias(layers)
-    weight = weight.contiguous() if single or _pack is None else _pack(weight, n_rows)
-    copy = _Copy(
-        weight,
-        bias,
-        [layer.out_features for layer in layers],
-        [(layer, p, p._version, p.data_ptr()) for layer in layers for p in _parameters((layer,))],
-    )
-    copy.fingerprints.extend(map(_fingerprint, copy.copied()))
-    return copy
-
-
-def _fingerprint(parameter: Tensor) -> Tensor:
-    """A vector that a change of any element changes: ``[o, i] -> [i]``, at the cost of one reading.
-
-    A weighted sum of the rows. A change so small that it is lost in rounding here is lost in the
-    product that the copy is for.
-    """
-    values = parameter.detach()
-    if values.dim() < 2:
-        return values.clone()
-    weights = torch.arange(values.shape[0], dtype=torch.float32).mul_(0.618034).frac_().add_(0.5)
-    return torch.mv(values.t(), weights)
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(torch.int32), b.view(torch.int32))

@@ -392,15 +392,7 @@ def _sizes_of(model: HasSizes | HasConfig | TransformerConfig) -> Callable[[Dime
         return model.get_dim_size
     else:
         cfg = model.cfg
-    return {
-        Dimension.LAYERS: cfg.n_layers,
-        Dimension.RESIDUAL_STREAM_CHANNELS: cfg.d_model,
-        Dimension.MLP_ACTS: cfg.d_ff,
-        Dimension.ATTN_HEADS: cfg.n_heads,
-        Dimension.QUERY_AND_KEY_CHANNELS: cfg.d_head_qk,
-        Dimension.VALUE_CHANNELS: cfg.d_head_v,
-        Dimension.VOCAB_SIZE: cfg.n_vocab,
-    }.__getitem__
+    return cfg.sizes.__getitem__
 
 
 # ---- weights -----------------------------------------------------------------------------------------

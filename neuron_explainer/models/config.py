@@ -1,4 +1,4 @@
-"""The sizes of a transformer: the seven fields of the original, and three that other files need."""
+"""The sizes of a transformer: seven fields of the original, and three that other checkpoints need."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -6,11 +6,12 @@ from typing import Any, Literal, Self
 
 from neuron_explainer import files
 from neuron_explainer.errors import CheckpointError, InputError
+from neuron_explainer.models.weight_names import Dimension
 from neuron_explainer.settings.fields import check_types, read_fields
 
 Activation = Literal["gelu_tanh", "gelu", "relu"]
 
-# Far beyond any model: it must not take minutes to refuse a damaged file.
+# Far beyond any model, so that a damaged file is refused at once and not after minutes.
 _LARGEST = {
     "ctx_window": 2**31 - 1,
     "d_model": 2**31 - 1,
@@ -29,7 +30,7 @@ class SerializableDataclass:
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> Self:
-        """The inverse of :meth:`to_dict`; an unknown or missing field is an error that names it."""
+        """The inverse of :meth:`to_dict`. A CheckpointError names unknown or missing fields."""
         return read_fields(cls, d, cls.__name__, error=CheckpointError)
 
     def save(self, path: str | Path) -> None:
@@ -47,8 +48,8 @@ class SerializableDataclass:
 def _require_json(path: str | Path) -> None:
     if Path(path).suffix != ".json":
         raise CheckpointError(
-            f"{path}: configs are .json files; pickled configs (.pkl, .pickle) are refused because "
-            "reading one can run any code. Open it where it was made and save it as .json."
+            f"{path}: expected a .json file. Pickled configs (.pkl, .pickle) are refused, because "
+            "reading one can run any code: open it where it was made and save it as .json."
         )
 
 
@@ -71,7 +72,7 @@ class TransformerConfig(SerializableDataclass):
     m_mlp: float = 4
     """Width of the MLP as a multiple of ``d_model``."""
     n_vocab: int = 50257
-    """Rows of the embedding; there may be more than tokens (padded vocabularies)."""
+    """Rows of the embedding. There may be more than the tokenizer knows (padded vocabularies)."""
     activation: Activation = "gelu_tanh"
     """The MLP's nonlinearity; GPT-2's is the tanh approximation of GELU."""
     norm_eps: float = 1e-5
@@ -99,7 +100,7 @@ class TransformerConfig(SerializableDataclass):
                 f"divisible by n_heads {self.n_heads}."
             )
 
-    # 1e-6: m_mlp may be a quotient (3000 / 1280) whose product falls just short of the whole number.
+    # 1e-6: m_mlp may be a quotient (3000 / 1280) whose product is just below the whole number.
     @property
     def d_ff(self) -> int:
         """Width of the MLP."""
@@ -124,3 +125,17 @@ class TransformerConfig(SerializableDataclass):
     def d_head_v(self) -> int:
         """Width of one head's values."""
         return self.d_attn_v // self.n_heads
+
+    @property
+    def sizes(self) -> dict[Dimension, int]:
+        """The length of each axis."""
+        return {
+            Dimension.MAX_CONTEXT_LENGTH: self.ctx_window,
+            Dimension.RESIDUAL_STREAM_CHANNELS: self.d_model,
+            Dimension.VOCAB_SIZE: self.n_vocab,
+            Dimension.ATTN_HEADS: self.n_heads,
+            Dimension.QUERY_AND_KEY_CHANNELS: self.d_head_qk,
+            Dimension.VALUE_CHANNELS: self.d_head_v,
+            Dimension.MLP_ACTS: self.d_ff,
+            Dimension.LAYERS: self.n_layers,
+        }

@@ -1,24 +1,51 @@
-"""What captures and generation have in common, whatever the model: inputs, loop, results.
+"""The base class of both kinds of model, with everything that they have in common.
+
+:class:`LanguageModel` holds the calls and checks that do not depend on how a model computes:
+prompts, captures, sampling, and what is refused.
 
 Shape legend: ``b`` batch, ``s`` sequence, ``v`` vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from neuron_explainer.errors import HookError, InputError, NeuronExplainerError
+from neuron_explainer.errors import (
+    HookError,
+    InputError,
+    LocationError,
+    NeuronExplainerError,
+    did_you_mean,
+)
+from neuron_explainer.models.devices import Device
 from neuron_explainer.models.hooks import NO_HOOKS, AtLayers, HookNode, TransformerHooks
-from neuron_explainer.models.locations import ActivationLocation, LocationLike
-from neuron_explainer.models.sampling import Device, prep_input_and_pad, sample_from_logits
+from neuron_explainer.models.kv_cache import State
+from neuron_explainer.models.locations import ActivationLocation, LocationLike, parse_locations
+from neuron_explainer.models.sampling import (
+    check_sampling_settings,
+    prep_input_and_pad,
+    prep_pos_from_pad_and_prev_lens,
+    sample_from_logits,
+)
+from neuron_explainer.models.weight_names import Dimension
 
 Encode = Callable[[str], list[int]]
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+"""Text, token ids, or a list of either."""
+Step = Callable[[Tensor, Tensor], Tensor]
+"""Takes the next tokens and their pad mask ``[b, s]``; returns the logits ``[b, v]`` after the last."""
+
+logger = logging.getLogger(__name__)
 
 
 class Activations(dict[ActivationLocation, Tensor]):
-    """What :meth:`Transformer.capture` returns: ``{location: tensor}``; text names a location too."""
+    """What :meth:`LanguageModel.capture` returns: ``{location: tensor}``. Keys may also be text."""
 
     def __init__(self, tokens: Tensor, pad: Tensor | None) -> None:
         super().__init__()
@@ -48,15 +75,15 @@ class Activations(dict[ActivationLocation, Tensor]):
 class Sample(dict[str, Any]):
     """What ``sample`` returns: ``{"tokens": list[list[int]], "strings": list[str]}``.
 
-    Token ids need no vocabulary: where it cannot be had, ``strings`` is missing, and asking for it says
-    why.
+    Token ids need no vocabulary. If the vocabulary is not available, ``strings`` is missing, and asking
+    for it raises the error that says why.
     """
 
     reason: NeuronExplainerError | None = None
 
     @classmethod
     def of(cls, tokens: list[list[int]], decode: Callable[[], list[str]]) -> Self:
-        """The tokens, and their text if it can be had."""
+        """The tokens, and their text if it is available."""
         sample = cls(tokens=tokens)
         try:
             sample["strings"] = decode()
@@ -70,14 +97,290 @@ class Sample(dict[str, Any]):
         raise KeyError(key)
 
 
-def prompts_to_ids(
-    prompts: Any, encode: Encode, start: Sequence[int] = ()
-) -> tuple[list[list[int]], bool]:
-    """Prompts in any accepted form as lists of ids, and whether they were text.
+class LanguageModel(ABC):
+    """A causal language model with hooks: what our own and Hugging Face's models both promise.
+
+    - Hooks are given to a call, and the model keeps none. A tree with hooks for layers or places that
+      this model lacks is refused.
+    - Each row of a padded batch gets the result that it has alone.
+    - ``model(tokens, H)`` continues from the state ``H`` of an earlier call. If a call raises, ``H`` is
+      as it was before. The state of a model of other sizes is refused.
+    """
+
+    sizes: Mapping[Dimension, int]
+    """Length of each axis. A size that this model does not have is absent."""
+
+    # --- what each kind of model defines ---
+
+    @abstractmethod
+    def __call__(
+        self,
+        tokens: "Tensor | Prompts",
+        H: Any = None,
+        pad: Tensor | None = None,
+        hooks: TransformerHooks | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Logits ``[b, s, v]`` and the state to continue from."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What the model is called in errors."""
+
+    @property
+    @abstractmethod
+    def paths(self) -> Sequence[str]:
+        """The hook paths that this model has, in the order of a forward pass."""
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]:
+        """The tokens of a text."""
+
+    @abstractmethod
+    def _decode(self, ids: list[int]) -> str:
+        """The text of tokens that continue another text."""
+
+    @abstractmethod
+    def _start_token(self) -> int:
+        """The start token; an InputError with a way out if the model has none."""
+
+    @abstractmethod
+    def _run_until(
+        self,
+        wanted: list[ActivationLocation],
+        tokens: Tensor,
+        pad: Tensor | None,
+        hooks: TransformerHooks,
+    ) -> None:
+        """Run a pass that ends after the last of the places in ``wanted``."""
+
+    @abstractmethod
+    def _generation(
+        self, n_rows: int, prompt_length: int, num_tokens: int, hooks: TransformerHooks | None
+    ) -> AbstractContextManager[Step]:
+        """A context in which one generation runs; its value computes the next logits."""
+
+    # --- sizes ---
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers."""
+        return self.sizes[Dimension.LAYERS]
+
+    @property
+    def n_vocab(self) -> int:
+        """Number of rows of the embedding; may be more than the tokenizer knows."""
+        return self.sizes[Dimension.VOCAB_SIZE]
+
+    @property
+    def _context(self) -> int | None:
+        """The most tokens that a row may have; None if there is no limit."""
+        return self.sizes.get(Dimension.MAX_CONTEXT_LENGTH)
+
+    # --- prompts ---
+
+    def prompt_ids(self, prompts: Prompts, bos: bool | int = False) -> list[list[int]]:
+        """Token ids of prompts in any form that :meth:`sample` takes, after the start token if asked."""
+        start = [] if bos is False else [self._bos_id(bos)]
+        return prompts_to_ids(prompts, self._encode, start)
+
+    def to_batch(
+        self, tokens: Tensor | Prompts, pad: Tensor | None = None, bos: bool | int = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Token ids ``[b, s]`` and their pad mask: prompts are padded on the right, a tensor stays."""
+        if not isinstance(tokens, Tensor):
+            if pad is not None:
+                raise InputError(
+                    "pad belongs to tokens that are a tensor. Prompts are padded here: leave pad out."
+                )
+            return prep_input_and_pad(self.prompt_ids(tokens, bos), "right", self.device)
+        if bos is False:
+            return tokens, pad
+        check_tokens(tokens, pad, self.n_vocab)
+        return prepend(tokens, pad, self._bos_id(bos))
+
+    def _bos_id(self, bos: bool | int) -> int:
+        if not isinstance(bos, int):
+            raise InputError(f"bos must be True, False or a token id, found {bos!r}.")
+        return self._start_token() if bos is True else bos
+
+    # --- checks that begin every call ---
+
+    def require(self, path: str) -> None:
+        """Raise a LocationError unless this model has the hook path."""
+        if path not in self.paths:
+            raise LocationError(
+                f"{self.name} has no {path!r}.{did_you_mean(path, self.paths)} "
+                f"It has: {', '.join(self.paths)}."
+            )
+
+    def _check_hooks(self, hooks: object) -> None:
+        """Refuse what is no tree for a whole model, and hooks for places that this model lacks."""
+        if not isinstance(hooks, TransformerHooks):
+            found = repr(hooks) if isinstance(hooks, HookNode) else type(hooks).__name__
+            raise HookError(
+                "hooks must be a TransformerHooks tree, such as `TransformerHooks().append_at("
+                f"'3/mlp.post_act', hook)`, found {found}."
+            )
+        hooks.check_layers(self.n_layers)
+        for path, leaf in hooks.leaves():
+            if not leaf.is_empty():
+                self.require(path.rpartition(".")[0])
+
+    def _advance(self, tokens: Tensor, H: State, pad: Tensor | None) -> Tensor | None:
+        """Check the tokens of a call, and note in ``H`` their positions and the new lengths of the rows.
+
+        Returns:
+            The pad mask ``[b, s]``; None if nothing is padded.
+        """
+        check_tokens(tokens, pad, self.n_vocab)
+        if self.dtype is torch.float16 and tokens.is_cpu:
+            _say_that_float16_is_slow()
+        if isinstance(H.prev_lens, Tensor) and len(H.prev_lens) != len(tokens):
+            raise InputError(
+                f"H holds a batch of {len(H.prev_lens)} rows, tokens one of {len(tokens)}."
+            )
+        if pad is not None and not pad.any():
+            pad = None
+        if pad is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            positions = positions + H.prev_lens
+            lens = tokens.new_full((tokens.shape[0], 1), tokens.shape[1])
+        else:
+            positions = prep_pos_from_pad_and_prev_lens(pad, H.prev_lens)
+            lens = (~pad).sum(dim=-1, keepdim=True)
+        lens = lens + H.prev_lens
+        if self._context is not None:
+            if (longest := int(lens.max())) > self._context:
+                raise InputError(
+                    f"a row would have {longest} tokens, more than the context of {self._context}."
+                )
+            # A pad after a full context would have one position too many; pads may have any.
+            positions = positions.clamp(max=self._context - 1)
+        H.positions, H.prev_lens = positions, lens
+        return pad
+
+    # --- looking and sampling ---
+
+    def capture(
+        self,
+        tokens: Tensor | Prompts,
+        locations: LocationLike | Sequence[LocationLike],
+        pad: Tensor | None = None,
+        hooks: TransformerHooks | None = None,
+        bos: bool | int = False,
+    ) -> Activations:
+        """The activations at any set of locations, from one forward pass.
+
+        The pass stops after the last layer needed. Values are those after ``hooks``. They are not
+        copies, but nothing changes them afterwards. Use ``torch.no_grad()`` if you want no gradient.
+
+        Args:
+            tokens: ids ``[b, s]``, or prompts as :meth:`sample` takes them (padded on the right).
+            locations: such as ``"3/mlp.post_act"``; without a layer it means every layer.
+            pad: pad mask ``[b, s]``, if tokens are a tensor.
+            hooks: what to replace on the way.
+            bos: prepend the start token (True: the tokenizer's; or a token id). It is then position 0
+                of everything returned.
+
+        Returns:
+            ``{location: tensor}``, with the tokens and their pad mask as attributes.
+        """
+        if hooks is not None:
+            self._check_hooks(hooks)
+        tokens, pad = self.to_batch(tokens, pad, bos)
+        wanted = [
+            place
+            for location in parse_locations(locations)
+            for place in location.expand(self.n_layers)
+        ]
+        for place in wanted:
+            self.require(place.path)
+        found = Activations(tokens, pad)
+        self._run_until(wanted, tokens, pad, _with_recorder(hooks, wanted, found))
+        return found
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Prompts,
+        num_tokens: int = 5,
+        temperature: float = 1.0,
+        top_p: float | None = None,
+        hooks: TransformerHooks | None = None,
+        *,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        stop: int | str | Sequence[int | str] | None = None,
+        bos: bool | int = False,
+    ) -> Sample:
+        """Continue each prompt by up to ``num_tokens`` tokens.
+
+        Args:
+            prompts: text, token ids, or a list of either, of any lengths.
+            temperature: 0 takes the likeliest token each time.
+            top_p: draw from the nucleus only
+                (:func:`~neuron_explainer.models.sampling.nucleus_sample`); None or 1: from all tokens.
+            hooks: run at every step on the new tokens; ``positions`` tells a hook which they are.
+                Hooks on keys and values see all tokens so far.
+            top_k: draw from the ``top_k`` likeliest only.
+            generator: makes the draws. Or give ``seed`` for a new one. Default: torch's global one.
+            stop: tokens that end a row, as ids or as text such as ``"<|endoftext|>"``. They are not
+                returned. None: each row gets exactly ``num_tokens``.
+            bos: prepend the start token (True: the tokenizer's; or a token id).
+
+        Returns:
+            ``{"tokens": list[list[int]], "strings": list[str]}``: the new tokens of each prompt.
+        """
+        check_sampling_settings(num_tokens, temperature, top_k, top_p)
+        if hooks is not None:
+            self._check_hooks(hooks)
+        ids = self.prompt_ids(prompts, bos)
+        longest = max(map(len, ids))
+        if self._context is not None and longest + num_tokens - 1 > self._context:
+            raise InputError(
+                f"the longest prompt has {longest} tokens; with num_tokens={num_tokens} that is more "
+                f"than the context of {self._context} holds (the last token is not read)."
+            )
+        generator = _make_generator(generator, seed, self.device)
+        choose = functools.partial(
+            sample_from_logits,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generator,
+        )
+        stops = _stops_to_ids(stop, self._encode)
+        with self._generation(len(ids), longest, num_tokens, hooks) as step:
+            rows = _generate(step, ids, num_tokens, choose, stops, self.device)
+        return Sample.of(rows, lambda: [self._decode(row) for row in rows])
+
+
+@functools.cache  # once a process
+def _say_that_float16_is_slow() -> None:
+    logger.warning(
+        "A model in float16 is slow on a CPU (about five times slower than in float32). Load it with "
+        "dtype=torch.float32, or convert it with model.float()."
+    )
+
+
+def prompts_to_ids(prompts: Any, encode: Encode, start: Sequence[int] = ()) -> list[list[int]]:
+    """Prompts in any accepted form as lists of token ids.
 
     Args:
         prompts: text, token ids, or a list of either.
-        encode: text to token ids.
+        encode: turns text into token ids.
         start: tokens to put before each prompt.
     """
     if not isinstance(prompts, str | Sequence):
@@ -101,10 +404,10 @@ def prompts_to_ids(
             f"prompt {empty[0]} has no tokens; give it at least one, or bos=True to start from "
             "the start token."
         )
-    return ids, is_text
+    return ids
 
 
-def stops_to_ids(stop: int | str | Sequence[int | str] | None, encode: Encode) -> list[int]:
+def _stops_to_ids(stop: int | str | Sequence[int | str] | None, encode: Encode) -> list[int]:
     """The tokens that end a row, given as ids or as text of one token each."""
     if stop is not None and not isinstance(stop, int | str | Sequence):
         raise InputError(f"stop must be tokens, as ids or as text, found {stop!r}.")
@@ -120,7 +423,7 @@ def stops_to_ids(stop: int | str | Sequence[int | str] | None, encode: Encode) -
 
 
 def prepend(tokens: Tensor, pad: Tensor | None, start: int) -> tuple[Tensor, Tensor | None]:
-    """A column of start tokens in front; pads may follow it, since they take no position."""
+    """Put a column of start tokens in front. Pads may follow it, since they take no position."""
     tokens = torch.cat([tokens.new_full((tokens.shape[0], 1), start), tokens], dim=1)
     if pad is not None:
         pad = torch.cat([pad.new_zeros(pad.shape[0], 1), pad], dim=1)
@@ -128,7 +431,7 @@ def prepend(tokens: Tensor, pad: Tensor | None, start: int) -> tuple[Tensor, Ten
 
 
 def check_tokens(tokens: Any, pad: Any, n_vocab: int) -> None:
-    """Refuse tokens that would index outside the embedding, with the numbers."""
+    """Refuse tokens that are no batch of ids below ``n_vocab``, and a pad mask that does not fit."""
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.long or tokens.dim() != 2:
         found = (
             f"{tokens.dtype} {list(tokens.shape)}"
@@ -152,32 +455,21 @@ def check_tokens(tokens: Any, pad: Any, n_vocab: int) -> None:
         )
 
 
-def check_hooks(hooks: object, n_layers: int) -> None:
-    """Refuse what is not a tree for a whole model, or has hooks for layers that this one lacks."""
-    if not isinstance(hooks, TransformerHooks):
-        found = repr(hooks) if isinstance(hooks, HookNode) else type(hooks).__name__
-        raise HookError(
-            "hooks must be a TransformerHooks tree, such as `TransformerHooks().append_at("
-            f"'3/mlp.post_act', hook)`, found {found}."
-        )
-    hooks.check_layers(n_layers)
-
-
-def make_generator(
+def _make_generator(
     generator: torch.Generator | None, seed: int | None, device: Device
 ) -> torch.Generator | None:
-    """The one of the two that was given; None: torch's global generator."""
+    """The generator that was given, or a new one with the seed; None: torch's global generator."""
     if seed is None:
         return generator
     if generator is not None:
         raise InputError("give generator or seed, not both.")
-    if not isinstance(seed, int):
-        raise InputError(f"seed must be a whole number, found {seed!r}.")
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise InputError(f"seed must be a whole number of at most 64 bits, found {seed!r}.")
     return torch.Generator(device).manual_seed(seed)
 
 
-def generate(
-    step: Callable[[Tensor, Tensor], Tensor],
+def _generate(
+    step: Step,
     ids: Sequence[Sequence[int]],
     num_tokens: int,
     choose: Callable[[Tensor], Tensor],
@@ -187,8 +479,7 @@ def generate(
     """The new tokens of each row; a row ends before the first of its ``stops``.
 
     Args:
-        step: of tokens and their pad mask ``[b, s]`` that come after those of the step before, the
-            logits ``[b, v]`` after the last one. The first step's pads are on the left.
+        step: computes the next logits. In its first call the pads are on the left.
         choose: ``[b, v] -> [b]``.
     """
     tokens, pad = prep_input_and_pad(ids, "left", device)
@@ -205,29 +496,15 @@ def generate(
     return [[i for i in row if i >= 0] for row in torch.stack(new, dim=1).tolist()]
 
 
-def chooser(
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-) -> Callable[[Tensor], Tensor]:
-    """:func:`~neuron_explainer.models.sampling.sample_from_logits` with its settings fixed."""
-
-    def choose(logits: Tensor) -> Tensor:
-        return sample_from_logits(logits, temperature, top_k, top_p, generator)
-
-    return choose
-
-
-def with_recorder(
+def _with_recorder(
     hooks: TransformerHooks | None, wanted: list[ActivationLocation], found: Activations
 ) -> TransformerHooks:
-    """A copy of ``hooks`` whose last ones keep what passes at the ``wanted`` places in ``found``."""
+    """A copy of ``hooks`` whose last hooks put what passes at the ``wanted`` places into ``found``."""
     hooks = (NO_HOOKS if hooks is None else hooks).copy()
     for path in dict.fromkeys(place.path for place in wanted):
 
         def keep(x: Tensor, layer: int | None, path: str = path) -> Tensor:
-            # The first: with recomputation, layers run again in the backward pass.
+            # The first value: with recomputation, layers run again in the backward pass.
             found.setdefault(ActivationLocation(path, layer), x)
             return x
 

@@ -8,9 +8,9 @@ Shape legend: ``d`` model width, ``f`` MLP width, ``h`` heads, ``v`` vocabulary.
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,19 @@ from torch import Tensor
 from neuron_explainer.errors import CheckpointError, InputError, NeuronExplainerError
 from neuron_explainer.models.checkpoints import LoadedCheckpoint, load_checkpoint
 from neuron_explainer.models.config import TransformerConfig
-from neuron_explainer.models.hooks import TransformerHooks
+from neuron_explainer.models.devices import Device
+from neuron_explainer.models.devices import get_default_device as get_default_device
+from neuron_explainer.models.language_model import LanguageModel
 from neuron_explainer.models.names import resolve_model_source
-from neuron_explainer.models.sampling import Device
 from neuron_explainer.models.tokenizers import decode, encode_prompt, load_encoding
-from neuron_explainer.models.transformer import Activations, Transformer
+from neuron_explainer.models.transformer import Transformer
+from neuron_explainer.models.weight_layouts import (
+    Weight,
+    as_stored,
+    into_heads,
+    out_of_heads,
+    transposed,
+)
 from neuron_explainer.models.weight_names import (
     Dimension,
     LayerIndex,
@@ -41,62 +49,6 @@ class InvalidTokenException(InputError):
 
 class _SizesOnlyError(NeuronExplainerError, NotImplementedError):
     """A stub was asked for more than sizes."""
-
-
-def get_default_device() -> torch.device:
-    """The first CUDA device, else Apple's GPU, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda:0")
-    if torch.backends.mps.is_available():
-        return torch.device("mps:0")
-    return torch.device("cpu")
-
-
-class HookableModel(Protocol):
-    """What every model that a context holds can do, with the call shapes of ``Transformer``."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model computes."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of its parameters."""
-
-    def __call__(
-        self,
-        tokens: Tensor,
-        H: Any = None,
-        pad: Tensor | None = None,
-        hooks: TransformerHooks | None = None,
-    ) -> tuple[Tensor, Any]:
-        """Logits ``[b, s, v]`` and the state to go on from."""
-
-    def capture(
-        self,
-        tokens: Any,
-        locations: Any,
-        pad: Tensor | None = None,
-        hooks: TransformerHooks | None = None,
-        bos: bool | int = False,
-    ) -> Activations:
-        """The activations at any set of locations, from one forward pass."""
-
-    def sample(
-        self,
-        prompts: Any,
-        num_tokens: int = 5,
-        temperature: float = 1.0,
-        top_p: float | None = None,
-        hooks: TransformerHooks | None = None,
-        *,
-        top_k: int | None = None,
-        generator: torch.Generator | None = None,
-        seed: int | None = None,
-        stop: int | str | Sequence[int | str] | None = None,
-        bos: bool | int = False,
-    ) -> dict[str, Any]:
-        """Continue each prompt."""
 
 
 class ModelContext(ABC):
@@ -130,7 +82,7 @@ class ModelContext(ABC):
     @abstractmethod
     def get_or_create_model(
         self, device: Device | None = None, simplify: bool = False
-    ) -> HookableModel:
+    ) -> LanguageModel:
         """The model, loaded at the first call."""
 
     @abstractmethod
@@ -280,46 +232,20 @@ def size_of(sizes: Mapping[Dimension, int], dim: Dimension, of: str) -> int:
     return sizes[dim]
 
 
-class _Place(NamedTuple):
-    """Where a weight lies in a state dict, and how it gets the axes of its spec."""
-
-    key: str
-    shape: Callable[[Tensor, int], Tensor]
-    """Of the stored tensor and the number of heads."""
-
-
-def _as_stored(weight: Tensor, n_heads: int) -> Tensor:
-    return weight
-
-
-def _transposed(weight: Tensor, n_heads: int) -> Tensor:
-    return weight.T
-
-
-def _into_heads(weight: Tensor, n_heads: int) -> Tensor:
-    """``[h * d_head, d] -> [h, d, d_head]``."""
-    return weight.reshape(n_heads, -1, weight.shape[1]).transpose(1, 2)
-
-
-def _out_of_heads(weight: Tensor, n_heads: int) -> Tensor:
-    """``[d, h * d_head] -> [h, d_head, d]``."""
-    return weight.reshape(weight.shape[0], n_heads, -1).permute(1, 2, 0)
-
-
-_PLACES: dict[WeightLocationType, _Place] = {
-    WeightLocationType.MLP_TO_HIDDEN: _Place("mlp.in_layer.weight", _transposed),
-    WeightLocationType.MLP_TO_RESIDUAL: _Place("mlp.out_layer.weight", _transposed),
-    WeightLocationType.EMBEDDING: _Place("tok_embed.weight", _as_stored),
-    WeightLocationType.UNEMBEDDING: _Place("unembed.weight", _transposed),
-    WeightLocationType.POSITION_EMBEDDING: _Place("pos_embed.weight", _as_stored),
-    WeightLocationType.ATTN_TO_QUERY: _Place("attn.q_proj.weight", _into_heads),
-    WeightLocationType.ATTN_TO_KEY: _Place("attn.k_proj.weight", _into_heads),
-    WeightLocationType.ATTN_TO_VALUE: _Place("attn.v_proj.weight", _into_heads),
-    WeightLocationType.ATTN_TO_RESIDUAL: _Place("attn.out_proj.weight", _out_of_heads),
-    WeightLocationType.LAYER_NORM_GAIN_FINAL: _Place("final_ln.weight", _as_stored),
-    WeightLocationType.LAYER_NORM_BIAS_FINAL: _Place("final_ln.bias", _as_stored),
-    WeightLocationType.LAYER_NORM_GAIN_PRE_ATTN: _Place("ln_1.weight", _as_stored),
-    WeightLocationType.LAYER_NORM_GAIN_PRE_MLP: _Place("ln_2.weight", _as_stored),
+_PLACES: dict[WeightLocationType, Weight] = {
+    WeightLocationType.MLP_TO_HIDDEN: Weight("mlp.in_layer.weight", transposed),
+    WeightLocationType.MLP_TO_RESIDUAL: Weight("mlp.out_layer.weight", transposed),
+    WeightLocationType.EMBEDDING: Weight("tok_embed.weight", as_stored),
+    WeightLocationType.UNEMBEDDING: Weight("unembed.weight", transposed),
+    WeightLocationType.POSITION_EMBEDDING: Weight("pos_embed.weight", as_stored),
+    WeightLocationType.ATTN_TO_QUERY: Weight("attn.q_proj.weight", into_heads),
+    WeightLocationType.ATTN_TO_KEY: Weight("attn.k_proj.weight", into_heads),
+    WeightLocationType.ATTN_TO_VALUE: Weight("attn.v_proj.weight", into_heads),
+    WeightLocationType.ATTN_TO_RESIDUAL: Weight("attn.out_proj.weight", out_of_heads),
+    WeightLocationType.LAYER_NORM_GAIN_FINAL: Weight("final_ln.weight", as_stored),
+    WeightLocationType.LAYER_NORM_BIAS_FINAL: Weight("final_ln.bias", as_stored),
+    WeightLocationType.LAYER_NORM_GAIN_PRE_ATTN: Weight("ln_1.weight", as_stored),
+    WeightLocationType.LAYER_NORM_GAIN_PRE_MLP: Weight("ln_2.weight", as_stored),
 }
 
 
@@ -368,18 +294,7 @@ class StandardModelContext(ModelContext):
 
     def get_dim_size(self, model_dim: Dimension) -> int:
         """How long an axis is in this model."""
-        cfg = self.config
-        sizes = {
-            Dimension.MAX_CONTEXT_LENGTH: cfg.ctx_window,
-            Dimension.RESIDUAL_STREAM_CHANNELS: cfg.d_model,
-            Dimension.VOCAB_SIZE: cfg.n_vocab,
-            Dimension.ATTN_HEADS: cfg.n_heads,
-            Dimension.QUERY_AND_KEY_CHANNELS: cfg.d_head_qk,
-            Dimension.VALUE_CHANNELS: cfg.d_head_v,
-            Dimension.MLP_ACTS: cfg.d_ff,
-            Dimension.LAYERS: cfg.n_layers,
-        }
-        return size_of(sizes, model_dim, self.model_name)
+        return size_of(self.config.sizes, model_dim, self.model_name)
 
     def get_model_config_as_dict(self) -> dict[str, Any]:
         """The fields of :class:`~neuron_explainer.models.config.TransformerConfig`."""
@@ -409,9 +324,9 @@ class StandardModelContext(ModelContext):
         Those of the model, if one has been made (folded, if only a simplified one has); so they fit
         the activations that it computes.
         """
-        place = _PLACES[location_type]
-        key = place.key if layer is None else f"xf_layers.{layer}.{place.key}"
-        return place.shape(self._tensor(key, device), self.config.n_heads)
+        key, layout = _PLACES[location_type]
+        key = key if layer is None else f"xf_layers.{layer}.{key}"
+        return layout(self._tensor(key, device), self.config.sizes)
 
     def _tensor(self, key: str, device: torch.device) -> Tensor:
         with self._lock:
@@ -455,7 +370,7 @@ class StubModelContext(ModelContext):
 
     def get_or_create_model(
         self, device: Device | None = None, simplify: bool = False
-    ) -> HookableModel:
+    ) -> LanguageModel:
         """Refused."""
         raise self._refusal("model")
 

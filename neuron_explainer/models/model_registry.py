@@ -14,6 +14,7 @@ from neuron_explainer.models.autoencoder_context import (
     AutoencoderContext,
     AutoencoderSpec,
 )
+from neuron_explainer.models.devices import Device
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.names import (
     _MODEL_SPECS,
@@ -23,7 +24,6 @@ from neuron_explainer.models.names import (
     list_model_names,
     resolve_model_source,
 )
-from neuron_explainer.models.sampling import Device
 from neuron_explainer.models.transformer import Transformer
 
 __all__ = [

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from neuron_explainer.models.devices import Device, check_device
 from neuron_explainer.models.huggingface.context import HuggingFaceModelContext
 from neuron_explainer.models.model_context import ModelContext, StandardModelContext
-from neuron_explainer.models.sampling import Device, check_device
 
 HUGGING_FACE = "hf:"
 """What the name of a model begins with that transformers is to load."""

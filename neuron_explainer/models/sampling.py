@@ -9,19 +9,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.errors import InputError
-
-Device = torch.device | str
-
-
-def check_device(device: Device) -> torch.device:
-    """The device of that name; one clear error where there is none such here."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"no device {str(device)!r} here: {str(error).splitlines()[0]} Use 'cpu', or 'cuda' where "
-            "torch has one."
-        ) from None
+from neuron_explainer.models.devices import Device
 
 
 def prep_input_and_pad(
@@ -119,6 +107,8 @@ def check_sampling_settings(
 
 def _keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
     """Logits with -inf outside the nucleus."""
+    if top_p >= 1:  # all tokens; rounded sums of probabilities may reach 1 before the last
+        return logits.float()
     ordered, order = logits.float().sort(dim=-1, descending=True, stable=True)
     probs = ordered.softmax(dim=-1)
     # Probability before the token: the one that crosses still starts below top_p, the first at 0.

@@ -24,6 +24,11 @@ TOKENIZER_FILE = "tokenizer.tiktoken"
 END_OF_TEXT = "<|endoftext|>"
 NO_TOKENIZER = "none"
 """The ``enc`` of a model that came without a tokenizer of its own or a name for one."""
+NO_START_TOKEN = (
+    "Use bos=False (in the shell --no-bos, or leave --bos out). capture and sample also take the id of "
+    "any token as bos."
+)
+"""What to do with a model that has no start token."""
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 """How GPT-2 splits text before merging; the same splits as the published one, matched faster."""
@@ -492,14 +497,37 @@ def start_token(spec: TokenizerSpec | str) -> int:
         return special[END_OF_TEXT]
     if spec.name == "gpt2" and not spec.files:
         return 50256
-    return load_encoding(spec).eot_token
+    if spec.name == NO_TOKENIZER and not spec.files:
+        raise InputError(f"a model without a tokenizer has no known start token. {NO_START_TOKEN}")
+    return start_token_of(load_encoding(spec))
+
+
+def start_token_of(encoding: "tiktoken.Encoding") -> int:
+    """The id of ``<|endoftext|>`` in an encoding."""
+    if END_OF_TEXT not in encoding.special_tokens_set:
+        raise InputError(
+            f"the tokenizer {encoding.name!r} has no start token {END_OF_TEXT}. {NO_START_TOKEN}"
+        )
+    return encoding.eot_token
 
 
 def encode_prompt(enc: "tiktoken.Encoding", text: str) -> list[int]:
     """The tokens of a text. Special tokens that it spells out, ``<|endoftext|>``, are those."""
     if not isinstance(text, str):
         raise InputError(f"expected a text, found {type(text).__name__}.")
-    return enc.encode(text, allowed_special="all")
+    return enc.encode(without_lone_surrogates(text), allowed_special="all")
+
+
+def without_lone_surrogates(text: str) -> str:
+    r"""Text as UTF-8 can hold it: a pair of surrogates is its character, a lone one is U+FFFD.
+
+    Scraped JSON has them (``"\ud83d"``), and no tokenizer can encode them.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def decode(enc: "tiktoken.Encoding", ids: Iterable[int]) -> str:
@@ -509,15 +537,16 @@ def decode(enc: "tiktoken.Encoding", ids: Iterable[int]) -> str:
     embedding may sample, becomes ``<|token 50260|>``: it has no text, and dropping it would hide
     that the model chose it.
     """
-    return b"".join(_bytes_of_token(enc, i) for i in _checked_ids(ids)).decode(errors="replace")
+    return b"".join(_bytes_of_token(enc, i) for i in check_ids(ids)).decode(errors="replace")
 
 
 def token_strings(enc: "tiktoken.Encoding", ids: Iterable[int]) -> list[str]:
     r"""Each token's text on its own, for display; parts of characters show as bytes (``\xe2``)."""
-    return [_bytes_of_token(enc, i).decode(errors="backslashreplace") for i in _checked_ids(ids)]
+    return [_bytes_of_token(enc, i).decode(errors="backslashreplace") for i in check_ids(ids)]
 
 
-def _checked_ids(ids: Iterable[int]) -> list[int]:
+def check_ids(ids: Iterable[int]) -> list[int]:
+    """The ids as plain ints; an InputError if one is negative or no whole number."""
     result = []
     for i in ids:
         try:

@@ -1,21 +1,23 @@
 """A GPT-2-family transformer whose every intermediate value can be seen, replaced or differentiated.
 
-The file reads top to bottom: norm, attention, MLP, layer, model. Names, shapes, hook
-order and state-dict keys are those of OpenAI's Transformer Debugger; the mathematics is GPT-2's
-(Radford et al. 2019), checked in the tests against an independent numpy implementation and against
-Hugging Face's.
+The file reads from top to bottom: norm, attention, MLP, layer, model. Names, shapes, hook order and
+state-dict keys are those of OpenAI's Transformer Debugger. The mathematics is GPT-2's (Radford et al.
+2019); the tests compare it with an independent numpy implementation and with Hugging Face's. What both
+kinds of model have in common (captures, sampling) is in
+:class:`~neuron_explainer.models.language_model.LanguageModel`.
 
-There is one meaning and two ways to compute it: fused attention and ``F.layer_norm`` run wherever no
-hook would see inside them; the explicit formulas run where one does. Products with weights go through
+There is one meaning and two ways to compute it: fused attention and ``F.layer_norm`` run if no hook
+would see inside them, the explicit formulas if one does. Products with weights go through
 :mod:`neuron_explainer.kernels.products`, which knows the fastest kernel for each.
 
-Shape legend: ``b`` batch, ``s`` sequence (of this call), ``q`` query (= s), ``k`` key (earlier calls'
-tokens and this one's), ``h`` head, ``d`` model width, ``f`` MLP width, ``v`` vocabulary.
+Shape legend: ``b`` batch, ``s`` sequence (of this call), ``q`` query (= s), ``k`` key (the tokens of
+earlier calls and of this one), ``h`` head, ``d`` model width, ``f`` MLP width, ``v`` vocabulary.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,9 +27,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from neuron_explainer.errors import CheckpointError, InputError
-from neuron_explainer.kernels.products import WeightCopies, linear, linears
+from neuron_explainer.kernels.products import linear, linears, weight_copies
 from neuron_explainer.models.checkpoints import load_checkpoint, save_native, save_pieces
 from neuron_explainer.models.config import SerializableDataclass, TransformerConfig
+from neuron_explainer.models.devices import Device, check_device, default_device
 from neuron_explainer.models.hooks import (
     NO_HOOKS,
     AttentionHooks,
@@ -38,23 +41,14 @@ from neuron_explainer.models.hooks import (
 from neuron_explainer.models.kv_cache import HiddenState, KeyValueCache, check_state
 from neuron_explainer.models.language_model import (
     Activations,
+    LanguageModel,
+    Prompts,
     Sample,
-    check_hooks,
-    check_tokens,
-    chooser,
-    generate,
-    make_generator,
-    prepend,
-    prompts_to_ids,
-    stops_to_ids,
-    with_recorder,
+    Step,
 )
-from neuron_explainer.models.locations import LocationLike, parse_locations
-from neuron_explainer.models.names import resolve_model_source
+from neuron_explainer.models.locations import SITES, ActivationLocation
+from neuron_explainer.models.names import ASSETS, resolve_model_source
 from neuron_explainer.models.sampling import (
-    Device,
-    check_device,
-    check_sampling_settings,
     nucleus_sample,
     prep_input_and_pad,
     prep_input_and_right_pad_for_forward_pass,
@@ -98,27 +92,10 @@ __all__ = [
     "split_heads",
 ]
 
-STEPS_WORTH_COPIES = 32
-"""Tokens from which a generation makes copies of the weights (see :mod:`.packing`)."""
-
-Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
-
-
-def default_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def safe_div(numerator: int, denominator: int) -> int:
-    """Exact division; an error where there is a remainder."""
-    if numerator % denominator:
-        raise InputError(f"{numerator} is not divisible by {denominator}.")
-    return numerator // denominator
-
-
-def causal_attn_mask(size: int, device: Device = "cpu") -> Tensor:
-    """Bool ``[size, size]``, True where the query (row) may attend to the key (column)."""
-    return torch.ones(size, size, dtype=torch.bool, device=device).tril()
+_STEPS_WORTH_COPIES = 32
+_ROWS_WORTH_COPIES = 3
+"""From so many tokens and rows on, a generation makes copies of the weights (see
+:mod:`~neuron_explainer.kernels.products`)."""
 
 
 def split_heads(Z: Tensor, n_heads: int) -> Tensor:
@@ -188,7 +165,7 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _editable(x: Tensor) -> Tensor:
-    """A copy for hooks, which may edit in place, of what the backward pass will read as it was."""
+    """A copy for hooks, which may edit in place; the backward pass reads ``x`` unedited."""
     return x.clone() if x.requires_grad else x
 
 
@@ -219,29 +196,23 @@ class MultiHeadedDotProductSelfAttention(nn.Module):
         pad: Tensor | None = None,
         hooks: AttentionHooks | None = None,
         positions: Tensor | None = None,
-        capacity: int = 0,
-        copies: WeightCopies | None = None,
     ) -> tuple[Tensor, KeyValueCache]:
         """Attend from the new tokens to all tokens so far.
 
         Args:
             X: the normed residual stream ``[b, s, d]`` of the new tokens.
-            kv_cache: of the tokens before; updated in place.
-            pad: pad mask ``[b, s]`` of the new tokens; None where there is no pad.
-            capacity: tokens that a new cache should make room for.
-            copies: of the weights, in a generation.
+            kv_cache: keys and values of the tokens so far; updated in place. None: a new one is made.
+            pad: pad mask ``[b, s]`` of the new tokens; None if nothing is padded.
 
         Returns:
             What attention adds to the residual stream ``[b, s, d]``, and the cache.
         """
         hooks = NO_HOOKS.attn if hooks is None else hooks
         at = {"layer": self.layer_idx, "positions": positions}
-        Q, K, V = linears(X, (self.q_proj, self.k_proj, self.v_proj), copies)
-        if kv_cache is None:
-            kv_cache = KeyValueCache(K, V, pad, capacity)
-        else:
-            kv_cache.update(K, V, pad)
-            K, V = kv_cache.K_cache, kv_cache.V_cache
+        Q, K, V = linears(X, (self.q_proj, self.k_proj, self.v_proj))
+        kv_cache = KeyValueCache() if kv_cache is None else kv_cache
+        kv_cache.update(K, V, pad)
+        K, V = kv_cache.K_cache, kv_cache.V_cache
         allowed = _attention_mask(kv_cache.pad_cache, Q.shape[1], K.shape[1], Q.device)
         q, k, v = (split_heads(Z, self.n_heads) for Z in (Q, K, V))
         explicit, scale = hooks.need_explicit(self.layer_idx), self.qk_scale**2
@@ -256,7 +227,7 @@ class MultiHeadedDotProductSelfAttention(nn.Module):
             v_out = _fused_attention(q, k, v, allowed, scale)
         if not hooks.v_out.is_empty():
             v_out = hooks.v_out(v_out if explicit else _editable(v_out), **at)
-        return linear(merge_heads(v_out), self.out_proj, copies), kv_cache
+        return linear(merge_heads(v_out), self.out_proj), kv_cache
 
 
 def _causal(n_new: int, n_all: int, device: torch.device) -> Tensor:
@@ -268,13 +239,13 @@ def _causal(n_new: int, n_all: int, device: torch.device) -> Tensor:
 def _attention_mask(
     pad: Tensor | None, n_new: int, n_all: int, device: torch.device
 ) -> Tensor | None:
-    """Bool ``[b, q, k]``, True where the query may attend to the key; None: plainly causal.
+    """Bool ``[b, q, k]``, True where the query may attend to the key; None if the mask is just causal.
 
-    Tokens attend to tokens and pads to pads, each to itself at least, so no row is without a key (a
-    softmax over none is NaN) and no real token depends on a pad.
+    Tokens attend to tokens and pads to pads, each at least to itself. So every row has a key (a softmax
+    over none is NaN), and no real token depends on a pad.
 
     Args:
-        pad: pad mask ``[b, k]`` of all tokens so far, or None where there has been no pad.
+        pad: pad mask ``[b, k]`` of all tokens so far; None if there has been no pad.
     """
     if pad is None:
         return None
@@ -285,7 +256,7 @@ def _attention_mask(
 def _fused_attention(
     q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float
 ) -> Tensor:
-    """Attention that never forms the pattern (Dao et al. 2022). ``[b, s, h, d_head]`` each."""
+    """Attention that never forms the pattern (Dao et al. 2022). Tensors are ``[b, s, h, d_head]``."""
     n_new, n_all = q.shape[1], k.shape[1]
     if allowed is not None:
         allowed = allowed[:, None]
@@ -310,10 +281,10 @@ def _explicit_attention(
     hooks: AttentionHooks,
     at: dict[str, Any],
 ) -> Tensor:
-    """The same, with the pattern formed for hooks to see; q and k come scaled.
+    """The same with the pattern formed, so that hooks can see it. q and k are scaled already.
 
-    Hooks see ``[b, q, k, h]``; in memory it is ``[b, h, q, k]``, a query's keys side by side, which
-    products and softmax read twice as fast.
+    Hooks see ``[b, q, k, h]``. In memory it is ``[b, h, q, k]``, with a query's keys side by side:
+    products and softmax read that twice as fast.
     """
     if allowed is None:
         allowed = _causal(q.shape[1], k.shape[1], q.device)[None]
@@ -333,7 +304,7 @@ def _explicit_attention(
 
 
 class MLP(nn.Module):
-    """Two linear maps with a nonlinearity between; its inner units are the "neurons"."""
+    """Two linear maps with a nonlinearity between them. Its inner units are the "neurons"."""
 
     def __init__(
         self,
@@ -353,23 +324,22 @@ class MLP(nn.Module):
         X: Tensor,
         hooks: MLPHooks | None = None,
         positions: Tensor | None = None,
-        copies: WeightCopies | None = None,
     ) -> Tensor:
         """``[b, s, d] -> [b, s, d]``."""
         hooks = NO_HOOKS.mlp if hooks is None else hooks
         at = {"layer": self.layer_idx, "positions": positions}
         if self.act is gelu and hooks.pre_act.is_empty():
-            post = linear(X, self.in_layer, copies, gelu=True)
+            post = linear(X, self.in_layer, gelu=True)
         else:
-            post = self.act(hooks.pre_act(linear(X, self.in_layer, copies), **at))
+            post = self.act(hooks.pre_act(linear(X, self.in_layer), **at))
         if not hooks.post_act.is_empty():
             post = _editable(post) if self.act is F.relu else post
             post = hooks.post_act(post, **at, out_layer=self.out_layer)
-        return linear(post, self.out_layer, copies)
+        return linear(post, self.out_layer)
 
 
 class TransformerLayer(nn.Module):
-    """One layer: attention and MLP each read the normed residual stream and add to it."""
+    """One layer: attention, then an MLP. Each reads the normed residual stream and adds to it."""
 
     def __init__(
         self,
@@ -392,14 +362,12 @@ class TransformerLayer(nn.Module):
         pad: Tensor | None = None,
         hooks: TransformerHooks | None = None,
         positions: Tensor | None = None,
-        capacity: int = 0,
-        copies: WeightCopies | None = None,
     ) -> tuple[Tensor, KeyValueCache]:
         """What attention adds to the stream ``[b, s, d]``, and the updated cache."""
         hooks = NO_HOOKS if hooks is None else hooks
         torso, at = hooks.resid.torso, {"layer": self.layer_idx, "positions": positions}
         normed = torso.post_ln_attn(self.ln_1(X, torso.ln_attn, **at), **at)
-        delta, kv_cache = self.attn(normed, kv_cache, pad, hooks.attn, positions, capacity, copies)
+        delta, kv_cache = self.attn(normed, kv_cache, pad, hooks.attn, positions)
         return torso.delta_attn(delta, **at), kv_cache
 
     def mlp_block(
@@ -407,13 +375,12 @@ class TransformerLayer(nn.Module):
         X: Tensor,
         hooks: TransformerHooks | None = None,
         positions: Tensor | None = None,
-        copies: WeightCopies | None = None,
     ) -> Tensor:
         """What the MLP adds to the stream ``[b, s, d]``."""
         hooks = NO_HOOKS if hooks is None else hooks
         torso, at = hooks.resid.torso, {"layer": self.layer_idx, "positions": positions}
         normed = torso.post_ln_mlp(self.ln_2(X, torso.ln_mlp, **at), **at)
-        return torso.delta_mlp(self.mlp(normed, hooks.mlp, positions, copies), **at)
+        return torso.delta_mlp(self.mlp(normed, hooks.mlp, positions), **at)
 
     def forward(
         self,
@@ -422,15 +389,13 @@ class TransformerLayer(nn.Module):
         pad: Tensor | None = None,
         hooks: TransformerHooks | None = None,
         positions: Tensor | None = None,
-        capacity: int = 0,
-        copies: WeightCopies | None = None,
     ) -> tuple[Tensor, KeyValueCache]:
         """The stream after this layer ``[b, s, d]``, and the updated cache."""
         hooks = NO_HOOKS if hooks is None else hooks
         torso, at = hooks.resid.torso, {"layer": self.layer_idx, "positions": positions}
-        delta, kv_cache = self.attn_block(X, kv_cache, pad, hooks, positions, capacity, copies)
+        delta, kv_cache = self.attn_block(X, kv_cache, pad, hooks, positions)
         X = torso.post_attn(X + delta, **at)
-        X = torso.post_mlp(X + self.mlp_block(X, hooks, positions, copies), **at)
+        X = torso.post_mlp(X + self.mlp_block(X, hooks, positions), **at)
         return X, kv_cache
 
     def simplify(self) -> None:
@@ -445,7 +410,7 @@ def _uninitialised_embedding(n_rows: int, width: int, **at: Any) -> nn.Embedding
     return nn.Embedding(n_rows, width, _weight=torch.empty(n_rows, width, **at))
 
 
-class Transformer(nn.Module):
+class Transformer(nn.Module, LanguageModel):
     """A decoder-only transformer: embedding, layers, final norm, unembedding.
 
     ``fast = torch.compile(model)`` compiles what runs without hooks; ``model`` itself runs as before.
@@ -454,10 +419,11 @@ class Transformer(nn.Module):
     float32 inside.
 
     Args:
-        cfg: its sizes.
+        cfg: the sizes.
         recompute: whether to recompute each layer in the backward pass instead of keeping its inner
             values (less memory, more time; forward hooks then run again during the backward pass).
-        seed: for the initial weights, which are drawn as GPT-2's; None: torch's global generator.
+        seed: for the initial weights, which are drawn as GPT-2's are; None: torch's global generator.
+        tokenizer: the tokenizer whose files belong to the model; default: the one that ``cfg`` names.
     """
 
     def __init__(
@@ -471,12 +437,11 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.cfg, self.recompute, self.tokenizer = cfg, recompute, tokenizer
-        self.n_vocab = cfg.n_vocab
+        self.sizes = cfg.sizes
         self._enc: tiktoken.Encoding | None = None
-        self._weight_copies: WeightCopies | None = None
         self.metadata: dict[str, Any] = {}
-        """What the checkpoint says of itself (training data, figures); saved again with the model."""
-        # Made on "meta": torch's own initial values would only cost time and random numbers.
+        """What the checkpoint says about itself (training data, figures); saved with the model."""
+        # On "meta", because torch's own initial values would only cost time and random numbers.
         at: dict[str, Any] = {"device": "meta", "dtype": dtype}
         self.tok_embed = _uninitialised_embedding(cfg.n_vocab, cfg.d_model, **at)
         self.pos_embed = _uninitialised_embedding(cfg.ctx_window, cfg.d_model, **at)
@@ -510,17 +475,27 @@ class Transformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self.tok_embed.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters."""
+        """The dtype of the parameters."""
         return self.tok_embed.weight.dtype
 
     @property
+    def name(self) -> str:
+        """The name of the class, for errors."""
+        return type(self).__name__
+
+    @property
+    def paths(self) -> list[str]:
+        """Every hook path."""
+        return list(SITES)
+
+    @property
     def enc(self) -> "tiktoken.Encoding":
-        """The tokenizer. The first use reads its vocabulary, for GPT-2's from tiktoken's cache or the net."""
+        """The tokenizer. The first use reads its vocabulary (GPT-2's from tiktoken's cache or the net)."""
         return self._enc or load_encoding(self.tokenizer or self.cfg.enc)
 
     @enc.setter
@@ -535,7 +510,7 @@ class Transformer(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
+        tokens: Tensor | Prompts,
         H: HiddenState | None = None,
         pad: Tensor | None = None,
         hooks: TransformerHooks | None = None,
@@ -543,17 +518,20 @@ class Transformer(nn.Module):
         """Logits of the next token after each token.
 
         Args:
-            tokens: ids ``[b, s]``, int64; in a continuation the new ones only.
-            H: what an earlier call returned, to go on from it (it is updated in place).
-            pad: ``[b, s]`` bool, True where a position is padding; on any side, even between tokens.
-                Each row's result at its tokens is that of its solo run.
+            tokens: ids ``[b, s]``, int64; in a continuation only the new ones. Or prompts as
+                :meth:`sample` takes them, which are padded on the right (see :meth:`to_batch`).
+            H: what an earlier call returned, to continue from it. It is updated in place; if the call
+                raises, it is as before.
+            pad: ``[b, s]`` bool, True where a position is padding, which may be on any side and even
+                between tokens. Each row's result at its tokens is that of its solo run.
             hooks: what to see or replace on the way.
 
         Returns:
-            Logits ``[b, s, v]`` and the state to go on from.
+            Logits ``[b, s, v]`` and the state to continue from.
         """
         H = HiddenState(self.cfg.n_layers) if H is None else H
-        check_state(H, self.cfg.n_layers)
+        check_state(H, self.cfg.n_layers, self.cfg.d_attn_qk)
+        tokens, pad = self.to_batch(tokens, pad)
         hooks = NO_HOOKS if hooks is None else hooks
         with H.restored_on_error():
             X, H, pad, hooks = self.run_embed(tokens, H, pad, hooks)
@@ -568,30 +546,12 @@ class Transformer(nn.Module):
         pad: Tensor | None = None,
         hooks: TransformerHooks | None = None,
     ) -> tuple[Tensor, HiddenState, Tensor | None, TransformerHooks]:
-        """Token and position embeddings ``[b, s, d]``; pad comes back None where nothing is padded."""
+        """Token and position embeddings ``[b, s, d]``; pad is returned as None if nothing is padded."""
         H = HiddenState(self.cfg.n_layers) if H is None else H
-        # A new tree, not NO_HOOKS: it is handed out, and the caller may append to it.
+        # A new tree, not NO_HOOKS: the caller gets it and may append to it.
         hooks = TransformerHooks() if hooks is None else hooks
-        check_hooks(hooks, self.cfg.n_layers)
-        self._check_tokens(tokens, H, pad)
-        if pad is not None and not pad.any():
-            pad = None
-        if pad is None:
-            H.positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-            H.positions = H.positions + H.prev_lens
-            lens = tokens.new_full((tokens.shape[0], 1), tokens.shape[1])
-        else:
-            H.positions = prep_pos_from_pad_and_prev_lens(pad, H.prev_lens)
-            lens = (~pad).sum(dim=-1, keepdim=True)
-        lens = lens + H.prev_lens
-        longest = int(lens.max())
-        if longest > self.cfg.ctx_window:
-            raise InputError(
-                f"a row would have {longest} tokens, more than the context of {self.cfg.ctx_window}."
-            )
-        # A pad after a full context would stand one past the last position; where it stands is moot.
-        H.positions = H.positions.clamp(max=self.cfg.ctx_window - 1)
-        H.set_prev_lens(lens)
+        self._check_hooks(hooks)
+        pad = self._advance(tokens, H, pad)
         X = self.tok_embed(tokens) + self.pos_embed(H.positions)
         return hooks.resid.post_emb(X, layer=None, positions=H.positions), H, pad, hooks
 
@@ -608,9 +568,7 @@ class Transformer(nn.Module):
             if self.recompute and torch.is_grad_enabled():
                 X = self._run_layer_recomputed(layer, X, H, pad, hooks)
             else:
-                X, H[layer.layer_idx] = layer(
-                    X, H[layer.layer_idx], pad, hooks, H.positions, H.capacity, H.weight_copies
-                )
+                X, H[layer.layer_idx] = layer(X, H[layer.layer_idx], pad, hooks, H.positions)
         return X, H
 
     @staticmethod
@@ -624,10 +582,9 @@ class Transformer(nn.Module):
         before, positions = H[layer.layer_idx], H.positions
 
         def run(X: Tensor) -> Tensor:
-            # From the same cache each time: running again in the backward pass must not append again.
-            kv_cache = None if before is None else before._fork()
-            X, kv_cache = layer(X, kv_cache, pad, hooks, positions)
-            if H[layer.layer_idx] is before:  # the first time: later, H may have gone on
+            # From the same cache each time: the run in the backward pass must not append once more.
+            X, kv_cache = layer(X, before.fork(), pad, hooks, positions)
+            if H[layer.layer_idx] is before:  # in the first run; later, H may have been continued
                 H[layer.layer_idx] = kv_cache
             return X
 
@@ -646,59 +603,18 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, HiddenState]:
         """Logits: ``[b, s, d] -> [b, s, v]``."""
         hooks = NO_HOOKS if hooks is None else hooks
-        logits = linear(X, self.unembed, H.weight_copies)
+        logits = linear(X, self.unembed)
         return hooks.logits(logits, layer=None, positions=H.positions), H
 
-    def _check_tokens(self, tokens: Tensor, H: HiddenState, pad: Tensor | None) -> None:
-        check_tokens(tokens, pad, self.n_vocab)
-        if isinstance(H.prev_lens, Tensor) and H.prev_lens.shape[0] != tokens.shape[0]:
-            raise InputError(
-                f"H holds a batch of {H.prev_lens.shape[0]}, tokens one of {tokens.shape[0]}."
-            )
+    # --- looking and sampling, for LanguageModel ---
 
-    # --- looking and sampling ---
-
-    def capture(
+    def _run_until(
         self,
-        tokens: Tensor | Prompts,
-        locations: LocationLike | Sequence[LocationLike],
-        pad: Tensor | None = None,
-        hooks: TransformerHooks | None = None,
-        bos: bool | int = False,
-    ) -> Activations:
-        """The activations at any set of locations, from one forward pass.
-
-        The pass stops after the last layer needed. Values are those after ``hooks``. They are not
-        copies, and nothing changes them afterwards; use ``torch.no_grad()`` where no gradient is wanted.
-
-        Args:
-            tokens: ids ``[b, s]``, or prompts as :meth:`sample` takes them (padded on the right).
-            locations: such as ``"3/mlp.post_act"``; without a layer, every layer.
-            pad: pad mask ``[b, s]``, where tokens are a tensor.
-            hooks: what to replace on the way.
-            bos: prepend the start token (True: the tokenizer's ``<|endoftext|>``; or its id). It then
-                is position 0 of everything returned.
-
-        Returns:
-            ``{location: tensor}``, with the tokens and their pad mask as attributes.
-        """
-        if not isinstance(tokens, Tensor):
-            if pad is not None:
-                raise InputError("pad goes with tokens as a tensor; prompts are padded here.")
-            ids = self.prompt_ids(tokens, bos)
-            tokens, pad = prep_input_and_pad(ids, "right", self.device)
-        elif bos is not False:
-            self._check_tokens(tokens, HiddenState(self.cfg.n_layers), pad)
-            tokens, pad = prepend(tokens, pad, self._bos_id(bos))
-        wanted = [
-            place
-            for location in parse_locations(locations)
-            for place in location.expand(self.cfg.n_layers)
-        ]
-        found = Activations(tokens, pad)
-        if hooks is not None:
-            check_hooks(hooks, self.cfg.n_layers)
-        hooks = with_recorder(hooks, wanted, found)
+        wanted: list[ActivationLocation],
+        tokens: Tensor,
+        pad: Tensor | None,
+        hooks: TransformerHooks,
+    ) -> None:
         X, H, pad, _ = self.run_embed(tokens, None, pad, hooks)
         n_layers = self.cfg.n_layers
         needed = max((p.depth(n_layers) + p.site.per_layer for p in wanted), default=0)
@@ -707,118 +623,51 @@ class Transformer(nn.Module):
             X, H = self.run_ln_f(X, H, hooks)
         if any(p.path == "logits" for p in wanted):
             self.run_unembed(X, H, hooks)
-        return found
 
-    @torch.no_grad()
-    def sample(
-        self,
-        prompts: Prompts,
-        num_tokens: int = 5,
-        temperature: float = 1.0,
-        top_p: float | None = None,
-        hooks: TransformerHooks | None = None,
-        *,
-        top_k: int | None = None,
-        generator: torch.Generator | None = None,
-        seed: int | None = None,
-        stop: int | str | Sequence[int | str] | None = None,
-        bos: bool | int = False,
-    ) -> Sample:
-        """Continue each prompt by up to ``num_tokens`` tokens.
+    @contextmanager
+    def _generation(
+        self, n_rows: int, prompt_length: int, num_tokens: int, hooks: TransformerHooks | None
+    ) -> Iterator[Step]:
+        H = HiddenState(self.cfg.n_layers, capacity=prompt_length + num_tokens)
 
-        Args:
-            prompts: text, token ids, or a list of either; of any lengths.
-            temperature: 0 takes the likeliest token each time.
-            top_p: draw from the nucleus only (see :func:`nucleus_sample`).
-            hooks: run at every step, on the new tokens; ``positions`` tells a hook which they are.
-                Hooks on keys and values see all tokens so far.
-            top_k: draw from the ``top_k`` likeliest only.
-            generator: of the draws; or ``seed`` for a new one; default: torch's global generator.
-            stop: tokens (ids or their text, such as ``"<|endoftext|>"``) that end a row; they are not
-                returned. None: exactly ``num_tokens`` for each row.
-            bos: prepend the start token (True: the tokenizer's ``<|endoftext|>``; or its id).
+        def step(tokens: Tensor, pad: Tensor) -> Tensor:
+            return self._last_logits(tokens, H, pad, NO_HOOKS if hooks is None else hooks)
 
-        Returns:
-            ``{"tokens": list[list[int]], "strings": list[str]}``: the new tokens of each prompt.
-        """
-        check_sampling_settings(num_tokens, temperature, top_k, top_p)
-        if hooks is not None:
-            check_hooks(hooks, self.cfg.n_layers)
-        ids = self.prompt_ids(prompts, bos)
-        longest = max(map(len, ids))
-        if longest + num_tokens - 1 > self.cfg.ctx_window:
-            raise InputError(
-                f"the longest prompt has {longest} tokens; with num_tokens={num_tokens} that is more "
-                f"than the context of {self.cfg.ctx_window} holds (the last token is not read)."
-            )
-        H = HiddenState(self.cfg.n_layers, capacity=longest + num_tokens)
-        H.weight_copies = self._copies_for(len(ids), num_tokens)
-        rows = generate(
-            lambda tokens, pad: self._last_logits(tokens, H, pad, hooks),
-            ids,
-            num_tokens,
-            chooser(temperature, top_k, top_p, make_generator(generator, seed, self.device)),
-            stops_to_ids(stop, self._encode),
-            self.device,
-        )
-        return Sample.of(rows, lambda: [decode(self.enc, row) for row in rows])
-
-    def _copies_for(self, n_rows: int, n_steps: int) -> WeightCopies | None:
-        """Copies of the weights for a generation, if it is long enough to pay for making them."""
-        single = n_rows == 1
-        if self._weight_copies is None or self._weight_copies.single != single:
-            if n_steps < STEPS_WORTH_COPIES:
-                return None
-            self._weight_copies = WeightCopies(single)
-        self._weight_copies.drop_stale()
-        return self._weight_copies
-
-    def drop_weight_copies(self) -> None:
-        """Free the copies of weights that :meth:`sample` keeps; it makes them anew when needed."""
-        self._weight_copies = None
-
-    @property
-    def weight_copies_nbytes(self) -> int:
-        """Memory of the copies of weights that :meth:`sample` keeps, in bytes."""
-        return 0 if self._weight_copies is None else self._weight_copies.nbytes
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.drop_weight_copies()  # of parameters that are about to move or change
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_weight_copies": None}  # what copy and pickle take
+        # Hooks, of either kind, are a user's code. It may change weights, which copies would not show.
+        observed = hooks is not None and not hooks.is_empty()
+        observed |= any(m._forward_hooks or m._forward_pre_hooks for m in self.modules())
+        if num_tokens < _STEPS_WORTH_COPIES or n_rows < _ROWS_WORTH_COPIES or observed:
+            yield step
+        else:
+            with weight_copies(n_rows):
+                yield step
 
     def _last_logits(
-        self, tokens: Tensor, H: HiddenState, pad: Tensor | None, hooks: TransformerHooks | None
+        self, tokens: Tensor, H: HiddenState, pad: Tensor | None, hooks: TransformerHooks
     ) -> Tensor:
-        """Logits ``[b, v]`` after the last token; the others' only where a hook would see them."""
-        hooks = NO_HOOKS if hooks is None else hooks
-        if not (hooks.resid.post_ln_f.is_empty() and hooks.logits.is_empty()):
-            return self(tokens, H, pad, hooks)[0][:, -1]  # type: ignore[no-any-return]
-        X, H, pad, hooks = self.run_embed(tokens, H, pad, hooks)
+        """Logits ``[b, v]`` after the last token. The others are computed only if a hook sees them."""
+        X, H, pad, _ = self.run_embed(tokens, H, pad, hooks)
         X, H = self.run_torso(X, H, pad, hooks)
         X, H = self.run_ln_f(X, H, hooks)
-        return linear(X[:, -1], self.unembed, H.weight_copies)
+        if not (hooks.resid.post_ln_f.is_empty() and hooks.logits.is_empty()):
+            return self.run_unembed(X, H, hooks)[0][:, -1]
+        return linear(X[:, -1], self.unembed)
 
     def _encode(self, text: str) -> list[int]:
         return encode_prompt(self.enc, text)
 
-    def prompt_ids(self, prompts: Prompts, bos: bool | int = False) -> list[list[int]]:
-        """Token ids of prompts in any form that :meth:`sample` takes, start token in front if asked."""
-        start = [] if bos is False else [self._bos_id(bos)]
-        return prompts_to_ids(prompts, self._encode, start)[0]
+    def _decode(self, ids: list[int]) -> str:
+        return decode(self.enc, ids)
 
-    def _bos_id(self, bos: bool | int) -> int:
-        return start_token(self.tokenizer or self.cfg.enc) if bos is True else int(bos)
+    def _start_token(self) -> int:
+        return start_token(self.tokenizer or self.cfg.enc)
 
     # --- simplifying, loading, saving ---
 
     def simplify(self) -> Self:
         """Fold each layer's norms into the linear maps behind them, in place, and return the model.
 
-        The logits stay as they are. The final norm stays too: the unembedding has no bias to fold into.
+        The logits do not change. The final norm stays, because the unembedding has no bias to fold into.
         """
         for layer in self.layers:
             layer.simplify()
@@ -839,17 +688,21 @@ class Transformer(nn.Module):
             name_or_path: a folder (this library's format, the original's pieces, or Hugging Face's
                 GPT-2), a name (``"tiny-tales"``, ``"gpt2-small"`` or ``"gpt2/small"``, …; a folder of
                 that name wins), or an ``https://`` or ``az://`` folder.
-            device: default: CUDA where there is one, else the CPU.
-            dtype: to which all parameters are cast; default: as stored.
+            device: default: CUDA if there is one, else the CPU.
+            dtype: to which all parameters are cast; default: as stored. The built-in model, which is
+                stored in float16, is float32 by default.
             simplify: whether to fold layer norms (:meth:`simplify`).
 
         Raises:
-            SourceError: nothing is there, or it cannot be had; says what was tried.
-            CheckpointError: the files are damaged or do not fit together; lists everything found.
+            SourceError: nothing is there, or it cannot be read; the message says what was tried.
+            CheckpointError: the files are damaged or do not fit together; the message lists all problems.
         """
         if simplify_kwargs:
             raise InputError(f"simplify takes no options, found {simplify_kwargs!r}.")
-        model = cls.from_checkpoint(resolve_model_source(name_or_path), device, dtype)
+        source = resolve_model_source(name_or_path)
+        if dtype is None and isinstance(source, Path) and source.parent == Path(str(ASSETS)):
+            dtype = torch.float32
+        model = cls.from_checkpoint(source, device, dtype)
         return model.simplify() if simplify else model
 
     @classmethod
@@ -859,10 +712,10 @@ class Transformer(nn.Module):
         device: Device | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """Load from a folder or URL, which is taken as it is: names are not looked up."""
+        """Load from a folder or URL. Names are not looked up."""
         device = default_device() if device is None else check_device(device)
         loaded = load_checkpoint(path, dtype=dtype, device=device)
-        # On "meta" nothing is allocated: the loaded tensors become the parameters, held once.
+        # On "meta" nothing is allocated: the loaded tensors become the parameters, in memory once.
         model = cls(loaded.config, device="meta", tokenizer=loaded.tokenizer)
         model.load_state_dict(loaded.state_dict, assign=True)
         model.metadata = loaded.metadata
@@ -871,17 +724,17 @@ class Transformer(nn.Module):
     def load_state_from_checkpoint(
         self, path: str | Path, device: Device | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        """Take the weights of a checkpoint of the same sizes."""
+        """Replace the weights by those of a checkpoint of the same sizes."""
         loaded = load_checkpoint(path, dtype=dtype or self.dtype, device=device or self.device)
         if loaded.config != self.cfg:
             raise CheckpointError(f"{path}: expected {self.cfg}, found {loaded.config}.")
-        # Copied into the parameters, not put in their place: an optimizer may hold them.
+        # Copied into the parameters, which stay the same objects: an optimizer may hold them.
         self.load_state_dict(loaded.state_dict)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write a folder of ``config.json`` and ``model.safetensors``; tied tensors are stored once.
 
-        The folder appears whole or not at all; one that is there is replaced only with ``overwrite``.
+        The folder appears whole or not at all. An existing one is replaced only with ``overwrite``.
         """
         save_native(
             path, self.cfg, self.state_dict(), self.tokenizer, self.metadata, overwrite=overwrite
@@ -890,6 +743,21 @@ class Transformer(nn.Module):
     def save_checkpoint(self, path: str | Path) -> None:
         """Write the original's layout: ``config.json`` and one ``model_pieces/<key>.pt`` a tensor.
 
-        As in the original, an earlier checkpoint there is replaced (here: when the new one is whole).
+        As in the original, an earlier checkpoint there is replaced (here once the new one is whole).
         """
         save_pieces(path, self.cfg, self.state_dict(), self.tokenizer, overwrite=True)
+
+
+# --- the original's names, which nothing here uses ---
+
+
+def safe_div(numerator: int, denominator: int) -> int:
+    """Exact division; an InputError if there is a remainder."""
+    if numerator % denominator:
+        raise InputError(f"{numerator} is not divisible by {denominator}.")
+    return numerator // denominator
+
+
+def causal_attn_mask(size: int, device: Device = "cpu") -> Tensor:
+    """Bool ``[size, size]``, True where the query (row) may attend to the key (column)."""
+    return torch.ones(size, size, dtype=torch.bool, device=device).tril()

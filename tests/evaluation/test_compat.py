@@ -13,8 +13,9 @@ from neuron_explainer.evaluation.compat import PEERS
 from neuron_explainer.evaluation.evaluate import evaluate, measure
 from neuron_explainer.evaluation.figures import Evaluation
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
+from neuron_explainer.models.language_model import LanguageModel
 from neuron_explainer.models.locations import ActivationLocation
-from neuron_explainer.models.model_context import HookableModel, StubModelContext
+from neuron_explainer.models.model_context import StubModelContext
 from neuron_explainer.models.weight_names import Dimension
 from tests.peers import make_metrics as toy
 from tests.peers.write_ours import FIXTURES
@@ -47,7 +48,7 @@ class ToyModel:
 class ToyContext(StubModelContext):
     """Of one layer."""
 
-    def get_or_create_model(self, device: Any = None, simplify: bool = False) -> HookableModel:
+    def get_or_create_model(self, device: Any = None, simplify: bool = False) -> LanguageModel:
         model: Any = ToyModel()
         return model  # type: ignore[no-any-return]  # it has no sample()
 

@@ -1,31 +1,28 @@
 """The fast products and the copies of weights compute what the plain ones do, and are never stale."""
 
-import copy
-import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from neuron_explainer.kernels import products as packing
-from neuron_explainer.kernels.products import WeightCopies, linear, linears, product
-from neuron_explainer.models import transformer
+from neuron_explainer.kernels import products
+from neuron_explainer.kernels.products import LARGE, linear, linears, product, weight_copies
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
 from neuron_explainer.models.autoencoders.nonlinearities import JumpReLU
-from neuron_explainer.models.hooks import AtLayers, TransformerHooks
+from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.locations import SITES
 from neuron_explainer.models.transformer import Transformer
-from tests.conftest import assert_close, keep_in, make_model, random_tokens
+from tests.conftest import assert_close, make_model, random_tokens
 
-TOKENS = random_tokens(3, 9, seed=2)
-PROMPTS = {1: [[3, 4]], 3: [[3, 4], [5], [6, 7, 8]]}
+PROMPTS = [[3, 4], [5], [6, 7, 8]]
+STEPS = 32  # from so many on, a generation makes copies
 
 
-@pytest.fixture(autouse=True)
-def _every_size_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "LARGE", 0)
-    monkeypatch.setattr(transformer, "STEPS_WORTH_COPIES", 2)
+def make_long() -> Transformer:
+    """A tiny model with a context that a long generation fits in."""
+    return make_model(ctx_window=STEPS + 8)
 
 
 def layer_of(n_in: int, n_out: int, bias: bool = True, seed: int = 0) -> nn.Linear:
@@ -40,19 +37,19 @@ def layer_of(n_in: int, n_out: int, bias: bool = True, seed: int = 0) -> nn.Line
 @pytest.mark.parametrize("gelu", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1), (4, 1), (2, 5)])
 @pytest.mark.parametrize("sizes", [(16, 48), (48, 16)])
-@pytest.mark.parametrize("copies", [None, True, False])
+@pytest.mark.parametrize("copies", [True, False])
 @torch.no_grad()
 def test_products_equal_float64(
-    bias: bool, gelu: bool, shape: tuple[int, int], sizes: tuple[int, int], copies: bool | None
+    bias: bool, gelu: bool, shape: tuple[int, int], sizes: tuple[int, int], copies: bool
 ) -> None:
     layer, x = layer_of(*sizes, bias), torch.randn(*shape, sizes[0])
-    kept = None if copies is None else WeightCopies(single=copies)
     exact = nn.functional.linear(
         x.double(), layer.weight.double(), layer.bias.double() if bias else None
     )
     exact = nn.functional.gelu(exact, approximate="tanh") if gelu else exact
-    for _ in range(2):
-        assert_close(linear(x, layer, kept, gelu), exact, 1e-6)
+    with weight_copies(4) if copies else nullcontext():
+        for _ in range(2):
+            assert_close(linear(x, layer, gelu), exact, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -69,7 +66,7 @@ def test_product_equals_the_formula(
     inputs = [x, weight, *([offset] if bias else [])]
     inputs = [tensor.to(dtype).requires_grad_(grad) for tensor in inputs]
     doubles = [tensor.detach().double().requires_grad_(grad) for tensor in inputs]
-    found = product(inputs[0], inputs[1], inputs[2] if bias else None, relu)
+    found = product(inputs[0], inputs[1], inputs[2] if bias else None, relu, large=0)
     exact = doubles[0] @ doubles[1].t() + (doubles[2] if bias else 0)
     exact = exact.clamp(min=0) if relu else exact
     assert found.dtype == dtype
@@ -95,40 +92,41 @@ def test_relu_of_nan_is_nan(where: str) -> None:
         {"x": x, "weight": weight, "bias": bias}[where][5] = torch.nan
     expected = (x @ weight.t() + bias).relu()
     assert expected.isnan().any()
-    assert torch.equal(product(x, weight, bias, relu=True).isnan(), expected.isnan())
+    assert torch.equal(product(x, weight, bias, relu=True, large=0).isnan(), expected.isnan())
     x, weight, bias = x[60:], weight[6:], bias[6:]
-    assert_close(product(x, weight, bias, relu=True), expected[60:, 6:], 1e-6)
+    assert_close(product(x, weight, bias, relu=True, large=0), expected[60:, 6:], 1e-6)
 
 
 def test_sums_that_might_overflow_are_known() -> None:
     x, weight, bias = torch.full((9, 4), 2.0**60), torch.full((3, 4), -(2.0**60)), torch.zeros(3)
-    assert packing._stays_finite(x, weight, bias)  # 2¹²² at most
-    assert not packing._stays_finite(x, weight * 2**5, bias)
-    assert not packing._stays_finite(x, weight, bias + 2.0**127)
-    assert not packing._stays_finite(x * torch.inf, weight, None)
+    assert products._stays_finite(x, weight, bias)  # 2¹²² at most
+    assert not products._stays_finite(x, weight * 2**5, bias)
+    assert not products._stays_finite(x, weight, bias + 2.0**127)
+    assert not products._stays_finite(x * torch.inf, weight, None)
 
 
 @pytest.mark.parametrize("in_memory", ["apart", "columns of one matrix", "columns, permuted"])
-@pytest.mark.parametrize("copies", [None, True, False])
+@pytest.mark.parametrize("copies", [True, False])
 @torch.no_grad()
-def test_products_of_several_maps(in_memory: str, copies: bool | None) -> None:
+def test_products_of_several_maps(in_memory: str, copies: bool) -> None:
     layers = (layer_of(8, 6, seed=1), layer_of(8, 6, seed=2), layer_of(8, 6, seed=3))
     if in_memory != "apart":
         whole = torch.randn(8, 18)
         order = [1, 0, 2] if "permuted" in in_memory else [0, 1, 2]
         for layer, i in zip(layers, order, strict=True):
             layer.weight = nn.Parameter(whole[:, 6 * i : 6 * i + 6].t())
-        assert (packing._joined(layers) is None) == ("permuted" in in_memory)
-    kept = None if copies is None else WeightCopies(single=copies)
-    for shape in ((1, 1, 8), (2, 3, 8)):
-        x = torch.randn(shape)
-        for found, layer in zip(linears(x, layers, kept), layers, strict=True):
-            assert_close(found, layer(x), 1e-6)
+        assert (products._joined(layers) is None) == ("permuted" in in_memory)
+    with weight_copies(4) if copies else nullcontext():
+        for shape in ((1, 1, 8), (2, 3, 8)):
+            x = torch.randn(shape)
+            for found, layer in zip(linears(x, layers), layers, strict=True):
+                assert_close(found, layer(x), 1e-6)
 
 
 def test_gradients_take_the_plain_path() -> None:
     layer, x = layer_of(8, 6), torch.randn(2, 3, 8, requires_grad=True)
-    linear(x, layer, WeightCopies(single=False), gelu=True).sum().backward()
+    with weight_copies(4):
+        linear(x, layer, gelu=True).sum().backward()
     found = [x.grad, layer.weight.grad, layer.bias.grad]
     exact = layer_of(8, 6).double()
     y = x.detach().double().requires_grad_()
@@ -177,14 +175,16 @@ def test_autoencoders_without_gradients_equal_with(activation: nn.Module, glu: b
 
 @pytest.mark.parametrize("path", [None, *SITES])
 def test_without_gradients_equals_with(path: str | None) -> None:
-    model, hooks = make_model(), TransformerHooks()
+    model, hooks = make_model(d_model=64, ctx_window=32), TransformerHooks()
+    tokens = random_tokens(16, 32, seed=2)
+    assert tokens.numel() * 64 * 64 >= LARGE  # so that each product of a layer goes to oneDNN
     if path is not None:
         hooks.append_to_path(f"{path}.fwd", lambda x: x * 0.5)
-    expected, _ = model(TOKENS, hooks=hooks)
+    expected, _ = model(tokens, hooks=hooks)
     assert expected.requires_grad
     with torch.no_grad():
-        found, _ = model(TOKENS, hooks=hooks)
-    assert_close(found, expected, 2e-6)
+        found, _ = model(tokens, hooks=hooks)
+    assert_close(found, expected, 1e-5)
 
 
 @pytest.mark.parametrize("path", SITES)
@@ -197,98 +197,117 @@ def test_what_a_hook_was_given_stays(path: str) -> None:
         return x
 
     hooks = TransformerHooks().append_to_path(f"{path}.fwd", keep)
-    for prompts in PROMPTS.values():
+    for prompts in (PROMPTS[:1], PROMPTS):
         model.sample(prompts, 5, temperature=0, hooks=hooks)
     with torch.no_grad():
-        model(TOKENS, hooks=hooks)
+        model(random_tokens(3, 9), hooks=hooks)
     assert given
     assert all(torch.equal(x, as_given) for x, as_given in given)
 
 
-@pytest.mark.parametrize("rows", PROMPTS)
-@pytest.mark.parametrize("hooked", [False, True])
-def test_generations_with_copies_equal_those_without(
-    rows: int, hooked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hooks = TransformerHooks()
-    if hooked:
-        hooks.mlp.post_act.append_fwd(AtLayers(1).append(lambda x: x * 0))
-    seen: dict[str, list[Tensor]] = {"copies": [], "plain": []}
-    for kind in seen:
-        monkeypatch.setattr(transformer, "STEPS_WORTH_COPIES", 2 if kind == "copies" else 99)
-        model = make_model()
-        looking = hooks.copy()
-        looking.logits.append_fwd(keep_in(seen[kind]))
-        model.sample(PROMPTS[rows], 6, temperature=0, hooks=looking)
-        assert (model.weight_copies_nbytes > 0) == (kind == "copies")
-    assert len(seen["copies"]) == 6
-    for found, expected in zip(seen["copies"], seen["plain"], strict=True):
-        assert_close(found[:, -1], expected[:, -1], 2e-6)
+@torch.no_grad()
+def test_a_pass_with_copies_equals_one_without() -> None:
+    model, tokens = make_model(), random_tokens(3, 9)
+    expected, _ = model(tokens)
+    with weight_copies(3):
+        found, _ = model(tokens)
+        assert not torch.equal(found, expected)  # they round otherwise: the copies are used
+        assert_close(found, expected, 2e-6)
+    assert torch.equal(model(tokens)[0], expected)
+
+
+def test_long_and_short_generations_agree() -> None:
+    """Long ones of several rows multiply with copies."""
+    model = make_long()
+    rows = model.sample(PROMPTS, STEPS, temperature=0)["tokens"]
+    assert model.sample(PROMPTS, STEPS - 1, temperature=0)["tokens"] == [row[:-1] for row in rows]
+    for prompt, row in zip(PROMPTS, rows, strict=True):
+        assert model.sample(prompt, STEPS, temperature=0)["tokens"] == [row]
 
 
 def _set_data(model: Transformer) -> None:
     model.unembed.weight.data = model.unembed.weight.data.flip(0)
 
 
-def _step(model: Transformer) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    model(TOKENS)[0].square().sum().backward()
-    optimizer.step()
-
-
 CHANGES: dict[str, Callable[[Transformer], object]] = {
-    "in place": lambda m: nn.init.normal_(m.unembed.weight),
+    "in place": lambda m: nn.init.eye_(m.unembed.weight),
     ".data in place": lambda m: m.unembed.weight.data.mul_(-1),
     ".data, rows exchanged": lambda m: m.unembed.weight.data.copy_(m.unembed.weight.flip(0)),
     ".data replaced": _set_data,
     "numpy": lambda m: m.unembed.weight.detach().numpy().__imul__(-1),
     "one bias, by numpy": lambda m: next(m.layers).attn.k_proj.bias.detach().numpy().fill(3),
     "a new parameter": lambda m: setattr(m.unembed, "weight", nn.Parameter(-m.unembed.weight)),
-    "load_state_dict": lambda m: m.load_state_dict(make_model(seed=5).state_dict()),
-    "assigned": lambda m: m.load_state_dict(make_model(seed=5).state_dict(), assign=True),
-    "an optimizer": _step,
+    "load_state_dict": lambda m: m.load_state_dict(make_long().state_dict()),
     "simplify": lambda m: m.simplify(),
-    "to and back": lambda m: m.bfloat16().float(),
 }
 
 
-@pytest.mark.parametrize("rows", PROMPTS)
 @pytest.mark.parametrize("change", CHANGES)
-def test_copies_are_never_stale(rows: int, change: str) -> None:
-    model = make_model()
-
-    def logits() -> Tensor:
-        seen: list[Tensor] = []
-        hooks = TransformerHooks()
-        hooks.logits.append_fwd(keep_in(seen))
-        model.sample(PROMPTS[rows], 2, temperature=0, hooks=hooks)
-        return torch.stack([x[:, -1] for x in seen])
-
-    logits()
-    assert model.weight_copies_nbytes > 0
+def test_a_change_of_weights_counts_in_the_next_generation(change: str) -> None:
+    model = make_long()
+    model.sample(PROMPTS, STEPS, temperature=0)
     CHANGES[change](model)
-    found = logits()
-    model.drop_weight_copies()
-    assert torch.equal(found, logits())
+    fresh = make_long()
+    fresh.load_state_dict(model.state_dict())
+    expected = fresh.sample(PROMPTS, STEPS, temperature=0)["tokens"]
+    assert model.sample(PROMPTS, STEPS, temperature=0)["tokens"] == expected
 
 
-def test_unchanged_copies_are_kept_and_leave_no_trace() -> None:
-    model = make_model()
-    model.sample(PROMPTS[3], 4, temperature=0)
-    assert model._weight_copies is not None
-    before = {id(kept) for kept in model._weight_copies._copies.values()}
-    model.sample(PROMPTS[3], 4, temperature=0)
-    assert {id(kept) for kept in model._weight_copies._copies.values()} == before
-    assert set(model.state_dict()) == set(make_model().state_dict())
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.weight_copies_nbytes == 0
-        assert torch.equal(other(TOKENS)[0], model(TOKENS)[0])
-    model.drop_weight_copies()
-    assert model.weight_copies_nbytes == 0
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("by", ["a hook of the tree", "a hook of a module"])
+def test_a_change_of_weights_counts_in_the_same_generation(change: str, by: str) -> None:
+    """A hook may do it at any step; so with hooks no copies are used."""
+    model, calls = make_long(), list[int]()
+
+    def count(*arguments: object) -> None:
+        calls.append(0)
+        if len(calls) == 10:
+            CHANGES[change](model)
+
+    def count_in_tree(x: Tensor) -> Tensor:
+        count()
+        return x
+
+    hooks = TransformerHooks()
+    if by == "a hook of the tree":
+        hooks.resid.post_emb.append_fwd(count_in_tree)
+    else:
+        model.tok_embed.register_forward_hook(count)
+    found = model.sample(PROMPTS[:1] * 3, STEPS, temperature=0, hooks=hooks)["tokens"]
+    assert len(calls) >= STEPS
+
+    plain, tokens, H = make_long(), torch.tensor(PROMPTS[:1] * 3), None
+    expected: list[Tensor] = []
+    for step in range(STEPS):
+        with torch.no_grad():
+            if step == 9 and by == "a hook of a module":
+                CHANGES[change](plain)
+            X, H, _, _ = plain.run_embed(tokens, H)
+            if step == 9 and by == "a hook of the tree":
+                CHANGES[change](plain)
+            X, H = plain.run_ln_f(*plain.run_torso(X, H))
+            tokens = plain.unembed(X[:, -1:]).argmax(-1)
+        expected.append(tokens)
+    assert found == torch.cat(expected, dim=1).tolist()
 
 
-def test_runs_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = make_model().sample(PROMPTS[3], 5, temperature=0)["tokens"]
-    monkeypatch.setattr(packing, "_product", None)
-    monkeypatch.setattr(packing, "_pack", None)
-    assert make_model().sample(PROMPTS[3], 5, temperature=0)["tokens"] == expected
+def test_nothing_is_left_on_the_model_after_a_generation() -> None:
+    model = make_long()
+    attributes, tensors = set(vars(model)), set(model.state_dict())
+    model.sample(PROMPTS, STEPS, temperature=0)
+    assert set(vars(model)) == attributes
+    assert set(model.state_dict()) == tensors
+    assert products._copies.get() is None
+    with pytest.raises(RuntimeError, match="on purpose"), weight_copies(3):
+        raise RuntimeError("on purpose")
+    assert products._copies.get() is None
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # torch's own, when flags are set
+def test_runs_without_onednn() -> None:
+    expected = make_long().sample(PROMPTS, STEPS, temperature=0)["tokens"]
+    x, layer = torch.randn(4, 16), layer_of(16, 8)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert make_long().sample(PROMPTS, STEPS, temperature=0)["tokens"] == expected
+        with torch.no_grad():
+            assert torch.equal(product(x, layer.weight, layer.bias, large=0), layer(x))

@@ -931,7 +931,7 @@ def test_bad_input(models, tokens) -> None:
         model(tokens.int())
     with pytest.raises(InputError, match="25 tokens, more than the context of 24"):
         model(torch.ones(1, 25, dtype=torch.long))
-    with pytest.raises(InputError, match="batch of 2, tokens one of 1"):
+    with pytest.raises(InputError, match="batch of 2 rows, tokens one of 1"):
         model(tokens[:1], model(tokens)[1])
     with pytest.raises(InputError, match="pad must be bool"):
         model(tokens, pad=torch.zeros(2, 9))

@@ -654,7 +654,7 @@ def test_config_files(tmp_path: Path) -> None:
     assert TransformerConfig.from_dict(cfg.to_dict()) == cfg
     for name in ("a.pkl", "a.pickle", "a.txt"):
         for use in (cfg.save, TransformerConfig.load):
-            with pytest.raises(CheckpointError, match=r"configs are \.json"):
+            with pytest.raises(CheckpointError, match=r"expected a \.json file"):
                 use(tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json"]
     with pytest.raises(CheckpointError, match=r"unknown field 'n_layer'. Did you mean 'n_layers'"):
@@ -672,7 +672,7 @@ def test_config_files(tmp_path: Path) -> None:
         (torch.tensor([[0, 1]], dtype=torch.int32), {}, r"an int64 tensor .* found torch.int32 \[1, 2\]"),
         (torch.tensor([[0.0]]), {}, r"found torch.float32 \[1, 1\]"),
         (torch.tensor([0, 1]), {}, r"found torch.int64 \[2\]"),
-        ([[0, 1]], {}, r"tokens must be an int64 tensor \[batch, pos\], found list"),
+        (3, {}, r"prompts must be text or token ids, found int"),
         (torch.zeros(1, 0, dtype=torch.long), {}, r"at least one token, found \[1, 0\]"),
         (torch.zeros(0, 3, dtype=torch.long), {}, r"at least one token, found \[0, 3\]"),
         (torch.zeros(2, 13, dtype=torch.long), {}, r"13 tokens, more than the context of 12"),
@@ -691,7 +691,7 @@ def test_token_errors(
 def test_errors_of_a_continuation_leave_the_state(tiny_model: Transformer) -> None:
     _, H = tiny_model(TOKENS)
     for tokens, message in [
-        (TOKENS[:2], r"H holds a batch of 5, tokens one of 2"),
+        (TOKENS[:2], r"H holds a batch of 5 rows, tokens one of 2"),
         (TOKENS[:, :4], r"13 tokens, more than the context of 12"),
     ]:
         with pytest.raises(InputError, match=message):

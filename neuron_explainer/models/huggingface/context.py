@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.errors import InputError, MissingExtraError, SourceError
+from neuron_explainer.models.devices import Device, get_default_device
 from neuron_explainer.models.huggingface.families import Architecture, Tap, sizes_of
 from neuron_explainer.models.huggingface.model import HuggingFaceModel
 from neuron_explainer.models.huggingface.tokenizer import HuggingFaceTokenizer
 from neuron_explainer.models.model_context import (
     ModelContext,
     canonical_device,
-    get_default_device,
     size_of,
 )
-from neuron_explainer.models.sampling import Device
 from neuron_explainer.models.weight_names import (
     Dimension,
     LayerIndex,

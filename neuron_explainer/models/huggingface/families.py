@@ -18,6 +18,15 @@ from torch import Tensor
 
 from neuron_explainer.errors import LocationError
 from neuron_explainer.models.locations import SITES, ActivationLocation
+from neuron_explainer.models.weight_layouts import (
+    Layout,
+    Sizes,
+    Weight,
+    as_stored,
+    into_heads,
+    out_of_heads,
+    transposed,
+)
 from neuron_explainer.models.weight_names import Dimension, WeightLocationType
 
 W = WeightLocationType
@@ -32,21 +41,6 @@ class Tap(NamedTuple):
     is_stream: bool = False
     """For an input that is the residual stream itself, which the layer goes on with past the module:
     a hook's result is then written into the tensor, so that both see it."""
-
-
-class Sizes(NamedTuple):
-    """What the layout of a weight depends on."""
-
-    d_model: int
-    n_heads: int
-    d_head: int
-
-
-class Weight(NamedTuple):
-    """A parameter (its path below the layer, or below the model) and how it gets our axes."""
-
-    parameter: str
-    layout: Callable[[Tensor, Sizes], Tensor]
 
 
 def _no_one(config: Any) -> Collection[str]:
@@ -146,35 +140,16 @@ def _sites(
 # --- layouts of weights ---
 
 
-def _same(weight: Tensor, sizes: Sizes) -> Tensor:
-    return weight
-
-
-def _transposed(weight: Tensor, sizes: Sizes) -> Tensor:
-    return weight.T
-
-
-def _into_heads(weight: Tensor, sizes: Sizes) -> Tensor:
-    """``[g * d_head, d] -> [h, d, d_head]``; heads that share a matrix each get it."""
-    heads = weight.reshape(-1, sizes.d_head, weight.shape[1]).transpose(1, 2)
-    return heads.repeat_interleave(sizes.n_heads // heads.shape[0], dim=0)
-
-
-def _out_of_heads(weight: Tensor, sizes: Sizes) -> Tensor:
-    """``[d, h * d_head] -> [h, d_head, d]``."""
-    return weight.T.reshape(sizes.n_heads, sizes.d_head, -1)
-
-
-def _third(which: int) -> Callable[[Tensor, Sizes], Tensor]:
+def _third(which: int) -> Layout:
     """GPT-2's ``[d, 3 * h * d_head]``: q, k and v one after the other."""
-    return lambda weight, sizes: _into_heads(weight.chunk(3, dim=1)[which].T, sizes)
+    return lambda weight, sizes: into_heads(weight.chunk(3, dim=1)[which].T, sizes)
 
 
-def _third_in_each_head(which: int) -> Callable[[Tensor, Sizes], Tensor]:
+def _third_in_each_head(which: int) -> Layout:
     """GPT-NeoX's ``[h * 3 * d_head, d]``: q, k and v of the first head, then of the second, …"""
-    return lambda weight, sizes: weight.reshape(sizes.n_heads, 3, sizes.d_head, -1)[
-        :, which
-    ].transpose(1, 2)
+    return lambda weight, sizes: weight.reshape(
+        sizes[Dimension.ATTN_HEADS], 3, sizes[Dimension.VALUE_CHANNELS], -1
+    )[:, which].transpose(1, 2)
 
 
 def _one_more(weight: Tensor, sizes: Sizes) -> Tensor:
@@ -184,7 +159,8 @@ def _one_more(weight: Tensor, sizes: Sizes) -> Tensor:
 
 def _scaled_embedding(weight: Tensor, sizes: Sizes) -> Tensor:
     """Gemma multiplies by sqrt(d), rounded to the weights' dtype, on the way into the stream."""
-    return weight * torch.tensor(sizes.d_model**0.5).to(weight.dtype).item()
+    factor = torch.tensor(sizes[Dimension.RESIDUAL_STREAM_CHANNELS] ** 0.5)
+    return weight * factor.to(weight.dtype).item()
 
 
 def _after_two(weight: Tensor, sizes: Sizes) -> Tensor:
@@ -205,18 +181,18 @@ def _linear_weights(
 ) -> dict[WeightLocationType, Weight]:
     """Weights of models made of ``nn.Linear`` with q, k and v apart."""
     return {
-        W.EMBEDDING: Weight(embedding, _same),
-        W.UNEMBEDDING: Weight("lm_head", _transposed),
-        W.ATTN_TO_QUERY: Weight(f"{attn}.q_proj", _into_heads),
-        W.ATTN_TO_KEY: Weight(f"{attn}.k_proj", _into_heads),
-        W.ATTN_TO_VALUE: Weight(f"{attn}.v_proj", _into_heads),
-        W.ATTN_TO_RESIDUAL: Weight(f"{attn}.{attn_out}", _out_of_heads),
-        W.MLP_TO_HIDDEN: Weight(mlp_in, _transposed),
-        W.MLP_TO_RESIDUAL: Weight(mlp_out, _transposed),
-        W.LAYER_NORM_GAIN_PRE_ATTN: Weight(ln_attn, _same),
-        W.LAYER_NORM_GAIN_PRE_MLP: Weight(ln_mlp, _same),
-        W.LAYER_NORM_GAIN_FINAL: Weight(final_norm, _same),
-        W.LAYER_NORM_BIAS_FINAL: Weight(f"{final_norm}:bias", _same),
+        W.EMBEDDING: Weight(embedding, as_stored),
+        W.UNEMBEDDING: Weight("lm_head", transposed),
+        W.ATTN_TO_QUERY: Weight(f"{attn}.q_proj", into_heads),
+        W.ATTN_TO_KEY: Weight(f"{attn}.k_proj", into_heads),
+        W.ATTN_TO_VALUE: Weight(f"{attn}.v_proj", into_heads),
+        W.ATTN_TO_RESIDUAL: Weight(f"{attn}.{attn_out}", out_of_heads),
+        W.MLP_TO_HIDDEN: Weight(mlp_in, transposed),
+        W.MLP_TO_RESIDUAL: Weight(mlp_out, transposed),
+        W.LAYER_NORM_GAIN_PRE_ATTN: Weight(ln_attn, as_stored),
+        W.LAYER_NORM_GAIN_PRE_MLP: Weight(ln_mlp, as_stored),
+        W.LAYER_NORM_GAIN_FINAL: Weight(final_norm, as_stored),
+        W.LAYER_NORM_BIAS_FINAL: Weight(f"{final_norm}:bias", as_stored),
     }
 
 
@@ -237,19 +213,19 @@ _GPT2 = Architecture(
         delta_mlp="mlp",
     ),
     weights={  # Conv1D: matrices stand as [in, out]
-        W.EMBEDDING: Weight("transformer.wte", _same),
-        W.POSITION_EMBEDDING: Weight("transformer.wpe", _same),
-        W.UNEMBEDDING: Weight("lm_head", _transposed),
+        W.EMBEDDING: Weight("transformer.wte", as_stored),
+        W.POSITION_EMBEDDING: Weight("transformer.wpe", as_stored),
+        W.UNEMBEDDING: Weight("lm_head", transposed),
         W.ATTN_TO_QUERY: Weight("attn.c_attn", _third(0)),
         W.ATTN_TO_KEY: Weight("attn.c_attn", _third(1)),
         W.ATTN_TO_VALUE: Weight("attn.c_attn", _third(2)),
-        W.ATTN_TO_RESIDUAL: Weight("attn.c_proj", lambda w, sizes: _out_of_heads(w.T, sizes)),
-        W.MLP_TO_HIDDEN: Weight("mlp.c_fc", _same),
-        W.MLP_TO_RESIDUAL: Weight("mlp.c_proj", _same),
-        W.LAYER_NORM_GAIN_PRE_ATTN: Weight("ln_1", _same),
-        W.LAYER_NORM_GAIN_PRE_MLP: Weight("ln_2", _same),
-        W.LAYER_NORM_GAIN_FINAL: Weight("transformer.ln_f", _same),
-        W.LAYER_NORM_BIAS_FINAL: Weight("transformer.ln_f:bias", _same),
+        W.ATTN_TO_RESIDUAL: Weight("attn.c_proj", lambda w, sizes: out_of_heads(w.T, sizes)),
+        W.MLP_TO_HIDDEN: Weight("mlp.c_fc", as_stored),
+        W.MLP_TO_RESIDUAL: Weight("mlp.c_proj", as_stored),
+        W.LAYER_NORM_GAIN_PRE_ATTN: Weight("ln_1", as_stored),
+        W.LAYER_NORM_GAIN_PRE_MLP: Weight("ln_2", as_stored),
+        W.LAYER_NORM_GAIN_FINAL: Weight("transformer.ln_f", as_stored),
+        W.LAYER_NORM_BIAS_FINAL: Weight("transformer.ln_f:bias", as_stored),
     },
 )
 
@@ -277,7 +253,7 @@ _GPT_NEO = Architecture(
         mlp_in="mlp.c_fc",
         mlp_out="mlp.c_proj",
     )
-    | {W.POSITION_EMBEDDING: Weight("transformer.wpe", _same)},
+    | {W.POSITION_EMBEDDING: Weight("transformer.wpe", as_stored)},
 )
 
 _GPT_NEOX = Architecture(
@@ -295,18 +271,18 @@ _GPT_NEOX = Architecture(
         delta_mlp="mlp",
     ),
     weights={
-        W.EMBEDDING: Weight("gpt_neox.embed_in", _same),
-        W.UNEMBEDDING: Weight("lm_head", _transposed),
+        W.EMBEDDING: Weight("gpt_neox.embed_in", as_stored),
+        W.UNEMBEDDING: Weight("lm_head", transposed),
         W.ATTN_TO_QUERY: Weight("attention.query_key_value", _third_in_each_head(0)),
         W.ATTN_TO_KEY: Weight("attention.query_key_value", _third_in_each_head(1)),
         W.ATTN_TO_VALUE: Weight("attention.query_key_value", _third_in_each_head(2)),
-        W.ATTN_TO_RESIDUAL: Weight("attention.dense", _out_of_heads),
-        W.MLP_TO_HIDDEN: Weight("mlp.dense_h_to_4h", _transposed),
-        W.MLP_TO_RESIDUAL: Weight("mlp.dense_4h_to_h", _transposed),
-        W.LAYER_NORM_GAIN_PRE_ATTN: Weight("input_layernorm", _same),
-        W.LAYER_NORM_GAIN_PRE_MLP: Weight("post_attention_layernorm", _same),
-        W.LAYER_NORM_GAIN_FINAL: Weight("gpt_neox.final_layer_norm", _same),
-        W.LAYER_NORM_BIAS_FINAL: Weight("gpt_neox.final_layer_norm:bias", _same),
+        W.ATTN_TO_RESIDUAL: Weight("attention.dense", out_of_heads),
+        W.MLP_TO_HIDDEN: Weight("mlp.dense_h_to_4h", transposed),
+        W.MLP_TO_RESIDUAL: Weight("mlp.dense_4h_to_h", transposed),
+        W.LAYER_NORM_GAIN_PRE_ATTN: Weight("input_layernorm", as_stored),
+        W.LAYER_NORM_GAIN_PRE_MLP: Weight("post_attention_layernorm", as_stored),
+        W.LAYER_NORM_GAIN_FINAL: Weight("gpt_neox.final_layer_norm", as_stored),
+        W.LAYER_NORM_BIAS_FINAL: Weight("gpt_neox.final_layer_norm:bias", as_stored),
     },
     # Parallel blocks: both parts read the same stream, so there is none between them.
     lacks=lambda config: ["resid.torso.post_attn"] if config.use_parallel_residual else [],
@@ -432,20 +408,28 @@ def architecture_of(config: Any) -> Architecture:
 
 
 def sizes_of(config: Any) -> dict[Dimension, int]:
-    """Sizes under the names that transformers' configs share; what a config does not say is left out."""
-    d_model, n_heads = config.hidden_size, config.num_attention_heads
-    d_head = getattr(config, "head_dim", None) or d_model // n_heads
-    widths = (getattr(config, name, None) for name in ("intermediate_size", "n_inner", "ffn_dim"))
-    context = getattr(config, "max_position_embeddings", None)
-    return ({} if context is None else {Dimension.MAX_CONTEXT_LENGTH: context}) | {
+    """The sizes that a config of transformers states; one that it does not state is absent."""
+    d_model = config.hidden_size
+    sizes = {
         Dimension.RESIDUAL_STREAM_CHANNELS: d_model,
         Dimension.VOCAB_SIZE: config.vocab_size,
-        Dimension.ATTN_HEADS: n_heads,
-        Dimension.QUERY_AND_KEY_CHANNELS: d_head,
-        Dimension.VALUE_CHANNELS: d_head,
-        Dimension.MLP_ACTS: next((width for width in widths if width), 4 * d_model),
         Dimension.LAYERS: config.num_hidden_layers,
+        Dimension.MAX_CONTEXT_LENGTH: getattr(config, "max_position_embeddings", None),
+        Dimension.MLP_ACTS: _mlp_width(config),
     }
+    n_heads = getattr(config, "num_attention_heads", None)
+    if n_heads is not None:  # models without attention have none
+        d_head = getattr(config, "head_dim", None) or d_model // n_heads
+        sizes[Dimension.ATTN_HEADS] = n_heads
+        sizes[Dimension.QUERY_AND_KEY_CHANNELS] = sizes[Dimension.VALUE_CHANNELS] = d_head
+    return {dimension: size for dimension, size in sizes.items() if size is not None}
+
+
+def _mlp_width(config: Any) -> int | None:
+    widths = [getattr(config, name, None) for name in ("intermediate_size", "n_inner", "ffn_dim")]
+    # GPT-2's n_inner of None means four times the width of the model.
+    default = 4 * config.hidden_size if hasattr(config, "n_inner") else None
+    return next((width for width in widths if width), default)
 
 
 def attention_window(config: Any) -> int | None:

@@ -52,8 +52,15 @@ class Wiring:
     All are looked up when the model is wrapped, so that a wrong path is told then.
     """
 
-    def __init__(self, model: Any, architecture: Architecture, n_heads: int) -> None:
-        self.model, self.architecture, self.n_heads = model, architecture, n_heads
+    def __init__(self, model: Any, architecture: Architecture, n_heads: int | None) -> None:
+        self.model, self.architecture = model, architecture
+        with_heads = {"attn.v_out", "attn.qk_probs"} & set(architecture.paths)
+        if n_heads is None and with_heads:
+            raise LocationError(
+                f"the architecture names {' and '.join(sorted(with_heads))}, but the config of "
+                f"{self.name} has no num_attention_heads. Leave them out."
+            )
+        self.n_heads = n_heads or 0
         layers = find_module(model, architecture.layers)
         if not isinstance(layers, nn.ModuleList) or not len(layers):
             raise LocationError(

@@ -1,6 +1,6 @@
 """Any causal language model of Hugging Face, run with our hooks: :class:`HuggingFaceModel`.
 
-The model's own code computes; how our hooks come into it stands in
+The model's own code computes. How our hooks come into it is described in
 :mod:`~neuron_explainer.models.huggingface.hooking`.
 
 Shape legend: ``b`` batch, ``s`` sequence (of this call), ``k`` tokens of earlier calls and of this one,
@@ -9,72 +9,74 @@ Shape legend: ``b`` batch, ``s`` sequence (of this call), ``k`` tokens of earlie
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from neuron_explainer.errors import InputError, LocationError, SourceError, did_you_mean
+from neuron_explainer.errors import InputError, LocationError, SourceError
 from neuron_explainer.models.hooks import NO_HOOKS, TransformerHooks
 from neuron_explainer.models.huggingface.families import (
     Architecture,
-    Sizes,
     architecture_of,
     attention_window,
     sizes_of,
 )
 from neuron_explainer.models.huggingface.hooking import HookedCall, Wiring, find_module
 from neuron_explainer.models.huggingface.tokenizer import HuggingFaceTokenizer
-from neuron_explainer.models.language_model import (
-    Activations,
-    Sample,
-    check_tokens,
-    chooser,
-    generate,
-    make_generator,
-    prepend,
-    prompts_to_ids,
-    stops_to_ids,
-    with_recorder,
-)
-from neuron_explainer.models.locations import ActivationLocation, LocationLike, parse_locations
-from neuron_explainer.models.sampling import (
-    check_sampling_settings,
-    prep_input_and_pad,
-    prep_pos_from_pad_and_prev_lens,
-)
+from neuron_explainer.models.kv_cache import State
+from neuron_explainer.models.language_model import LanguageModel, Prompts, Step
+from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.models.sampling import prep_input_and_pad
 from neuron_explainer.models.weight_names import (
     Dimension,
     LayerIndex,
     WeightLocationType,
 )
 
+# Layers of transformers' caches that replace their tensors and never write into them.
+_REPLACING_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
 
-class HuggingFaceState:
-    """What a model keeps between calls: the cache, and which tokens so far are pads.
 
-    A call updates the one it is given and returns it; :meth:`copy` branches a generation.
-    """
+class HuggingFaceState(State):
+    """What a model keeps between calls: transformers' cache, and which tokens so far are pads."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.cache: Any = None
         """transformers' cache of keys and values."""
-        self.prev_lens: Tensor | int = 0
-        """Tokens so far that are no pads, ``[b, 1]``; 0 at the start."""
-        self.positions: Tensor | None = None
-        """Positions ``[b, s]`` of the tokens of the latest call; hooks are given them."""
         self.pad: Tensor | None = None
         """Pad mask ``[b, k]`` of all tokens so far."""
+        self.sizes: dict[Dimension, int] | None = None
+        """Sizes of the model that has filled it."""
 
     def copy(self) -> "HuggingFaceState":
-        """An independent copy."""
         new = copy.copy(self)
         # Tensors that carry gradients cannot be deep-copied; the rest of the cache can.
         layers = getattr(self.cache, "layers", [])
         tensors = [t for layer in layers for t in vars(layer).values() if isinstance(t, Tensor)]
         new.cache = copy.deepcopy(self.cache, {id(tensor): tensor.clone() for tensor in tensors})
         return new
+
+    def _undo(self) -> Callable[[], None]:
+        cache, pad, sizes = self.cache, self.pad, self.sizes
+        layers = getattr(cache, "layers", None)
+        if layers is not None and all(type(x).__name__ in _REPLACING_LAYERS for x in layers):
+            before = [(layer, dict(vars(layer))) for layer in layers]
+            outside = dict(vars(cache)) | {"layers": list(layers)}
+        else:  # it may write into its tensors
+            before, outside, cache = [], {}, self.copy().cache
+
+        def restore() -> None:
+            self.cache, self.pad, self.sizes = cache, pad, sizes
+            for layer, values in [(cache, outside), *before]:
+                if values:
+                    vars(layer).clear()
+                    vars(layer).update(values)
+
+        return restore
 
     def __repr__(self) -> str:
         shape = (
@@ -83,13 +85,17 @@ class HuggingFaceState:
         return f"HuggingFaceState({shape})"
 
 
-class HuggingFaceModel:
+class HuggingFaceModel(LanguageModel):
     """A model of transformers with the calls of :class:`~neuron_explainer.models.transformer.Transformer`.
+
+    Models that keep no keys and values (Mamba, RWKV) run too, with three differences: pads must be on
+    the right, a call cannot continue from an earlier one, and :meth:`sample` reads the whole text at
+    each step, so hooks see all tokens then.
 
     Args:
         model: any causal language model; it is put in eval mode, and not changed otherwise.
         tokenizer: what reads and writes its text; None: token ids only.
-        architecture: where things are in it; default: the table's entry for its family.
+        architecture: where the places of the hook tree are; default: the entry of the family's table.
     """
 
     def __init__(
@@ -104,39 +110,33 @@ class HuggingFaceModel:
             architecture = architecture_of(self.config)
         self.architecture = architecture.for_config(self.config)
         self.tokenizer = tokenizer
-        self.sizes = sizes_of(self.config)
-        self._wiring = Wiring(model, self.architecture, self.sizes[Dimension.ATTN_HEADS])
+        self.sizes: dict[Dimension, int] = sizes_of(self.config)
+        self._wiring = Wiring(model, self.architecture, self.sizes.get(Dimension.ATTN_HEADS))
         self._accepts = frozenset(inspect.signature(model.forward).parameters)
+        recurrent = getattr(model, "_is_stateful", False) or Dimension.ATTN_HEADS not in self.sizes
+        self._keeps_keys = "past_key_values" in self._accepts and not recurrent
 
     @property
     def name(self) -> str:
-        """The class of the model, for errors."""
+        """The name of the model's class, for errors."""
         return self._wiring.name
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The model's layers."""
+        """The modules of the layers."""
         return self._wiring.layers
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.model.device  # type: ignore[no-any-return]
+        """The device of the parameters."""
+        device: torch.device = self.model.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters."""
-        return self.model.dtype  # type: ignore[no-any-return]
-
-    @property
-    def n_layers(self) -> int:
-        """Layers."""
-        return len(self.layers)
-
-    @property
-    def n_vocab(self) -> int:
-        """Rows of the embedding."""
-        return self.sizes[Dimension.VOCAB_SIZE]
+        """The dtype of the parameters."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     @property
     def enc(self) -> HuggingFaceTokenizer:
@@ -157,7 +157,7 @@ class HuggingFaceModel:
 
     def __call__(
         self,
-        tokens: Tensor,
+        tokens: Tensor | Prompts,
         H: HuggingFaceState | None = None,
         pad: Tensor | None = None,
         hooks: TransformerHooks | None = None,
@@ -165,43 +165,66 @@ class HuggingFaceModel:
         """Logits of the next token after each token.
 
         Args:
-            tokens: ids ``[b, s]``, int64; in a continuation the new ones only.
-            H: what an earlier call returned, to go on from it (it is updated in place).
+            tokens: ids ``[b, s]``, int64; in a continuation only the new ones. Or prompts as
+                :meth:`sample` takes them, which are padded on the right (see :meth:`to_batch`).
+            H: what an earlier call returned, to continue from it. It is updated in place; if the call
+                raises, it is as before.
             pad: ``[b, s]`` bool, True where a position is padding. Each row's result at its tokens is
                 that of its solo run.
             hooks: what to see or replace on the way.
 
         Returns:
-            Logits ``[b, s, v]`` and the state to go on from.
+            Logits ``[b, s, v]`` and the state to continue from.
         """
         H = HuggingFaceState() if H is None else H
-        logits = self._run(tokens, H, pad, hooks)
+        self._check_state(H)
+        tokens, pad = self.to_batch(tokens, pad)
+        with H.restored_on_error():
+            logits = self._run(tokens, H, pad, NO_HOOKS if hooks is None else hooks)
         assert logits is not None
         return logits, H
+
+    def _check_state(self, H: object) -> None:
+        if not isinstance(H, HuggingFaceState):
+            raise InputError(
+                f"H must be a HuggingFaceState, as an earlier call returned, found {H!r}."
+            )
+        if H.sizes is not None and H.sizes != self.sizes:
+            raise InputError("H is the state of a model of other sizes.")
+        if H.pad is not None and not self._keeps_keys:
+            raise InputError(
+                f"{self.name} keeps no keys and values to continue from: give all tokens in one call, or "
+                "use sample."
+            )
 
     def _run(
         self,
         tokens: Tensor,
         H: HuggingFaceState,
         pad: Tensor | None,
-        hooks: TransformerHooks | None,
+        hooks: TransformerHooks,
         *,
         use_cache: bool = True,
         last_only: bool = False,
         stop_at: tuple[nn.Module, str] | None = None,
     ) -> Tensor | None:
-        """Logits ``[b, s, v]`` (of the last token alone: ``[b, 1, v]``); None where the pass stopped."""
-        hooks = NO_HOOKS if hooks is None else hooks
+        """Logits ``[b, s, v]``, or ``[b, 1, v]`` of the last token alone; None if the pass stopped."""
         self._check_hooks(hooks)
-        positions = self._advance(tokens, H, pad)
+        pad = self._advance(tokens, H, pad)
+        pad = torch.zeros_like(tokens, dtype=torch.bool) if pad is None else pad
+        H.pad = pad if H.pad is None else torch.cat([H.pad, pad], dim=1)
+        H.sizes = self.sizes
+        self._check_pads(H.pad)
+        assert H.positions is not None
+        use_cache = use_cache and self._keeps_keys
         output: Any = None
-        with HookedCall(self._wiring, hooks, positions, stop_at).attached():
+        with HookedCall(self._wiring, hooks, H.positions, stop_at).attached():
             output = self.model(**self._arguments(tokens, H, use_cache, last_only))
         if output is None:
             return None
         if use_cache:
             H.cache = output.past_key_values
-        return hooks.logits(output.logits, layer=None, positions=positions)
+        return hooks.logits(output.logits, layer=None, positions=H.positions)
 
     def _arguments(
         self, tokens: Tensor, H: HuggingFaceState, use_cache: bool, last_only: bool
@@ -210,41 +233,29 @@ class HuggingFaceModel:
         arguments: dict[str, Any] = {
             "input_ids": tokens,
             "attention_mask": (~H.pad).long(),
-            "past_key_values": H.cache,
             "use_cache": use_cache,
             "return_dict": True,
         }
-        if "position_ids" in self._accepts:  # models without positions, or which count by the mask
+        if self._keeps_keys:
+            arguments["past_key_values"] = H.cache
+        if "position_ids" in self._accepts:  # the others have no positions, or count by the mask
             arguments["position_ids"] = H.positions
         if last_only and "logits_to_keep" in self._accepts:
             arguments["logits_to_keep"] = 1
         return arguments
 
-    def _advance(self, tokens: Tensor, H: HuggingFaceState, pad: Tensor | None) -> Tensor:
-        """Check the tokens and note their positions, which are returned, and pads in ``H``."""
-        check_tokens(tokens, pad, self.n_vocab)
-        if H.pad is not None and len(H.pad) != len(tokens):
-            raise InputError(f"H holds a batch of {len(H.pad)}, tokens one of {len(tokens)}.")
-        pad = torch.zeros_like(tokens, dtype=torch.bool) if pad is None else pad
-        lens = (~pad).sum(dim=-1, keepdim=True) + H.prev_lens
-        longest, context = int(lens.max()), self.sizes.get(Dimension.MAX_CONTEXT_LENGTH)
-        if context is not None and longest > context:
+    def _check_pads(self, pad: Tensor) -> None:
+        """Refuse pads with which a row would silently differ from its solo run."""
+        pads_before_tokens = pad[:, :-1] & ~pad[:, 1:]
+        if not self._keeps_keys and bool(pads_before_tokens.any()):
             raise InputError(
-                f"a row would have {longest} tokens, more than the context of {context}."
+                f"{self.name} has no attention that could leave out pads: a row with pads before its "
+                "tokens would differ from its solo run. Pad on the right."
             )
-        all_pads = pad if H.pad is None else torch.cat([H.pad, pad], dim=1)
-        self._check_window(all_pads)
-        positions = prep_pos_from_pad_and_prev_lens(pad, H.prev_lens)
-        # A pad after a full context would stand one past the last position; where it stands is moot.
-        H.positions = positions if context is None else positions.clamp(max=context - 1)
-        H.prev_lens, H.pad = lens, all_pads
-        return H.positions
-
-    def _check_window(self, pad: Tensor) -> None:
-        """Refuse what would go wrong without a word: sliding windows count pads as tokens."""
         window = attention_window(self.config)
         if window is None or pad.shape[1] <= window:
             return
+        # Sliding windows count pads as tokens.
         between = pad[:, 1:] & ~pad[:, :-1]  # a pad after a token …
         later = (~pad).flip(1).cumsum(1).flip(1)[:, 1:] > 0  # … and a token after that
         if bool((between & later).any()):
@@ -254,57 +265,20 @@ class HuggingFaceModel:
                 "than alone. Pad on the left."
             )
 
-    def _check_hooks(self, hooks: TransformerHooks) -> None:
-        for path, leaf in hooks.leaves():
-            if not leaf.is_empty():
-                self.require(path.rpartition(".")[0])
+    # --- looking and sampling, for LanguageModel ---
 
-    def require(self, path: str) -> None:
-        """An error unless this architecture has the hook path."""
-        if path not in self.paths:
-            raise LocationError(
-                f"{self.name} has no {path!r}.{did_you_mean(path, self.paths)} "
-                f"It has: {', '.join(self.paths)}."
-            )
-
-    # --- looking and sampling ---
-
-    def capture(
+    def _run_until(
         self,
-        tokens: Any,
-        locations: LocationLike | Sequence[LocationLike],
-        pad: Tensor | None = None,
-        hooks: TransformerHooks | None = None,
-        bos: bool | int = False,
-    ) -> Activations:
-        """The activations at any set of locations, from one forward pass.
-
-        As :meth:`Transformer.capture <neuron_explainer.models.transformer.Transformer.capture>`: the
-        pass stops after the last place needed; values are those after ``hooks``.
-        """
-        if not isinstance(tokens, Tensor):
-            if pad is not None:
-                raise InputError("pad goes with tokens as a tensor; prompts are padded here.")
-            ids, _ = self._prompt_ids(tokens, bos)
-            tokens, pad = prep_input_and_pad(ids, "right", self.device)
-        elif bos is not False:
-            check_tokens(tokens, pad, self.n_vocab)
-            tokens, pad = prepend(tokens, pad, self._bos_id(bos))
-        wanted = [
-            place
-            for location in parse_locations(locations)
-            for place in location.expand(self.n_layers)
-        ]
-        for place in wanted:
-            self.require(place.path)
-        found = Activations(tokens, pad)
-        hooks = with_recorder(hooks, wanted, found)
+        wanted: list[ActivationLocation],
+        tokens: Tensor,
+        pad: Tensor | None,
+        hooks: TransformerHooks,
+    ) -> None:
         stop_at = self._last_needed(wanted)
         self._run(tokens, HuggingFaceState(), pad, hooks, use_cache=False, stop_at=stop_at)
-        return found
 
     def _last_needed(self, wanted: list[ActivationLocation]) -> tuple[nn.Module, str] | None:
-        """The module, and the side of it, after which nothing is needed; None: all is."""
+        """The module, and its side, after which nothing more is needed; None if the whole pass is."""
         if any(place.path == "logits" for place in wanted):
             return None
         if any(place.site.stage == "final" for place in wanted):
@@ -313,60 +287,30 @@ class HuggingFaceModel:
         layers = [place.layer for place in wanted if place.layer is not None]
         return (self.layers[max(layers)], "out") if layers else (self.layers[0], "in")
 
-    @torch.no_grad()
-    def sample(
-        self,
-        prompts: Any,
-        num_tokens: int = 5,
-        temperature: float = 1.0,
-        top_p: float | None = None,
-        hooks: TransformerHooks | None = None,
-        *,
-        top_k: int | None = None,
-        generator: torch.Generator | None = None,
-        seed: int | None = None,
-        stop: int | str | Sequence[int | str] | None = None,
-        bos: bool | int = False,
-    ) -> Sample:
-        """Continue each prompt by up to ``num_tokens`` tokens.
-
-        As :meth:`Transformer.sample <neuron_explainer.models.transformer.Transformer.sample>`; ``bos``
-        True is the tokenizer's start token.
-        """
-        check_sampling_settings(num_tokens, temperature, top_k, top_p)
-        ids, _ = self._prompt_ids(prompts, bos)
-        self._check_room(max(map(len, ids)), num_tokens)
+    @contextmanager
+    def _generation(
+        self, n_rows: int, prompt_length: int, num_tokens: int, hooks: TransformerHooks | None
+    ) -> Iterator[Step]:
+        tree = NO_HOOKS if hooks is None else hooks
+        # Hooks on the logits see those of every token, so all are computed then.
+        last_only = tree.logits.is_empty()
         H = HuggingFaceState()
 
         def step(tokens: Tensor, pad: Tensor) -> Tensor:
-            # With hooks on the logits all are computed: those of every token are what hooks see.
-            last_only = hooks is None or hooks.logits.is_empty()
-            logits = self._run(tokens, H, pad, hooks, last_only=last_only)
+            logits = self._run(tokens, H, pad, tree, last_only=last_only)
             assert logits is not None
             return logits[:, -1]
 
-        choose = chooser(temperature, top_k, top_p, make_generator(generator, seed, self.device))
-        stops = stops_to_ids(stop, self._encode)
-        rows = generate(step, ids, num_tokens, choose, stops, self.device)
-        return Sample.of(rows, lambda: [self.enc.decode_continuation(row) for row in rows])
-
-    def _check_room(self, longest: int, num_tokens: int) -> None:
-        context = self.sizes.get(Dimension.MAX_CONTEXT_LENGTH)
-        if context is not None and longest + num_tokens - 1 > context:
-            raise InputError(
-                f"the longest prompt has {longest} tokens; with num_tokens={num_tokens} that is more "
-                f"than the context of {context} holds (the last token is not read)."
-            )
+        yield step if self._keeps_keys else _Reader(self, tree)
 
     def _encode(self, text: str) -> list[int]:
         return self.enc.encode(text)
 
-    def _prompt_ids(self, prompts: Any, bos: bool | int) -> tuple[list[list[int]], bool]:
-        start = [] if bos is False else [self._bos_id(bos)]
-        return prompts_to_ids(prompts, self._encode, start)
+    def _decode(self, ids: list[int]) -> str:
+        return self.enc.decode_continuation(ids)
 
-    def _bos_id(self, bos: bool | int) -> int:
-        return self.enc.bos_token if bos is True else int(bos)
+    def _start_token(self) -> int:
+        return self.enc.bos_token
 
     # --- weights ---
 
@@ -383,13 +327,22 @@ class HuggingFaceModel:
         parameter = getattr(find_module(root, path), name or "weight", None)
         if not isinstance(parameter, Tensor):
             raise LocationError(f"{self.name}: {path} has no {name or 'weight'}.")
-        return known[location_type].layout(parameter, self.head_sizes)
+        return known[location_type].layout(parameter, self.sizes)
 
-    @property
-    def head_sizes(self) -> Sizes:
-        """Sizes that layouts depend on."""
-        return Sizes(
-            self.sizes[Dimension.RESIDUAL_STREAM_CHANNELS],
-            self.sizes[Dimension.ATTN_HEADS],
-            self.sizes[Dimension.VALUE_CHANNELS],
-        )
+
+class _Reader:
+    """The steps of a generation by a model that keeps no keys and values: each reads the whole text."""
+
+    def __init__(self, model: HuggingFaceModel, hooks: TransformerHooks) -> None:
+        self._model, self._hooks = model, hooks
+        self._rows: list[list[int]] = []
+
+    def __call__(self, tokens: Tensor, pad: Tensor) -> Tensor:
+        new = [row[~skip].tolist() for row, skip in zip(tokens, pad, strict=True)]
+        self._rows = [
+            old + row for old, row in zip(self._rows or [[]] * len(new), new, strict=True)
+        ]
+        tokens, pad = prep_input_and_pad(self._rows, "right", tokens.device)
+        logits, _ = self._model(tokens, pad=pad, hooks=self._hooks)
+        last = (~pad).sum(dim=-1) - 1
+        return logits[torch.arange(len(last), device=last.device), last]

@@ -1,9 +1,11 @@
 """Hugging Face's tokenizers behind the calls that the rest of the package makes."""
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 from neuron_explainer.errors import InputError, SourceError
+from neuron_explainer.models.tokenizers import NO_START_TOKEN, check_ids, without_lone_surrogates
 
 
 class HuggingFaceTokenizer:
@@ -15,8 +17,8 @@ class HuggingFaceTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        # Where there are no files, transformers makes a tokenizer that knows nothing, without a word.
-        if set(self.encode("a")) <= {tokenizer.unk_token_id}:
+        # Without files, transformers silently makes a tokenizer that knows special tokens only.
+        if len(tokenizer) <= len(self._special):
             raise SourceError(
                 f"the tokenizer {self.name!r} has no vocabulary; token ids work without one."
             )
@@ -28,26 +30,31 @@ class HuggingFaceTokenizer:
 
     @property
     def n_vocab(self) -> int:
-        """Tokens that it knows; a model may have more rows."""
+        """Number of tokens that it knows; a model may have more rows."""
         return len(self.tokenizer)
 
     @property
     def bos_token(self) -> int:
         """The start token."""
         if self.tokenizer.bos_token_id is None:
-            raise InputError(f"the tokenizer {self.name!r} has no start token; give its id as bos.")
+            raise InputError(f"the tokenizer {self.name!r} has no start token. {NO_START_TOKEN}")
         return int(self.tokenizer.bos_token_id)
 
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.all_special_ids)
+
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text; special tokens that it spells out are those."""
+        """The tokens of a text. Special tokens that it spells out are read as such."""
         if not isinstance(text, str):
             raise InputError(f"expected a text, found {type(text).__name__}.")
+        text = without_lone_surrogates(text)
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of tokens from its beginning; an id beyond the vocabulary is ``<|token 50260|>``."""
         text, known = [], []
-        for token in _checked(ids):
+        for token in check_ids(ids):
             if token < self.n_vocab:
                 known.append(token)
                 continue
@@ -56,13 +63,22 @@ class HuggingFaceTokenizer:
         return "".join([*text, self._decode(known)])
 
     def decode_continuation(self, ids: Iterable[int]) -> str:
-        """The text of tokens that go on another text: a space at the front is kept.
+        """The text of tokens that continue another text: a space at the front is kept.
 
-        Tokenizers that put a space before a text take it away from the front of what they decode.
+        Tokenizers that put a space before a text remove it from the front of what they decode.
         """
-        ids, anchor = list(ids), self.encode("a")
-        start, text = self.decode(anchor), self.decode([*anchor, *ids])
-        return text.removeprefix(start) if text.startswith(start) else self.decode(ids)
+        ids = list(ids)
+        before, after = self.decode(self._anchor), self.decode([*self._anchor, *ids])
+        return after.removeprefix(before) if after.startswith(before) else self.decode(ids)
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        """Tokens of some text: of "a", or of the first token that has a text, if "a" has none."""
+        found = self.encode("a")
+        if found and self.tokenizer.unk_token_id not in found:
+            return found
+        ordinary = (token for token in range(self.n_vocab) if token not in self._special)
+        return next(([token] for token in ordinary if self._decode([token]).strip()), [])
 
     def _decode(self, ids: list[int]) -> str:
         if not ids:
@@ -75,10 +91,3 @@ class HuggingFaceTokenizer:
 
     def __repr__(self) -> str:
         return f"HuggingFaceTokenizer({self.name!r}, {self.n_vocab} tokens)"
-
-
-def _checked(ids: Iterable[int]) -> list[int]:
-    numbers = [int(i) for i in ids]
-    if any(number < 0 for number in numbers):
-        raise InputError(f"token ids must be at least 0, found {min(numbers)}.")
-    return numbers
