@@ -63,6 +63,7 @@ FLOORS = [
         "kv_cache",
         "simplify",
         "language_model",
+        "checkpointed",
         "transformer",
         "autoencoder",
         "autoencoders",
