@@ -456,8 +456,8 @@ class HookCollection(HookNode):
         """Add or replace a child, which becomes the attribute ``name``."""
         if not isinstance(subhooks, HookNode):
             raise HookError(
-                f"{type(self).__name__}.{name} holds lists of hooks and cannot be set to a hook; append "
-                f"the hook to it: `….{name}.append_fwd(hook)`. Found {subhooks!r}."
+                f"{type(self).__name__}.{name} is a place for hooks, not a hook: append to it with "
+                f"`….{name}.append_fwd(hook)`; found {subhooks!r}."
             )
         self.all_hooks[name] = subhooks
         # A real attribute, not __getattr__: a forward pass looks up about twenty in each layer.
