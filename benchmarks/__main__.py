@@ -14,6 +14,8 @@ from benchmarks.workloads import Setup
 RACES = ["forward", "capture", "hooks", "sample", "encode", "train_step", "load"]
 """Modules with ``races(setup)``."""
 OTHERS = ["import", "parity", "planted"]
+GPU = "gpu"
+"""A command by itself: tests and tables of a CUDA device, see :mod:`benchmarks.gpu`."""
 LEARNING = ["quality", "end_to_end"]
 """Modules with ``run(corpus, scratch, pythons, quick)``."""
 PEERS = sorted(path.stem for path in (Path(__file__).parent / "peers").glob("*.txt"))
@@ -33,6 +35,10 @@ def main(argv: list[str] | None = None) -> None:
         pythons[name] = python
     if args.corpus is None and (missing := [name for name in args.names if name in LEARNING]):
         parser.error(f"{' and '.join(missing)} need --corpus, text to learn from")
+    if GPU in args.names:
+        if args.names != [GPU]:
+            parser.error(f"{GPU} runs alone, not with {', '.join(args.names)}")
+        sys.exit(importlib.import_module("benchmarks.gpu").run(args.out, args.quick))
     threads = 1 if args.quick else THREADS
     names = [*RACES, *OTHERS] if "all" in args.names else args.names
     print(f"{provenance()}\n")
@@ -65,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="+", choices=[*RACES, *OTHERS, *LEARNING, "all"])
+    parser.add_argument("names", nargs="+", choices=[*RACES, *OTHERS, *LEARNING, GPU, "all"])
     parser.add_argument(
         "--peers",
         nargs="*",
@@ -76,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--corpus", type=Path, help="a file or folder of text, for quality and end_to_end"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("gpu.json"),
+        help="the file that gpu writes (default: gpu.json)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each (default: 5)")
     parser.add_argument("--only", default="", help="races whose headings have this text in them")

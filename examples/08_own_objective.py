@@ -1,4 +1,4 @@
-"""An objective of your own: a dataclass of settings, a loss, an activation; the loop stays as it is."""
+"""An objective of your own: a dataclass of settings, a loss and a nonlinearity; the loop stays the same."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from neuron_explainer.dictionaries import (
 
 @dataclass(frozen=True)
 class LogConfig(ObjectiveConfig):
-    """ReLU latents whose penalty grows ever more slowly: strong ones are hardly shrunk."""
+    """ReLU latents with a logarithmic penalty, which hardly shrinks strong latents."""
 
     strength: float = 1.0
     """Weight of the penalty."""
@@ -39,7 +39,7 @@ class LogPenalty(Objective[LogConfig]):
         return nn.ReLU()
 
 
-# Activations that are made of few directions each; train takes any iterable of [batch, n] tensors.
+# Each activation is a sum of few directions. train also takes any iterable of tensors [batch, n].
 torch.manual_seed(0)
 directions = nn.functional.normalize(torch.randn(64, 32), dim=1)
 codes = torch.rand(4096, 64) * (torch.rand(4096, 64) < 0.05)

@@ -15,7 +15,7 @@ context = ModelContext.from_model_type("tiny-tales")
 windows = TokenWindows(tokenize(PASSAGE.split("\n\n"), context), 64, 4)
 harvester = Harvester(context, "resid.torso.post_mlp")  # every layer
 
-# Codes are found by FISTA: as few and as small as the penalty makes them, never negative.
+# FISTA finds codes that are never negative; a larger penalty makes them fewer and smaller.
 config = SparseCodingConfig(n_latents=128, penalty=5.0, step_size=0.05, tolerance=1e-2)
 ((location, dictionary),) = train_sparse_coding(
     config,

@@ -39,6 +39,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(os.cpu_count() or 1, 8) if whole else 0
 
 
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Bytes go by the name of their argument: those of gzip hold the time, and each process has its own."""
+    return argname if isinstance(val, bytes) else None
+
+
 def make_model(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> Transformer:
     """A tiny model whose every parameter matters: no bias is 0 and no gain 1, attention is uneven."""
     config = TransformerConfig(**{**TINY.to_dict(), **sizes})

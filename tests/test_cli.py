@@ -1,17 +1,24 @@
 """The commands on the embedded model: what they print, as text and as JSON, and how they fail."""
 
 import json
+import os
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from neuron_explainer import cli, demo
+from neuron_explainer.cli.common import escaped, in_flags
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
 from neuron_explainer.models.checkpoints.autoencoders import Stated
+from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.model_registry import make_autoencoder_context
 from neuron_explainer.models.transformer import Transformer
 
@@ -133,12 +140,12 @@ def test_errors_are_one_line_and_name_the_thing(
 
 def test_demo_shows_what_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
     out = run(capsys, "demo")
-    for step in demo.STEPS:
+    for step in demo.steps():
         assert step.title in out
         assert step.code.splitlines()[0] in out
     assert "->" in out
     result = json.loads(run(capsys, "demo", "--json"))
-    assert [step["title"] for step in result["steps"]] == [step.title for step in demo.STEPS]
+    assert [step["title"] for step in result["steps"]] == [step.title for step in demo.steps()]
     assert all(step["output"] for step in result["steps"])
 
 
@@ -206,3 +213,235 @@ def test_convert_there_and_back(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     )
     assert "0/logits" in error or "once" in error
     assert not (tmp_path / "d").exists()
+
+
+# --- models of Hugging Face ---
+
+
+@pytest.fixture(scope="module")
+def on_hub(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model of another family than GPT-2, with a tokenizer, as ``--model`` takes it."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("hub") / "neox"
+    words = ["<|endoftext|>", "the", "king", "gave", "a", "golden", "frog", ".", "[UNK]"]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", bos_token=words[0], eos_token=words[0]
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.GPTNeoXConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=32, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    transformers.GPTNeoXForCausalLM(config).save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+def test_a_model_of_hugging_face_in_every_verb(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, on_hub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, place, model = (
+        "the king gave a golden frog",
+        "1/resid.torso.delta_mlp",
+        ("--model", on_hub),
+    )
+    found = json.loads(
+        run(capsys, "sample", text, *model, "--num-tokens", "3", "--seed", "0", "--json")
+    )
+    assert (found["model"], len(found["samples"][0]["tokens"])) == (on_hub, 3)
+    found = json.loads(run(capsys, "ablate", text, *model, "--location", place, "--json"))
+    assert found["kl_divergence"] > 0
+    Path("books").mkdir()
+    for number in range(8):
+        Path(f"books/{number}.txt").write_text(f"{text} . " * (9 + number), "utf-8")
+    cut = ["--context-length", "16", "--windows-per-forward", "4", "--hold-out", "0.2"]
+    run(capsys, "harvest", "books", *model, "--location", place, *cut, "--out", "store")
+    size = ["--steps", "3", "--batch-size", "32", "--n-latents", "24", "--k", "4"]
+    run(capsys, "train", "store", *size, "--out", "run")
+    # The run knows its model, and by which of the two ways it is opened.
+    shown = json.loads(run(capsys, "evaluate", "run", "--json"))
+    assert list(shown["evaluations"]) == [place]
+    shown = json.loads(run(capsys, "latents", text, "--autoencoder", "run", "--json"))
+    assert (shown["model"], shown["location"]) == (on_hub, place)
+    shown = json.loads(run(capsys, "ablate", text, "--autoencoder", "run", "--unit", "3", "--json"))
+    assert shown["model"] == on_hub
+    run(capsys, "prune", "run", "--out", "lean", "--min-max-activation", "0")
+    run(capsys, "report", "run")
+    Path("s.csv").write_text(f"sentence\n{text}\n", "utf-8")
+    run(capsys, "sentences", "s.csv", "--autoencoder", "run")
+
+
+# --- autoencoders ---
+
+
+def test_an_autoencoder_is_read_once(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    width = Transformer.load("tiny-tales").cfg.d_model
+    Autoencoder(8, width, location="1/resid.torso.delta_mlp").save(tmp_path / "ae")
+    load, loaded = Autoencoder.load, []
+
+    def counted(path: Any, *args: Any, **kwargs: Any) -> Autoencoder:
+        loaded.append(str(path))
+        return load(path, *args, **kwargs)
+
+    monkeypatch.setattr(Autoencoder, "load", counted)
+    for argv in (["latents", TEXT], ["ablate", TEXT, "--unit", "3"]):
+        loaded.clear()
+        run(capsys, *argv, "--autoencoder", str(tmp_path / "ae"))
+        assert loaded == [str(tmp_path / "ae")]
+    loaded.clear()
+    run(capsys, "latents", TEXT, "--layer", "1")  # of a name only what is asked for
+    assert len(loaded) == 1
+
+
+@pytest.mark.parametrize("model", ["tiny-tales", "half"])
+def test_a_unit_where_there_are_heads_is_a_head(
+    model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if model == "half":
+        Transformer.load("tiny-tales", dtype=torch.float16).save(tmp_path / "half")
+    argv = ["ablate", TEXT, "--model", model, "--location", "2/attn.v_out", "--json", "--unit"]
+    xf = Transformer.load(model, dtype=torch.float32)
+    tokens = torch.tensor([xf.enc.encode(TEXT)])
+
+    def kl(edit: Callable[[Tensor], Tensor]) -> float:
+        hooks = TransformerHooks().append_at("2/attn.v_out", edit)
+        with torch.no_grad():
+            before, after = (
+                xf(tokens, hooks=tree)[0][0, -1].log_softmax(-1) for tree in (None, hooks)
+            )
+        return float((before.exp() * (before - after)).sum())
+
+    def head(x: Tensor) -> Tensor:
+        x[:, :, 3] = 0
+        return x
+
+    def channel(x: Tensor) -> Tensor:
+        x[:, :, 3, 17] = 0
+        return x
+
+    for unit, edit, name in (("3", head, "head 3"), ("3.17", channel, "channel 17 of head 3")):
+        found = json.loads(run(capsys, *argv, unit))
+        assert found["ablated"] == f"{name} of 2/attn.v_out = 0.0"
+        assert found["kl_divergence"] == pytest.approx(kl(edit), abs=2e-6)
+    assert "--unit 99: there is no head 99" in fail(capsys, *argv, "99")
+    assert "--unit 3.99: there is no channel 99 of head 3" in fail(capsys, *argv, "3.99")
+    assert "3.17 for a channel of a head" in fail(capsys, *argv, "3.x")
+
+
+# --- help, and what is said ---
+
+
+def test_without_a_verb_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys)
+    assert "Begin with: neuron-explainer demo" in out
+    groups = [line for line in out.splitlines() if line in ("look", "learn", "measure", "files")]
+    assert groups == ["look", "learn", "measure", "files"]
+    listed = {line.split()[0] for line in out.splitlines() if line.startswith("  ")}
+    assert listed == set(cli._parser()[1])
+
+
+@pytest.mark.parametrize(
+    ("argv", "said", "unsaid"),
+    [
+        (["smaple", "x"], "no verb 'smaple'. Did you mean 'sample'?", "intr"),
+        (["nothere"], "no verb 'nothere'. neuron-explainer --help", "Did you mean"),
+        (["train", "x", "--step", "3"], "unexpected --step. Did you mean '--steps'", "Traceback"),
+        (["sample", "x", "--num-token", "3"], "Did you mean '--num-tokens'", "Traceback"),
+    ],
+)
+def test_misspelt_verbs_and_flags(
+    argv: list[str], said: str, unsaid: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert unsaid not in err
+
+
+@pytest.mark.parametrize("verb", [*cli._parser()[1]])
+def test_help_begins_with_a_command_that_works(
+    verb: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser, verbs = cli._parser()
+    with pytest.raises(SystemExit):
+        cli.main([verb, "--help"])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"example: {verbs[verb].example}"
+    name, *argv = shlex.split(verbs[verb].example)
+    assert name == "neuron-explainer"
+    args = parser.parse_args(argv)
+    assert args.verb == verb
+    if verb in ("sample", "latents", "ablate", "models", "cache", "convert"):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("NEURON_EXPLAINER_CACHE", str(tmp_path / "cache"))
+        run(capsys, *argv)
+
+
+def test_messages_speak_of_flags() -> None:
+    arguments = {"bos": False, "overwrite": False, "hold_out": 0.1, "run": None, "k": None}
+    for message, expected in (
+        ("give it one, or bos=True to start", "give it one, or --bos to start"),
+        ("replace it with overwrite=True.", "replace it with --overwrite."),
+        ("hold_out=0 and k=5, seed=3", "--hold-out 0 and --k 5, seed=3"),
+        ("'k=5' and run=1", "'k=5' and run=1"),
+    ):
+        assert in_flags(message, arguments) == expected
+
+
+def test_an_empty_prompt_is_told_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "or --bos to start" in fail(capsys, "sample", "")
+
+
+def test_control_characters_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    assert escaped("a\x1b[2J\x9b\u202eb\tc\nd") == "a\\x1b[2J\\x9b\\u202eb\tc\nd"
+    evil = "\x1b[31mred"
+    assert "\x1b" not in run(capsys, "sample", evil, "--num-tokens", "2")
+    assert "\x1b" not in fail(capsys, "sample", "x", "--model", evil)
+    assert "\x1b" not in fail(capsys, "evaluate", evil)
+    with pytest.raises(SystemExit):
+        cli.main([evil])
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["sh", "-c", command.replace("EXPLAIN", f"{sys.executable} -m neuron_explainer")],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("flags", ["", " --json"])
+def test_output_that_cannot_be_encoded(flags: str) -> None:
+    done = shell(f"EXPLAIN latents 'ein König' --top 1{flags}", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.isascii()
+    if flags:
+        assert json.loads(done.stdout)["location"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+@pytest.mark.parametrize("verb", ["cache list", "cache list --json", "demo --json"])
+def test_a_full_or_closed_stdout(verb: str, tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    full = shell(f"EXPLAIN {verb} > /dev/full", NEURON_EXPLAINER_CACHE=cache)
+    assert full.returncode == 2
+    lines = full.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert "cannot write to standard output: No space left" in lines[0]
+    closed = shell(f"EXPLAIN {verb} >&-", NEURON_EXPLAINER_CACHE=cache)
+    assert (closed.returncode, closed.stderr) == (0, "")
+    gone = shell(f"EXPLAIN {verb} | true", NEURON_EXPLAINER_CACHE=cache)
+    assert gone.stderr == ""

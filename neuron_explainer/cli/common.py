@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -94,6 +95,15 @@ def escaped(text: str) -> str:
 def say(text: str = "") -> None:
     """Print text, control characters escaped. Every verb prints with this."""
     print(escaped(text))
+
+
+def can_be_shown(text: str) -> bool:
+    """Whether the encoding of standard output has these characters."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def in_flags(message: str, arguments: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from neuron_explainer.cli.common import Result, add_verb, escaped, positive, say
+from neuron_explainer.cli.common import Result, add_verb, can_be_shown, escaped, positive, say
 from neuron_explainer.cli.open import find_autoencoders, fitted, model_options, open_model
 from neuron_explainer.errors import InputError, LocationError
 from neuron_explainer.tables import text_table
@@ -231,11 +231,12 @@ def show_latents(result: Result) -> None:
     say(
         f"(on the built-in text {result['l0']} latents fire, {result['fvu']:.1%} of the variance is lost)"
     )
+    block = "█" if can_be_shown("█") else "#"
     most = max((la["activation"] for t in result["tokens"] for la in t["latents"]), default=1.0)
     for token in result["tokens"]:
         strongest = token["latents"][0]["activation"] if token["latents"] else 0.0
         listed = "  ".join(f"{la['latent']} {la['activation']:.2f}" for la in token["latents"])
-        say(f"{token['token']!r:>14} {'█' * round(10 * strongest / most):<10} {listed}")
+        say(f"{token['token']!r:>14} {block * round(10 * strongest / most):<10} {listed}")
 
 
 # --- ablate ---

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.peers import make_metrics as toy
+from benchmarks.peers.write_ours import FIXTURES
 from neuron_explainer.activations.windows import TokenBatch
 from neuron_explainer.evaluation.compat import PEERS
 from neuron_explainer.evaluation.evaluate import evaluate, measure
@@ -17,8 +19,6 @@ from neuron_explainer.models.language_model import LanguageModel
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.model_context import StubModelContext
 from neuron_explainer.models.weight_names import Dimension
-from tests.peers import make_metrics as toy
-from tests.peers.write_ours import FIXTURES
 from tests.reference import peer_metrics
 
 PLACE = ActivationLocation("resid.torso.delta_mlp", 0)

@@ -18,10 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.peers.write_ours import FIXTURES
 from neuron_explainer.errors import CheckpointError, NeuronExplainerError, SourceError
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.checkpoints.autoencoders.state import STATISTICS
-from tests.peers.write_ours import FIXTURES
 from tests.reference import published_autoencoders as published
 
 Tensors = dict[str, Any]

@@ -1,7 +1,7 @@
 """Published autoencoders: encode and decode agree with the libraries that they are of.
 
 ``tests/fixtures/peers`` holds what SAELens, dictionary_learning and sparsify made of dictionaries of
-their own (``tests/peers/make_fixtures.py``); formats without an installable library are compared with
+their own (``benchmarks/peers/make_fixtures.py``); formats without an installable library are compared with
 their formulas in numpy.
 """
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.peers.write_ours import FIXTURES, fixtures, source_in
 from neuron_explainer.errors import CheckpointError, InputError
 from neuron_explainer.models.autoencoder import Autoencoder, UnstatedNormalizationWarning
 from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
@@ -23,7 +24,6 @@ from neuron_explainer.models.autoencoders.nonlinearities import activation_name
 from neuron_explainer.models.checkpoints.autoencoders import Stated
 from neuron_explainer.models.locations import ActivationLocation
 from tests.blob_server import BlobServer
-from tests.peers.write_ours import FIXTURES, fixtures, source_in
 from tests.reference import published_autoencoders as published
 
 CASES = {name: (folder, told) for name, folder, told in fixtures()}

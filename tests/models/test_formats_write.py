@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from benchmarks.peers.write_ours import fixtures, source_in
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.autoencoder import Autoencoder, BatchTopK, JumpReLU, TopK
 from neuron_explainer.models.autoencoders.convert import convert, save_as
 from neuron_explainer.models.autoencoders.nonlinearities import Fista, Gated, GroupMax
 from neuron_explainer.models.checkpoints.autoencoders import WRITTEN_FORMATS
-from tests.peers.write_ours import fixtures, source_in
 
 CASES = {name: (folder, told) for name, folder, told in fixtures()}
 OWN = {"saelens": "sae-lens", "dictionary_learning": "dictionary-learning", "sparsify": "sparsify"}

@@ -3,7 +3,7 @@
 Run inside each peer's own environment, which has nothing of this package installed (how to make one:
 ``make_fixtures.py``):
 
-    peer/bin/python tests/peers/make_metrics.py sae-lens
+    peer/bin/python benchmarks/peers/make_metrics.py sae-lens
 
 Likewise ``dictionary-learning`` and ``sparsify``. Each writes ``tests/fixtures/peers/metrics/<peer>.json``
 with the figures of the peer's own code and its version. Weights and inputs are formulas, not random
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).parent.parent / "fixtures" / "peers" / "metrics"
+FOLDER = Path(__file__).parents[2] / "tests" / "fixtures" / "peers" / "metrics"
 N, N_LATENTS, N_VOCAB, K = 8, 24, 13, 5
 
 

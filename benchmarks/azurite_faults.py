@@ -2,8 +2,8 @@
 
 Not part of the suite, since it needs Node and a package from npm::
 
-    python -m tests.azurite_faults                     # starts it with npx
-    python -m tests.azurite_faults path/to/azurite-blob
+    python -m benchmarks.azurite_faults                     # starts it with npx
+    python -m benchmarks.azurite_faults path/to/azurite-blob
 
 Azurite answers as Azure does: its ETags, ranges, conditions, 404 for what may not be seen, signed
 requests. A small proxy in between breaks connections at a byte of our choosing. Prints one line
@@ -177,7 +177,7 @@ def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
 
 
 def child(port: int, source: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.azurite_faults", "--fetch", str(port), source]
+    command = [sys.executable, "-m", "benchmarks.azurite_faults", "--fetch", str(port), source]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 

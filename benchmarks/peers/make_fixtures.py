@@ -3,7 +3,7 @@
 Run inside each peer's own environment, which has nothing of this package installed:
 
     python -m venv peer && peer/bin/pip install -r benchmarks/peers/sae-lens.txt
-    peer/bin/python tests/peers/make_fixtures.py sae-lens
+    peer/bin/python benchmarks/peers/make_fixtures.py sae-lens
 
 Likewise ``dictionary-learning``, ``e2e_sae``, and ``sparsify`` with ``benchmarks/peers/eai-sparsify.txt``.
 
@@ -14,8 +14,8 @@ seeds. ``expected.json`` says which version of the peer it was, and what a loade
 
 The other direction: folders that this package wrote, read by the peers' own loaders.
 
-    python -m tests.peers.write_ours DIR                             # in our environment
-    peer/bin/python tests/peers/make_fixtures.py sae-lens --check-ours DIR
+    python -m benchmarks.peers.write_ours DIR                             # in our environment
+    peer/bin/python benchmarks/peers/make_fixtures.py sae-lens --check-ours DIR
 """
 
 import argparse
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-FIXTURES = Path(__file__).parent.parent / "fixtures" / "peers"
+FIXTURES = Path(__file__).parents[2] / "tests" / "fixtures" / "peers"
 D_IN, D_OUT, N_LATENTS, ROWS, K = 8, 6, 24, 6, 4
 TOLERANCE = 1e-5  # of the largest value
 

@@ -1,7 +1,7 @@
 """Folders that this package writes, for the peers' own loaders to read.
 
-    python -m tests.peers.write_ours DIR
-    peer/bin/python tests/peers/make_fixtures.py sae-lens --check-ours DIR     # and the others
+    python -m benchmarks.peers.write_ours DIR
+    peer/bin/python benchmarks/peers/make_fixtures.py sae-lens --check-ours DIR     # and the others
 
 Every fixture is written in every format that can express it: ``DIR/<peer>/<name>/saved/`` with
 ``expected.safetensors``, inputs and what *this package* makes of them.
@@ -21,7 +21,7 @@ from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoders.convert import save_as
 from neuron_explainer.models.checkpoints.autoencoders import WRITTEN_FORMATS
 
-FIXTURES = Path(__file__).parent.parent / "fixtures" / "peers"
+FIXTURES = Path(__file__).parents[2] / "tests" / "fixtures" / "peers"
 PEER_OF = {
     "saelens": "sae-lens",
     "dictionary_learning": "dictionary-learning",
