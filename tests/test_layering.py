@@ -55,6 +55,7 @@ FLOORS = [
         "names",
         "weight_names",
         "weight_layouts",
+        "tokenizer_files",
     ]
     + [f"autoencoders.{part}" for part in ("nonlinearities", "latents", "fista")],
     ["checkpoints"],

@@ -23,7 +23,8 @@ from neuron_explainer.models.model_context import (
     get_embedding,
     get_unembedding_with_ln_gain,
 )
-from neuron_explainer.models.tokenizers import GPT2_PATTERN, TokenizerSpec
+from neuron_explainer.models.tokenizer_files import GPT2_PATTERN
+from neuron_explainer.models.tokenizers import TokenizerSpec
 from neuron_explainer.models.transformer import Transformer, split_heads
 from neuron_explainer.models.weight_names import (
     Dimension,
@@ -75,7 +76,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return load_checkpoint(*args, keys=keys, **kwargs)
 
     monkeypatch.setattr("neuron_explainer.models.model_context.load_checkpoint", load)
-    monkeypatch.setattr("neuron_explainer.models.transformer.load_checkpoint", load)
+    monkeypatch.setattr("neuron_explainer.models.checkpointed.load_checkpoint", load)
     return log
 
 
