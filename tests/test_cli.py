@@ -140,12 +140,12 @@ def test_errors_are_one_line_and_name_the_thing(
 
 def test_demo_shows_what_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
     out = run(capsys, "demo")
-    for step in demo.STEPS:
+    for step in demo.steps():
         assert step.title in out
         assert step.code.splitlines()[0] in out
     assert "->" in out
     result = json.loads(run(capsys, "demo", "--json"))
-    assert [step["title"] for step in result["steps"]] == [step.title for step in demo.STEPS]
+    assert [step["title"] for step in result["steps"]] == [step.title for step in demo.steps()]
     assert all(step["output"] for step in result["steps"])
 
 

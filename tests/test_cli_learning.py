@@ -670,7 +670,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("objective", ["batch_topk", "relu"])
+@pytest.mark.parametrize("objective", ["batch_topk", pytest.param("relu", marks=pytest.mark.slow)])
 def test_a_command_that_is_killed_goes_on_to_the_same_weights(objective: str) -> None:
     """SIGKILL of the whole of it: model, buffer, steps, checkpoints."""
     argv = ["train", "books", "--location", PLACES[0]]

@@ -55,6 +55,7 @@ FLOORS = [
         "names",
         "weight_names",
         "weight_layouts",
+        "tokenizer_files",
     ]
     + [f"autoencoders.{part}" for part in ("nonlinearities", "latents", "fista")],
     ["checkpoints"],
@@ -63,6 +64,7 @@ FLOORS = [
         "kv_cache",
         "simplify",
         "language_model",
+        "checkpointed",
         "transformer",
         "autoencoder",
         "autoencoders",

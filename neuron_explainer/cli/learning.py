@@ -42,16 +42,19 @@ def _register_harvest(verbs: Any) -> None:
         nargs="+",
         required=True,
         metavar="PLACE",
-        help="such as 1/mlp.post_act; no layer: all layers",
+        help="such as 1/mlp.post_act; without a layer, all layers",
     )
     harvest.add_argument(
-        "--out", required=True, metavar="STORE", help="folder to write, new or interrupted"
+        "--out",
+        required=True,
+        metavar="STORE",
+        help="folder to write: a new one, or that of an interrupted harvest",
     )
     harvest.add_argument(
         "--num-tokens",
         type=positive,
         metavar="N",
-        help="stop with the batch that reaches so many (default: all there are)",
+        help="stop with the batch that reaches this many tokens (default: read all)",
     )
     harvest.add_argument(
         "--dtype",
@@ -64,7 +67,7 @@ def _register_harvest(verbs: Any) -> None:
         type=positive,
         default=1 << 18,
         metavar="N",
-        help="rows of a file; a harvest that is killed loses those of the last one (default: 262144)",
+        help="rows of a file; a killed harvest loses the rows of the last file (default: 262144)",
     )
 
 
@@ -83,7 +86,7 @@ def _register_train(verbs: Any) -> None:
         "%(prog)s SOURCE --location PLACE (--num-tokens N | --steps N) --out RUN [options]"
     )
     train.add_argument(
-        "source", nargs="?", metavar="SOURCE", help="text as of harvest, or the folder of a store"
+        "source", nargs="?", metavar="SOURCE", help="text, as for harvest, or the folder of a store"
     )
     model_options(train, "what the store was harvested from, else tiny-tales")
     train.add_argument(
@@ -102,21 +105,21 @@ def _register_train(verbs: Any) -> None:
         nargs="+",
         default=[],
         choices=["tensorboard", "wandb"],
-        help="next to log.jsonl",
+        help="where to log too, besides log.jsonl",
     )
     train.add_argument(
         "--divide",
         default="data",
         choices=["data", "latents"],
-        help="of what each process that torchrun started has a part: of every batch, or of the "
-        "latents of a dictionary that is too large for one device (default: data)",
+        help="what to divide among the processes that torchrun started: every batch, or the latents "
+        "of a dictionary that is too large for one device (default: data)",
     )
     train.add_argument(
         "--dist-timeout",
         type=float,
         default=600.0,
         metavar="SECONDS",
-        help="after which a process that does not answer is given up (default: 600)",
+        help="how long to wait for a process that does not answer (default: 600)",
     )
 
 
@@ -129,7 +132,7 @@ def data_options(verb: argparse.ArgumentParser) -> None:
 
 
 def train_options(verb: argparse.ArgumentParser) -> None:
-    """Flags of :class:`DataConfig` and :class:`TrainConfig`, but for those the verb has itself."""
+    """Flags of :class:`DataConfig` and :class:`TrainConfig`, except those that the verb declares."""
     from neuron_explainer.dictionaries import TrainConfig
     from neuron_explainer.settings.flags import add_flags
 
@@ -176,7 +179,7 @@ def run_harvest(args: argparse.Namespace) -> Result:
 
 
 def show_harvest(result: Result) -> None:
-    """What is there, and what to do with it."""
+    """What the store holds, and the command to go on with."""
     say(
         f"{result['store']}: {result['rows']:,} activations of {result['model']}, "
         f"{result['bytes'] / 1e6:.1f} MB"
@@ -196,7 +199,7 @@ def show_harvest(result: Result) -> None:
 
 def run_train(args: argparse.Namespace) -> Result:
     """Train a dictionary for each location; the same command resumes an interrupted run. With
-    several processes (torchrun --nproc-per-node N -m neuron_explainer train ...) each takes a part."""
+    several processes (torchrun --nproc-per-node N -m neuron_explainer train ...) each does a part."""
     from neuron_explainer.dictionaries.distributed import open_world
 
     asked = _settings(args)
@@ -267,7 +270,7 @@ def _learn(
     out: str,
     world: "World",
 ) -> None:
-    """Train; Ctrl-C says how to go on."""
+    """Train. After Ctrl-C, say how to resume."""
     from neuron_explainer.dictionaries import train, train_many
 
     options: dict[str, Any] = {"log_to": args.log_to, "progress": not args.json, "world": world}
@@ -291,14 +294,14 @@ def _how_to_go_on(out: str) -> str:
 
 
 def _record_of_store(source: str) -> Result:
-    """What a store notes of its harvest; nothing of a text, or of another maker's store."""
+    """The record of a store's harvest; empty for a text, and for a store without a record."""
     from neuron_explainer.activations import ActivationStore, is_store
 
     return ActivationStore(source, verify=False).record if is_store(source) else {}
 
 
 def _settings(args: argparse.Namespace) -> TrainRequest:
-    """From flags, and from the file of ``--config`` or ``--params``; flags win."""
+    """The settings from flags and from the file of ``--config`` or ``--params``; flags win."""
     from neuron_explainer.activations import DataConfig, is_store
     from neuron_explainer.dictionaries import TrainConfig
     from neuron_explainer.dictionaries.params_json import read_params
@@ -330,7 +333,7 @@ def _settings(args: argparse.Namespace) -> TrainRequest:
 
 
 def _of_run(values: Result, file: str) -> Result:
-    """Settings as a file holds them, or as the ``config.json`` of a run does."""
+    """The settings in a file, which may be the ``config.json`` of a run."""
     if values.get("kind") != "dictionary_training":
         return values
     if len(values.get("dictionaries", {})) != 1:
@@ -342,7 +345,7 @@ def _of_run(values: Result, file: str) -> Result:
 
 
 def _check_no_text_settings(args: argparse.Namespace) -> None:
-    """An error for flags that say how text is cut, where there is none any more."""
+    """Refuse flags about text when training from a store, which holds no text."""
     from neuron_explainer.activations import DataConfig
 
     of_buffer = ("buffer_tokens", "data_seed")
@@ -362,8 +365,7 @@ def _check_given(source: str | None, out: str | None) -> None:
 def _configs(
     context: "ModelContext", config: "TrainConfig", source: str
 ) -> "dict[str, TrainConfig]":
-    """A config for each single location that ``config.location`` means; for all that a store has if
-    it is not given."""
+    """One config for each location that ``config.location`` means, or that the store has if it is None."""
     from neuron_explainer.activations import ActivationStore
     from neuron_explainer.models.locations import ActivationLocation
 
@@ -377,7 +379,7 @@ def _configs(
 
 
 def show_train(result: Result) -> None:
-    """How it went, and what to look at."""
+    """The last metrics, and the commands to go on with."""
     for name, found in result["metrics"].items():
         figures = "  ".join(f"{key} {value:.4g}" for key, value in found.items())
         say(f"{name}: {figures}")

@@ -1,4 +1,4 @@
-"""What dictionaries are worth, and making them leaner: evaluate, prune, finetune, report, sentences."""
+"""Measuring and improving dictionaries: evaluate, prune, finetune, report, sentences."""
 
 import argparse
 import dataclasses
@@ -130,7 +130,7 @@ def _subject(
     several: bool = False,
     n_tokens: int = 200_000,
 ) -> None:
-    """The autoencoders, and the text for them; ``text`` is what is taken by default."""
+    """Declare the autoencoders and the text to run them on; ``text`` describes the default."""
     shown = "AUTOENCODER [AUTOENCODER ...]" if several else "AUTOENCODER"
     verb.usage = " ".join(["%(prog)s", shown, *needed.split(), "[--text TEXT] [options]"])
     verb.add_argument(
@@ -248,7 +248,7 @@ def _evaluate(
 
 
 def show_evaluate(result: Result) -> None:
-    """All figures of one autoencoder, the most looked-at ones of several."""
+    """All figures of one autoencoder, or a table of the main figures of several."""
     say(f"{result['autoencoder']}: measured on {result['measured_on']}")
     say(result["table"])
     if len(result["evaluations"]) > 1:
@@ -288,7 +288,7 @@ def run_prune(args: argparse.Namespace) -> Result:
 
 
 def show_prune(result: Result) -> None:
-    """What is left, and why."""
+    """How many latents are left, and why the others went."""
     say(
         f"{result['out']}: {result['n_kept']:,} of {result['n_latents']:,} latents, judged on "
         f"{result['n_tokens']:,} tokens (too rare {result['too_rare']:,}, too weak "
@@ -304,7 +304,7 @@ def _show_next(result: Result) -> None:
 
 
 def run_finetune(args: argparse.Namespace) -> Result:
-    """Train scale, decoder and bias on the reconstruction alone; which latents fire stays."""
+    """Train scale, decoder and bias on the reconstruction alone; the same latents fire as before."""
     from neuron_explainer.dictionaries.finetune import finetune_decoder
 
     _check_out(args.out)
@@ -323,7 +323,7 @@ def run_finetune(args: argparse.Namespace) -> Result:
 
 
 def _rebatched(batches: Iterator[Any], size: int) -> Iterator[Any]:
-    """The same rows in batches of one size; what is left over at the end is not used."""
+    """The same rows in batches of one size; rows left over at the end are dropped."""
     import torch
 
     held: list[Any] = []
@@ -345,7 +345,7 @@ def _rebatched(batches: Iterator[Any], size: int) -> Iterator[Any]:
 
 
 def show_finetune(result: Result) -> None:
-    """Where it is."""
+    """The new autoencoder's folder."""
     say(f"{result['out']}: fine-tuned on {result['n_tokens']:,} tokens")
     _show_next(result)
 

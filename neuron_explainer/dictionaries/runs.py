@@ -69,7 +69,7 @@ class Run:
 
     @classmethod
     def containing(cls, result: str | Path) -> "Run | None":
-        """The run that an autoencoder's folder is a result of; None if it is in none."""
+        """The run that an autoencoder's folder is a result of; None if there is no such run."""
         parents = list(Path(result).resolve().parents)[:2]
         return next((run for run in map(cls.find, parents) if run is not None), None)
 
@@ -97,12 +97,12 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all results are there."""
+        """True if all results have been written."""
         return self._finished.exists()
 
     @property
     def finished(self) -> dict[str, Any]:
-        """What the end of the run noted: ``step``, and what its learner says. An error before."""
+        """What ``finished.json`` holds: ``step`` and the outcome. An error if the run has not finished."""
         if not self.is_finished:
             raise InputError(
                 f"{self.path} is a run that has not finished; give its train command again."

@@ -32,6 +32,10 @@ LARGE = 2**21
 """Number of multiplications from which oneDNN's product is used. Below it, the set-up that oneDNN makes
 for each new shape takes longer than it saves."""
 
+STEPS_WORTH_COPIES = 32
+ROWS_WORTH_COPIES = 3
+"""Number of steps, and of rows in each, from which copies of the weights pay."""
+
 Maps = tuple[nn.Linear, ...]
 """Linear maps that read the same input."""
 
@@ -82,16 +86,18 @@ def linears(x: Tensor, layers: Maps) -> Sequence[Tensor]:
 
 
 @contextmanager
-def weight_copies(n_rows: int) -> Iterator[None]:
-    """Within this block :func:`linear` and :func:`linears` multiply with copies of the weights.
+def weight_copies(n_rows: int, n_steps: int) -> Iterator[None]:
+    """Within this block :func:`linear` and :func:`linears` multiply with copies of the weights, if it pays.
 
     Each copy is made when its layer is first used, and all are dropped at the end. Nothing may change
     the weights in between: what is computed would not follow. Only this thread is affected.
 
     Args:
         n_rows: how many rows most products have.
+        n_steps: how often each weight will be multiplied with.
     """
-    token = _copies.set(_Copies(n_rows) if _has_onednn() else None)
+    pays = _has_onednn() and n_rows >= ROWS_WORTH_COPIES and n_steps >= STEPS_WORTH_COPIES
+    token = _copies.set(_Copies(n_rows) if pays else None)
     try:
         yield
     finally:

@@ -38,7 +38,7 @@ from neuron_explainer.errors import HookError, LocationError, did_you_mean
 from neuron_explainer.models.locations import SITES, ActivationLocation, LocationLike, Site
 
 Hook = Callable[..., Any]
-"""``hook(x, **keywords) -> x``; it is given those keywords of the site that its signature accepts."""
+"""``hook(x, **keywords) -> x``; it gets the keywords of the site that its signature accepts."""
 
 
 Kind = Literal["fwd", "bwd", "fwd2"]
@@ -47,7 +47,7 @@ _KINDS: tuple[Kind, ...] = ("fwd", "bwd", "fwd2")
 
 
 class HookNode:
-    """What can be called as a hook and knows whether it would do anything: lists and trees of hooks."""
+    """Base of lists and trees of hooks: called like a hook, and can say whether it would do anything."""
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self._run(x, args, kwargs, type(self).__name__)
@@ -57,19 +57,19 @@ class HookNode:
         raise NotImplementedError
 
     def _inside(self) -> Sequence[Hook]:
-        """What running this may call: hooks, lists and trees of hooks, conditions."""
+        """Everything that running this may call: hooks, lists and trees of hooks, conditions."""
         raise NotImplementedError
 
     def is_empty(self) -> bool:
-        """Whether there is nothing to run."""
+        """True if there is nothing to run."""
         return self.is_empty_at(None)
 
     def is_empty_at(self, layer: int | None) -> bool:
-        """Whether nothing would run in this layer (None: in no layer at all)."""
+        """True if nothing would run in this layer; with None, in any layer."""
         raise NotImplementedError
 
     def bind(self, **kwargs: Any) -> Self:
-        """Give these keyword arguments to every hook below, in addition to those of the call."""
+        """Pass these keyword arguments to every hook below, besides those of the call."""
         raise NotImplementedError
 
     def unbind(self, keys: Sequence[str]) -> Self:
@@ -77,7 +77,7 @@ class HookNode:
         raise NotImplementedError
 
     def copy(self) -> Self:
-        """A tree of its own that calls the same user objects: appending to one leaves the other."""
+        """A copy that calls the same user objects. Appending to the copy does not change the original."""
         raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -85,14 +85,14 @@ class HookNode:
 
 
 class Attached(NamedTuple):
-    """A user's hook and the keywords that its signature accepts, looked up once."""
+    """A user's hook with the keywords that its signature accepts, which are looked up once."""
 
     hook: Hook
     keywords: frozenset[str] | None
     """None: any keyword."""
     node: "HookNode | None" = None
-    """The hook, where it is a list or tree of this module and can be looked into. A user's subclass
-    with a ``__call__`` of its own is a function like any other."""
+    """The hook itself if it is a list or tree of this module, else None. A user's subclass with its own
+    ``__call__`` is treated as a plain function."""
 
     def __call__(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.keywords is not None:
@@ -101,7 +101,7 @@ class Attached(NamedTuple):
 
 
 def hook_name(hook: Hook) -> str:
-    """How a hook is shown in ``repr`` and in errors."""
+    """The name of a hook in ``repr`` and in errors."""
     if isinstance(hook, HookNode | nn.Module):
         return repr(hook)
     if isinstance(hook, partial):
@@ -183,7 +183,7 @@ def _attach(hook: Hook, available: Collection[str] | None, where: str) -> Attach
     """Look up what ``hook`` takes; refuse one that no call at this place could satisfy."""
     if not callable(hook):
         raise HookError(f"{where}: a hook is a function (x, **kwargs) -> x, found {hook!r}.")
-    # A subclass with a __call__ of its own is run by it, like any other function.
+    # A subclass with its own __call__ is run by that, like any other function.
     if isinstance(hook, HookNode) and type(hook).__call__.__module__ == __name__:
         if available is not None:
             bound = hook.bound_kwargs if isinstance(hook, Hooks) else ()
@@ -210,7 +210,7 @@ def _attach(hook: Hook, available: Collection[str] | None, where: str) -> Attach
 
 
 def _checked(result: Any, x: Tensor, where: str, name: str, layer: Any) -> Tensor:
-    """The hook's result, or an error that says how it cannot stand in for ``x``."""
+    """The hook's result; an error if its type, shape or dtype is not that of ``x``."""
     if isinstance(result, Tensor) and result.shape == x.shape and result.dtype == x.dtype:
         return result
     found = (
@@ -227,7 +227,7 @@ class Hooks(HookNode):
     """A list of hooks that run one after the other."""
 
     def __init__(self, hooks: Sequence[Hook] = ()) -> None:
-        # A tuple: a hook may append to the list that is running, which then changes the next run.
+        # A tuple: a hook may append to the list that is running; the next run then has the new hook.
         self._attached: tuple[Attached, ...] = ()
         self.bound_kwargs: dict[str, Any] = {}
         self._path = type(self).__name__
@@ -244,11 +244,11 @@ class Hooks(HookNode):
 
     @property
     def name(self) -> str:
-        """Where the hooks are, or what they are."""
+        """The path of the list in its tree; the name of the class outside a tree."""
         return self._path
 
     def append(self, hook: Hook) -> Self:
-        """Add a hook to the end of the list; refuses one that could not work here."""
+        """Add a hook to the end of the list. A hook that could not work here is refused."""
         attached = self._validated(hook)
         self._attached += (attached,)
         return self
@@ -321,7 +321,7 @@ class Hooks(HookNode):
 
 
 class ConditionalHooks(Hooks):
-    """Hooks that run only where ``condition(x, **keywords)`` holds."""
+    """Hooks that run only if ``condition(x, **keywords)`` is true."""
 
     def __init__(self, condition: Callable[..., bool]) -> None:
         super().__init__()
@@ -355,7 +355,7 @@ class AtLayers(ConditionalHooks):
     """Hooks that run only in some layers: ``AtLayers(3).append(store)``, ``AtLayers([0, 1])``."""
 
     def __init__(self, at_layers: int | Sequence[int]) -> None:
-        try:  # a whole number of any kind, numpy's too, or several
+        try:  # one whole number or several, of any type (numpy's too)
             given = at_layers if isinstance(at_layers, Iterable) else [at_layers]
             layers = [operator.index(layer) for layer in given]
         except TypeError:
@@ -376,7 +376,7 @@ class AtLayers(ConditionalHooks):
 
 
 def _needs_layer(hook: Hook) -> bool:
-    """Whether a hook, or one inside it, chooses by layer."""
+    """True if a hook, or one inside it, chooses layers."""
     if isinstance(hook, AtLayers):
         return True
     return isinstance(hook, HookNode) and any(map(_needs_layer, hook._inside()))
@@ -388,18 +388,18 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.run = run
-        # Not x itself: autograd forbids in-place hooks (fwd2) on an input returned as it came.
+        # Not x itself: autograd forbids in-place edits (by fwd2 hooks) of an input that is returned.
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
-        # A copy: autograd hands one tensor to several branches (both sides of a sum), or one number
-        # spread over a shape, and a hook may edit in place.
+        # A copy, since a hook may edit in place: autograd may give one tensor to several branches (both
+        # sides of a sum), or one number expanded to a shape.
         return ctx.run(grad[0].clone()), None
 
 
 class GradHook(HookNode):
-    """A forward hook that leaves the activation alone and applies a hook to its gradient."""
+    """A forward hook that returns the activation unchanged and applies a hook to its gradient."""
 
     def __init__(self, grad_hook: Hook) -> None:
         self.grad_hook = grad_hook
@@ -408,7 +408,7 @@ class GradHook(HookNode):
     def _run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Tensor:
         if not (torch.is_grad_enabled() and x.requires_grad):
             return x
-        # A Function's arguments are what autograd tracks; the keywords travel in the closure.
+        # autograd tracks a Function's arguments, so the keywords are passed in the closure.
         return _Gradient.apply(x, lambda grad: self._hooks._run(grad, args, kwargs, where))  # type: ignore[no-any-return, no-untyped-call]
 
     def _inside(self) -> Sequence[Hook]:
@@ -427,12 +427,13 @@ class GradHook(HookNode):
 
 
 def grad_hook_wrapper(grad_hook: Hook) -> Hook:
-    """A forward hook, the identity in value, whose backward pass returns ``grad_hook(grad, …)``."""
+    """A forward hook that changes no value and whose backward pass returns ``grad_hook(grad, …)``."""
     return GradHook(grad_hook)
 
 
 class WrapperHooks(Hooks):
-    """Hooks each of which is first wrapped by ``wrapper`` (for gradients: ``grad_hook_wrapper``)."""
+    """A list that wraps each hook with ``wrapper`` when it is appended (for gradients:
+    ``grad_hook_wrapper``)."""
 
     def __init__(self, wrapper: Callable[[Hook], Hook]) -> None:
         super().__init__()
@@ -452,14 +453,14 @@ class HookCollection(HookNode):
         self._path = ""
 
     def add_subhooks(self, name: str, subhooks: HookNode) -> Self:
-        """Add a child, or put another in its place; it becomes the attribute ``name``."""
+        """Add or replace a child, which becomes the attribute ``name``."""
         if not isinstance(subhooks, HookNode):
             raise HookError(
-                f"{type(self).__name__}.{name} is a place for hooks, not a hook: append to it, "
+                f"{type(self).__name__}.{name} is a place for hooks, not a hook: append to it with "
                 f"`….{name}.append_fwd(hook)`; found {subhooks!r}."
             )
         self.all_hooks[name] = subhooks
-        # A real attribute, not __getattr__: a forward pass looks up some twenty a layer.
+        # A real attribute, not __getattr__: a forward pass looks up about twenty in each layer.
         object.__setattr__(self, name, subhooks)
         self._place_child(name, subhooks)
         return self
@@ -485,7 +486,7 @@ class HookCollection(HookNode):
         return list(self.all_hooks.values())
 
     def leaves(self, prefix: str = "") -> Iterator[tuple[str, Hooks]]:
-        """Every list of hooks below, with its dotted path."""
+        """The dotted path and list of hooks of every list below."""
         for name, child in self.all_hooks.items():
             path = f"{prefix}.{name}" if prefix else name
             if isinstance(child, HookCollection):
@@ -494,7 +495,7 @@ class HookCollection(HookNode):
                 yield path, child
 
     def _place(self, path: str) -> None:
-        """Tell every list below where it is, for its errors and for what it may accept."""
+        """Tell every list below its path, for its errors and its checks of new hooks."""
         self._path = path
         for name, child in self.all_hooks.items():
             self._place_child(name, child)
@@ -509,13 +510,13 @@ class HookCollection(HookNode):
     def _run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Tensor:
         raise HookError(
             f"{type(self).__name__} is a tree for a whole model or part of it, not a hook; append "
-            f"to one of its sites: {', '.join(path for path, _ in self.leaves())}."
+            f"hooks to one of its sites: {', '.join(path for path, _ in self.leaves())}."
         )
 
     def append_all(self, hook: Hook) -> Self:
-        """Append ``hook`` to every list below: at each site to ``fwd``, ``bwd`` and ``fwd2``."""
+        """Append ``hook`` to every list below: ``fwd``, ``bwd`` and ``fwd2`` of every site."""
         leaves = [leaf for _, leaf in self.leaves()]
-        for leaf in leaves:  # all or none
+        for leaf in leaves:  # if one list refuses the hook, none gets it
             leaf._validated(hook)
         for leaf in leaves:
             leaf.append(hook)
@@ -563,7 +564,7 @@ class HookCollection(HookNode):
 
 
 class FwdBwdHooks(HookCollection):
-    """The hooks of one site, called in the order ``fwd``, ``bwd``, ``fwd2`` (see the module's text)."""
+    """The hooks of one site, called in the order ``fwd``, ``bwd``, ``fwd2`` (see the module's docstring)."""
 
     fwd: Hooks
     bwd: WrapperHooks
@@ -586,7 +587,7 @@ class FwdBwdHooks(HookCollection):
         return self
 
     def append_fwd2(self, hook: Hook) -> Self:
-        """Append a function of the activation that runs after the point that ``bwd`` hooks see."""
+        """Append a function of the activation that runs after the point whose gradient ``bwd`` hooks see."""
         self.fwd2.append(hook)
         return self
 
@@ -748,7 +749,7 @@ class NormalizationHooks(_Group):
 
     def __init__(self) -> None:
         super().__init__()
-        self._place("")  # which norm it is, the tree that it becomes a part of will say
+        self._place("")  # the tree that it is added to will say which norm it is
 
 
 class MLPHooks(_Group):
@@ -772,7 +773,7 @@ class AttentionHooks(_Group):
     v_out: FwdBwdHooks
 
     def need_explicit(self, layer: int | None) -> bool:
-        """Whether a hook would see the attention pattern, which fused attention never forms."""
+        """True if a hook would see the attention pattern, which fused attention never computes."""
         sites = (self.qk_logits, self.qk_softmax_denominator, self.qk_probs)
         return not all(site.is_empty() or site.is_empty_at(layer) for site in sites)
 
@@ -869,4 +870,4 @@ _GROUPS: dict[str, type[_Group]] = {
 }
 
 NO_HOOKS = TransformerHooks()
-"""The empty tree that stands for ``hooks=None`` inside a pass; it is never handed out."""
+"""The empty tree used for ``hooks=None`` inside a pass. Users never get it."""

@@ -26,7 +26,12 @@ from neuron_explainer.errors import (
 from neuron_explainer.models.devices import Device
 from neuron_explainer.models.hooks import NO_HOOKS, AtLayers, HookNode, TransformerHooks
 from neuron_explainer.models.kv_cache import State
-from neuron_explainer.models.locations import ActivationLocation, LocationLike, parse_locations
+from neuron_explainer.models.locations import (
+    SITES,
+    ActivationLocation,
+    LocationLike,
+    parse_locations,
+)
 from neuron_explainer.models.sampling import (
     check_sampling_settings,
     prep_input_and_pad,
@@ -132,16 +137,6 @@ class LanguageModel(ABC):
     def dtype(self) -> torch.dtype:
         """The dtype of the parameters."""
 
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """What the model is called in errors."""
-
-    @property
-    @abstractmethod
-    def paths(self) -> Sequence[str]:
-        """The hook paths that this model has, in the order of a forward pass."""
-
     @abstractmethod
     def _encode(self, text: str) -> list[int]:
         """The tokens of a text."""
@@ -170,7 +165,17 @@ class LanguageModel(ABC):
     ) -> AbstractContextManager[Step]:
         """A context in which one generation runs; its value computes the next logits."""
 
-    # --- sizes ---
+    # --- what it is ---
+
+    @property
+    def name(self) -> str:
+        """What the model is called in errors."""
+        return type(self).__name__
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """The hook paths that this model has, in the order of a forward pass."""
+        return list(SITES)
 
     @property
     def n_layers(self) -> int:

@@ -1,9 +1,9 @@
-"""The one vocabulary of "where" in a network: a hook path and, for most paths, a layer.
+"""Where something is in a network: a hook path and, for most paths, a layer.
 
-Everything that has to name a place uses :class:`ActivationLocation`: hooks, captures, autoencoders,
-files on disk. Other people's names for the same places (short names of published autoencoders, the
-strings of the original's ``ActivationLocationType``, TransformerLens hook names) are accepted
-wherever a location is parsed, and never written.
+Hooks, captures, autoencoders and files on disk all name a place with :class:`ActivationLocation`. Other
+names of the same places (short names of published autoencoders, the strings of the original's
+``ActivationLocationType``, TransformerLens hook names) are accepted wherever a location is parsed, and
+are never written.
 
 Shape legend: ``b`` batch, ``s`` sequence, ``q`` query, ``k`` key, ``h`` head, ``d_head`` width of a
 head, ``d`` model width, ``f`` MLP width, ``v`` vocabulary, ``1`` a single number.
@@ -23,7 +23,7 @@ Stage = Literal["embed", "layer", "final"]
 
 @dataclass(frozen=True)
 class Site:
-    """One hook path: what its tensor looks like, when a pass reaches it, what a hook there is told."""
+    """One hook path: the shape of its tensor, when a pass reaches it, and what its hooks are given."""
 
     path: str
     """Dotted path in :class:`~neuron_explainer.models.hooks.TransformerHooks`."""
@@ -36,7 +36,7 @@ class Site:
 
     @property
     def per_layer(self) -> bool:
-        """Whether the site exists once in each layer (or once in the whole model)."""
+        """True if the site exists in each layer, False if it exists once in the model."""
         return self.stage == "layer"
 
     def width(self, size: Callable[[Dimension], int]) -> int:
@@ -209,8 +209,8 @@ class ActivationLocation:
     """A place in the network: ``ActivationLocation("mlp.post_act", 3)``, in text ``3/mlp.post_act``.
 
     ``layer`` is None for the sites that a model has once (``resid.post_emb``, ``logits``, …). For a
-    site that each layer has, None stands for "in every layer": an autoencoder context is at
-    ``mlp.post_act``, its third autoencoder at ``3/mlp.post_act``.
+    site that each layer has, None means every layer: an autoencoder context is at ``mlp.post_act``, its
+    autoencoder of layer 3 at ``3/mlp.post_act``.
     """
 
     path: str
@@ -253,7 +253,7 @@ class ActivationLocation:
         return 0 if self.site.stage == "embed" else n_layers
 
     def expand(self, n_layers: int) -> list["ActivationLocation"]:
-        """The single places meant in a model of ``n_layers``: every layer where none is named."""
+        """The single places that this means in a model of ``n_layers``: all layers if none is named."""
         if not self.site.per_layer:
             return [self]
         if self.layer is None:
@@ -266,7 +266,7 @@ class ActivationLocation:
 
     @property
     def transformer_lens_name(self) -> str | None:
-        """TransformerLens's name for the same place; None where it has none, or needs a layer."""
+        """TransformerLens's name for the same place; None if there is none, or if a layer is missing."""
         # Reversed: of several names for a place the first wins.
         blocks = {path: name for name, path in reversed(_TRANSFORMER_LENS_BLOCK.items())}
         model = {path: name for name, path in reversed(_TRANSFORMER_LENS_MODEL.items())}
@@ -292,7 +292,7 @@ class ActivationLocation:
             if name in _TRANSFORMER_LENS_BLOCK:
                 return cls(_TRANSFORMER_LENS_BLOCK[name], layer)
             raise LocationError(
-                f"no location here is TransformerLens's {text!r}."
+                f"TransformerLens's {text!r} has no counterpart here."
                 f"{did_you_mean(name, [*_TRANSFORMER_LENS_BLOCK, *_TRANSFORMER_LENS_INPUTS])}"
             )
         if text in _TRANSFORMER_LENS_MODEL:
@@ -314,7 +314,7 @@ LocationLike = str | ActivationLocation
 
 
 def parse_locations(locations: LocationLike | Iterable[LocationLike]) -> list[ActivationLocation]:
-    """One location or several, as text or not, as a list of :class:`ActivationLocation`."""
+    """A list of :class:`ActivationLocation` from one location or several, given as text or not."""
     if isinstance(locations, str | ActivationLocation):
         locations = [locations]
     return [ActivationLocation.parse(location) for location in locations]

@@ -1,4 +1,4 @@
-"""What has a name: the models and the autoencoders that are known, and how to load them."""
+"""The models and autoencoders that have a name, and how to load them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,8 +17,8 @@ from neuron_explainer.models.autoencoder_context import (
 from neuron_explainer.models.devices import Device
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.names import (
-    _MODEL_SPECS,
     ASSETS,
+    MODEL_SPECS,
     StandardModelSpec,
     get_standard_model_spec,
     list_model_names,
@@ -42,14 +42,14 @@ __all__ = [
 
 
 def load_standard_transformer(model_name: str, device: Device) -> Transformer:
-    """The model of that name, in float32."""
+    """Load the model of that name in float32."""
     return load_standard_transformer_from_model_spec(get_standard_model_spec(model_name), device)
 
 
 def load_standard_transformer_from_model_spec(
     model_spec: StandardModelSpec, device: Device
 ) -> Transformer:
-    """The model that a spec speaks of, in float32."""
+    """Load the model of a spec in float32."""
     return Transformer.from_checkpoint(model_spec.model_path, device, torch.float32)
 
 
@@ -213,7 +213,7 @@ _AUTOENCODER_SPECS: dict[str, dict[str, Callable[[], AutoencoderSpec]]] = {
 
 
 def list_autoencoder_names(model_name: str = "gpt2-small") -> list[str]:
-    """The names of the autoencoders that are known for a model; none for some models."""
+    """The names of the autoencoders known for a model; some models have none."""
     return list(_AUTOENCODER_SPECS.get(_known_model(model_name), {}))
 
 
@@ -240,7 +240,7 @@ def make_autoencoder_context(
     omit_dead_latents: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> AutoencoderContext:
-    """The autoencoders of that name, loaded when they are first asked for.
+    """The autoencoders of that name. Each is loaded when it is first used.
 
     Args:
         model_name: ``"gpt2-small"``, ``"tiny-tales"``; see :func:`list_autoencoder_names`.
@@ -260,4 +260,4 @@ def _known_model(name: str) -> str:
             "folder or file."
         )
     spec = get_standard_model_spec(name)
-    return next(known for known, other in _MODEL_SPECS.items() if other is spec)
+    return next(known for known, other in MODEL_SPECS.items() if other is spec)

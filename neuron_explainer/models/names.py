@@ -1,7 +1,7 @@
-"""Names of models, and where what they name is to be had.
+"""Names of models, and the folders or URLs that they stand for.
 
-Apart from ``model_registry``, which can load what is named and so stands above the models: a
-transformer looks names up here when it is loaded.
+This is a module of its own because a transformer looks names up when it is loaded, and
+``model_registry``, which loads what is named, imports the transformer.
 """
 
 import importlib.resources
@@ -24,7 +24,7 @@ class StandardModelSpec:
 _GPT2_URL = "https://openaipublic.blob.core.windows.net/neuron-explainer/subject-models/gpt2"
 ASSETS = importlib.resources.files("neuron_explainer") / "assets"
 
-_MODEL_SPECS: dict[str, StandardModelSpec] = {
+MODEL_SPECS: dict[str, StandardModelSpec] = {
     "tiny-tales": StandardModelSpec(str(ASSETS / "tiny-tales")),
     "gpt2-small": StandardModelSpec(f"{_GPT2_URL}/small"),
     "gpt2-medium": StandardModelSpec(f"{_GPT2_URL}/medium"),
@@ -43,8 +43,8 @@ _MODEL_ALIASES: dict[str, str] = {
 
 
 def list_model_names() -> list[str]:
-    """The names that :func:`get_standard_model_spec` knows, without other spellings of them."""
-    return list(_MODEL_SPECS)
+    """The names that :func:`get_standard_model_spec` knows, each in one spelling."""
+    return list(MODEL_SPECS)
 
 
 def get_standard_model_spec(name: str) -> StandardModelSpec:
@@ -56,9 +56,9 @@ def get_standard_model_spec(name: str) -> StandardModelSpec:
 
 
 def resolve_model_source(name_or_path: str | Path) -> str | Path:
-    """Where a model is: the folder's path, or the URL of a remote one.
+    """The path of a model's folder, or its URL.
 
-    An existing folder comes before a name, so that nobody's own ``gpt2-small`` is passed over.
+    An existing folder wins over a name, so that a user's own folder ``gpt2-small`` is found.
     """
     if isinstance(name_or_path, str) and files.is_remote(name_or_path):
         return name_or_path
@@ -77,9 +77,9 @@ def resolve_model_source(name_or_path: str | Path) -> str | Path:
 
 
 def _find_model(name: str) -> StandardModelSpec | None:
-    spelled = {_spelling(known): known for known in (*_MODEL_ALIASES, *_MODEL_SPECS)}
+    spelled = {_spelling(known): known for known in (*_MODEL_ALIASES, *MODEL_SPECS)}
     known = spelled.get(_spelling(name))
-    return None if known is None else _MODEL_SPECS[_MODEL_ALIASES.get(known, known)]
+    return None if known is None else MODEL_SPECS[_MODEL_ALIASES.get(known, known)]
 
 
 def _spelling(name: str) -> str:

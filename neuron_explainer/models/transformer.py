@@ -4,7 +4,8 @@ The file reads from top to bottom: norm, attention, MLP, layer, model. Names, sh
 state-dict keys are those of OpenAI's Transformer Debugger. The mathematics is GPT-2's (Radford et al.
 2019); the tests compare it with an independent numpy implementation and with Hugging Face's. What both
 kinds of model have in common (captures, sampling) is in
-:class:`~neuron_explainer.models.language_model.LanguageModel`.
+:class:`~neuron_explainer.models.language_model.LanguageModel`; loading and saving are in
+:class:`~neuron_explainer.models.checkpointed.Checkpointed`.
 
 There is one meaning and two ways to compute it: fused attention and ``F.layer_norm`` run if no hook
 would see inside them, the explicit formulas if one does. Products with weights go through
@@ -17,8 +18,7 @@ earlier calls and of this one), ``h`` head, ``d`` model width, ``f`` MLP width, 
 import functools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -26,11 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from neuron_explainer.errors import CheckpointError, InputError
+from neuron_explainer.errors import InputError
 from neuron_explainer.kernels.products import linear, linears, weight_copies
-from neuron_explainer.models.checkpoints import load_checkpoint, save_native, save_pieces
+from neuron_explainer.models import tokenizers
+from neuron_explainer.models.checkpointed import Checkpointed
 from neuron_explainer.models.config import SerializableDataclass, TransformerConfig
-from neuron_explainer.models.devices import Device, check_device, default_device
+from neuron_explainer.models.devices import Device, default_device
 from neuron_explainer.models.hooks import (
     NO_HOOKS,
     AttentionHooks,
@@ -39,15 +40,8 @@ from neuron_explainer.models.hooks import (
     TransformerHooks,
 )
 from neuron_explainer.models.kv_cache import HiddenState, KeyValueCache, check_state
-from neuron_explainer.models.language_model import (
-    Activations,
-    LanguageModel,
-    Prompts,
-    Sample,
-    Step,
-)
-from neuron_explainer.models.locations import SITES, ActivationLocation
-from neuron_explainer.models.names import ASSETS, resolve_model_source
+from neuron_explainer.models.language_model import Activations, Prompts, Sample, Step
+from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.sampling import (
     nucleus_sample,
     prep_input_and_pad,
@@ -55,13 +49,6 @@ from neuron_explainer.models.sampling import (
     prep_pos_from_pad_and_prev_lens,
 )
 from neuron_explainer.models.simplify import apply_layernorm_foldin
-from neuron_explainer.models.tokenizers import (
-    TokenizerSpec,
-    decode,
-    encode_prompt,
-    load_encoding,
-    start_token,
-)
 
 if TYPE_CHECKING:
     import tiktoken
@@ -92,11 +79,6 @@ __all__ = [
     "split_heads",
 ]
 
-_STEPS_WORTH_COPIES = 32
-_ROWS_WORTH_COPIES = 3
-"""From so many tokens and rows on, a generation makes copies of the weights (see
-:mod:`~neuron_explainer.kernels.products`)."""
-
 
 def split_heads(Z: Tensor, n_heads: int) -> Tensor:
     """``[b, s, d] -> [b, s, h, d / h]``."""
@@ -113,11 +95,8 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_tanh": gelu,
-    "gelu": F.gelu,
-    "relu": F.relu,
-}
+_Nonlinearity = Callable[[Tensor], Tensor]
+_NONLINEARITIES: dict[str, _Nonlinearity] = {"gelu_tanh": gelu, "gelu": F.gelu, "relu": F.relu}
 
 
 class Norm(nn.Module):
@@ -317,13 +296,10 @@ class MLP(nn.Module):
         self.layer_idx = layer_idx
         self.in_layer = nn.Linear(cfg.d_model, cfg.d_ff, device=device, dtype=dtype)
         self.out_layer = nn.Linear(cfg.d_ff, cfg.d_model, device=device, dtype=dtype)
-        self.act = _ACTIVATIONS[cfg.activation]
+        self.act = _NONLINEARITIES[cfg.activation]
 
     def forward(
-        self,
-        X: Tensor,
-        hooks: MLPHooks | None = None,
-        positions: Tensor | None = None,
+        self, X: Tensor, hooks: MLPHooks | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """``[b, s, d] -> [b, s, d]``."""
         hooks = NO_HOOKS.mlp if hooks is None else hooks
@@ -371,10 +347,7 @@ class TransformerLayer(nn.Module):
         return torso.delta_attn(delta, **at), kv_cache
 
     def mlp_block(
-        self,
-        X: Tensor,
-        hooks: TransformerHooks | None = None,
-        positions: Tensor | None = None,
+        self, X: Tensor, hooks: TransformerHooks | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """What the MLP adds to the stream ``[b, s, d]``."""
         hooks = NO_HOOKS if hooks is None else hooks
@@ -410,7 +383,7 @@ def _uninitialised_embedding(n_rows: int, width: int, **at: Any) -> nn.Embedding
     return nn.Embedding(n_rows, width, _weight=torch.empty(n_rows, width, **at))
 
 
-class Transformer(nn.Module, LanguageModel):
+class Transformer(Checkpointed):
     """A decoder-only transformer: embedding, layers, final norm, unembedding.
 
     ``fast = torch.compile(model)`` compiles what runs without hooks; ``model`` itself runs as before.
@@ -433,14 +406,13 @@ class Transformer(nn.Module, LanguageModel):
         device: Device | None = None,
         dtype: torch.dtype | None = None,
         seed: int | None = None,
-        tokenizer: TokenizerSpec | None = None,
+        tokenizer: tokenizers.TokenizerSpec | None = None,
     ) -> None:
         super().__init__()
         self.cfg, self.recompute, self.tokenizer = cfg, recompute, tokenizer
         self.sizes = cfg.sizes
         self._enc: tiktoken.Encoding | None = None
-        self.metadata: dict[str, Any] = {}
-        """What the checkpoint says about itself (training data, figures); saved with the model."""
+        self.metadata = {}
         # On "meta", because torch's own initial values would only cost time and random numbers.
         at: dict[str, Any] = {"device": "meta", "dtype": dtype}
         self.tok_embed = _uninitialised_embedding(cfg.n_vocab, cfg.d_model, **at)
@@ -484,19 +456,9 @@ class Transformer(nn.Module, LanguageModel):
         return self.tok_embed.weight.dtype
 
     @property
-    def name(self) -> str:
-        """The name of the class, for errors."""
-        return type(self).__name__
-
-    @property
-    def paths(self) -> list[str]:
-        """Every hook path."""
-        return list(SITES)
-
-    @property
     def enc(self) -> "tiktoken.Encoding":
         """The tokenizer. The first use reads its vocabulary (GPT-2's from tiktoken's cache or the net)."""
-        return self._enc or load_encoding(self.tokenizer or self.cfg.enc)
+        return self._enc or tokenizers.load_encoding(self.tokenizer or self.cfg.enc)
 
     @enc.setter
     def enc(self, encoding: "tiktoken.Encoding") -> None:
@@ -588,7 +550,8 @@ class Transformer(nn.Module, LanguageModel):
                 H[layer.layer_idx] = kv_cache
             return X
 
-        return checkpoint(run, X, use_reentrant=False)  # type: ignore[no-any-return]
+        result: Tensor = checkpoint(run, X, use_reentrant=False)
+        return result
 
     def run_ln_f(
         self, X: Tensor, H: HiddenState, hooks: TransformerHooks | None = None
@@ -633,14 +596,11 @@ class Transformer(nn.Module, LanguageModel):
         def step(tokens: Tensor, pad: Tensor) -> Tensor:
             return self._last_logits(tokens, H, pad, NO_HOOKS if hooks is None else hooks)
 
-        # Hooks, of either kind, are a user's code. It may change weights, which copies would not show.
+        # Hooks of either kind are a user's code: it may change weights, which copies would not show.
         observed = hooks is not None and not hooks.is_empty()
         observed |= any(m._forward_hooks or m._forward_pre_hooks for m in self.modules())
-        if num_tokens < _STEPS_WORTH_COPIES or n_rows < _ROWS_WORTH_COPIES or observed:
+        with nullcontext() if observed else weight_copies(n_rows, num_tokens):
             yield step
-        else:
-            with weight_copies(n_rows):
-                yield step
 
     def _last_logits(
         self, tokens: Tensor, H: HiddenState, pad: Tensor | None, hooks: TransformerHooks
@@ -654,15 +614,13 @@ class Transformer(nn.Module, LanguageModel):
         return linear(X[:, -1], self.unembed)
 
     def _encode(self, text: str) -> list[int]:
-        return encode_prompt(self.enc, text)
+        return tokenizers.encode_prompt(self.enc, text)
 
     def _decode(self, ids: list[int]) -> str:
-        return decode(self.enc, ids)
+        return tokenizers.decode(self.enc, ids)
 
     def _start_token(self) -> int:
-        return start_token(self.tokenizer or self.cfg.enc)
-
-    # --- simplifying, loading, saving ---
+        return tokenizers.start_token(self.tokenizer or self.cfg.enc)
 
     def simplify(self) -> Self:
         """Fold each layer's norms into the linear maps behind them, in place, and return the model.
@@ -672,80 +630,6 @@ class Transformer(nn.Module, LanguageModel):
         for layer in self.layers:
             layer.simplify()
         return self
-
-    @classmethod
-    def load(
-        cls,
-        name_or_path: str | Path,
-        device: Device | None = None,
-        dtype: torch.dtype | None = None,
-        simplify: bool = False,
-        simplify_kwargs: dict[str, Any] | None = None,
-    ) -> Self:
-        """Load a model.
-
-        Args:
-            name_or_path: a folder (this library's format, the original's pieces, or Hugging Face's
-                GPT-2), a name (``"tiny-tales"``, ``"gpt2-small"`` or ``"gpt2/small"``, …; a folder of
-                that name wins), or an ``https://`` or ``az://`` folder.
-            device: default: CUDA if there is one, else the CPU.
-            dtype: to which all parameters are cast; default: as stored. The built-in model, which is
-                stored in float16, is float32 by default.
-            simplify: whether to fold layer norms (:meth:`simplify`).
-
-        Raises:
-            SourceError: nothing is there, or it cannot be read; the message says what was tried.
-            CheckpointError: the files are damaged or do not fit together; the message lists all problems.
-        """
-        if simplify_kwargs:
-            raise InputError(f"simplify takes no options, found {simplify_kwargs!r}.")
-        source = resolve_model_source(name_or_path)
-        if dtype is None and isinstance(source, Path) and source.parent == Path(str(ASSETS)):
-            dtype = torch.float32
-        model = cls.from_checkpoint(source, device, dtype)
-        return model.simplify() if simplify else model
-
-    @classmethod
-    def from_checkpoint(
-        cls,
-        path: str | Path,
-        device: Device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        """Load from a folder or URL. Names are not looked up."""
-        device = default_device() if device is None else check_device(device)
-        loaded = load_checkpoint(path, dtype=dtype, device=device)
-        # On "meta" nothing is allocated: the loaded tensors become the parameters, in memory once.
-        model = cls(loaded.config, device="meta", tokenizer=loaded.tokenizer)
-        model.load_state_dict(loaded.state_dict, assign=True)
-        model.metadata = loaded.metadata
-        return model.requires_grad_(True)
-
-    def load_state_from_checkpoint(
-        self, path: str | Path, device: Device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        """Replace the weights by those of a checkpoint of the same sizes."""
-        loaded = load_checkpoint(path, dtype=dtype or self.dtype, device=device or self.device)
-        if loaded.config != self.cfg:
-            raise CheckpointError(f"{path}: expected {self.cfg}, found {loaded.config}.")
-        # Copied into the parameters, which stay the same objects: an optimizer may hold them.
-        self.load_state_dict(loaded.state_dict)
-
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write a folder of ``config.json`` and ``model.safetensors``; tied tensors are stored once.
-
-        The folder appears whole or not at all. An existing one is replaced only with ``overwrite``.
-        """
-        save_native(
-            path, self.cfg, self.state_dict(), self.tokenizer, self.metadata, overwrite=overwrite
-        )
-
-    def save_checkpoint(self, path: str | Path) -> None:
-        """Write the original's layout: ``config.json`` and one ``model_pieces/<key>.pt`` a tensor.
-
-        As in the original, an earlier checkpoint there is replaced (here once the new one is whole).
-        """
-        save_pieces(path, self.cfg, self.state_dict(), self.tokenizer, overwrite=True)
 
 
 # --- the original's names, which nothing here uses ---

@@ -1,7 +1,7 @@
-"""Names of a transformer's weights and of the axes of tensors, as the original has them.
+"""Names of a transformer's weights and of the axes of tensors, as in the original.
 
-Where something lies among the *activations* is said with
-:class:`~neuron_explainer.models.locations.ActivationLocation`, the one vocabulary of places.
+Places among the *activations* are named by
+:class:`~neuron_explainer.models.locations.ActivationLocation`.
 """
 
 from enum import StrEnum, unique
@@ -9,15 +9,7 @@ from enum import StrEnum, unique
 from neuron_explainer.errors import InputError
 
 LayerIndex = int | None
-"""A layer; None for what a model has once."""
-
-
-@unique
-class PassType(StrEnum):
-    """Which of the two passes a value belongs to."""
-
-    FORWARD = "forward"
-    BACKWARD = "backward"
+"""A layer; None for something that exists once in a model."""
 
 
 @unique
@@ -36,22 +28,6 @@ class Dimension(StrEnum):
     LAYERS = "layers"
     SINGLETON = "singleton"
     AUTOENCODER_LATENTS = "autoencoder_latents"
-    AUTOENCODER_LATENTS_BY_TOKEN_PAIR = "autoencoder_latents_by_token_pair"
-
-    @property
-    def is_sequence_token_dimension(self) -> bool:
-        """Whether the axis runs over the tokens of the input."""
-        return self in (self.SEQUENCE_TOKENS, self.ATTENDED_TO_SEQUENCE_TOKENS)
-
-    @property
-    def is_parameterized_dimension(self) -> bool:
-        """Whether the length of the axis is that of something added to the model."""
-        return self in (self.AUTOENCODER_LATENTS, self.AUTOENCODER_LATENTS_BY_TOKEN_PAIR)
-
-    @property
-    def is_model_intrinsic(self) -> bool:
-        """Whether the model alone says how long the axis is."""
-        return not (self.is_sequence_token_dimension or self.is_parameterized_dimension)
 
 
 @unique
@@ -74,7 +50,7 @@ class WeightLocationType(StrEnum):
 
     @property
     def has_no_layers(self) -> bool:
-        """Whether a model has this weight once, not in each layer."""
+        """True if a model has this weight once, not in each layer."""
         return self in (
             self.EMBEDDING,
             self.UNEMBEDDING,
@@ -82,16 +58,6 @@ class WeightLocationType(StrEnum):
             self.LAYER_NORM_GAIN_FINAL,
             self.LAYER_NORM_BIAS_FINAL,
         )
-
-    @property
-    def is_mlp_specific(self) -> bool:
-        """Whether the weight is one of an MLP's two matrices."""
-        return self in (self.MLP_TO_HIDDEN, self.MLP_TO_RESIDUAL)
-
-    @property
-    def is_absolute_position_embedding_specific(self) -> bool:
-        """Whether only models with learned positions have this weight."""
-        return self is self.POSITION_EMBEDDING
 
     @property
     def shape_spec(self) -> tuple[Dimension, ...]:

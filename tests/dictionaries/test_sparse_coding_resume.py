@@ -137,7 +137,7 @@ def test_leftovers_of_a_killed_process_are_removed(whole, tmp_path):
     with pytest.raises(Interrupted):
         run(tmp_path, Batches(stop_at(6)))
     checkpoints = tmp_path / "checkpoints"
-    for name in (".00000006.abc.tmp", ".00000008.0123.tmp"):
+    for name in (".00000006.0123456789ab.tmp", ".00000008.ba9876543210.tmp"):
         (checkpoints / name).mkdir()
         (checkpoints / name / "state.safetensors").write_bytes(b"half")
     with open(tmp_path / "log.jsonl", "a") as file:

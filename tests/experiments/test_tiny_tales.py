@@ -185,9 +185,9 @@ def test_tiktoken_reads_the_trained_tokenizer_and_agrees_with_its_trainer(tmp_pa
 
 
 def _as_text(ranks: dict[bytes, int]) -> dict[str, int]:
-    from neuron_explainer.experiments.tiny_tales.tokenizer import byte_level_alphabet
+    from neuron_explainer.models.tokenizer_files import BYTE_OF_LETTER
 
-    character = {byte: text for text, byte in byte_level_alphabet().items()}
+    character = {byte: text for text, byte in BYTE_OF_LETTER.items()}
     return {"".join(character[b] for b in token): rank for token, rank in ranks.items()}
 
 

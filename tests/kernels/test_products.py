@@ -17,7 +17,7 @@ from neuron_explainer.models.transformer import Transformer
 from tests.conftest import assert_close, make_model, random_tokens
 
 PROMPTS = [[3, 4], [5], [6, 7, 8]]
-STEPS = 32  # from so many on, a generation makes copies
+STEPS = products.STEPS_WORTH_COPIES
 
 
 def make_long() -> Transformer:
@@ -47,7 +47,7 @@ def test_products_equal_float64(
         x.double(), layer.weight.double(), layer.bias.double() if bias else None
     )
     exact = nn.functional.gelu(exact, approximate="tanh") if gelu else exact
-    with weight_copies(4) if copies else nullcontext():
+    with weight_copies(4, STEPS) if copies else nullcontext():
         for _ in range(2):
             assert_close(linear(x, layer, gelu), exact, 1e-6)
 
@@ -116,7 +116,7 @@ def test_products_of_several_maps(in_memory: str, copies: bool) -> None:
         for layer, i in zip(layers, order, strict=True):
             layer.weight = nn.Parameter(whole[:, 6 * i : 6 * i + 6].t())
         assert (products._joined(layers) is None) == ("permuted" in in_memory)
-    with weight_copies(4) if copies else nullcontext():
+    with weight_copies(4, STEPS) if copies else nullcontext():
         for shape in ((1, 1, 8), (2, 3, 8)):
             x = torch.randn(shape)
             for found, layer in zip(linears(x, layers), layers, strict=True):
@@ -125,7 +125,7 @@ def test_products_of_several_maps(in_memory: str, copies: bool) -> None:
 
 def test_gradients_take_the_plain_path() -> None:
     layer, x = layer_of(8, 6), torch.randn(2, 3, 8, requires_grad=True)
-    with weight_copies(4):
+    with weight_copies(4, STEPS):
         linear(x, layer, gelu=True).sum().backward()
     found = [x.grad, layer.weight.grad, layer.bias.grad]
     exact = layer_of(8, 6).double()
@@ -209,7 +209,7 @@ def test_what_a_hook_was_given_stays(path: str) -> None:
 def test_a_pass_with_copies_equals_one_without() -> None:
     model, tokens = make_model(), random_tokens(3, 9)
     expected, _ = model(tokens)
-    with weight_copies(3):
+    with weight_copies(3, STEPS):
         found, _ = model(tokens)
         assert not torch.equal(found, expected)  # they round otherwise: the copies are used
         assert_close(found, expected, 2e-6)
@@ -298,7 +298,7 @@ def test_nothing_is_left_on_the_model_after_a_generation() -> None:
     assert set(vars(model)) == attributes
     assert set(model.state_dict()) == tensors
     assert products._copies.get() is None
-    with pytest.raises(RuntimeError, match="on purpose"), weight_copies(3):
+    with pytest.raises(RuntimeError, match="on purpose"), weight_copies(3, STEPS):
         raise RuntimeError("on purpose")
     assert products._copies.get() is None
 

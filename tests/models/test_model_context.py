@@ -23,11 +23,11 @@ from neuron_explainer.models.model_context import (
     get_embedding,
     get_unembedding_with_ln_gain,
 )
-from neuron_explainer.models.tokenizers import GPT2_PATTERN, TokenizerSpec
+from neuron_explainer.models.tokenizer_files import GPT2_PATTERN
+from neuron_explainer.models.tokenizers import TokenizerSpec
 from neuron_explainer.models.transformer import Transformer, split_heads
 from neuron_explainer.models.weight_names import (
     Dimension,
-    PassType,
     WeightLocationType,
     get_dimension_index_of_weight_location_type,
 )
@@ -76,7 +76,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return load_checkpoint(*args, keys=keys, **kwargs)
 
     monkeypatch.setattr("neuron_explainer.models.model_context.load_checkpoint", load)
-    monkeypatch.setattr("neuron_explainer.models.transformer.load_checkpoint", load)
+    monkeypatch.setattr("neuron_explainer.models.checkpointed.load_checkpoint", load)
     return log
 
 
@@ -367,13 +367,5 @@ def test_default_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_component_names() -> None:
     assert WeightLocationType("mlp.to_hidden") is WeightLocationType.MLP_TO_HIDDEN
-    assert WeightLocationType.MLP_TO_RESIDUAL.is_mlp_specific
-    assert not WeightLocationType.EMBEDDING.is_mlp_specific
-    assert WeightLocationType.POSITION_EMBEDDING.is_absolute_position_embedding_specific
-    assert PassType("backward") is PassType.BACKWARD
-    assert Dimension.SEQUENCE_TOKENS.is_sequence_token_dimension
-    assert Dimension.AUTOENCODER_LATENTS.is_parameterized_dimension
-    assert Dimension.MLP_ACTS.is_model_intrinsic
-    assert not Dimension.AUTOENCODER_LATENTS.is_model_intrinsic
     index = get_dimension_index_of_weight_location_type
     assert index(WeightLocationType.ATTN_TO_RESIDUAL, Dimension.VALUE_CHANNELS) == 1

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from tiktoken.load import load_tiktoken_bpe
 
 from neuron_explainer.errors import CheckpointError, InputError, SourceError
-from neuron_explainer.models import tokenizers
+from neuron_explainer.models import tokenizer_files, tokenizers
 from neuron_explainer.models.huggingface.tokenizer import HuggingFaceTokenizer
+from neuron_explainer.models.tokenizer_files import GPT2_PATTERN
 from neuron_explainer.models.tokenizers import (
-    GPT2_PATTERN,
     TokenizerSpec,
     builtin_names,
     decode,
@@ -117,7 +117,7 @@ def test_tokenizer_json_gives_the_same_tokens(trained: Any, json_file: Path) -> 
 def test_any_text_gives_the_same_tokens(trained: Any, text: str) -> None:
     vocab = trained.get_vocab()
     merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
-    made = tokenizers._from_bpe(
+    made = tokenizer_files.from_bpe(
         {t: i for t, i in vocab.items() if t != "<|endoftext|>"},
         merges,
         {"<|endoftext|>": vocab["<|endoftext|>"]},
@@ -256,7 +256,7 @@ def test_tokenizer_config_that_changes_tokens_is_refused(
 
 
 def letters() -> dict[str, int]:
-    return {letter: number for number, letter in enumerate(tokenizers._BYTE_OF_LETTER)}
+    return {letter: number for number, letter in enumerate(tokenizer_files.BYTE_OF_LETTER)}
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_ranks_that_are_not_the_order_of_merges(
     words: dict[str, int], merges: list[tuple[str, str]]
 ) -> None:
     with pytest.raises(CheckpointError, match="do not follow the order of their merges"):
-        tokenizers._from_bpe(letters() | words, merges, {}, Path("tokenizer.json"))
+        tokenizer_files.from_bpe(letters() | words, merges, {}, Path("tokenizer.json"))
 
 
 def test_merges_that_are_accepted_give_the_same_tokens() -> None:
@@ -291,7 +291,7 @@ def test_merges_that_are_accepted_give_the_same_tokens() -> None:
                 merges.append((left, right))
                 parts.append(left + right)
         try:
-            made = tokenizers._from_bpe(vocab, merges, {}, Path("tokenizer.json"))
+            made = tokenizer_files.from_bpe(vocab, merges, {}, Path("tokenizer.json"))
         except CheckpointError:
             continue
         accepted += 1
@@ -316,7 +316,7 @@ def test_merges_that_do_not_fit_the_vocabulary(
     words: dict[str, int], merges: list[tuple[str, str]], message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
-        tokenizers._from_bpe(letters() | words, merges, {}, Path("tokenizer.json"))
+        tokenizer_files.from_bpe(letters() | words, merges, {}, Path("tokenizer.json"))
 
 
 def test_token_that_was_not_added_is_not_read_from_text(json_file: Path) -> None:

@@ -874,3 +874,13 @@ def test_numpy_reference_on_paper() -> None:
     zeros, v = np.zeros((1, 3, 1, 4)), np.arange(12.0).reshape(1, 3, 1, 4)
     gpt2_numpy._attend(zeros, zeros, v, np.zeros((1, 3), dtype=bool), sites, 0)
     assert sites["attn.v_out", 0][0, 2, 0].tolist() == v[0, :, 0].mean(axis=0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [(None, torch.float32), (torch.float16, torch.float16)]
+)
+def test_the_embedded_model_is_float32_unless_asked_otherwise(
+    asked: torch.dtype | None, expected: torch.dtype
+) -> None:
+    """It is stored in float16, which is slow on a CPU."""
+    assert Transformer.load("tiny-tales", device="cpu", dtype=asked).dtype == expected

@@ -11,8 +11,8 @@ from pathlib import Path
 import tiktoken
 
 from neuron_explainer.errors import MissingExtraError, SourceError
+from neuron_explainer.models.tokenizer_files import BYTE_OF_LETTER, GPT2_PATTERN
 from neuron_explainer.models.tokenizers import (
-    GPT2_PATTERN,
     TOKENIZER_FILE,
     TokenizerSpec,
     load_encoding,
@@ -30,14 +30,6 @@ VOCABULARY_SIZE = 4096  # <|endoftext|> included, as the last id
 END_OF_TEXT = "<|endoftext|>"
 
 
-def byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte, as the keys of its byte."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    stand_ins = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in printable]
-    return stand_ins | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
 def train_tokenizer(
     texts: Iterable[str], vocabulary_size: int = VOCABULARY_SIZE
 ) -> dict[bytes, int]:
@@ -48,15 +40,14 @@ def train_tokenizer(
         raise MissingExtraError(
             "training a tokenizer needs the package 'tokenizers': pip install tokenizers"
         ) from error
-    alphabet = byte_level_alphabet()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size - 1, initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=vocabulary_size - 1, initial_alphabet=sorted(BYTE_OF_LETTER), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return {
-        bytes(alphabet[character] for character in token): rank
+        bytes(BYTE_OF_LETTER[character] for character in token): rank
         for token, rank in tokenizer.get_vocab().items()
     }
 
