@@ -222,6 +222,26 @@ def test_parts_read_and_write_what_sites_say(family: str, models: Any, tokens: T
             assert {"mlp.pre_act", "mlp.post_act"} <= set(model.paths)
 
 
+@ALL
+def test_what_parts_read_is_a_norm_of_the_stream(family: str, models: Any, tokens: Tensor) -> None:
+    model = models[family]
+    at = model.capture(tokens, [path for path in model.paths if path != "attn.qk_probs"])
+    before = at["resid.post_emb"]
+    for layer, module in enumerate(model.layers):
+        norms = [m for m in module.modules() if "Norm" in type(m).__name__]
+        between = before
+        if f"{TORSO}.post_attn" in model.paths:
+            between = at[f"{layer}/{TORSO}.post_attn"]
+        for path, stream in (("post_ln_attn", before), ("post_ln_mlp", between)):
+            if f"{TORSO}.{path}" in model.paths:
+                found = at[f"{layer}/{TORSO}.{path}"]
+                fitting = [
+                    norm for norm in norms if getattr(norm, "weight", stream).shape[-1] == 16
+                ]
+                assert any(torch.equal(norm(stream), found) for norm in fitting), path
+        before = at[f"{layer}/{TORSO}.post_mlp"]
+
+
 # --- edits ---
 
 
