@@ -43,7 +43,7 @@ def published_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Transformer(config, seed=0, tokenizer=tiny.tokenizer)
     model.save(tmp_path / "gpt2-small")
     monkeypatch.setattr(
-        "neuron_explainer.models.transformer.resolve_model_source",
+        "neuron_explainer.models.checkpointed.resolve_model_source",
         lambda name: tmp_path / str(name).replace("/", "-"),
     )
     state_dict = Autoencoder(64, 32).state_dict()

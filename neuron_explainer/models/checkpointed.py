@@ -44,8 +44,8 @@ class Checkpointed(nn.Module, LanguageModel):
                 GPT-2), a name (``"tiny-tales"``, ``"gpt2-small"`` or ``"gpt2/small"``, …; a folder of
                 that name wins), or an ``https://`` or ``az://`` folder.
             device: default: CUDA if there is one, else the CPU.
-            dtype: to which all parameters are cast; default: as stored. The built-in model, which is
-                stored in float16, is float32 by default.
+            dtype: to which all parameters are cast; default: as stored. By its name, the built-in model
+                is loaded as float32 by default (it is stored in float16).
             simplify: whether to fold layer norms (:meth:`simplify`).
 
         Raises:
@@ -55,7 +55,8 @@ class Checkpointed(nn.Module, LanguageModel):
         if simplify_kwargs:
             raise InputError(f"simplify takes no options, found {simplify_kwargs!r}.")
         source = resolve_model_source(name_or_path)
-        if dtype is None and isinstance(source, Path) and source.parent == Path(str(ASSETS)):
+        is_built_in = isinstance(source, Path) and source.parent == Path(str(ASSETS))
+        if dtype is None and is_built_in and str(source) != str(name_or_path):  # by its name
             dtype = torch.float32
         model = cls.from_checkpoint(source, device, dtype)
         return model.simplify() if simplify else model

@@ -765,6 +765,34 @@ def test_huggingface_tied_unembedding_present(tied_folder: Path) -> None:
     assert torch.equal(found, embedding + 1)
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_huggingface_tied_tensor_under_the_other_name(
+    suffix: str, prefix: str, tied_folder: Path
+) -> None:
+    """Of two names for one tensor, safetensors' save_model writes the first alone."""
+    expected = load_checkpoint(tied_folder).state_dict
+
+    def under_the_other_name(tensors: StateDict) -> StateDict:
+        bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        head = bare.pop("wte.weight")
+        return {prefix + name: t for name, t in bare.items()} | {"lm_head.weight": head}
+
+    rewrite(tied_folder, under_the_other_name)
+    if suffix == ".bin":
+        file = tied_folder / "model.safetensors"
+        torch.save(load_file(file), tied_folder / "pytorch_model.bin")
+        file.unlink()
+    found = load_checkpoint(tied_folder).state_dict
+    assert_same(found, expected)
+    found["tok_embed.weight"].zero_()  # each name has a tensor of its own
+    assert torch.equal(found["unembed.weight"], expected["unembed.weight"])
+    one = load_checkpoint(tied_folder, keys=["unembed.weight"]).state_dict
+    assert_same(one, {"unembed.weight": expected["unembed.weight"]})
+    edit_json(tied_folder / "config.json", tie_word_embeddings=False)
+    assert "wte.weight: missing, expected [11, 8]" in error_of(tied_folder)
+
+
 def test_huggingface_untied_unembedding_missing(hf_folder: Path) -> None:
     rewrite(hf_folder, lambda t: {k: v for k, v in t.items() if k != "lm_head.weight"})
     assert "lm_head.weight: missing, expected [11, 8]" in error_of(hf_folder)

@@ -16,6 +16,7 @@ from tiktoken.load import load_tiktoken_bpe
 
 from neuron_explainer.errors import CheckpointError, InputError, SourceError
 from neuron_explainer.models import tokenizer_files, tokenizers
+from neuron_explainer.models.huggingface.tokenizer import HuggingFaceTokenizer
 from neuron_explainer.models.tokenizer_files import GPT2_PATTERN
 from neuron_explainer.models.tokenizers import (
     TokenizerSpec,
@@ -26,6 +27,7 @@ from neuron_explainer.models.tokenizers import (
     load_encoding,
     read_vocabulary,
     token_strings,
+    without_lone_surrogates,
     write_tiktoken,
 )
 
@@ -510,3 +512,53 @@ def test_ids_of_other_types(small: tiktoken.Encoding) -> None:
     for wrong in wrong_ones:
         with pytest.raises(InputError, match="token ids must be"):
             decode(small, wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("broken \ud83d here", "broken \ufffd here"),
+        ("\udc4d", "\ufffd"),
+        ("a\udc4d\ud83db", "a\ufffd\ufffdb"),  # the halves in the wrong order
+        ("pair \ud83d\udc4d", "pair \U0001f44d"),
+        ("\ufeff\ud83d\udc4d\ufeff", "\ufeff\U0001f44d\ufeff"),
+        ("<|endoftext|>\ud83d", "<|endoftext|>\ufffd"),
+        ("日本 🙂", "日本 🙂"),
+    ],
+)
+def test_surrogates(text: str, expected: str, small: tiktoken.Encoding) -> None:
+    assert decode(small, encode_prompt(small, text)) == expected
+    assert without_lone_surrogates(text) == expected
+
+
+# --------------------------------------------------------------- tokenizers of transformers
+
+
+def of_letters(vocabulary: str, **options: Any) -> HuggingFaceTokenizer:
+    """One token for each character."""
+    transformers = pytest.importorskip("transformers")
+    library = pytest.importorskip("tokenizers")
+    model = library.models.BPE({letter: i for i, letter in enumerate(vocabulary)}, [])
+    made = library.Tokenizer(model)
+    made.decoder = library.decoders.Fuse()
+    return HuggingFaceTokenizer(
+        transformers.PreTrainedTokenizerFast(tokenizer_object=made, **options)
+    )
+
+
+@pytest.mark.parametrize("text", ["120+3=", "GATTACA", "αβγ", "abca", "着手", "♔♕♖"])
+def test_any_alphabet_will_do(text: str) -> None:
+    for options in ({}, {"unk_token": "<unk>", "bos_token": "<s>"}):
+        tokenizer = of_letters("".join(dict.fromkeys(text)), **options)
+        ids = tokenizer.encode(text)
+        assert len(ids) == len(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode_continuation(ids[1:]) == text[1:]
+
+
+def test_a_tokenizer_of_special_tokens_alone_is_none() -> None:
+    with pytest.raises(SourceError, match="has no vocabulary; token ids work without one"):
+        of_letters("", unk_token="<unk>", bos_token="<s>")
+    transformers = pytest.importorskip("transformers")
+    with pytest.raises(SourceError, match="has no vocabulary"):
+        HuggingFaceTokenizer(transformers.GPT2TokenizerFast())

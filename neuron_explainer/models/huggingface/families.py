@@ -92,6 +92,7 @@ class Architecture:
             sites={path: tap for path, tap in self.sites.items() if path not in missing},
             weights={kind: weight for kind, weight in self.weights.items() if kind not in missing},
             final_norm=None if "resid.post_ln_f" in missing else self.final_norm,
+            attention=None if "attn.qk_probs" in missing else self.attention,
             lacks=_no_one,
         )
 
@@ -137,6 +138,32 @@ def _sites(
     }
 
 
+def _sites_by_reader(
+    *, attn: str, attn_out: str, mlp: str, act_in: str, mlp_out: str
+) -> dict[str, Tap]:
+    """The sites of a layer in which attention and the MLP may read the output of one shared norm.
+
+    What a part reads is tapped where it reads it, so that an edit reaches that part alone.
+
+    Args:
+        attn, mlp: the modules whose outputs are added to the stream.
+        attn_out, act_in, mlp_out: as of ``_sites``.
+    """
+    return {
+        "resid.torso.post_ln_attn": Tap("in", attn),
+        "attn.v_out": Tap("in", attn_out),
+        "resid.torso.delta_attn": Tap("out", attn),
+        "resid.torso.post_ln_mlp": Tap("in", mlp),
+        "mlp.pre_act": Tap("out", act_in),
+        "mlp.post_act": Tap("in", mlp_out),
+        "resid.torso.delta_mlp": Tap("out", mlp),
+    }
+
+
+def _without(sites: Mapping[str, Tap], *paths: str) -> dict[str, Tap]:
+    return {path: tap for path, tap in sites.items() if path not in paths}
+
+
 # --- layouts of weights ---
 
 
@@ -150,6 +177,18 @@ def _third_in_each_head(which: int) -> Layout:
     return lambda weight, sizes: weight.reshape(
         sizes[Dimension.ATTN_HEADS], 3, sizes[Dimension.VALUE_CHANNELS], -1
     )[:, which].transpose(1, 2)
+
+
+def _of_shared(which: int) -> Layout:
+    """GPT-BigCode's q (0), k or v: as GPT-NeoX's, or all queries, then the one key and one value."""
+
+    def layout(weight: Tensor, sizes: Sizes) -> Tensor:
+        d, d_head = sizes[Dimension.RESIDUAL_STREAM_CHANNELS], sizes[Dimension.VALUE_CHANNELS]
+        if len(weight) == 3 * d:
+            return _third_in_each_head(which)(weight, sizes)
+        return into_heads(torch.split(weight, [d, d_head, d_head])[which], sizes)
+
+    return layout
 
 
 def _one_more(weight: Tensor, sizes: Sizes) -> Tensor:
@@ -380,21 +419,301 @@ _GEMMA2 = replace(
     },
 )
 
+_GEMMA = replace(
+    _LLAMA,
+    weights={
+        **_LLAMA.weights,
+        W.EMBEDDING: Weight("model.embed_tokens", _scaled_embedding),
+        W.LAYER_NORM_GAIN_PRE_ATTN: Weight("input_layernorm", _one_more),
+        W.LAYER_NORM_GAIN_PRE_MLP: Weight("post_attention_layernorm", _one_more),
+        W.LAYER_NORM_GAIN_FINAL: Weight("model.norm", _one_more),
+    },
+)
+
+_NORM_GAINS = [
+    W.LAYER_NORM_GAIN_PRE_ATTN,
+    W.LAYER_NORM_GAIN_PRE_MLP,
+    W.LAYER_NORM_GAIN_FINAL,
+    W.LAYER_NORM_BIAS_FINAL,
+]
+
+# OLMo's norms have no gain and no bias.
+_OLMO = replace(_LLAMA, lacks=lambda config: [W.MLP_TO_HIDDEN, *_NORM_GAINS])
+
+# OLMo 2 and 3 have norms behind attention and the MLP; both read the stream as it is.
+_OLMO2 = replace(
+    _LLAMA,
+    sites={
+        "attn.v_out": Tap("in", "self_attn.o_proj"),
+        "resid.torso.delta_attn": Tap("out", "post_attention_layernorm"),
+        "resid.torso.post_attn": Tap("in", "mlp", is_stream=True),
+        "mlp.pre_act": Tap("out", "mlp.gate_proj"),
+        "mlp.post_act": Tap("in", "mlp.down_proj"),
+        "resid.torso.delta_mlp": Tap("out", "post_feedforward_layernorm"),
+    },
+    lacks=lambda config: [
+        W.MLP_TO_HIDDEN,
+        W.LAYER_NORM_GAIN_PRE_ATTN,
+        W.LAYER_NORM_GAIN_PRE_MLP,
+        W.LAYER_NORM_BIAS_FINAL,
+    ],
+)
+
+# The experts of a mixture are one tensor: no module holds what one of them reads or writes.
+_MIXTRAL = replace(
+    _LLAMA,
+    sites=_without(_LLAMA.sites, "mlp.pre_act", "mlp.post_act"),
+    lacks=lambda config: [W.MLP_TO_HIDDEN, W.MLP_TO_RESIDUAL, W.LAYER_NORM_BIAS_FINAL],
+)
+
+# The softmax of GPT-OSS has a column more, for the part of attention that goes to no token.
+_GPT_OSS = replace(_MIXTRAL, attention=None, works_in_place=True)
+
+
+def _granite_lacks(config: Any) -> list[str]:
+    lacks: list[str] = [W.MLP_TO_HIDDEN, W.LAYER_NORM_BIAS_FINAL]
+    if config.residual_multiplier != 1:  # what is added is no module's output, but a multiple of it
+        lacks += ["resid.torso.delta_attn", "resid.torso.delta_mlp"]
+    if config.embedding_multiplier != 1:
+        lacks += [W.EMBEDDING]
+    return lacks
+
+
+_STARCODER2 = replace(
+    _LLAMA,
+    sites=_sites(
+        ln_attn="input_layernorm",
+        attn_out="self_attn.o_proj",
+        delta_attn="self_attn",
+        ln_mlp="post_attention_layernorm",
+        act_in="mlp.c_fc",
+        mlp_out="mlp.c_proj",
+        delta_mlp="mlp",
+    ),
+    weights={
+        **_LLAMA.weights,
+        W.MLP_TO_HIDDEN: Weight("mlp.c_fc", transposed),
+        W.MLP_TO_RESIDUAL: Weight("mlp.c_proj", transposed),
+    },
+    lacks=_no_one,
+)
+
+_LLAMA_BY_READER = _sites_by_reader(
+    attn="self_attn",
+    attn_out="self_attn.o_proj",
+    mlp="mlp",
+    act_in="mlp.gate_proj",
+    mlp_out="mlp.down_proj",
+)
+
+_COHERE = replace(
+    _LLAMA,
+    sites=_LLAMA_BY_READER,
+    weights={
+        **_LLAMA.weights,
+        W.LAYER_NORM_GAIN_PRE_MLP: Weight("input_layernorm", as_stored),
+    },
+)
+
+_STABLELM = replace(
+    _LLAMA,
+    sites=_LLAMA_BY_READER
+    | {"resid.torso.post_attn": Tap("in", "post_attention_layernorm", is_stream=True)},
+    lacks=lambda config: [
+        W.MLP_TO_HIDDEN,
+        *(
+            ["resid.torso.post_attn", W.LAYER_NORM_GAIN_PRE_MLP]
+            if config.use_parallel_residual
+            else []
+        ),
+    ],
+)
+
+_PHI = Architecture(
+    layers="model.layers",
+    works_in_place=False,
+    final_norm="model.final_layernorm",
+    attention="self_attn",
+    sites=_sites_by_reader(
+        attn="self_attn",
+        attn_out="self_attn.dense",
+        mlp="mlp",
+        act_in="mlp.fc1",
+        mlp_out="mlp.fc2",
+    ),
+    weights=_linear_weights(
+        embedding="model.embed_tokens",
+        final_norm="model.final_layernorm",
+        ln_attn="input_layernorm",
+        ln_mlp="input_layernorm",
+        attn="self_attn",
+        attn_out="dense",
+        mlp_in="mlp.fc1",
+        mlp_out="mlp.fc2",
+    ),
+)
+
+_GPTJ = Architecture(
+    layers="transformer.h",
+    works_in_place=False,
+    final_norm="transformer.ln_f",
+    attention="attn",
+    sites=_sites_by_reader(
+        attn="attn",
+        attn_out="attn.out_proj",
+        mlp="mlp",
+        act_in="mlp.fc_in",
+        mlp_out="mlp.fc_out",
+    ),
+    weights=_linear_weights(
+        embedding="transformer.wte",
+        final_norm="transformer.ln_f",
+        ln_attn="ln_1",
+        ln_mlp="ln_1",
+        attn="attn",
+        attn_out="out_proj",
+        mlp_in="mlp.fc_in",
+        mlp_out="mlp.fc_out",
+    ),
+)
+
+_GPT_BIGCODE = replace(
+    _GPT2,
+    weights={  # nn.Linear, where GPT-2 has Conv1D
+        **_GPT2.weights,
+        W.ATTN_TO_QUERY: Weight("attn.c_attn", _of_shared(0)),
+        W.ATTN_TO_KEY: Weight("attn.c_attn", _of_shared(1)),
+        W.ATTN_TO_VALUE: Weight("attn.c_attn", _of_shared(2)),
+        W.ATTN_TO_RESIDUAL: Weight("attn.c_proj", out_of_heads),
+        W.MLP_TO_HIDDEN: Weight("mlp.c_fc", transposed),
+        W.MLP_TO_RESIDUAL: Weight("mlp.c_proj", transposed),
+    },
+)
+
+
+def _falcon_lacks(config: Any) -> list[str]:
+    lacks: list[str] = []
+    if config.new_decoder_architecture or config.parallel_attn:
+        lacks += ["resid.torso.post_attn", W.LAYER_NORM_GAIN_PRE_MLP]
+    if config.new_decoder_architecture and config.num_ln_in_parallel_attn in (None, 2):
+        lacks += [W.LAYER_NORM_GAIN_PRE_ATTN]  # the norm has another name there
+    if config.alibi:  # transformers' two ways to compute attention then give different patterns
+        lacks += ["attn.qk_probs"]
+    return lacks
+
+
+_FALCON = Architecture(
+    layers="transformer.h",
+    final_norm="transformer.ln_f",
+    attention="self_attention",
+    sites=_sites_by_reader(
+        attn="self_attention",
+        attn_out="self_attention.dense",
+        mlp="mlp",
+        act_in="mlp.dense_h_to_4h",
+        mlp_out="mlp.dense_4h_to_h",
+    )
+    | {"resid.torso.post_attn": Tap("in", "post_attention_layernorm", is_stream=True)},
+    weights={  # how q, k and v lie in one matrix differs between the versions
+        W.EMBEDDING: Weight("transformer.word_embeddings", as_stored),
+        W.UNEMBEDDING: Weight("lm_head", transposed),
+        W.ATTN_TO_RESIDUAL: Weight("self_attention.dense", out_of_heads),
+        W.MLP_TO_HIDDEN: Weight("mlp.dense_h_to_4h", transposed),
+        W.MLP_TO_RESIDUAL: Weight("mlp.dense_4h_to_h", transposed),
+        W.LAYER_NORM_GAIN_PRE_ATTN: Weight("input_layernorm", as_stored),
+        W.LAYER_NORM_GAIN_PRE_MLP: Weight("post_attention_layernorm", as_stored),
+        W.LAYER_NORM_GAIN_FINAL: Weight("transformer.ln_f", as_stored),
+        W.LAYER_NORM_BIAS_FINAL: Weight("transformer.ln_f:bias", as_stored),
+    },
+    lacks=_falcon_lacks,
+)
+
+
+def _bloom_lacks(config: Any) -> list[str]:
+    lacks: list[str] = []
+    if config.apply_residual_connection_post_layernorm:  # deltas are added to the norms' outputs
+        lacks += ["resid.torso.post_ln_attn", "resid.torso.post_attn", "resid.torso.post_ln_mlp"]
+        lacks += ["resid.torso.delta_attn", "resid.torso.delta_mlp"]
+    if config.pretraining_tp > 1 and config.slow_but_exact:  # matrices are read, not called
+        lacks += ["attn.v_out", "resid.torso.delta_attn", "mlp.post_act", "resid.torso.delta_mlp"]
+    return lacks
+
+
+_BLOOM = Architecture(
+    layers="transformer.h",
+    final_norm="transformer.ln_f",
+    attention="self_attention",
+    sites=_sites(
+        ln_attn="input_layernorm",
+        attn_out="self_attention.dense",
+        delta_attn="self_attention.dense",
+        ln_mlp="post_attention_layernorm",
+        act_in="mlp.dense_h_to_4h",
+        mlp_out="mlp.dense_4h_to_h",
+        delta_mlp="mlp.dense_4h_to_h",
+    ),
+    weights={  # without the embedding: a norm stands between it and the stream
+        W.UNEMBEDDING: Weight("lm_head", transposed),
+        W.ATTN_TO_QUERY: Weight("self_attention.query_key_value", _third_in_each_head(0)),
+        W.ATTN_TO_KEY: Weight("self_attention.query_key_value", _third_in_each_head(1)),
+        W.ATTN_TO_VALUE: Weight("self_attention.query_key_value", _third_in_each_head(2)),
+        W.ATTN_TO_RESIDUAL: Weight("self_attention.dense", out_of_heads),
+        W.MLP_TO_HIDDEN: Weight("mlp.dense_h_to_4h", transposed),
+        W.MLP_TO_RESIDUAL: Weight("mlp.dense_4h_to_h", transposed),
+        W.LAYER_NORM_GAIN_PRE_ATTN: Weight("input_layernorm", as_stored),
+        W.LAYER_NORM_GAIN_PRE_MLP: Weight("post_attention_layernorm", as_stored),
+        W.LAYER_NORM_GAIN_FINAL: Weight("transformer.ln_f", as_stored),
+        W.LAYER_NORM_BIAS_FINAL: Weight("transformer.ln_f:bias", as_stored),
+    },
+    lacks=_bloom_lacks,
+)
+
 FAMILIES: dict[str, Architecture] = {
+    "bloom": _BLOOM,
+    "cohere": _COHERE,
+    "cohere2": _COHERE,
+    "falcon": _FALCON,
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA2,
     "gpt2": _GPT2,
+    "gpt_bigcode": _GPT_BIGCODE,
     "gpt_neo": _GPT_NEO,
     "gpt_neox": _GPT_NEOX,
-    "opt": _OPT,
+    "gpt_oss": _GPT_OSS,
+    "gptj": _GPTJ,
+    "granite": replace(_LLAMA, lacks=_granite_lacks),
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "mixtral": _MIXTRAL,
+    "olmo": _OLMO,
+    "olmo2": _OLMO2,
+    "olmo3": _OLMO2,
+    "opt": _OPT,
+    "phi": _PHI,
     "qwen2": _LLAMA,
-    "gemma2": _GEMMA2,
+    "qwen3": _LLAMA,
+    "stablelm": _STABLELM,
+    "starcoder2": _STARCODER2,
 }
 """By ``config.model_type``."""
 
+REFUSED: dict[str, str] = {
+    "mpt": "its attention counts pads as tokens, so that a row of a batch can differ from its solo run",
+}
+"""Types of models that this package must not wrap as they are, and why."""
+
 
 def architecture_of(config: Any) -> Architecture:
-    """The table's entry for a config; an error that says how to give one where there is none."""
+    """The table's entry for a config.
+
+    Raises:
+        LocationError: there is none; it says how to give one.
+    """
+    if config.model_type in REFUSED:
+        raise LocationError(
+            f"models of type {config.model_type!r} are refused: {REFUSED[config.model_type]}."
+        )
     if config.model_type not in FAMILIES:
         raise LocationError(
             f"models of type {config.model_type!r} are not in the table ({', '.join(FAMILIES)}). "
@@ -426,9 +745,11 @@ def sizes_of(config: Any) -> dict[Dimension, int]:
 
 
 def _mlp_width(config: Any) -> int | None:
-    widths = [getattr(config, name, None) for name in ("intermediate_size", "n_inner", "ffn_dim")]
-    # GPT-2's n_inner of None means four times the width of the model.
-    default = 4 * config.hidden_size if hasattr(config, "n_inner") else None
+    names = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+    widths = [getattr(config, name, None) for name in names]
+    # GPT-2's n_inner of None means four times the width of the model; BLOOM has no other.
+    fourfold = hasattr(config, "n_inner") or config.model_type == "bloom"
+    default = 4 * config.hidden_size if fourfold else None
     return next((width for width in widths if width), default)
 
 
