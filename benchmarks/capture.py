@@ -1,4 +1,4 @@
-"""Logits, and activations kept on the way."""
+"""Logits, and activations that are kept during the same pass."""
 
 from benchmarks.contestants import MODELS, SDPA
 from benchmarks.harness import Race, everyone
@@ -6,7 +6,7 @@ from benchmarks.workloads import Setup
 
 
 def races(setup: Setup) -> list[Race]:
-    """One site of every layer; every site there is."""
+    """One site of every layer, and all sites."""
     work = {"folder": setup.folder, "tokens": setup.tokens(4, 128)}
     return [
         Race(
@@ -19,7 +19,7 @@ def races(setup: Setup) -> list[Race]:
             everyone(MODELS, "keep_all", work),
             SDPA.name,
             rounds=3,
-            remark="What each library calls everything; how many MiB that is stands beside its name. "
-            "transformers with sdpa forms no patterns: its line keeps nothing, as a yardstick.",
+            remark="Everything that each library can keep; the MiB stand beside its name. transformers with "
+            "sdpa computes no patterns; its line keeps nothing and serves as a yardstick.",
         ),
     ]

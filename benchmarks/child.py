@@ -1,7 +1,7 @@
-"""A contestant's side of the pipe: reads a JSON line, does it, answers with one.
+"""A contestant's side of the pipe: reads a command as a line of JSON, runs it, answers with a line.
 
-Runs in the contestant's environment, so it imports the standard library, torch and that contestant's
-module only. What libraries print goes to stderr: stdout is the pipe.
+It runs in the contestant's environment, so it imports only the standard library, torch and the
+contestant's module. What libraries print goes to stderr, because stdout is the pipe.
 """
 
 import ctypes
@@ -22,13 +22,13 @@ from benchmarks.workloads import Prepared, Refusal
 
 
 def checksum(value: Any) -> list[float]:
-    """A few numbers that depend on every element of a tensor; whole numbers stand for themselves.
+    """A few numbers that depend on every element of a tensor; whole numbers are returned as they are.
 
-    A list of tensors counts as their stack.
+    A list of tensors is stacked first.
 
-    The mean magnitude, and projections on three directions whose weights change from element to
-    element, in units of the elements: a change of any of them by about a thousandth shows, and no two
-    places can be exchanged.
+    They are the mean magnitude, and projections on three directions whose weights differ from element to
+    element, scaled so that a change of any element by about a thousandth shows, and so does an exchange of
+    two elements.
     """
     import torch
 
@@ -46,7 +46,7 @@ def checksum(value: Any) -> list[float]:
 
 
 class Child:
-    """The commands. Each returns the answer."""
+    """The commands; each returns its answer."""
 
     def __init__(self) -> None:
         self.module: Any = None
@@ -119,7 +119,7 @@ def _version(distribution: str, major: str) -> str:
 
 
 def _status(field: str) -> int:
-    """A line of ``/proc/self/status``, in KiB; 0 where there is none."""
+    """A field of ``/proc/self/status`` in KiB; 0 on systems without it."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(f"{field}:"):
@@ -128,7 +128,7 @@ def _status(field: str) -> int:
 
 
 def _start_high_water_mark() -> int:
-    """Reset the peak to what is resident now, where the kernel lets us, and return it in KiB."""
+    """Reset the peak to what is resident now, if the kernel allows it, and return it in KiB."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")
@@ -136,7 +136,7 @@ def _start_high_water_mark() -> int:
 
 
 def _give_back_freed_memory() -> None:
-    """What malloc holds on to would hide how much the next call needs."""
+    """Return freed memory to the system: what malloc keeps would hide how much the next call needs."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

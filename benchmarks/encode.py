@@ -1,9 +1,9 @@
-"""Autoencoders applied: dense ReLU latents, and TopK encoded and decoded.
+"""Applying autoencoders: dense ReLU latents, and TopK encoded and decoded.
 
-The GEMM floor is the one product that a float32 encoder cannot do without, by the fastest kernel at
-hand; the bfloat16 product, what a certified search cannot do without. ``--peers`` adds the libraries;
-ratios are to SAELens where it takes part, else to the floor. Extra peak memory is that of a warm call,
-the result included.
+The GEMM floor is the one matrix product that a float32 encoder must compute, by the fastest kernel
+available; the bfloat16 product is what a certified search must compute. ``--peers`` adds other libraries.
+Ratios refer to SAELens if it takes part, else to the floor. Extra peak memory is that of a warm call and
+includes the result.
 """
 
 from benchmarks.harness import Contestant, Entry, Race

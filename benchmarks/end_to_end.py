@@ -1,11 +1,11 @@
 """From text to a measured dictionary: where the time goes.
 
-Activations are harvested live while the dictionary is trained, as ``neuron-explainer train`` does: on a
-CPU the model and the steps take turns; beside it stands the same with a thread that fetches ahead, as on
-a GPU. Shares are of the wall time of training from the first batch on; the first filling of the buffer,
-a fixed cost, stands apart. *Forward* is the time in the model; *waiting* that in which there was
-nothing to do but to wait for the thread, whose forward passes overlap with all else; *step* is what
-is left of the training's time after all that and taking batches from the buffer.
+Activations are harvested while the dictionary is trained, as ``neuron-explainer train`` does it. On a CPU
+the model and the steps take turns; the second line of each size uses a thread that fetches ahead, as on a
+GPU. Shares are fractions of the wall time of training after the first batch; the first filling of the
+buffer, a fixed cost, has its own column. *Forward* is the time in the model. *Waiting* is the time in which
+training waits for the thread, whose forward passes overlap with everything else. *Step* is the rest of the
+training time, after taking batches from the buffer.
 """
 
 import sys
@@ -24,12 +24,12 @@ from neuron_explainer.models.model_context import ModelContext
 MODEL, LOCATION = "tiny-tales", "1/resid.torso.delta_mlp"
 BATCH = 4096
 EVALUATED = 16
-"""Batches of windows."""
+"""How many batches of windows are evaluated."""
 
 
 @dataclass
 class Clock:
-    """Batches of a buffer, and the seconds spent getting them; the first batch fills the buffer."""
+    """Yields batches of a buffer and counts the seconds that this takes; the first batch fills the buffer."""
 
     buffer: ShuffleBuffer
     taking: float = 0.0
@@ -44,7 +44,7 @@ class Clock:
             yield batch
 
     def now(self) -> dict[str, float]:
-        """Seconds so far."""
+        """Seconds since the beginning, by what they were spent on."""
         return {
             "wall": time.perf_counter(),
             "taking": self.taking,
@@ -53,7 +53,7 @@ class Clock:
         }
 
     def since_first(self) -> dict[str, float]:
-        """Seconds since the first batch was there."""
+        """Seconds since the first batch arrived."""
         now = self.now()
         return {name: now[name] - self.first[name] for name in now}
 
@@ -62,17 +62,17 @@ def run(corpus: Path, scratch: Path, pythons: Mapping[str, str] | None, quick: b
     """Harvest, train, evaluate, and return the table.
 
     Args:
-        corpus: text, as of ``open_windows``.
-        scratch: not needed.
-        pythons: not needed.
-        quick: a few steps only, to see that it runs.
+        corpus: text, as ``open_windows`` takes it.
+        scratch: not used.
+        pythons: not used.
+        quick: take only a few steps, to see that it runs.
     """
     lines = [line(corpus, quick, n, k, ahead) for n, k in SIZES for ahead in (False, True)]
     return "\n".join([HEAD, RULE, *lines]) + "\n"
 
 
 SIZES = [(1536, 16), (6144, 32)]
-"""Latents, and how many of them are active."""
+"""Number of latents, and how many of them are active."""
 HEAD = (
     f"| TopK on {LOCATION} of {MODEL} | tokens/s | step | forward | waiting | taking batches "
     "| first filling s | training s | evaluation s | FVU | CE recovered |"
@@ -81,7 +81,7 @@ RULE = "|---|" + "--:|" * (HEAD.count("|") - 2)
 
 
 def line(corpus: Path, quick: bool, latents: int, k: int, ahead: bool) -> str:
-    """One size's row, with a thread that fetches ahead or without one."""
+    """The line of one size, with or without a thread that fetches ahead."""
     context = ModelContext.from_model_type(MODEL)
     data = DataConfig(buffer_tokens=16_384 if quick else 65_536)
     steps = 12 if quick else 256

@@ -1,4 +1,4 @@
-"""Logits of every position, nothing kept and nothing changed."""
+"""Logits of every position; no activation is kept or changed."""
 
 from benchmarks.contestants import MODELS, SDPA
 from benchmarks.harness import Race, everyone
@@ -6,7 +6,7 @@ from benchmarks.workloads import Setup
 
 
 def races(setup: Setup) -> list[Race]:
-    """A batch of four, and one long text."""
+    """A batch of four texts, and one long text."""
     return [
         Race(
             f"logits ({batch}, {length})",

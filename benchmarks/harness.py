@@ -1,29 +1,29 @@
-"""Contestants side by side: each in a process of its own, driven one at a time, in rotating order.
+"""Contestants side by side: each in its own process, one at a time, in rotating order.
 
 **A contestant** is a module ``benchmarks/contestants/<module>.py`` that imports only its own library
 (and :mod:`benchmarks.workloads`), with one function for each workload it offers. The function gets the
-workload's settings as keywords, prepares what is not to be timed and returns what is::
+workload's settings as keywords, prepares what is not timed and returns the call that is::
 
     def logits(folder, tokens):                       # settings: JSON values of the race
         model, tokens = load(folder), torch.tensor(tokens)
         return lambda: {"logits": model(tokens)}      # this call is timed
 
-The call returns ``{name: tensor, list of tensors, or (nested) list of whole numbers}``: of each, a
-checksum is taken after the first call (not timed) and compared with the others' under the same name.
-Returned tensors are laid out as :mod:`benchmarks.workloads` says, whatever the library's own layout; a
-name that only one contestant gives is not compared. Instead of a callable, a
+The call returns ``{name: tensor, list of tensors, or (nested) list of whole numbers}``. A checksum of each
+is taken after the first call (not timed) and compared with the other contestants' checksums of the same
+name. Returned tensors have the layout that :mod:`benchmarks.workloads` describes, whatever the library's
+own layout is; a name that only one contestant returns is not compared. Instead of a callable, a
 :class:`~benchmarks.workloads.Prepared` may be returned, which adds a remark; one that cannot do the
 work raises :class:`~benchmarks.workloads.Refusal`. Gradients are off unless the race says ``grad=True``.
 
 **A table** is a module ``benchmarks/<name>.py`` with ``races(setup) -> list[Race]`` (see
 ``benchmarks/forward.py``), listed in ``benchmarks/__main__.py``. A :class:`Race` is one heading: entries
-that do the same work, and the label of the one that ratios are taken to. Each race has an entry of
-the *GEMM floor*: the same matrix products, with preallocated outputs and nothing else.
+that do the same work, and the label of the entry that ratios refer to. Each race has an entry called
+*GEMM floor*: the same matrix products, with preallocated outputs and nothing else.
 
-For every entry the harness starts the contestant (once for all races, or anew for each run where
-``fresh=True``), prepares, calls once (checksum), once more under a fresh high-water
-mark (extra peak memory), and then once a round, each round starting from another entry. Figures are
-medians over rounds; ratios are medians of the ratios within a round. An entry whose library is not
+For every entry the harness starts the contestant (once for all races, or anew for each run with
+``fresh=True``), prepares it, calls it once for the checksum, once more to measure extra peak memory, and
+then once in each round; each round starts with another entry. Figures are medians over rounds; ratios are
+medians of the ratios within a round. An entry whose library is not
 installed, or that fails, is listed with the reason.
 """
 
@@ -43,9 +43,11 @@ from typing import Any, Self
 
 THREADS = 2
 ROOT = Path(__file__).parent.parent
-_SETTLE = 0.02  # seconds; the threads of the one before spin for a moment before they sleep
+_SETTLE = 0.02  # seconds; threads of the previous contestant spin for a moment before they sleep
 _PATIENCE = 600  # seconds until a silent contestant counts as stuck
-_TOLERANCE = 1e-3  # of a checksum, in units of its scale: summation order alone makes some 1e-6
+_TOLERANCE = (
+    1e-3  # relative to the scale of a checksum; the order of summation alone makes about 1e-6
+)
 
 
 class ContestantError(Exception):
@@ -54,22 +56,22 @@ class ContestantError(Exception):
 
 @dataclass(frozen=True)
 class Contestant:
-    """Who takes part."""
+    """A library, or a baseline, that takes part."""
 
     name: str
-    """As shown."""
+    """The name in tables."""
     module: str
-    """In ``benchmarks.contestants``."""
+    """Its module in ``benchmarks.contestants``."""
     variant: str = ""
-    """Passed to the module's functions as ``variant`` where it is not empty."""
+    """Passed to the module's functions as ``variant`` if it is not empty."""
     peer: str = ""
-    """Its name in ``--peers`` and in ``benchmarks/peers/<peer>.txt``; empty: needs no peer."""
+    """Its name in ``--peers`` and in ``benchmarks/peers/<peer>.txt``; empty if no other library is needed."""
     distribution: str = ""
-    """As pip knows it, for its version."""
+    """The name that pip knows, to look up the version."""
     major: str = ""
-    """The version must start with this."""
+    """What the version must start with."""
     optional: bool = False
-    """Whether it only takes part under ``--peers``."""
+    """Whether it takes part only with ``--peers``."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,15 @@ class Entry:
     workload: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""
-    """Default: the contestant's name."""
+    """What the table calls it; the contestant's name by default."""
     fresh: bool = False
-    """Whether each run is the first of a new process."""
+    """Whether each run happens in a new process."""
     apart: bool = False
-    """Whether its result is another than the others', and so not compared."""
+    """Whether its result differs from the others' on purpose and is not compared."""
 
     @property
     def shown(self) -> str:
-        """The label."""
+        """What the table calls it."""
         return self.label or self.contestant.name
 
 
@@ -99,21 +101,21 @@ class Race:
     title: str
     entries: Sequence[Entry]
     reference: str
-    """Label of the entry that ratios are taken to."""
+    """Label of the entry that ratios refer to."""
     grad: bool = False
     calls: int = 1
-    """Times shown are those of a run over this many calls, which the run makes itself."""
+    """How many calls one run makes; the times shown are divided by it."""
     rounds: int | None = None
-    """At most so many, whatever the command line asks for."""
+    """Upper limit of rounds, whatever the command line asks for."""
     warm_s: float = 0.0
-    """Untimed calls before each timed one until so many seconds have passed: where the system takes
-    memory from processes that do nothing, the first calls after a pause pay for it."""
+    """Seconds of untimed calls before each timed one. Some systems take memory away from idle processes, and
+    the first calls after a pause would pay for it."""
     remark: str = ""
 
 
 @dataclass
 class Result:
-    """What one entry did."""
+    """The measurements of one entry."""
 
     label: str
     seconds: list[float] = field(default_factory=list)
@@ -124,19 +126,19 @@ class Result:
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Median of the timed runs, in seconds."""
         return statistics.median(self.seconds)
 
 
 def everyone(
     contestants: Sequence[Contestant], workload: str, settings: Mapping[str, Any]
 ) -> list[Entry]:
-    """The same workload with the same settings for each."""
+    """One entry for each contestant, all with the same workload and settings."""
     return [Entry(contestant, workload, settings) for contestant in contestants]
 
 
 class Process:
-    """A contestant's process and the pipe to it: a JSON line each way for each command."""
+    """A contestant's process and the pipe to it: each command is one line of JSON, and so is its answer."""
 
     def __init__(self, contestant: Contestant, python: str, threads: int) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
@@ -170,7 +172,7 @@ class Process:
         """Send a command and wait for its answer.
 
         Raises:
-            ContestantError: the answer is an error, or there is none.
+            ContestantError: the answer is an error, or no answer came.
         """
         assert self._child.stdin is not None
         assert self._child.stdout is not None
@@ -203,13 +205,13 @@ class Process:
 
 
 class Harness:
-    """Starts contestants, runs races, keeps processes from race to race. A context manager.
+    """Starts contestants, runs races and keeps processes between races. A context manager.
 
     Args:
         rounds: timed runs of each entry.
-        pythons: interpreters by peer name; a peer without one is looked for in this environment.
+        pythons: interpreters by peer name; peers without one are looked for in this environment.
         with_peers: whether optional contestants take part.
-        threads: of each contestant.
+        threads: number of threads of each contestant.
     """
 
     def __init__(
@@ -245,7 +247,7 @@ class Harness:
         return [runner.result for runner in runners]
 
     def process(self, contestant: Contestant, fresh: bool = False) -> Process:
-        """The contestant's running process, or (fresh) a new one that the caller closes."""
+        """The contestant's running process; with ``fresh`` a new one, which the caller closes."""
         python = self.pythons.get(contestant.peer, sys.executable)
         if fresh:
             return Process(contestant, python, self.threads)
@@ -255,7 +257,7 @@ class Harness:
 
 
 class _Runner:
-    """One entry's way through a race; after a failure the rest is left out."""
+    """Takes one entry through a race; after a failure it does nothing more."""
 
     def __init__(self, harness: Harness, entry: Entry, race: Race) -> None:
         self.harness, self.entry, self.race = harness, entry, race
@@ -330,9 +332,9 @@ class _Runner:
 
 
 def agreement(results: Sequence[Result], reference: str) -> dict[str, str]:
-    """For each label, what was compared with the reference (or, without it, the first that has any).
+    """For each label, what was compared with the reference (or with the first entry that has a checksum).
 
-    Named where it is the same, with a digest; named loudly where it is not.
+    Equal results are listed with a digest; different ones are marked loudly.
     """
     first = [r for r in results if r.label == reference and r.checksum]
     judges = first + [r for r in results if r.checksum and r.label != reference]
@@ -340,7 +342,7 @@ def agreement(results: Sequence[Result], reference: str) -> dict[str, str]:
     for result in results:
         shared = {
             name: (value, judge.checksum[name])
-            for judge in reversed(judges)  # the first in line has the last word
+            for judge in reversed(judges)  # the first judge has the last word
             if judge is not result
             for name, value in result.checksum.items()
             if name in judge.checksum
@@ -356,12 +358,12 @@ def agreement(results: Sequence[Result], reference: str) -> dict[str, str]:
 
 
 def _digest(result: Result, name: str) -> str:
-    """A name and one number that stands for its checksum."""
+    """The name of a result and one number that summarises its checksum."""
     return f"{name} {statistics.fmean(map(abs, result.checksum[name])):.5g}"
 
 
 def _close(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Element by element, in units of the larger's largest; NaN is like nothing."""
+    """Whether all elements are close, relative to the largest of both; NaN equals nothing."""
     scale = max(map(abs, [*a, *b]), default=0.0)
     return len(a) == len(b) and all(
         math.isclose(x, y, rel_tol=0.0, abs_tol=_TOLERANCE * scale)
@@ -370,7 +372,7 @@ def _close(a: Sequence[float], b: Sequence[float]) -> bool:
 
 
 def table(race: Race, results: Sequence[Result]) -> str:
-    """Markdown: one line an entry, those without figures last, with the reason."""
+    """A markdown table with a line for each entry; entries without figures come last, with the reason."""
     per_call, unit = (1e6 / race.calls, "µs a call") if race.calls > 1 else (1e3, "ms")
     same = agreement(results, race.reference)
     base = next((r for r in results if r.label == race.reference and not r.error), None)
@@ -406,7 +408,7 @@ def _mib(value: float | None) -> str:
 
 
 def provenance() -> str:
-    """Date, hardware, interpreter and commit, for the head of a report."""
+    """Date, hardware, interpreter and commit: the first line of a report."""
     commit = _output("git", "rev-parse", "--short", "HEAD") or "unknown"
     changed = " with changes" if _output("git", "status", "--porcelain") else ""
     cpu = next(

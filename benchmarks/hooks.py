@@ -1,4 +1,4 @@
-"""What hooks cost, and a model's other modes."""
+"""The cost of hooks, and of other ways to run the model."""
 
 from benchmarks.contestants import FLOOR, HOOKED, MODELS, OURS, SDPA
 from benchmarks.harness import Entry, Race, everyone
@@ -8,7 +8,7 @@ CALLS = 10_000
 
 
 def races(setup: Setup) -> list[Race]:
-    """One neuron ablated; an empty tree of hooks; one call of a hook that does nothing; modes."""
+    """One neuron ablated, ways to run the model, and a call of a hook that does nothing."""
     work = {"folder": setup.folder, "tokens": setup.tokens(4, 128)}
     calls = {"calls": CALLS, "width": 4 * setup.sizes["n_embd"]}
     return [
@@ -36,7 +36,7 @@ def races(setup: Setup) -> list[Race]:
             ],
             OURS.name,
             calls=CALLS,
-            remark="A hook that does nothing, on one token's MLP activations; there are no products, so "
-            "no floor.",
+            remark="A hook that does nothing, on one token's MLP activations. It computes no products, so "
+            "there is no floor.",
         ),
     ]

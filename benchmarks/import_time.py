@@ -1,4 +1,4 @@
-"""What an import costs beyond ``import torch``, in fresh interpreters."""
+"""Time of an import beyond that of ``import torch``, in fresh interpreters."""
 
 import math
 import statistics
@@ -17,15 +17,15 @@ IMPORTS = {
     "dictionary_learning": ("dictionary-learning", "torch, dictionary_learning"),
     "sparsify": ("eai-sparsify", "torch, sparsify"),
 }
-"""A line's name: the peer whose interpreter runs it (none: this one), and what is imported."""
+"""Name of the line: the peer whose interpreter runs it (empty for this one), and what is imported."""
 
 
 class ImportFails(Exception):
-    """The last line that the interpreter wrote."""
+    """Raised with the last line that the interpreter wrote."""
 
 
 def seconds(python: str, modules: str) -> float:
-    """Wall-clock seconds of an import in a new interpreter, start-up left out."""
+    """Wall-clock seconds of an import in a new interpreter, without its start-up."""
     timed = (
         f"import time; t = time.perf_counter(); import {modules}; print(time.perf_counter() - t)"
     )
@@ -39,11 +39,11 @@ def seconds(python: str, modules: str) -> float:
 
 
 def run(rounds: int, pythons: Mapping[str, str] | None = None) -> str:
-    """A table of medians.
+    """Time all imports and return a table of medians.
 
     Args:
-        rounds: imports of each; they take turns so that a busy moment hits them all, each beside an
-            ``import torch`` of the same interpreter, which is subtracted.
+        rounds: how often each import is timed. They take turns, so that a busy moment affects all of
+            them; an ``import torch`` of the same interpreter is timed beside each and subtracted.
         pythons: interpreters by peer name; a peer without one is left out.
     """
     pythons = {"": sys.executable, **(pythons or {})}

@@ -1,4 +1,4 @@
-"""From files on disk (in the page cache) to the first logits, each time in a new process."""
+"""Time from files on disk (in the page cache) to the first logits, each time in a new process."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,7 @@ from benchmarks.workloads import Setup
 
 
 def races(setup: Setup) -> list[Race]:
-    """Three formats of this library's, and the others from Hugging Face's."""
+    """This library from three formats, the others from Hugging Face's."""
     formats = write_formats(setup.folder, setup.scratch / "formats")
     tiny = Setup(setup.scratch / "tiny", quick=True)
     tiny_formats = write_formats(tiny.folder, tiny.scratch / "formats")
@@ -34,9 +34,9 @@ def races(setup: Setup) -> list[Race]:
             ],
             SDPA.name,
             rounds=3,
-            remark="Each in a new process that has loaded a tiny model before, so that imports do not "
-            "count. A mapped file's pages count as memory when they are touched. The floor reads the "
-            "file's bytes once and multiplies.",
+            remark="Each run is in a new process that has already loaded a tiny model, so that "
+            "imports do not count. Pages of a mapped file count as memory when they are touched. The "
+            "floor reads the bytes of the file once and computes the products.",
         )
     ]
 

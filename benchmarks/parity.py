@@ -1,8 +1,9 @@
-"""How far results lie from independent ones: Hugging Face, numpy in float64, solo runs, plain paths.
+"""How far results differ from independent ones: Hugging Face, solo runs, plain paths.
 
-Random weights at GPT-2 small's shape, in float32; each figure is the largest difference over the
-largest value of what it is compared with. And, for trained dictionaries, how often a certified search
-(``neuron_explainer/kernels/certified.py``) cannot prove its answer and is redone in float32.
+The model has random weights and GPT-2 small's shape, in float32. Each figure is the largest difference
+divided by the largest value of the other result. For trained dictionaries the table also says how often
+a certified search (``neuron_explainer/kernels/certified.py``) cannot prove its answer and is repeated in
+float32.
 """
 
 import tempfile
@@ -22,14 +23,14 @@ from neuron_explainer.models.transformer import Transformer
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest finite value."""
+    """Largest difference divided by the largest finite value."""
     finite = expected.isfinite()
     difference = (found.double() - expected.double())[finite].abs().max()
     return float(difference / expected[finite].abs().max())
 
 
 def run(repeats: int) -> str:
-    """A table of figures; ``repeats`` is how many batches each is the worst of."""
+    """The table; each figure is the worst of ``repeats`` batches."""
     torch.manual_seed(0)
     theirs, ours = _models()
     worst: dict[str, float] = {}
@@ -42,7 +43,7 @@ def run(repeats: int) -> str:
 
 @torch.no_grad()
 def _rows_redone() -> list[str]:
-    """Of every trained dictionary of ``tiny-tales``, on a text."""
+    """For every autoencoder of ``tiny-tales``, how many rows of a text are redone in float32."""
     model = Transformer.load("tiny-tales", dtype=torch.float32, device="cpu")
     lines = []
     for name in ("ae-mlp-post-act", "ae-resid-delta-attn", "ae-resid-delta-mlp"):
@@ -119,7 +120,7 @@ def _figures(theirs: torch.nn.Module, ours: Transformer) -> dict[str, float]:
 
 
 def _gradients(theirs: torch.nn.Module, ours: Transformer, tokens: Tensor) -> float:
-    """The worst of those with one counterpart each."""
+    """The worst of the parameters that have exactly one counterpart."""
     for model in (theirs, ours):
         model.zero_grad()
     theirs(tokens).logits.log_softmax(-1)[..., 0].sum().backward()

@@ -1,8 +1,9 @@
-"""Whether dictionaries find the directions that data were made of.
+"""Whether dictionaries find the directions that the data are made of.
 
-Data: 128 random unit directions of width 64, five of them active a token, each with a strength between
-0.5 and 1.5, and noise of 1 % of the norm. A direction is recovered if a decoder row has a cosine above
-0.95 with it. Also measured: variance explained and share of latents that fire.
+The data are sums of 128 random unit directions of width 64. On each token five of them are active, each
+with a strength between 0.5 and 1.5, and there is noise of 1 % of the norm. A direction counts as recovered
+if a decoder row has a cosine above 0.95 with it. The table also has the variance explained and the share
+of latents that fire.
 
 Shape legend: ``t`` tokens, ``d`` width, ``m`` planted directions, ``l`` latents.
 """
@@ -29,11 +30,11 @@ from neuron_explainer.models.autoencoder import Autoencoder
 ATOMS, WIDTH, ACTIVE, NOISE = 128, 64, 5, 0.01
 L1 = 0.5
 WANTED = 0.95
-"""Share to be recovered, and cosine above which a direction counts as that."""
+"""The share of directions that should be recovered, and the cosine above which one is."""
 
 
 def planted(n_tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Tokens ``[t, d]`` and the unit directions ``[m, d]`` they are sums of."""
+    """Tokens ``[t, d]``, and the unit directions ``[m, d]`` of which they are sums."""
     generator = torch.Generator().manual_seed(0)
     atoms = F.normalize(torch.randn(ATOMS, WIDTH, generator=generator), dim=1)
     generator.manual_seed(seed + 1)
@@ -51,7 +52,7 @@ def recovered(atoms: Tensor, autoencoder: Autoencoder) -> float:
 
 
 def by_gradient(objective: ObjectiveConfig, steps: int, rows: Tensor) -> Autoencoder:
-    """The training loop, twice as many latents as there are directions."""
+    """Train with the training loop, with twice as many latents as directions."""
     config = TrainConfig(
         objective,
         n_latents=2 * ATOMS,
@@ -66,14 +67,14 @@ def by_gradient(objective: ObjectiveConfig, steps: int, rows: Tensor) -> Autoenc
 
 
 def by_coding(epochs: int, rows: Tensor) -> Autoencoder:
-    """FISTA codes and quasi-Newton steps, as many latents as there are directions."""
+    """Train with sparse coding, with as many latents as directions."""
     config = SparseCodingConfig(ATOMS, penalty=0.4, epochs=epochs, step_size=0.05, tolerance=1e-2)
     autoencoder: Autoencoder = train_sparse_coding(config, rows.split(4096), progress=False)
     return autoencoder
 
 
 def run(quick: bool = False) -> str:
-    """Train each and return the table."""
+    """Train with each method and return the table."""
     rows, atoms = planted(2048 if quick else 50_000)
     held_out = planted(2048 if quick else 20_000, seed=1)[0]
     steps = 20 if quick else 1000

@@ -1,15 +1,16 @@
-"""Dictionaries of three libraries' own trainers, on the same activations, measured by one evaluation.
+"""Dictionaries from three libraries' own trainers, on the same activations, measured by one evaluation.
 
-Same for all: the activations (harvested once, the same batches in the same order), steps, number of
-latents, a schedule (learning rate and L1 penalty warm up over the first 20th, the rate falls linearly to
-0 over the last 5th), the number of steps after which a latent is dead, and the search: the learning rate
-is the best of ``LEARNING_RATES``, in runs of full length (in shorter ones higher rates look better than
-they are), and of ReLU dictionaries the L1 coefficient is searched until L0 is within ``NEAR`` of the
-wanted at each learning rate, and within ``CLOSE`` at the best. That run is repeated with other seeds, and
-figures are means over them, FVU and CE recovered with their standard deviations. Each library's own:
-first weights, scale of activations, loss, AuxK, clipping, decoder norm, optimiser.
+All libraries share the activations (harvested once, the same batches in the same order), the number of
+steps and latents, the schedule (learning rate and L1 penalty warm up over the first twentieth, the rate
+falls linearly to 0 over the last fifth), the number of steps after which a latent is dead, and the search.
+The learning rate is the best of ``LEARNING_RATES`` in runs of full length, because in shorter runs high
+rates look better than they are. For ReLU dictionaries the L1 coefficient is searched until L0 is within
+``NEAR`` of the target at each learning rate, and within ``CLOSE`` at the best one. The chosen run is
+repeated with other seeds; figures are means over them, with standard deviations for FVU and CE recovered.
+Each library keeps its own first weights, scale of activations, loss, AuxK, clipping, decoder norm and
+optimiser.
 
-Choices are made on one part of the held-out documents, figures come from another.
+Choices are made on one part of the held-out documents; the figures come from another part.
 """
 
 import json
@@ -41,38 +42,38 @@ SEEDS = (0, 1, 2)
 FIRST_L1 = 4.0
 NEAR, CLOSE = 0.1, 0.02
 ATTEMPTS = 6
-"""Trainings at most in a search for an L1 coefficient."""
+"""Largest number of trainings in a search for an L1 coefficient."""
 ENDED = '{"error": "its process has ended; is it installed?"}'
 PATIENCE = 3600
-"""Seconds until a silent contestant counts as stuck."""
+"""Seconds after which a silent contestant counts as stuck."""
 
 LIBRARIES = {
     "neuron_explainer": ("quality_ours", ""),
     "dictionary_learning": ("quality_dictionary_learning", "dictionary-learning"),
     "SAELens": ("quality_sae_lens", "sae-lens"),
 }
-"""Module in ``benchmarks.contestants``, name in ``--peers``."""
+"""For each library, its module in ``benchmarks.contestants`` and its name in ``--peers``."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the comparison."""
+    """The sizes of the comparison."""
 
     tokens: int = 2**19
     batch: int = 1024
     latents: int = 1536
     k: int = 16
     l0: float = 32.0
-    """Of ReLU dictionaries."""
+    """The L0 that ReLU dictionaries are brought to."""
     held_out: tuple[int, int] = (8, 24)
-    """Batches of windows to choose by, and to measure on."""
+    """Batches of windows for choosing, and for the final figures."""
 
 
 QUICK = Sizes(tokens=64 * 40, batch=64, latents=256, k=4, l0=20.0, held_out=(1, 1))
 
 
 class Failure(Exception):
-    """A library cannot take part: why."""
+    """Raised with the reason why a library cannot take part."""
 
 
 @dataclass(frozen=True)
@@ -81,23 +82,23 @@ class Found:
 
     run: Run
     evaluation: Evaluation
-    """By which it was chosen."""
+    """The figures by which it was chosen."""
     trainings: int
-    """How many it took to find it, pilots included."""
+    """Number of trainings until it was found, pilots included."""
     seconds: float
-    """Its own training."""
+    """Seconds of its own training."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a library got: the run that was chosen, and evaluations of it with each seed."""
+    """A library's result: the run that was chosen, and its evaluation with each seed."""
 
     chosen: Found
     evaluations: list[Evaluation]
 
 
 class Library:
-    """A library's process, which trains what it is told to."""
+    """A library's process, which trains on request."""
 
     def __init__(self, module: str, python: str) -> None:
         environment = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT)}
@@ -113,7 +114,7 @@ class Library:
             raise Failure(f"its interpreter does not start: {error}") from None
 
     def train(self, run: Run) -> float:
-        """Returns seconds."""
+        """Train and return the seconds that it took."""
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         start = time.monotonic()
@@ -157,13 +158,13 @@ class Comparison:
                 torch.save(x, self.scratch / f"{number}.pt")
 
     def run(self, lr: float, **kind: Any) -> Run:
-        """A run of the full length."""
+        """The description of a run of full length."""
         s = self.sizes
         steps = s.tokens // s.batch
         return Run(str(self.scratch), "", steps, s.batch, self.width, s.latents, lr, **kind)
 
     def attempt(self, library: Library, run: Run, name: str) -> Found:
-        """Train and measure."""
+        """Train a dictionary and measure it."""
         self.trained += 1
         run = replace(run, folder=str(self.scratch / f"dictionary-{self.trained}"))
         seconds = library.train(run)
@@ -178,7 +179,7 @@ class Comparison:
         return found
 
     def evaluate(self, autoencoder: Autoencoder, part: str) -> Evaluation:
-        """On held-out windows; losses only where figures are final."""
+        """Evaluate on held-out windows; losses are measured only for final figures."""
         return evaluate_all(
             self.context,
             {LOCATION: autoencoder},
@@ -215,7 +216,7 @@ class Comparison:
 
 
 def is_near(found: Found, l0: float, near: float) -> bool:
-    """Whether dictionaries may be compared as equally sparse."""
+    """Whether two dictionaries count as equally sparse."""
     return abs(found.evaluation.l0 / l0 - 1) <= near
 
 
@@ -237,7 +238,7 @@ def at_l0(trained: Callable[[Run], Found], run: Run, l0: float, near: float) -> 
 
 
 def _logs(found: Found) -> tuple[float, float]:
-    """Of the L1 coefficient, and of L0."""
+    """The logarithms of the L1 coefficient and of L0."""
     return math.log(found.run.l1), math.log(max(found.evaluation.l0, 1e-3))
 
 
@@ -255,7 +256,7 @@ def run(corpus: Path, scratch: Path, pythons: Mapping[str, str] | None, quick: b
 
 
 def compare(comparison: Comparison, pythons: Mapping[str, str] | None) -> str:
-    """The tables of a comparison, each library's line as soon as it is known on stderr too."""
+    """The tables of a comparison; each line is also printed to stderr as soon as it is known."""
     s = comparison.sizes
     text = (
         f"{LOCATION} of {MODEL}, {s.latents} latents, {s.tokens:,} tokens in batches of {s.batch}; "

@@ -1,8 +1,9 @@
-"""One step of dictionary learning: loss, gradients, clipping, optimiser, decoder's norm.
+"""One step of dictionary learning: loss, gradients, clipping, optimiser, norm of the decoder.
 
-Each library runs its own trainer, on the same activations from the same weights. The reference is what
-no TopK step gets around: one product and the search for the largest; for ReLU, the five products.
-Each takes steps for three seconds before one is timed, as training is a long row of steps.
+Each library runs its own trainer on the same activations, starting from the same weights. The reference
+is the least that a TopK step must do: one matrix product and the search for the largest values; for ReLU
+it is the five products. Each contestant takes steps for three seconds before one is timed, because
+training is a long row of steps.
 """
 
 from benchmarks.harness import Contestant, Entry, Race
@@ -38,7 +39,7 @@ WARM = 3.0
 
 
 def races(setup: Setup) -> list[Race]:
-    """TopK at two sizes, once more with dead latents, and ReLU + L1."""
+    """TopK at two sizes, TopK with dead latents, and ReLU + L1."""
     tokens, width = (256, 64) if setup.quick else (4096, 768)
     sizes = (512, 1024) if setup.quick else (16384, 32768)
     work = {"tokens": tokens, "width": width}
@@ -71,5 +72,5 @@ def _topk(title: str, aux: bool, tokens: int, width: int, latents: int) -> Race:
         FLOOR.name,
         grad=True,
         warm_s=WARM,
-        remark="A ratio of 1.25 is 0.80 of the reference's rate.",
+        remark="A ratio of 1.25 means 0.80 of the reference's rate.",
     )

@@ -1,8 +1,8 @@
-"""What every contestant computes on: the same random weights, token ids and neuron for all.
+"""The work that every contestant gets: the same random weights, token ids and neuron.
 
-Layouts in which results are compared: ``logits`` [b, s, v]; ``post_act`` [layer, b, s, f];
-``pattern`` [layer, b, h, q, k]; ``resid`` (the stream after each layer but the last, which some
-libraries only give normed) [layer, b, s, d]; ``ids``: the new tokens of each row.
+Results are compared in these layouts: ``logits`` [b, s, v]; ``post_act`` [layer, b, s, f]; ``pattern``
+[layer, b, h, q, k]; ``resid`` [layer, b, s, d], the stream after each layer except the last, which some
+libraries return only after the norm; ``ids``, the new tokens of each row.
 """
 
 import json
@@ -28,14 +28,14 @@ Work = Callable[[], Mapping[str, Any]]
 
 @dataclass
 class Prepared:
-    """A call to time and a remark to print beside it."""
+    """A call to time, and a remark to print beside the name."""
 
     work: Work
     note: str = ""
 
 
 class Refusal(Exception):
-    """Why a contestant does not take part."""
+    """Raised with the reason why a contestant does not take part."""
 
 
 @dataclass
@@ -46,45 +46,45 @@ class Setup:
     quick: bool = False
     """A tiny model instead of GPT-2 small's shape, and fewer tokens."""
     pythons: dict[str, str] = field(default_factory=dict)
-    """Interpreters by peer name, for tables that start their own."""
+    """Interpreters by peer name, for tables that start processes themselves."""
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Of the model, as Hugging Face's GPT-2 names them."""
+        """Sizes of the model, by the names of Hugging Face's GPT-2."""
         return TINY if self.quick else GPT2_SMALL
 
     @property
     def ablated(self) -> dict[str, int]:
-        """The neuron whose activation is set to 0: a strong one, so that leaving it shows."""
+        """The neuron whose activation is set to 0. It is strong: forgetting to ablate it shows."""
         return {"layer": 1 if self.quick else 3, "neuron": 100}
 
     @property
     def new_tokens(self) -> int:
-        """To generate after the prompt."""
+        """How many tokens are generated after the prompt."""
         return 5 if self.quick else NEW_TOKENS
 
     @cached_property
     def folder(self) -> str:
-        """The weights as a Hugging Face folder; written at first use."""
+        """A Hugging Face folder with the weights, written at its first use."""
         path = self.scratch / "gpt2"
         write_model(path, self.sizes, **self.ablated)
         return str(path)
 
     def tokens(self, batch: int, length: int) -> list[list[int]]:
-        """Token ids ``[b][s]``, always the same."""
+        """Token ids ``[b][s]``, the same every time."""
         return self.ragged_tokens([length] * batch)
 
     def ragged_tokens(self, lengths: list[int]) -> list[list[int]]:
-        """Rows of token ids of the given lengths, always the same."""
+        """Rows of token ids of the given lengths, the same every time."""
         draw = random.Random(0)
         return [[draw.randrange(self.sizes["vocab_size"]) for _ in range(n)] for n in lengths]
 
 
 def write_model(folder: Path, sizes: dict[str, int], layer: int, neuron: int) -> None:
-    """A Hugging Face GPT-2 folder of random float32 weights, without its library.
+    """Write a Hugging Face GPT-2 folder of random float32 weights, without using that library.
 
-    Weights larger than GPT-2's initial ones, biases that are not 0 and gains that are not 1: fresh
-    ones would hide most mistakes. The neuron to be ablated is always on and has a large effect.
+    Weights are larger than GPT-2's initial ones, biases are not 0 and gains are not 1, because fresh
+    weights would hide most mistakes. The ablated neuron is always active and has a large effect.
     """
     import torch
     from safetensors.torch import save_file

@@ -1,4 +1,4 @@
-"""One matrix product, by whatever is fastest here, into memory that is there already."""
+"""One matrix product by the fastest kernel available, written into preallocated memory."""
 
 import time
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from benchmarks.contestants.floor import laid_out, layouts, multiply
 from benchmarks.workloads import Work
 
 CHUNK_BYTES = 2**24
-"""Of results at a time for oneDNN, which makes its own output: small enough that malloc keeps it."""
+"""Size of the results that oneDNN computes at a time. It allocates its output, and malloc keeps this much."""
 
 
 def product(tokens: int, width: int, latents: int, variant: str) -> Work:
-    """``variant``: a dtype."""
+    """``variant`` is a dtype."""
     dtype = getattr(torch, variant)
     x, weight = activations(tokens, width).to(dtype), directions(latents, width).to(dtype)
     multiplied = fastest_product(x, weight, lambda _: None)

@@ -1,4 +1,4 @@
-"""The formula in plain torch: as the original library writes it, or in chunks by hand."""
+"""The formula in plain torch, as the original library writes it or in chunks."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from benchmarks.contestants.encoding import activations, biases, directions
 from benchmarks.workloads import Work
 
 ROWS = 128
-"""At a time, by hand."""
+"""Rows in a chunk."""
 
 
 def relu_encode(tokens: int, width: int, latents: int, variant: str) -> Work:

@@ -1,7 +1,7 @@
-"""What every autoencoder is given: the same activations and the same weights.
+"""The activations and weights that every autoencoder gets.
 
-Activations and directions are those of :mod:`benchmarks.contestants.training`; the decoder is the
-encoder's transpose, and both biases are there.
+Activations and directions are those of :mod:`benchmarks.contestants.training`. The decoder is the transpose
+of the encoder, and both biases are used.
 """
 
 import torch
@@ -13,7 +13,7 @@ __all__ = ["activations", "biases", "directions"]
 
 
 def biases(latents: int, width: int) -> tuple[Tensor, Tensor]:
-    """``[l]`` of the latents and ``[n]`` of the input and the output."""
+    """Bias of the latents ``[l]``, and bias of input and output ``[n]``."""
     generator = torch.Generator().manual_seed(3)
     latent_bias = 0.1 * torch.randn(latents, generator=generator)
     return latent_bias, 0.1 * torch.randn(width, generator=generator)

@@ -1,8 +1,7 @@
-"""The GEMM floor: a model's matrix products and nothing else, into memory that is there already.
+"""The GEMM floor: a model's matrix products and nothing else, written into preallocated memory.
 
-Each product runs in the memory layout, and with the kernel, that was fastest when tried; attention's
-products are those of the causal triangle only, in blocks. Numbers are random: what is computed is no
-model's result.
+Each product uses the memory layout and the kernel that were fastest when tried. Attention computes only
+the products of the causal triangle, in blocks. The numbers are random, so the result is no model's.
 """
 
 import json
@@ -24,7 +23,7 @@ Layout = Literal["as is", "transposed", "oneDNN"]
 
 
 def layouts() -> list[Layout]:
-    """Those that there are here."""
+    """The layouts that this build of torch supports."""
     known: list[Layout] = list(get_args(Layout))
     return known if torch.backends.mkldnn.is_available() else known[:2]
 
@@ -37,7 +36,7 @@ def laid_out(weight: Tensor, layout: Layout, rows: int) -> Tensor:
 
 
 def multiply(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """Into ``out``; but oneDNN's product makes its own output, torch offers no other."""
+    """Compute into ``out``, except for oneDNN's product: torch offers it only with an output of its own."""
     if weight.is_mkldnn:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
         return result
@@ -60,7 +59,7 @@ def fastest(rows: int, n_in: int, n_out: int) -> Layout:
 
 @cache
 def weight(place: str, rows: int, n_in: int, n_out: int) -> Tensor:
-    """One for each place in a model: reading them from memory is part of the work."""
+    """One weight for each place in a model, because reading them from memory is part of the work."""
     return laid_out(torch.randn(n_in, n_out), fastest(rows, n_in, n_out), rows)
 
 
@@ -70,7 +69,7 @@ def scratch(*shape: int) -> Tensor:
 
 
 Product = tuple[Tensor, Tensor, Tensor]
-"""Two factors and where their product goes."""
+"""Two factors and the tensor for their product."""
 
 
 def linear(place: str, rows: int, n_in: int, n_out: int) -> Product:
@@ -131,7 +130,7 @@ def ablated_logits(folder: str, tokens: list[list[int]], layer: int, neuron: int
 
 
 def greedy(folder: str, prompts: list[list[int]], n_new: int) -> Work:
-    """Prompts count as as long as the longest."""
+    """All prompts are taken to be as long as the longest."""
     batch, length = len(prompts), max(map(len, prompts))
     steps = [forward_pass(folder, batch, length, last_only=True)]
     steps += [forward_pass(folder, batch, 1, length + i) for i in range(n_new - 1)]

@@ -1,6 +1,6 @@
 """transformers' GPT-2, with fused (``sdpa``) or explicit (``eager``) attention.
 
-What it has no word for is done as its users do it: forward hooks of torch on the modules.
+Work that it has no function for is done as its users do it, with torch's forward hooks on the modules.
 """
 
 import importlib
@@ -118,7 +118,7 @@ def keep_all(folder: str, variant: str, tokens: list[list[int]]) -> Work | Prepa
 
 
 def greedy(folder: str, variant: str, prompts: list[list[int]], n_new: int) -> Work:
-    """Shorter prompts are padded on the left, as ``generate`` asks."""
+    """Shorter prompts are padded on the left, as ``generate`` requires."""
     model = load(folder, variant)
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts])
@@ -161,7 +161,7 @@ def load_and_run(folder: str, variant: str, tokens: list[list[int]], first_folde
 
 
 def calls_no_op_hook(calls: int, width: int, variant: str) -> Work:
-    """Of a module that does nothing, with one of torch's forward hooks."""
+    """Calls of a module that does nothing, with one of torch's forward hooks."""
     module, x = torch.nn.Identity(), torch.zeros(1, 1, width)
     module.register_forward_hook(lambda _module, _inputs, output: output)
 

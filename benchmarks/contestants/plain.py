@@ -1,6 +1,6 @@
-"""GPT-2 in plain torch: how fast a model can be that nobody can look into. Not a library; no checks.
+"""GPT-2 in plain torch, without hooks and checks: how fast a model can be that cannot be looked into.
 
-Fused attention, ``F.layer_norm``, ``F.gelu``, a key-value cache of the final size.
+It uses fused attention, ``F.layer_norm``, ``F.gelu`` and a key-value cache of the final size.
 """
 
 import json
@@ -17,11 +17,11 @@ from benchmarks.workloads import Work
 
 EPS = 1e-5
 Edit = Callable[[int, Tensor], Tensor]
-"""Of a layer's index and its MLP activations."""
+"""A function of a layer's index and its MLP activations."""
 
 
 class Plain:
-    """The weights, and the forward pass as one would write it down."""
+    """The weights and the plain forward pass."""
 
     def __init__(self, folder: str) -> None:
         config = json.loads((Path(folder) / "config.json").read_text())
@@ -63,7 +63,7 @@ class Plain:
         return self.norm(x, "ln_f")
 
     def generate(self, ids: Tensor, n_new: int, edit: Edit | None = None) -> list[list[int]]:
-        """Greedy; every prompt of the same length."""
+        """Greedy continuations of prompts of one length."""
         b, length = ids.shape
         d_head = self.w["wte.weight"].shape[1] // self.n_head
         past = torch.empty(self.n_layer, 2, b, self.n_head, length + n_new, d_head)

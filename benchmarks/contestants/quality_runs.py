@@ -1,7 +1,7 @@
-"""What every library's trainer is given, and the pipe through which runs are asked for.
+"""The runs that every library's trainer gets, and the pipe through which they are requested.
 
-A contestant is a program: it reads a JSON line of settings, trains, saves what came of it in its own
-format, and answers with a JSON line. It imports its own library, torch and this module only.
+A contestant is a program that reads a JSON line of settings, trains, saves the result in its own format,
+and answers with a JSON line. It imports only its own library, torch and this module.
 
 Shape legend: ``n`` tokens of a batch, ``d`` width of an activation.
 """
@@ -19,46 +19,46 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Run:
-    """One training, in terms that all libraries have."""
+    """One training, described in terms that all libraries have."""
 
     data: str
     """Folder of ``<number>.pt`` files with ``[n, d]`` each, the batches in their order."""
     folder: str
-    """Where the dictionary goes."""
+    """The folder for the dictionary."""
     steps: int
     batch: int
     width: int
     latents: int
     lr: float
     k: int = 0
-    """Active latents of a TopK dictionary; 0: ReLU + L1."""
+    """Active latents of a TopK dictionary; 0 for ReLU + L1."""
     l1: float = 0.0
     """Weight of the L1 norm, for activations whose mean squared norm is their width."""
     seed: int = 0
 
     @property
     def warmup(self) -> int:
-        """Steps in which the learning rate rises, and the L1 penalty."""
+        """Steps in which the learning rate and the L1 penalty rise."""
         return self.steps // 20
 
     @property
     def decay(self) -> int:
-        """Last steps, in which the learning rate falls to 0."""
+        """The last steps, in which the learning rate falls to 0."""
         return self.steps // 5
 
     @property
     def dead_after(self) -> int:
-        """Steps without which a latent counts as dead."""
+        """Steps after which a silent latent counts as dead."""
         return self.steps // 10
 
     def __iter__(self) -> Iterator[Tensor]:
-        """The batches; each time from the first."""
+        """The batches, from the first one each time."""
         for number in range(self.steps):
             yield torch.load(f"{self.data}/{number}.pt", weights_only=True)
 
 
 def serve(train: Callable[[Run], None]) -> None:
-    """Answer requests until there are no more. What libraries print goes to stderr."""
+    """Answer requests until the pipe is closed. What libraries print goes to stderr."""
     pipe = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     torch.set_flush_denormal(

@@ -1,4 +1,4 @@
-"""What a step cannot do without: its matrix products, by whatever is fastest here."""
+"""The matrix products that a step must compute, by the fastest kernel available."""
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def topk_step(
 
 
 def five_products(tokens: int, width: int, latents: int) -> Work:
-    """Encode, decode, and the gradients of decoder, latents and encoder, all of them dense."""
+    """Encode, decode, and the gradients of decoder, latents and encoder, all dense."""
     x, weight = activations(tokens, width), directions(latents, width)
     latent = torch.empty(tokens, latents).fill_(0.0)
     output, grad_weight = torch.empty_like(x), torch.empty(latents, width).fill_(0.0)

@@ -121,7 +121,7 @@ class State(ABC):
 
     def __init__(self) -> None:
         self.prev_lens: Tensor | int = 0
-        """Number of tokens so far that are no pads, ``[b, 1]``; 0 at the start."""
+        """Number of tokens so far, without pads, ``[b, 1]``; 0 at the start."""
         self.positions: Tensor | None = None
         """Positions ``[b, s]`` of the tokens of the latest call; hooks are given them."""
 

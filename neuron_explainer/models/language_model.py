@@ -230,7 +230,7 @@ class LanguageModel(ABC):
             )
 
     def _check_hooks(self, hooks: object) -> None:
-        """Refuse what is no tree for a whole model, and hooks for places that this model lacks."""
+        """Refuse anything but a tree for a whole model, and hooks for places that this model lacks."""
         if not isinstance(hooks, TransformerHooks):
             found = repr(hooks) if isinstance(hooks, HookNode) else type(hooks).__name__
             raise HookError(
@@ -436,7 +436,7 @@ def prepend(tokens: Tensor, pad: Tensor | None, start: int) -> tuple[Tensor, Ten
 
 
 def check_tokens(tokens: Any, pad: Any, n_vocab: int) -> None:
-    """Refuse tokens that are no batch of ids below ``n_vocab``, and a pad mask that does not fit."""
+    """Refuse tokens that are not a batch of ids below ``n_vocab``, and a pad mask that does not fit."""
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.long or tokens.dim() != 2:
         found = (
             f"{tokens.dtype} {list(tokens.shape)}"

@@ -1,7 +1,7 @@
 """A model with its tokenizer and device, behind one interface: :class:`ModelContext`.
 
-Code that explains a model asks a context, not the model, for tokens, sizes and weights; so it works
-with every kind of model that a context exists for. Sizes and weights come without loading the model.
+Code that explains a model asks a context for tokens, sizes and weights, so it works with every kind of
+model. Sizes and weights are read without loading the whole model.
 
 Shape legend: ``d`` model width, ``f`` MLP width, ``h`` heads, ``v`` vocabulary.
 """
@@ -40,19 +40,19 @@ from neuron_explainer.models.weight_names import (
 )
 
 ALLOWED_SPECIAL_TOKENS = {"<|endoftext|>"}
-"""GPT-2's special tokens; :meth:`ModelContext.encode` reads those of any tokenizer as such."""
+"""GPT-2's special tokens. :meth:`ModelContext.encode` recognises those of every tokenizer."""
 
 
 class InvalidTokenException(InputError):
-    """A text that should be one token is none or several."""
+    """A text that should be exactly one token has none or several."""
 
 
 class _SizesOnlyError(NeuronExplainerError, NotImplementedError):
-    """A stub was asked for more than sizes."""
+    """A context that knows only sizes was asked for something else."""
 
 
 class ModelContext(ABC):
-    """A model, its tokenizer and the device that its tensors are wanted on."""
+    """A model, its tokenizer, and the device on which its tensors are returned."""
 
     def __init__(self, model_name: str, device: Device) -> None:
         self.model_name = model_name
@@ -63,13 +63,13 @@ class ModelContext(ABC):
         """The name by which :func:`~neuron_explainer.models.open_model.open_model` opens this model."""
         return self.model_name
 
-    # --- what a kind of model has to say ---
+    # --- what each kind of model defines ---
 
     @abstractmethod
     def _get_weight_helper(
         self, location_type: WeightLocationType, layer: LayerIndex, device: torch.device
     ) -> Tensor:
-        """The weight with the axes of ``location_type.shape_spec``; may share memory."""
+        """The weight with the axes of ``location_type.shape_spec``; it may share memory with the model."""
 
     @abstractmethod
     def get_encoding(self) -> Any:
@@ -77,17 +77,17 @@ class ModelContext(ABC):
 
     @abstractmethod
     def get_dim_size(self, model_dim: Dimension) -> int:
-        """How long an axis is in this model."""
+        """The length of an axis in this model."""
 
     @abstractmethod
     def get_or_create_model(
         self, device: Device | None = None, simplify: bool = False
     ) -> LanguageModel:
-        """The model, loaded at the first call."""
+        """The model; it is loaded at the first call."""
 
     @abstractmethod
     def get_model_config_as_dict(self) -> dict[str, Any]:
-        """The model's sizes and settings, as JSON can hold them."""
+        """The model's sizes and settings as JSON values."""
 
     # --- weights ---
 
@@ -100,13 +100,13 @@ class ModelContext(ABC):
     ) -> Tensor:
         """One weight, with the axes that ``location_type.shape_spec`` names.
 
-        The result is detached and a copy of its own: editing it changes neither the model nor what
-        a later call returns. Attention weights come with heads apart; ``ATTN_TO_QUERY`` and
-        ``ATTN_TO_KEY`` do not hold the factor d_head^-1/4 that is part of the activations.
+        The result is a detached copy: editing it changes neither the model nor what later calls return.
+        Attention weights have an axis of heads. ``ATTN_TO_QUERY`` and ``ATTN_TO_KEY`` do not contain the
+        factor d_head^-1/4 that the activations contain.
 
         Args:
-            location_type: which one.
-            layer: of which layer; None for weights that a model has once.
+            location_type: which weight.
+            layer: its layer; None for weights that a model has once.
             normalize_dim: scale to Euclidean length 1 along this axis.
             device: default: the context's.
         """
@@ -145,15 +145,15 @@ class ModelContext(ABC):
     # --- tokens ---
 
     def encode(self, string: str) -> list[int]:
-        """The tokens of a text; ``<|endoftext|>`` in it is the special token."""
+        """The tokens of a text; ``<|endoftext|>`` in the text is the special token."""
         return encode_prompt(self.get_encoding(), string)
 
     def decode(self, token_ints: Iterable[int]) -> str:
-        """The text of tokens, decoded as a whole, so that characters of several tokens survive."""
+        """The text of tokens, decoded together, so that characters made of several tokens are right."""
         return decode(self.get_encoding(), token_ints)
 
     def decode_token(self, token_int: int) -> str:
-        """The text of one token; a part of a character is U+FFFD."""
+        """The text of one token; an incomplete character becomes U+FFFD."""
         return self.decode([token_int])
 
     def decode_token_list(self, token_ints: Iterable[int]) -> list[str]:
@@ -161,7 +161,7 @@ class ModelContext(ABC):
         return [self.decode_token(token_int) for token_int in token_ints]
 
     def encode_token_str(self, token_str: str) -> int:
-        """The token that a text is; an error unless it is exactly one."""
+        """The token of a text; an InvalidTokenException unless the text is exactly one token."""
         tokens = self.encode(token_str)
         if len(tokens) != 1:
             parts = [self.decode_token(token) for token in tokens]
@@ -172,24 +172,24 @@ class ModelContext(ABC):
         return tokens[0]
 
     def encode_token_str_list(self, token_strs: Iterable[str]) -> list[int]:
-        """The token that each text is."""
+        """The token of each text."""
         return [self.encode_token_str(token_str) for token_str in token_strs]
 
     # --- sizes ---
 
     @property
     def n_neurons(self) -> int:
-        """MLP units a layer."""
+        """Number of MLP units in a layer."""
         return self.get_dim_size(Dimension.MLP_ACTS)
 
     @property
     def n_attention_heads(self) -> int:
-        """Attention heads a layer."""
+        """Number of attention heads in a layer."""
         return self.get_dim_size(Dimension.ATTN_HEADS)
 
     @property
     def n_layers(self) -> int:
-        """Layers."""
+        """Number of layers."""
         return self.get_dim_size(Dimension.LAYERS)
 
     @property
@@ -199,12 +199,12 @@ class ModelContext(ABC):
 
     @property
     def n_vocab(self) -> int:
-        """Rows of the embedding; may be more than the tokenizer knows."""
+        """Number of rows of the embedding; it may be larger than the tokenizer's vocabulary."""
         return self.get_dim_size(Dimension.VOCAB_SIZE)
 
     @property
     def n_context(self) -> int:
-        """Most positions a sequence may have."""
+        """The largest number of positions in a sequence."""
         return self.get_dim_size(Dimension.MAX_CONTEXT_LENGTH)
 
     @staticmethod
@@ -225,7 +225,7 @@ def _weight_location(value: WeightLocationType | str) -> WeightLocationType:
 
 
 def size_of(sizes: Mapping[Dimension, int], dim: Dimension, of: str) -> int:
-    """The size of an axis; an error that lists those known where it is not among them."""
+    """The size of an axis; an InputError that lists the known axes if it is not among them."""
     if dim not in sizes:
         known = ", ".join(known.value for known in sizes)
         raise InputError(f"{of} has no size for {str(dim)!r}. It has: {known or 'none'}.")
@@ -252,13 +252,13 @@ _PLACES: dict[WeightLocationType, Weight] = {
 class StandardModelContext(ModelContext):
     """The context of a :class:`~neuron_explainer.models.transformer.Transformer`.
 
-    Everything is lazy: the config is read when a size is asked for, the vocabulary at the first
-    text, single tensors for single weights, all of them for the model. What was read is kept.
+    Everything is lazy: the config is read when a size is asked for, the vocabulary at the first text,
+    single tensors for single weights, and all tensors for the model. What was read is kept.
 
     Args:
         model_name: a name (``"gpt2-small"``, ``"tiny-tales"``), a folder, or the URL of one.
         device: default: :func:`get_default_device`.
-        dtype: of the model and of weights: float32, as in the original, or None: as stored.
+        dtype: of the model and of weights. Default: float32, as in the original; None: as stored.
     """
 
     def __init__(
@@ -271,8 +271,8 @@ class StandardModelContext(ModelContext):
         self.dtype = dtype
         self.load_path = resolve_model_source(model_name)
         """The folder or URL."""
-        self._checkpoint: LoadedCheckpoint | None = None  # without tensors
-        self._tensors: dict[str, Tensor] = {}  # read for single weights, by key
+        self._checkpoint: LoadedCheckpoint | None = None  # the header, without tensors
+        self._tensors: dict[str, Tensor] = {}  # tensors read for single weights, by key
         self._models: dict[tuple[torch.device, bool], Transformer] = {}  # (device, simplify)
         self._lock = threading.RLock()
 
@@ -293,7 +293,7 @@ class StandardModelContext(ModelContext):
         return load_encoding(header.tokenizer or header.config.enc)
 
     def get_dim_size(self, model_dim: Dimension) -> int:
-        """How long an axis is in this model."""
+        """The length of an axis in this model."""
         return size_of(self.config.sizes, model_dim, self.model_name)
 
     def get_model_config_as_dict(self) -> dict[str, Any]:
@@ -305,7 +305,7 @@ class StandardModelContext(ModelContext):
     ) -> Transformer:
         """The model; the same object whenever device and ``simplify`` are the same.
 
-        A simplified model is loaded apart: folding norms edits weights, and the other model's stay.
+        A simplified model is loaded separately, because folding norms edits weights.
         """
         key = (canonical_device(self.device if device is None else torch.device(device)), simplify)
         with self._lock:
@@ -319,10 +319,10 @@ class StandardModelContext(ModelContext):
     def _get_weight_helper(
         self, location_type: WeightLocationType, layer: LayerIndex, device: torch.device
     ) -> Tensor:
-        """From an unsimplified model that is loaded (edits of it are seen), else from the checkpoint.
+        """The weight of a loaded model, else of the checkpoint.
 
-        Those of the model, if one has been made (folded, if only a simplified one has); so they fit
-        the activations that it computes.
+        So weights fit the activations that the model computes: edits of the model are seen. If only a
+        simplified model has been loaded, the weights are folded.
         """
         key, layout = _PLACES[location_type]
         key = key if layer is None else f"xf_layers.{layer}.{key}"
@@ -331,7 +331,7 @@ class StandardModelContext(ModelContext):
     def _tensor(self, key: str, device: torch.device) -> Tensor:
         with self._lock:
             here = canonical_device(device)
-            # Of several models the plain one on this device, else a plain one, else what there is.
+            # Prefer a model that is not simplified, and among those the one on this device.
             by_fit = sorted(self._models, key=lambda of: (of[1], of[0] != here))
             if by_fit:
                 return self._models[by_fit[0]].get_parameter(key)
@@ -344,12 +344,12 @@ class StandardModelContext(ModelContext):
 
 
 def canonical_device(device: torch.device) -> torch.device:
-    """``cuda`` as ``cuda:0``, ``cpu:0`` as ``cpu``: as tensors say it, so that one device is one key."""
+    """The device as tensors name it (``cuda`` is ``cuda:0``, ``cpu:0`` is ``cpu``): one key for a device."""
     return torch.empty(0, device=device).device
 
 
 class StubModelContext(ModelContext):
-    """A context that knows sizes only, for code that needs no more; anything else is an error."""
+    """A context that knows only sizes, for code that needs no more. Everything else is refused."""
 
     def __init__(self, dim_sizes: Mapping[Dimension, int]) -> None:
         super().__init__("stub", "cpu")
@@ -387,9 +387,9 @@ class StubModelContext(ModelContext):
 
 
 def get_unembedding_with_ln_gain(model_context: ModelContext) -> Tensor:
-    """The unembedding behind the final norm's gain, ``[d, v]``: what a direction does to the logits.
+    """The final norm's gain times the unembedding, ``[d, v]``: what a direction does to the logits.
 
-    The norm's division by the scale and its bias are not part of it.
+    The norm's division by the scale and its bias are not included.
     """
     gain = model_context.get_weight(WeightLocationType.LAYER_NORM_GAIN_FINAL)
     return gain[:, None] * model_context.get_weight(WeightLocationType.UNEMBEDDING)

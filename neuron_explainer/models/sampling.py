@@ -15,7 +15,7 @@ from neuron_explainer.models.devices import Device
 def prep_input_and_pad(
     X: Sequence[Sequence[int]], pad_side: str, device: Device = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Token lists of unequal length as one batch.
+    """Put token lists of unequal length into one batch.
 
     Returns:
         Token ids ``[b, s]`` (int64, 0 at pads) and the pad mask ``[b, s]`` (bool, True = pad).
@@ -79,12 +79,12 @@ def sample_from_logits(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    # Less their largest, so that a tiny temperature leads to 0 and -inf, never to inf; in float64,
-    # since in float32 a temperature below 1e-38 may count as 0 (torch.set_flush_denormal).
+    # The largest logit is subtracted, so that a tiny temperature gives 0 and -inf, never inf. In float64,
+    # because in float32 a temperature below 1e-38 may be flushed to 0 (torch.set_flush_denormal).
     logits = logits.double()
     logits = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).float()
     if top_k is not None and top_k < logits.shape[-1]:
-        top = logits.topk(top_k, dim=-1)  # by index: exactly so many, where several are equal too
+        top = logits.topk(top_k, dim=-1)  # by index: exactly top_k, even if several are equal
         logits = torch.full_like(logits, -torch.inf).scatter(-1, top.indices, top.values)
     if top_p is not None:
         logits = _keep_nucleus(logits, top_p)
@@ -94,7 +94,7 @@ def sample_from_logits(
 def check_sampling_settings(
     num_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
-    """One clear error for settings that :func:`sample_from_logits` cannot work with."""
+    """Raise an InputError for settings that :func:`sample_from_logits` cannot work with."""
     if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 1:
         raise InputError(f"num_tokens must be a whole number >= 1, found {num_tokens!r}.")
     if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
@@ -111,7 +111,7 @@ def _keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
         return logits.float()
     ordered, order = logits.float().sort(dim=-1, descending=True, stable=True)
     probs = ordered.softmax(dim=-1)
-    # Probability before the token: the one that crosses still starts below top_p, the first at 0.
+    # Probability before the token: below top_p for the token that crosses it, 0 for the first one.
     before = probs.cumsum(dim=-1) - probs
     outside = before >= top_p
     outside[..., 0] = False

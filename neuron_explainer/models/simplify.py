@@ -1,4 +1,4 @@
-"""Folding layer norms into the linear maps that read them: the same function in fewer parts."""
+"""Folding of layer norms into the linear maps that read them: the same function with fewer parts."""
 
 from collections.abc import Iterable
 from typing import Protocol

@@ -1,6 +1,6 @@
 """Vocabulary files of tokenizers: tiktoken's ranks, and what Hugging Face writes.
 
-What tiktoken, the only engine here, cannot reproduce to the token is refused, not approximated.
+What tiktoken, the only engine here, cannot reproduce exactly is refused, not approximated.
 """
 
 import base64
@@ -16,9 +16,9 @@ from neuron_explainer import files
 from neuron_explainer.errors import CheckpointError
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-"""How GPT-2 splits text before merging; the same splits as the published one, matched faster."""
+"""How GPT-2 splits text before merging. It gives the same splits as the published one, faster."""
 
-# Of GPT-2's tokens and ranks as lines of our file; tiktoken states the same for r50k_base.
+# SHA-256 of GPT-2's tokens and ranks as lines of our file; tiktoken states the same for r50k_base.
 _GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 _GPT2_PATTERNS = (
     GPT2_PATTERN,
@@ -28,7 +28,7 @@ _GPT2_PATTERNS = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """All that tiktoken needs."""
+    """Everything that tiktoken needs."""
 
     ranks: dict[bytes, int]
     special_tokens: dict[str, int]
@@ -78,7 +78,7 @@ def _read_tiktoken(path: Path) -> dict[bytes, int]:
             ) from None
         if token in ranks or not token:
             raise CheckpointError(
-                f"{path}, line {number}: the token {token!r} is empty or stands twice."
+                f"{path}, line {number}: the token {token!r} is empty or occurs twice."
             )
         ranks[token] = rank
     return ranks
@@ -114,8 +114,8 @@ def _read_vocab_and_merges(by_name: dict[str, Path]) -> Vocabulary:
         special |= files.read_json(by_name["added_tokens.json"])
     if "tokenizer_config.json" in by_name:
         special |= _check_tokenizer_config(by_name["tokenizer_config.json"])
-    # These files do not say which tokens are special. They are those that no merge makes, as
-    # <|endoftext|> in GPT-2's own.
+    # These files do not say which tokens are special: those that no merge makes, such as
+    # <|endoftext|> in GPT-2's own files.
     made = {left + right for left, right in merges}
     unmade = {text: i for text, i in vocab.items() if not _is_byte(text) and text not in made}
     return from_bpe(vocab, merges, unmade | special, vocab_path)
@@ -123,7 +123,7 @@ def _read_vocab_and_merges(by_name: dict[str, Path]) -> Vocabulary:
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
     try:
-        # Not splitlines(): merges hold letters that it takes for ends of lines.
+        # Not splitlines(): merges contain letters that it treats as line ends.
         lines = path.read_bytes().decode("utf-8").replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}, byte {error.start}: not UTF-8 text") from None
@@ -207,7 +207,7 @@ def _adds_nothing(processor: Any) -> bool:
 
 
 def _check_pre_tokenizer(found: Any, path: Path) -> None:
-    """Supported is GPT-2's split: ByteLevel's own, or a Split and a ByteLevel without one."""
+    """Refuse all but GPT-2's split: ByteLevel's own, or a Split and a ByteLevel without one."""
     steps = [found]
     if isinstance(found, dict) and found.get("type") == "Sequence":
         steps = found.get("pretokenizers") or [None]
@@ -260,14 +260,14 @@ def from_bpe(
     added: dict[str, Any],
     path: Path,
 ) -> Vocabulary:
-    """A vocabulary of letters and merges as tiktoken's ranks, if the two mean the same.
+    """A vocabulary of letters and merges as tiktoken's ranks, if both give the same tokens.
 
-    What no merge makes and is no single byte never comes from text; where it was not ``added`` as a
-    token of its own either, it is left out, so that text which looks like it is not taken for it.
+    A token that no merge makes and that is not a single byte never comes from text. If it was not
+    ``added`` as a special token either, it is left out, so that similar text is not read as that token.
     """
     for name, token in (*vocab.items(), *added.items()):
         if type(token) is not int:
-            raise CheckpointError(f"{path}: the id of {name!r} is no whole number: {token!r}.")
+            raise CheckpointError(f"{path}: the id of {name!r} is not a whole number: {token!r}.")
     made = {left + right for left, right in merges}
     ordinary = {text: token for text, token in vocab.items() if _is_byte(text) or text in made}
     contradictory = sorted(
@@ -288,11 +288,11 @@ def _is_byte(text: str) -> bool:
 
 
 def _check_merges(vocab: dict[str, int], merges: list[tuple[str, str]], path: Path) -> None:
-    """Whether merging the pair of the lowest *rank* (tiktoken) is merging the *first* pair (BPE).
+    """Check that merging the pair of the lowest *rank* (tiktoken) is merging the *first* pair (BPE).
 
-    It is if ids rise in the order of the merges and each token, spelled out in letters and merged
-    by ranks below its own, ends as just the two parts that its merge names: then no other pair can
-    ever come to make it.
+    It is if two things hold. Ids rise in the order of the merges. And each token, spelled out in letters
+    and merged by ranks below its own, ends as exactly the two parts that its merge names: then no other
+    pair can make it.
     """
     previous = -1
     for left, right in merges:
@@ -308,7 +308,7 @@ def _check_merges(vocab: dict[str, int], merges: list[tuple[str, str]], path: Pa
         if rank <= previous or merge_below(token, vocab, rank) != [left, right]:
             raise CheckpointError(
                 f"{path}: the ids of tokens do not follow the order of their merges (at {token!r}, "
-                f"id {rank}), which tiktoken takes for granted; give token ids instead."
+                f"id {rank}), which tiktoken assumes; give token ids instead."
             )
         previous = rank
 

@@ -1,7 +1,7 @@
-"""Tokenizers: tiktoken's own by name, and those whose vocabulary lies beside a model's weights.
+"""Tokenizers: tiktoken's own by name, and those whose vocabulary is beside a model's weights.
 
 Nothing is read or downloaded before the first text: models run on token ids without a vocabulary.
-tiktoken is the only engine. What it cannot reproduce to the token is refused, not approximated.
+tiktoken is the only engine. A vocabulary that it cannot reproduce exactly is refused, not approximated.
 """
 
 import itertools
@@ -39,15 +39,15 @@ NO_START_TOKEN = (
 class TokenizerSpec:
     """Where a tokenizer comes from, without its vocabulary.
 
-    No ``files``: one of tiktoken's, by ``name``. Else ``files`` are ours (``*.tiktoken``: a token
-    in base64 and its rank on each line) with ``pattern`` and ``special_tokens``, or Hugging Face's
-    (``tokenizer.json``, or ``vocab.json`` and ``merges.txt`` with what lies beside them), which say
-    the rest themselves.
+    Without ``files`` it is one of tiktoken's, by ``name``. Otherwise ``files`` are either ours
+    (``*.tiktoken``, with a token in base64 and its rank on each line), together with ``pattern`` and
+    ``special_tokens``, or Hugging Face's (``tokenizer.json``, or ``vocab.json`` and ``merges.txt`` with
+    the files beside them), which contain both.
     """
 
     name: str
     pattern: str | None = None
-    """Splits text before merging (a regular expression of tiktoken's); None: as the files say."""
+    """How text is split before merging (a regular expression of tiktoken's); None: as the files say."""
     special_tokens: tuple[tuple[str, int], ...] = ()
     files: tuple[str, ...] = ()
     """Local paths."""
@@ -65,9 +65,9 @@ def builtin_names() -> list[str]:
 
 
 def load_encoding(spec: TokenizerSpec | str) -> "tiktoken.Encoding":
-    """The encoding of a spec or of one of tiktoken's names; made once in a process.
+    """The encoding of a spec or of one of tiktoken's names; it is made once in a process.
 
-    A vocabulary file that has changed since is read again.
+    A vocabulary file that has changed since then is read again.
     """
     if isinstance(spec, str):
         spec = TokenizerSpec(spec)
@@ -108,9 +108,9 @@ def _builtin(name: str) -> "tiktoken.Encoding":
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # requests' errors are OSErrors
         raise SourceError(
-            f"the vocabulary of the tokenizer {name!r} cannot be had: {_first_line(error)}. "
+            f"the vocabulary of the tokenizer {name!r} is not available: {_first_line(error)}. "
             "tiktoken downloads it once; set TIKTOKEN_CACHE_DIR to a folder in which to keep it, "
-            "or to one that already holds it where there is no network. "
+            "or, without a network, to a folder that already has it. "
             "Token ids work without it."
         ) from error
 
@@ -136,7 +136,7 @@ def _make_encoding(name: str, vocabulary: Vocabulary, where: str) -> "tiktoken.E
 
 
 def _check_vocabulary(vocabulary: Vocabulary, where: str) -> None:
-    """What tiktoken takes for granted: where it fails, it panics or drops text."""
+    """Check what tiktoken assumes: if it does not hold, tiktoken panics or drops text."""
     ranks, special = vocabulary.ranks, vocabulary.special_tokens
     absent = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if absent:
@@ -147,7 +147,7 @@ def _check_vocabulary(vocabulary: Vocabulary, where: str) -> None:
     ids = sorted([*ranks.values(), *special.values()])
     twice = sorted({one for one, next_one in itertools.pairwise(ids) if one == next_one})
     if twice:
-        raise CheckpointError(f"{where}: token ids stand for two tokens each: {some(twice)}.")
+        raise CheckpointError(f"{where}: these ids belong to two tokens each: {some(twice)}.")
     if ids[0] < 0 or ids[-1] >= 2**32:
         raise CheckpointError(f"{where}: token ids must be in 0 to 2**32, found {some(ids)}.")
     if "" in special:
@@ -162,7 +162,7 @@ def read_vocabulary(spec: TokenizerSpec) -> Vocabulary:
 
 
 def write_tiktoken(spec: TokenizerSpec, path: str | Path) -> TokenizerSpec:
-    """Write the vocabulary of any spec with files as ours; the spec of the written file."""
+    """Write the vocabulary of a spec with files in our format; returns the spec of the written file."""
     vocabulary = read_vocabulary(spec)
     _make_encoding(spec.name, vocabulary, spec.files[0])
     path = Path(path)
@@ -187,9 +187,9 @@ def is_gpt2(spec: TokenizerSpec) -> bool:
 
 
 def start_token(spec: TokenizerSpec | str) -> int:
-    """The id of ``<|endoftext|>``, which GPT-2-family models are given as a start token.
+    """The id of ``<|endoftext|>``, the start token of GPT-2-family models.
 
-    Known without the vocabulary where the spec or the name says it.
+    The vocabulary is read only if neither the spec nor the name says it.
     """
     if isinstance(spec, str):
         spec = TokenizerSpec(spec)
@@ -212,7 +212,7 @@ def start_token_of(encoding: "tiktoken.Encoding") -> int:
 
 
 def encode_prompt(enc: "tiktoken.Encoding", text: str) -> list[int]:
-    """The tokens of a text. Special tokens that it spells out, ``<|endoftext|>``, are those."""
+    """The tokens of a text. Special tokens that it spells out, ``<|endoftext|>``, are read as such."""
     if not isinstance(text, str):
         raise InputError(f"expected a text, found {type(text).__name__}.")
     return enc.encode(without_lone_surrogates(text), allowed_special="all")
@@ -231,9 +231,9 @@ def without_lone_surrogates(text: str) -> str:
 
 
 def decode(enc: "tiktoken.Encoding", ids: Iterable[int]) -> str:
-    """The text of tokens, decoded as a whole: characters of several tokens come out right.
+    """The text of tokens, decoded together, so that characters made of several tokens are right.
 
-    Bytes that are no UTF-8 become U+FFFD. An id beyond the vocabulary, which a model with a padded
+    Bytes that are not UTF-8 become U+FFFD. An id beyond the vocabulary, which a model with a padded
     embedding may sample, becomes ``<|token 50260|>``: it has no text, and dropping it would hide
     that the model chose it.
     """
@@ -241,12 +241,12 @@ def decode(enc: "tiktoken.Encoding", ids: Iterable[int]) -> str:
 
 
 def token_strings(enc: "tiktoken.Encoding", ids: Iterable[int]) -> list[str]:
-    r"""Each token's text on its own, for display; parts of characters show as bytes (``\xe2``)."""
+    r"""Each token's own text, for display; parts of characters are shown as bytes (``\xe2``)."""
     return [_bytes_of_token(enc, i).decode(errors="backslashreplace") for i in check_ids(ids)]
 
 
 def check_ids(ids: Iterable[int]) -> list[int]:
-    """The ids as plain ints; an InputError if one is negative or no whole number."""
+    """The ids as plain ints; an InputError if one is negative or not a whole number."""
     result = []
     for i in ids:
         try:

@@ -731,7 +731,7 @@ def test_a_family_of_ones_own(tokens) -> None:
                 layers="model.layers", sites={"mlp.post_act": Tap("in", "mlp.dense_4h_to_hh")}
             ),
         )
-    with pytest.raises(LocationError, match=r"Architecture\.sites: 'logits' is no path"):
+    with pytest.raises(LocationError, match=r"Architecture\.sites: 'logits' is not the path"):
         Architecture(layers="model.layers", sites={"logits": Tap("out", "lm_head")})
     wrong = HuggingFaceModel(model, architecture=Architecture("model.layers", attention="mlp"))
     with pytest.raises(LocationError, match=r"expected one softmax in each attention.*found 0"):

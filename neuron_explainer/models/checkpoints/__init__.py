@@ -1,7 +1,7 @@
 """Saved models: state dicts to and from the formats on disk, in both directions.
 
-Pure functions of a config and a state dict; the transformer itself is not known here. Which format
-a folder has is read from its content, never guessed from its name.
+These are pure functions of a config and a state dict, without the transformer itself. The format of a
+folder is read from its content, never guessed from its name.
 """
 
 import os
@@ -44,13 +44,13 @@ __all__ = [
     "save_pieces",
 ]
 
-# Fields of config.json that only one format has.
+# Fields of config.json that exist in one format only.
 _MARKS: dict[Format, tuple[str, ...]] = {
     "native": ("format_version", "kind"),
     "pieces": ("enc", "ctx_window", "m_attn", "m_mlp"),
     "huggingface": ("model_type", "n_embd", "architectures"),
 }
-# Files beside it that a format does not have.
+# Files beside it that do not occur in a format.
 _FOREIGN: dict[Format, tuple[str, ...]] = {
     "native": (PIECES_FOLDER, "model.safetensors.index.json", "pytorch_model.bin"),
     "pieces": ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
@@ -72,8 +72,8 @@ def load_checkpoint(
 ) -> LoadedCheckpoint:
     """Load a model's folder, local or remote, of any of the three formats.
 
-    ``dtype`` None keeps the stored one. ``keys`` limits what is read, and downloaded where each
-    tensor is a file of its own; with ``keys=()`` that is the config and the tokenizer alone.
+    ``dtype`` None keeps the stored one. ``keys`` limits which tensors are read (and downloaded, if each
+    tensor has its own file); with ``keys=()`` only the config and the tokenizer are read.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise InputError(f"dtype must be a floating-point one, found {dtype}.")
@@ -85,10 +85,10 @@ def load_checkpoint(
 
 
 def _local_folder(source: str | Path) -> Path:
-    # Absolute: a tokenizer is read later, when the current folder may be another one.
+    # Absolute, because a tokenizer is read later, when the current folder may have changed.
     folder = Path(os.path.abspath(Path(source).expanduser()))
     if folder.is_file():
-        raise SourceError(f"{folder} is a file; give the folder that it lies in.")
+        raise SourceError(f"{folder} is a file; give the folder that contains it.")
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such folder. {_LAYOUTS}")
     if not (folder / "config.json").is_file():
@@ -100,7 +100,7 @@ def _local_folder(source: str | Path) -> Path:
 
 
 def detect_format(source: str | Path, config: dict[str, Any]) -> Format:
-    """The one format that ``config`` and, in a local folder, the files beside it speak of."""
+    """The format that ``config`` and, in a local folder, the files beside it belong to."""
     found = [name for name, marks in _MARKS.items() if set(marks) & set(config)]
     if not found:
         near = did_you_mean(next(iter(config), ""), [m for marks in _MARKS.values() for m in marks])

@@ -1,7 +1,7 @@
-"""What a state dict must hold, and one report of everything in which a found one differs.
+"""What a state dict must contain, and one report of everything in which a found one differs.
 
-State dicts are judged by their headers (shape, dtype) where a format has them, so that a wrong file
-is reported at once, with all that is wrong with it, before gigabytes are read.
+If a format has headers (shape, dtype), state dicts are checked by them, so that a wrong file is reported
+at once, with all its problems, before gigabytes are read.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,14 +23,14 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class LoadedCheckpoint:
-    """What a saved model's folder held."""
+    """The content of a saved model's folder."""
 
     config: TransformerConfig
     state_dict: StateDict
-    """Tensors that no other one shares memory with; views of privately mapped files, where they are
-    loaded as they are stored: a change of one reaches neither its file nor another."""
+    """Tensors that share no memory with each other. Those that are loaded as they are stored are views of
+    privately mapped files: changing one changes neither its file nor another tensor."""
     tokenizer: TokenizerSpec | None
-    """The folder's own tokenizer; None where it has none and ``config.enc`` names a known one."""
+    """The folder's own tokenizer; None if it has none and ``config.enc`` names a known one."""
     metadata: dict[str, Any]
     """What the saver added (native), or the fields of a foreign config that are not sizes."""
     format: Format
@@ -38,7 +38,7 @@ class LoadedCheckpoint:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor without its values."""
+    """What is known about a tensor without its values."""
 
     shape: Shape
     dtype: str
@@ -46,24 +46,24 @@ class TensorInfo:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "TensorInfo":
-        """What is known of a tensor in memory."""
+        """What is known about a tensor in memory."""
         dtype = str(tensor.dtype).removeprefix("torch.")
         return cls(tuple(tensor.shape), dtype, tensor.is_floating_point())
 
 
 @dataclass
 class Report:
-    """Collects what is wrong, to be raised as one error."""
+    """Collects problems, to raise them as one error."""
 
     where: str
-    problems: list[tuple[str, str]] = field(default_factory=list)  # name of a tensor, its problem
+    problems: list[tuple[str, str]] = field(default_factory=list)  # (name of a tensor, its problem)
 
     def add(self, name: str, problem: str) -> None:
-        """Note one problem of the thing called ``name``."""
+        """Add a problem of the thing called ``name``."""
         self.problems.append((name, problem))
 
     def raise_if_any(self, hint: str = "") -> None:
-        """One CheckpointError that lists every problem, sorted by name."""
+        """Raise one CheckpointError that lists every problem, sorted by name, if there are any."""
         if not self.problems:
             return
         lines = [f"  {name}: {problem}" for name, problem in sorted(self.problems)]
@@ -124,7 +124,7 @@ def not_plain(value: torch.Tensor) -> str:
 
 
 def described(value: Any) -> str:
-    """A value in an error message: the shape of a tensor, the type of anything else."""
+    """A value for an error message: the shape of a tensor, the type of anything else."""
     tensor = isinstance(value, torch.Tensor)
     return str(list(value.shape)) if tensor else f"a {type(value).__name__}"
 
@@ -159,9 +159,9 @@ def expected_shapes(cfg: TransformerConfig) -> dict[str, Shape]:
 
 
 def compare(report: Report, expected: Mapping[str, Shape], found: Mapping[str, TensorInfo]) -> None:
-    """Note every tensor that is missing, unexpected, mis-shaped or no floating-point tensor.
+    """Report every tensor that is missing, unexpected, of a wrong shape or not floating point.
 
-    Values are not looked at: NaN weights are the user's business, and may be what is studied.
+    Values are not checked: weights may be NaN, which may be what is studied.
     """
     for name in expected.keys() - found.keys():
         report.add(name, f"missing, expected {list(expected[name])}")
@@ -180,7 +180,7 @@ FITS_CONFIG = "Expected is what the sizes in config.json ask for: one of the two
 
 
 def wanted_keys(known: Iterable[str], keys: Iterable[str] | None) -> list[str]:
-    """The keys of a state dict to be read: ``keys``, or all that are known where it is None."""
+    """The keys of a state dict to read: ``keys``, or all known keys if that is None."""
     known = list(known)
     if keys is None:
         return known
@@ -192,7 +192,7 @@ def wanted_keys(known: Iterable[str], keys: Iterable[str] | None) -> list[str]:
 
 
 def check_for_saving(cfg: TransformerConfig, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Refuse to write what could not be loaded again."""
+    """Refuse to write a state dict that could not be loaded again."""
     report = Report("this state dict does not fit its config, nothing was saved")
     compare(
         report,
@@ -212,7 +212,7 @@ def own_copy(
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors hold the same bits: unlike ``==``, NaN is itself and -0 is not 0."""
+    """Whether two tensors have the same bits. Unlike with ``==``, NaN equals itself and -0 is not 0."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     if a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.device == b.device:
@@ -224,9 +224,9 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 def make_config(
     fields: Mapping[str, Any], where: str, only: Sequence[str] | None = None
 ) -> TransformerConfig:
-    """A config whose problems are told as those of the file ``where``.
+    """A config; its problems are reported as problems of the file ``where``.
 
-    ``only``: the fields that all have to be there, with no others.
+    ``only``: the fields that must all be there, with no others.
     """
     return read_fields(TransformerConfig, fields, where, only=only, error=CheckpointError)
 

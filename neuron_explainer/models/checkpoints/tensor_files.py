@@ -1,13 +1,14 @@
-"""Reading single tensors out of safetensors files and of ``torch.save``'s files.
+"""Reading single tensors from safetensors files and from ``torch.save``'s files.
 
-Both are memory-mapped, privately: what is loaded as it is stored, to the CPU, are views of the map.
-Loading then takes no time and no memory; pages are read when they are first used, and a change made
-to a tensor goes to a copy of its pages, never to the file or to another tensor. What is cast or goes to
-a device is copied out tensor by tensor, and the map given back.
+Both are memory-mapped privately. Tensors that are loaded to the CPU as they are stored are views of the
+map: loading takes no time and no memory, pages are read when they are first used, and a change of a
+tensor goes to a copy of its pages, never to the file or to another tensor. Tensors that are cast, or
+moved to a device, are copied one by one, and the map is released.
 
-A model that was loaded so depends on its file as long as it lives. A file that is replaced or deleted,
-as every writer of this library does it, stays there for the model; one that is rewritten or cut in
-place by another program changes, or kills, the model. ``copy.deepcopy(model)`` has memory of its own.
+A model that was loaded this way depends on its file as long as it lives. If the file is replaced or
+deleted, as every writer of this library does, the model keeps the old content. If another program
+rewrites or truncates it in place, the model changes or crashes. ``copy.deepcopy(model)`` has its own
+memory.
 """
 
 import functools
@@ -30,7 +31,7 @@ import torch
 from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.problems import TensorInfo, damaged, own_copy
 
-# Names in safetensors headers; every other dtype is an integer or boolean one.
+# Names in safetensors headers; every other dtype is integer or boolean.
 _FLOATS = {
     "F64": "float64",
     "F32": "float32",
@@ -42,18 +43,18 @@ _FLOATS = {
 
 
 class TensorFile(ABC):
-    """A file of named tensors whose shapes can be had without their values."""
+    """A file of named tensors whose shapes can be read without their values."""
 
     path: Path
     infos: dict[str, TensorInfo]
 
     @abstractmethod
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, a view of a map of its own or of all that was read."""
+        """One tensor: a view of its own map, or of the map of all tensors."""
 
     @abstractmethod
     def read_apart(self, name: str) -> torch.Tensor:
-        """One tensor that shares no memory with others read."""
+        """One tensor that shares no memory with other tensors that were read."""
 
 
 class SafetensorsFile(TensorFile):
@@ -72,7 +73,7 @@ class SafetensorsFile(TensorFile):
                 )
 
     def read(self, name: str) -> torch.Tensor:
-        # One map for all: to open the file takes 0.1 ms.
+        # One map for all tensors, because opening the file takes 0.1 ms.
         self._map = self._map or self._open()
         return self._map.get_tensor(name)  # type: ignore[no-any-return]
 
@@ -91,7 +92,7 @@ class SafetensorsFile(TensorFile):
 
 
 class TorchFile(TensorFile):
-    """A file of ``torch.save`` that holds a dict of tensors."""
+    """A file of ``torch.save`` that contains a dict of tensors."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -128,11 +129,11 @@ def take(
     *,
     again: bool = False,
 ) -> torch.Tensor:
-    """A part of one tensor of a file, as it is stored where that is what is asked for.
+    """A part of one tensor of a file, cast and moved if asked.
 
     Args:
         view: takes the part.
-        again: whether another name holds the same part; each then has memory of its own.
+        again: whether another name has the same part; each then has its own memory.
     """
     info = file.infos[name]
     stored = dtype is None or str(dtype) == f"torch.{info.dtype}"
@@ -150,11 +151,11 @@ def torch_load_all(paths: Iterable[Path]) -> Iterator[Callable[[], Any]]:
 
 
 def torch_load(path: Path, check_sums: Callable[[], bool] | None = None) -> Any:
-    """``torch.load`` of tensors and plain values only: a pickle that would run code is refused."""
+    """``torch.load`` of tensors and plain values only; a pickle that would run code is refused."""
     try:
         mapped = check_sums() if check_sums else _check_sums(path)
         with warnings.catch_warnings():
-            # About other pickle protocols and old storages: what matters becomes an error below.
+            # Warnings about other pickle protocols and old storages: what matters becomes an error below.
             warnings.simplefilter("ignore")
             return _load(path, mapped)
     except (CheckpointError, MemoryError):
@@ -165,12 +166,12 @@ def torch_load(path: Path, check_sums: Callable[[], bool] | None = None) -> Any:
             f"tensors and plain values, which could run any code{_reason(error)}. If you trust "
             "where it comes from, save its tensors anew with torch.save or safetensors."
         ) from error
-    except Exception as error:  # a damaged file fails in a dozen ways, none of them documented
+    except Exception as error:  # a damaged file raises any of a dozen undocumented errors
         raise damaged(path, error) from error
 
 
 class PickledConfig:
-    """The fields of a pickled config; its own class is neither looked up nor run."""
+    """The fields of a pickled config. Its class is neither imported nor run."""
 
 
 # Classes of configs in published files: dataclasses with plain fields.
@@ -200,16 +201,16 @@ def _load(path: Path, mapped: bool) -> Any:
 
 
 def _check_sums(path: Path) -> bool:
-    """Compare checksums; whether there are any: the files of torch < 1.6 are no zip archives.
+    """Compare checksums; returns whether there are any (files of torch < 1.6 are not zip archives).
 
-    torch itself does not look at the sums that it writes, and would load flipped bits.
+    torch itself does not check the sums that it writes, and would load flipped bits.
     """
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         check_inflation(archive, path)
         for entry in archive.infolist():
-            # zipfile's own reading of large entries takes several times as long.
+            # zipfile itself takes several times as long to read large entries.
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size < 2**16:
                 _read_entry(archive, entry)  # checks it
             elif _stored_sum(file, archive, entry) != entry.CRC:
@@ -263,6 +264,6 @@ def _broken(path: Path, entry: str) -> CheckpointError:
 
 
 def _reason(error: Exception) -> str:
-    """The line of torch's long message that names what was found."""
+    """The line of torch's long message that says what was found."""
     found = re.search(r"GLOBAL (\S+)|Unsupported \w+ [^\n]{1,80}", str(error))
     return f" (found {found[1] or found[0]})" if found else ""

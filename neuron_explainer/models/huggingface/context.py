@@ -42,17 +42,17 @@ def _import_transformers() -> Any:
 class HuggingFaceModelContext(ModelContext):
     """The context of any causal language model that transformers loads.
 
-    Families with an entry in :mod:`~neuron_explainer.models.huggingface.families` need nothing more;
-    for another one say where things are, with ``architecture``. Everything is lazy; weights come from
-    the loaded model.
+    Families with an entry in :mod:`~neuron_explainer.models.huggingface.families` need nothing more.
+    For another family, ``architecture`` says where the places of the hook tree are. Everything is lazy.
+    Weights come from the loaded model.
 
     Args:
         name_or_folder: a folder, or a name on the Hugging Face Hub.
         device: default: :func:`~neuron_explainer.models.model_context.get_default_device`.
-        dtype: to which weights are cast; default: as stored.
+        dtype: the dtype that weights are cast to; default: as stored.
         architecture: where the places of the hook tree are; default: as the family's table says.
-        revision: of a name on the Hub: a branch, tag or commit.
-        local_files_only: never ask the Hub, not even whether a newer version exists.
+        revision: a branch, tag or commit of a name on the Hub.
+        local_files_only: do not contact the Hub, not even to look for a newer version.
     """
 
     def __init__(
@@ -86,12 +86,12 @@ class HuggingFaceModelContext(ModelContext):
     def from_model(
         cls, model: Any, tokenizer: Any = None, architecture: Architecture | None = None
     ) -> "HuggingFaceModelContext":
-        """The context of a model that is loaded already; it is put in eval mode.
+        """The context of a model that is already loaded; the model is put in eval mode.
 
         Args:
-            model: of transformers, such as ``AutoModelForCausalLM.from_pretrained`` returns.
-            tokenizer: of transformers; None: token ids only.
-            architecture: as of the class.
+            model: a model of transformers, as ``AutoModelForCausalLM.from_pretrained`` returns it.
+            tokenizer: a tokenizer of transformers; None: token ids only.
+            architecture: where the places of the hook tree are; default: as the family's table says.
         """
         context = cls(
             model.config.name_or_path or type(model).__name__,
@@ -131,12 +131,14 @@ class HuggingFaceModelContext(ModelContext):
         with self._lock:
             if self._tokenizer is None:
                 if self._models:
-                    return next(iter(self._models.values())).enc  # says that there is none
+                    return next(
+                        iter(self._models.values())
+                    ).enc  # raises the error that there is none
                 self._tokenizer = HuggingFaceTokenizer(self._load("AutoTokenizer"))
             return self._tokenizer
 
     def encode(self, string: str) -> list[int]:
-        """The tokens of a text, with nothing added; special tokens that it spells out are those."""
+        """The tokens of a text, with nothing added. Special tokens that it spells out are read as such."""
         return self.get_encoding().encode(string)
 
     def decode(self, token_ints: Iterable[int]) -> str:
@@ -148,7 +150,7 @@ class HuggingFaceModelContext(ModelContext):
         return self.get_encoding().decode_continuation([token_int])
 
     def get_dim_size(self, model_dim: Dimension) -> int:
-        """How long an axis is in this model."""
+        """The length of an axis in this model."""
         return size_of(sizes_of(self.config.get_text_config()), model_dim, self.model_name)
 
     def get_model_config_as_dict(self) -> dict[str, Any]:
@@ -182,5 +184,5 @@ class HuggingFaceModelContext(ModelContext):
     def _get_weight_helper(
         self, location_type: WeightLocationType, layer: LayerIndex, device: torch.device
     ) -> Tensor:
-        """From the model, which is loaded for it."""
+        """The weight of the model, which is loaded if it has not been."""
         return self.get_or_create_model().weight(location_type, layer)

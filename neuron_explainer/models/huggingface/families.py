@@ -1,12 +1,12 @@
-"""Where the places of our hook tree lie in the models of Hugging Face: one data table.
+"""Where the places of our hook tree are in the models of Hugging Face: one data table.
 
-A family's entry says, for each hook path, which module's input or output it is. The names are those
-of transformers' modules; what each place means is what it means everywhere in this package:
-``delta_attn`` and ``delta_mlp`` are what is added to the residual stream, ``mlp.post_act`` is what
-the MLP's last matrix reads, ``attn.v_out`` what attention's last matrix reads.
+A family's entry names, for each hook path, the module whose input or output it is. Module names are
+those of transformers. Each place means the same as everywhere in this package: ``delta_attn`` and
+``delta_mlp`` are what is added to the residual stream, ``mlp.post_act`` is what the MLP's last matrix
+reads, and ``attn.v_out`` is what attention's last matrix reads.
 
 Shape legend: ``d`` model width, ``f`` MLP width, ``h`` heads, ``g`` heads of keys and values (``h``,
-or fewer where heads share them), ``d_head`` width of a head, ``v`` vocabulary.
+or fewer if heads share them), ``d_head`` width of a head, ``v`` vocabulary.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -33,14 +33,14 @@ W = WeightLocationType
 
 
 class Tap(NamedTuple):
-    """Where a tensor passes: the input or the output of a module."""
+    """A tensor's place: the input or the output of a module."""
 
     side: Literal["in", "out"]
     module: str
-    """Path below the layer; "" is the layer itself."""
+    """Path of the module below the layer; "" is the layer itself."""
     is_stream: bool = False
-    """For an input that is the residual stream itself, which the layer goes on with past the module:
-    a hook's result is then written into the tensor, so that both see it."""
+    """True for an input that is the residual stream itself, which the layer also uses after the module.
+    A hook's result is then written into the tensor, so that both see it."""
 
 
 def _no_one(config: Any) -> Collection[str]:
@@ -49,7 +49,7 @@ def _no_one(config: Any) -> Collection[str]:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where things are in one family of models. Give your own for a family that is not in the table::
+    """Where the places are in one family of models. Write one for a family that is not in the table::
 
         Architecture(
             layers="backbone.blocks",
@@ -64,28 +64,28 @@ class Architecture:
     layers: str
     """Path of the list of layers."""
     sites: Mapping[str, Tap] = field(default_factory=dict)
-    """Hook path -> where it is in each layer."""
+    """Hook path -> its place in each layer."""
     final_norm: str | None = None
     """Path of the norm before the unembedding: its output is ``resid.post_ln_f``."""
     attention: str | None = None
-    """Path, below a layer, of the module in which one softmax makes ``attn.qk_probs``."""
+    """Path, below a layer, of the module in which a single softmax computes ``attn.qk_probs``."""
     weights: Mapping[WeightLocationType, Weight] = field(default_factory=dict)
     lacks: Callable[[Any], Collection[str]] = _no_one
-    """Of a config: hook paths and weights of this table that such a model does not have."""
+    """For a config: the hook paths and weights of this entry that such a model does not have."""
     works_in_place: bool = True
-    """Whether the model's code may change its tensors in place. It then goes on with copies of what
-    hooks are given, so that what a hook keeps stays what it was."""
+    """Whether the model's code may change its tensors in place. The model then continues with copies of
+    what hooks get, so that a tensor that a hook keeps does not change."""
 
     def __post_init__(self) -> None:
         for path in self.sites:
             if path != ActivationLocation(path).path or not SITES[path].per_layer:
                 raise LocationError(
-                    f"Architecture.sites: {path!r} is no path of a place in each layer. "
+                    f"Architecture.sites: {path!r} is not the path of a place in each layer. "
                     f"They are: {', '.join(p for p, site in SITES.items() if site.per_layer)}."
                 )
 
     def for_config(self, config: Any) -> "Architecture":
-        """The entry of one model: without what the variant that ``config`` describes lacks."""
+        """This entry without the places that the variant described by ``config`` lacks."""
         missing = set(self.lacks(config))
         return replace(
             self,
@@ -98,7 +98,7 @@ class Architecture:
 
     @property
     def paths(self) -> list[str]:
-        """The hook paths that exist, in the order in which a forward pass meets them."""
+        """The hook paths that exist, in the order of a forward pass."""
         found = {"resid.post_emb", "resid.torso.post_mlp", "logits", *self.sites}
         found |= {"resid.post_ln_f"} if self.final_norm is not None else set()
         found |= {"attn.qk_probs"} if self.attention is not None else set()
@@ -118,13 +118,13 @@ def _sites(
     mlp_out: str,
     delta_mlp: str,
 ) -> dict[str, Tap]:
-    """The sites of a layer that adds attention, then an MLP, each reading the normed stream.
+    """The sites of a layer that adds attention and then an MLP, each of which reads the normed stream.
 
     Args:
         ln_attn, ln_mlp: the norms before attention and before the MLP.
         attn_out, mlp_out: the last matrices of attention and of the MLP.
         delta_attn, delta_mlp: the modules whose outputs are added to the stream.
-        act_in: the matrix whose output the nonlinearity is applied to (of a gated MLP: the gate's).
+        act_in: the matrix whose output the nonlinearity is applied to (in a gated MLP: the gate).
     """
     return {
         "resid.torso.post_ln_attn": Tap("out", ln_attn),
@@ -168,7 +168,7 @@ def _without(sites: Mapping[str, Tap], *paths: str) -> dict[str, Tap]:
 
 
 def _third(which: int) -> Layout:
-    """GPT-2's ``[d, 3 * h * d_head]``: q, k and v one after the other."""
+    """GPT-2's ``[d, 3 * h * d_head]``: all of q, then k, then v."""
     return lambda weight, sizes: into_heads(weight.chunk(3, dim=1)[which].T, sizes)
 
 
@@ -192,12 +192,12 @@ def _of_shared(which: int) -> Layout:
 
 
 def _one_more(weight: Tensor, sizes: Sizes) -> Tensor:
-    """Gemma stores a norm's gain less 1."""
+    """Gemma stores a norm's gain minus 1."""
     return 1 + weight
 
 
 def _scaled_embedding(weight: Tensor, sizes: Sizes) -> Tensor:
-    """Gemma multiplies by sqrt(d), rounded to the weights' dtype, on the way into the stream."""
+    """Gemma multiplies embeddings by sqrt(d), rounded to the weights' dtype."""
     factor = torch.tensor(sizes[Dimension.RESIDUAL_STREAM_CHANNELS] ** 0.5)
     return weight * factor.to(weight.dtype).item()
 
@@ -251,7 +251,7 @@ _GPT2 = Architecture(
         mlp_out="mlp.c_proj",
         delta_mlp="mlp",
     ),
-    weights={  # Conv1D: matrices stand as [in, out]
+    weights={  # Conv1D stores matrices as [in, out]
         W.EMBEDDING: Weight("transformer.wte", as_stored),
         W.POSITION_EMBEDDING: Weight("transformer.wpe", as_stored),
         W.UNEMBEDDING: Weight("lm_head", transposed),
@@ -323,7 +323,7 @@ _GPT_NEOX = Architecture(
         W.LAYER_NORM_GAIN_FINAL: Weight("gpt_neox.final_layer_norm", as_stored),
         W.LAYER_NORM_BIAS_FINAL: Weight("gpt_neox.final_layer_norm:bias", as_stored),
     },
-    # Parallel blocks: both parts read the same stream, so there is none between them.
+    # In a parallel block both parts read the same stream, so there is no stream between them.
     lacks=lambda config: ["resid.torso.post_attn"] if config.use_parallel_residual else [],
 )
 
@@ -331,7 +331,7 @@ _GPT_NEOX = Architecture(
 def _opt_lacks(config: Any) -> list[str]:
     lacks: list[str] = []
     if not config.do_layer_norm_before:
-        # Norms stand behind the sums: no normed copy of a stream, and no sum that stays one.
+        # Norms come after the sums, so there is no normed copy of a stream, and no sum without a norm.
         lacks += ["resid.torso.post_ln_attn", "resid.torso.post_attn", "resid.torso.post_ln_mlp"]
         lacks += [W.LAYER_NORM_GAIN_PRE_ATTN, W.LAYER_NORM_GAIN_PRE_MLP]
     if not config.do_layer_norm_before or getattr(config, "_remove_final_layer_norm", False):
@@ -395,7 +395,7 @@ _LLAMA = Architecture(
         mlp_in="mlp.gate_proj",
         mlp_out="mlp.down_proj",
     ),
-    # A gated MLP has two matrices that lead in, and RMS norms have no bias.
+    # A gated MLP has two input matrices, and RMS norms have no bias.
     lacks=lambda config: [W.MLP_TO_HIDDEN, W.LAYER_NORM_BIAS_FINAL],
 )
 
@@ -717,7 +717,7 @@ def architecture_of(config: Any) -> Architecture:
     if config.model_type not in FAMILIES:
         raise LocationError(
             f"models of type {config.model_type!r} are not in the table ({', '.join(FAMILIES)}). "
-            "Say where things are in them: architecture=Architecture(layers=…, sites={…}); see "
+            "Describe where their places are: architecture=Architecture(layers=…, sites={…}); see "
             "neuron_explainer.models.huggingface.families."
         )
     return FAMILIES[config.model_type].for_config(config)
@@ -754,7 +754,7 @@ def _mlp_width(config: Any) -> int | None:
 
 
 def attention_window(config: Any) -> int | None:
-    """How far back the layers of shortest sight see, in tokens; None: all see everything."""
+    """The smallest window of a layer, in tokens; None if all layers see all tokens."""
     kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
     if kinds is not None and not {"sliding_attention", "local"} & set(kinds):
         return None

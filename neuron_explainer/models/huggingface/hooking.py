@@ -1,11 +1,11 @@
 """One forward pass of a model of Hugging Face with our hooks in it.
 
-Hooks of modules bring the model's tensors to our tree of hooks, and the results back. They are attached
-for one call and removed when it ends, however it ends, and they act only in the call that attached
-them: in another thread, or in a call made within a user's hook, they do nothing.
+Hooks on modules pass the model's tensors to our tree of hooks, and the results back. They are attached
+for one call and removed when it ends, also by an exception. They act only in the call that attached
+them: in another thread, or in a call made inside a user's hook, they do nothing.
 
-Shape legend: ``b`` batch, ``s`` sequence (of this call), ``q`` query (= s), ``k`` key (earlier calls'
-tokens and this one's), ``h`` head, ``d`` model width.
+Shape legend: ``b`` batch, ``s`` sequence (of this call), ``q`` query (= s), ``k`` key (the tokens of
+earlier calls and of this one), ``h`` head, ``d`` model width.
 """
 
 import functools
@@ -36,7 +36,7 @@ _registering = threading.Lock()
 
 
 def find_module(root: Any, path: str) -> nn.Module:
-    """The module at a dotted path; an error that names the nearest where there is none."""
+    """The module at a dotted path; a LocationError that names similar paths if there is none."""
     try:
         return root.get_submodule(path)  # type: ignore[no-any-return]
     except AttributeError:
@@ -47,9 +47,9 @@ def find_module(root: Any, path: str) -> nn.Module:
 
 
 class Wiring:
-    """The modules of one model at which the places of an architecture lie.
+    """The modules of one model that the places of an architecture name.
 
-    All are looked up when the model is wrapped, so that a wrong path is told then.
+    All are looked up when the model is wrapped, so a wrong path is reported then.
     """
 
     def __init__(self, model: Any, architecture: Architecture, n_heads: int | None) -> None:
@@ -75,22 +75,22 @@ class Wiring:
             {path: find_module(layer, below) for path, below in paths.items()}
             for layer in self.layers
         ]
-        """Of each layer: hook path -> module."""
+        """For each layer: hook path -> module."""
         norm = architecture.final_norm
         self.final_norm = None if norm is None else find_module(model, norm)
 
     @property
     def name(self) -> str:
-        """The class of the model, for errors."""
+        """The name of the model's class, for errors."""
         return type(self.model).__name__
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters."""
+        """The dtype of the parameters."""
         return self.model.dtype  # type: ignore[no-any-return]
 
     def taps(self, path: str) -> Iterator[tuple[LayerIndex, Tap, nn.Module]]:
-        """Where a hook path is: the layer, which side of which module."""
+        """Where a hook path is in the model: layer, side and module of each place."""
         tap = self.architecture.sites.get(path)
         if tap is not None:
             for layer, modules in enumerate(self.modules):
@@ -105,12 +105,12 @@ class Wiring:
 
 
 class _StopForward(Exception):
-    """Ends a forward pass of which nothing more is needed."""
+    """Ends a forward pass when nothing more is needed."""
 
 
 @contextmanager
 def _outside() -> Iterator[None]:
-    """While a user's hook runs: what it calls, modules of the model included, is not hooked."""
+    """Around a user's hook: what it calls, even modules of the model, is not hooked."""
     token = _current.set(None)
     try:
         yield
@@ -139,7 +139,7 @@ class HookedCall:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Module hooks attached within, and nothing of them left afterwards."""
+        """Module hooks are attached inside this block, and none is left afterwards."""
         handles: list[RemovableHandle] = []
         token = _current.set(self)
         try:
@@ -160,7 +160,7 @@ class HookedCall:
                     handle.remove()
 
     def _registrations(self) -> Iterator[_Registration]:
-        """What to attach: nothing where there are no hooks."""
+        """What to attach: one entry for each place that has hooks."""
         for path in self.wiring.architecture.paths:
             site = site_of(self.hooks, path)
             if site.is_empty():
@@ -195,8 +195,8 @@ class HookedCall:
         return result.reshape(shape)
 
     def _register(self, what: _Registration) -> RemovableHandle:
-        # Hooks take what comes: while this thread removes its hooks, another may call them with or
-        # without the keywords, before they see that the call is not theirs.
+        # These hooks accept any arguments: while this thread removes them, another thread may call them
+        # with or without the keywords, before they notice that the call is not theirs.
         def before(module: nn.Module, *arguments: Any) -> Any:
             if _current.get() is not self:
                 return None
@@ -221,10 +221,10 @@ def _stop(x: Tensor) -> Tensor:
 
 
 def _into_stream(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Write the result into the stream's tensor, with which the layer goes on past this module.
+    """Write the result into the stream's tensor, which the layer also uses after this module.
 
-    Adding the difference later would round otherwise: badly, where a hook removes something large.
-    Hooks are given a copy, so that what they keep stays what it was.
+    Adding the difference later would round differently, and badly if a hook removes something large.
+    Hooks get a copy, so that a tensor that they keep does not change.
     """
 
     def write(x: Tensor) -> Tensor:
@@ -234,14 +234,14 @@ def _into_stream(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def _apart(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The model goes on with a copy, which it may change; what hooks saw and returned stays."""
+    """The model continues with a copy, which it may change; what hooks saw and returned stays."""
     return lambda x: run(x).clone()
 
 
 def _replace_input(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], run: Callable[[Tensor], Tensor]
 ) -> Any:
-    """A module's arguments with the first tensor replaced; None where it stays the same object."""
+    """A module's arguments with the first tensor replaced; None if that stays the same object."""
     if args:
         result = run(args[0])
         return None if result is args[0] else ((result, *args[1:]), dict(kwargs))
@@ -251,7 +251,7 @@ def _replace_input(
 
 
 def _replace_output(output: Any, run: Callable[[Tensor], Tensor]) -> Any:
-    """A module's output with the (first) tensor replaced; None where it stays the same object."""
+    """A module's output with the (first) tensor replaced; None if that stays the same object."""
     x = output if isinstance(output, Tensor) else output[0]
     result = run(x)
     if result is x:
@@ -263,18 +263,18 @@ def _replace_output(output: Any, run: Callable[[Tensor], Tensor]) -> Any:
 
 
 class _Patterns(TorchFunctionMode):
-    """Brings attention patterns to the hooks on ``attn.qk_probs``, in the layers that have any.
+    """Passes attention patterns to the hooks on ``attn.qk_probs``, in the layers that have such hooks.
 
-    No module holds the pattern: it is made within a function. So, inside the attention modules of
-    those layers, torch's softmax is listened to, and fused attention, which never makes the pattern,
-    is computed explicitly. Modes like this one belong to a thread, and end with the call.
+    No module returns the pattern: it is computed inside a function. So this mode intercepts torch's
+    softmax inside the attention modules of those layers, and replaces fused attention, which never forms
+    the pattern, by an explicit computation. The mode belongs to one thread and ends with the call.
     """
 
     def __init__(self, call: HookedCall) -> None:
         super().__init__()
         self._call = call
         self._site = call.hooks.attn.qk_probs
-        self._layer: int | None = None  # whose attention module is running
+        self._layer: int | None = None  # the layer whose attention module is running
         self._seen = 0
 
     @property
@@ -285,11 +285,11 @@ class _Patterns(TorchFunctionMode):
         return [layer for layer in numbers if not self._site.is_empty_at(layer)]
 
     def watching(self) -> AbstractContextManager[Any]:
-        """This mode where it has something to do."""
+        """This mode, if it has something to do."""
         return self if self._layers else nullcontext()
 
     def register(self) -> list[RemovableHandle]:
-        """Hooks that tell when an attention module runs."""
+        """Attach hooks that note when an attention module runs."""
         handles = []
         for layer in self._layers:
             module = self._call.wiring.modules[layer]["attn.qk_probs"]
@@ -359,7 +359,7 @@ class _Patterns(TorchFunctionMode):
         """``F.scaled_dot_product_attention`` with the pattern formed. ``[b, h, q, d_head]`` each."""
         shape, n_heads = query.shape, self._call.wiring.n_heads
         if shape[1] != n_heads:
-            # transformers lays the heads that share keys out as queries where each has one query.
+            # With one query for each head, transformers passes the heads that share keys as queries.
             query = query.reshape(shape[0], n_heads, -1, shape[3])
             if attn_mask is not None and attn_mask.shape[1] != 1:
                 attn_mask = attn_mask.reshape(shape[0], n_heads, -1, attn_mask.shape[3])
@@ -371,7 +371,7 @@ class _Patterns(TorchFunctionMode):
             ones = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device)
             attn_mask = ones.tril()
         if attn_mask is not None and attn_mask.dtype == torch.bool:
-            # Not -inf: the queries of pads may have no key, and a softmax over none is NaN.
+            # Not -inf: the query of a pad may have no key, and a softmax over none is NaN.
             scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
         elif attn_mask is not None:
             scores = scores + attn_mask

@@ -1,10 +1,9 @@
 """Hugging Face's GPT-2 folders: ``config.json`` and safetensors, one file or shards.
 
-Differences from our state dict: a ``transformer.`` prefix that some files lack; linear layers are
-``Conv1D``, whose weights are transposed (ours are views with the strides of theirs, no copies); q, k
-and v are one matrix; the unembedding is usually the
-embedding ("tied") and not stored. Settings that would change a number and that our transformer does
-not have are refused by name.
+Differences from our state dict: names have a prefix ``transformer.``, which some files lack; linear
+layers are ``Conv1D``, whose weights are transposed (ours are views of theirs, not copies); q, k and v are
+one matrix; the unembedding is usually the embedding ("tied") and stored under one of the two names.
+Settings that change numbers and that our transformer does not have are refused by name.
 """
 
 import re
@@ -43,7 +42,7 @@ from neuron_explainer.models.tokenizers import NO_TOKENIZER, TokenizerSpec
 _GPT2_VOCABULARY = 50257
 _PREFIX = "transformer."
 _LM_HEAD = "lm_head.weight"
-# Causal masks that old versions saved as if they were weights.
+# Causal masks, which old versions saved as if they were weights.
 _MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
 _ACTIVATIONS = {
@@ -54,8 +53,8 @@ _ACTIVATIONS = {
 }
 _ACTIVATION_NAMES = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
 
-# Fields that change numbers, with the only value that is supported and what stands where they are
-# absent. reorder_and_upcast_attn is not among them: it changes the precision of halves only.
+# Fields that change numbers, with the only supported value, which is also what an absent field means.
+# reorder_and_upcast_attn is not among them: it only changes the precision of half-precision models.
 _FIXED: dict[str, Any] = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -69,15 +68,15 @@ _SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor of ours lies in a Hugging Face state dict."""
+    """Where one of our tensors is in a Hugging Face state dict."""
 
     name: str
     transposed: bool = False
     third: int | None = None
-    """Which third of c_attn's columns: q, k or v."""
+    """Which third of c_attn's columns it is: q, k or v."""
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Our tensor, as a view of theirs."""
+        """Our tensor as a view of theirs."""
         if self.third is not None:
             tensor = tensor.chunk(3, dim=-1)[self.third]
         return tensor.t() if self.transposed else tensor
@@ -94,7 +93,7 @@ _BLOCK = {
 
 
 def _places(n_layers: int, *, tied: bool) -> dict[str, _Place]:
-    """Our keys, each with its place in theirs (without the prefix)."""
+    """Each of our keys with its place in their state dict (without the prefix)."""
     places = {"tok_embed.weight": _Place("wte.weight"), "pos_embed.weight": _Place("wpe.weight")}
     for layer in range(n_layers):
         for ours, (theirs, third) in _BLOCK.items():
@@ -133,7 +132,7 @@ def load_huggingface(
     device: torch.device | str,
     keys: Iterable[str] | None,
 ) -> LoadedCheckpoint:
-    """Load the folder ``source`` whose ``config.json`` holds ``config``."""
+    """Load the folder ``source``; ``config`` is the content of its ``config.json``."""
     where = str(files.join(source, "config.json"))
     tokenizer = _find_tokenizer(source)
     cfg = _read_config(config, where, tokenizer)
@@ -207,7 +206,7 @@ def _is_size(value: object) -> bool:
 
 
 def _tokenizer_name(tokenizer: TokenizerSpec | None, n_vocab: int) -> str:
-    """GPT-2's is the tokenizer of the type ``gpt2``, but not of one with too few tokens for it."""
+    """The folder's own tokenizer, else GPT-2's if the embedding has enough rows for it."""
     if tokenizer is not None:
         return tokenizer.name
     return "gpt2" if n_vocab >= _GPT2_VOCABULARY else NO_TOKENIZER
@@ -235,7 +234,7 @@ class _Tensors:
         self._at[name] = (part, full)
 
     def at(self, name: str) -> tuple[TensorFile, str]:
-        """The file that holds a tensor, and its name there."""
+        """The file that contains a tensor, and its name in that file."""
         return self._at[name]
 
     def _read(self, name: str) -> torch.Tensor:
@@ -321,7 +320,7 @@ def _shards(source: str | Path, index: Path) -> list[Path]:
 
 
 def first_existing(folder: str | Path, names: Iterable[str]) -> str | None:
-    """The first of ``names`` that is there; what lies in the cache needs no network to be found."""
+    """The first of ``names`` that exists. What is in the cache is found without a network."""
     failure: SourceError | None = None
     for name in names:
         try:
@@ -335,7 +334,7 @@ def first_existing(folder: str | Path, names: Iterable[str]) -> str | None:
 
 
 def _find_tokenizer(source: str | Path) -> TokenizerSpec | None:
-    """The folder's own vocabulary. Its name holds a "/", so that it is none of tiktoken's."""
+    """The folder's own vocabulary. Its name contains a "/", so that it is not one of tiktoken's."""
     name = f"{str(source).rstrip('/').rpartition('/')[2] or 'folder'}/tokenizer"
     found = first_existing(source, ("tokenizer.json", "vocab.json"))
     if found is None:
@@ -386,7 +385,7 @@ def _their_tensors(
             continue
         tensor = state_dict[key].detach().cpu()
         name = place.name if place.name == _LM_HEAD else _PREFIX + place.name
-        # q, k and v come in the order of their thirds.
+        # q, k and v are in the order of their thirds.
         parts.setdefault(name, []).append(tensor.t() if place.transposed else tensor)
     return {name: torch.cat(tensors, dim=-1).contiguous() for name, tensors in parts.items()}
 

@@ -1,9 +1,8 @@
 """Our own format: ``config.json`` and ``model.safetensors`` in a folder, with its tokenizer.
 
-Tensors that hold the same bits, such as a tied ``unembed.weight``, are stored once; ``shared`` in
-the config says which name stands for which. Loading gives each a map of its own, so that a change of
-one never reaches the other: a model whose two names shared one tensor would train it twice as fast,
-without a word.
+Tensors with the same bits, such as a tied ``unembed.weight``, are stored once; ``shared`` in the config
+says which name stands for which. Each gets its own map when it is loaded, so that a change of one never
+changes the other: a tensor with two names in a model would silently be trained twice as fast.
 """
 
 from collections.abc import Iterable, Mapping
@@ -42,7 +41,7 @@ _CONFIG_FIELDS = tuple(field.name for field in fields(TransformerConfig))
 
 @dataclass(frozen=True)
 class _StoredTokenizer:
-    """``tokenizer`` of ``config.json``: a name alone, or all that its file does not say."""
+    """``tokenizer`` in ``config.json``: only a name, or everything that its file does not contain."""
 
     name: str
     pattern: str | None
@@ -60,7 +59,7 @@ class _StoredConfig:
     tokenizer: _StoredTokenizer | None
     metadata: dict[str, Any]
     shared: dict[str, str]
-    """By the name of a tensor that is not stored, the name of the one with the same bits."""
+    """Name of a tensor that is not stored -> name of the stored one with the same bits."""
 
 
 def save_native(
@@ -72,10 +71,10 @@ def save_native(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write a model's folder, whole or not at all.
+    """Write a model's folder; it appears whole or not at all.
 
-    ``tokenizer`` is needed only where its vocabulary lies in files; they are written along.
-    ``overwrite`` lets an earlier saved folder be replaced.
+    ``tokenizer`` is needed only if its vocabulary is in files, which are then written too.
+    ``overwrite`` allows an earlier saved folder to be replaced.
     """
     from safetensors.torch import save_file
 
@@ -102,8 +101,8 @@ def save_native(
 
 
 def shared_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Which names hold the same bits as an earlier one, in alphabetical order: ``{later: first}``."""
-    alike: dict[object, list[str]] = {}  # names of different tensors that begin with the same bits
+    """Names that have the same bits as an earlier one in alphabetical order: ``{later: first}``."""
+    alike: dict[object, list[str]] = {}  # names of different tensors whose first bits are the same
     shared: dict[str, str] = {}
     for name in sorted(state_dict):
         tensor = state_dict[name]
@@ -118,7 +117,7 @@ def shared_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def _without_shared_memory(tensors: StateDict) -> StateDict:
-    """safetensors refuses views of one storage even where they do not overlap."""
+    """safetensors refuses views of one storage even if they do not overlap."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
@@ -148,7 +147,7 @@ def load_native(
     device: torch.device | str,
     keys: Iterable[str] | None,
 ) -> LoadedCheckpoint:
-    """Load the folder ``source`` whose ``config.json`` holds ``config``."""
+    """Load the folder ``source``; ``config`` is the content of its ``config.json``."""
     where = str(files.join(source, "config.json"))
     stored = _stored(config, where)
     cfg = make_config(stored.config, f"{where}, in config", _CONFIG_FIELDS)

@@ -1,6 +1,6 @@
 """The original's layout: ``config.json`` with seven fields, and ``model_pieces/<key>.pt`` for each tensor.
 
-The number of tokens is not in the config; it is that of the rows of ``tok_embed.weight``.
+The number of tokens is not in the config; it is the number of rows of ``tok_embed.weight``.
 """
 
 from collections.abc import Iterable, Mapping
@@ -45,9 +45,9 @@ def save_pieces(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write the original's layout, whole or not at all; refuse what its seven fields cannot say.
+    """Write the original's layout, whole or not at all; refuse what its seven fields cannot express.
 
-    A ``tokenizer`` with files of its own can be named there only if it is GPT-2's.
+    A ``tokenizer`` with files can be named there only if it is GPT-2's.
     """
     if tokenizer is not None and is_gpt2(tokenizer):
         cfg = replace(cfg, enc="gpt2")
@@ -63,7 +63,7 @@ def save_pieces(
 
 
 def _check_expressible(cfg: TransformerConfig) -> None:
-    """The original would load the file without a word, and compute something else."""
+    """Refuse what the original would load silently and compute differently."""
     report = Report(
         "the original's layout cannot hold this model, nothing was saved; use the native format"
     )
@@ -89,13 +89,13 @@ def load_pieces(
     device: torch.device | str,
     keys: Iterable[str] | None,
 ) -> LoadedCheckpoint:
-    """Load the folder ``source`` whose ``config.json`` holds ``config``."""
+    """Load the folder ``source``; ``config`` is the content of its ``config.json``."""
     where = str(files.join(source, "config.json"))
     sizes = make_config(config, where, CONFIG_FIELDS)
     wanted = wanted_keys(expected_shapes(sizes), keys)
     needed = {*wanted, _EMBEDDING}
     report = Report(str(files.join(source, PIECES_FOLDER)))
-    # Pieces in the folder that no one asked for matter only where the whole model is loaded.
+    # Unknown pieces in the folder matter only if the whole model is loaded.
     paths = _find_pieces(source, needed, others_too=keys is None)
     read = _read_all(paths, report)
     cfg = _with_vocabulary(sizes, read.get(_EMBEDDING), where)
@@ -109,7 +109,7 @@ def load_pieces(
     report.raise_if_any(_FITS)
     state_dict: StateDict = {}
     for name in wanted:
-        # Each map of a file that was copied is closed at once.
+        # The map of a file is closed as soon as its tensor has been copied.
         piece = read[name] if name == _EMBEDDING else read.pop(name)
         as_stored = dtype in (None, piece.dtype) and torch.device(device).type == "cpu"
         keep = as_stored and piece.is_contiguous()
@@ -126,9 +126,9 @@ def _with_vocabulary(
 
 
 def _find_pieces(source: str | Path, needed: set[str], *, others_too: bool) -> dict[str, Path]:
-    """The files of the needed pieces that are there and, if ``others_too``, of all others.
+    """The files of the needed pieces that exist and, if ``others_too``, of all others.
 
-    A remote folder cannot be listed: there, all needed ones must be had, and others go unseen.
+    A remote folder cannot be listed: there all needed ones must exist, and others stay unknown.
     """
     if files.is_remote(source):
         names = sorted(needed)
