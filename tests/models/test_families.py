@@ -54,6 +54,19 @@ NEW = {
     "gemma3": transformers.Gemma3TextConfig(
         **GROUPED, **WINDOW, head_dim=8, query_pre_attn_scalar=8, layer_types=KINDS
     ),
+    "gemma3, with images": transformers.Gemma3Config(
+        text_config=GROUPED
+        | WINDOW
+        | {"head_dim": 8, "query_pre_attn_scalar": 8, "layer_types": KINDS},
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+    ),
     "gpt_bigcode": transformers.GPTBigCodeConfig(**GPT2),
     "gpt_bigcode, own keys": transformers.GPTBigCodeConfig(**GPT2, multi_query=False),
     "gpt_oss": transformers.GptOssConfig(
@@ -381,7 +394,7 @@ def test_weights_do_what_the_model_does(family: str, models: Any, tokens: Tensor
             close(rest, rest[:1, :1].expand_as(rest), 1e-4)
 
     linear(W.MLP_TO_HIDDEN, f"{TORSO}.post_ln_mlp", "mlp.pre_act", "bsd,df->bsf")
-    if family not in ("gemma3", "olmo2", "olmo3"):  # a norm follows in these
+    if not family.startswith(("gemma3", "olmo2", "olmo3")):  # a norm follows in these
         linear(W.MLP_TO_RESIDUAL, "mlp.post_act", f"{TORSO}.delta_mlp", "bsf,fd->bsd")
         linear(W.ATTN_TO_RESIDUAL, "attn.v_out", f"{TORSO}.delta_attn", "bshv,hvd->bsd")
     if W.EMBEDDING in known and W.POSITION_EMBEDDING not in known:

@@ -107,7 +107,7 @@ class HuggingFaceModel(LanguageModel):
         self.model = model.eval()
         self.config = model.config.get_text_config()
         if architecture is None:
-            architecture = architecture_of(self.config)
+            architecture = architecture_of(model.config)
         self.architecture = architecture.for_config(self.config)
         self.tokenizer = tokenizer
         self.sizes: dict[Dimension, int] = sizes_of(self.config)
