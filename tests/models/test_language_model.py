@@ -380,3 +380,20 @@ def test_models_without_attention(family: str) -> None:
         HuggingFaceModelContext.from_model(
             theirs, None, Architecture(architecture.layers, {"attn.v_out": Tap("in", "")})
         )
+
+
+def test_caches_that_are_written_in_place_are_restored_too() -> None:
+    transformers = pytest.importorskip("transformers")
+    from neuron_explainer.models.huggingface.model import HuggingFaceModel, HuggingFaceState
+
+    model = HuggingFaceModel(make_huggingface("llama"))
+    H = HuggingFaceState()
+    H.cache = transformers.StaticCache(config=model.config, max_cache_len=12)
+    hooks = TransformerHooks().append_at("1/mlp.post_act", fail_in_layer_1)
+    with torch.no_grad():
+        model(TOKENS[:, :5], H)
+        expected, _ = model(TOKENS)
+        with pytest.raises(OnPurpose):
+            model(TOKENS[:, 5:].flip(1), H, hooks=hooks)
+        found, _ = model(TOKENS[:, 5:], H)
+    torch.testing.assert_close(found, expected[:, 5:], atol=1e-5, rtol=1e-5)
