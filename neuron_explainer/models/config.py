@@ -26,7 +26,9 @@ class SerializableDataclass:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as plain values."""
-        return asdict(self)  # type: ignore[call-overload, no-any-return]  # subclasses are dataclasses
+        this: Any = self  # subclasses are dataclasses
+        fields: dict[str, Any] = asdict(this)
+        return fields
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> Self:

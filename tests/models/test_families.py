@@ -54,6 +54,19 @@ NEW = {
     "gemma3": transformers.Gemma3TextConfig(
         **GROUPED, **WINDOW, head_dim=8, query_pre_attn_scalar=8, layer_types=KINDS
     ),
+    "gemma3, with images": transformers.Gemma3Config(
+        text_config=GROUPED
+        | WINDOW
+        | {"head_dim": 8, "query_pre_attn_scalar": 8, "layer_types": KINDS},
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+    ),
     "gpt_bigcode": transformers.GPTBigCodeConfig(**GPT2),
     "gpt_bigcode, own keys": transformers.GPTBigCodeConfig(**GPT2, multi_query=False),
     "gpt_oss": transformers.GptOssConfig(
@@ -222,6 +235,26 @@ def test_parts_read_and_write_what_sites_say(family: str, models: Any, tokens: T
             assert {"mlp.pre_act", "mlp.post_act"} <= set(model.paths)
 
 
+@ALL
+def test_what_parts_read_is_a_norm_of_the_stream(family: str, models: Any, tokens: Tensor) -> None:
+    model = models[family]
+    at = model.capture(tokens, [path for path in model.paths if path != "attn.qk_probs"])
+    before = at["resid.post_emb"]
+    for layer, module in enumerate(model.layers):
+        norms = [m for m in module.modules() if "Norm" in type(m).__name__]
+        between = before
+        if f"{TORSO}.post_attn" in model.paths:
+            between = at[f"{layer}/{TORSO}.post_attn"]
+        for path, stream in (("post_ln_attn", before), ("post_ln_mlp", between)):
+            if f"{TORSO}.{path}" in model.paths:
+                found = at[f"{layer}/{TORSO}.{path}"]
+                fitting = [
+                    norm for norm in norms if getattr(norm, "weight", stream).shape[-1] == 16
+                ]
+                assert any(torch.equal(norm(stream), found) for norm in fitting), path
+        before = at[f"{layer}/{TORSO}.post_mlp"]
+
+
 # --- edits ---
 
 
@@ -361,7 +394,7 @@ def test_weights_do_what_the_model_does(family: str, models: Any, tokens: Tensor
             close(rest, rest[:1, :1].expand_as(rest), 1e-4)
 
     linear(W.MLP_TO_HIDDEN, f"{TORSO}.post_ln_mlp", "mlp.pre_act", "bsd,df->bsf")
-    if family not in ("gemma3", "olmo2", "olmo3"):  # a norm follows in these
+    if not family.startswith(("gemma3", "olmo2", "olmo3")):  # a norm follows in these
         linear(W.MLP_TO_RESIDUAL, "mlp.post_act", f"{TORSO}.delta_mlp", "bsf,fd->bsd")
         linear(W.ATTN_TO_RESIDUAL, "attn.v_out", f"{TORSO}.delta_attn", "bshv,hvd->bsd")
     if W.EMBEDDING in known and W.POSITION_EMBEDDING not in known:

@@ -65,7 +65,8 @@ class SafetensorsFile(TensorFile):
         self.infos = {}
         self._map: Any = None
         with self._open() as file:
-            for name in file.keys():  # noqa: SIM118  # not a mapping
+            names: list[str] = file.keys()  # a method of safetensors, which is not a mapping
+            for name in names:
                 part = file.get_slice(name)
                 dtype = part.get_dtype()
                 self.infos[name] = TensorInfo(
@@ -75,7 +76,8 @@ class SafetensorsFile(TensorFile):
     def read(self, name: str) -> torch.Tensor:
         # One map for all tensors, because opening the file takes 0.1 ms.
         self._map = self._map or self._open()
-        return self._map.get_tensor(name)  # type: ignore[no-any-return]
+        tensor: torch.Tensor = self._map.get_tensor(name)
+        return tensor
 
     def read_apart(self, name: str) -> torch.Tensor:
         with self._open() as file:
@@ -243,10 +245,9 @@ def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
 
 def _stored_sum(file: IO[bytes], archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
     """The checksum of an uncompressed entry's content."""
-    with archive.open(
-        entry
-    ):  # reads the entry's own header, whose end is the beginning of the data
-        start = archive.fp.tell()  # type: ignore[union-attr]  # an open archive has one
+    assert archive.fp is not None  # an open archive has one
+    with archive.open(entry):  # this reads the entry's own header; the data begin at its end
+        start = archive.fp.tell()
     with (
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
         memoryview(content) as view,

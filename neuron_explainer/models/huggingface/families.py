@@ -66,7 +66,7 @@ class Architecture:
     sites: Mapping[str, Tap] = field(default_factory=dict)
     """Hook path -> its place in each layer."""
     final_norm: str | None = None
-    """Path of the norm before the unembedding: its output is ``resid.post_ln_f``."""
+    """Path of the norm before the unembedding; its output is ``resid.post_ln_f``."""
     attention: str | None = None
     """Path, below a layer, of the module in which a single softmax computes ``attn.qk_probs``."""
     weights: Mapping[WeightLocationType, Weight] = field(default_factory=dict)
@@ -180,7 +180,11 @@ def _third_in_each_head(which: int) -> Layout:
 
 
 def _of_shared(which: int) -> Layout:
-    """GPT-BigCode's q (0), k or v: as GPT-NeoX's, or all queries, then the one key and one value."""
+    """GPT-BigCode's q (0), k (1) or v (2).
+
+    The matrix is GPT-NeoX's, or ``[d + 2 * d_head, d]``: the queries of all heads, then the one key
+    and the one value that they share.
+    """
 
     def layout(weight: Tensor, sizes: Sizes) -> Tensor:
         d, d_head = sizes[Dimension.RESIDUAL_STREAM_CHANNELS], sizes[Dimension.VALUE_CHANNELS]
@@ -218,7 +222,7 @@ def _linear_weights(
     mlp_in: str,
     mlp_out: str,
 ) -> dict[WeightLocationType, Weight]:
-    """Weights of models made of ``nn.Linear`` with q, k and v apart."""
+    """The weights of models in which q, k and v are ``nn.Linear`` modules of their own."""
     return {
         W.EMBEDDING: Weight(embedding, as_stored),
         W.UNEMBEDDING: Weight("lm_head", transposed),
@@ -427,6 +431,18 @@ _GEMMA = replace(
         W.LAYER_NORM_GAIN_PRE_ATTN: Weight("input_layernorm", _one_more),
         W.LAYER_NORM_GAIN_PRE_MLP: Weight("post_attention_layernorm", _one_more),
         W.LAYER_NORM_GAIN_FINAL: Weight("model.norm", _one_more),
+    },
+)
+
+# With images: the language model is a part of the model. Its layers are read for text alone.
+_GEMMA3 = replace(
+    _GEMMA2,
+    layers="model.language_model.layers",
+    final_norm="model.language_model.norm",
+    weights={
+        **_GEMMA2.weights,
+        W.EMBEDDING: Weight("model.language_model.embed_tokens", _scaled_embedding),
+        W.LAYER_NORM_GAIN_FINAL: Weight("model.language_model.norm", _one_more),
     },
 )
 
@@ -675,6 +691,7 @@ FAMILIES: dict[str, Architecture] = {
     "falcon": _FALCON,
     "gemma": _GEMMA,
     "gemma2": _GEMMA2,
+    "gemma3": _GEMMA3,
     "gemma3_text": _GEMMA2,
     "gpt2": _GPT2,
     "gpt_bigcode": _GPT_BIGCODE,
@@ -705,7 +722,7 @@ REFUSED: dict[str, str] = {
 
 
 def architecture_of(config: Any) -> Architecture:
-    """The table's entry for a config.
+    """The table's entry for a model's config (the whole one, where text is a part of the model).
 
     Raises:
         LocationError: there is none; it says how to give one.
@@ -720,7 +737,7 @@ def architecture_of(config: Any) -> Architecture:
             "Describe where their places are: architecture=Architecture(layers=…, sites={…}); see "
             "neuron_explainer.models.huggingface.families."
         )
-    return FAMILIES[config.model_type].for_config(config)
+    return FAMILIES[config.model_type].for_config(config.get_text_config())
 
 
 # --- sizes ---

@@ -38,12 +38,13 @@ _registering = threading.Lock()
 def find_module(root: Any, path: str) -> nn.Module:
     """The module at a dotted path; a LocationError that names similar paths if there is none."""
     try:
-        return root.get_submodule(path)  # type: ignore[no-any-return]
+        module: nn.Module = root.get_submodule(path)
     except AttributeError:
         known = [name for name, _ in root.named_modules() if name]
         raise LocationError(
             f"{type(root).__name__} has no module {path!r}.{did_you_mean(path, known)}"
         ) from None
+    return module
 
 
 class Wiring:
@@ -87,7 +88,8 @@ class Wiring:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the parameters."""
-        return self.model.dtype  # type: ignore[no-any-return]
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     def taps(self, path: str) -> Iterator[tuple[LayerIndex, Tap, nn.Module]]:
         """Where a hook path is in the model: layer, side and module of each place."""
@@ -212,7 +214,8 @@ class HookedCall:
 
 def site_of(hooks: TransformerHooks, path: str) -> FwdBwdHooks:
     """The site at a hook path."""
-    site: FwdBwdHooks = functools.reduce(getattr, path.split("."), hooks)  # type: ignore[assignment]
+    site: Any = functools.reduce(getattr, path.split("."), hooks)
+    assert isinstance(site, FwdBwdHooks)
     return site
 
 

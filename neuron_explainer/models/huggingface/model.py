@@ -107,7 +107,7 @@ class HuggingFaceModel(LanguageModel):
         self.model = model.eval()
         self.config = model.config.get_text_config()
         if architecture is None:
-            architecture = architecture_of(self.config)
+            architecture = architecture_of(model.config)
         self.architecture = architecture.for_config(self.config)
         self.tokenizer = tokenizer
         self.sizes: dict[Dimension, int] = sizes_of(self.config)
@@ -246,8 +246,7 @@ class HuggingFaceModel(LanguageModel):
 
     def _check_pads(self, pad: Tensor) -> None:
         """Refuse pads with which a row would silently differ from its solo run."""
-        pads_before_tokens = pad[:, :-1] & ~pad[:, 1:]
-        if not self._keeps_keys and bool(pads_before_tokens.any()):
+        if not self._keeps_keys and bool((pad[:, :-1] & ~pad[:, 1:]).any()):
             raise InputError(
                 f"{self.name} has no attention that could leave out pads: a row with pads before its "
                 "tokens would differ from its solo run. Pad on the right."
