@@ -15,6 +15,9 @@ OURS = Contestant("neuron_explainer", "encode_ours")
 FLOAT32 = Contestant("neuron_explainer, float32", "encode_ours", "float32")
 CERTIFIED = Contestant("neuron_explainer, certified", "encode_ours", "certified")
 ORIGINAL = Contestant("the original's formula", "encode_plain", "original")
+TOPK_FILES = ("native", "saelens", "dictionary_learning", "sparsify")
+RELU_FILES = ("native", "saelens", "dictionary_learning")
+"""Formats of files whose autoencoders must be as fast as the one that was made here."""
 PLAIN = Contestant("plain torch", "encode_plain", "plain")
 CHUNKED = Contestant("plain torch, in chunks", "encode_plain", "plain")
 
@@ -29,6 +32,10 @@ SPARSIFY = _peer("sparsify", "encode_sparsify", "eai-sparsify")
 K = 32
 
 
+def _loaded(file: str, variant: str = "") -> Contestant:
+    return Contestant(f"neuron_explainer, loaded from {file}", "encode_ours", variant)
+
+
 def races(setup: Setup) -> list[Race]:
     """ReLU, and TopK."""
     tokens, width, latents = (300, 64, 4096) if setup.quick else (4096, 768, 32768)
@@ -41,7 +48,11 @@ def races(setup: Setup) -> list[Race]:
     return [
         Race(
             f"ReLU encode, {title}",
-            [floor, *(Entry(c, "relu_encode", size) for c in relu)],
+            [
+                floor,
+                *(Entry(c, "relu_encode", size) for c in relu),
+                *(Entry(_loaded(f), "relu_encode", {**size, "file": f}) for f in RELU_FILES),
+            ],
             reference,
         ),
         Race(
@@ -50,6 +61,10 @@ def races(setup: Setup) -> list[Race]:
                 floor,
                 Entry(FLOOR_BFLOAT16, "product", size),
                 *(Entry(c, "topk_reconstruct", {**size, "k": K}) for c in topk),
+                *(
+                    Entry(_loaded(f, "float32"), "topk_reconstruct", {**size, "k": K, "file": f})
+                    for f in TOPK_FILES
+                ),
             ],
             reference,
         ),

@@ -6,6 +6,7 @@ it is the five products. Each contestant takes steps for three seconds before on
 training is a long row of steps.
 """
 
+from benchmarks.encode import TOPK_FILES
 from benchmarks.harness import Contestant, Entry, Race
 from benchmarks.workloads import Setup
 
@@ -15,6 +16,7 @@ FLOOR_PLAIN = Contestant("torch.mm + torch.topk", "train_floor", "plain")
 PRODUCTS = Contestant("five products", "train_floor")
 FLOAT32 = Contestant("neuron_explainer, float32", "train_ours", "float32")
 CERTIFIED = Contestant("neuron_explainer, certified", "train_ours", "certified")
+FINETUNE = Contestant("neuron_explainer, made here", "finetune_ours")
 OURS = Contestant("neuron_explainer", "train_ours")
 
 
@@ -39,7 +41,7 @@ WARM = 3.0
 
 
 def races(setup: Setup) -> list[Race]:
-    """TopK at two sizes, TopK with dead latents, and ReLU + L1."""
+    """TopK at two sizes, TopK with dead latents, ReLU + L1, and fine-tuning."""
     tokens, width = (256, 64) if setup.quick else (4096, 768)
     sizes = (512, 1024) if setup.quick else (16384, 32768)
     work = {"tokens": tokens, "width": width}
@@ -61,7 +63,24 @@ def races(setup: Setup) -> list[Race]:
             grad=True,
             warm_s=WARM,
         ),
+        _finetune({**work, "latents": sizes[0], "k": K}),
     ]
+
+
+def _finetune(size: dict[str, int]) -> Race:
+    loaded = {
+        f: Contestant(f"neuron_explainer, loaded from {f}", "finetune_ours") for f in TOPK_FILES
+    }
+    return Race(
+        f"One step of fine-tuning a TopK decoder, {size['latents']} latents, {size['tokens']} tokens of "
+        f"width {size['width']}, k = {K}",
+        [
+            Entry(FINETUNE, "finetune", size),
+            *(Entry(c, "finetune", {**size, "file": f}) for f, c in loaded.items()),
+        ],
+        FINETUNE.name,
+        grad=True,
+    )
 
 
 def _topk(title: str, aux: bool, tokens: int, width: int, latents: int) -> Race:

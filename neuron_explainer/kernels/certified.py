@@ -1,7 +1,8 @@
 """The largest pre-activations of each row by a bfloat16 product, proven to be the right ones.
 
-The product is only asked which latents *may* be among the ``k`` largest; those few are computed in
-float32, and the answer is kept only where it can be proven that no other latent belongs in it.
+The product only says which latents *may* be among the ``k`` largest. Those few are computed in
+float32, and the answer is kept only where it is proven that no other latent belongs in it. The plain
+twin is :func:`~neuron_explainer.kernels.top_k.top_k` of a float32 product.
 
 **The bound.** Let x be a row, w a latent's weights, β its bias, x̂ and ŵ rounded to bfloat16, whose
 unit roundoff is u = 2⁻⁸. By Cauchy and Schwarz, whatever the numbers are,
@@ -21,7 +22,7 @@ up to the last rounding. The right side is itself an inner product: with eight m
     latent  ŵ   ‖w‖               ‖w - ŵ‖   β₁  β₂  β₃  g |β| + tiny   0
 
 where norms are rounded upwards and β = β₁ + β₂ + β₃ exactly, one matrix product gives an upper bound
-U of every latent. Nothing has to be assumed of how large the norms are or how much they differ.
+U for every latent. It needs no assumption about how large the norms are or how much they differ.
 ``tiny`` = 2⁻¹⁰⁰ covers products below the normal range, which hardware may take for zero. 2⁻⁵⁴ is
 added to every norm: entries below 2⁻⁶³ have squares below that range, and their part of a norm is at
 most √n 2⁻⁶³. Rows that might overflow are not tried.
@@ -32,11 +33,11 @@ largest are exactly these, but for the float32 rounding of the values themselves
 (n + 1) 2⁻²³ (‖x‖ ‖w‖ + |β|) in any order of adding): the choice is that of a float32 product wherever
 ranks k and k + 1 are further apart than both of them are off, and closer than that either is right.
 
-Latents are left out when U < min over the k largest U of (U - 1.1 × its share that is bound): that is
-what the proof will need if the true error is a tenth of the bound or less, as it nearly always is.
-For Gaussian rows, n = 768, l = 32768, k = 32, the bound is 0.09 standard deviations and about 50
-latents are computed. Rows that cannot be proven, NaN and infinity among them, are the caller's to do
-in float32.
+Latents are left out when U < min over the k largest U of (U - 1.1 × the part of U that is there for
+errors). The proof then succeeds if the true error is a tenth of the bound or less, as it nearly always
+is. For Gaussian rows, n = 768, l = 32768, k = 32, the bound is 0.09 standard deviations and about 50
+latents are computed. Rows that cannot be proven, those with NaN or infinity among them, are left to the
+caller, who computes them in float32.
 
 Shape legend: ``b`` rows, ``n`` inputs, ``l`` latents, ``c`` candidates of a row, ``k`` wanted.
 """
@@ -188,7 +189,7 @@ def _row_operand(x: Tensor, largest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _slack(operand: Tensor, indices: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """How much of the bounds of latents ``indices`` ``[b, k]`` is there for errors."""
+    """``[b, k]``: the part of the bounds of latents ``indices`` ``[b, k]`` that allows for errors."""
     n_inputs = operand.shape[1] - _EXTRA_COLUMNS
     norms = operand[:, n_inputs : n_inputs + 2].float()
     return a * norms[:, 0][indices] + b * norms[:, 1][indices]
@@ -209,7 +210,7 @@ def _exact(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor, kept
         products = torch.sparse.sampled_addmm(pattern, x, weight.t(), beta=0.0).values()
         exact = torch.full_like(indices, -torch.inf, dtype=x.dtype).masked_scatter_(kept, products)
     else:
-        # Elementwise: no tensor core rounds it.
+        # Elementwise, so that no tensor core rounds it.
         products = (weight[indices] * x[:, None, :]).sum(-1)
         exact = products.masked_fill_(~kept, -torch.inf)
     return exact if bias is None else exact + bias[indices]
@@ -223,7 +224,7 @@ def _round_into(rows: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _up(x: Tensor) -> Tensor:
-    """Non-negative numbers to bfloat16, upwards by at least what a norm in float32 can be off."""
+    """Non-negative numbers as bfloat16, rounded up by at least the error of a norm in float32."""
     return (x * (1 + 2 * _ROUNDOFF)).bfloat16()
 
 
@@ -252,7 +253,7 @@ def _full_precision_sums(device: torch.device) -> Iterator[None]:
 
 @cache
 def _announce_sparse() -> None:
-    """Take torch's one warning that sparse tensors are young: these never leave this module."""
+    """Swallow torch's one warning that sparse tensors are in beta: these never leave this module."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1))

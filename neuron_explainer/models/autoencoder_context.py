@@ -28,19 +28,19 @@ from neuron_explainer.models.weight_names import Dimension, LayerIndex
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Where the autoencoders of one location are, and what their files may not say."""
+    """Where the autoencoders for one location are stored, and what their files do not say."""
 
     location: LocationLike
-    """Where in a layer their inputs come from; an :class:`ActivationLocation` once made."""
+    """Where in a layer their inputs come from; stored as an :class:`ActivationLocation`."""
     autoencoder_path_by_layer_index: (
         Mapping[int, str | Path] | Mapping[None, str | Path] | Mapping[LayerIndex, str | Path]
     )
-    """Folder or ``.pt`` file of each, path or URL. The layer None stands for a place that a model has
-    once, or for one autoencoder that serves every layer; then it is the only entry."""
+    """The folder or file of each, as a path or URL. The layer None stands for a location that a model
+    has only once, or for one autoencoder that serves every layer; then it is the only entry."""
     input_normalization: InputNormalization | None = None
     """For files that do not record it; None where they do."""
     stated: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever else the files do not say and :meth:`Autoencoder.load` has to be told, such as
+    """Other things that the files do not say and :meth:`Autoencoder.load` must be told, for example
     ``{"norm_factor": 0.9}``."""
     stated_by_layer: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     """The same where it differs from layer to layer."""
@@ -103,14 +103,14 @@ class HasConfig(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class AutoencoderContext:
-    """One autoencoder a layer at one location: loaded when first needed, kept, frozen.
+    """One autoencoder for each layer, at one location: loaded when first needed, kept, frozen.
 
     Args:
-        autoencoder_config: where they are.
+        autoencoder_config: where they are stored.
         device: where to put them.
-        omit_dead_latents: leave latents that never fired in training out of memory; every index, and
-            every latent of those that are kept, stays what it is (:func:`omit_dead_latents`).
-        dtype: of the weights in memory: that of the model they are to be spliced into.
+        omit_dead_latents: leave latents that never fired in training out of memory; indices and the
+            values of the other latents do not change (:func:`omit_dead_latents`).
+        dtype: the dtype of the weights in memory; use that of the model they are spliced into.
     """
 
     autoencoder_config: AutoencoderConfig
@@ -122,12 +122,12 @@ class AutoencoderContext:
 
     @property
     def location(self) -> ActivationLocation:
-        """The place in a layer, without the layer."""
+        """The location, without the layer."""
         return ActivationLocation.parse(self.autoencoder_config.location)
 
     @property
     def layer_indices(self) -> set[LayerIndex]:
-        """The layers that have an autoencoder; ``{None}`` if one serves all, or there are none."""
+        """The layers with an autoencoder; ``{None}`` if one serves all, or the location has no layers."""
         return set(self._paths)
 
     @property
@@ -136,7 +136,8 @@ class AutoencoderContext:
 
     @property
     def num_autoencoder_directions(self) -> int:
-        """Latents of each autoencoder, those left out of memory included. Loads one to find out."""
+        """The number of latents of each autoencoder, including those left out of memory. Loads one
+        autoencoder to find out."""
         return self.get_autoencoder(next(iter(self._paths))).n_latents
 
     def get_parameterized_dimension_sizes(self) -> dict[Dimension, int]:
@@ -154,7 +155,7 @@ class AutoencoderContext:
         path = paths[layer_index]
         with self._lock:
             if path not in self._loaded:
-                # One file may serve several layers; then it is loaded once and is of none of them.
+                # One file may serve several layers; then it is loaded once, and names no layer.
                 layers = [layer for layer, other in paths.items() if other == path]
                 location = self.location.at(layers[0] if len(layers) == 1 else None)
                 self._loaded[path] = self._load(path, location)

@@ -55,6 +55,10 @@ def test_encode_and_decode_are_the_peers(name):
     assert_agrees(ae.encode(x), expected["latents"])
     assert_agrees(ae.decode(expected["latents"], ae.normalize(x)[1]), expected["recons"])
     assert_agrees(ae.reconstruct(x), expected["recons"])
+    # However the file's matrices lie, in memory each latent's weights lie together.
+    assert ae.encoder.weight.is_contiguous()
+    assert ae.decoder.weight.t().is_contiguous() or ae.tied
+    assert ae.glu is None or ae.glu.weight.is_contiguous()
     one = ae(x[2])  # a row alone
     assert_agrees(one.latents, expected["latents"][2])
     assert ae.metadata["format"] in ("saelens", "dictionary_learning", "sparsify", "e2e")

@@ -2,20 +2,20 @@
 
     code(x) = argmin over a >= 0 of  ½ ‖x - Φ a‖² + penalty · Σᵢ aᵢ
 
-Encoding only; learning Φ is the business of training. The gradient step is 1/λ_max(Φ Φᵀ), the
-largest that cannot diverge:
+This module only encodes; Φ is learned elsewhere. The gradient step is 1/λ_max(Φ Φᵀ), the largest
+with which the iteration cannot diverge:
 
     y, t     = a₀ = 0, 1
     aₖ₊₁     = max(0, y - step · (Φᵀ(Φ y - x) + penalty))
     tₖ₊₁     = (1 + √(1 + 4 tₖ²)) / 2                     (ISTA: y = aₖ₊₁)
     y        = aₖ₊₁ + (tₖ - 1) / tₖ₊₁ · (aₖ₊₁ - aₖ)
 
-A row's momentum begins again, tₖ = 1, where it leads uphill: (y - aₖ₊₁) · (aₖ₊₁ - aₖ) > 0. Without,
-FISTA overshoots, and near the minimum takes up to twice the iterations.
+The momentum of a row restarts, tₖ = 1, where it leads uphill: (y - aₖ₊₁) · (aₖ₊₁ - aₖ) > 0. Without
+restarts FISTA overshoots, and near the minimum takes up to twice as many iterations.
 
 **Stopping rule.** At the minimum the gradient g = Φᵀ(Φ a - x) + penalty is 0 where a > 0 and >= 0
-where a = 0 (Karush, Kuhn, Tucker). A row stops at the first look, one in every ten iterations, at
-which no entry is further off than ``tolerance · max |Φᵀx|``, or after ``max_iterations``. Each row
+where a = 0 (Karush, Kuhn, Tucker). Every tenth iteration is checked. A row stops at the first check
+that finds no entry further off than ``tolerance · max |Φᵀx|``, or after ``max_iterations``. Each row
 stops by itself, so that its code is the one it has alone.
 
 Beck and Teboulle 2009, "A fast iterative shrinkage-thresholding algorithm", sections 3 and 4; Yun
@@ -88,7 +88,7 @@ def solve(
     *,
     momentum: bool,
 ) -> SparseCode:
-    """Codes from ``correlations`` Φᵀx ``[…, l]``, which are all that the problem needs of x."""
+    """Codes from ``correlations`` Φᵀx ``[…, l]``: the problem needs nothing else about x."""
     check_settings(penalty, max_iterations, tolerance)
     with torch.no_grad():
         rows = correlations.detach().reshape(-1, correlations.shape[-1])
@@ -101,7 +101,7 @@ def solve(
 
 
 class _Solve:
-    """One batch on its way: rows that have arrived are taken out of it."""
+    """One batch being solved: rows that have converged are taken out of it."""
 
     def __init__(self, correlations: Tensor, dictionary: Tensor, penalty: float) -> None:
         self.correlations = correlations  # [r, l]
@@ -120,7 +120,7 @@ class _Solve:
         latents = torch.zeros_like(self.correlations)
         iterations = torch.zeros(n_rows, dtype=torch.int64, device=latents.device)
         violation = torch.zeros(n_rows, dtype=latents.dtype, device=latents.device)
-        rows = torch.arange(n_rows, device=latents.device)  # those under way
+        rows = torch.arange(n_rows, device=latents.device)  # those not converged yet
         target = self.correlations
         a = y = torch.zeros_like(target)
         t = torch.ones_like(target[:, :1])
@@ -134,7 +134,7 @@ class _Solve:
             if iteration % _LOOK_EVERY and iteration < max_iterations:
                 continue
             off = self._violation(a, target)
-            # With a tolerance of zero a row that is there early goes on: the count is fixed.
+            # With a tolerance of zero a row that converges early continues: the count is fixed.
             done = off <= tolerance if tolerance else torch.zeros_like(off, dtype=torch.bool)
             if iteration == max_iterations:
                 done = torch.ones_like(done)
@@ -172,13 +172,13 @@ class _Solve:
         return torch.addcmul(new, step, (t - 1) / t_new), t_new
 
     def _gradient(self, a: Tensor, correlations: Tensor) -> Tensor:
-        """Of the objective, ``[r, l]``: Φᵀ(Φ a - x) + penalty."""
+        """The gradient of the objective, ``[r, l]``: Φᵀ(Φ a - x) + penalty."""
         if self.gram is not None:
             return a @ self.gram - correlations + self.penalty
         return (a @ self.dictionary.T) @ self.dictionary - correlations + self.penalty
 
     def _violation(self, a: Tensor, correlations: Tensor) -> Tensor:
-        """``[r]``; NaN for a row that holds NaN, which therefore never counts as arrived."""
+        """``[r]``: relative violation of the conditions; NaN, never converged, for a row with NaN."""
         gradient = self._gradient(a, correlations)
         off = torch.where(a > 0, gradient.abs(), torch.relu(-gradient)).amax(dim=-1)
         scale = correlations.abs().amax(dim=-1)
@@ -195,7 +195,7 @@ def largest_eigenvalue(dictionary: Tensor) -> float:
 
 
 def check_settings(penalty: float, max_iterations: int, tolerance: float) -> None:
-    """Refuse numbers with which the problem, or its solution, has no meaning."""
+    """Raise InputError for numbers with which the problem, or its solution, has no meaning."""
     for name, value in (("penalty", penalty), ("tolerance", tolerance)):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 <= value < math.inf:

@@ -1,4 +1,4 @@
-"""Latents kept as what they are, few of many: :class:`Latents`.
+"""Sparse latents, the few active ones of each row: :class:`Latents`.
 
 Shape legend: ``k`` entries kept of each row, ``l`` latents, ``o`` outputs, ``…`` any leading axes.
 """
@@ -17,7 +17,7 @@ class Latents(NamedTuple):
     values: Tensor
     """``[…, k]``; 0 where fewer than ``k`` are active."""
     indices: Tensor
-    """``[…, k]`` int64, no index twice in a row but where its value is 0."""
+    """``[…, k]`` int64; an index occurs twice in a row only where its value is 0."""
     n_latents: int
 
     def dense(self) -> Tensor:
@@ -27,7 +27,7 @@ class Latents(NamedTuple):
 
     @classmethod
     def of(cls, dense: Tensor) -> Self:
-        """The entries of ``[…, l]`` that are not zero, padded to the row that has the most.
+        """The entries of ``[…, l]`` that are not zero, padded to the length of the row with the most.
 
         Padding has value 0 and index 0. Indices ascend. Differentiable.
         """
@@ -43,7 +43,7 @@ class Latents(NamedTuple):
 
     @classmethod
     def cat(cls, parts: Sequence["Latents"]) -> Self:
-        """Rows ``[·, k]`` of one dictionary after one another, padded to the widest."""
+        """Rows ``[·, k]`` of one autoencoder, one part after the other, padded to the widest part."""
         width = max(part.values.shape[-1] for part in parts)
         pads = [(0, width - part.values.shape[-1]) for part in parts]
         values = [F.pad(part.values, pad) for part, pad in zip(parts, pads, strict=True)]
