@@ -5,6 +5,7 @@ batches = open_buffer(context, "books/", "3/mlp.post_act", DataConfig(), batch_s
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -167,7 +168,7 @@ def _record(
     """Model, text and settings: what it takes to find again which documents were held out."""
     record = {
         "model": context.reference,
-        "source": str(source) if files.is_remote(str(source)) else str(Path(source).resolve()),
+        "source": str(source) if files.is_remote(str(source)) else os.path.realpath(source),
         "source_fingerprint": described.get("source_fingerprint"),
         "data": asdict(config),
     }

@@ -14,6 +14,7 @@ import gzip
 import io
 import json
 import logging
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -86,7 +87,7 @@ def read_documents(
         if not n_documents:
             raise SourceError(f"{path} is empty: it holds no document.")
 
-    source = str(path) if files.is_remote(str(path)) else str(local.resolve())
+    source = str(path) if files.is_remote(str(path)) else os.path.realpath(local)
     return Documents(str(path), read, {"source": source, "column": column, "split": split})
 
 

@@ -39,6 +39,7 @@ class JsonLines:
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
         if path.exists():
+            files.check_regular(path)
             kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= step]
             with files.atomic_write(path) as temporary:
                 temporary.write_bytes(b"".join(line + b"\n" for line in kept))

@@ -121,6 +121,7 @@ def disk_reason(error: OSError, folder: Path) -> str:
 
 def sha256_of(path: str | Path) -> str:
     """The SHA-256 of a file, in hex."""
+    check_regular(Path(path))  # reading a pipe would wait, and a device might never end
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -201,7 +201,7 @@ _TRANSFORMER_LENS_MODEL: dict[str, str] = {
     "ln_final.hook_out": "resid.post_ln_f",
     "hook_unembed": "logits",
 }
-_TRANSFORMER_LENS_NAME = re.compile(r"blocks\.(\d+)\.(.+)")
+_TRANSFORMER_LENS_NAME = re.compile(r"blocks\.([0-9]{1,9})\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ class ActivationLocation:
         layer_text, slash, path = text.partition("/")
         if not slash:
             return cls(text)
-        if not layer_text.isdecimal():
+        if not re.fullmatch("[0-9]{1,9}", layer_text):
             raise LocationError(
                 f"expected a location such as '3/mlp.post_act' (layer, slash, path), found {text!r}."
             )

@@ -233,8 +233,11 @@ def make_config(
 
 def damaged(file: str | Path, error: Exception) -> CheckpointError:
     """The error for a file of weights that cannot be read."""
+    # The first line may quote the file: its control characters must not reach a terminal.
+    lines = [line for line in str(error).splitlines() if line.isprintable()]
+    reason = lines[0] if lines else "no details"
     return CheckpointError(
         f"{file}: this file is damaged, incomplete or of another format "
-        f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}). "
+        f"({type(error).__name__}: {reason}). "
         "Copy or download it again; nothing of it was used."
     )

@@ -28,7 +28,8 @@ from typing import IO, Any
 
 import torch
 
-from neuron_explainer.errors import CheckpointError
+from neuron_explainer import files
+from neuron_explainer.errors import CheckpointError, SourceError
 from neuron_explainer.models.checkpoints.problems import TensorInfo, damaged, own_copy
 
 # Names in safetensors headers; every other dtype is integer or boolean.
@@ -160,7 +161,7 @@ def torch_load(path: Path, check_sums: Callable[[], bool] | None = None) -> Any:
             # Warnings about other pickle protocols and old storages: what matters becomes an error below.
             warnings.simplefilter("ignore")
             return _load(path, mapped)
-    except (CheckpointError, MemoryError):
+    except (CheckpointError, SourceError, MemoryError):
         raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -207,6 +208,7 @@ def _check_sums(path: Path) -> bool:
 
     torch itself does not check the sums that it writes, and would load flipped bits.
     """
+    files.check_regular(path)
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
