@@ -62,7 +62,7 @@ def local_file(source: str | Path, size: int | None, sha256: str | None) -> Path
 
 def check_regular(path: Path) -> None:
     """Refuse a pipe, socket or device: reading one may never end."""
-    if not path.is_file():
+    if path.exists() and not path.is_file():
         raise SourceError(f"{path} is a pipe, socket or device where a file is expected")
 
 

@@ -54,8 +54,8 @@ def read_values(path: str | Path) -> dict[str, Any]:
         return files.read_json(path)
     if path.suffix != ".toml":
         raise InputError(f"{path}: expected a .toml or .json file.")
+    files.check_regular(path)
     try:
-        files.check_regular(path)
         return tomllib.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:  # integers of thousands of digits, deep nesting
         raise InputError(f"{path}: not valid TOML: {error}") from None
