@@ -62,8 +62,8 @@ def _work(
     products += [linear("unembed", rows, width, sizes["vocab_size"]) for rows in unembedded]
 
     def work() -> dict[str, torch.Tensor]:
-        for x, weight, out in products:
-            multiply(x, weight, out)
+        for x, laid_out, out in products:
+            multiply(x, laid_out, out)
         return {}
 
     return work
