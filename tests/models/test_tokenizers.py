@@ -578,6 +578,8 @@ def test_bytes_of_tokens_of_transformers(kind: str) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
 
+    before: Any
+    behind: Any
     if kind == "letters":
         names = sorted(pre_tokenizers.ByteLevel.alphabet())
         before, behind = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
