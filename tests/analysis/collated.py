@@ -177,8 +177,10 @@ class BruteForce:
         unit: int,
         config: CollateConfig,
         signed: bool,
+        seed: int = SEED,
     ) -> None:
         self.column, self.unit, self.config, self.signed = column, unit, config, signed
+        self.seed = seed
         self.contexts = contexts_of(windows, config.keep_bos)
         seen: set[tuple[int, ...]] = set()
         self.fresh = []
@@ -217,7 +219,7 @@ class BruteForce:
         for context in self.fresh:
             best = max(context.positions, key=lambda p: (sign * self.column[p], -p), default=None)
             if best is not None and sign * self.column[best] > 0:
-                u = u_of(SEED, self.unit, best)
+                u = u_of(self.seed, self.unit, best)
                 found.append(Peak(float(self.column[best]), best, context, u))
         return found
 
@@ -246,7 +248,7 @@ class BruteForce:
                     self.active(self.column[p]) for p in context.positions
                 ):
                     first = context.positions[0]
-                    u = u_of(SEED, self.unit, first)
+                    u = u_of(self.seed, self.unit, first)
                     silent.append(Peak(float(self.column[first]), first, context, u))
             silent.sort(key=lambda p: (f32(p.u), p.position))
             return [(0, p, f32(p.u)) for p in silent[: config.inactive]]
@@ -348,13 +350,27 @@ def check(
     """Everything that was found out against brute force."""
     statistics = found.totals.result()
     examples, _ = found.examples.result()
-    for unit in range(values.shape[1]):
-        brute = BruteForce(windows, values[:, unit], unit, config, how.get("signed", False))
-        brute.hide_below_zero = not how.get("dense", False)
-        check_statistics(statistics, unit, brute.statistics())
-        check_examples(examples, unit, brute)
+    check_units(statistics, examples, windows, values, config, **how)
     if found.together is not None:
         check_coactivation(found.together.result(config.partners), windows, values, config, **how)
+
+
+def check_units(
+    statistics: UnitStatistics,
+    examples: ExampleTable,
+    windows: TokenWindows,
+    values: np.ndarray,
+    config: CollateConfig,
+    signed: bool = False,
+    dense: bool = False,
+    seed: int = SEED,
+) -> None:
+    """Figures and examples of every unit."""
+    for unit in range(values.shape[1]):
+        brute = BruteForce(windows, values[:, unit], unit, config, signed, seed)
+        brute.hide_below_zero = not dense
+        check_statistics(statistics, unit, brute.statistics())
+        check_examples(examples, unit, brute)
 
 
 def check_coactivation(
