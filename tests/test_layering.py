@@ -76,6 +76,7 @@ FLOORS = [
         "autoencoder_context",
         "huggingface.context",
         "model_registry",
+        "interventions",
         "open_model",
         "",
     ],
