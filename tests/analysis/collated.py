@@ -117,6 +117,7 @@ def contexts_of(windows: TokenWindows, keep_bos: bool) -> list[Context]:
     found = []
     for number in range(windows.batches_per_epoch):
         batch = windows.batch(number)
+        assert batch.corpus_position is not None
         for row in range(len(batch.tokens)):
             pieces: dict[int, list[tuple[int, bool]]] = defaultdict(list)
             for column in range(batch.tokens.shape[1]):
@@ -139,8 +140,9 @@ def added_tokens(windows: TokenWindows) -> int:
     total = 0
     for number in range(windows.batches_per_epoch):
         batch = windows.batch(number)
+        assert batch.corpus_position is not None
         pads = 0 if batch.pad is None else int(batch.pad.sum())
-        total += int((batch.corpus_position < 0).sum()) - pads
+        total += int((batch.corpus_position < 0).count_nonzero()) - pads
     return total
 
 
@@ -339,7 +341,7 @@ def check_examples(found: ExampleTable, unit: int, brute: BruteForce) -> None:
             start, values = brute.shown(peak)
             assert (some.start[row], some.length[row]) == (start, len(values))
             padded = values + [0.0] * (some.activations.shape[1] - len(values))
-            assert some.activations[row].tolist() == np.float16(padded).tolist()
+            assert some.activations[row].tolist() == np.array(padded, np.float16).tolist()
         ranks = [list(g) for g in np.split(some.rank, np.flatnonzero(np.diff(some.interval)) + 1)]
         assert all(rank == list(range(len(rank))) for rank in ranks)
 

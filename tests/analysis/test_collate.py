@@ -69,11 +69,12 @@ def values_of(context: ModelContext, windows: TokenWindows, place: str, code=Non
     for number in range(windows.batches_per_epoch):
         batch = windows.batch(number)
         x = model.capture(batch.tokens, place, pad=batch.pad)[place].flatten(2)
-        counted = batch.corpus_position >= 0
-        rows = x[counted] if code is None else code(x[counted])
+        position = batch.corpus_position
+        assert position is not None
+        rows = x[position >= 0] if code is None else code(x[position >= 0])
         if found is None:
             found = np.zeros((len(windows.corpus.tokens), rows.shape[1]), np.float32)
-        found[batch.corpus_position[counted].numpy()] = rows.numpy()
+        found[position[position >= 0].numpy()] = rows.numpy()
     assert found is not None
     return found
 
@@ -100,7 +101,13 @@ def test_neurons_channels_and_latents_in_one_pass(
         16, JumpReLU(torch.full((24,), 0.3)), place, input_normalization="layer_norm"
     )
     signed = autoencoder(16, TopK(3, nn.Identity()), None)
-    what = [{"topk": topk, "jump": jump}, {place: signed}, "0/mlp.post_act", "0/attn.v_out", place]
+    what: Any = [
+        {"topk": topk, "jump": jump},
+        {place: signed},
+        "0/mlp.post_act",
+        "0/attn.v_out",
+        place,
+    ]
     found = collect(context, what, windows, CONFIG)
     assert list(found) == [
         "topk",
@@ -123,7 +130,8 @@ def test_neurons_channels_and_latents_in_one_pass(
 
 
 def test_packed_and_not_packed(context: ModelContext) -> None:
-    for how in ({"concat": False}, {"bos": None}, {"seed": None}):
+    hows: list[dict[str, Any]] = [{"concat": False}, {"bos": None}, {"seed": None}]
+    for how in hows:
         windows = windows_of(random_corpus(LENGTHS), **how)
         found = collect(context, "1/mlp.pre_act", windows, CONFIG)["1/mlp.pre_act.neurons"]
         check(found, windows, values_of(context, windows, "1/mlp.pre_act"), dense=True)
@@ -192,6 +200,7 @@ def pairs_of(
         pattern, v = captured[names[0]], captured[names[1]]
         written = torch.stack([v[..., h, :] @ out[h] for h in range(v.shape[2])], 2).norm(dim=-1)
         x = pattern * written[:, None] if norm else pattern
+        assert batch.corpus_position is not None
         position = batch.corpus_position.numpy()
         for b, q in zip(*np.nonzero(position >= 0), strict=True):
             for k in range(q + 1):
@@ -228,7 +237,7 @@ def test_heads_as_pairs_of_tokens(
         check_head(found, unit, peaks, contexts)
 
 
-def check_head(found: Collected, unit: int, peaks: list, contexts: list) -> None:
+def check_head(found: Collected, unit: int, peaks: list[Any], contexts: list[Any]) -> None:
     seed = found.settings["key_seed"]
     by_value = sorted(peaks, key=lambda peak: (-peak[1], peak[0]))[: CONFIG.top]
     by_u = sorted(peaks, key=lambda peak: u_of(seed, unit, peak[0][0]))[: CONFIG.uniform]
@@ -301,7 +310,8 @@ def test_what_cannot_be_looked_at(context: ModelContext, windows: TokenWindows) 
 
 def test_windows_that_cannot_be_read(context: ModelContext) -> None:
     corpus = random_corpus(LENGTHS)
-    for how in ({"epochs": 2}, {"epochs": None}, {"world": 2}):
+    hows: list[dict[str, Any]] = [{"epochs": 2}, {"epochs": None}, {"world": 2}]
+    for how in hows:
         with pytest.raises(InputError, match="epochs=1 and world=1"):
             collect(context, "0/mlp.post_act", windows_of(corpus, **how))
     with pytest.raises(InputError, match="more than the context of 12"):
@@ -313,7 +323,7 @@ def test_values_that_are_no_numbers_are_refused_with_their_place(
     tmp_path: Path, windows: TokenWindows, what: str
 ) -> None:
     context = save_context(tmp_path / "model")
-    model = context.get_or_create_model()
+    model: Any = context.get_or_create_model()
     with torch.no_grad():
         model.get_parameter("tok_embed.weight")[int(windows.corpus.tokens[30])] = math.nan
     asked: Any = what

@@ -1,6 +1,7 @@
 """Collation against brute force over random activations, batch by batch, whatever the order."""
 
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_everything_equals_brute_force(
     ids=["no start token", "in order", "rows"],
 )
 @pytest.mark.parametrize("keep_bos", [False, True])
-def test_other_windows(corpus: TokenCorpus, how: dict, keep_bos: bool) -> None:
+def test_other_windows(corpus: TokenCorpus, how: dict[str, Any], keep_bos: bool) -> None:
     config = replace(SMALL, keep_bos=keep_bos)
     values = random_values(len(corpus.tokens), 4)
     windows = windows_of(corpus, **how)
@@ -96,7 +97,7 @@ def test_other_windows(corpus: TokenCorpus, how: dict, keep_bos: bool) -> None:
     ],
     ids=["more than there are", "wide windows", "one token", "none", "many intervals"],
 )
-def test_other_settings(corpus: TokenCorpus, changes: dict) -> None:
+def test_other_settings(corpus: TokenCorpus, changes: dict[str, Any]) -> None:
     config = replace(SMALL, **changes)
     values = random_values(len(corpus.tokens), 4, seed=1)
     windows = windows_of(corpus)
@@ -126,7 +127,8 @@ def same(a: Findings, b: Findings) -> None:
             pair = [getattr(getattr(x, kind), field.name) for x in (one, other)]
             assert np.array_equal(*pair), field.name
     tables = [x.examples.result() for x in (a, b)]
-    assert tables[0][1] is tables[1][1] or np.array_equal(tables[0][1], tables[1][1])
+    assert [table[1] is None for table in tables] == [False, False]
+    np.testing.assert_array_equal(tables[0][1], tables[1][1])
     same_examples(tables[0][0], tables[1][0])
 
 
@@ -149,7 +151,7 @@ def test_parts_in_any_order_and_merged_in_any_order(corpus: TokenCorpus, make, s
     values = make(len(corpus.tokens), 5)
     values[::4] *= -1
     windows = windows_of(corpus)
-    how = {"signed": True, "n_parts": 4}
+    how: dict[str, Any] = {"signed": True, "n_parts": 4}
     whole = collate(windows, values, SMALL, **how)
     n = windows.batches_per_epoch
     rng = np.random.default_rng(seed)
@@ -171,6 +173,8 @@ def test_sparse_and_dense_are_twins(corpus: TokenCorpus) -> None:
     one, other = sparse.totals.result(), dense.totals.result()
     assert np.array_equal(one.histogram, other.histogram)
     np.testing.assert_allclose(one.all.m4, other.all.m4, rtol=1e-12)
+    assert sparse.together is not None
+    assert dense.together is not None
     assert np.array_equal(sparse.together.result(3).partner, dense.together.result(3).partner)
 
 
@@ -235,8 +239,9 @@ def test_memory_is_bounded_whatever_the_number_of_tokens() -> None:
 
 
 def test_settings_that_cannot_be() -> None:
-    for name, value in (("top", -1), ("window", 0), ("parts", 0), ("intervals", 101)):
-        with pytest.raises(InputError, match=name):
-            CollateConfig(**{name: value})
+    wrong: list[dict[str, Any]] = [{"top": -1}, {"window": 0}, {"parts": 0}, {"intervals": 101}]
+    for settings in wrong:
+        with pytest.raises(InputError, match=next(iter(settings))):
+            CollateConfig(**settings)
     with pytest.raises(InputError, match="weight_exponent"):
         CollateConfig(weight_exponent=0.0)
