@@ -29,7 +29,10 @@ def run_train(args: argparse.Namespace) -> None:
             folder = folder.with_name(f"{folder.name}-{number}")
         place = folder if args.save else None
         model = training.train(config, BoardDataset(boards), place, log_to=tuple(args.log_to))
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters" + (f" in {place}" if place else ""))
+        print(
+            f"{sum(p.numel() for p in model.parameters()):,} parameters"
+            + (f" in {place}" if place else "")
+        )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,9 +47,7 @@ def parser() -> argparse.ArgumentParser:
 
     train = command("train", run_train)
     train.add_argument("--model", default="gpt", help="gpt or lea (default: %(default)s)")
-    train.add_argument(
-        "--type", default="factor", help="factor or vanilla (default: %(default)s)"
-    )
+    train.add_argument("--type", default="factor", help="factor or vanilla (default: %(default)s)")
     train.add_argument(
         *("--epoch", "--epochs"),
         dest="epochs",
@@ -56,7 +57,10 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     train.add_argument(
-        "--batch", type=int, default=1, help="train so many models, each from its own seed (default: 1)"
+        "--batch",
+        type=int,
+        default=1,
+        help="train so many models, each from its own seed (default: 1)",
     )
     train.add_argument(
         "--save", type=int, choices=(0, 1), default=1, help="0: keep nothing on disk (default: 1)"
@@ -64,10 +68,10 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--run", type=Path, default=None, help="folder of the run (default: runs/boards-MODEL-TYPE)"
     )
-    train.add_argument("--seed", dest="train_seed", type=int, default=0, help="random seed (default: 0)")
     train.add_argument(
-        "--log-to", nargs="+", default=[], metavar="NAME", help="tensorboard, wandb"
+        "--seed", dest="train_seed", type=int, default=0, help="random seed (default: 0)"
     )
+    train.add_argument("--log-to", nargs="+", default=[], metavar="NAME", help="tensorboard, wandb")
     add_flags(train, BoardTrainingConfig, leave_out=("model", "type", "epochs", "device", "seed"))
     add_flags(train, BoardConfig, leave_out=("seed",))
     return main

@@ -14,12 +14,11 @@ from neuron_explainer.errors import CheckpointError, SourceError
 from neuron_explainer.experiments.boards.dataset import BoardDataset
 from neuron_explainer.experiments.boards.gpt import BoardGPT, GPTSizes
 from neuron_explainer.experiments.boards.lea import LEA, LEASizes
-from neuron_explainer.experiments.boards.objects import BoardConfig
 from neuron_explainer.settings import read_fields
 
 BoardModel = BoardGPT | LEA
 FORMAT_VERSION = 1
-WEIGHTS = "model.safetensors"
+WEIGHTS, BOARDS = "model.safetensors", "boards"
 _KINDS: dict[str, tuple[type[BoardModel], type[GPTSizes] | type[LEASizes]]] = {
     "board_gpt": (BoardGPT, GPTSizes),
     "board_lea": (LEA, LEASizes),
@@ -34,7 +33,7 @@ def kind_of(model: BoardModel) -> str:
 def save_model(
     model: BoardModel,
     folder: str | Path,
-    boards: BoardConfig,
+    dataset: BoardDataset,
     record: dict[str, Any],
     *,
     dtype: torch.dtype | None = None,
@@ -45,7 +44,7 @@ def save_model(
     Args:
         model: is left as it is.
         folder: absent or empty; one that holds a model is replaced only with ``overwrite``.
-        boards: what it was trained on.
+        dataset: what it was trained on; a folder ``boards`` beside the weights holds it.
         record: what else ``config.json`` says about it (training, figures).
         dtype: of the stored weights; default: as they are.
     """
@@ -55,13 +54,13 @@ def save_model(
             for name, value in model.state_dict().items()
         }
         safetensors.torch.save_file(tensors, temporary / WEIGHTS)
+        dataset.save(temporary / BOARDS)
         config = {
             "format_version": FORMAT_VERSION,
             "kind": kind_of(model),
             "sizes": asdict(model.sizes),
-            "boards": asdict(boards),
-            **{key: value for key, value in record.items() if key != "boards"},
-            "checksum": record.get("boards", {}).get("checksum"),
+            "boards_checksum": dataset.checksum,
+            **record,
         }
         files.write_json(temporary / "config.json", config)
 
@@ -107,14 +106,13 @@ def load_model(
         )
     model_type, sizes_type = _KINDS[found]
     sizes = read_fields(sizes_type, config["sizes"], str(folder), error=CheckpointError)
-    boards = read_fields(BoardConfig, config["boards"], str(folder), error=CheckpointError)
     model = model_type(sizes)  # type: ignore[arg-type]  # each architecture has its own sizes
     _fill(model, folder / WEIGHTS)
-    dataset = BoardDataset(boards)
-    if config.get("checksum") not in (None, dataset.checksum):
+    dataset = BoardDataset.load(folder / BOARDS)
+    if config.get("boards_checksum") != dataset.checksum:
         raise CheckpointError(
-            f"{folder}: the model was trained on boards of checksum {config['checksum']}, and this config "
-            f"makes those of {dataset.checksum}."
+            f"{folder}: the model was trained on boards of checksum {config.get('boards_checksum')}, and "
+            f"{BOARDS} holds those of {dataset.checksum}."
         )
     return StoredModel(model.to(device=device, dtype=dtype), dataset, config)
 

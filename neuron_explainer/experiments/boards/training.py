@@ -276,8 +276,7 @@ class BoardTrainer:
         """Save the model; there are no autoencoders."""
         if self.result is not None:
             record = {"training": asdict(self.config) | {"epochs": self.config.n_epochs}}
-            record["boards"] = {"checksum": self.dataset.checksum}
-            save_model(self.model, self.result, self.dataset.config, record, overwrite=True)
+            save_model(self.model, self.result, self.dataset, record, overwrite=True)
         return {}
 
     def outcome(self) -> dict[str, Any]:
