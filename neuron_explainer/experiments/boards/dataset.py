@@ -272,7 +272,7 @@ class BoardDataset:
 
     @functools.cached_property
     def checksum(self) -> str:
-        """SHA-256 of what the boards are: sizes, roots, composites, held-out rows, wherever they came from."""
+        """SHA-256 of what the boards are: sizes, roots, composites, held-out rows."""
         config = {k: v for k, v in asdict(self.config).items() if k not in ("seed", "test", "val")}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, array in self._arrays().items():
