@@ -5,20 +5,26 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from neuron_explainer.errors import InputError, NeuronExplainerError
-from neuron_explainer.experiments.boards import training
-from neuron_explainer.experiments.boards.dataset import BoardDataset
-from neuron_explainer.experiments.boards.objects import BoardConfig
+from neuron_explainer.experiments.boards import demo, training
+from neuron_explainer.experiments.boards.dataset import PARTS, BoardDataset
+from neuron_explainer.experiments.boards.essay import write_essay
+from neuron_explainer.experiments.boards.lea import LEA
+from neuron_explainer.experiments.boards.measures import accuracies, accuracy_by_kind
+from neuron_explainer.experiments.boards.model_files import save_model
+from neuron_explainer.experiments.boards.objects import KINDS, BoardConfig
+from neuron_explainer.experiments.boards.seed_layout import write_seed_layout
+from neuron_explainer.experiments.boards.study import Study
 from neuron_explainer.experiments.boards.training import BoardTrainingConfig
 from neuron_explainer.settings.flags import add_flags, from_flags
-
-_THEIRS = ("epochs", "batch_size", "type", "model", "device")
-"""Settings whose flags are those of the paper's program, or clash with them."""
+from neuron_explainer.tables import text_table
 
 
 def run_train(args: argparse.Namespace) -> None:
     """Train a model, from its run's newest checkpoint if there is one."""
-    # --seed sets both seeds, and --boards-seed that of the boards alone.
     boards = from_flags(args, BoardConfig)
     for number in range(args.batch):
         given = argparse.Namespace(**vars(args))
@@ -33,6 +39,65 @@ def run_train(args: argparse.Namespace) -> None:
             f"{sum(p.numel() for p in model.parameters()):,} parameters"
             + (f" in {place}" if place else "")
         )
+
+
+def run_figures(args: argparse.Namespace) -> None:
+    """Draw every figure of a run, and write the page that explains them."""
+    page = write_essay(Study.of(*args.runs), args.out)
+    print(f"wrote {page}")
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    """Show a masked board, its reconstruction, a probe table and causal edits, with the package's models."""
+    demo.run_demo(Study.of(*args.runs))
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    """Print the accuracy of a run's model by kind of board and part of the data set."""
+    stored = training.load_run(args.run)
+    rows = []
+    ways = {
+        "from the board": False,
+        **({"from words": True} if isinstance(stored.model, LEA) else {}),
+    }
+    for part in PARTS:
+        for way, from_words in ways.items():
+            found = accuracy_by_kind(
+                *(stored.model, stored.dataset, part), mask=args.mask, from_words=from_words
+            )
+            for kind, a in found.items():
+                figures = (a.hidden, a.cells, a.boards)
+                rows.append(
+                    [part, kind, way, *(f"{100 * x:.2f}" for x in figures), str(a.n_boards)]
+                )
+    head = ["part", "kind", "drawn", "hidden cells %", "all cells %", "boards %", "n"]
+    print(text_table(head, rows, n_left=3, rule=True))
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """Write a run's model, or that of its newest checkpoint, to a folder of its own."""
+    stored = training.load_run(args.run)
+    dtype = getattr(torch, args.dtype)
+    figures = accuracies(stored.model.to(dtype).float(), stored.dataset)
+    record = {"training": stored.config["training"], "accuracies": figures}
+    save_model(
+        stored.model, args.out, stored.dataset, record, dtype=dtype, overwrite=args.overwrite
+    )
+    print(f"wrote {args.out}")
+
+
+def run_boards(args: argparse.Namespace) -> None:
+    """Make a data set of boards and save it; show a board of each kind."""
+    dataset = BoardDataset(from_flags(args, BoardConfig))
+    if args.seed_layout:
+        print(f"wrote {write_seed_layout(dataset, args.out)}")
+    elif args.out is not None:
+        dataset.save(args.out)
+        print(f"wrote {args.out}")
+    print(dataset)
+    rng = np.random.default_rng(dataset.config.seed)
+    for kind in KINDS:
+        print(f"\n{dataset.draw(kind, 'train', 1, rng)}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,7 +139,38 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--log-to", nargs="+", default=[], metavar="NAME", help="tensorboard, wandb")
     add_flags(train, BoardTrainingConfig, leave_out=("model", "type", "epochs", "device", "seed"))
     add_flags(train, BoardConfig, leave_out=("seed",))
+    _add_looking(command)
+    boards = command("boards", run_boards)
+    boards.add_argument("--out", type=Path, default=None, help="folder (default: nothing is saved)")
+    boards.add_argument(
+        "--seed-layout",
+        action="store_true",
+        help="as the paper's program does: dataset.json and .npy",
+    )
+    add_flags(boards, BoardConfig)
     return main
+
+
+def _add_looking(command: Any) -> None:
+    """The commands that look at trained models."""
+    runs = "folder of a run or a model, one of each architecture at most (default: the package's models)"
+    figures = command("figures", run_figures)
+    figures.add_argument("runs", type=Path, nargs="*", metavar="RUN", help=runs)
+    figures.add_argument(
+        "--out", type=Path, required=True, help="folder for figures and index.html"
+    )
+    demonstration = command("demo", run_demo)
+    demonstration.add_argument("runs", type=Path, nargs="*", metavar="RUN", help=runs)
+    evaluate = command("evaluate", run_evaluate)
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="folder of a run or a model")
+    evaluate.add_argument(
+        "--mask", type=float, default=0.2, help="share of hidden cells (default: 0.2)"
+    )
+    export = command("export", run_export)
+    export.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    export.add_argument("--out", type=Path, required=True, help="folder for the model")
+    export.add_argument("--dtype", choices=("float32", "float16"), default="float32")
+    export.add_argument("--overwrite", action="store_true", help="replace a model that is there")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -97,8 +97,7 @@ def draw_with(model: BoardGPT, masked: Ints, place: LocationLike, hook: Hook) ->
 @torch.no_grad()
 def values_at(model: BoardGPT, masked: Ints, place: LocationLike) -> Tensor:
     """The activations at a place, in the place's own shape."""
-    found = model.capture(torch.from_numpy(masked).to(model.device), place)
-    return found[location(place)]
+    return model.capture(torch.from_numpy(masked).to(model.device), place)[location(place)]
 
 
 @dataclass(frozen=True)
@@ -225,7 +224,8 @@ def _random_step(hook: Hook, generator: torch.Generator) -> Hook:
         step: Tensor = hook(x) - x
         direction = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
         direction = direction / direction.norm(dim=-1, keepdim=True)
-        return x + direction * step.norm(dim=-1, keepdim=True)
+        moved: Tensor = x + direction * step.norm(dim=-1, keepdim=True)
+        return moved
 
     return edit
 
@@ -260,12 +260,13 @@ def patch_constituent(
 
 
 def largest_change(model: BoardGPT, masked: Ints, place: LocationLike, cells: Flags) -> float:
-    """The largest change of a logit when cells are replaced by their own activations: 0 if edits are right."""
+    """The largest change of a logit when cells are replaced by their own activations; 0 is right."""
     tokens = torch.from_numpy(masked).to(model.device)
     with torch.no_grad():
         values = values_at(model, masked, place)
         hooks = TransformerHooks().append_at(location(place), replace_cells(cells, values))
-        return float((model(tokens, hooks) - model(tokens)).abs().max())
+        difference: Tensor = model(tokens, hooks) - model(tokens)
+        return float(difference.abs().max())
 
 
 def describe(results: Sequence[EditResult]) -> list[list[str]]:

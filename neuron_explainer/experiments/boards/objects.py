@@ -161,7 +161,7 @@ def make_roots(config: BoardConfig, rng: np.random.Generator) -> Ints:
     n_cells, m = config.root_size**2, config.fuzzy_values if config.fuzzy_cells else 1
     tokens = config.n_backgrounds + np.arange(config.n_object_tokens)
     found: list[Ints] = []
-    for _ in range(1000 * config.n_roots):
+    for _ in range(100 * config.n_roots):
         root = np.full((n_cells, m), EMPTY)
         filled = rng.permutation(n_cells)[: config.root_cells]
         for place, cell in enumerate(filled):
@@ -190,7 +190,7 @@ def make_composites(config: BoardConfig, rng: np.random.Generator) -> Ints:
     """Composites ``[c, composite_size, composite_size]`` of root ids, all different."""
     n_places, side = config.composite_size**2, config.composite_size
     found: dict[bytes, Ints] = {}
-    for _ in range(1000 * config.n_composites):
+    for _ in range(100 * config.n_composites):
         composite = np.full(n_places, EMPTY)
         filled = rng.permutation(n_places)[: config.composite_roots]
         composite[filled] = rng.integers(config.n_roots, size=len(filled))

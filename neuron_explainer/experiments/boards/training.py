@@ -10,7 +10,7 @@ Shape legend: ``b`` boards, ``s`` cells, ``v`` tokens.
 """
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neuron_explainer import files
 from neuron_explainer.dictionaries.batches import BatchSource
 from neuron_explainer.dictionaries.loop import Loop, Plan
-from neuron_explainer.errors import InputError, did_you_mean
+from neuron_explainer.dictionaries.runs import RunFolder
+from neuron_explainer.errors import CheckpointError, InputError, did_you_mean
 from neuron_explainer.experiments.boards.curriculum import (
     CURRICULA,
     BoardBatch,
@@ -36,9 +38,14 @@ from neuron_explainer.experiments.boards.gpt import (
 )
 from neuron_explainer.experiments.boards.lea import LEA, LEASizes
 from neuron_explainer.experiments.boards.measures import accuracies
-from neuron_explainer.experiments.boards.model_files import BoardModel, save_model
+from neuron_explainer.experiments.boards.model_files import (
+    BoardModel,
+    StoredModel,
+    load_model,
+    save_model,
+)
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.settings import check_types
+from neuron_explainer.settings import check_types, read_fields
 
 logger = logging.getLogger(__name__)
 
@@ -275,8 +282,9 @@ class BoardTrainer:
     def finish(self) -> dict[str, Autoencoder]:
         """Save the model; there are no autoencoders."""
         if self.result is not None:
-            record = {"training": asdict(self.config) | {"epochs": self.config.n_epochs}}
-            save_model(self.model, self.result, self.dataset, record, overwrite=True)
+            save_model(
+                self.model, self.result, self.dataset, record_of(self.config), overwrite=True
+            )
         return {}
 
     def outcome(self) -> dict[str, Any]:
@@ -343,6 +351,42 @@ def train(
     loop = Loop(trainer, batches, plan)
     loop.run(place, progress=progress, log_to=log_to, callbacks=[_boards_writer(place, dataset)])
     return model
+
+
+def load_run(folder: str | Path) -> StoredModel:
+    """The model of a run: what it ended with, or what its newest checkpoint holds.
+
+    The config says how far it was trained: ``epochs`` as planned, ``epochs_done``.
+    """
+    folder = Path(folder)
+    if (folder / MODEL_FOLDER / "config.json").is_file():
+        return load_model(folder)
+    config = files.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if config.get("kind") != RUN_KIND:
+        return load_model(folder)
+    dataset = BoardDataset.load(folder / BOARDS_FOLDER)
+    if dataset.checksum != config["boards"]["checksum"]:
+        raise CheckpointError(
+            f"{folder / BOARDS_FOLDER} are not the boards of this run: expected the checksum "
+            f"{config['boards']['checksum']}, found {dataset.checksum}."
+        )
+    values = {**config["training"], "epochs": config["epochs"]}
+    training = read_fields(BoardTrainingConfig, values, str(folder), error=CheckpointError)
+    place = RunFolder(folder, {k: v for k, v in config.items() if k != "format_version"}, 2)
+    with place.claimed():
+        state = place.load_checkpoint()
+    if state is None:
+        raise CheckpointError(f"{folder} has no checkpoint yet.")
+    model = make_model(replace(training, device="cpu"), dataset)
+    model.load_state_dict(state["model"])
+    per_epoch = -(-training.boards_per_epoch // training.batch_size)
+    return StoredModel(model, dataset, record_of(training, state["step"] / per_epoch))
+
+
+def record_of(config: BoardTrainingConfig, epochs_done: float | None = None) -> dict[str, Any]:
+    """What a model's ``config.json`` says about its training."""
+    done = config.n_epochs if epochs_done is None else epochs_done
+    return {"training": asdict(config) | {"epochs": config.n_epochs, "epochs_done": done}}
 
 
 def _boards_writer(place: Path | None, dataset: BoardDataset) -> Any:
