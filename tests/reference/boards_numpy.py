@@ -15,16 +15,18 @@ Sites = dict[tuple[str, int | None], Array]
 
 def norm(x: Array, weight: Array, bias: Array) -> Array:
     centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * weight + bias
+    return np.asarray(
+        centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * weight + bias
+    )
 
 
 def gelu(x: Array) -> Array:
-    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    return np.asarray(0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))))
 
 
 def softmax(x: Array, axis: int) -> Array:
     exps = np.exp(x - x.max(axis, keepdims=True))
-    return exps / exps.sum(axis, keepdims=True)
+    return np.asarray(exps / exps.sum(axis, keepdims=True))
 
 
 def gpt(

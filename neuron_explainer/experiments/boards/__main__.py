@@ -19,16 +19,15 @@ from neuron_explainer.experiments.boards.objects import KINDS, BoardConfig
 from neuron_explainer.experiments.boards.seed_layout import write_seed_layout
 from neuron_explainer.experiments.boards.study import Study
 from neuron_explainer.experiments.boards.training import BoardTrainingConfig
-from neuron_explainer.settings.flags import add_flags, from_flags
+from neuron_explainer.settings.flags import add_flags, field_docs, from_flags
 from neuron_explainer.tables import text_table
 
 
 def run_train(args: argparse.Namespace) -> None:
     """Train a model, from its run's newest checkpoint if there is one."""
-    boards = from_flags(args, BoardConfig)
+    boards = from_flags(argparse.Namespace(**vars(args) | {"seed": args.boards_seed}), BoardConfig)
     for number in range(args.batch):
-        given = argparse.Namespace(**vars(args))
-        given.seed = args.train_seed + number
+        given = argparse.Namespace(**vars(args) | {"seed": args.train_seed + number})
         config = from_flags(given, BoardTrainingConfig)
         folder = args.run or Path("runs") / f"boards-{config.model}-{config.type}"
         if args.batch > 1:
@@ -138,7 +137,10 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--log-to", nargs="+", default=[], metavar="NAME", help="tensorboard, wandb")
     add_flags(train, BoardTrainingConfig, leave_out=("model", "type", "epochs", "device", "seed"))
-    add_flags(train, BoardConfig, leave_out=("seed",))
+    train.add_argument(
+        "--boards-seed", type=int, default=0, help="random seed of the data set (default: 0)"
+    )
+    _add_board_flags(train, leave_out=("seed", "split"))
     _add_looking(command)
     boards = command("boards", run_boards)
     boards.add_argument("--out", type=Path, default=None, help="folder (default: nothing is saved)")
@@ -147,8 +149,19 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="as the paper's program does: dataset.json and .npy",
     )
-    add_flags(boards, BoardConfig)
+    _add_board_flags(boards, leave_out=("split",))
     return main
+
+
+def _add_board_flags(sub: argparse.ArgumentParser, leave_out: tuple[str, ...]) -> None:
+    """The settings of a data set of boards. ``--split`` has no choices: our own error knows the nearest."""
+    sub.add_argument(
+        "--split",
+        default=argparse.SUPPRESS,
+        metavar="NAME",
+        help=f"{field_docs(BoardConfig)['split']} [balanced]",
+    )
+    add_flags(sub, BoardConfig, leave_out)
 
 
 def _add_looking(command: Any) -> None:

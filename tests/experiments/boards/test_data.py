@@ -21,6 +21,7 @@ from neuron_explainer.experiments.boards.objects import (
     EMPTY,
     KINDS,
     BoardConfig,
+    Split,
     could_be_drawn_alike,
     make_composites,
     make_roots,
@@ -67,11 +68,11 @@ def test_making_and_saving_the_default_data_set_is_quick_and_small(tmp_path: Pat
 
 
 @pytest.mark.parametrize("split", ["balanced", "fraction", "stringent"])
-def test_parts_are_disjoint_and_complete_by_brute_force(split: str) -> None:
+def test_parts_are_disjoint_and_complete_by_brute_force(split: Split) -> None:
     config = BoardConfig(n_roots=3, n_backgrounds=2, n_composites=2, split=split, val=0.0)
     found = BoardDataset(config)
     corners = list(itertools.product(range(6), repeat=2))
-    every = {
+    every: dict[str, set[tuple[int, ...]]] = {
         "single": {(r, *c, b) for r in range(3) for c in corners for b in range(2)},
         "double": {
             (r, *c, r2, *c2, b)
@@ -153,7 +154,7 @@ def test_sizes_that_cannot_hold_the_objects_are_refused() -> None:
         make_roots(BoardConfig(n_roots=17, root_size=2, root_cells=4, n_object_tokens=2), rng())
     with pytest.raises(InputError, match="only 16 different composites"):
         make_composites(BoardConfig(n_roots=2, n_composites=17), rng())
-    with pytest.raises(InputError, match="composite of 7 cells .* does not fit on a board of 6"):
+    with pytest.raises(InputError, match=r"composite of 7 cells .* does not fit on a board of 6"):
         BoardConfig(board_size=6)
     with pytest.raises(InputError, match="root of 9 cells does not fit"):
         BoardConfig(root_size=9)
@@ -279,7 +280,7 @@ def test_a_composites_patch_hides_exactly_one_constituent(dataset: BoardDataset)
 
 
 @pytest.mark.parametrize("split", ["balanced", "fraction", "stringent"])
-def test_saved_data_sets_come_back(split: str, tmp_path: Path) -> None:
+def test_saved_data_sets_come_back(split: Split, tmp_path: Path) -> None:
     config = BoardConfig(n_roots=3, n_backgrounds=2, fuzzy_cells=1, fuzzy_values=2, split=split)
     found = BoardDataset(config)
     found.save(tmp_path / "ours")

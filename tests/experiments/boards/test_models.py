@@ -24,7 +24,7 @@ from neuron_explainer.experiments.boards.sites import (
 )
 from neuron_explainer.models.hooks import AtLayers, TransformerHooks
 from neuron_explainer.models.locations import SITES, ActivationLocation
-from tests.conftest import assert_close, random_tokens
+from tests.conftest import assert_close, keep_in, random_tokens
 from tests.reference import boards_numpy
 
 TINY = GPTSizes(vocab_size=7, n_cells=9, n_layers=2, width=8, position_width=4)
@@ -128,24 +128,12 @@ def test_names_of_the_papers_program_are_understood() -> None:
     assert location("b0_a") == ActivationLocation("attn.qk_probs", 0)
     assert location("1/mlp.post_act").layer == 1
     with pytest.raises(
-        LocationError, match="unknown record point 'b0_mlp_updat'. Did you mean 'mlp_update'"
+        LocationError, match=r"unknown record point 'b0_mlp_updat'. Did you mean 'mlp_update'"
     ):
         location("b0_mlp_updat")
     theirs = {site.theirs for site in BOARD_SITES}
-    named = [
-        "z",
-        "a",
-        "v",
-        "attn_v",
-        "attn_update",
-        "z_attn",
-        "mlp_in",
-        "mlp_update",
-        "z_attn_mlp",
-        "z_out",
-        "logit",
-    ]
-    assert set(named) <= theirs
+    named = {"z", "a", "v", "attn_v", "attn_update", "z_attn", "mlp_in", "mlp_update", "logit"}
+    assert named | {"z_attn_mlp", "z_out"} <= theirs
 
 
 def test_permuting_cells_with_their_position_codes_permutes_the_logits() -> None:
@@ -272,8 +260,8 @@ def test_the_words_can_be_changed_by_a_hook() -> None:
 
 
 def test_hooks_of_cross_attention_choose_layers() -> None:
-    hooks, seen = StreamHooks(), []
-    hooks.cross.probs.append_fwd(AtLayers(1).append(lambda x: seen.append(x) or x))
+    hooks, seen = StreamHooks(), list[Tensor]()
+    hooks.cross.probs.append_fwd(AtLayers(1).append(keep_in(seen)))
     tree = LEAHooks()
     tree.speech = hooks
     with torch.no_grad():
@@ -389,7 +377,7 @@ def test_the_other_architecture_and_misfits_are_refused(tmp_path: Path) -> None:
     dataset = BoardDataset(BoardConfig(n_roots=3))
     save_model(BoardGPT(), tmp_path / "m", dataset, {})
     with pytest.raises(
-        CheckpointError, match="expected a model of kind 'board_lea', found .*'board_gpt'"
+        CheckpointError, match=r"expected a model of kind 'board_lea', found .*'board_gpt'"
     ):
         load_model(tmp_path / "m", "board_lea")
     save_model(BoardGPT(GPTSizes(width=32)), tmp_path / "n", dataset, {})
