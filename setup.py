@@ -51,6 +51,8 @@ setup(
         "plots": ["matplotlib"],
         # The probes and figures of the board experiments.
         "boards": ["matplotlib", "scikit-learn"],
+        # Figures of units as a table.
+        "pandas": ["pandas"],
         # Where training can log to, next to its own log.jsonl.
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
@@ -68,6 +70,7 @@ setup(
             "zstandard",
             "pyarrow",
             "datasets",
+            "pandas",
             "mypy",
             "ruff",
             "pre_commit",

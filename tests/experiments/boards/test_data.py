@@ -3,6 +3,7 @@
 import itertools
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -356,7 +357,10 @@ def test_a_board_is_drawn_by_matplotlib(dataset: BoardDataset) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: BoardConfig(split="balancd"), "unknown split 'balancd'. Did you mean 'balanced'"),
+        (
+            lambda: BoardConfig(split=cast(Any, "balancd")),
+            "unknown split 'balancd'. Did you mean 'balanced'",
+        ),
         (lambda: check_kind("duble"), "unknown kind of board 'duble'. Did you mean 'double'"),
         (lambda: check_part("tests"), "Did you mean 'test'"),
         (lambda: BoardConfig(split="fraction", test=4.0), "test must be a share"),
