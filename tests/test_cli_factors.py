@@ -188,7 +188,9 @@ def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         capsys, "learn", "text.txt", *LEARN, "--layers", "9", "--out", "x"
     )
     long = [*LEARN, "--sentence-length", "9999"]
-    assert "--sentence-length 255 is the most" in fail(capsys, "learn", "text.txt", *long, "--out", "x")
+    assert "--sentence-length 255 is the most" in fail(
+        capsys, "learn", "text.txt", *long, "--out", "x"
+    )
     shutil.rmtree("run")
     run(capsys, "learn", "text.txt", *LEARN, "--seed", "1", "--layers", "0", "--out", "run")
     assert "is not the dictionary" in fail(capsys, "saliency", "examples")

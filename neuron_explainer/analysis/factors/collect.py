@@ -168,7 +168,8 @@ class _Pass:
     def _encode(self, name: str, place: ActivationLocation, x: Tensor, positions: Tensor) -> None:
         autoencoder = self.dictionaries[name].autoencoder
         at_once = max(1, LATENTS_AT_ONCE // autoencoder.n_latents)
-        for rows, where in zip(x.split(at_once), positions.split(at_once), strict=True):
+        parts = zip(torch.split(x, at_once), torch.split(positions, at_once), strict=True)
+        for rows, where in parts:
             latents = autoencoder.encode_sparse(rows.to(autoencoder.device, autoencoder.dtype))
             self.strongest[name, place].add(latents, where)
 

@@ -62,7 +62,8 @@ class Importance:
     @property
     def peak(self) -> npt.NDArray[np.int64]:
         """``[c]``: the index of the location where each curve is highest, the first of equal ones."""
-        return self.values.argmax(axis=1).astype(np.int64)
+        found: npt.NDArray[np.int64] = self.values.argmax(axis=1)
+        return found
 
     @property
     def levels(self) -> list[Level]:

@@ -171,7 +171,7 @@ def _values(
     """The factor at the last token of each copy ``[v, s]``: ``[v]``."""
     model = context.get_or_create_model()
     found = []
-    for batch in torch.from_numpy(copies).split(batch_size):
+    for batch in torch.split(torch.from_numpy(copies), batch_size):
         tokens = batch.to(model.device)
         captured = model.capture(tokens, example.location, bos=False if bos is None else int(bos))
         x = captured[example.location][:, -1].flatten(1)
@@ -215,7 +215,7 @@ def weighted_ridge(x: Floats, y: Floats, importance: Floats, alpha: float) -> tu
     centred = x - x_mean
     weighted = centred.T * importance
     gram = weighted @ centred + alpha * np.eye(x.shape[1])
-    coefficients = np.linalg.solve(gram, weighted @ (y - y_mean))
+    coefficients = np.linalg.solve(gram, weighted @ (y - y_mean)).astype(np.float64)
     return coefficients, float(y_mean - x_mean @ coefficients)
 
 

@@ -36,8 +36,12 @@ class Entries(NamedTuple):
 
     def of(self, factor: int) -> "Entries":
         """The entries of one factor."""
-        first, last = np.searchsorted(self.factor, [factor, factor + 1])
-        return Entries(*(column[first:last] for column in self))
+        first, last = np.searchsorted(self.factor, [factor, factor + 1]).tolist()
+        return self.rows(slice(first, last))
+
+    def rows(self, which: slice | Ints) -> "Entries":
+        """Some of the entries."""
+        return Entries(self.factor[which], self.score[which], self.position[which])
 
 
 class Strongest:
@@ -68,17 +72,17 @@ class Strongest:
             raise InputError(
                 f"the code of the token at corpus position {int(positions[row])} holds NaN or infinity."
             )
-        row, place = (values > 0).nonzero()
-        factor = latents.indices.cpu().numpy()[row, place].astype(np.int32)
-        score = values[row, place]
-        good = score >= self._limit[factor]  # an equal score may stand earlier in the corpus
-        where = positions.cpu().numpy().astype(np.int64)[row]
-        self._new.append(Entries(factor[good], score[good], where[good]))
+        active = values > 0
+        rows = active.nonzero()[0]
+        factor = latents.indices.cpu().numpy()[active].astype(np.int32)
+        found = Entries(factor, values[active], positions.cpu().numpy().astype(np.int64)[rows])
+        # An equal score may stand earlier in the corpus.
+        self._new.append(found.rows(np.flatnonzero(found.score >= self._limit[factor])))
 
     def merge(self) -> Entries:
         """The strongest of everything added so far."""
-        parts = [self._kept, *self._new]
-        found = Entries(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        factors, scores, positions = zip(self._kept, *self._new, strict=True)
+        found = Entries(*map(np.concatenate, (factors, scores, positions)))
         self.restore(_cut(found, self.n))
         return self._kept
 
@@ -95,4 +99,4 @@ def _cut(entries: Entries, n: int) -> Entries:
     order = np.lexsort((entries.position, -entries.score, entries.factor))
     factor = entries.factor[order]
     rank = np.arange(len(factor)) - np.searchsorted(factor, factor)
-    return Entries(*(column[order[rank < n]] for column in entries))
+    return entries.rows(order[rank < n])
