@@ -83,9 +83,9 @@ def collect_examples(
     shown = progress_bar(numbers, desc="factors", unit=" batches") if progress else numbers
     for number in shown:
         work.add(windows.batch(number))
-        if (number + 1) % per_shard == 0 or number + 1 == n_batches:
+        if (number + 1) % per_shard == 0 and number + 1 < n_batches:
             work.merge()
-            if partial is not None and number + 1 < n_batches:
+            if partial is not None:
                 partial.save(work, number + 1)
     found = work.finish()
     if partial is not None:
