@@ -4,6 +4,7 @@ from functools import cache
 
 import torch
 
+from benchmarks.contestants.encoding import directions
 from benchmarks.workloads import Prepared
 from neuron_explainer.activations.corpus import TokenCorpus
 from neuron_explainer.activations.windows import TokenWindows
@@ -30,8 +31,8 @@ def autoencoders(
     for number, layer in enumerate(layers):
         place = f"{layer}/resid.torso.post_mlp"
         x = model.get_or_create_model().capture(torch.tensor(tokens[:8]), place)[place]
-        torch.manual_seed(number)
         autoencoder = Autoencoder(latents, x.shape[-1], TopK(k), location=place)
+        autoencoder.encoder.weight.data.copy_(directions(latents, x.shape[-1]).roll(number, 0))
         autoencoder.pre_bias.data.copy_(x.mean((0, 1)))
         made[f"{number}: {place}"] = autoencoder.requires_grad_(False)
     return made
