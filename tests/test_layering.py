@@ -52,6 +52,7 @@ FLOORS = [
         "tokenizers",
         "sampling",
         "devices",
+        "locks",
         "names",
         "weight_names",
         "weight_layouts",

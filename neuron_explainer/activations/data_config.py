@@ -111,8 +111,12 @@ def open_corpus(context: ModelContext, text: str | Path, config: DataConfig) -> 
 
 
 def _open_corpus(context: ModelContext, text: str | Path, config: DataConfig) -> TokenCorpus:
-    # With two or more slashes, hf: names a file of a repository.
-    if str(text).startswith("hf:") and str(text).count("/") < 2:
+    if str(text).startswith("hf:"):
+        if str(text).count("/") > 1:
+            raise SourceError(
+                f"{text}: in the place of a text, hf:OWNER/NAME names a data set of the Hugging Face hub; "
+                "give a single file by its https:// address."
+            )
         documents = huggingface_documents(str(text).removeprefix("hf:"), config.column)
         return tokenize(documents, context, max_tokens=config.corpus_tokens)
     if not (files.is_remote(str(text)) or Path(text).exists()):

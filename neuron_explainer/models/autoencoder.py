@@ -66,6 +66,7 @@ from neuron_explainer.models.checkpoints.autoencoders.state import (
     read_group_sizes,
 )
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
+from neuron_explainer.tables import by_shape
 
 __all__ = [
     "ACTIVATIONS_CLASSES",
@@ -94,6 +95,9 @@ class AutoencoderOutput(NamedTuple):
     recons: Tensor
     """``[…, o]`` on the scale of the input."""
 
+    def __repr__(self) -> str:
+        return by_shape(self)
+
 
 class Code(NamedTuple, Generic[L]):
     """The latents of an input, and the way back."""
@@ -104,6 +108,9 @@ class Code(NamedTuple, Generic[L]):
     """What :meth:`Autoencoder.normalize` gives with it."""
     decode: Callable[[Tensor | Latents], Tensor]
     """Latents, these or edited ones, ``-> […, o]`` on the scale of this input."""
+
+    def __repr__(self) -> str:
+        return by_shape(self)
 
 
 class TiedTranspose(nn.Module):
@@ -262,12 +269,22 @@ class Autoencoder(StoredAutoencoder):
         """
         self._check_latents(latents)
         recons: Tensor = (
-            latents.decode(self.decoder.weight.t())
+            latents.decode(self.directions)
             if isinstance(latents, Latents)
             else self.decoder(latents)
         )
         recons = recons + (self.pre_bias if self.post_bias is None else self.post_bias)
         return self.denormalize(recons, stats)
+
+    @property
+    def directions(self) -> Tensor:
+        """``[l, o]``: row ``i`` is the direction that latent ``i`` writes.
+
+        It is what one unit of the latent adds to the reconstruction: a column of ``decoder.weight``,
+        which is ``[o, l]``. Where inputs are normalised, it is in units of normalised inputs. Latents that
+        were left out of memory have rows of zeros.
+        """
+        return self.decoder.weight.t()
 
     def denormalize(self, recons: Tensor, stats: InputStats | None) -> Tensor:
         """The decoder's output ``[…, o]`` on the scale of the input that ``stats`` belongs to."""

@@ -7,7 +7,6 @@ Shape legend: ``n`` inputs of an autoencoder, ``l`` latents, ``…`` any leading
 """
 
 import importlib
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from neuron_explainer.models.autoencoders.pruned import get_decoder_weight, omit
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.hooks import AtLayers, AutoencoderHooks, Hook, TransformerHooks
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
+from neuron_explainer.models.locks import Lock
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.weight_names import Dimension, LayerIndex
 
@@ -118,7 +118,7 @@ class AutoencoderContext:
     omit_dead_latents: bool = False
     dtype: torch.dtype = torch.float32
     _loaded: dict[str, Autoencoder] = field(default_factory=dict, init=False, repr=False)
-    _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
+    _lock: Lock = field(default_factory=Lock, init=False, repr=False)
 
     @property
     def location(self) -> ActivationLocation:

@@ -644,7 +644,7 @@ class AutoencoderHooks(HookCollection):
     Without ``add_error`` the activation is replaced by its reconstruction. With it, what the
     autoencoder does not capture is added back: ``decode(hooked latents) + (x - decode(latents))``.
     Then nothing changes unless a hook edits something, and editing a latent moves the output by
-    that latent's decoder column.
+    that latent's direction (:attr:`Autoencoder.directions`).
 
     Args:
         encode: ``[..., n] -> [..., l]``.

@@ -8,6 +8,7 @@ Shape legend: ``b`` batch, ``s`` sequence, ``v`` vocabulary.
 
 import functools
 import logging
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -70,6 +71,10 @@ class Activations(dict[ActivationLocation, Tensor]):
 
     def __contains__(self, key: object, /) -> bool:
         return super().__contains__(ActivationLocation.parse(key) if isinstance(key, str) else key)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        """What notebooks and IPython offer after ``found["``."""
+        return [str(location) for location in self]
 
     def __repr__(self) -> str:
         return "\n".join(
@@ -188,6 +193,11 @@ class LanguageModel(ABC):
         return self.sizes[Dimension.VOCAB_SIZE]
 
     @property
+    def _fillers(self) -> set[int]:
+        """Tokens with which batches are filled up: 0, which :meth:`to_batch` uses, and those of others."""
+        return {0}
+
+    @property
     def _context(self) -> int | None:
         """The most tokens that a row may have; None if there is no limit."""
         return self.sizes.get(Dimension.MAX_CONTEXT_LENGTH)
@@ -249,6 +259,8 @@ class LanguageModel(ABC):
             The pad mask ``[b, s]``; None if nothing is padded.
         """
         check_tokens(tokens, pad, self.n_vocab)
+        if pad is None and isinstance(H.prev_lens, int):
+            _warn_of_pads(tokens, self._fillers)
         if self.dtype is torch.float16 and tokens.is_cpu:
             _say_that_float16_is_slow()
         if isinstance(H.prev_lens, Tensor) and len(H.prev_lens) != len(tokens):
@@ -370,6 +382,28 @@ class LanguageModel(ABC):
         with self._generation(len(ids), longest, num_tokens, hooks) as step:
             rows = _generate(step, ids, num_tokens, choose, stops, self.device)
         return Sample.of(rows, lambda: [self._decode(row) for row in rows])
+
+
+class UnmarkedPadsWarning(UserWarning):
+    """Tokens that look like a padded batch were run without a pad mask."""
+
+
+def _warn_of_pads(tokens: Tensor, fillers: set[int]) -> None:
+    """Warn if some rows of ``[b, s]``, but not all, begin or end with the same filler twice."""
+    if len(tokens) < 2 or tokens.shape[1] < 3:
+        return
+    for edge, side in ((tokens[:, -2:], "ends"), (tokens[:, :2], "begins")):
+        for filler in sorted(fillers):
+            rows = (edge == filler).all(dim=1).nonzero().flatten().tolist()
+            if 0 < len(rows) < len(tokens):
+                warnings.warn(
+                    f"row {rows[0]} of tokens {side} with token {filler} repeated, as if it were padded, and "
+                    "no pad mask is given: the pads are read as text. Give pad=, which is True at pads, "
+                    "or give the prompts themselves, which are padded and masked here.",
+                    UnmarkedPadsWarning,
+                    stacklevel=2,
+                )
+                return
 
 
 @functools.cache  # once a process

@@ -622,6 +622,11 @@ class Transformer(Checkpointed):
     def _start_token(self) -> int:
         return tokenizers.start_token(self.tokenizer or self.cfg.enc)
 
+    @property
+    def _fillers(self) -> set[int]:
+        start = tokenizers.known_start_token(self.tokenizer or self.cfg.enc)
+        return super()._fillers | ({start} if start is not None else set())
+
     def simplify(self) -> Self:
         """Fold each layer's norms into the linear maps behind them, in place, and return the model.
 

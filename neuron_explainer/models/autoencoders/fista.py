@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.errors import InputError
+from neuron_explainer.tables import by_shape
 
 MAX_ITERATIONS = 500
 TOLERANCE = 1e-5
@@ -48,6 +49,9 @@ class SparseCode(NamedTuple):
     """``[…]`` int64: iterations taken."""
     violation: Tensor
     """``[…]`` furthest distance from the conditions of the minimum, relative to ``max |Φᵀx|``."""
+
+    def __repr__(self) -> str:
+        return by_shape(self)
 
 
 def fista(

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neuron_explainer.tables import by_shape
+
 
 class Latents(NamedTuple):
     """The active latents of each row; all others are zero."""
@@ -19,6 +21,9 @@ class Latents(NamedTuple):
     indices: Tensor
     """``[…, k]`` int64; an index occurs twice in a row only where its value is 0."""
     n_latents: int
+
+    def __repr__(self) -> str:
+        return by_shape(self)
 
     def dense(self) -> Tensor:
         """``[…, l]``; differentiable with respect to the values."""
@@ -59,15 +64,15 @@ class Latents(NamedTuple):
             n_latents,
         )
 
-    def decode(self, rows: Tensor) -> Tensor:
-        """The sum of the decoder's rows ``[l, o]``, weighted by the values: ``[…, o]``."""
+    def decode(self, directions: Tensor) -> Tensor:
+        """The sum of the latents' directions ``[l, o]``, each times the latent's value: ``[…, o]``."""
         width = self.values.shape[-1]
         if not self.values.numel():
-            return rows.new_zeros(*self.values.shape[:-1], rows.shape[1])
+            return directions.new_zeros(*self.values.shape[:-1], directions.shape[1])
         recons = F.embedding_bag(
             self.indices.reshape(-1, width),
-            rows.contiguous(),
-            per_sample_weights=self.values.reshape(-1, width).to(rows.dtype),
+            directions.contiguous(),
+            per_sample_weights=self.values.reshape(-1, width).to(directions.dtype),
             mode="sum",
         )
-        return recons.view(*self.values.shape[:-1], rows.shape[1])
+        return recons.view(*self.values.shape[:-1], directions.shape[1])

@@ -19,12 +19,8 @@ ACTIVATION_FREQUENCY_THRESHOLD_FOR_DEAD_LATENTS = 1e-8
 
 
 def get_decoder_weight(autoencoder: Autoencoder) -> Tensor:
-    """The direction of each latent, ``[l, o]``; zeros for latents that were left out of memory."""
-    weight: Tensor = autoencoder.decoder.weight.t()
-    if isinstance(autoencoder, PrunedAutoencoder):
-        full = weight.new_zeros(autoencoder.n_latents, weight.shape[1])
-        return full.index_copy(0, autoencoder.kept, weight)
-    return weight
+    """:attr:`Autoencoder.directions`, under the original's name."""
+    return autoencoder.directions
 
 
 def count_dead_latents(autoencoder: Autoencoder) -> int:
@@ -149,6 +145,11 @@ class PrunedAutoencoder(Autoencoder):
         return found
 
     # ---- the wrapped methods ---------------------------------------------------------------------------
+
+    @property
+    def directions(self) -> Tensor:
+        rows = self.small.directions
+        return rows.new_zeros(self.n_latents, rows.shape[1]).index_copy(0, self.kept, rows)
 
     def normalize(self, x: Tensor) -> tuple[Tensor, InputStats | None]:
         return self.small.normalize(x)
