@@ -48,6 +48,7 @@ MODELS = "neuron_explainer.models"
 FLOORS = [
     [
         "locations",
+        "checks",
         "config",
         "tokenizers",
         "sampling",

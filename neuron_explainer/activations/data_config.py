@@ -91,7 +91,7 @@ class DataConfig:
         if self.max_norm_multiple is not None and self.max_norm_multiple <= 0:
             raise InputError(f"max_norm_multiple must be above 0, found {self.max_norm_multiple}.")
         if not 0 <= self.data_seed < 2**64:
-            raise InputError(f"data_seed must be at least 0, found {self.data_seed}.")
+            raise InputError(f"data_seed must be in 0 to 2**64 - 1, found {self.data_seed}.")
         if self.split is not None:
             check_pattern(self.split)
 

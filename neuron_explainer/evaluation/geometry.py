@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.checks import check_seed
 from neuron_explainer.tables import by_shape
 
 SAMPLE = 2048
@@ -35,6 +36,7 @@ class WeightGeometry:
     @torch.no_grad()
     def of(cls, autoencoder: Autoencoder, sample: int = SAMPLE, seed: int = 0) -> "WeightGeometry":
         """Measure the weights; the nearest cosine is measured for a random ``sample`` of latents."""
+        check_seed(seed)
         decoder = autoencoder.directions.float()
         norm = decoder.norm(dim=1)
         alive = norm > 0

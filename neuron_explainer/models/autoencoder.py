@@ -65,6 +65,7 @@ from neuron_explainer.models.checkpoints.autoencoders.state import (
     check_sizes,
     read_group_sizes,
 )
+from neuron_explainer.models.checks import check_tensor
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
 from neuron_explainer.tables import by_shape
 
@@ -331,12 +332,12 @@ class Autoencoder(StoredAutoencoder):
         Where no gradient is needed, ``chunk_bytes`` of dense latents are held at a time (None: what
         suits the device), and decoded through their active entries if fewer than ``sparse_share`` are.
         """
+        self._check_width(x, self.n_inputs, "input")
         if needs_graph(self, x) or self.nonlinearity.needs_dictionary:
             return cast(AutoencoderOutput, self(x)).recons
         if self._searches:
             code = self.code_sparse(x, chunk_bytes=chunk_bytes)
             return code.decode(code.latents)
-        self._check_width(x, self.n_inputs, "input")
         parts = []
         for rows in in_pieces(x.reshape(-1, self.n_inputs), self.n_latents, chunk_bytes):
             latents, _, decode = self.code(rows)
@@ -395,6 +396,7 @@ class Autoencoder(StoredAutoencoder):
         if not isinstance(latents, Latents):
             self._check_width(latents, self.n_latents, "latents")
             return
+        check_tensor(latents.values, f"{self._name()}: latents", self.device)
         self._check_dtype(latents.values)
         if latents.n_latents != self.n_latents:
             raise InputError(
@@ -403,6 +405,7 @@ class Autoencoder(StoredAutoencoder):
             )
 
     def _check_width(self, x: Tensor, width: int, what: str) -> None:
+        check_tensor(x, f"{self._name()}: {what}", self.device)
         if x.ndim == 0 or x.shape[-1] != width:
             raise InputError(
                 f"{self._name()}: expected {what} of width {width} in the last axis, found shape "

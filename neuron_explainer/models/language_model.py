@@ -24,6 +24,7 @@ from neuron_explainer.errors import (
     NeuronExplainerError,
     did_you_mean,
 )
+from neuron_explainer.models.checks import check_seed, check_tensor
 from neuron_explainer.models.devices import Device
 from neuron_explainer.models.hooks import NO_HOOKS, AtLayers, HookNode, TransformerHooks
 from neuron_explainer.models.kv_cache import State
@@ -207,7 +208,11 @@ class LanguageModel(ABC):
     def prompt_ids(self, prompts: Prompts, bos: bool | int = False) -> list[list[int]]:
         """Token ids of prompts in any form that :meth:`sample` takes, after the start token if asked."""
         start = [] if bos is False else [self._bos_id(bos)]
-        return prompts_to_ids(prompts, self._encode, start)
+        ids = prompts_to_ids(prompts, self._encode, start)
+        for row in ids:
+            if (low := min(row)) < 0 or max(row) >= self.n_vocab:
+                raise _unknown_token(low if low < 0 else max(row), self.n_vocab)
+        return ids
 
     def to_batch(
         self, tokens: Tensor | Prompts, pad: Tensor | None = None, bos: bool | int = False
@@ -221,7 +226,7 @@ class LanguageModel(ABC):
             return prep_input_and_pad(self.prompt_ids(tokens, bos), "right", self.device)
         if bos is False:
             return tokens, pad
-        check_tokens(tokens, pad, self.n_vocab)
+        check_tokens(tokens, pad, self.n_vocab, self.device)
         return prepend(tokens, pad, self._bos_id(bos))
 
     def _bos_id(self, bos: bool | int) -> int:
@@ -258,7 +263,7 @@ class LanguageModel(ABC):
         Returns:
             The pad mask ``[b, s]``; None if nothing is padded.
         """
-        check_tokens(tokens, pad, self.n_vocab)
+        check_tokens(tokens, pad, self.n_vocab, self.device)
         if pad is None and isinstance(H.prev_lens, int):
             _warn_of_pads(tokens, self._fillers)
         if self.dtype is torch.float16 and tokens.is_cpu:
@@ -469,7 +474,7 @@ def prepend(tokens: Tensor, pad: Tensor | None, start: int) -> tuple[Tensor, Ten
     return tokens, pad
 
 
-def check_tokens(tokens: Any, pad: Any, n_vocab: int) -> None:
+def check_tokens(tokens: Any, pad: Any, n_vocab: int, device: torch.device | None = None) -> None:
     """Refuse tokens that are not a batch of ids below ``n_vocab``, and a pad mask that does not fit."""
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.long or tokens.dim() != 2:
         found = (
@@ -478,10 +483,11 @@ def check_tokens(tokens: Any, pad: Any, n_vocab: int) -> None:
             else type(tokens).__name__
         )
         raise InputError(f"tokens must be an int64 tensor [batch, pos], found {found}.")
+    check_tensor(tokens, "tokens", device)
     if tokens.numel() == 0:
         raise InputError(f"tokens must hold at least one token, found {list(tokens.shape)}.")
-    if pad is not None and not isinstance(pad, Tensor):
-        raise InputError(f"pad must be a bool tensor, found {type(pad).__name__}.")
+    if pad is not None:
+        check_tensor(pad, "pad", device)
     if pad is not None and (pad.dtype != torch.bool or pad.shape != tokens.shape):
         raise InputError(
             f"pad must be bool and of tokens' shape {list(tokens.shape)}, "
@@ -489,9 +495,11 @@ def check_tokens(tokens: Any, pad: Any, n_vocab: int) -> None:
         )
     low, high = (int(x) for x in tokens.aminmax())
     if low < 0 or high >= n_vocab:
-        raise InputError(
-            f"token ids must lie in 0 to {n_vocab - 1}, found {low if low < 0 else high}."
-        )
+        raise _unknown_token(low if low < 0 else high, n_vocab)
+
+
+def _unknown_token(token: int, n_vocab: int) -> InputError:
+    return InputError(f"token ids must lie in 0 to {n_vocab - 1}, found {token}.")
 
 
 def _make_generator(
@@ -502,8 +510,7 @@ def _make_generator(
         return generator
     if generator is not None:
         raise InputError("give generator or seed, not both.")
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-        raise InputError(f"seed must be a whole number of at most 64 bits, found {seed!r}.")
+    check_seed(seed)
     return torch.Generator(device).manual_seed(seed)
 
 

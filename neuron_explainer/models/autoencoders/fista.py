@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.errors import InputError
+from neuron_explainer.models.checks import check_tensor
 from neuron_explainer.tables import by_shape
 
 MAX_ITERATIONS = 500
@@ -213,6 +214,8 @@ def check_settings(penalty: float, max_iterations: int, tolerance: float) -> Non
 
 def _correlations(x: Tensor, dictionary: Tensor) -> Tensor:
     """Φᵀx, ``[…, l]``."""
+    check_tensor(dictionary, "FISTA: dictionary")
+    check_tensor(x, "FISTA: x", dictionary.device)
     if dictionary.ndim != 2:
         raise InputError(f"FISTA: dictionary must be [n, l], found {list(dictionary.shape)}.")
     if x.ndim == 0 or x.shape[-1] != len(dictionary):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neuron_explainer.models.checks import check_tensor
 from neuron_explainer.tables import by_shape
 
 
@@ -36,6 +37,7 @@ class Latents(NamedTuple):
 
         Padding has value 0 and index 0. Indices ascend. Differentiable.
         """
+        check_tensor(dense, "latents")
         rows = dense.reshape(-1, dense.shape[-1])
         row, column = rows.detach().nonzero(as_tuple=True)
         counts = torch.bincount(row, minlength=len(rows))

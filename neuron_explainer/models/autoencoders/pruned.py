@@ -192,6 +192,7 @@ class PrunedAutoencoder(Autoencoder):
     def reconstruct(
         self, x: Tensor, *, chunk_bytes: int | None = None, sparse_share: float = SPARSE_SHARE
     ) -> Tensor:
+        self._check_width(x, self.n_inputs, "input")
         if needs_graph(self, x):
             return cast(AutoencoderOutput, self(x)).recons
         return self.small.reconstruct(x, chunk_bytes=chunk_bytes, sparse_share=sparse_share)
