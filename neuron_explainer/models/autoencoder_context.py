@@ -72,7 +72,7 @@ class AutoencoderConfig:
 
     @classmethod
     def from_spec(cls, spec: "AutoencoderConfig") -> Self:
-        """From an entry of the registry."""
+        """Return the config that an entry of the registry describes."""
         return cls(
             spec.location,
             spec.autoencoder_path_by_layer_index,
@@ -87,14 +87,14 @@ class AutoencoderSpec(AutoencoderConfig):
 
 
 class HasSizes(Protocol):
-    """A ``ModelContext``, or what knows sizes as one does."""
+    """A ``ModelContext``, or another object that knows a model's sizes."""
 
     def get_dim_size(self, model_dim: Dimension) -> int:
-        """How long an axis is in this model."""
+        """Return the length of an axis in this model."""
 
 
 class HasConfig(Protocol):
-    """A ``Transformer``, or what has its config."""
+    """A ``Transformer``, or another object with its config."""
 
     @property
     def cfg(self) -> TransformerConfig:
@@ -106,7 +106,7 @@ class AutoencoderContext:
     """One autoencoder for each layer, at one location: loaded when first needed, kept, frozen.
 
     Args:
-        autoencoder_config: where they are stored.
+        autoencoder_config: where the autoencoders are stored.
         device: where to put them.
         omit_dead_latents: leave latents that never fired in training out of memory; indices and the
             values of the other latents do not change (:func:`omit_dead_latents`).
@@ -177,7 +177,7 @@ class AutoencoderContext:
         return autoencoder.to(self.device).eval().requires_grad_(False)
 
     def warmup(self) -> None:
-        """Load all of them now."""
+        """Load all autoencoders now."""
         for layer_index in self._paths:
             self.get_autoencoder(layer_index)
 
@@ -190,7 +190,7 @@ class AutoencoderContext:
 
         Args:
             model: a ``Transformer``, its config, or a ``ModelContext``.
-            layers: which of them; None for all.
+            layers: which layers; None for all.
         """
         size = _sizes_of(model)
         width = self.location.site.width(size)
@@ -210,15 +210,15 @@ class AutoencoderContext:
         layers: Iterable[LayerIndex] | None = None,
         bos: bool = False,
     ) -> dict[LayerIndex, Any]:
-        """Measure the autoencoders on a text: are they what was published, applied as trained?
+        """Measure the autoencoders on a text: are they what was published, and applied as trained?
 
-        A short way to :func:`neuron_explainer.evaluation.verify.verify`, which stands in a room
-        above this one and is therefore looked up when called, not imported.
+        This calls :func:`neuron_explainer.evaluation.verify.verify`, which is looked up at the call because
+        its room stands above this one.
 
         Args:
             model_context: the model that they were trained on.
-            text: what to run; a built-in passage if not given.
-            layers: which of them; None for all.
+            text: the text to run; None: a built-in passage.
+            layers: which layers; None for all.
             bos: begin with the start token, for autoencoders that were trained so.
 
         Returns:
@@ -256,7 +256,7 @@ class AutoencoderContext:
         add_error: bool,
         layers: Iterable[LayerIndex] | None = None,
     ) -> None:
-        """Add the autoencoders to ``hooks``; ``on_latents`` names the layer of each hook, None for all."""
+        """Add the autoencoders to ``hooks``. ``on_latents`` has hooks and the layer of each (None: all)."""
         chosen = list(self._paths if layers is None else layers)
         for at, _ in on_latents:
             if at is not None and None not in chosen and at not in chosen:
@@ -290,7 +290,7 @@ class AutoencoderContext:
 
 @dataclass(frozen=True, eq=False)
 class MultiAutoencoderContext:
-    """Several contexts, one a location."""
+    """Several contexts, one for each location."""
 
     autoencoder_context_by_location: Mapping[ActivationLocation, AutoencoderContext]
 
@@ -298,19 +298,19 @@ class MultiAutoencoderContext:
     def from_context_or_multi_context(
         cls, context: "AutoencoderContext | MultiAutoencoderContext | None"
     ) -> "MultiAutoencoderContext | None":
-        """One context as a multi-context; a multi-context, or None, as it is."""
+        """Return one context as a multi-context; a multi-context or None is returned unchanged."""
         if isinstance(context, AutoencoderContext):
             return cls.from_autoencoder_context_list([context])
         return context
 
     @classmethod
     def from_autoencoder_context_list(cls, contexts: Iterable[AutoencoderContext]) -> Self:
-        """Contexts of different locations."""
+        """Return a multi-context of contexts of different locations."""
         by_location: dict[ActivationLocation, AutoencoderContext] = {}
         for context in contexts:
             if context.location in by_location:
                 raise InputError(
-                    f"two autoencoder contexts are of {context.location}; there may be one a "
+                    f"two autoencoder contexts are of {context.location}; expected at most one for each "
                     "location."
                 )
             by_location[context.location] = context
@@ -318,17 +318,17 @@ class MultiAutoencoderContext:
 
     @property
     def has_single_autoencoder_context(self) -> bool:
-        """Whether there is exactly one."""
+        """True if there is exactly one context."""
         return len(self.autoencoder_context_by_location) == 1
 
     def get_single_autoencoder_context(self) -> AutoencoderContext:
-        """The only one; an error if there are others."""
+        """Return the only context; an InputError if there are several."""
         if not self.has_single_autoencoder_context:
             raise InputError(f"a location is needed to choose among {self._locations()}.")
         return next(iter(self.autoencoder_context_by_location.values()))
 
     def get_autoencoder_context(self, location: LocationLike | None = None) -> AutoencoderContext:
-        """The context of a location; of the only one if none is named."""
+        """Return the context of a location; without a location, the only context."""
         if location is None:
             return self.get_single_autoencoder_context()
         found = ActivationLocation.parse(location).at(None)
@@ -341,14 +341,14 @@ class MultiAutoencoderContext:
     def get_autoencoder(
         self, layer_index: LayerIndex, location: LocationLike | None = None
     ) -> Autoencoder:
-        """The autoencoder of a layer at a location."""
+        """Return the autoencoder of a layer at a location."""
         named = None if location is None else ActivationLocation.parse(location).layer
         if named not in (None, layer_index):
             raise InputError(f"the location is in layer {named}, layer_index says {layer_index}.")
         return self.get_autoencoder_context(location).get_autoencoder(layer_index)
 
     def warmup(self) -> None:
-        """Load all of them now."""
+        """Load all autoencoders now."""
         for context in self.autoencoder_context_by_location.values():
             context.warmup()
 
@@ -402,7 +402,7 @@ def _sizes_of(model: HasSizes | HasConfig | TransformerConfig) -> Callable[[Dime
 def get_autoencoder_output_weight_by_layer_index(
     autoencoder_context: AutoencoderContext,
 ) -> dict[LayerIndex, Tensor]:
-    """:func:`get_decoder_weight` of every layer."""
+    """Return :attr:`Autoencoder.directions` of every layer."""
     return {
         layer: get_decoder_weight(autoencoder_context.get_autoencoder(layer))
         for layer in autoencoder_context._paths
