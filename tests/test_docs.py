@@ -250,7 +250,7 @@ def test_the_table_of_places() -> None:
     model.double()
     tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
     found = model.capture(tokens, list(SITES))
-    layer, close = model.xf_layers[1], torch.testing.assert_close
+    layer, close = list(model.layers)[1], torch.testing.assert_close
 
     def at(path: str) -> torch.Tensor:
         return found[f"1/{path}"]
@@ -270,7 +270,9 @@ def test_the_table_of_places() -> None:
             "f": 24,
             "v": 11,
         }
-        for path in paths if shape else ():
+        for path in paths:
+            if shape is None:
+                continue
             value = found[path if not SITES[path].per_layer else f"1/{path}"]
             assert list(value.shape) == [sizes[axis] for axis in shape[1].split(", ")], path
     x, norm = found["0/resid.torso.post_mlp"], "resid.torso.ln_attn"

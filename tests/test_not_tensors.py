@@ -130,7 +130,7 @@ def test_layers(layer: Any) -> None:
 
 
 def test_whole_numbers_of_other_libraries_are_layers() -> None:
-    layer = torch.tensor(3).numpy()[()]
+    layer: Any = torch.tensor(3).numpy()[()]
     place = ActivationLocation("mlp.post_act", layer)
     assert type(place.layer) is int
     assert place == ActivationLocation("mlp.post_act", 3)

@@ -110,7 +110,7 @@ class Code(NamedTuple, Generic[L]):
     decode: Callable[[Tensor | Latents], Tensor]
     """Latents, these or edited ones, ``-> […, o]`` on the scale of this input."""
 
-    def __repr__(self) -> str:
+    def __repr__(self: Any) -> str:
         return by_shape(self)
 
 

@@ -30,6 +30,5 @@ def check_tensor(x: object, what: str, device: torch.device | None = None) -> No
 
 def check_seed(seed: object, name: str = "seed") -> None:
     """Refuse what torch's generators do not take as a seed."""
-    whole = isinstance(seed, int) and not isinstance(seed, bool)
-    if not whole or not -(2**63) <= seed < 2**64:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
         raise InputError(f"{name} must be a whole number of at most 64 bits, found {shown(seed)}.")

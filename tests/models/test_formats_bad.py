@@ -578,7 +578,7 @@ def test_tensors_that_share_memory_are_not_taken_for_claims(tmp_path):
     weight = torch.zeros(1000, 1000)
     torch.save({"a": weight, "b": weight.t(), "c": weight[0], "self": []}, tmp_path / "0.pt")
     check_claims(torch_load(tmp_path / "0.pt"), tmp_path / "0.pt", claimed_bytes=0)
-    itself = [weight]
+    itself: list[Any] = [weight]
     itself.append(itself)
     check_claims(itself, tmp_path / "0.pt", claimed_bytes=0)
     with pytest.raises(CheckpointError, match="take 20,000,000 bytes, the file stores 4,000,000"):

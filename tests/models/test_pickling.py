@@ -16,6 +16,7 @@ from neuron_explainer.models.huggingface.families import FAMILIES, Architecture,
 from neuron_explainer.models.locks import Lock
 from neuron_explainer.models.model_context import ModelContext, StubModelContext
 from neuron_explainer.models.model_registry import make_autoencoder_context
+from neuron_explainer.models.transformer import Transformer
 from neuron_explainer.models.weight_names import Dimension
 
 TOKENS = torch.tensor([[5, 6, 7, 8]])
@@ -30,8 +31,10 @@ Again = Callable[[Any], Any]
 def test_a_model_context(again: Again, loaded: bool) -> None:
     context = ModelContext.from_model_type("tiny-tales", device="cpu")
     if loaded:
+        model = context.get_or_create_model()
+        assert isinstance(model, Transformer)
         with torch.no_grad():
-            context.get_or_create_model().unembed.weight.mul_(2)  # an edit goes with it
+            model.unembed.weight.mul_(2)  # an edit goes with it
     other = again(context)
     expected = context.get_weight("unembedding")
     assert torch.equal(other.get_weight("unembedding"), expected)
