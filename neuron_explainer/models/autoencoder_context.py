@@ -101,6 +101,10 @@ class HasConfig(Protocol):
         """Sizes of the model."""
 
 
+Layers = Iterable[LayerIndex] | LayerIndex
+"""A layer, several of them, or None for all that have an autoencoder."""
+
+
 @dataclass(frozen=True, eq=False)
 class AutoencoderContext:
     """One autoencoder for each layer, at one location: loaded when first needed, kept, frozen.
@@ -144,14 +148,28 @@ class AutoencoderContext:
         """Lengths of the axes that autoencoders add to a model's."""
         return {Dimension.AUTOENCODER_LATENTS: self.num_autoencoder_directions}
 
+    def chosen_layers(self, layers: Layers = None) -> list[LayerIndex]:
+        """The layers that ``layers`` names, each once: one layer, several, or None for all that have an
+        autoencoder. An InputError names a layer that has none."""
+        if layers is None:
+            return list(self._paths)
+        # A str is Iterable too: its letters are no layers, and are refused below.
+        given = layers if isinstance(layers, Iterable) else [layers]
+        chosen: dict[LayerIndex, None] = {}
+        for layer in given:
+            whole = layer is None or (isinstance(layer, int) and not isinstance(layer, bool))
+            if not whole or layer not in self._paths:
+                raise InputError(
+                    f"there is no autoencoder of {self.location} in layer {layer!r}. "
+                    f"Layers: {', '.join(map(str, self._paths))}."
+                )
+            chosen[layer] = None
+        return list(chosen)
+
     def get_autoencoder(self, layer_index: LayerIndex) -> Autoencoder:
         """The autoencoder of a layer, in eval mode and without gradients for its weights."""
         paths = self._paths
-        if layer_index not in paths:
-            raise InputError(
-                f"there is no autoencoder of {self.location} in layer {layer_index!r}. "
-                f"Layers: {', '.join(map(str, paths))}."
-            )
+        (layer_index,) = self.chosen_layers([layer_index])
         path = paths[layer_index]
         with self._lock:
             if path not in self._loaded:
@@ -184,17 +202,17 @@ class AutoencoderContext:
     def check_model(
         self,
         model: HasSizes | HasConfig | TransformerConfig,
-        layers: Iterable[LayerIndex] | None = None,
+        layers: Layers = None,
     ) -> None:
         """Raise unless every autoencoder fits its location in ``model``.
 
         Args:
             model: a ``Transformer``, its config, or a ``ModelContext``.
-            layers: which layers; None for all.
+            layers: a layer or several; None for all.
         """
         size = _sizes_of(model)
         width = self.location.site.width(size)
-        for layer in self._paths if layers is None else layers:
+        for layer in self.chosen_layers(layers):
             self.location.at(layer).expand(size(Dimension.LAYERS))
             autoencoder = self.get_autoencoder(layer)
             if autoencoder.n_inputs != width:
@@ -207,7 +225,7 @@ class AutoencoderContext:
         self,
         model_context: ModelContext,
         text: str | None = None,
-        layers: Iterable[LayerIndex] | None = None,
+        layers: Layers = None,
         bos: bool = False,
     ) -> dict[LayerIndex, Any]:
         """Measure the autoencoders on a text: are they what was published, and applied as trained?
@@ -218,7 +236,7 @@ class AutoencoderContext:
         Args:
             model_context: the model that they were trained on.
             text: the text to run; None: a built-in passage.
-            layers: which layers; None for all.
+            layers: a layer or several; None for all.
             bos: begin with the start token, for autoencoders that were trained so.
 
         Returns:
@@ -232,7 +250,7 @@ class AutoencoderContext:
         self,
         on_latents: Hook | None = None,
         add_error: bool = True,
-        layers: Iterable[LayerIndex] | None = None,
+        layers: Layers = None,
     ) -> TransformerHooks:
         """Hooks that pass the activations at the location through the autoencoders.
 
@@ -243,7 +261,7 @@ class AutoencoderContext:
                 ``on_latents`` edits something; then the edit of a latent moves the activation along
                 that latent's decoder direction. Without, activations are replaced by their
                 reconstructions.
-            layers: which of the layers; None for all that have an autoencoder.
+            layers: a layer or several; None for all that have an autoencoder.
         """
         hooks = TransformerHooks()
         self._splice(hooks, [] if on_latents is None else [(None, on_latents)], add_error, layers)
@@ -254,10 +272,10 @@ class AutoencoderContext:
         hooks: TransformerHooks,
         on_latents: Iterable[tuple[LayerIndex, Hook]],
         add_error: bool,
-        layers: Iterable[LayerIndex] | None = None,
+        layers: Layers = None,
     ) -> None:
         """Add the autoencoders to ``hooks``. ``on_latents`` has hooks and the layer of each (None: all)."""
-        chosen = list(self._paths if layers is None else layers)
+        chosen = self.chosen_layers(layers)
         for at, _ in on_latents:
             if at is not None and None not in chosen and at not in chosen:
                 raise InputError(
@@ -356,7 +374,7 @@ class MultiAutoencoderContext:
         self,
         on_latents: Mapping[LocationLike, Hook] | Hook | None = None,
         add_error: bool = True,
-        layers: Iterable[LayerIndex] | None = None,
+        layers: Layers = None,
     ) -> TransformerHooks:
         """Hooks that pass activations through the autoencoders of all locations.
 
@@ -364,7 +382,7 @@ class MultiAutoencoderContext:
             on_latents: a hook for the latents of each location that has one, or one hook for all.
                 ``{"2/mlp.post_act": f}`` runs in layer 2 only, ``{"mlp.post_act": f}`` in every layer.
             add_error: see :meth:`AutoencoderContext.hooks`.
-            layers: which of the layers of each context; None for all that have an autoencoder.
+            layers: a layer or several, of each context; None for all that have an autoencoder.
         """
         contexts = self.autoencoder_context_by_location
         given: dict[ActivationLocation, list[tuple[LayerIndex, Hook]]] = {at: [] for at in contexts}
@@ -374,7 +392,8 @@ class MultiAutoencoderContext:
                 given[self.get_autoencoder_context(place).location].append((place.layer, hook))
         else:
             given = {at: [(None, on_latents)] for at in contexts}
-        hooks, chosen = TransformerHooks(), None if layers is None else list(layers)
+        hooks = TransformerHooks()
+        chosen = list(layers) if isinstance(layers, Iterable) else layers
         for at, context in contexts.items():
             context._splice(hooks, given[at], add_error, chosen)
         return hooks

@@ -194,6 +194,11 @@ class LanguageModel(ABC):
         return self.sizes[Dimension.VOCAB_SIZE]
 
     @property
+    def _activation_dtype(self) -> torch.dtype | None:
+        """The dtype of activations; None if it is not the same everywhere."""
+        return None if torch.is_autocast_enabled(self.device.type) else self.dtype
+
+    @property
     def _fillers(self) -> set[int]:
         """Tokens with which batches are filled up: 0, which :meth:`to_batch` uses, and those of others."""
         return {0}
@@ -252,7 +257,16 @@ class LanguageModel(ABC):
                 "hooks must be a TransformerHooks tree, such as `TransformerHooks().append_at("
                 f"'3/mlp.post_act', hook)`, found {found}."
             )
+        if hooks is NO_HOOKS:
+            return
         hooks.check_layers(self.n_layers)
+        for path, autoencoder in hooks.autoencoders():
+            dtype = self._activation_dtype
+            if dtype is not None and autoencoder.dtype not in (None, dtype):
+                raise HookError(
+                    f"{path}: the autoencoder is {autoencoder.dtype}, the model {dtype}; convert one of them "
+                    f"with .to(dtype), or load the autoencoder with dtype={dtype}."
+                )
         for path, leaf in hooks.leaves():
             if not leaf.is_empty():
                 self.require(path.rpartition(".")[0])

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from neuron_explainer.errors import HookError, InputError, LocationError, NeuronExplainerError
 from neuron_explainer.models import language_model
-from neuron_explainer.models.hooks import AtLayers, TransformerHooks
+from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.hooks import AtLayers, AutoencoderHooks, Hooks, TransformerHooks
 from neuron_explainer.models.language_model import LanguageModel, UnmarkedPadsWarning
 from neuron_explainer.models.locations import SITES
 from neuron_explainer.models.model_context import ModelContext, StandardModelContext
@@ -436,3 +437,42 @@ def test_pads_of_other_libraries_are_known_too() -> None:
 def test_places_complete_after_a_quote(model: LanguageModel) -> None:
     found = model.capture(TOKENS, ["mlp.post_act", "logits"])
     assert found._ipython_key_completions_() == ["0/mlp.post_act", "1/mlp.post_act", "logits"]
+
+
+# --- autoencoders of another dtype ---
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_autoencoder_of_another_dtype_is_refused_before_the_pass(
+    nested: bool, model: LanguageModel
+) -> None:
+    width = model.capture(TOKENS, "1/mlp.post_act")["1/mlp.post_act"].shape[-1]
+    autoencoder = Autoencoder(8, width).requires_grad_(False)
+    splice = AutoencoderHooks.from_autoencoder(autoencoder)
+    hooks = TransformerHooks().append_at("1/mlp.post_act", Hooks([splice]) if nested else splice)
+    model(TOKENS, hooks=hooks)
+    seen: list[int] = []
+
+    def see(x: Tensor) -> Tensor:
+        seen.append(1)
+        return x
+
+    hooks.append_at("0/mlp.post_act", see)
+    autoencoder.bfloat16()
+    said = r"mlp.post_act.fwd: the autoencoder is torch.bfloat16, the model torch.float32"
+    with pytest.raises(HookError, match=said):
+        model(TOKENS, hooks=hooks)
+    assert not seen
+    autoencoder.float()
+    model(TOKENS, hooks=hooks)
+    assert seen == [1]
+
+
+def test_norms_are_float32_whatever_the_model() -> None:
+    model = make_model(dtype=torch.bfloat16)
+    place = "1/resid.torso.ln_mlp.post_scale"
+    autoencoder = Autoencoder(8, model.cfg.d_model).requires_grad_(False)
+    model(
+        TOKENS,
+        hooks=TransformerHooks().append_at(place, AutoencoderHooks.from_autoencoder(autoencoder)),
+    )

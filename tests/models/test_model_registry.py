@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from neuron_explainer.errors import SourceError
+from neuron_explainer.errors import InputError, SourceError
 from neuron_explainer.models.huggingface.context import HuggingFaceModelContext
 from neuron_explainer.models.model_context import ModelContext, StandardModelContext
 from neuron_explainer.models.model_registry import (
     StandardModelSpec,
     get_standard_model_spec,
     list_model_names,
+    make_autoencoder_context,
     resolve_model_source,
 )
 from neuron_explainer.models.open_model import open_model
@@ -136,3 +137,10 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     file.write_bytes(b"")
     with pytest.raises(SourceError, match="is a file; give the folder"):
         resolve_model_source(file)
+
+
+def test_autoencoders_go_where_models_go() -> None:
+    context = make_autoencoder_context("tiny-tales", "ae-resid-delta-mlp")
+    assert context.device == Transformer.load("tiny-tales").device
+    with pytest.raises(InputError, match="no device 'cuda:99' here"):
+        make_autoencoder_context("tiny-tales", "ae-resid-delta-mlp", "cuda:99")

@@ -29,7 +29,7 @@ from typing import IO, Any
 import torch
 
 from neuron_explainer import files
-from neuron_explainer.errors import CheckpointError, SourceError
+from neuron_explainer.errors import CheckpointError, SourceError, shown
 from neuron_explainer.models.checkpoints.problems import TensorInfo, damaged, own_copy
 
 # Names in safetensors headers; every other dtype is integer or boolean.
@@ -246,24 +246,27 @@ def check_claims(content: Any, path: Path, claimed_bytes: int = 256 << 20) -> No
     A tensor with strides of 0 repeats few stored numbers, so two kilobytes can claim gigabytes, which
     the first copy would take. Names that share one tensor, as tied weights do, claim it once each.
     """
-    claimed, stored = 0, {}
-    seen, waiting = set(), [content]
+    claims: list[tuple[int, str]] = []
+    stored, seen = {}, set()
+    waiting: list[tuple[str, Any]] = [("", content)]
     while waiting:
-        value = waiting.pop()
+        name, value = waiting.pop()
         if isinstance(value, torch.Tensor):
-            claimed += value.numel() * value.element_size()
+            claims.append((value.numel() * value.element_size(), name))
             if value.layout == torch.strided and value.device.type == "cpu":
                 storage = value.untyped_storage()
                 stored[storage.data_ptr()] = storage.nbytes()
         elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
             seen.add(id(value))  # a pickle may hold a list that contains itself
-            waiting += value.values() if isinstance(value, Mapping) else value
-    limit = max(claimed_bytes, 4 * sum(stored.values()))
+            named = value.items() if isinstance(value, Mapping) else ((name, v) for v in value)
+            waiting += [(str(key), item) for key, item in named]
+    claimed, limit = sum(size for size, _ in claims), max(claimed_bytes, 4 * sum(stored.values()))
     if claimed > limit:
+        largest = shown(max(claims)[1])
         raise CheckpointError(
-            f"{path}: refused: its tensors would take {claimed:,} bytes, the file stores "
-            f"{sum(stored.values()):,} of them; expected at most {limit:,}. If you trust it, save its "
-            "tensors anew, each with .clone()."
+            f"{path}: refused: its tensors would take {claimed:,} bytes (the largest is {largest}), of which "
+            f"the file stores {sum(stored.values()):,}; expected at most {limit:,}. If you trust it, save "
+            "its tensors anew, each with .clone()."
         )
 
 

@@ -690,6 +690,11 @@ def _third_of_rows(which: int) -> Layout:
     return lambda weight, sizes: into_heads(weight.chunk(3)[which], sizes)
 
 
+def _mpt_lacks(config: Any) -> list[str]:
+    clipped = config.attn_config.clip_qkv  # then no matrix alone gives q, k and v
+    return [W.ATTN_TO_QUERY, W.ATTN_TO_KEY, W.ATTN_TO_VALUE] if clipped else []
+
+
 _MPT = Architecture(
     layers="transformer.blocks",
     final_norm="transformer.norm_f",
@@ -716,6 +721,7 @@ _MPT = Architecture(
         W.LAYER_NORM_GAIN_PRE_MLP: Weight("norm_2", as_stored),
         W.LAYER_NORM_GAIN_FINAL: Weight("transformer.norm_f", as_stored),
     },
+    lacks=_mpt_lacks,
 )
 
 FAMILIES: dict[str, Architecture] = {

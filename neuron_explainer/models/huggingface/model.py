@@ -161,6 +161,11 @@ class HuggingFaceModel(LanguageModel):
         return f"HuggingFaceModel({self.name}, {self.n_layers} layers, {self.dtype}, {self.device})"
 
     @property
+    def _activation_dtype(self) -> torch.dtype | None:
+        mixed = any(p.dtype != self.dtype for p in self.model.parameters())
+        return None if mixed else super()._activation_dtype
+
+    @property
     def _fillers(self) -> set[int]:
         named = [getattr(self.config, f"{name}_token_id", None) for name in ("pad", "eos")]
         return super()._fillers | {token for token in named if isinstance(token, int)}
