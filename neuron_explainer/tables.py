@@ -1,5 +1,6 @@
-"""What terminals show: tables of text, and values that hold tensors."""
+"""What terminals show: tables of text, values that hold tensors, and text of foreign origin made safe."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 
@@ -48,3 +49,16 @@ def _shape_or_repr(value: object) -> str:
     if callable(value):
         return getattr(value, "__name__", None) or type(value).__name__
     return repr(value)
+
+
+# C0 and C1 controls but tab and newline, the marks that turn the direction of a line, and Unicode's
+# own line and paragraph separators.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def escaped(text: str) -> str:
+    """Text of any origin, safe to print: control characters are written as Python writes them.
+
+    Names, tokens and prompts may hold sequences that rewrite the screen or the terminal's settings.
+    """
+    return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
