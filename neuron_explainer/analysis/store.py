@@ -210,6 +210,7 @@ class ExampleStore:
             partners=self._partners(number, row),
             labels=tuple(self.labels(number)),
             provenance=self.provenance,
+            intervals=int(dict(self.settings.get("config", {})).get("intervals", 0)),
         )
 
     def __iter__(self) -> Iterator[LatentRecord]:
