@@ -1,4 +1,4 @@
-"""What latents mean: collating examples, summaries, reports and pictures.
+"""What latents mean: collating examples, stores of them, summaries, reports and pictures.
 
 Names are imported when they are first used, so that reading what was collated does not bring torch.
 """
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from neuron_explainer.analysis.collation.collate import collate, collect
     from neuron_explainer.analysis.collation.config import CollateConfig
+    from neuron_explainer.analysis.store import ExampleStore, open_stores
 
-__all__ = ["CollateConfig", "collate", "collect"]
+__all__ = ["CollateConfig", "ExampleStore", "collate", "collect", "open_stores"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +18,10 @@ def __getattr__(name: str) -> Any:
         from neuron_explainer.analysis.collation.config import CollateConfig
 
         return CollateConfig
+    if name in ("ExampleStore", "open_stores"):
+        from neuron_explainer.analysis import store
+
+        return getattr(store, name)
     if name in __all__:
         from neuron_explainer.analysis.collation import collate
 
