@@ -168,6 +168,14 @@ def _free_bytes(path: Path) -> int:
     return shutil.disk_usage(path.parent).free
 
 
+META = (
+    *("name", "unit", "location", "signed", "n_units", "n_tokens", "n_examples", "width"),
+    *("hashed_keys", "key_dtype", "start_dtype", "coactivation_tokens", "partners", "tokens"),
+    *("all_from_active", "settings", "provenance"),
+)
+"""What ``meta`` of every store holds, among other things."""
+
+
 def _meta(collected: Collected, tokens: TokenStore) -> dict[str, Any]:
     corpus, coactivation = tokens.corpus, collected.coactivation
     hashed = _are_hashed(collected)
