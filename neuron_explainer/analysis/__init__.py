@@ -1,4 +1,4 @@
-"""What latents mean: collating examples, stores of them, summaries, reports and pictures.
+"""What latents mean: collating examples, summaries, reports and pictures.
 
 Names are imported when they are first used, so that reading what was collated does not bring torch.
 """
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from neuron_explainer.analysis.collation.collate import collate, collect
     from neuron_explainer.analysis.collation.config import CollateConfig
+    from neuron_explainer.analysis.collation.merging import merge_stores
     from neuron_explainer.analysis.store import ExampleStore, open_stores
 
-__all__ = ["CollateConfig", "ExampleStore", "collate", "collect", "open_stores"]
+__all__ = ["CollateConfig", "ExampleStore", "collate", "collect", "merge_stores", "open_stores"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,6 +23,10 @@ def __getattr__(name: str) -> Any:
         from neuron_explainer.analysis import store
 
         return getattr(store, name)
+    if name == "merge_stores":
+        from neuron_explainer.analysis.collation.merging import merge_stores
+
+        return merge_stores
     if name in __all__:
         from neuron_explainer.analysis.collation import collate
 
