@@ -1,6 +1,7 @@
 """What a collation found, through a store and back; a store knows its model and its autoencoder."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def test_every_kind_of_unit(context: ModelContext, tmp_path: Path) -> None:
     torch.manual_seed(0)
     autoencoder = Autoencoder(24, 16, TopK(3), location=PLACE).requires_grad_(False)
     windows = windows_of(random_corpus([14, 3, 25, 9, 9, 1, 12]))
-    what = [{"dictionary": autoencoder}, "0/mlp.post_act", PLACE, "1/attn.write_norm"]
+    what: Any = [{"dictionary": autoencoder}, "0/mlp.post_act", PLACE, "1/attn.write_norm"]
     vocabulary = [b" t%d" % i for i in range(context.n_vocab)]
     tokens = TokenStore.write(tmp_path / "tokens", windows.corpus, vocabulary)
     for name, collected in collect(context, what, windows, CONFIG).items():
@@ -68,7 +69,7 @@ def test_the_vocabulary_of_a_model(text_folder: Path, tmp_path: Path) -> None:
     ids, documents = tokens.windows(np.array([0, corpus.n_tokens - 1]), np.array([4, 1]))
     assert documents.tolist() == [0, 1]
     assert b"".join(tokens.pieces(ids[0])) == b"Ein "
-    assert tokens.pieces(corpus.tokens) == [bytes([b]) for b in "Ein ☃.b".encode()]
+    assert tokens.pieces(corpus.tokens.tolist()) == [bytes([b]) for b in "Ein ☃.b".encode()]
 
 
 @pytest.fixture
