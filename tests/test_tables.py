@@ -2,7 +2,7 @@
 
 import pytest
 
-from neuron_explainer.tables import text_table
+from neuron_explainer.tables import escaped, text_table
 
 
 def test_columns_are_as_wide_as_their_widest_cell() -> None:
@@ -26,3 +26,8 @@ def test_without_titles_or_rows() -> None:
     assert text_table([], []) == ""
     with pytest.raises(ValueError, match="zip"):
         text_table(["one"], [["1", "2"]])
+
+
+def test_control_characters_are_escaped() -> None:
+    assert escaped("a\x1b[2J\x9b\u202eb\tc\nd") == "a\\x1b[2J\\x9b\\u202eb\tc\nd"
+    assert escaped("\ta\nb\u2028 \x1b[", one_line=True) == "\\ta\\nb\\u2028 \\x1b["
