@@ -48,6 +48,8 @@ setup(
         "data": ["zstandard", "pyarrow", "datasets"],
         # The pictures of a report.
         "plots": ["matplotlib"],
+        # Maps of decoder directions by UMAP, and dictionaries matched one to one (scipy).
+        "maps": ["umap-learn", "scipy"],
         # Where training can log to, next to its own log.jsonl.
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
@@ -61,6 +63,7 @@ setup(
             "transformers",
             "tokenizers",
             "scikit-learn",
+            "scipy",
             "matplotlib",
             "zstandard",
             "pyarrow",
