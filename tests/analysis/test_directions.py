@@ -73,7 +73,7 @@ def test_logits_are_what_the_model_does_with_a_small_step(family: str, contexts)
         hooks = TransformerHooks().append_at(LAST, lambda stream: x + step * row)
         return model(torch.zeros(1, 1, dtype=torch.int64), hooks=hooks)[0].detach()[0, 0]
 
-    size = 1e-4 if dtype == torch.float64 else 1e-2
+    size = 1e-2  # the norms of some families compute in float32 whatever the model's dtype
     found = (logits(size) - logits(-size)) / (2 * size)
     moved = array(found - found.mean())
     expected = Directions(context, made).logits([7])[0].double().numpy()
@@ -81,10 +81,9 @@ def test_logits_are_what_the_model_does_with_a_small_step(family: str, contexts)
         expected @ expected
     )  # the norm's scale, which the lists leave out
     assert slope > 0
-    tolerance = 1e-4 if dtype == torch.float64 else 1e-2
-    np.testing.assert_allclose(
-        moved / slope, expected, rtol=0, atol=tolerance * np.abs(expected).max()
-    )
+    np.testing.assert_allclose(moved / slope, expected, rtol=0, atol=1e-2 * np.abs(expected).max())
+    ranks = [x.argsort().argsort() for x in (moved, expected)]
+    assert np.corrcoef(*ranks)[0, 1] > 0.999
 
 
 def test_raw_is_the_unembedding_alone(contexts) -> None:
@@ -353,7 +352,7 @@ def tiny_tales() -> StandardModelContext:
 
 
 def test_tokens_that_training_never_met_are_left_out(tiny_tales: StandardModelContext) -> None:
-    made = make_autoencoder_context("tiny-tales", "ae-resid-delta-mlp", "cpu").get_autoencoder(2)
+    made = make_autoencoder_context("tiny-tales", "ae-resid-delta-mlp", "cpu").get_autoencoder(3)
     directions, everything = (
         Directions(tiny_tales, made, keep_hardly_trained=keep) for keep in (False, True)
     )
@@ -364,10 +363,10 @@ def test_tokens_that_training_never_met_are_left_out(tiny_tales: StandardModelCo
     common = tiny_tales.encode("The old king said to his daughter, 'Go home!' and they went away.")
     assert not marked[common].any()
     assert 150 < directions.hardly_trained.count < 250
-    found = directions.table(10, range(0, 1536, 16))
-    assert not marked[torch.from_numpy(found.top_tokens).long()].any()
-    with_junk = everything.table(10, range(0, 1536, 16))
-    assert marked[torch.from_numpy(with_junk.top_tokens).long()].float().mean() > 0.02
+    found, with_junk = (each.table(10, range(0, 2560, 16)) for each in (directions, everything))
+    for tokens in (found.top_tokens, found.bottom_tokens):
+        assert not marked[torch.from_numpy(tokens).long()].any()
+    assert marked[torch.from_numpy(with_junk.bottom_tokens).long()].float().mean() > 0.02
     note = directions.top_logits(7).note
     assert f"{directions.hardly_trained.count} hardly trained tokens left out" in note
     assert "left out" not in everything.top_logits(7).note.replace("scale left out", "")

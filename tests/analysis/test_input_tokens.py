@@ -75,7 +75,7 @@ def test_neurons_of_our_own_model_are_the_formula(contexts) -> None:
     centred = e - e.mean(axis=1, keepdims=True)
     normed = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-5)
     normed = normed * array(layer.ln_2.weight) + array(layer.ln_2.bias)
-    expected = normed @ array(layer.mlp.in_layer.weight[5]) + float(layer.mlp.in_layer.bias[5])
+    expected = normed @ array(layer.mlp.in_layer.weight[5]) + array(layer.mlp.in_layer.bias[5])
     found = InputReader(context, "0/mlp.pre_act").pre_activations([5])[0]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
