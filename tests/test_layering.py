@@ -75,6 +75,7 @@ FLOORS = [
         "autoencoder_context",
         "huggingface.context",
         "model_registry",
+        "interventions",
         "open_model",
         "",
     ],
