@@ -81,9 +81,11 @@ def decoder_map(
     if kept is not None and (found := _read(kept, len(rows))) is not None:
         return found
     unit = F.normalize(rows[alive], dim=1).double()
-    places, explained = _principal_plane(unit)
+    explained: float | None = None
     if umap is not None:
-        places, explained = _umap(umap, unit, seed), None
+        places = _umap(umap, unit, seed)
+    else:
+        places, explained = _principal_plane(unit)
     coordinates = np.full((len(rows), 2), np.nan, dtype=np.float32)
     coordinates[alive.numpy()] = places
     found = DecoderMap(coordinates, chosen, seed, explained)

@@ -352,7 +352,7 @@ class _Readout:
         weight = context.get_weight(WeightLocationType.UNEMBEDDING)  # [d, v]
         gain = _final_gain(context) if fold else torch.ones(len(weight), device=weight.device)
         rows = weight.new_empty(weight.shape[::-1], dtype=torch.float32)
-        for some in torch.arange(len(rows), device=rows.device).split(_ROWS_AT_ONCE):
+        for some in torch.split(torch.arange(len(rows), device=rows.device), _ROWS_AT_ONCE):
             rows[some] = weight[:, some].t().float() * gain.float()
         del weight
         texts = TokenTexts(context)

@@ -175,7 +175,7 @@ class InputReader:
         n_tokens = len(self._embedding)
         found = []
         with progress_bar(total=n_tokens, desc="tokens", disable=not progress) as bar:
-            for tokens in torch.arange(n_tokens).split(_TOKENS_AT_ONCE):
+            for tokens in torch.split(torch.arange(n_tokens), _TOKENS_AT_ONCE):
                 found.append(read(self._inputs(tokens)).float().t())
                 bar.update(len(tokens))
         return torch.cat(found, dim=1)
@@ -297,7 +297,7 @@ class InputReader:
         weight = torch.cat(
             [
                 self._apply(module, some)[:, chosen] - bias
-                for some in unit_vectors.split(_TOKENS_AT_ONCE)
+                for some in torch.split(unit_vectors, _TOKENS_AT_ONCE)
             ]
         )
         return lambda normed: normed @ weight + bias

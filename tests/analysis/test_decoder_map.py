@@ -55,7 +55,7 @@ class FakeUmap(types.ModuleType):
 
     def __init__(self) -> None:
         super().__init__("umap")
-        self.calls: list[dict] = []
+        self.calls: list[dict[str, object]] = []
         self.UMAP = self.make
 
     def make(self, **settings):

@@ -102,7 +102,7 @@ def _mlp_module(family: str, model):
     return model.layers[1].mlp
 
 
-def _mlp_post_act(family: str, model, normed: Tensor) -> Tensor:
+def _mlp_post_act(family: str, model, normed: Tensor):
     """By the names of each family's own parts."""
     mlp = _mlp_module(family, model)
     if family in ("llama", "gemma"):
@@ -112,7 +112,7 @@ def _mlp_post_act(family: str, model, normed: Tensor) -> Tensor:
     return getattr(mlp, act)(getattr(mlp, names[family])(normed))
 
 
-def _mlp_out(family: str, model, post: Tensor) -> Tensor:
+def _mlp_out(family: str, model, post: Tensor):
     names = {"own": "out_layer", "gpt2": "c_proj", "gpt_neox": "dense_4h_to_h", "phi": "fc2"}
     return getattr(_mlp_module(family, model), names.get(family, "down_proj"))(post)
 

@@ -163,7 +163,7 @@ def test_strongest_latents_and_the_tokens_they_promote(
     table = page.text[page.text.index("share of output") :]
     first = next(line for line in table.splitlines() if line.startswith("7"))
     assert f"{float(evaluation.frequency[7]):.2%}" in first
-    assert first.split("%")[-1].split()[0] == "q"
+    assert first.split("%")[2].split()[0] == "q"  # behind two shares in percent
     autoencoder.location = ActivationLocation("resid.torso.post_ln_mlp", 1)
     write_report(tmp_path / "r.html", {"a": Reported(autoencoder, evaluation)}, context=context)
     assert "promotes" not in (tmp_path / "r.html").read_text("utf-8")  # not of the residual stream
