@@ -27,6 +27,7 @@ setup(
             "assets/**/*.json",
             "assets/**/*.safetensors",
             "assets/**/*.tiktoken",
+            "assets/**/*.npz",
         ]
     },
     install_requires=[
@@ -50,6 +51,10 @@ setup(
         "plots": ["matplotlib"],
         # Maps of decoder directions by UMAP, and dictionaries matched one to one (scipy).
         "maps": ["umap-learn", "scipy"],
+        # The probes and figures of the board experiments.
+        "boards": ["matplotlib", "scikit-learn"],
+        # Figures of units as a table.
+        "pandas": ["pandas"],
         # Where training can log to, next to its own log.jsonl.
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
@@ -68,6 +73,7 @@ setup(
             "zstandard",
             "pyarrow",
             "datasets",
+            "pandas",
             "mypy",
             "ruff",
             "pre_commit",

@@ -1,28 +1,7 @@
-"""Text for terminals: tables, and text of any origin made safe to show."""
+"""Text for terminals: tables, and text of foreign origin made safe to print."""
 
 import re
 from collections.abc import Iterable, Sequence
-
-# C0 and C1 controls but tab and newline, and the marks that turn the direction of a line.
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-# Tab, newline and the other characters that end a line.
-_ENDS = re.compile("[\t\n\u2028\u2029]")
-
-
-def escaped(text: str, *, one_line: bool = False) -> str:
-    """Text of any origin, safe to show: control characters are written as Python writes them.
-
-    Names, tokens and prompts may hold sequences that rewrite the screen or the terminal's settings.
-
-    Args:
-        one_line: also write tabs and ends of lines so, as in a cell of a table.
-    """
-    text = _CONTROLS.sub(_as_python_writes, text)
-    return _ENDS.sub(_as_python_writes, text) if one_line else text
-
-
-def _as_python_writes(found: re.Match[str]) -> str:
-    return repr(found[0])[1:-1]
 
 
 def text_table(
@@ -48,3 +27,16 @@ def text_table(
         ).rstrip()
         for line in lines
     )
+
+
+# C0 and C1 controls but tab and newline, the marks that turn the direction of a line, and Unicode's
+# own line and paragraph separators.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def escaped(text: str) -> str:
+    """Text of any origin, safe to print: control characters are written as Python writes them.
+
+    Names, tokens and prompts may hold sequences that rewrite the screen or the terminal's settings.
+    """
+    return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)

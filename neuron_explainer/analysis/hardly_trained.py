@@ -24,6 +24,7 @@ norm's gain for lists of output tokens.
 Shape legend: ``d`` model width, ``v`` vocabulary.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -32,9 +33,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neuron_explainer.analysis.highlights import token_string
 from neuron_explainer.errors import NeuronExplainerError
 from neuron_explainer.models.model_context import ModelContext
-from neuron_explainer.models.tokenizers import token_strings
 
 NEAR = 0.25
 """Share of the median distance, and of the median length, below which a row is hardly trained."""
@@ -64,10 +65,9 @@ class HardlyTrained:
 
 
 class TokenTexts:
-    """The tokens of a model as text: one place for both kinds of tokenizer, and for models without one.
+    """The tokens of a model as they are shown: for both kinds of tokenizer, and for models without one.
 
-    Parts of a character are shown as bytes (``\\xe2``) where the tokenizer tells them, and an id without a
-    text as ``<|token 50260|>``.
+    An id without a text is ``<|token 50260|>``.
     """
 
     def __init__(self, context: ModelContext) -> None:
@@ -86,13 +86,17 @@ class TokenTexts:
         return None if self._encoding is None else int(self._encoding.n_vocab)
 
     def __call__(self, tokens: Iterable[int]) -> list[str]:
-        """The text of each token."""
-        tokens = list(tokens)
-        if self._encoding is None:
-            return [f"<|token {token}|>" for token in tokens]
+        """The text of each token, as ``token_string`` shows it."""
+        return [token_string(self._bytes_of(token)) for token in tokens]
+
+    def _bytes_of(self, token: int) -> bytes:
         if self._gives_bytes:
-            return token_strings(self._encoding, tokens)
-        return self._context.decode_token_list(tokens)
+            with contextlib.suppress(KeyError, OverflowError):  # an id beyond the vocabulary
+                piece: bytes = self._encoding.decode_single_token_bytes(token)
+                return piece
+        elif self._encoding is not None:
+            return self._context.decode_token(token).encode()
+        return b"<|token %d|>" % token
 
     def impossible(self) -> list[int]:
         """The tokens that no text can contain: bytes that UTF-8 never uses."""

@@ -35,7 +35,6 @@ from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoders.nonlinearities import TopK
 from neuron_explainer.models.autoencoders.pruned import get_decoder_weight
 from neuron_explainer.models.model_context import ModelContext
-from neuron_explainer.tables import escaped
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -388,10 +387,7 @@ def _promoted(
     except NeuronExplainerError:  # another place, or a model whose weights no table describes
         return None
     return [
-        [
-            _Words(escaped(token.text, one_line=True) for token in tokens)
-            for tokens in (each.top, each.bottom)
-        ]
+        [_Words(token.text for token in tokens) for tokens in (each.top, each.bottom)]
         for each in found
     ]
 

@@ -6,7 +6,7 @@ from itertools import zip_longest
 from math import log1p
 from typing import NamedTuple
 
-from neuron_explainer.tables import escaped, text_table
+from neuron_explainer.tables import text_table
 
 _WIDTH, _HEIGHT = 240, 60
 
@@ -16,7 +16,7 @@ class TokenValue(NamedTuple):
 
     token: int
     text: str
-    """As the tokenizer has it; not escaped."""
+    """As :func:`~neuron_explainer.analysis.highlights.token_string` shows it."""
     value: float
 
 
@@ -58,17 +58,11 @@ def histogram_svg(counts: Sequence[int], edges: Sequence[float]) -> str:
     return f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img"><title>{label}</title>{bars}</svg>'
 
 
-def shown_token(text: str) -> str:
-    """A token in quotes on one line, with control characters escaped."""
-    return f"'{escaped(text, one_line=True)}'"
-
-
 def _cells(each: TokenValue | None) -> list[str]:
-    return ["", ""] if each is None else [shown_token(each.text), f"{each.value:+.3f}"]
+    return ["", ""] if each is None else [f"'{each.text}'", f"{each.value:+.3f}"]
 
 
 def _html_cells(each: TokenValue | None) -> str:
     if each is None:
         return "<td></td><td></td>"
-    text = html.escape(escaped(each.text, one_line=True))
-    return f"<td><code>{text}</code></td><td>{each.value:+.3f}</td>"
+    return f"<td><code>{html.escape(each.text)}</code></td><td>{each.value:+.3f}</td>"

@@ -79,7 +79,7 @@ def positive(text: str) -> int:
     return number
 
 
-# --- what is said ---
+# --- text from elsewhere, and what is said ---
 
 
 def say(text: str = "") -> None:
