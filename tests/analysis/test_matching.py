@@ -62,6 +62,10 @@ def test_rows_of_zeros_take_no_part() -> None:
     assert 2 not in found.nearest_of_b
     assert not np.isnan(found.mmcs)
     assert np.isnan(match(torch.zeros(3, 12), rows).mmcs)
+    # Not even where every other cosine is negative.
+    opposite = match(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0], [-1.0, 0.1]]))
+    assert opposite.nearest_of_a.tolist() == [1]
+    assert opposite.nearest_of_b.tolist() == [-1, 0]
 
 
 def test_sides_of_an_autoencoder_and_of_a_pruned_one() -> None:
