@@ -40,7 +40,7 @@ from neuron_explainer.models.sampling import (
     prep_pos_from_pad_and_prev_lens,
     sample_from_logits,
 )
-from neuron_explainer.models.weight_names import Dimension
+from neuron_explainer.models.weight_names import Dimension, LayerIndex, WeightLocationType
 
 Encode = Callable[[str], list[int]]
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
@@ -149,6 +149,10 @@ class LanguageModel(ABC):
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """The dtype of the parameters."""
+
+    @abstractmethod
+    def weight(self, location_type: WeightLocationType, layer: LayerIndex) -> Tensor:
+        """A weight with the axes that ``location_type.shape_spec`` names; may be a view of the parameter."""
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]:

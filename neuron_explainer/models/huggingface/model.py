@@ -383,7 +383,6 @@ class HuggingFaceModel(LanguageModel):
     # --- weights ---
 
     def weight(self, location_type: WeightLocationType, layer: LayerIndex) -> Tensor:
-        """A weight with the axes of its spec; may be a view of the parameter."""
         known = self.architecture.weights
         if location_type not in known:
             raise LocationError(
