@@ -139,6 +139,18 @@ class ModelContext(ABC):
         """The lengths of these axes."""
         return tuple(self.get_dim_size(dim) for dim in shape_spec)
 
+    # --- norms ---
+
+    @property
+    def norms_subtract_mean(self) -> bool:
+        """True if norms subtract the mean over the width (LayerNorm), False if they do not (RMSNorm)."""
+        return True
+
+    @property
+    def norms_what_is_added(self) -> bool:
+        """True if what attention and the MLP compute passes a norm before it is added to the stream."""
+        return False
+
     # --- tokens ---
 
     def encode(self, string: str) -> list[int]:
