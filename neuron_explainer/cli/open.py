@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -360,11 +361,26 @@ class Opened:
             )
         return next(iter(self.autoencoders.items()))
 
-    def save(self, autoencoder: "Autoencoder", out: str) -> None:
-        """Save what was made of an autoencoder, with the record of its training."""
+    def save(self, autoencoder: "Autoencoder", args: argparse.Namespace) -> None:
+        """Save what was made of an autoencoder in ``--out``, with the record of its training."""
         if self.record:
             autoencoder.metadata["record"] = self.record
-        autoencoder.save(out)
+        autoencoder.metadata["command"] = _digest(args)
+        with files.write_once(args.out, "choose another --out") as folder:
+            autoencoder.save(folder)
+
+
+def is_made_by(folder: Path, args: argparse.Namespace) -> bool:
+    """Whether a folder holds the autoencoder that this very command makes."""
+    config = folder / "config.json"
+    metadata = files.read_json(config).get("metadata") if config.is_file() else None
+    return isinstance(metadata, dict) and metadata.get("command") == _digest(args)
+
+
+def _digest(args: argparse.Namespace) -> str:
+    """A hash of what a command was asked for, but for where its result goes and how it is shown."""
+    asked = {k: v for k, v in vars(args).items() if k not in ("out", "run", "show", "json")}
+    return hashlib.sha256(repr(sorted(asked.items())).encode()).hexdigest()[:16]
 
 
 def _common_record(found: list[Autoencoders], text: str | None) -> Result:
