@@ -20,7 +20,8 @@ from neuron_explainer.dictionaries import train
 from neuron_explainer.dictionaries.distributed import Split, open_world
 from neuron_explainer.evaluation.passage import PASSAGE
 from neuron_explainer.experiments.tiny_tales import __main__ as tiny_tales
-from neuron_explainer.experiments.tiny_tales.tokenizer import save_tokenizer
+from neuron_explainer.experiments.tiny_tales.data import HELD_OUT_BOOKS
+from neuron_explainer.experiments.tiny_tales.tokenizer import TOKENIZER_FILE, save_tokenizer
 from neuron_explainer.models.checkpoints.transformers.huggingface import save_huggingface
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.model_context import ModelContext, StandardModelContext
@@ -97,7 +98,7 @@ def distributed(split: Split) -> int:
 def recipe() -> None:
     """The embedded model's: its vocabulary, the model, its autoencoders, their figures."""
     Path("out").mkdir(exist_ok=True)
-    save_tokenizer({bytes([i]): i for i in range(256)}, Path("out") / tiny_tales.TOKENIZER_FILE)
+    save_tokenizer({bytes([i]): i for i in range(256)}, Path("out") / TOKENIZER_FILE)
     for argv in (
         ["train", "--steps", "2", "--decay-steps", "1", "--run", "out"],
         ["evaluate", "--model", "out/tiny-tales", "--model-only"],
@@ -168,7 +169,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, text_model: Transformer) ->
         (folder / name).mkdir()
     for number, paragraph in enumerate(PASSAGE.split("\n\n")[:6]):
         (folder / "books" / f"{number}.txt").write_text(paragraph[:150], "utf-8")
-    for name in (*tiny_tales.HELD_OUT_BOOKS, "another"):
+    for name in (*HELD_OUT_BOOKS, "another"):
         (folder / "corpus" / f"{name}.txt").write_text(PASSAGE[:500], "utf-8")
     (folder / "s.csv").write_text("sentence\nThe cat sat.\nA king.\n", "utf-8")
     text_model.save(folder / "model")

@@ -96,7 +96,7 @@ def writes(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def test_nothing_is_written_apart_from_files() -> None:
-    found = {}
+    found: dict[tuple[str, str], int] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         module = path.relative_to(PACKAGE).as_posix()
         if not module.startswith("files/"):
@@ -183,6 +183,20 @@ def test_a_guarded_folder_that_goes_ends_the_next_step(tmp_path: Path) -> None:
         (folder / "kept.json").unlink()
         with pytest.raises(SourceError, match="emptied"):
             files.write_json(folder / "two.json", {})
+
+
+def test_an_old_folder_that_lost_its_name_to_no_new_one_is_put_back(tmp_path: Path) -> None:
+    """Where folders cannot change places in one step, a kill between two renames leaves this."""
+    old = tmp_path / ".place.0123456789ab.old"
+    old.mkdir()
+    (old / "config.json").write_text("{}")
+    with (
+        pytest.raises(RuntimeError),
+        files.atomic_folder(tmp_path / "place", overwrite=True),
+    ):
+        raise RuntimeError
+    assert os.listdir(tmp_path) == ["place"]
+    assert os.listdir(tmp_path / "place") == ["config.json"]
 
 
 def test_write_once_takes_what_is_there_already(tmp_path: Path) -> None:

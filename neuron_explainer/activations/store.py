@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from neuron_explainer import files
+from neuron_explainer.activations import origins
 from neuron_explainer.activations.harvest import (
     DTYPES,
     ActivationBatch,
@@ -151,10 +152,7 @@ class ActivationStore:
         if not path.exists():
             return {}
         found = read_fields(_Source, files.read_json(path), str(path), error=CheckpointError)
-        source = found.get("source")
-        if source is not None and not files.is_remote(source):
-            found["source"] = str((self.folder / source).resolve())
-        return dict(found)
+        return origins.from_folder(found, self.folder)
 
     @property
     def locations(self) -> list[ActivationLocation]:
@@ -384,7 +382,7 @@ def harvest_to_store(
     settings = {"harvest": harvester.describe(), "windows": windows.describe()}
     writer = StoreWriter(
         folder,
-        harvester.context.model_name,
+        harvester.context.short_name,
         dtype=dtype,
         shard_rows=shard_rows,
         settings=settings,
@@ -392,10 +390,7 @@ def harvest_to_store(
     )
     with writer, progress_bar(total=num_tokens, unit=" tokens", disable=not progress) as bar:
         writer.check_only_settings()
-        source = source_of(harvester, windows)
-        if source["source"] and not files.is_remote(source["source"]):
-            # Relative: the two may be moved together, and no folder of a user need be named.
-            source["source"] = os.path.relpath(source["source"], writer.folder.resolve())
+        source = origins.for_folder(source_of(harvester, windows), folder)
         files.write_json(writer.folder / SOURCE_FILE, source)
         bar.update(writer.n_rows)
         number = writer.n_batches
@@ -416,7 +411,7 @@ def source_of(harvester: Harvester, windows: TokenWindows) -> dict[str, Any]:
     context, origin = harvester.context, dict(windows.corpus.origin)
     source = origin.pop("source", None)
     return {
-        "model": context.reference,
+        "model": origins.full_path(context.reference),
         "source": source,
         "source_fingerprint": windows.corpus.source_fingerprint,
         "data": {

@@ -5,6 +5,7 @@ A folder with ``tokens.bin`` (uint16, or uint32 where the vocabulary needs it, l
 ``manifest.json``. It appears whole or not at all.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,8 +156,8 @@ def _vocabulary_of(context: ModelContext) -> int:
 
 
 def _name_of(documents: Iterable[str]) -> str:
-    name: Any = getattr(documents, "name", "documents")
-    return str(name)
+    name = str(getattr(documents, "name", "documents"))
+    return Path(name).name if os.path.exists(name) else name  # no folders of a user
 
 
 def _counted(documents: Iterable[str], progress: bool) -> Iterator[str]:

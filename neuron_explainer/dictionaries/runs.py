@@ -28,6 +28,7 @@ import safetensors.torch
 from torch import Tensor
 
 from neuron_explainer import files
+from neuron_explainer.activations import origins
 from neuron_explainer.dictionaries.distributed import SINGLE_PROCESS, World
 from neuron_explainer.errors import CheckpointError, InputError
 from neuron_explainer.files.steps import Guard
@@ -38,7 +39,13 @@ FORMAT_VERSION = 1
 KIND = "dictionary_training"
 SINGLE_NAME = "autoencoder"
 """Name of the dictionary of a run that has only one."""
-FREE_TO_CHANGE = ("epochs", "log_every", "checkpoint_every", "keep_checkpoints", "device")
+FREE_TO_CHANGE = (
+    *("epochs", "log_every", "checkpoint_every", "keep_checkpoints", "device"),
+    *(
+        "model",
+        "source",
+    ),  # of the record: where they are now; names and fingerprints stand beside them
+)
 """Settings that alter no number of what is trained on the way."""
 
 
@@ -87,7 +94,7 @@ class Run:
     @property
     def record(self) -> dict[str, Any]:
         """Where its activations came from: model, text, how the text was cut; empty if not recorded."""
-        return dict(self.config.get("record", {}))
+        return origins.from_folder(self.config.get("record", {}), self.path)
 
     @property
     def log(self) -> Path:
@@ -169,8 +176,10 @@ class RunFolder(Run):
         self._world, self._extensible = world, extensible
         part = f"-{world.rank + 1}-of-{world.size}" if world.splits_latents else ""
         self._state, self._tensors = f"state{part}.json", f"state{part}.safetensors"
-        known = {"format_version": FORMAT_VERSION, "kind": KIND}
-        self._settings, self._keep = known | settings, keep
+        self._settings = {"format_version": FORMAT_VERSION, "kind": KIND, **settings}
+        if "record" in settings:
+            self._settings["record"] = origins.for_folder(settings["record"], path)
+        self._keep = keep
         self._guard: Guard | None = None
 
     @contextlib.contextmanager
