@@ -58,8 +58,8 @@ def writing(path: Path) -> Iterator[Path]:
 class Guard:
     """Knows a folder again, whatever has its name now. See :func:`guard`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(os.path.realpath(folder))
+    def __init__(self, folder: Path, name: Path) -> None:
+        self.folder, self._name = Path(os.path.realpath(folder)), name
         self._identity = self._now()
         self._kept: list[Path] = []
 
@@ -71,7 +71,7 @@ class Guard:
         """SourceError if the folder was renamed, replaced or emptied."""
         if self._now() != self._identity or not all(map(os.path.exists, self._kept)):
             raise SourceError(
-                f"{self.folder} was renamed, replaced or emptied while it was being written to. What was "
+                f"{self._name} was renamed, replaced or emptied while it was being written to. What was "
                 "written is where the folder is now; put it back, and give the same command again."
             )
 
@@ -84,10 +84,10 @@ class Guard:
 
 
 @contextlib.contextmanager
-def guard(folder: Path) -> Iterator[Guard]:
+def guard(folder: Path, name: Path | None = None) -> Iterator[Guard]:
     """In this block, every step in ``folder`` is an error if the folder is another one than now: the later
-    part of a result must not lie apart from the earlier part."""
-    found = Guard(folder)
+    part of a result must not lie apart from the earlier part. The error calls it ``name``."""
+    found = Guard(folder, name or folder)
     _guards.append(found)
     try:
         yield found

@@ -185,7 +185,7 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     _check_replaceable(target, overwrite)
     make_folder(target.parent)
     with explain_refusal(target), _temporary_beside(target, os.mkdir) as temporary:
-        with guard(temporary):
+        with guard(temporary, target.parent):
             yield temporary
             _sync_tree(temporary, temporary.stat().st_mode & 0o666)
         _check_replaceable(target, overwrite)  # again: the block may have taken hours
