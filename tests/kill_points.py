@@ -5,7 +5,9 @@ A command runs in a forked child, in a fresh copy of its inputs that has the sam
 its results can be compared byte for byte with those of a run that nobody disturbed.
 """
 
+import contextlib
 import errno
+import io
 import os
 import re
 import shutil
@@ -70,15 +72,29 @@ class Laboratory:
         self.command, self.inputs = command, inputs
         self.work, self.trace, self.said = scratch / "work", scratch / "trace", scratch / "said"
         self.fresh()
-        ended = self.run(self._noting)
-        assert ended.status == 0, ended
+        self._undisturbed()
         self.expected = contents(self.work)
+        self.trace.touch()
         self.points = _numbered(self.trace.read_text("utf-8").splitlines())
 
     def fresh(self) -> None:
         """A copy of the inputs and nothing else."""
         shutil.rmtree(self.work, ignore_errors=True)
         shutil.copytree(self.inputs, self.work)
+
+    def _undisturbed(self) -> None:
+        """Run in this process, so that its children need not import or compute anew what it has then."""
+        environment = dict(os.environ)
+        try:
+            with (
+                contextlib.chdir(self.work),
+                contextlib.redirect_stdout(io.StringIO()),
+                files.watch_steps(self._noting),
+            ):
+                assert self.command.run() == 0
+        finally:
+            os.environ.clear()
+            os.environ.update(environment)
 
     def run(self, watcher: Callable[[Kind, Path], None] | None = None) -> Ended:
         """The command, in a child."""

@@ -36,7 +36,7 @@ if not hasattr(os, "fork"):
 
 PLACE = "1/mlp.post_act"
 WINDOWS = ["--context-length", "24", "--windows-per-forward", "4"]
-SMALL = ["--steps", "4", "--batch-size", "16", "--n-latents", "20", "--lr", "3e-3"]
+SMALL = ["--steps", "2", "--batch-size", "16", "--n-latents", "20", "--lr", "3e-3"]
 OFTEN = ["--checkpoint-every", "1", "--keep-checkpoints", "1", "--log-every", "2"]
 LEARN = ["--k", "4", *SMALL, *OFTEN, "--out", "out"]
 OF_BOOKS = ["books", "--model", "model", *WINDOWS, "--buffer-tokens", "64"]

@@ -31,7 +31,7 @@ CHANGERS = {
     *("NamedTemporaryFile", "TemporaryFile", "TemporaryDirectory", "mkdtemp", "mkstemp"),
 }
 """Calls that change names or folders; they are for ``files`` alone."""
-FRAMES = {"writing", "atomic_write"}
+FRAMES = {"plain_write", "atomic_write"}
 """A write stands in a ``with`` block of one of these."""
 
 REASONS = {
@@ -40,7 +40,7 @@ REASONS = {
     (
         "dictionaries/logs.py",
         "open",
-    ): "stays open; each line that is written is in a files.writing block",
+    ): "stays open; each line that is written is in a files.plain_write block",
     ("dictionaries/logs.py", "fsync"): "of the open log; after files.step",
     (
         "dictionaries/logs.py",
@@ -104,7 +104,7 @@ def test_nothing_is_written_apart_from_files() -> None:
     unknown = [f"{module}:{found[module, name]}: {name}" for module, name in found.keys() - REASONS]
     assert not unknown, (
         f"{unknown}: write inside `with files.atomic_write(path) as temporary:` (or, in a folder of "
-        "files.atomic_folder, `with files.writing(path):`), remove with files.remove, make folders with "
+        "files.atomic_folder, `with files.plain_write(path):`), remove with files.remove, make folders with "
         "files.make_folder. Then tests/test_kill_points.py stands at these steps too."
     )
     assert REASONS.keys() <= found.keys()  # no reason outlives what it is for
@@ -120,7 +120,7 @@ def test_nothing_is_written_apart_from_files() -> None:
         "torch.save(x, 'x')",
         "save_file({}, 'x')",
         "os.replace('x', 'y')",
-        "with files.writing(path):\n    shutil.rmtree('x')",
+        "with files.plain_write(path):\n    shutil.rmtree('x')",
         "with other(path):\n    save_file({}, path)",
     ],
 )
@@ -136,7 +136,7 @@ def test_such_a_write_is_found(line: str, tmp_path: Path) -> None:
         "open('x', 'rb')",
         "'x'.replace('w', 'a')",
         "files.remove(path)",
-        "with files.writing(path), path.open('wb') as out:\n    save_file({}, path)",
+        "with files.plain_write(path), path.open('wb') as out:\n    save_file({}, path)",
         "with files.atomic_write(path) as temporary:\n    temporary.write_text('')",
     ],
 )
@@ -153,7 +153,7 @@ def test_the_steps_of_a_write_and_of_a_folder(tmp_path: Path) -> None:
     with files.watch_steps(lambda kind, path: seen.append((kind, path.name.lstrip(".")[:4]))):
         files.write_json(tmp_path / "file.json", {})
         folder = files.atomic_folder(tmp_path / "place", overwrite=True)
-        with folder as temporary, files.writing(temporary / "part") as path:
+        with folder as temporary, files.plain_write(temporary / "part") as path:
             path.write_text("x")
     above = tmp_path.name[:4]
     assert seen == [

@@ -35,11 +35,11 @@ def from_folder(record: Mapping[str, Any], folder: str | Path) -> dict[str, Any]
     return _mapped(record, partial(_absolute, os.path.realpath(folder)))
 
 
-def _mapped(record: Mapping[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
+def _mapped(record: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
     found = dict(record)
     for key in _PATHS:
         if isinstance(found.get(key), str):
-            found[key] = change(key, found[key])
+            found[key] = change(found[key])
     if isinstance(found.get("harvest"), Mapping):
         found["harvest"] = _mapped(found["harvest"], change)
     return found
@@ -50,7 +50,7 @@ def _split(reference: str) -> tuple[str, str]:
     return prefix, reference.removeprefix(prefix)
 
 
-def _relative(folder: str, key: str, reference: str) -> str:
+def _relative(folder: str, reference: str) -> str:
     prefix, path = _split(reference)
     if not os.path.isabs(path):
         return reference
@@ -61,8 +61,7 @@ def _relative(folder: str, key: str, reference: str) -> str:
     return prefix + (found if found.startswith("..") else os.path.join(".", found))
 
 
-def _absolute(folder: str, key: str, reference: str) -> str:
+def _absolute(folder: str, reference: str) -> str:
     prefix, path = _split(reference)
-    # A source that is no URL is a path; stores of earlier versions write it without the dot.
-    is_path = path.startswith(".") or (key == "source" and not files.is_remote(reference))
+    is_path = path.startswith(".")
     return prefix + os.path.realpath(os.path.join(folder, path)) if is_path else reference

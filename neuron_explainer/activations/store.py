@@ -152,6 +152,9 @@ class ActivationStore:
         if not path.exists():
             return {}
         found = read_fields(_Source, files.read_json(path), str(path), error=CheckpointError)
+        source = found.get("source")
+        if source is not None and not (files.is_remote(source) or source.startswith(("/", "."))):
+            found["source"] = f"./{source}"  # as earlier versions wrote a path below the store's
         return origins.from_folder(found, self.folder)
 
     @property

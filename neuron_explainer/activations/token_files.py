@@ -75,14 +75,14 @@ def write_token_file(
     dtype = "uint16" if vocabulary <= 1 << 16 else "uint32"
     with files.atomic_folder(folder) as temporary:
         starts = [0]
-        with files.writing(temporary / _FILES["tokens"]) as path, path.open("wb") as out:
+        with files.plain_write(temporary / _FILES["tokens"]) as path, path.open("wb") as out:
             for text in _counted(documents, progress):
                 ids = np.asarray(context.encode(text), dtype=np.int64)
                 out.write(ids.astype(_DTYPES[dtype]).tobytes())
                 starts.append(starts[-1] + len(ids))
         if not starts[-1]:
             raise SourceError(f"{_name_of(documents)}: no tokens in {len(starts) - 1} documents.")
-        with files.writing(temporary / _FILES["starts"]) as path:
+        with files.plain_write(temporary / _FILES["starts"]) as path:
             np.array(starts, dtype="<i8").tofile(path)
         manifest = {
             "format_version": _VERSION,

@@ -47,7 +47,7 @@ class JsonLines:
 
     def write(self, step: int, common: Mapping[str, float], metrics: Metrics) -> None:
         line = {"step": step, **common, "dictionaries": {k: dict(v) for k, v in metrics.items()}}
-        with files.explain_refusal(self._path), files.writing(self._path):
+        with files.explain_refusal(self._path), files.plain_write(self._path):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
 

@@ -277,7 +277,7 @@ class RunFolder(Run):
     def _write(self, folder: Path, step: int, state: dict[str, Any]) -> None:
         tensors: dict[str, Tensor] = {}
         tree = _take_tensors(state, "", tensors)
-        with files.writing(folder / self._tensors) as path:
+        with files.plain_write(folder / self._tensors) as path:
             safetensors.torch.save_file(tensors, path)
         content = {
             "format_version": FORMAT_VERSION,

@@ -24,7 +24,7 @@ from neuron_explainer.files.cache import (
 )
 from neuron_explainer.files.download import exists, fetch, fetch_all, options
 from neuron_explainer.files.names import cache_dir, is_remote, join
-from neuron_explainer.files.steps import step, watch_steps, writing
+from neuron_explainer.files.steps import plain_write, step, watch_steps
 from neuron_explainer.files.writing import (
     atomic_folder,
     atomic_write,
@@ -64,6 +64,7 @@ __all__ = [
     "local_path",
     "make_folder",
     "options",
+    "plain_write",
     "read_json",
     "remove",
     "remove_from_cache",
@@ -74,5 +75,4 @@ __all__ = [
     "watch_steps",
     "write_json",
     "write_once",
-    "writing",
 ]

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from neuron_explainer.errors import CheckpointError, SourceError, did_you_mean
 from neuron_explainer.files.names import Remote, cache_dir, is_remote, parse
-from neuron_explainer.files.steps import step, writing
+from neuron_explainer.files.steps import plain_write, step
 from neuron_explainer.files.writing import (
     check_expected,
     local_path,
@@ -145,7 +145,7 @@ class Partial:
     def append(self, chunks: Iterator[bytes], received: Callable[[int], None]) -> None:
         """Write the chunks and sync them to disk; ``received`` is called with the size of each."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
-        with writing(self.path), open(os.open(self.path, flags, 0o600), "wb") as file:
+        with plain_write(self.path), open(os.open(self.path, flags, 0o600), "wb") as file:
             for chunk in chunks:
                 file.write(chunk)
                 file.flush()

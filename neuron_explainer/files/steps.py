@@ -1,7 +1,7 @@
 """Every change on disk is a step: between any two of them the process may be killed.
 
 Whatever makes, writes, syncs, renames or removes something calls :func:`step` first. The functions of this
-package do so themselves; a plain write elsewhere stands in a :func:`writing` block. This gives one place
+package do so themselves; a plain write elsewhere stands in a :func:`plain_write` block. This gives one place
 
 - for tests: :func:`watch_steps` counts the steps of a command, kills it at one of them, or fills the disk;
 - for a check: in a folder under :func:`guard`, each step first makes sure that it is still that folder.
@@ -47,7 +47,7 @@ def watch_steps(watcher: Watcher) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def plain_write(path: Path) -> Iterator[Path]:
     """A block that writes ``path`` itself: a file in a folder of ``atomic_folder``, or lines at the end of
     a log. Every other file is written by ``atomic_write``."""
     step("write", path)

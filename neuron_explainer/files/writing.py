@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from neuron_explainer.errors import CheckpointError, InputError, SourceError, did_you_mean, shown
-from neuron_explainer.files.steps import Guard, guard, step, writing
+from neuron_explainer.files.steps import Guard, guard, plain_write, step
 
 if sys.platform != "win32":
     import fcntl  # no locks there, and so nothing is cleared away
@@ -162,7 +162,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         if target.exists():
             shutil.copymode(target, temporary)
         mode = temporary.stat().st_mode
-        with writing(temporary):
+        with plain_write(temporary):
             yield temporary
         os.chmod(
             temporary, mode
@@ -229,7 +229,7 @@ def claim(folder: Path, what: str) -> Iterator[Guard]:
     lock_file = folder / ".lock"
     lock = filelock.FileLock(lock_file)
     try:
-        with explain_refusal(lock_file), writing(lock_file):
+        with explain_refusal(lock_file), plain_write(lock_file):
             lock.acquire(timeout=0)
     except filelock.Timeout:
         raise InputError(f"the {what} {folder} is in use: another process writes to it.") from None

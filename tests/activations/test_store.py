@@ -76,7 +76,7 @@ def test_read_equals_live(tmp_path: Path, context: ModelContext, dtype: str) -> 
 def test_the_manifest_says_what_is_there(tmp_path: Path, context: ModelContext) -> None:
     store = harvest_to_store(tmp_path / "s", Harvester(context, PLACES), windows(), shard_rows=20)
     manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
-    assert manifest["model"] == context.model_name
+    assert manifest["model"] == context.short_name
     assert manifest["locations"] == {SITE: 48, "0/resid.torso.post_mlp": 16}
     assert manifest["dtype"] == "float32"
     assert manifest["n_rows"] == len(store) == sum(shard["rows"] for shard in manifest["shards"])

@@ -186,7 +186,7 @@ class StoredAutoencoder(nn.Module):
         config = config_to_save(self, dtype)
         with files.atomic_folder(folder, overwrite=overwrite) as temporary:
             files.write_json(temporary / "config.json", config)
-            with files.writing(temporary / WEIGHTS_FILE) as path:
+            with files.plain_write(temporary / WEIGHTS_FILE) as path:
                 safetensors.torch.save_file(tensors, path)
 
     @classmethod

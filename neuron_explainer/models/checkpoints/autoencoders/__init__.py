@@ -128,7 +128,7 @@ def _write_file(path: Path, content: Mapping[str, Any]) -> None:
         files.write_json(path, dict(content))
         return
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in content.items()}
-    with files.writing(path):
+    with files.plain_write(path):
         if path.suffix == ".pt":
             torch.save(tensors, path)
         else:

@@ -370,7 +370,7 @@ def save_huggingface(
     with files.atomic_folder(folder, overwrite=overwrite) as temporary:
         files.write_json(temporary / "config.json", _their_config(cfg, tied=tied))
         tensors = _their_tensors(cfg, state_dict, tied=tied)
-        with files.writing(temporary / "model.safetensors") as path:
+        with files.plain_write(temporary / "model.safetensors") as path:
             save_file(tensors, path, {"format": "pt"})
 
 

@@ -97,7 +97,7 @@ def save_native(
         if tokenizer is not None:
             config["tokenizer"] = _save_tokenizer(temporary, tokenizer)
         files.write_json(temporary / "config.json", config)
-        with files.writing(temporary / WEIGHTS_FILE) as path:
+        with files.plain_write(temporary / WEIGHTS_FILE) as path:
             save_file(_without_shared_memory(tensors), path, {"format": "pt"})
 
 

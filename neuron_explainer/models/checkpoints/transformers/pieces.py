@@ -58,7 +58,7 @@ def save_pieces(
         files.write_json(temporary / "config.json", {n: everything[n] for n in CONFIG_FIELDS})
         files.make_folder(temporary / PIECES_FOLDER)
         for name, tensor in state_dict.items():
-            with files.writing(temporary / PIECES_FOLDER / f"{name}.pt") as path:
+            with files.plain_write(temporary / PIECES_FOLDER / f"{name}.pt") as path:
                 torch.save(own_copy(tensor, None, "cpu"), path)
 
 
