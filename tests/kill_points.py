@@ -34,12 +34,14 @@ class Command:
         name: of the test.
         run: does it, in the folder that holds a copy of the inputs; returns an exit status.
         out: what it writes: a folder, or a file.
+        harms: what is tried at its steps.
         refuses_again: a function, not a command: it refuses a result that is there and whole.
     """
 
     name: str
     run: Callable[[], int]
     out: str
+    harms: tuple[Harm, ...] = ("kill", "full disk", "moved")
     refuses_again: bool = False
 
 

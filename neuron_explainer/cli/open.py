@@ -331,7 +331,7 @@ class Opened:
             how_many = f"all {n_tokens:,}"
         held_out = "held-out " if self.part == "held_out" else ""
         name = Path(self.text).name or self.text
-        return f"{how_many} {held_out}tokens of {name}, with the model {self.context.model_name}"
+        return f"{how_many} {held_out}tokens of {name}, with the model {self.context.short_name}"
 
     def activations(self, autoencoder: "Autoencoder") -> "Iterator[Tensor | tuple[Tensor, Tensor]]":
         """Batches of an autoencoder's inputs; for a transcoder, pairs of inputs and targets."""
