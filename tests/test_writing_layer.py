@@ -35,6 +35,8 @@ FRAMES = {"plain_write", "atomic_write"}
 """A write stands in a ``with`` block of one of these."""
 
 REASONS = {
+    ("analysis/store_file.py", "connect"): "opens a store to be read",
+    ("analysis/workspace.py", "connect"): "a user's edits, which SQLite's journal keeps whole",
     ("analysis/plots.py", "savefig"): "into memory, for a page that is written as a whole",
     ("activations/token_files.py", "memmap"): "maps a file to be read",
     (
