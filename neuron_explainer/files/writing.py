@@ -228,17 +228,17 @@ def claim(folder: Path, what: str) -> Iterator[Guard]:
     make_folder(folder)
     lock_file = folder / ".lock"
     lock = filelock.FileLock(lock_file)
-    try:
-        with explain_refusal(lock_file), plain_write(lock_file):
-            lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise InputError(f"the {what} {folder} is in use: another process writes to it.") from None
-    try:
-        with guard(folder) as found:
-            found.keep(lock_file)
-            yield found
-    finally:
-        lock.release()
+    with guard(folder) as found, contextlib.ExitStack() as stack:
+        stack.callback(lock.release)
+        try:
+            with explain_refusal(lock_file), plain_write(lock_file):
+                lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise InputError(
+                f"the {what} {folder} is in use: another process writes to it."
+            ) from None
+        found.keep(lock_file)
+        yield found
 
 
 def _target(path: str | Path) -> Path:
