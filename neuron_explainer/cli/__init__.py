@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from neuron_explainer import __version__, demo
-from neuron_explainer.cli import learning, looking, measuring, stored_files
+from neuron_explainer.cli import factors, learning, looking, measuring, stored_files
 from neuron_explainer.cli.common import (
     Result,
     VerbParser,
@@ -158,7 +158,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, VerbParser]]:
     parser.groups = {}
     for title, register in (
         ("look", _register_looking),
-        ("learn", learning.register),
+        ("learn", _register_learning),
         ("measure", measuring.register),
         ("files", stored_files.register),
     ):
@@ -173,6 +173,11 @@ def _register_looking(verbs: Any) -> None:
     about = "a tour in seconds, offline, with the calls it makes"
     add_verb(verbs, "demo", about, run_demo, show_demo, example="neuron-explainer demo")
     looking.register(verbs)
+
+
+def _register_learning(verbs: Any) -> None:
+    learning.register(verbs)
+    factors.register(verbs)
 
 
 def run_demo(args: argparse.Namespace) -> Result:
