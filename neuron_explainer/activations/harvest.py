@@ -17,6 +17,7 @@ from neuron_explainer.activations.windows import TokenBatch
 from neuron_explainer.errors import InputError, LocationError
 from neuron_explainer.models.locations import ActivationLocation, LocationLike, parse_locations
 from neuron_explainer.models.model_context import ModelContext
+from neuron_explainer.tables import by_shape
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -43,6 +44,9 @@ class ActivationBatch:
     """Number of each token's document, ``[n]`` int64."""
     position: Tensor
     """Position of each token in its window, ``[n]`` int64."""
+
+    def __repr__(self) -> str:
+        return by_shape(self)
 
     def __len__(self) -> int:
         return len(self.tokens)

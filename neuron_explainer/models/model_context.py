@@ -7,11 +7,10 @@ Shape legend: ``d`` model width, ``f`` MLP width, ``h`` heads, ``v`` vocabulary.
 """
 
 import os
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +22,11 @@ from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.devices import Device
 from neuron_explainer.models.devices import get_default_device as get_default_device
 from neuron_explainer.models.language_model import LanguageModel
+from neuron_explainer.models.locks import Lock
 from neuron_explainer.models.names import resolve_model_source
 from neuron_explainer.models.tokenizers import decode, encode_prompt, load_encoding
 from neuron_explainer.models.transformer import Transformer
-from neuron_explainer.models.weight_layouts import (
-    Weight,
-    as_stored,
-    into_heads,
-    out_of_heads,
-    transposed,
-)
+from neuron_explainer.models.weight_layouts import TRANSFORMER_WEIGHTS
 from neuron_explainer.models.weight_names import (
     Dimension,
     LayerIndex,
@@ -54,6 +48,9 @@ class _SizesOnlyError(NeuronExplainerError, NotImplementedError):
 
 class ModelContext(ABC):
     """A model, its tokenizer, and the device on which its tensors are returned."""
+
+    kinds: ClassVar[dict[str, Callable[..., "ModelContext"]]] = {}
+    """What opens the models whose names begin with a prefix, such as ``"hf:"``."""
 
     def __init__(self, model_name: str, device: Device) -> None:
         self.model_name = model_name
@@ -149,6 +146,18 @@ class ModelContext(ABC):
         """The lengths of these axes."""
         return tuple(self.get_dim_size(dim) for dim in shape_spec)
 
+    # --- norms ---
+
+    @property
+    def norms_subtract_mean(self) -> bool:
+        """True if norms subtract the mean over the width (LayerNorm), False if they do not (RMSNorm)."""
+        return True
+
+    @property
+    def norms_what_is_added(self) -> bool:
+        """True if what attention and the MLP compute passes a norm before it is added to the stream."""
+        return False
+
     # --- tokens ---
 
     def encode(self, string: str) -> list[int]:
@@ -216,7 +225,17 @@ class ModelContext(ABC):
 
     @staticmethod
     def from_model_type(model_type: str | Path, **kwargs: Any) -> "ModelContext":
-        """The context of a model by name or folder; ``kwargs`` go to :class:`StandardModelContext`."""
+        """The context of a model of any kind; ``kwargs`` go to the class of the context.
+
+        Args:
+            model_type: ``hf:NAME`` or ``hf:FOLDER`` for any causal language model of transformers
+                (:class:`~neuron_explainer.models.huggingface.context.HuggingFaceModelContext`). Anything
+                else is a model of this library (:class:`StandardModelContext`): a name
+                (``"gpt2-small"``), a folder, or the URL of a folder.
+        """
+        for prefix, make in ModelContext.kinds.items():
+            if isinstance(model_type, str) and model_type.startswith(prefix):
+                return make(model_type.removeprefix(prefix), **kwargs)
         return StandardModelContext(model_type, **kwargs)
 
     def __repr__(self) -> str:
@@ -237,23 +256,6 @@ def size_of(sizes: Mapping[Dimension, int], dim: Dimension, of: str) -> int:
         known = ", ".join(known.value for known in sizes)
         raise InputError(f"{of} has no size for {str(dim)!r}. It has: {known or 'none'}.")
     return sizes[dim]
-
-
-_PLACES: dict[WeightLocationType, Weight] = {
-    WeightLocationType.MLP_TO_HIDDEN: Weight("mlp.in_layer.weight", transposed),
-    WeightLocationType.MLP_TO_RESIDUAL: Weight("mlp.out_layer.weight", transposed),
-    WeightLocationType.EMBEDDING: Weight("tok_embed.weight", as_stored),
-    WeightLocationType.UNEMBEDDING: Weight("unembed.weight", transposed),
-    WeightLocationType.POSITION_EMBEDDING: Weight("pos_embed.weight", as_stored),
-    WeightLocationType.ATTN_TO_QUERY: Weight("attn.q_proj.weight", into_heads),
-    WeightLocationType.ATTN_TO_KEY: Weight("attn.k_proj.weight", into_heads),
-    WeightLocationType.ATTN_TO_VALUE: Weight("attn.v_proj.weight", into_heads),
-    WeightLocationType.ATTN_TO_RESIDUAL: Weight("attn.out_proj.weight", out_of_heads),
-    WeightLocationType.LAYER_NORM_GAIN_FINAL: Weight("final_ln.weight", as_stored),
-    WeightLocationType.LAYER_NORM_BIAS_FINAL: Weight("final_ln.bias", as_stored),
-    WeightLocationType.LAYER_NORM_GAIN_PRE_ATTN: Weight("ln_1.weight", as_stored),
-    WeightLocationType.LAYER_NORM_GAIN_PRE_MLP: Weight("ln_2.weight", as_stored),
-}
 
 
 class StandardModelContext(ModelContext):
@@ -281,7 +283,7 @@ class StandardModelContext(ModelContext):
         self._checkpoint: LoadedCheckpoint | None = None  # the header, without tensors
         self._tensors: dict[str, Tensor] = {}  # tensors read for single weights, by key
         self._models: dict[tuple[torch.device, bool], Transformer] = {}  # (device, simplify)
-        self._lock = threading.RLock()
+        self._lock = Lock()
 
     @property
     def config(self) -> TransformerConfig:
@@ -331,7 +333,7 @@ class StandardModelContext(ModelContext):
         So weights fit the activations that the model computes: edits of the model are seen. If only a
         simplified model has been loaded, the weights are folded.
         """
-        key, layout = _PLACES[location_type]
+        key, layout = TRANSFORMER_WEIGHTS[location_type]
         key = key if layer is None else f"xf_layers.{layer}.{key}"
         return layout(self._tensor(key, device), self.config.sizes)
 

@@ -684,6 +684,46 @@ _BLOOM = Architecture(
     lacks=_bloom_lacks,
 )
 
+
+def _third_of_rows(which: int) -> Layout:
+    """MPT's ``[3 * h * d_head, d]``: all of q, then k, then v."""
+    return lambda weight, sizes: into_heads(weight.chunk(3)[which], sizes)
+
+
+def _mpt_lacks(config: Any) -> list[str]:
+    clipped = config.attn_config.clip_qkv  # then no matrix alone gives q, k and v
+    return [W.ATTN_TO_QUERY, W.ATTN_TO_KEY, W.ATTN_TO_VALUE] if clipped else []
+
+
+_MPT = Architecture(
+    layers="transformer.blocks",
+    final_norm="transformer.norm_f",
+    attention="attn",
+    sites=_sites(
+        ln_attn="norm_1",
+        attn_out="attn.out_proj",
+        delta_attn="attn",
+        ln_mlp="norm_2",
+        act_in="ffn.up_proj",
+        mlp_out="ffn.down_proj",
+        delta_mlp="ffn.down_proj",
+    ),
+    weights={
+        W.EMBEDDING: Weight("transformer.wte", as_stored),
+        W.UNEMBEDDING: Weight("lm_head", transposed),
+        W.ATTN_TO_QUERY: Weight("attn.Wqkv", _third_of_rows(0)),
+        W.ATTN_TO_KEY: Weight("attn.Wqkv", _third_of_rows(1)),
+        W.ATTN_TO_VALUE: Weight("attn.Wqkv", _third_of_rows(2)),
+        W.ATTN_TO_RESIDUAL: Weight("attn.out_proj", out_of_heads),
+        W.MLP_TO_HIDDEN: Weight("ffn.up_proj", transposed),
+        W.MLP_TO_RESIDUAL: Weight("ffn.down_proj", transposed),
+        W.LAYER_NORM_GAIN_PRE_ATTN: Weight("norm_1", as_stored),
+        W.LAYER_NORM_GAIN_PRE_MLP: Weight("norm_2", as_stored),
+        W.LAYER_NORM_GAIN_FINAL: Weight("transformer.norm_f", as_stored),
+    },
+    lacks=_mpt_lacks,
+)
+
 FAMILIES: dict[str, Architecture] = {
     "bloom": _BLOOM,
     "cohere": _COHERE,
@@ -703,6 +743,7 @@ FAMILIES: dict[str, Architecture] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "mixtral": _MIXTRAL,
+    "mpt": _MPT,
     "olmo": _OLMO,
     "olmo2": _OLMO2,
     "olmo3": _OLMO2,
@@ -715,11 +756,6 @@ FAMILIES: dict[str, Architecture] = {
 }
 """By ``config.model_type``."""
 
-REFUSED: dict[str, str] = {
-    "mpt": "its attention counts pads as tokens, so that a row of a batch can differ from its solo run",
-}
-"""Types of models that this package must not wrap as they are, and why."""
-
 
 def architecture_of(config: Any) -> Architecture:
     """The table's entry for a model's config (the whole one, where text is a part of the model).
@@ -727,10 +763,6 @@ def architecture_of(config: Any) -> Architecture:
     Raises:
         LocationError: there is none; it says how to give one.
     """
-    if config.model_type in REFUSED:
-        raise LocationError(
-            f"models of type {config.model_type!r} are refused: {REFUSED[config.model_type]}."
-        )
     if config.model_type not in FAMILIES:
         raise LocationError(
             f"models of type {config.model_type!r} are not in the table ({', '.join(FAMILIES)}). "
@@ -750,7 +782,8 @@ def sizes_of(config: Any) -> dict[Dimension, int]:
         Dimension.RESIDUAL_STREAM_CHANNELS: d_model,
         Dimension.VOCAB_SIZE: config.vocab_size,
         Dimension.LAYERS: config.num_hidden_layers,
-        Dimension.MAX_CONTEXT_LENGTH: getattr(config, "max_position_embeddings", None),
+        Dimension.MAX_CONTEXT_LENGTH: getattr(config, "max_position_embeddings", None)
+        or getattr(config, "max_seq_len", None),
         Dimension.MLP_ACTS: _mlp_width(config),
     }
     n_heads = getattr(config, "num_attention_heads", None)
@@ -764,8 +797,8 @@ def sizes_of(config: Any) -> dict[Dimension, int]:
 def _mlp_width(config: Any) -> int | None:
     names = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
     widths = [getattr(config, name, None) for name in names]
-    # GPT-2's n_inner of None means four times the width of the model; BLOOM has no other.
-    fourfold = hasattr(config, "n_inner") or config.model_type == "bloom"
+    # GPT-2's n_inner of None means four times the width of the model; BLOOM and MPT have no other.
+    fourfold = hasattr(config, "n_inner") or config.model_type in ("bloom", "mpt")
     default = 4 * config.hidden_size if fourfold else None
     return next((width for width in widths if width), default)
 
@@ -776,3 +809,11 @@ def attention_window(config: Any) -> int | None:
     if kinds is not None and not {"sliding_attention", "local"} & set(kinds):
         return None
     return getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
+
+
+def counts_places(config: Any) -> bool:
+    """True if attention measures distances in places of a row, pads included, and not in tokens.
+
+    Pads at either end change no distance between tokens; pads between tokens do.
+    """
+    return bool(config.model_type == "mpt")
