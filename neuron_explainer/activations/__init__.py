@@ -13,11 +13,7 @@ The usual way from text to the batches that a dictionary is trained on::
 """
 
 from neuron_explainer.activations.buffer import ShuffleBuffer
-from neuron_explainer.activations.chunks import (
-    ActivationSource,
-    LiveSource,
-    StoreSource,
-)
+from neuron_explainer.activations.chunks import ActivationSource, LiveSource
 from neuron_explainer.activations.corpus import TokenCorpus, start_token, tokenize
 from neuron_explainer.activations.data_config import (
     DataConfig,
@@ -38,6 +34,7 @@ from neuron_explainer.activations.prefetch import Prefetcher
 from neuron_explainer.activations.store import (
     SOURCE_FILE,
     ActivationStore,
+    StoreSource,
     StoreWriter,
     check_store_folder,
     harvest_to_store,

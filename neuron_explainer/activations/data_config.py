@@ -15,11 +15,7 @@ import numpy as np
 
 from neuron_explainer import files
 from neuron_explainer.activations.buffer import ShuffleBuffer
-from neuron_explainer.activations.chunks import (
-    ActivationSource,
-    LiveSource,
-    StoreSource,
-)
+from neuron_explainer.activations.chunks import ActivationSource, LiveSource
 from neuron_explainer.activations.corpus import TokenCorpus, start_token, tokenize
 from neuron_explainer.activations.documents import (
     check_pattern,
@@ -27,7 +23,7 @@ from neuron_explainer.activations.documents import (
     read_documents,
 )
 from neuron_explainer.activations.harvest import ActivationBatch, Harvester
-from neuron_explainer.activations.store import ActivationStore
+from neuron_explainer.activations.store import ActivationStore, StoreSource
 from neuron_explainer.activations.token_files import open_token_file
 from neuron_explainer.activations.windows import TokenWindows
 from neuron_explainer.errors import InputError, LocationError, SourceError, did_you_mean

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from neuron_explainer import files
 from neuron_explainer.cli.common import Result, add_verb, positive, say
-from neuron_explainer.cli.learning import data_options
 from neuron_explainer.cli.open import (
     Opened,
     by_location,
+    data_options,
     find_autoencoders,
     model_options,
     open_model,
@@ -390,7 +390,7 @@ def _reported(
     """What a report shows of each autoencoder, under the name that the run's log has for it."""
     from neuron_explainer.analysis.report import Reported
     from neuron_explainer.analysis.verdict import target_l0
-    from neuron_explainer.dictionaries import TrainConfig
+    from neuron_explainer.dictionaries.config import TrainConfig
     from neuron_explainer.settings.formats import from_dict
 
     trained_as = {} if run is None else {str(path): name for name, path in run.results.items()}

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
-from neuron_explainer.errors import SourceError, shown
-from neuron_explainer.files.writing import REMOTE_PREFIXES, in_way
+from neuron_explainer.errors import SourceError, in_way, shown
 
+REMOTE_PREFIXES = ("az://", "https://", "http://", "hf:")
 _AZURE_HOST = ".blob.core.windows.net"
 
 

@@ -11,12 +11,8 @@ from pathlib import Path
 import tiktoken
 
 from neuron_explainer.errors import MissingExtraError, SourceError
-from neuron_explainer.models.tokenizer_files import BYTE_OF_LETTER, GPT2_PATTERN
-from neuron_explainer.models.tokenizers import (
-    TOKENIZER_FILE,
-    TokenizerSpec,
-    load_encoding,
-)
+from neuron_explainer.models.tokenizer_files import BYTE_OF_LETTER, GPT2_PATTERN, TokenizerSpec
+from neuron_explainer.models.tokenizers import TOKENIZER_FILE, load_encoding
 
 __all__ = [
     "TOKENIZER_FILE",

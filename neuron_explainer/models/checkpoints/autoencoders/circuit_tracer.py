@@ -34,6 +34,7 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     matrix_shape,
     parameters,
     read_choice,
+    side_by_side,
 )
 from neuron_explainer.models.checkpoints.autoencoders.format import (
     Content,
@@ -43,7 +44,6 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     Stated,
     read_content,
 )
-from neuron_explainer.models.checkpoints.autoencoders.gemma_scope_2 import side_by_side
 from neuron_explainer.models.checkpoints.problems import Shape
 
 CONFIG_FILE = "config.yaml"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from neuron_explainer.errors import CheckpointError, InputError, LocationError, did_you_mean
@@ -250,6 +251,19 @@ def check_factor(name: str, value: Any) -> float:
     if not _is_positive(value):
         raise InputError(f"{name} must be a number > 0, found {value!r}.")
     return float(value)
+
+
+def side_by_side(
+    decoder: Tensor, bias: Tensor, skip: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The decoders ``[l, layers, n]`` as one, ``[l, layers · n]``; the first is that of the own layer.
+
+    ``bias`` ``[n]`` and ``skip`` ``[n, n]`` belong to the own layer: they are zero for all others.
+    """
+    n_latents, n_layers, width = decoder.shape
+    behind = (0, (n_layers - 1) * width)
+    wide_skip = None if skip is None else F.pad(skip, behind)
+    return decoder.reshape(n_latents, n_layers * width), F.pad(bias, behind), wide_skip
 
 
 # ---- config fields -------------------------------------------------------------------------------

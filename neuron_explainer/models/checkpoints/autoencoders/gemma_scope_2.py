@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from neuron_explainer.errors import CheckpointError
@@ -30,6 +29,7 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     parameters,
     read_choice,
     read_text,
+    side_by_side,
     width_of,
 )
 from neuron_explainer.models.checkpoints.autoencoders.format import (
@@ -118,19 +118,6 @@ def _own_layer(where: str | Path, stated: Stated) -> int:
             "location='3/resid.torso.post_ln_mlp')`."
         )
     return layer
-
-
-def side_by_side(
-    decoder: Tensor, bias: Tensor, skip: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The decoders ``[l, layers, n]`` as one, ``[l, layers · n]``; the first is that of the own layer.
-
-    ``bias`` ``[n]`` and ``skip`` ``[n, n]`` belong to the own layer: they are zero for all others.
-    """
-    n_latents, n_layers, width = decoder.shape
-    behind = (0, (n_layers - 1) * width)
-    wide_skip = None if skip is None else F.pad(skip, behind)
-    return decoder.reshape(n_latents, n_layers * width), F.pad(bias, behind), wide_skip
 
 
 def _hook_name(name: Any) -> str | None:
