@@ -21,6 +21,7 @@ from neuron_explainer.experiments.tiny_tales import (
 from neuron_explainer.experiments.tiny_tales.data import (
     HELD_OUT_BOOKS,
     ModelBatches,
+    data_record,
     read_corpus,
     token_corpus,
 )
@@ -70,7 +71,7 @@ def run_train(args: argparse.Namespace) -> None:
     tokens = config.steps * size * ctx
     model.metadata = {
         "training": {
-            **_data_record(),
+            **data_record(),
             **asdict(config),
             "optimiser": "Muon for hidden matrices, AdamW for the rest; bfloat16 autocast",
             "tokens": tokens,
@@ -104,7 +105,7 @@ def run_autoencoders(args: argparse.Namespace) -> None:
     found = autoencoder_training.without_rare(source, found, n_chunks=100)
     autoencoder_training.record_statistics(source, found, n_chunks=25)
     for name, autoencoder in found.items():
-        training = autoencoder_training.training_record(configs[name], HELD_OUT_BOOKS)
+        training = autoencoder_training.training_record(configs[name])
         autoencoder.metadata = {"training": training}
         place = ActivationLocation.parse(name)
         folder = args.run / MODEL_NAME / AUTOENCODERS / place.path / str(place.layer)
@@ -173,14 +174,6 @@ def _held_out_windows(books: Mapping[str, str], model: Transformer) -> TokenWind
     """The held-out books in windows side by side, in their order."""
     corpus = token_corpus(books, model.enc)
     return TokenWindows(corpus, model.cfg.ctx_window, WINDOWS_PER_BATCH, seed=None)
-
-
-def _data_record() -> dict[str, Any]:
-    return {
-        "data": "35 public-domain books in English",
-        "held_out_books": list(HELD_OUT_BOOKS),
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def _record_figures(folder: Path, figures: Mapping[str, float]) -> None:
