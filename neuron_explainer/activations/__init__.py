@@ -13,7 +13,7 @@ The usual way from text to the batches that a dictionary is trained on::
 """
 
 from neuron_explainer.activations.buffer import ShuffleBuffer
-from neuron_explainer.activations.chunks import ActivationSource, LiveSource
+from neuron_explainer.activations.chunks import ActivationBatch, ActivationSource
 from neuron_explainer.activations.corpus import TokenCorpus, start_token, tokenize
 from neuron_explainer.activations.data_config import (
     DataConfig,
@@ -29,7 +29,7 @@ from neuron_explainer.activations.documents import (
     read_documents,
     row_documents,
 )
-from neuron_explainer.activations.harvest import ActivationBatch, Harvester
+from neuron_explainer.activations.harvest import Harvester, LiveSource
 from neuron_explainer.activations.prefetch import Prefetcher
 from neuron_explainer.activations.store import (
     SOURCE_FILE,

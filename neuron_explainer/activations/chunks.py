@@ -1,9 +1,54 @@
-"""The sources of a buffer: chunks of activations by number, and those that a model computes."""
+"""Chunks of activations by number: what every source of activations gives.
 
+Shape legend: ``n`` tokens, ``d`` width of a location.
+"""
+
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from neuron_explainer.activations.harvest import ActivationBatch, Harvester, check_context_length
-from neuron_explainer.activations.windows import TokenWindows
+import torch
+from torch import Tensor
+
+from neuron_explainer.models.locations import ActivationLocation
+
+
+@dataclass(frozen=True)
+class ActivationBatch:
+    """Activations of some tokens, and where these tokens stand."""
+
+    activations: dict[ActivationLocation, Tensor]
+    """``[n, d]`` at each location."""
+    tokens: Tensor
+    """Token ids, ``[n]`` int64."""
+    document: Tensor
+    """Number of each token's document, ``[n]`` int64."""
+    position: Tensor
+    """Position of each token in its window, ``[n]`` int64."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def rows(self, which: Tensor | slice) -> "ActivationBatch":
+        """The batch of some of the tokens."""
+        return ActivationBatch(
+            {place: x[which] for place, x in self.activations.items()},
+            self.tokens[which],
+            self.document[which],
+            self.position[which],
+        )
+
+    @staticmethod
+    def cat(batches: "list[ActivationBatch]") -> "ActivationBatch":
+        """One batch of the tokens of several batches."""
+        return ActivationBatch(
+            {
+                place: torch.cat([batch.activations[place] for batch in batches])
+                for place in batches[0].activations
+            },
+            torch.cat([batch.tokens for batch in batches]),
+            torch.cat([batch.document for batch in batches]),
+            torch.cat([batch.position for batch in batches]),
+        )
 
 
 class ActivationSource(Protocol):
@@ -18,27 +63,3 @@ class ActivationSource(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides the chunks, as JSON values."""
-
-
-class LiveSource:
-    """Activations that a model computes when they are needed: a chunk is a batch of windows."""
-
-    def __init__(self, harvester: Harvester, windows: TokenWindows) -> None:
-        check_context_length(harvester.context, windows.context_length)
-        self.harvester, self.windows = harvester, windows
-
-    @property
-    def forward_s(self) -> float:
-        """Seconds spent in the model so far."""
-        return self.harvester.forward_s
-
-    def chunk(self, number: int) -> ActivationBatch | None:
-        """The activations of a batch of windows."""
-        n_batches = self.windows.n_batches
-        if n_batches is not None and number >= n_batches:
-            return None
-        return self.harvester(self.windows.batch(number))
-
-    def describe(self) -> dict[str, Any]:
-        """Settings of model and windows."""
-        return {**self.harvester.describe(), **self.windows.describe()}

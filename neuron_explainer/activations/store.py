@@ -25,10 +25,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from neuron_explainer import files
+from neuron_explainer.activations.chunks import ActivationBatch
 from neuron_explainer.activations.corpus import Ints, permutation
 from neuron_explainer.activations.harvest import (
     DTYPES,
-    ActivationBatch,
     Harvester,
     check_finite,
     parse_dtype,

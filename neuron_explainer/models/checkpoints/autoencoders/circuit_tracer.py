@@ -29,7 +29,6 @@ from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_tensors,
     encoder_by_latent,
-    loaded,
     location_of,
     matrix_shape,
     parameters,
@@ -42,6 +41,7 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     LoadedAutoencoder,
     Source,
     Stated,
+    loaded,
     read_content,
 )
 from neuron_explainer.models.checkpoints.problems import Shape

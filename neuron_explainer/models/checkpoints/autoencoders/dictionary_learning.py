@@ -30,12 +30,10 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_facts,
     check_tensors,
     fold_latent_scale,
-    loaded,
     location_of,
     matrix_shape,
     parameters,
     read_text,
-    settle,
 )
 from neuron_explainer.models.checkpoints.autoencoders.export import (
     Exported,
@@ -48,6 +46,8 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     LoadedAutoencoder,
     Source,
     Stated,
+    loaded,
+    settle,
 )
 from neuron_explainer.models.checkpoints.problems import Shape
 

@@ -21,7 +21,6 @@ from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_tensors,
     is_on_the_stream,
-    loaded,
     location_of,
     matrix_shape,
     parameters,
@@ -32,6 +31,7 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     LoadedAutoencoder,
     Source,
     Stated,
+    loaded,
 )
 from neuron_explainer.models.checkpoints.autoencoders.state import at_least_float32
 from neuron_explainer.models.locations import ActivationLocation

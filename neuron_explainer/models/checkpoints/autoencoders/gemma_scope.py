@@ -20,7 +20,6 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_factor,
     check_tensors,
     fold_norm_factor,
-    loaded,
     matrix_shape,
     parameters,
     refuse_scaled_latents,
@@ -32,6 +31,7 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     Source,
     Stated,
     is_always,
+    loaded,
 )
 from neuron_explainer.models.locations import ActivationLocation
 

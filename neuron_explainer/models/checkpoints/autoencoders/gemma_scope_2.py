@@ -23,7 +23,6 @@ from torch import Tensor
 from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_tensors,
-    loaded,
     location_of,
     matrix_shape,
     parameters,
@@ -38,6 +37,7 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     LoadedAutoencoder,
     Source,
     Stated,
+    loaded,
 )
 from neuron_explainer.models.checkpoints.problems import Shape
 from neuron_explainer.models.locations import ActivationLocation

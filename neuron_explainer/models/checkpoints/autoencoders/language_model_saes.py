@@ -24,7 +24,6 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_facts,
     check_tensors,
     fold_latent_scale,
-    loaded,
     location_of,
     matrix_shape,
     parameters,
@@ -38,6 +37,7 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     LoadedAutoencoder,
     Source,
     Stated,
+    loaded,
     read_content,
 )
 from neuron_explainer.models.checkpoints.autoencoders.state import InputNormalization

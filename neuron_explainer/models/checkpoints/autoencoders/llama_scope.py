@@ -28,7 +28,6 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_factor,
     check_tensors,
     fold_norm_factor,
-    loaded,
     location_of,
     matrix_shape,
     parameters,
@@ -43,6 +42,7 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     LoadedAutoencoder,
     Source,
     Stated,
+    loaded,
 )
 from neuron_explainer.models.checkpoints.problems import Shape
 

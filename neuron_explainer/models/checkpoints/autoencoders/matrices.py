@@ -25,7 +25,6 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_facts,
     check_tensors,
     encoder_by_latent,
-    loaded,
     location_of,
     matrix_shape,
     parameters,
@@ -37,6 +36,7 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     Source,
     Stated,
     has_keys,
+    loaded,
 )
 from neuron_explainer.models.checkpoints.problems import Shape
 

@@ -21,7 +21,6 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_facts,
     check_tensors,
     is_on_the_stream,
-    loaded,
     location_of,
     matrix_shape,
     parameters,
@@ -35,6 +34,7 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     LoadedAutoencoder,
     Source,
     Stated,
+    loaded,
 )
 from neuron_explainer.models.checkpoints.autoencoders.state import InputNormalization
 from neuron_explainer.models.checkpoints.problems import Shape

@@ -30,7 +30,6 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     fold_latent_scale,
     fold_norm_factor,
     is_on_the_stream,
-    loaded,
     location_of,
     parameters,
     read_choice,
@@ -38,7 +37,6 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     read_size,
     read_text,
     refuse_scaled_latents,
-    settle_location,
 )
 from neuron_explainer.models.checkpoints.autoencoders.export import (
     Exported,
@@ -51,7 +49,9 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     LoadedAutoencoder,
     Source,
     Stated,
+    loaded,
     read_content,
+    settle_location,
 )
 from neuron_explainer.models.checkpoints.autoencoders.state import InputNormalization
 from neuron_explainer.models.checkpoints.problems import Shape

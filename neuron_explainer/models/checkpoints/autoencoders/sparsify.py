@@ -18,7 +18,6 @@ from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_tensors,
     check_unknown_fields,
-    loaded,
     parameters,
     read_choice,
     read_flag,
@@ -30,6 +29,7 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     LoadedAutoencoder,
     Source,
     Stated,
+    loaded,
 )
 from neuron_explainer.models.checkpoints.problems import Shape
 
