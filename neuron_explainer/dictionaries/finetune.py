@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from neuron_explainer.errors import InputError
-from neuron_explainer.evaluation.evaluate import Activations
+from neuron_explainer.evaluation.pieces import Activations
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoders.latents import Latents
 from neuron_explainer.progress import progress_bar

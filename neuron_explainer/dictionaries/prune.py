@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from neuron_explainer.errors import InputError
-from neuron_explainer.evaluation.evaluate import Activations
 from neuron_explainer.evaluation.latent_activity import LatentActivity
+from neuron_explainer.evaluation.pieces import Activations
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.checkpoints.autoencoders.state import select_latents
 

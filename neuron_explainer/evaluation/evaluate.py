@@ -26,7 +26,7 @@ from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation.compat import PeerBatch, PeerLosses, PeerStats, feature_scale
 from neuron_explainer.evaluation.figures import Evaluation
 from neuron_explainer.evaluation.metrics import cross_entropy_per_token, kl_divergence_per_token
-from neuron_explainer.evaluation.pieces import LATENTS_AT_ONCE, coded_pieces
+from neuron_explainer.evaluation.pieces import LATENTS_AT_ONCE, Activations, coded_pieces
 from neuron_explainer.evaluation.placed import Placed, placed
 from neuron_explainer.evaluation.running import ByLoss, LossTotals, ReconstructionStats
 from neuron_explainer.evaluation.spliced_passes import SplicedPasses, scored
@@ -37,9 +37,6 @@ from neuron_explainer.models.locations import ActivationLocation, LocationLike
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.weight_names import Dimension
 from neuron_explainer.progress import progress_bar
-
-Activations = Iterable[Tensor | tuple[Tensor, Tensor]]
-"""Batches of activations ``[…, n]``; for a transcoder, pairs (input, activation to reconstruct)."""
 
 
 def measure(
