@@ -74,6 +74,7 @@ FLOORS = [
         "autoencoder_context",
         "huggingface.context",
         "model_registry",
+        "interventions",
         "open_model",
         "",
     ],

@@ -249,6 +249,21 @@ class AutoencoderContext:
         self._splice(hooks, [] if on_latents is None else [(None, on_latents)], add_error, layers)
         return hooks
 
+    def splice(
+        self, layer: LayerIndex, on_latents: Iterable[Hook] = (), add_error: bool = True
+    ) -> AutoencoderHooks:
+        """A hook that passes activations through the autoencoder of a layer, as in :meth:`hooks`."""
+        autoencoder = self.get_autoencoder(layer)
+        if autoencoder.is_transcoder:
+            raise InputError(
+                f"{autoencoder._name()}: is a transcoder, whose output stands for another "
+                "activation than its input: it cannot take its input's place."
+            )
+        inside = AutoencoderHooks.from_autoencoder(autoencoder, add_error)
+        for hook in on_latents:
+            inside.latents.append_fwd(hook)
+        return inside
+
     def _splice(
         self,
         hooks: TransformerHooks,
@@ -265,18 +280,12 @@ class AutoencoderContext:
                     f"in; the layers are {', '.join(map(str, chosen))}."
                 )
         for layer in chosen:
-            autoencoder = self.get_autoencoder(layer)
-            if autoencoder.is_transcoder:
-                raise InputError(
-                    f"{autoencoder._name()}: is a transcoder, whose output stands for another "
-                    "activation than its input: it cannot take its input's place."
-                )
-            inside = AutoencoderHooks.from_autoencoder(autoencoder, add_error)
-            for at, hook in on_latents:
-                if at is None or at == layer:
-                    inside.latents.append_fwd(hook)
-                elif layer is None:  # one autoencoder serves all layers
-                    inside.latents.append_fwd(AtLayers(at).append(hook))
+            its = [
+                hook if at in (None, layer) else AtLayers(at).append(hook)
+                for at, hook in on_latents
+                if layer is None or at in (None, layer)  # layer None: one autoencoder serves all
+            ]
+            inside = self.splice(layer, its, add_error)
             hooks.append_at(self.location.at(layer), inside)
 
     def __repr__(self) -> str:

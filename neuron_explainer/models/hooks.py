@@ -26,9 +26,11 @@ milliseconds, cloned autoencoders, and left stateful hooks empty.)
 import difflib
 import inspect
 import operator
+from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
@@ -36,6 +38,7 @@ from torch import Tensor, nn
 
 from neuron_explainer.errors import HookError, LocationError, did_you_mean
 from neuron_explainer.models.locations import SITES, ActivationLocation, LocationLike, Site
+from neuron_explainer.models.weight_names import Dimension
 
 Hook = Callable[..., Any]
 """``hook(x, **keywords) -> x``; it gets the keywords of the site that its signature accepts."""
@@ -100,9 +103,35 @@ class Attached(NamedTuple):
         return self.hook(x, *args, **kwargs)
 
 
+class DescribedHook(ABC):
+    """A hook that says what it does, and what a model and a text must have for it."""
+
+    @abstractmethod
+    def __call__(
+        self, x: Tensor, layer: int | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """The changed activation."""
+
+    @abstractmethod
+    def __repr__(self) -> str:
+        """What it does, in words."""
+
+    @abstractmethod
+    def check(self, sizes: Mapping[Dimension, int], end: int | None) -> None:
+        """Raise a HookError if a model of these sizes, or a text of ``end`` tokens, lacks what it changes.
+
+        ``end`` is None if it is not known how long the text will be.
+        """
+
+    @property
+    def sets_all(self) -> bool:
+        """Whether nothing of what was at the place is left."""
+        return False
+
+
 def hook_name(hook: Hook) -> str:
     """The name of a hook in ``repr`` and in errors."""
-    if isinstance(hook, HookNode | nn.Module):
+    if isinstance(hook, HookNode | nn.Module | DescribedHook):
         return repr(hook)
     if isinstance(hook, partial):
         return f"partial({hook_name(hook.func)})"
@@ -683,6 +712,16 @@ class AutoencoderHooks(HookCollection):
         new._code = autoencoder.code
         return new
 
+    def is_same_splice(self, other: "AutoencoderHooks") -> bool:
+        """Whether both pass the activation through one autoencoder, and have hooks on latents at most."""
+        others = [self.reconstruction, self.error, other.reconstruction, other.error]
+        return (
+            self._code is not None
+            and self._code == other._code
+            and self.add_error == other.add_error
+            and all(site.is_empty() for site in others)
+        )
+
     def is_empty(self) -> bool:
         return False  # even without hooks inside, the activation goes through the autoencoder
 
@@ -837,6 +876,35 @@ class TransformerHooks(_Group):
         path = path if kind is None or location is None else f"{location.path}.{kind}"
         return super().append_to_path(path, hook)
 
+    def __add__(self, other: "TransformerHooks") -> Self:
+        """A new tree: at each place the hooks of ``self``, then those of ``other``.
+
+        Where both splice in the same autoencoder, it is spliced in once, with the hooks of both on its
+        latents: a second encoding would see what the first edit left.
+        """
+        if not isinstance(other, TransformerHooks):
+            return NotImplemented
+        new = self.copy()
+        lists = dict(new.leaves())
+        for path, leaf in other.copy().leaves():
+            for attached in leaf._attached:
+                if not _joined(lists[path], attached.hook):
+                    lists[path]._attached += (attached,)
+        return new
+
+    def check_model(self, sizes: Mapping[Dimension, int], end: int | None) -> None:
+        """Refuse hooks that would do nothing in a model of these sizes, or in a text of ``end`` tokens."""
+        n_layers = sizes[Dimension.LAYERS]
+        self.check_layers(n_layers)
+        described: list[tuple[ActivationLocation, DescribedHook]] = []
+        for path, leaf in self.leaves():
+            place = ActivationLocation(path.rpartition(".")[0])
+            for layer, hook in chain.from_iterable(map(_described, leaf._hooks)):
+                hook.check(sizes, end)
+                at = place if layer is None else place.at(layer)
+                described += [(single, hook) for single in at.expand(n_layers)]
+        _check_effect(described)
+
     def check_layers(self, n_layers: int) -> None:
         """Refuse hooks for layers that a model lacks: they would do nothing, without a word."""
         for path, leaf in self.leaves():
@@ -862,6 +930,83 @@ def _layers_chosen(hook: Hook) -> Iterator[int]:
     if isinstance(hook, HookNode):
         for inner in hook._inside():
             yield from _layers_chosen(inner)
+
+
+def _described(hook: Hook, layer: int | None = None) -> Iterator[tuple[int | None, DescribedHook]]:
+    """The described hooks of a list, each with its layer (None: every layer); not those on latents."""
+    if isinstance(hook, DescribedHook):
+        yield layer, hook
+    elif isinstance(hook, AtLayers):
+        for at in hook.at_layers:
+            for inner in hook._hooks:
+                yield from _described(inner, at)
+    elif isinstance(hook, AutoencoderHooks):
+        for _, leaf in hook.leaves():
+            yield from ((layer, inner) for inner in leaf._hooks if isinstance(inner, DescribedHook))
+
+
+_OVERWRITES = {
+    "resid.torso.delta_attn": ("attn.", "resid.torso.post_ln_attn", "resid.torso.ln_attn."),
+    "resid.torso.delta_mlp": ("mlp.", "resid.torso.post_ln_mlp", "resid.torso.ln_mlp."),
+}
+"""What has no other effect in its layer than through this place."""
+
+
+def _check_effect(described: Sequence[tuple[ActivationLocation, DescribedHook]]) -> None:
+    """Refuse a hook whose effect a later one replaces as a whole: it would do nothing, without a word."""
+    order = list(SITES)
+    for place, hook in described:
+        if not hook.sets_all:
+            continue
+        for earlier, other in described:
+            if other is hook or earlier.layer != place.layer:
+                continue
+            before = order.index(earlier.path) < order.index(place.path)
+            inside = earlier.path.startswith(_OVERWRITES.get(place.path, ()))
+            stream = place.path in ("resid.torso.post_attn", "resid.torso.post_mlp")
+            same = earlier == place and _comes_before(other, hook, described)
+            if same or (before and (inside or stream)):
+                raise HookError(
+                    f"{other!r} at {earlier} would have no effect: {hook!r} at {place} replaces it."
+                )
+
+
+def _comes_before(first: object, second: object, described: Sequence[tuple[Any, object]]) -> bool:
+    hooks = [hook for _, hook in described]
+    return next(i for i, h in enumerate(hooks) if h is first) < next(
+        i for i, h in enumerate(hooks) if h is second
+    )
+
+
+def _joined(hooks: Hooks, new: Hook) -> bool:
+    """Whether ``new`` splices in an autoencoder that ``hooks`` end with, and its hooks have joined it."""
+    layers, inside = _spliced(new)
+    if inside is None:
+        return False
+    for attached in reversed(hooks._attached):
+        its_layers, there = _spliced(attached.hook)
+        if there is not None and its_layers == layers and there.is_same_splice(inside):
+            there.latents.fwd._attached += inside.latents.fwd._attached
+            there.latents.bwd._attached += inside.latents.bwd._attached
+            there.latents.fwd2._attached += inside.latents.fwd2._attached
+            return True
+        node, at = attached.node, [None] if layers is None else layers
+        if node is None or not all(node.is_empty_at(layer) for layer in at):
+            return False  # something comes between
+    return False
+
+
+def _spliced(hook: Hook) -> "tuple[list[int] | None, AutoencoderHooks | None]":
+    """The layers (None: all) and the autoencoder of a hook that is nothing but a splice."""
+    if isinstance(hook, AutoencoderHooks):
+        return None, hook
+    if (
+        isinstance(hook, AtLayers)
+        and len(hook) == 1
+        and isinstance(hook._hooks[0], AutoencoderHooks)
+    ):
+        return hook.at_layers, hook._hooks[0]
+    return None, None
 
 
 _GROUPS: dict[str, type[_Group]] = {

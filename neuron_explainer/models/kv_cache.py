@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.errors import InputError
+from neuron_explainer.models.sampling import prep_pos_from_pad_and_prev_lens
 
 
 class KeyValueCache:
@@ -55,6 +56,15 @@ class KeyValueCache:
         """Pad mask ``[b, k]``, or None if there has been no pad."""
         pad = self._buffers.get("pad")
         return None if pad is None else pad[:, : self._len]
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions ``[b, k]`` of the tokens so far; pads take none."""
+        pad = self.pad_cache
+        if pad is None:
+            batch, length = self.K_cache.shape[:2]
+            return torch.arange(length, device=self.K_cache.device).expand(batch, -1)
+        return prep_pos_from_pad_and_prev_lens(pad, 0)
 
     def __len__(self) -> int:
         return self._len

@@ -229,18 +229,27 @@ class LanguageModel(ABC):
                 f"It has: {', '.join(self.paths)}."
             )
 
-    def _check_hooks(self, hooks: object) -> None:
-        """Refuse anything but a tree for a whole model, and hooks for places that this model lacks."""
+    def _check_hooks(self, hooks: object, end: int | None = None) -> None:
+        """Refuse anything but a tree for a whole model, and hooks for what this model or a text of
+        ``end`` tokens lacks."""
         if not isinstance(hooks, TransformerHooks):
             found = repr(hooks) if isinstance(hooks, HookNode) else type(hooks).__name__
             raise HookError(
                 "hooks must be a TransformerHooks tree, such as `TransformerHooks().append_at("
                 f"'3/mlp.post_act', hook)`, found {found}."
             )
-        hooks.check_layers(self.n_layers)
         for path, leaf in hooks.leaves():
             if not leaf.is_empty():
                 self.require(path.rpartition(".")[0])
+        hooks.check_model(self.sizes, end)
+
+    def _check_whole(
+        self, tokens: Tensor, pad: Tensor | None, hooks: TransformerHooks | None
+    ) -> None:
+        """Refuse hooks for positions that a text lacks which is given whole, not to be continued."""
+        if hooks is not None:
+            check_tokens(tokens, pad, self.n_vocab)
+            self._check_hooks(hooks, longest_row(tokens, pad))
 
     def _advance(self, tokens: Tensor, H: State, pad: Tensor | None) -> Tensor | None:
         """Check the tokens of a call, and note in ``H`` their positions and the new lengths of the rows.
@@ -301,9 +310,8 @@ class LanguageModel(ABC):
         Returns:
             ``{location: tensor}``, with the tokens and their pad mask as attributes.
         """
-        if hooks is not None:
-            self._check_hooks(hooks)
         tokens, pad = self.to_batch(tokens, pad, bos)
+        self._check_whole(tokens, pad, hooks)
         wanted = [
             place
             for location in parse_locations(locations)
@@ -349,10 +357,10 @@ class LanguageModel(ABC):
             ``{"tokens": list[list[int]], "strings": list[str]}``: the new tokens of each prompt.
         """
         check_sampling_settings(num_tokens, temperature, top_k, top_p)
-        if hooks is not None:
-            self._check_hooks(hooks)
         ids = self.prompt_ids(prompts, bos)
         longest = max(map(len, ids))
+        if hooks is not None:
+            self._check_hooks(hooks, longest + num_tokens - 1)
         if self._context is not None and longest + num_tokens - 1 > self._context:
             raise InputError(
                 f"the longest prompt has {longest} tokens; with num_tokens={num_tokens} that is more "
@@ -410,6 +418,11 @@ def prompts_to_ids(prompts: Any, encode: Encode, start: Sequence[int] = ()) -> l
             "the start token."
         )
     return ids
+
+
+def longest_row(tokens: Tensor, pad: Tensor | None) -> int:
+    """The number of tokens of the longest row, without pads."""
+    return tokens.shape[1] if pad is None else int((~pad).sum(dim=1).max())
 
 
 def _stops_to_ids(stop: int | str | Sequence[int | str] | None, encode: Encode) -> list[int]:

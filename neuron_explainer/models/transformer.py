@@ -188,7 +188,7 @@ class MultiHeadedDotProductSelfAttention(nn.Module):
             What attention adds to the residual stream ``[b, s, d]``, and the cache.
         """
         hooks = NO_HOOKS.attn if hooks is None else hooks
-        at = {"layer": self.layer_idx, "positions": positions}
+        at: dict[str, Any] = {"layer": self.layer_idx, "positions": positions}
         Q, K, V = linears(X, (self.q_proj, self.k_proj, self.v_proj))
         kv_cache = KeyValueCache() if kv_cache is None else kv_cache
         kv_cache.update(K, V, pad)
@@ -198,9 +198,12 @@ class MultiHeadedDotProductSelfAttention(nn.Module):
         explicit, scale = hooks.need_explicit(self.layer_idx), self.qk_scale**2
         if explicit or not (hooks.q.is_empty() and hooks.k.is_empty()):
             q, k, scale = q * self.qk_scale, k * self.qk_scale, 1.0
-            q, k = hooks.q(q, **at), hooks.k(k, **at)
+            q = hooks.q(q, **at)
+            if not hooks.k.is_empty():
+                k = hooks.k(k, **at | {"positions": kv_cache.positions})
         if not hooks.v.is_empty():
-            v = hooks.v(v.clone(), **at)  # the cache's own memory: an edit must not reach it
+            # A copy: the cache's own memory must not be edited.
+            v = hooks.v(v.clone(), **at | {"positions": kv_cache.positions})
         if explicit:
             v_out = _explicit_attention(q, k, v, allowed, hooks, at)
         else:
@@ -484,7 +487,8 @@ class Transformer(Checkpointed):
             tokens: ids ``[b, s]``, int64; in a continuation only the new ones. Or prompts as
                 :meth:`sample` takes them, which are padded on the right (see :meth:`to_batch`).
             H: what an earlier call returned, to continue from it. It is updated in place; if the call
-                raises, it is as before.
+                raises, it is as before. To begin a text with hooks for later tokens, give a new
+                ``HiddenState(n_layers)``.
             pad: ``[b, s]`` bool, True where a position is padding, which may be on any side and even
                 between tokens. Each row's result at its tokens is that of its solo run.
             hooks: what to see or replace on the way.
@@ -492,9 +496,11 @@ class Transformer(Checkpointed):
         Returns:
             Logits ``[b, s, v]`` and the state to continue from.
         """
-        H = HiddenState(self.cfg.n_layers) if H is None else H
-        check_state(H, self.cfg.n_layers, self.cfg.d_attn_qk)
         tokens, pad = self.to_batch(tokens, pad)
+        if H is None:  # with H, a hook may be for tokens of another call
+            self._check_whole(tokens, pad, hooks)
+            H = HiddenState(self.cfg.n_layers)
+        check_state(H, self.cfg.n_layers, self.cfg.d_attn_qk)
         hooks = NO_HOOKS if hooks is None else hooks
         with H.restored_on_error():
             X, H, pad, hooks = self.run_embed(tokens, H, pad, hooks)

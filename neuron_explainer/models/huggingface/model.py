@@ -167,9 +167,11 @@ class HuggingFaceModel(LanguageModel):
         Arguments are those of :meth:`Transformer.forward
         <neuron_explainer.models.transformer.Transformer.forward>`.
         """
-        H = HuggingFaceState() if H is None else H
-        self._check_state(H)
         tokens, pad = self.to_batch(tokens, pad)
+        if H is None:  # with H, a hook may be for tokens of another call
+            self._check_whole(tokens, pad, hooks)
+            H = HuggingFaceState()
+        self._check_state(H)
         with H.restored_on_error():
             logits = self._run(tokens, H, pad, NO_HOOKS if hooks is None else hooks)
         assert logits is not None
@@ -333,6 +335,6 @@ class _Reader:
             old + row for old, row in zip(self._rows or [[]] * len(new), new, strict=True)
         ]
         tokens, pad = prep_input_and_pad(self._rows, "right", tokens.device)
-        logits, _ = self._model(tokens, pad=pad, hooks=self._hooks)
+        logits, _ = self._model(tokens, HuggingFaceState(), pad, self._hooks)
         last = (~pad).sum(dim=-1) - 1
         return logits[torch.arange(len(last), device=last.device), last]
