@@ -5,7 +5,7 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from neuron_explainer.cli.common import Result, add_verb, positive, say
+from neuron_explainer.cli.common import Result, add_verb, option, positive, say
 from neuron_explainer.cli.open import data_options, model_options, open_model
 from neuron_explainer.errors import InputError
 
@@ -56,18 +56,14 @@ def _register_harvest(verbs: Any) -> None:
         metavar="N",
         help="stop with the batch that reaches this many tokens (default: read all)",
     )
-    harvest.add_argument(
-        "--dtype",
-        default="float32",
-        metavar="NAME",
-        help="on disk: float32, float16, bfloat16 (default: float32)",
-    )
-    harvest.add_argument(
+    option(harvest, "--dtype", "on disk: float32, float16, bfloat16", "float32", "NAME")
+    option(
+        harvest,
         "--shard-rows",
+        "rows of a file; a killed harvest loses the rows of the last file",
+        1 << 18,
+        "N",
         type=positive,
-        default=1 << 18,
-        metavar="N",
-        help="rows of a file; a killed harvest loses the rows of the last file (default: 262144)",
     )
 
 
@@ -107,19 +103,20 @@ def _register_train(verbs: Any) -> None:
         choices=["tensorboard", "wandb"],
         help="where to log too, besides log.jsonl",
     )
-    train.add_argument(
+    option(
+        train,
         "--divide",
-        default="data",
+        "what to divide among the processes that torchrun started: every batch, or the latents "
+        "of a dictionary that is too large for one device",
+        "data",
         choices=["data", "latents"],
-        help="what to divide among the processes that torchrun started: every batch, or the latents "
-        "of a dictionary that is too large for one device (default: data)",
     )
-    train.add_argument(
+    option(
+        train,
         "--dist-timeout",
-        type=float,
-        default=600.0,
-        metavar="SECONDS",
-        help="how long to wait for a process that does not answer (default: 600)",
+        "how long to wait for a process that does not answer",
+        600.0,
+        "SECONDS",
     )
 
 
