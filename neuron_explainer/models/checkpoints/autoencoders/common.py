@@ -97,6 +97,27 @@ def check_tensors(
     report.raise_if_any(why)
 
 
+def check_layout(where: str | Path, tensors: Mapping[str, Any], layout: str) -> dict[str, int]:
+    """Check tensors by a layout, such as ``"W_enc [n, l]  b_enc [l]"``; returns the size of each letter.
+
+    The first tensor is a matrix, from which its two sizes are read. Another letter is the length of the
+    first vector that has it, or else ``n``: a transcoder's output need not be as wide as its input.
+    """
+    axes = {name: found.split(", ") for name, found in re.findall(r"(\S+) \[(.*?)\]", layout)}
+    first = next(iter(axes))
+    sizes = dict(zip(axes[first], matrix_shape(where, tensors, first), strict=True))
+    for name, letters in axes.items():
+        vector = tensors.get(name)
+        if len(letters) == 1 and isinstance(vector, Tensor) and vector.ndim == 1:
+            sizes.setdefault(letters[0], len(vector))
+    expected = {
+        name: tuple(int(x) if x.isdecimal() else sizes.get(x, sizes["n"]) for x in letters)
+        for name, letters in axes.items()
+    }
+    check_tensors(where, tensors, expected)
+    return sizes
+
+
 def matrix_shape(where: str | Path, tensors: Mapping[str, Any], name: str) -> tuple[int, int]:
     """The two sizes of the matrix from which all others follow."""
     value = tensors.get(name)
@@ -104,12 +125,6 @@ def matrix_shape(where: str | Path, tensors: Mapping[str, Any], name: str) -> tu
         found = "nothing" if value is None else described(value)
         raise CheckpointError(f"{where}: {name}: expected a matrix, found {found}.")
     return value.shape[0], value.shape[1]
-
-
-def width_of(tensors: Mapping[str, Any], bias: str, default: int) -> int:
-    """The width of an output by that of its bias: a transcoder's need not be that of its input."""
-    value = tensors.get(bias)
-    return len(value) if isinstance(value, Tensor) and value.ndim == 1 else default
 
 
 def encoder_by_latent(tensors: Mapping[str, Any]) -> bool:

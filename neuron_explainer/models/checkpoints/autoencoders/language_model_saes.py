@@ -22,10 +22,9 @@ from neuron_explainer import files
 from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_facts,
-    check_tensors,
+    check_layout,
     fold_latent_scale,
     location_of,
-    matrix_shape,
     parameters,
     read_choice,
     read_flag,
@@ -41,7 +40,6 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     read_content,
 )
 from neuron_explainer.models.checkpoints.autoencoders.state import InputNormalization
-from neuron_explainer.models.checkpoints.problems import Shape
 
 HYPERPARAMETERS_FILE, MODEL_FILE = "hyperparams.json", "lm_config.json"
 
@@ -65,7 +63,7 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
     hyperparameters, model = (_json(source, name) for name in (HYPERPARAMETERS_FILE, MODEL_FILE))
     inner = content.get("sae")
     tensors = inner if isinstance(inner, Mapping) else content
-    check_tensors(where, tensors, _shapes(where, tensors))
+    check_layout(where, tensors, _layout(tensors))
     _check_hyperparameters(where, hyperparameters or {}, tensors)
     state = parameters(
         tensors["encoder"].T,
@@ -126,21 +124,15 @@ def _json(source: Source, name: str) -> dict[str, Any] | None:
     return source.json_if_any(name) or Source(source.path, {}).json_if_any(f"../{name}")
 
 
-def _shapes(where: str | Path, tensors: Content) -> dict[str, Shape]:
-    n_inputs, n_latents = matrix_shape(where, tensors, "encoder")
-    shapes: dict[str, Shape] = {
-        "encoder": (n_inputs, n_latents),
-        "encoder_bias": (n_latents,),
-        "decoder": (n_latents, n_inputs),
-    }
+def _layout(tensors: Content) -> str:
+    layout = "encoder [n, l]  encoder_bias [l]  decoder [l, n]"
     if "decoder_bias" in tensors:
-        shapes["decoder_bias"] = (n_inputs,)
+        layout += "  decoder_bias [n]"
     if "encoder_glu" in tensors or "encoder_bias_glu" in tensors:
-        shapes |= {"encoder_glu": (n_inputs, n_latents), "encoder_bias_glu": (n_latents,)}
+        layout += "  encoder_glu [n, l]  encoder_bias_glu [l]"
     for name in ("feature_act_mask", "feature_act_scale"):
-        if name in tensors:
-            shapes[name] = (n_latents,)
-    return shapes
+        layout += f"  {name} [l]" if name in tensors else ""
+    return layout
 
 
 def _check_hyperparameters(where: str | Path, fields: Mapping[str, Any], tensors: Content) -> None:
