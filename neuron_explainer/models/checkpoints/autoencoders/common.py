@@ -198,6 +198,35 @@ def check_factor(name: str, value: Any) -> float:
     return float(value)
 
 
+# Folded biases are float32 in files of any dtype: in half precision a sum over the whole input would
+# be rounded to three digits, and could overflow.
+
+
+def fold_pre_bias(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The same autoencoder without a bias of the input: (x - b) W + e = x W + (e - b W)."""
+    state = dict(state_dict)
+    if not state["pre_bias"].any():
+        return state
+    weight, pre_bias = at_least_float32(state["encoder.weight"]), state["pre_bias"]
+    shift = weight @ pre_bias.to(weight)
+    state["latent_bias"] = state["latent_bias"].to(shift) - shift
+    state["pre_bias"] = pre_bias.new_zeros(pre_bias.shape)
+    return state
+
+
+def fold_latent_bias_into_gates(
+    latent_bias: Tensor, fields: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """``b_gate``, ``r_mag`` and ``b_mag`` of a gated autoencoder that has no bias before its gates."""
+    if not latent_bias.any():
+        return {name: fields[name] for name in ("b_gate", "r_mag", "b_mag")}
+    b_gate, r_mag, b_mag, bias = (
+        at_least_float32(value)
+        for value in (fields["b_gate"], fields["r_mag"], fields["b_mag"], latent_bias)
+    )
+    return {"b_gate": b_gate + bias, "r_mag": fields["r_mag"], "b_mag": b_mag + bias * r_mag.exp()}
+
+
 def side_by_side(
     decoder: Tensor, bias: Tensor, skip: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -29,19 +29,17 @@ from neuron_explainer.errors import CheckpointError, InputError, did_you_mean
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_facts,
     check_tensors,
+    fold_latent_bias_into_gates,
     fold_latent_scale,
+    fold_pre_bias,
     location_of,
     matrix_shape,
     parameters,
     read_text,
 )
-from neuron_explainer.models.checkpoints.autoencoders.export import (
-    Exported,
-    fold_latent_bias_into_gates,
-    fold_pre_bias,
-)
 from neuron_explainer.models.checkpoints.autoencoders.format import (
     Content,
+    Exported,
     Format,
     LoadedAutoencoder,
     Source,

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer import files
-from neuron_explainer.errors import CheckpointError
-from neuron_explainer.models.checkpoints.autoencoders.export import Exported
+from neuron_explainer.errors import CheckpointError, InputError
 from neuron_explainer.models.checkpoints.autoencoders.state import STATISTICS, InputNormalization
 from neuron_explainer.models.checkpoints.problems import damaged
 from neuron_explainer.models.checkpoints.tensor_files import (
@@ -76,6 +75,86 @@ class LoadedAutoencoder:
     metadata: dict[str, Any] = field(default_factory=dict)
     lenient: bool = False
     """Whether entries that are not known may be left out, if the caller says ``strict=False``."""
+
+
+@dataclass
+class Exported:
+    """An autoencoder as a writer sees it."""
+
+    format: str
+    state_dict: Mapping[str, Any]
+    """That of ``Autoencoder.state_dict()``."""
+    input_normalization: InputNormalization
+    location: ActivationLocation | None
+    output_location: ActivationLocation | None
+    model_name: str | None
+
+    @property
+    def n_latents(self) -> int:
+        """``l``"""
+        return len(self.state_dict["encoder.weight"])
+
+    @property
+    def n_inputs(self) -> int:
+        """``n``"""
+        return len(self.state_dict["pre_bias"])
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether its output stands for something else than its input."""
+        return "n_outputs" in self.state_dict
+
+    @property
+    def group_sizes(self) -> list[int] | None:
+        """Those of a Matryoshka autoencoder."""
+        sizes: list[int] | None = self.state_dict.get("group_sizes")
+        return sizes
+
+    @property
+    def nonlinearity(self) -> str:
+        """Its stored name."""
+        return str(self.state_dict["activation"])
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of the nonlinearity."""
+        return dict(self.state_dict["activation_state_dict"])
+
+    @property
+    def decoder_weight(self) -> Tensor:
+        """``[o, l]``, also where it is tied to the encoder."""
+        state = self.state_dict
+        weight: Tensor = state.get("decoder.weight", state["encoder.weight"].T)
+        return weight
+
+    def has(self, name: str) -> bool:
+        """Whether the state dict has this tensor."""
+        return name in self.state_dict
+
+    def refuse(self, what: str) -> NoReturn:
+        """Raise an error: the format has no way to say ``what``."""
+        raise InputError(f"the format {self.format!r} cannot express {what}; nothing was written.")
+
+    def refuse_parts(self, *names: str) -> None:
+        """Refuse each of these optional parts that is there."""
+        for name in names:
+            if self.has(f"{name}.weight"):
+                self.refuse("a GLU encoder" if name == "glu" else "a skip connection")
+
+    def refuse_normalization(self) -> None:
+        """Refuse any normalisation of the input."""
+        if self.input_normalization != "none":
+            self.refuse(f"input_normalization {self.input_normalization!r}")
+
+    def refuse_width(self) -> None:
+        """Refuse a transcoder whose output is not as wide as its input."""
+        if len(self.decoder_weight) != self.n_inputs:
+            self.refuse("a transcoder whose input and output differ in width")
+
+    def refuse_groups(self) -> None:
+        """Refuse Matryoshka groups."""
+        if self.group_sizes is not None:
+            self.refuse(f"Matryoshka groups with {self.nonlinearity}")
 
 
 @dataclass(frozen=True)

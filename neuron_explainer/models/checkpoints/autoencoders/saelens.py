@@ -27,8 +27,10 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_factor,
     check_tensors,
     check_unknown_fields,
+    fold_latent_bias_into_gates,
     fold_latent_scale,
     fold_norm_factor,
+    fold_pre_bias,
     is_on_the_stream,
     location_of,
     parameters,
@@ -38,13 +40,9 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     read_text,
     refuse_scaled_latents,
 )
-from neuron_explainer.models.checkpoints.autoencoders.export import (
-    Exported,
-    fold_latent_bias_into_gates,
-    fold_pre_bias,
-)
 from neuron_explainer.models.checkpoints.autoencoders.format import (
     Content,
+    Exported,
     Format,
     LoadedAutoencoder,
     Source,

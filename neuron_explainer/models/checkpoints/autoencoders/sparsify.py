@@ -18,13 +18,14 @@ from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_tensors,
     check_unknown_fields,
+    fold_pre_bias,
     parameters,
     read_choice,
     read_flag,
     read_size,
 )
-from neuron_explainer.models.checkpoints.autoencoders.export import Exported, fold_pre_bias
 from neuron_explainer.models.checkpoints.autoencoders.format import (
+    Exported,
     Format,
     LoadedAutoencoder,
     Source,
