@@ -23,7 +23,7 @@ from torch import Tensor
 
 from neuron_explainer.activations.windows import TokenBatch
 from neuron_explainer.errors import InputError
-from neuron_explainer.evaluation.compat import PeerBatch, PeerLosses, PeerStats, feature_scale
+from neuron_explainer.evaluation.compat import PeerBatch, PeerStats, feature_scale
 from neuron_explainer.evaluation.figures import Evaluation
 from neuron_explainer.evaluation.metrics import cross_entropy_per_token, kl_divergence_per_token
 from neuron_explainer.evaluation.pieces import LATENTS_AT_ONCE, Activations, coded_pieces
@@ -209,7 +209,7 @@ class _Totals:
         """Add losses per token."""
         self.losses.update(found)
         for peer in self.peers.values():
-            peer.update_losses(PeerLosses.of(found))
+            peer.update_losses(found)
 
     def result(self, location: str | None) -> Evaluation:
         return Evaluation.from_totals(

@@ -81,10 +81,8 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
 
 
 def _per_layer(where: str | Path, tensors: Content) -> dict[str, Any]:
-    layout = "W_enc [l, n]  W_dec [l, n]  b_enc [l]  b_dec [n]"
-    for name, axes in ((_THRESHOLD, "[l]"), ("W_skip", "[n, n]")):
-        layout += f"  {name} {axes}" if name in tensors else ""
-    check_layout(where, tensors, layout)
+    layout = "W_enc [l, n]  W_dec [l, n]  b_enc [l]  b_dec [n]  W_skip [n, n]?"
+    check_layout(where, tensors, f"{layout}  {_THRESHOLD} [l]?")
     state = parameters(
         tensors["W_enc"],
         tensors["W_dec"].T,
@@ -108,9 +106,7 @@ def _cross_layer(
     weight = tensors.get(decoder)
     n_layers = weight.shape[1] if isinstance(weight, Tensor) and weight.ndim == 3 else 1
     layout = f"{encoder} [l, n]  {decoder} [l, {n_layers}, n]  b_enc_{layer} [l]  b_dec_{layer} [n]"
-    if f"threshold_{layer}" in tensors:
-        layout += f"  threshold_{layer} [l]"
-    check_layout(source.path, tensors, layout)
+    check_layout(source.path, tensors, f"{layout}  threshold_{layer} [l]?")
     wide, bias, _ = side_by_side(tensors[decoder], tensors[f"b_dec_{layer}"], None)
     state = parameters(
         tensors[encoder],

@@ -97,13 +97,20 @@ def check_tensors(
     report.raise_if_any(why)
 
 
-def check_layout(where: str | Path, tensors: Mapping[str, Any], layout: str) -> dict[str, int]:
-    """Check tensors by a layout, such as ``"W_enc [n, l]  b_enc [l]"``; returns the size of each letter.
+def check_layout(
+    where: str | Path, tensors: Mapping[str, Any], layout: str, **how: Any
+) -> dict[str, int]:
+    """Check tensors by a layout, such as ``"W_enc [n, l]  b_enc [l]?"``; returns the size of each letter.
 
     The first tensor is a matrix, from which its two sizes are read. Another letter is the length of the
-    first vector that has it, or else ``n``: a transcoder's output need not be as wide as its input.
+    first vector that has it, or else ``n``: a transcoder's output need not be as wide as its input. What
+    has a ``?`` may be missing. ``how`` is as of :func:`check_tensors`.
     """
-    axes = {name: found.split(", ") for name, found in re.findall(r"(\S+) \[(.*?)\]", layout)}
+    axes = {
+        name: letters
+        for name, letters, optional in read_layout(layout)
+        if name in tensors or not optional
+    }
     first = next(iter(axes))
     sizes = dict(zip(axes[first], matrix_shape(where, tensors, first), strict=True))
     for name, letters in axes.items():
@@ -114,8 +121,14 @@ def check_layout(where: str | Path, tensors: Mapping[str, Any], layout: str) -> 
         name: tuple(int(x) if x.isdecimal() else sizes.get(x, sizes["n"]) for x in letters)
         for name, letters in axes.items()
     }
-    check_tensors(where, tensors, expected)
+    check_tensors(where, tensors, expected, **how)
     return sizes
+
+
+def read_layout(layout: str) -> list[tuple[str, list[str], bool]]:
+    """The tensors of a layout: name, letters of the axes, whether it may be missing."""
+    found = re.findall(r"(\S+) \[(.*?)\](\??)", layout)
+    return [(name, axes.split(", ") if axes else [], bool(mark)) for name, axes, mark in found]
 
 
 def matrix_shape(where: str | Path, tensors: Mapping[str, Any], name: str) -> tuple[int, int]:

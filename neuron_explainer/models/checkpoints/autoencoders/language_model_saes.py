@@ -63,7 +63,13 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
     hyperparameters, model = (_json(source, name) for name in (HYPERPARAMETERS_FILE, MODEL_FILE))
     inner = content.get("sae")
     tensors = inner if isinstance(inner, Mapping) else content
-    check_layout(where, tensors, _layout(tensors))
+    glu = "?" if "encoder_glu" not in tensors and "encoder_bias_glu" not in tensors else ""
+    check_layout(
+        where,
+        tensors,
+        f"encoder [n, l]  encoder_bias [l]  decoder [l, n]  decoder_bias [n]?  encoder_glu [n, l]{glu}"
+        f"  encoder_bias_glu [l]{glu}  feature_act_mask [l]?  feature_act_scale [l]?",
+    )
     _check_hyperparameters(where, hyperparameters or {}, tensors)
     state = parameters(
         tensors["encoder"].T,
@@ -122,17 +128,6 @@ def _json(source: Source, name: str) -> dict[str, Any] | None:
     if files.is_remote(source.path):
         return source.json_if_any(name)
     return source.json_if_any(name) or Source(source.path, {}).json_if_any(f"../{name}")
-
-
-def _layout(tensors: Content) -> str:
-    layout = "encoder [n, l]  encoder_bias [l]  decoder [l, n]"
-    if "decoder_bias" in tensors:
-        layout += "  decoder_bias [n]"
-    if "encoder_glu" in tensors or "encoder_bias_glu" in tensors:
-        layout += "  encoder_glu [n, l]  encoder_bias_glu [l]"
-    for name in ("feature_act_mask", "feature_act_scale"):
-        layout += f"  {name} [l]" if name in tensors else ""
-    return layout
 
 
 def _check_hyperparameters(where: str | Path, fields: Mapping[str, Any], tensors: Content) -> None:
