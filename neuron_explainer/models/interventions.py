@@ -48,6 +48,7 @@ from neuron_explainer.models.weight_names import Dimension, LayerIndex
 __all__ = [
     "Edit",
     "ablate",
+    "add",
     "align",
     "clamp",
     "freeze",
@@ -135,6 +136,20 @@ class Positions:
             inside = positions < rows.shape[1]
             return rows.gather(1, positions.clamp(max=rows.shape[1] - 1)) & inside
         return torch.isin(positions, torch.tensor(chosen, device=positions.device))
+
+    def first(self, lengths: Sequence[int]) -> int:
+        """The lowest position meant in any of some rows of these lengths; the longest length for none."""
+        chosen = self.chosen
+        if chosen is None:
+            return 0
+        if isinstance(chosen, str):
+            return min(lengths) - 1
+        if isinstance(chosen, slice):
+            return chosen.start or 0
+        if isinstance(chosen, Tensor):
+            columns = chosen.any(dim=0).nonzero()
+            return int(columns[0]) if len(columns) else max(lengths)
+        return chosen[0]
 
     def check_end(self, end: int) -> None:
         """Refuse positions of which a text of ``end`` tokens has none."""
@@ -530,8 +545,17 @@ def patch_from(
 
     A position without a counterpart stays as it is.
     """
-    what = "patching"
-    return _patch(what, location, values, units, positions, index_map, sets=False)
+    return _patch("patching", location, values, units, positions, index_map)
+
+
+def add(
+    location: LocationLike,
+    values: Activations | Tensor,
+    units: UnitsLike = None,
+    positions: PositionsLike = None,
+) -> TransformerHooks:
+    """Add values to units by row and position, in the forms that :func:`patch_from` takes."""
+    return _patch("adding", location, values, units, positions, None)
 
 
 def freeze(
@@ -539,7 +563,7 @@ def freeze(
 ) -> TransformerHooks:
     """Keep units as they are in another run, usually of the same text: attention patterns
     (``attn.qk_probs``), norm scales (``resid.torso.ln_mlp.scale``)."""
-    return _patch("freezing", location, values, units, None, None, sets=False)
+    return _patch("freezing", location, values, units, None, None)
 
 
 def _patch(
@@ -549,7 +573,6 @@ def _patch(
     units: UnitsLike,
     positions: PositionsLike,
     index_map: Tensor | None,
-    sets: bool,
 ) -> TransformerHooks:
     place = ActivationLocation.parse(location)
     if place.site.per_layer and place.layer is None:
@@ -558,7 +581,7 @@ def _patch(
         found = [key for key in values if key.path == place.path]
         if not found:
             raise InputError(f"the other run holds nothing at {place}; capture it there.")
-        hooks = [_patch(what, key, values, units, positions, index_map, sets) for key in found]
+        hooks = [_patch(what, key, values, units, positions, index_map) for key in found]
         return sum(hooks[1:], hooks[0])
     rows, lengths = _by_position(values, place)
     chosen = Units.of(place, units, False)
@@ -586,9 +609,10 @@ def _patch(
                 f"{what} at {place}: the other run holds {list(taken.shape[2:])} for each token, "
                 f"expected {list(x.shape[2:])}."
             )
-        return torch.where(known.view(*known.shape, *[1] * (x.dim() - 2)), taken.to(x.dtype), x)
+        taken = x + taken.to(x.dtype) if what == "adding" else taken.to(x.dtype)
+        return torch.where(known.view(*known.shape, *[1] * (x.dim() - 2)), taken, x)
 
-    return _hooks(what, place, units, positions, change, sets=sets)
+    return _hooks(what, place, units, positions, change)
 
 
 def _padded_keys(taken: Tensor, short: int) -> Tensor:
