@@ -201,6 +201,23 @@ def _family(
     }
     if ln_attn == ln_mlp:  # both read the same stream, so there is none between them
         del sites["resid.torso.post_attn"]
+    found = _weights(embedding, final_norm, attention, mlp, one_matrix, gain)
+    return Architecture(
+        layers, sites, final_norm, attn, found | dict(weights or {}), lacks, works_in_place
+    )
+
+
+def _weights(
+    embedding: str,
+    final_norm: str,
+    attention: tuple[str, str, str],
+    mlp: tuple[str, str, str],
+    one_matrix: tuple[str, Callable[[int], Layout]] | None,
+    gain: Layout,
+) -> dict[WeightLocationType, Weight]:
+    """Where the weights of a family lie; arguments are those of :func:`_family`."""
+    ln_attn, attn, attn_out = attention
+    ln_mlp, mlp_in, mlp_out = mlp
     if one_matrix is None:
         qkv = {
             kind: Weight(f"{attn}.{x}_proj", into_heads)
@@ -209,27 +226,18 @@ def _family(
     else:
         name, layout = one_matrix
         qkv = {kind: Weight(f"{attn}.{name}", layout(i)) for i, kind in enumerate(_QKV)}
-    return Architecture(
-        layers,
-        sites,
-        final_norm,
-        attn,
-        {
-            W.EMBEDDING: Weight(embedding, as_stored),
-            W.UNEMBEDDING: Weight("lm_head", transposed),
-            **qkv,
-            W.ATTN_TO_RESIDUAL: Weight(f"{attn}.{attn_out}", out_of_heads),
-            W.MLP_TO_HIDDEN: Weight(mlp_in, transposed),
-            W.MLP_TO_RESIDUAL: Weight(mlp_out, transposed),
-            W.LAYER_NORM_GAIN_PRE_ATTN: Weight(ln_attn, gain),
-            W.LAYER_NORM_GAIN_PRE_MLP: Weight(ln_mlp, gain),
-            W.LAYER_NORM_GAIN_FINAL: Weight(final_norm, gain),
-            W.LAYER_NORM_BIAS_FINAL: Weight(f"{final_norm}:bias", as_stored),
-            **(weights or {}),
-        },
-        lacks,
-        works_in_place,
-    )
+    return {
+        W.EMBEDDING: Weight(embedding, as_stored),
+        W.UNEMBEDDING: Weight("lm_head", transposed),
+        **qkv,
+        W.ATTN_TO_RESIDUAL: Weight(f"{attn}.{attn_out}", out_of_heads),
+        W.MLP_TO_HIDDEN: Weight(mlp_in, transposed),
+        W.MLP_TO_RESIDUAL: Weight(mlp_out, transposed),
+        W.LAYER_NORM_GAIN_PRE_ATTN: Weight(ln_attn, gain),
+        W.LAYER_NORM_GAIN_PRE_MLP: Weight(ln_mlp, gain),
+        W.LAYER_NORM_GAIN_FINAL: Weight(final_norm, gain),
+        W.LAYER_NORM_BIAS_FINAL: Weight(f"{final_norm}:bias", as_stored),
+    }
 
 
 def _always(*lacks: str) -> Callable[[Any], Collection[str]]:
