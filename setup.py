@@ -48,6 +48,8 @@ setup(
         "data": ["zstandard", "pyarrow", "datasets"],
         # The pictures of a report.
         "plots": ["matplotlib"],
+        # Figures of units as a table.
+        "pandas": ["pandas"],
         # Where training can log to, next to its own log.jsonl.
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
@@ -65,6 +67,7 @@ setup(
             "zstandard",
             "pyarrow",
             "datasets",
+            "pandas",
             "mypy",
             "ruff",
             "pre_commit",

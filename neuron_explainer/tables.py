@@ -1,5 +1,6 @@
-"""Tables as text, for terminals: the one printer of the package."""
+"""Text for terminals: tables, and text of foreign origin made safe to print."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -26,3 +27,16 @@ def text_table(
         ).rstrip()
         for line in lines
     )
+
+
+# C0 and C1 controls but tab and newline, the marks that turn the direction of a line, and Unicode's
+# own line and paragraph separators.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def escaped(text: str) -> str:
+    """Text of any origin, safe to print: control characters are written as Python writes them.
+
+    Names, tokens and prompts may hold sequences that rewrite the screen or the terminal's settings.
+    """
+    return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)

@@ -20,6 +20,7 @@ ROOMS = [
         "neuron_explainer.errors",
         "neuron_explainer.tables",
         "neuron_explainer.progress",
+        "neuron_explainer.interrupts",
         "neuron_explainer.files",
     ],
     ["neuron_explainer.settings"],

@@ -1,8 +1,8 @@
-"""The text-table printer."""
+"""The printer of tables, and foreign text made safe to print."""
 
 import pytest
 
-from neuron_explainer.tables import text_table
+from neuron_explainer.tables import escaped, text_table
 
 
 def test_columns_are_as_wide_as_their_widest_cell() -> None:
@@ -26,3 +26,7 @@ def test_without_titles_or_rows() -> None:
     assert text_table([], []) == ""
     with pytest.raises(ValueError, match="zip"):
         text_table(["one"], [["1", "2"]])
+
+
+def test_control_characters_are_escaped() -> None:
+    assert escaped("a\x1b[2J\x9b\u202eb\tc\nd\u2028") == "a\\x1b[2J\\x9b\\u202eb\tc\nd\\u2028"

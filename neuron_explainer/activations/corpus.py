@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from neuron_explainer.errors import InputError, SourceError
-from neuron_explainer.models.tokenizers import start_token_of
 
 Ints = npt.NDArray[np.int64]
 _TOKENS_AT_ONCE = 1 << 20
@@ -62,7 +61,7 @@ class TokenCorpus:
     @classmethod
     def of(
         cls,
-        documents: Iterable[Sequence[int]],
+        documents: Iterable[Sequence[int] | npt.NDArray[Any]],
         name: str = "tokens",
         origin: Mapping[str, Any] | None = None,
     ) -> "TokenCorpus":
@@ -201,6 +200,8 @@ def start_token(context: Any) -> int:
     Args:
         context: a ``ModelContext``.
     """
+    from neuron_explainer.models.tokenizers import start_token_of  # brings torch
+
     encoding = context.get_encoding()
     bos = getattr(encoding, "bos_token", None)
     return int(start_token_of(encoding) if bos is None else bos)

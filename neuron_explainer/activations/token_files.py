@@ -2,31 +2,36 @@
 
 A folder with ``tokens.bin`` (uint16, or uint32 where the vocabulary needs it, little-endian),
 ``starts.bin`` (int64, see :class:`~neuron_explainer.activations.corpus.TokenCorpus`) and
-``manifest.json``. It appears whole or not at all.
+``manifest.json``. The corpus of a store of examples also has ``vocabulary.bin``, see
+:mod:`~neuron_explainer.analysis.token_store`. The folder appears whole or not at all.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from neuron_explainer import files
 from neuron_explainer.activations.corpus import TokenCorpus
 from neuron_explainer.errors import CheckpointError, InputError, SourceError, shown
-from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.settings.fields import read_fields
+
+if TYPE_CHECKING:
+    from neuron_explainer.models.model_context import ModelContext
 
 MANIFEST_FILE = "manifest.json"
 _KIND, _VERSION = "token_file", 1
 T = TypeVar("T")
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _FILES = {"tokens": "tokens.bin", "starts": "starts.bin"}
+VOCABULARY_FILE = "vocabulary.bin"
 
 
 @dataclass(frozen=True)
-class _TokenManifest:
+class TokenManifest:
     """``manifest.json`` of a token file's folder."""
 
     format_version: int
@@ -40,7 +45,7 @@ class _TokenManifest:
     sha256: dict[str, str]
 
     def __post_init__(self) -> None:
-        if set(self.sha256) != set(_FILES.values()):
+        if set(self.sha256) - {VOCABULARY_FILE} != set(_FILES.values()):
             raise CheckpointError(f"sha256 should name {', '.join(_FILES.values())}.")
         if min(self.n_tokens, self.n_documents, self.vocabulary) < 1:
             raise CheckpointError("n_tokens, n_documents and vocabulary should be at least 1.")
@@ -59,7 +64,7 @@ def read_manifest(folder: Path, manifest: type[T], kind: str, version: int) -> T
 
 
 def write_token_file(
-    folder: str | Path, documents: Iterable[str], context: ModelContext, *, progress: bool = False
+    folder: str | Path, documents: Iterable[str], context: "ModelContext", *, progress: bool = False
 ) -> TokenCorpus:
     """Tokenise documents into a folder that must be absent or empty, and open it.
 
@@ -71,34 +76,55 @@ def write_token_file(
         progress: show a progress bar on stderr.
     """
     vocabulary = _vocabulary_of(context)
-    dtype = "uint16" if vocabulary <= 1 << 16 else "uint32"
+    name = _name_of(documents)
+    encoded = (context.encode(text) for text in _counted(documents, progress))
     with files.atomic_folder(folder) as temporary:
-        starts = [0]
-        with (temporary / _FILES["tokens"]).open("wb") as out:
-            for text in _counted(documents, progress):
-                ids = np.asarray(context.encode(text), dtype=np.int64)
-                out.write(ids.astype(_DTYPES[dtype]).tobytes())
-                starts.append(starts[-1] + len(ids))
-        if not starts[-1]:
-            raise SourceError(f"{_name_of(documents)}: no tokens in {len(starts) - 1} documents.")
-        np.array(starts, dtype="<i8").tofile(temporary / _FILES["starts"])
-        manifest = {
-            "format_version": _VERSION,
-            "kind": _KIND,
-            "source": _name_of(documents),
-            "tokenizer": _tokenizer_name(context),
-            "vocabulary": vocabulary,
-            "dtype": dtype,
-            "n_tokens": starts[-1],
-            "n_documents": len(starts) - 1,
-            "sha256": {name: files.sha256_of(temporary / name) for name in _FILES.values()},
-        }
-        files.write_json(temporary / MANIFEST_FILE, manifest)
+        write_tokens(temporary, encoded, name, tokenizer_name(context), vocabulary)
     return open_token_file(folder, context)
 
 
+def write_tokens(
+    folder: Path,
+    documents: Iterable[Sequence[int] | npt.NDArray[Any]],
+    source: str,
+    tokenizer: str,
+    vocabulary: int,
+) -> None:
+    """Write the files of a token file into a folder that exists; a ``vocabulary.bin`` in it is kept.
+
+    Args:
+        folder: the folder.
+        documents: token ids, one document at a time.
+        source: the name of the text.
+        tokenizer: the name of the tokenizer.
+        vocabulary: the number that all ids lie below.
+    """
+    dtype = "uint16" if vocabulary <= 1 << 16 else "uint32"
+    starts = [0]
+    with (folder / _FILES["tokens"]).open("wb") as out:
+        for ids in documents:
+            out.write(np.asarray(ids).astype(_DTYPES[dtype]).tobytes())
+            starts.append(starts[-1] + len(ids))
+    if not starts[-1]:
+        raise SourceError(f"{source}: no tokens in {len(starts) - 1} documents.")
+    np.array(starts, dtype="<i8").tofile(folder / _FILES["starts"])
+    names = [name for name in (*_FILES.values(), VOCABULARY_FILE) if (folder / name).exists()]
+    manifest = {
+        "format_version": _VERSION,
+        "kind": _KIND,
+        "source": source,
+        "tokenizer": tokenizer,
+        "vocabulary": vocabulary,
+        "dtype": dtype,
+        "n_tokens": starts[-1],
+        "n_documents": len(starts) - 1,
+        "sha256": {name: files.sha256_of(folder / name) for name in names},
+    }
+    files.write_json(folder / MANIFEST_FILE, manifest)
+
+
 def open_token_file(
-    folder: str | Path, context: ModelContext | None = None, *, verify: bool = False
+    folder: str | Path, context: "ModelContext | None" = None, *, verify: bool = False
 ) -> TokenCorpus:
     """The corpus in a token file. The file is mapped, so the corpus takes next to no memory.
 
@@ -108,7 +134,7 @@ def open_token_file(
         verify: check the SHA-256 of the files too, which reads all of them; sizes are always checked.
     """
     folder = files.local_path(folder)
-    manifest = read_manifest(folder, _TokenManifest, _KIND, _VERSION)
+    manifest = read_token_manifest(folder)
     if context is not None:
         _check_tokenizer(folder, manifest, context)
     dtype, n_tokens = _DTYPES[manifest.dtype], manifest.n_tokens
@@ -124,6 +150,11 @@ def open_token_file(
     return TokenCorpus(tokens, starts, numbers, manifest.source, manifest.vocabulary, origin)
 
 
+def read_token_manifest(folder: Path) -> TokenManifest:
+    """The ``manifest.json`` of a token file."""
+    return read_manifest(folder, TokenManifest, _KIND, _VERSION)
+
+
 def _check_file(path: Path, size: int, sha256: str | None) -> None:
     found = path.stat().st_size if path.exists() else None
     if found != size:
@@ -135,9 +166,9 @@ def _check_file(path: Path, size: int, sha256: str | None) -> None:
         raise CheckpointError(f"{path}: expected SHA-256 {sha256}, found {digest}: damaged.")
 
 
-def _check_tokenizer(folder: Path, manifest: _TokenManifest, context: ModelContext) -> None:
+def _check_tokenizer(folder: Path, manifest: TokenManifest, context: "ModelContext") -> None:
     there = manifest.tokenizer, manifest.vocabulary
-    here = _tokenizer_name(context), _vocabulary_of(context)
+    here = tokenizer_name(context), _vocabulary_of(context)
     if there != here:
         raise InputError(
             f"{folder} was written with the tokenizer {there[0]!r} of {there[1]} tokens; "
@@ -145,11 +176,12 @@ def _check_tokenizer(folder: Path, manifest: _TokenManifest, context: ModelConte
         )
 
 
-def _tokenizer_name(context: ModelContext) -> str:
+def tokenizer_name(context: "ModelContext") -> str:
+    """The name of a context's tokenizer."""
     return str(context.get_encoding().name)
 
 
-def _vocabulary_of(context: ModelContext) -> int:
+def _vocabulary_of(context: "ModelContext") -> int:
     return int(context.get_encoding().n_vocab)
 
 

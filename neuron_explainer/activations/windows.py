@@ -38,12 +38,16 @@ class TokenBatch:
     bos: Tensor | None = None
     """``[b, s]`` bool, True at start tokens and document separators, added here or read from the text
     (they share one id, and their activations differ in kind from others); None if there are none."""
+    corpus_position: Tensor | None = None
+    """Index of each token in the flat token array of its corpus, ``[b, s]`` int64; -1 at pads and at start
+    tokens added here. None if the batch was not cut from a corpus."""
 
 
 @dataclass(frozen=True)
 class _Window:
     tokens: Ints
     document: Ints
+    corpus_position: Ints
 
 
 class _Stream:
@@ -77,7 +81,7 @@ class _Stream:
     def slice(self, begin: int, end: int) -> _Window:
         """The part from ``begin`` to ``end``, with a start token in front."""
         first = int(np.searchsorted(self.fronts, begin, side="right")) - 1
-        tokens, document = [], []
+        tokens, document, places = [], [], []
         for index in range(first, len(self.numbers)):
             front, back = int(self.fronts[index]), int(self.fronts[index + 1])
             if front >= end:
@@ -86,12 +90,14 @@ class _Stream:
             low, high = max(begin, front) - front, min(end, back) - front
             if low < self.n_separators:
                 tokens.append(np.array([self.bos]))
+                places.append(np.array([-1]))
             number = int(self.numbers[index])
             text = int(self.corpus.starts[number]) - self.n_separators
             span = slice(text + max(low, self.n_separators), text + high)
             tokens.append(self.corpus.tokens[span].astype(np.int64))
+            places.append(np.arange(span.start, span.stop))
             document.append(np.full(high - low, number))
-        window = _Window(np.concatenate(tokens), np.concatenate(document))
+        window = _Window(np.concatenate(tokens), np.concatenate(document), np.concatenate(places))
         begins_document = int(self.fronts[first]) == begin
         return window if begins_document else _with_bos(window, self.bos)
 
@@ -102,6 +108,7 @@ def _with_bos(window: _Window, bos: int | None) -> _Window:
     return _Window(
         np.concatenate([[bos], window.tokens]),
         np.concatenate([window.document[:1], window.document]),
+        np.concatenate([[-1], window.corpus_position]),
     )
 
 
@@ -200,6 +207,27 @@ class TokenWindows:
         chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
         return _stack([self._window(int(which)) for which in chosen], self._row_length, self.bos)
 
+    def contexts(self) -> tuple[Ints, Ints]:
+        """The pieces of documents that stand in one row each, in the order of the corpus.
+
+        Returns:
+            the corpus position of the first token of each, and its number of tokens.
+        """
+        stream = self._stream
+        starts = stream.corpus.starts[stream.numbers]
+        if not self.concat:
+            room = self.context_length - (self.bos is not None)
+            lengths = stream.corpus.starts[stream.numbers + 1] - starts
+            return starts.astype(np.int64), np.minimum(lengths, room).astype(np.int64)
+        borders = np.union1d(self._cuts, stream.fronts)
+        document = np.searchsorted(stream.fronts, borders[:-1], side="right") - 1
+        # Where each border lies in the text of its document; a separator belongs to no text.
+        begin = borders[:-1] - stream.fronts[document] - stream.n_separators
+        end = borders[1:] - stream.fronts[document] - stream.n_separators
+        begin = np.maximum(begin, 0)
+        some = end > begin
+        return (starts[document] + begin)[some], (end - begin)[some]
+
     def __iter__(self) -> "TokenIterator":
         return TokenIterator(self)
 
@@ -220,7 +248,9 @@ class TokenWindows:
         number = int(self._stream.numbers[which])
         room = self.context_length - (self.bos is not None)
         tokens = self.corpus.document(number)[:room]
-        return _with_bos(_Window(tokens, np.full(len(tokens), number)), self.bos)
+        start = int(self.corpus.starts[number])
+        places = np.arange(start, start + len(tokens))
+        return _with_bos(_Window(tokens, np.full(len(tokens), number), places), self.bos)
 
     def __repr__(self) -> str:
         return (
@@ -288,9 +318,10 @@ def _stack(windows: list[_Window], length: int | None, start_token: int | None) 
     length = length or max(len(window.tokens) for window in windows)
     shape = len(windows), length
     tokens, document = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
-    position = torch.full(shape, -1)
+    position, places = torch.full(shape, -1), torch.full(shape, -1)
     for row, window in enumerate(windows):
         n = len(window.tokens)
+        places[row, :n] = torch.from_numpy(window.corpus_position)
         tokens[row, :n] = torch.from_numpy(window.tokens)
         document[row, :n] = torch.from_numpy(window.document)
         position[row, :n] = torch.arange(n)
@@ -302,4 +333,5 @@ def _stack(windows: list[_Window], length: int | None, start_token: int | None) 
         position,
         pad if pad.any() else None,
         bos if bos is not None and bos.any() else None,
+        places,
     )

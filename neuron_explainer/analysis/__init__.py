@@ -1,1 +1,24 @@
-"""What latents mean: summaries, reports and pictures."""
+"""What latents mean: collating examples, summaries, reports and pictures.
+
+Names are imported when they are first used, so that reading what was collated does not bring torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from neuron_explainer.analysis.collation.collate import collate, collect
+    from neuron_explainer.analysis.collation.config import CollateConfig
+
+__all__ = ["CollateConfig", "collate", "collect"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CollateConfig":
+        from neuron_explainer.analysis.collation.config import CollateConfig
+
+        return CollateConfig
+    if name in __all__:
+        from neuron_explainer.analysis.collation import collate
+
+        return getattr(collate, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,12 +17,12 @@ from neuron_explainer.cli.common import (
     Result,
     VerbParser,
     add_verb,
-    escaped,
     in_flags,
     say,
     unknown_verb,
 )
 from neuron_explainer.errors import NeuronExplainerError
+from neuron_explainer.tables import escaped
 
 DESCRIPTION = (
     "Look inside GPT-2-family language models: sample, encode, ablate, and learn dictionaries of "

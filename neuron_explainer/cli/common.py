@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from neuron_explainer.errors import did_you_mean
+from neuron_explainer.tables import escaped
 
 Result = dict[str, Any]
 """What a verb found, as plain values: printed as JSON with ``--json``, else by the verb's printer."""
@@ -100,17 +101,6 @@ def positive(text: str) -> int:
 
 
 # --- text from elsewhere, and what is said ---
-
-# C0 and C1 controls but tab and newline, and the marks that turn the direction of a line.
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-
-
-def escaped(text: str) -> str:
-    """Text of any origin, safe to print: control characters are written as Python writes them.
-
-    Names, tokens and prompts may hold sequences that rewrite the screen or the terminal's settings.
-    """
-    return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def say(text: str = "") -> None:

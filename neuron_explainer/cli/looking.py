@@ -4,18 +4,10 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from neuron_explainer.cli.common import (
-    Result,
-    add_verb,
-    can_be_shown,
-    escaped,
-    option,
-    positive,
-    say,
-)
+from neuron_explainer.cli.common import Result, add_verb, can_be_shown, option, positive, say
 from neuron_explainer.cli.open import find_autoencoders, fitted, model_options, open_model
 from neuron_explainer.errors import InputError, LocationError
-from neuron_explainer.tables import text_table
+from neuron_explainer.tables import escaped, text_table
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,8 +6,6 @@ need to go on in another process.
 """
 
 import contextlib
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -18,6 +16,7 @@ from neuron_explainer.dictionaries.batches import BatchSource
 from neuron_explainer.dictionaries.distributed import SINGLE_PROCESS, World
 from neuron_explainer.dictionaries.logs import Logs, Metrics
 from neuron_explainer.dictionaries.runs import RunFolder
+from neuron_explainer.interrupts import interrupts_wait
 from neuron_explainer.models.autoencoder import Autoencoder
 
 
@@ -128,7 +127,7 @@ class Loop(Generic[S]):
         # Several processes would not be interrupted after the same step.
         wait = place is not None and self.world.size == 1
         saved = self.step
-        with _interrupts_wait(wait) as interrupted, self._logs(place, progress, log_to) as logs:
+        with interrupts_wait(wait) as interrupted, self._logs(place, progress, log_to) as logs:
             while self.step != self.plan.total_steps and not interrupted:
                 batch = self.source.next()
                 if batch is None:
@@ -193,29 +192,3 @@ def _flush_denormals() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(was_on)
-
-
-@contextlib.contextmanager
-def _interrupts_wait(wait: bool) -> Iterator[list[int]]:
-    """Ctrl-C appends to the list instead of raising, so that a step is finished and its checkpoint written.
-
-    Ctrl-C pressed a second time raises ``KeyboardInterrupt`` at once. Nothing changes unless ``wait``, and
-    nothing changes in threads other than the main one, where Python allows no signal handlers.
-    """
-    asked: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = signal.getsignal(signal.SIGINT)
-    ours = threading.current_thread() is threading.main_thread()
-    if not (wait and ours and before is signal.default_int_handler):
-        yield asked
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from neuron_explainer import files
 from neuron_explainer.errors import CheckpointError, InputError, SourceError, did_you_mean
@@ -211,6 +211,17 @@ def decode(enc: "tiktoken.Encoding", ids: Iterable[int]) -> str:
 def token_strings(enc: "tiktoken.Encoding", ids: Iterable[int]) -> list[str]:
     r"""Each token's own text, for display; parts of characters are shown as bytes (``\xe2``)."""
     return [_bytes_of_token(enc, i).decode(errors="backslashreplace") for i in check_ids(ids)]
+
+
+def vocabulary_bytes(enc: Any) -> list[bytes]:
+    """What each token of a tokenizer writes, by id, as bytes: a token may end within a character.
+
+    Args:
+        enc: a ``tiktoken.Encoding``, or a tokenizer with a method ``token_bytes``.
+    """
+    if hasattr(enc, "token_bytes"):
+        return list(enc.token_bytes())
+    return [_bytes_of_token(enc, i) for i in range(enc.n_vocab)]
 
 
 def check_ids(ids: Iterable[int]) -> list[int]:

@@ -29,6 +29,7 @@ from neuron_explainer.models.tokenizers import (
     encode_prompt,
     load_encoding,
     token_strings,
+    vocabulary_bytes,
     without_lone_surrogates,
     write_tiktoken,
 )
@@ -564,3 +565,42 @@ def test_a_tokenizer_of_special_tokens_alone_is_none() -> None:
     transformers = pytest.importorskip("transformers")
     with pytest.raises(SourceError, match="has no vocabulary"):
         HuggingFaceTokenizer(transformers.GPT2TokenizerFast())
+
+
+def test_bytes_of_tokens(small: tiktoken.Encoding) -> None:
+    found = vocabulary_bytes(small)
+    assert len(found) == small.n_vocab
+    ids = encode_prompt(small, "a ☃\n<|endoftext|>")
+    assert b"".join(found[i] for i in ids).decode() == "a ☃\n<|endoftext|>"
+
+
+@pytest.mark.parametrize("kind", ["letters", "pieces", "other"])
+def test_bytes_of_tokens_of_transformers(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    before: Any
+    behind: Any
+    if kind == "letters":
+        names = sorted(pre_tokenizers.ByteLevel.alphabet())
+        before, behind = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    else:
+        names = ["▁", "a", "é"] + [f"<0x{i:02X}>" for i in range(256) if kind == "pieces"]
+        before = pre_tokenizers.Metaspace(prepend_scheme="never")
+        behind = decoders.Metaspace(prepend_scheme="never")
+        if kind == "pieces":
+            behind = decoders.Sequence(
+                [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+            )
+    vocab = {name: i for i, name in enumerate(names)}
+    backend = Tokenizer(BPE(vocab=vocab, merges=[], byte_fallback=kind == "pieces"))
+    backend.pre_tokenizer, backend.decoder = before, behind
+    backend.add_tokens([AddedToken("<é>", normalized=False)])
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    tokenizer = HuggingFaceTokenizer(made)
+    text = "a é<é>a" if kind == "other" else "a é☃<é>a"
+    found = vocabulary_bytes(tokenizer)
+    assert len(found) == tokenizer.n_vocab
+    assert b"".join(found[i] for i in tokenizer.encode(text)).decode() == text
+    assert found[tokenizer.bos_token] == b"<s>"

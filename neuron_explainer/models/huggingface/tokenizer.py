@@ -1,10 +1,12 @@
 """Hugging Face's tokenizers behind the calls that the rest of the package makes."""
 
+import re
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
 from neuron_explainer.errors import InputError, SourceError
+from neuron_explainer.models.tokenizer_files import BYTE_OF_LETTER
 from neuron_explainer.models.tokenizers import NO_START_TOKEN, check_ids, without_lone_surrogates
 
 
@@ -80,6 +82,23 @@ class HuggingFaceTokenizer:
         ordinary = (token for token in range(self.n_vocab) if token not in self._special)
         return next(([token] for token in ordinary if self._decode([token]).strip()), [])
 
+    def token_bytes(self) -> list[bytes]:
+        """What each token writes, by id, as bytes.
+
+        Vocabularies that write bytes as letters (GPT-2's way) or as ``<0xE2>`` (SentencePiece's) are read
+        off; with another one each token is decoded behind other text.
+        """
+        names = [str(n) for n in self.tokenizer.convert_ids_to_tokens(list(range(self.n_vocab)))]
+        added = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items()}
+        known = set(names)
+        if known >= set(BYTE_OF_LETTER):
+            found = [_bytes_of_letters(name) for name in names]
+        elif "<0x00>" in known:
+            found = [_bytes_of_piece(name) for name in names]
+        else:
+            found = [self.decode_continuation([i]).encode() for i in range(self.n_vocab)]
+        return [added[i].encode() if i in added else text for i, text in enumerate(found)]
+
     def _decode(self, ids: list[int]) -> str:
         if not ids:
             return ""
@@ -91,3 +110,14 @@ class HuggingFaceTokenizer:
 
     def __repr__(self) -> str:
         return f"HuggingFaceTokenizer({self.name!r}, {self.n_vocab} tokens)"
+
+
+def _bytes_of_letters(name: str) -> bytes:
+    if all(letter in BYTE_OF_LETTER for letter in name):
+        return bytes(BYTE_OF_LETTER[letter] for letter in name)
+    return name.encode()  # a token that was added
+
+
+def _bytes_of_piece(name: str) -> bytes:
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", name)
+    return bytes([int(byte[1], 16)]) if byte else name.replace("\u2581", " ").encode()

@@ -1,0 +1,295 @@
+"""What a user says about units: labels, bookmarks and scores, in a small file beside the stores.
+
+The file is ``workspace.sqlite`` in the folder of the stores. Where that folder cannot be written to, it
+is in the user's folder for data (``$NEURON_EXPLAINER_DATA``, or else what the system provides), never in the
+cache. Entries belong to a *subject*, the hash of the autoencoder or of the model and the location, and a
+unit of it: collating again, or moving the store, keeps them. Several programs may write at once.
+"""
+
+import contextlib
+import datetime
+import math
+import os
+import sqlite3
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from neuron_explainer import files
+from neuron_explainer.analysis.store_format import Label, encodable, fts_query
+from neuron_explainer.errors import CheckpointError, InputError, SourceError, shown
+
+WORKSPACE_FILE = "workspace.sqlite"
+DATA_VARIABLE = "NEURON_EXPLAINER_DATA"
+_VERSION = 1
+_APPLICATION_ID = 0x4E455857  # "NEXW"
+_WAIT = 10.0  # seconds for another writer
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS labels (
+    id INTEGER PRIMARY KEY, subject TEXT NOT NULL, unit INTEGER NOT NULL, source TEXT NOT NULL,
+    text TEXT NOT NULL, score REAL, changed TEXT NOT NULL, UNIQUE (subject, unit, source));
+CREATE VIRTUAL TABLE IF NOT EXISTS labels_fts USING fts5(text, content='labels', content_rowid='id');
+CREATE TABLE IF NOT EXISTS bookmarks (
+    subject TEXT NOT NULL, unit INTEGER NOT NULL, note TEXT NOT NULL, changed TEXT NOT NULL,
+    PRIMARY KEY (subject, unit)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS scores (
+    subject TEXT NOT NULL, unit INTEGER NOT NULL, name TEXT NOT NULL, value REAL NOT NULL,
+    changed TEXT NOT NULL, PRIMARY KEY (subject, unit, name)) WITHOUT ROWID;
+"""
+
+
+class Bookmark(NamedTuple):
+    """A unit to come back to."""
+
+    unit: int
+    note: str
+
+
+def data_dir() -> Path:
+    """The user's folder for data: ``$NEURON_EXPLAINER_DATA``, or what the system provides."""
+    if chosen := os.environ.get(DATA_VARIABLE):
+        return Path(os.path.abspath(Path(chosen).expanduser()))
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library/Application Support"
+    else:
+        # The XDG specification says to ignore a relative path.
+        xdg = os.environ.get("XDG_DATA_HOME", "")
+        base = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".local/share"
+    return base / "neuron_explainer"
+
+
+def workspace_path(folder: str | Path) -> Path:
+    """Where the workspace of the stores in a folder is."""
+    beside = files.local_path(folder) / WORKSPACE_FILE
+    return data_dir() / WORKSPACE_FILE if _why_not_writable(beside) else beside
+
+
+def _why_not_writable(path: Path) -> str:
+    """Why a file, and others beside it, cannot be written; empty if they can."""
+    try:
+        files.check_writable(path)  # asks whether a file can be made in the folder
+        if path.exists():
+            path.open("r+b").close()
+    except (SourceError, OSError) as error:
+        return str(error)
+    return ""
+
+
+class Workspace:
+    """Labels, bookmarks and scores of one subject. The file is made when the first entry is written.
+
+    Args:
+        path: the file, see :func:`workspace_path`.
+        subject: the hash of what the units belong to.
+        n_units: how many units there are; others are refused.
+    """
+
+    def __init__(self, path: str | Path, subject: str, n_units: int) -> None:
+        self.path, self.subject, self.n_units = files.local_path(path), subject, n_units
+        self._lock = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+        self._refusal = ""  # why the open file cannot be written to
+
+    # --- labels ---
+
+    def set_label(
+        self, unit: int, text: str, *, source: str = "user", score: float | None = None
+    ) -> None:
+        """Say what a unit means; it replaces what the same source said before. No text removes that.
+
+        Args:
+            unit: the unit.
+            text: what it means.
+            source: who says so.
+            score: how well the text predicts the unit, by the source's own measure.
+        """
+        self._check(unit, score)
+        text = encodable(text).strip()
+        with self._writing() as connection:
+            old = connection.execute(
+                "SELECT id, text FROM labels WHERE subject = ? AND unit = ? AND source = ?",
+                (self.subject, unit, source),
+            ).fetchall()
+            for number, before in old:
+                connection.execute(
+                    "INSERT INTO labels_fts (labels_fts, rowid, text) VALUES ('delete', ?, ?)",
+                    (number, before),
+                )
+                connection.execute("DELETE FROM labels WHERE id = ?", (number,))
+            if text:
+                number = connection.execute(
+                    "INSERT INTO labels (subject, unit, source, text, score, changed) "
+                    "VALUES (?, ?, ?, ?, ?, ?)",
+                    (self.subject, unit, source, text, score, _now()),
+                ).lastrowid
+                connection.execute(
+                    "INSERT INTO labels_fts (rowid, text) VALUES (?, ?)", (number, text)
+                )
+
+    def labels(self, unit: int | None = None) -> list[Label]:
+        """The labels of a unit, latest first, or of all units."""
+        one, values = ("", ()) if unit is None else (" AND unit = ?", (unit,))
+        rows = self._read(
+            f"SELECT unit, text, source, score FROM labels WHERE subject = ?{one} "
+            "ORDER BY unit, changed DESC, id DESC",
+            values,
+        )
+        return [Label(*row) for row in rows]
+
+    def search(self, text: str, limit: int = 50) -> list[Label]:
+        """Labels that hold all these words, or words that begin with the last one; best first."""
+        if not (query := fts_query(text)):
+            return []
+        rows = self._read(
+            "SELECT unit, labels.text, source, score FROM labels_fts JOIN labels ON id = labels_fts.rowid "
+            "WHERE subject = ? AND labels_fts MATCH ? ORDER BY rank LIMIT ?",
+            (query, limit),
+        )
+        return [Label(*row) for row in rows]
+
+    # --- bookmarks and scores ---
+
+    def bookmark(self, unit: int, note: str = "") -> None:
+        """Remember a unit; the note replaces the one before."""
+        self._check(unit)
+        with self._writing() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO bookmarks VALUES (?, ?, ?, ?)",
+                (self.subject, unit, encodable(note), _now()),
+            )
+
+    def remove_bookmark(self, unit: int) -> None:
+        """Forget a bookmark; nothing happens if there is none."""
+        with self._writing() as connection:
+            connection.execute(
+                "DELETE FROM bookmarks WHERE subject = ? AND unit = ?", (self.subject, unit)
+            )
+
+    def bookmarks(self) -> list[Bookmark]:
+        """All bookmarks, by unit."""
+        rows = self._read("SELECT unit, note FROM bookmarks WHERE subject = ? ORDER BY unit")
+        return [Bookmark(*row) for row in rows]
+
+    def set_score(self, unit: int, name: str, value: float) -> None:
+        """Note a figure of a unit, such as a detection score; it replaces the one before."""
+        self._check(unit, value)
+        with self._writing() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?)",
+                (self.subject, unit, encodable(name), float(value), _now()),
+            )
+
+    def scores(self, unit: int) -> dict[str, float]:
+        """The figures noted of a unit, by name."""
+        rows = self._read(
+            "SELECT name, value FROM scores WHERE subject = ? AND unit = ? ORDER BY name", (unit,)
+        )
+        return dict(rows)
+
+    # --- the file ---
+
+    def _check(self, unit: int, number: float | None = None) -> None:
+        if not 0 <= unit < self.n_units:
+            raise InputError(f"there is no unit {unit}: the units are 0 to {self.n_units - 1}.")
+        if number is not None and not math.isfinite(number):
+            raise InputError(f"a score must be a finite number, found {number}.")
+
+    def _read(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Rows of a query whose first value is the subject; none if there is no file."""
+        with self._lock:
+            if self._connection is None and not self.path.exists():
+                return []
+            with self._explained():
+                return self._open().execute(sql, (self.subject, *values)).fetchall()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction: all of it is written, or nothing; other writers wait for its end."""
+        with self._lock, self._explained():
+            connection = self._open()
+            if self._refusal:
+                raise SourceError(f"the workspace cannot be written to: {self._refusal}")
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    connection.execute("ROLLBACK")
+                raise
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is not None:
+            return self._connection
+        files.check_regular(self.path)
+        self._refusal = _why_not_writable(self.path)
+        if self._refusal and not self.path.exists():
+            raise SourceError(f"the workspace cannot be made: {self._refusal}")
+        # SQLite makes files beside this one even to read it, unless it is told that nobody writes.
+        mode = "ro&immutable=1" if self._refusal else "rwc"
+        connection = sqlite3.connect(
+            f"file:{quote(str(self.path.absolute()))}?mode={mode}",
+            uri=True,
+            timeout=_WAIT,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        try:
+            connection.execute("PRAGMA trusted_schema = OFF")
+            if not self._refusal:
+                self._set_up(connection)
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+        return connection
+
+    def _set_up(self, connection: sqlite3.Connection) -> None:
+        found = (
+            connection.execute("PRAGMA application_id").fetchone()[0],
+            connection.execute("PRAGMA user_version").fetchone()[0],
+        )
+        if found == (_APPLICATION_ID, _VERSION):
+            return
+        tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if tables and found != (_APPLICATION_ID, 0):
+            raise CheckpointError(
+                f"{self.path}: expected a workspace of version {_VERSION}, found another SQLite file or "
+                "a newer version."
+            )
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in _SCHEMA.split(";\n"):
+            if statement.strip():
+                connection.execute(statement)
+        connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {_VERSION}")
+        connection.execute("COMMIT")
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:  # locked, full, read-only
+            raise SourceError(f"cannot use the workspace {self.path}: {error}.") from error
+        except sqlite3.DatabaseError as error:
+            raise CheckpointError(f"{self.path}: not a workspace, or damaged: {error}.") from None
+
+    def close(self) -> None:
+        """Close the file; the next use opens it again."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    def __repr__(self) -> str:
+        return f"Workspace({str(self.path)!r}, subject={shown(self.subject)})"
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
