@@ -27,6 +27,7 @@ setup(
             "assets/**/*.json",
             "assets/**/*.safetensors",
             "assets/**/*.tiktoken",
+            "assets/**/*.npz",
         ]
     },
     install_requires=[
@@ -48,6 +49,8 @@ setup(
         "data": ["zstandard", "pyarrow", "datasets"],
         # The pictures of a report.
         "plots": ["matplotlib"],
+        # The probes and figures of the board experiments.
+        "boards": ["matplotlib", "scikit-learn"],
         # Figures of units as a table.
         "pandas": ["pandas"],
         # Where training can log to, next to its own log.jsonl.

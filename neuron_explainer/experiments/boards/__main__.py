@@ -1,0 +1,202 @@
+"""The commands of the board experiments; see README.md beside this file."""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from neuron_explainer.errors import InputError, NeuronExplainerError
+from neuron_explainer.experiments.boards import demo, training
+from neuron_explainer.experiments.boards.dataset import PARTS, BoardDataset
+from neuron_explainer.experiments.boards.essay import write_essay
+from neuron_explainer.experiments.boards.lea import LEA
+from neuron_explainer.experiments.boards.measures import accuracies, accuracy_by_kind
+from neuron_explainer.experiments.boards.model_files import save_model
+from neuron_explainer.experiments.boards.objects import KINDS, BoardConfig
+from neuron_explainer.experiments.boards.seed_layout import write_seed_layout
+from neuron_explainer.experiments.boards.study import Study
+from neuron_explainer.experiments.boards.training import BoardTrainingConfig
+from neuron_explainer.settings.flags import add_flags, field_docs, from_flags
+from neuron_explainer.tables import text_table
+
+
+def run_train(args: argparse.Namespace) -> None:
+    """Train a model, from its run's newest checkpoint if there is one."""
+    boards = from_flags(argparse.Namespace(**vars(args) | {"seed": args.boards_seed}), BoardConfig)
+    for number in range(args.batch):
+        given = argparse.Namespace(**vars(args) | {"seed": args.train_seed + number})
+        config = from_flags(given, BoardTrainingConfig)
+        folder = args.run or Path("runs") / f"boards-{config.model}-{config.type}"
+        if args.batch > 1:
+            folder = folder.with_name(f"{folder.name}-{number}")
+        place = folder if args.save else None
+        model = training.train(config, BoardDataset(boards), place, log_to=tuple(args.log_to))
+        print(
+            f"{sum(p.numel() for p in model.parameters()):,} parameters"
+            + (f" in {place}" if place else "")
+        )
+
+
+def run_figures(args: argparse.Namespace) -> None:
+    """Draw every figure of a run, and write the page that explains them."""
+    page = write_essay(Study.of(*args.runs), args.out)
+    print(f"wrote {page}")
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    """Show a masked board, its reconstruction, a probe table and causal edits, with the package's models."""
+    demo.run_demo(Study.of(*args.runs))
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    """Print the accuracy of a run's model by kind of board and part of the data set."""
+    stored = training.load_run(args.run)
+    rows = []
+    ways = {
+        "from the board": False,
+        **({"from words": True} if isinstance(stored.model, LEA) else {}),
+    }
+    for part in PARTS:
+        for way, from_words in ways.items():
+            found = accuracy_by_kind(
+                *(stored.model, stored.dataset, part), mask=args.mask, from_words=from_words
+            )
+            for kind, a in found.items():
+                figures = (a.hidden, a.cells, a.boards)
+                rows.append(
+                    [part, kind, way, *(f"{100 * x:.2f}" for x in figures), str(a.n_boards)]
+                )
+    head = ["part", "kind", "drawn", "hidden cells %", "all cells %", "boards %", "n"]
+    print(text_table(head, rows, n_left=3, rule=True))
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """Write a run's model, or that of its newest checkpoint, to a folder of its own."""
+    stored = training.load_run(args.run)
+    dtype = getattr(torch, args.dtype)
+    figures = accuracies(stored.model.to(dtype).float(), stored.dataset)
+    record = {"training": stored.config["training"], "accuracies": figures}
+    save_model(
+        stored.model, args.out, stored.dataset, record, dtype=dtype, overwrite=args.overwrite
+    )
+    print(f"wrote {args.out}")
+
+
+def run_boards(args: argparse.Namespace) -> None:
+    """Make a data set of boards and save it; show a board of each kind."""
+    dataset = BoardDataset(from_flags(args, BoardConfig))
+    if args.seed_layout:
+        print(f"wrote {write_seed_layout(dataset, args.out)}")
+    elif args.out is not None:
+        dataset.save(args.out)
+        print(f"wrote {args.out}")
+    print(dataset)
+    rng = np.random.default_rng(dataset.config.seed)
+    for kind in KINDS:
+        print(f"\n{dataset.draw(kind, 'train', 1, rng)}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    main = argparse.ArgumentParser(prog="python -m neuron_explainer.experiments.boards")
+    commands = main.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        sub.set_defaults(run_command=run)
+        return sub
+
+    train = command("train", run_train)
+    train.add_argument("--model", default="gpt", help="gpt or lea (default: %(default)s)")
+    train.add_argument("--type", default="factor", help="factor or vanilla (default: %(default)s)")
+    train.add_argument(
+        *("--epoch", "--epochs"),
+        dest="epochs",
+        type=int,
+        default=None,
+        help="epochs (default: 2000 for gpt, 3000 for lea, which their curricula need)",
+    )
+    train.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    train.add_argument(
+        "--batch",
+        type=int,
+        default=1,
+        help="train so many models, each from its own seed (default: 1)",
+    )
+    train.add_argument(
+        "--save", type=int, choices=(0, 1), default=1, help="0: keep nothing on disk (default: 1)"
+    )
+    train.add_argument(
+        "--run", type=Path, default=None, help="folder of the run (default: runs/boards-MODEL-TYPE)"
+    )
+    train.add_argument(
+        "--seed", dest="train_seed", type=int, default=0, help="random seed (default: 0)"
+    )
+    train.add_argument("--log-to", nargs="+", default=[], metavar="NAME", help="tensorboard, wandb")
+    add_flags(train, BoardTrainingConfig, leave_out=("model", "type", "epochs", "device", "seed"))
+    train.add_argument(
+        "--boards-seed", type=int, default=0, help="random seed of the data set (default: 0)"
+    )
+    _add_board_flags(train, leave_out=("seed", "split"))
+    _add_looking(command)
+    boards = command("boards", run_boards)
+    boards.add_argument("--out", type=Path, default=None, help="folder (default: nothing is saved)")
+    boards.add_argument(
+        "--seed-layout",
+        action="store_true",
+        help="as the paper's program does: dataset.json and .npy",
+    )
+    _add_board_flags(boards, leave_out=("split",))
+    return main
+
+
+def _add_board_flags(sub: argparse.ArgumentParser, leave_out: tuple[str, ...]) -> None:
+    """The settings of a data set of boards. ``--split`` has no choices: our own error knows the nearest."""
+    sub.add_argument(
+        "--split",
+        default=argparse.SUPPRESS,
+        metavar="NAME",
+        help=f"{field_docs(BoardConfig)['split']} [balanced]",
+    )
+    add_flags(sub, BoardConfig, leave_out)
+
+
+def _add_looking(command: Any) -> None:
+    """The commands that look at trained models."""
+    runs = "folder of a run or a model, one of each architecture at most (default: the package's models)"
+    figures = command("figures", run_figures)
+    figures.add_argument("runs", type=Path, nargs="*", metavar="RUN", help=runs)
+    figures.add_argument(
+        "--out", type=Path, required=True, help="folder for figures and index.html"
+    )
+    demonstration = command("demo", run_demo)
+    demonstration.add_argument("runs", type=Path, nargs="*", metavar="RUN", help=runs)
+    evaluate = command("evaluate", run_evaluate)
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="folder of a run or a model")
+    evaluate.add_argument(
+        "--mask", type=float, default=0.2, help="share of hidden cells (default: 0.2)"
+    )
+    export = command("export", run_export)
+    export.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    export.add_argument("--out", type=Path, required=True, help="folder for the model")
+    export.add_argument("--dtype", choices=("float32", "float16"), default="float32")
+    export.add_argument("--overwrite", action="store_true", help="replace a model that is there")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command; an error that the user can correct is printed in one line."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    args = parser().parse_args(argv)
+    try:
+        if getattr(args, "batch", 1) < 1:
+            raise InputError(f"--batch must be at least 1, found {args.batch}.")
+        args.run_command(args)
+    except NeuronExplainerError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

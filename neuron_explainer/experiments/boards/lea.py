@@ -1,0 +1,291 @@
+"""The language-enhanced architecture: a picture stream that fills in boards, and a speech stream that says in
+16 words what is on them.
+
+A pass has three parts. The picture stream reads the masked board, with every word blank; the speech stream
+asks its final states and says a sentence, whose words are codes of a small vocabulary; the same picture
+stream draws the board again from a board with every cell hidden, and from the words alone.
+
+With ``type="factor"`` position codes are concatenated before each norm (so that a norm reads both), with
+``type="vanilla"`` they are added once.
+
+Shape legend: ``b`` boards, ``s`` cells, ``k`` words of a sentence, ``w`` words of the vocabulary,
+``d`` width, ``p`` width of the position code, ``v`` tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neuron_explainer.errors import InputError
+from neuron_explainer.experiments.boards.gpt import (
+    INITIAL_STD,
+    ModelType,
+    attend,
+    check_cells,
+    check_model_type,
+    check_widths,
+    feed_forward,
+    initialise,
+)
+from neuron_explainer.experiments.boards.quantiser import Quantised, VectorQuantiser
+from neuron_explainer.experiments.boards.sites import (
+    NO_LEA_HOOKS,
+    LEAHooks,
+    StreamHooks,
+    check_hooks,
+)
+from neuron_explainer.models.transformer import Norm, merge_heads, split_heads
+from neuron_explainer.settings import check_types
+
+
+@dataclass(frozen=True)
+class LEASizes:
+    """Sizes of ``LEA``; the defaults are those of the paper's program."""
+
+    type: ModelType = "factor"
+    """factor: position codes beside the streams; vanilla: positions added to them."""
+    vocab_size: int = 21
+    """Tokens of boards."""
+    n_cells: int = 64
+    """Cells of a board."""
+    n_layers: int = 3
+    """Blocks of each stream."""
+    n_heads: int = 2
+    """Heads of each attention."""
+    width: int = 32
+    """Width of both streams."""
+    position_width: int = 16
+    """Width of the position codes; vanilla models have none."""
+    n_words: int = 128
+    """Words of the vocabulary of speech; the last one is the blank word."""
+    sentence: int = 16
+    """Words of a sentence."""
+    ema: bool = True
+    """Whether moving averages teach the codebook, or the loss does."""
+    blank_zero: bool = False
+    """Whether the first pass hears zeros, or the code of the blank word."""
+
+    def __post_init__(self) -> None:
+        check_model_type(self.type)
+        check_types(self)
+        check_widths(self)
+
+
+class DecoderBlock(nn.Module):
+    """Self-attention, cross-attention to the other stream, MLP."""
+
+    def __init__(self, sizes: LEASizes, layer: int) -> None:
+        super().__init__()
+        self.layer, self.n_heads = layer, sizes.n_heads
+        d = sizes.width
+        wide = d + (sizes.position_width if sizes.type == "factor" else 0)
+        self.ln_self, self.ln_cross, self.ln_source, self.ln_mlp = (Norm(wide) for _ in range(4))
+        self.qkv, self.proj = nn.Linear(wide, 3 * d), nn.Linear(d, d)
+        self.cross_q, self.cross_kv = nn.Linear(wide, d), nn.Linear(wide, 2 * d)
+        self.cross_proj = nn.Linear(d, d)
+        self.fc, self.out = nn.Linear(wide, 4 * d), nn.Linear(4 * d, d)
+
+    def forward(
+        self, x: Tensor, code: Tensor | None, source: Tensor, hooks: StreamHooks, at: Any
+    ) -> Tensor:
+        """``x`` ``[b, s, d]`` after the block.
+
+        Args:
+            x: the stream; with one board (``b`` = 1) it is shared by all boards of ``source``.
+            code: position code ``[s, p]`` of the stream, or None.
+            source: the other stream with its position code, ``[b, k, d + p]``.
+        """
+        at = at | {"layer": self.layer}
+        torso = hooks.resid.torso
+        normed = torso.post_ln_attn(self.ln_self(_joined(x, code), torso.ln_attn, **at), **at)
+        q, k, v = F.linear(normed, self.qkv.weight, self.qkv.bias).chunk(3, dim=-1)
+        found = F.linear(
+            attend(q, k, v, self.n_heads, hooks.attn, at), self.proj.weight, self.proj.bias
+        )
+        x = torso.post_attn(x + torso.delta_attn(found, **at), **at)
+        x = self._cross(x, code, source, hooks, at)
+        normed = torso.post_ln_mlp(self.ln_mlp(_joined(x, code), torso.ln_mlp, **at), **at)
+        found = F.linear(normed, self.fc.weight, self.fc.bias)
+        found = feed_forward(found, self.fc, self.out, hooks, at)
+        return torso.post_mlp(x + torso.delta_mlp(found, **at), **at)
+
+    def _cross(
+        self, x: Tensor, code: Tensor | None, source: Tensor, hooks: StreamHooks, at: Any
+    ) -> Tensor:
+        """The stream after it has asked the other stream."""
+        cross = hooks.cross
+        asking = cross.post_ln(self.ln_cross(_joined(x, code)), **at)
+        answering = cross.post_ln_source(self.ln_source(source), **at)
+        q = F.linear(asking, self.cross_q.weight, self.cross_q.bias).expand(len(source), -1, -1)
+        k, v = F.linear(answering, self.cross_kv.weight, self.cross_kv.bias).chunk(2, dim=-1)
+        if cross.is_empty():
+            found = attend(q, k, v, self.n_heads, None, at)
+        else:
+            q, k, v = (split_heads(z, self.n_heads) for z in (q, k, v))
+            v = cross.v(v.clone(), **at).transpose(1, 2)
+            scores = (q * q.shape[-1] ** -0.5).transpose(1, 2) @ k.permute(0, 2, 3, 1)
+            pattern = cross.probs(scores.softmax(-1).permute(0, 2, 3, 1), **at)
+            found = merge_heads((pattern.permute(0, 3, 1, 2) @ v).transpose(1, 2))
+        found = F.linear(found, self.cross_proj.weight, self.cross_proj.bias)
+        return cross.post(x + cross.delta(found, **at), **at)
+
+
+def _joined(x: Tensor, code: Tensor | None) -> Tensor:
+    """The stream ``[b, s, d]`` and its position code ``[s, p]`` as ``[b, s, d + p]``."""
+    return x if code is None else torch.cat([x, code.expand(len(x), -1, -1)], dim=-1)
+
+
+class LEAOutput(NamedTuple):
+    """What the three passes gave."""
+
+    from_board: Tensor
+    """Logits ``[b, s, v]`` of the board, read from the masked board."""
+    from_words: Tensor | None
+    """Logits ``[b, s, v]`` of the board, drawn from the sentence; None if nothing was said."""
+    speech: Tensor | None
+    """``[b, k, d]``: what the speech stream said, before its words were chosen."""
+    quantised: Quantised | None
+    """The words."""
+
+
+class LEA(nn.Module):
+    """Fills in boards and says what is on them.
+
+    Args:
+        sizes: default: the factored model of the paper's program, 145,280 parameters.
+        seed: of the initial weights.
+    """
+
+    def __init__(self, sizes: LEASizes | None = None, seed: int = 0) -> None:
+        super().__init__()
+        self.sizes = sizes = LEASizes() if sizes is None else sizes
+        d, p = sizes.width, sizes.position_width if sizes.type == "factor" else sizes.width
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.tok_embed = nn.Embedding(sizes.vocab_size, d)
+            self.cell_codes = nn.Parameter(torch.empty(sizes.n_cells, p))
+            self.picture = nn.ModuleList(DecoderBlock(sizes, i) for i in range(sizes.n_layers))
+            self.picture_ln = Norm(d)
+            self.unembed = nn.Linear(d, sizes.vocab_size, bias=False)
+            self.questions = nn.Parameter(torch.empty(sizes.sentence, d))
+            self.word_codes = nn.Parameter(torch.empty(sizes.sentence, p))
+            self.speech = nn.ModuleList(DecoderBlock(sizes, i) for i in range(sizes.n_layers))
+            self.speech_ln = Norm(d)
+            self.apply(initialise)
+            for parameter in (self.cell_codes, self.questions, self.word_codes):
+                nn.init.normal_(parameter, std=INITIAL_STD)
+            # After all others: not among what initialise sets, so that the codes keep their scale.
+            self.quantiser = VectorQuantiser(sizes.n_words, d, sizes.ema)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return self.tok_embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return self.tok_embed.weight.device
+
+    def forward(
+        self, tokens: Tensor, hooks: LEAHooks | None = None, speak: bool = True
+    ) -> LEAOutput:
+        """All three passes; only the first if not ``speak``.
+
+        Args:
+            tokens: ``[b, s]``; hidden cells hold the last token of the vocabulary.
+            hooks: what to see or replace on the way (:class:`~.sites.LEAHooks`).
+        """
+        hooks = self._checked(hooks)
+        states, logits = self._read(tokens, hooks)
+        if not speak:
+            return LEAOutput(logits, None, None, None)
+        said = self._say(states, hooks)
+        quantised: Quantised = self.quantiser(said)
+        return LEAOutput(logits, self._draw(quantised.vectors, hooks), said, quantised)
+
+    def predict_from_board(self, tokens: Tensor, hooks: LEAHooks | None = None) -> Tensor:
+        """Logits ``[b, s, v]`` of the board, from the masked board ``[b, s]``."""
+        return self._read(tokens, self._checked(hooks))[1]
+
+    def sentence(self, tokens: Tensor, hooks: LEAHooks | None = None) -> Tensor:
+        """The words ``[b, k]`` that the model says about boards ``[b, s]``."""
+        hooks = self._checked(hooks)
+        return self.quantiser.nearest(self._say(self._read(tokens, hooks)[0], hooks))
+
+    def predict_from_speech(self, words: Tensor, hooks: LEAHooks | None = None) -> Tensor:
+        """Logits ``[b, s, v]`` of the board, from words ``[b, k]`` alone."""
+        n, length = self.sizes.n_words, self.sizes.sentence
+        whole = words.dtype in (torch.int64, torch.int32) and words.dim() == 2
+        if not whole or words.shape[1] != length or not words.numel():
+            raise InputError(
+                f"expected sentences of whole numbers [b, {length}], found {words.dtype} {list(words.shape)}."
+            )
+        low, high = (int(x) for x in words.aminmax())
+        if low < 0 or high >= n:
+            raise InputError(f"words must lie in 0 to {n - 1}, found {low if low < 0 else high}.")
+        return self._draw(self.quantiser.codes(words), self._checked(hooks))
+
+    # ---- the three passes --------------------------------------------------------------------------
+
+    def _checked(self, hooks: LEAHooks | None) -> LEAHooks:
+        if hooks is None:
+            return NO_LEA_HOOKS
+        check_hooks(hooks, LEAHooks, self.sizes.n_layers)
+        return hooks
+
+    def _read(self, tokens: Tensor, hooks: LEAHooks) -> tuple[Tensor, Tensor]:
+        """The picture stream's final states ``[b, s, d]`` and its logits ``[b, s, v]``."""
+        check_cells(tokens, self.sizes.n_cells, self.sizes.vocab_size)
+        blank = self.quantiser.codebook[-1].expand(1, self.sizes.sentence, -1)
+        if self.sizes.blank_zero:
+            blank = torch.zeros_like(blank)
+        return self._picture(tokens, self._placed(blank, self.word_codes), hooks.from_board)
+
+    def _draw(self, words: Tensor, hooks: LEAHooks) -> Tensor:
+        """Logits ``[b, s, v]`` of the board that vectors ``[b, k, d]`` describe."""
+        words = hooks.words(words, layer=None, positions=None)
+        hidden = torch.full((1, self.sizes.n_cells), self.sizes.vocab_size - 1, device=self.device)
+        if not hooks.from_words.is_empty():  # a hook may treat each board in its own way
+            hidden = hidden.expand(len(words), -1)
+        return self._picture(hidden, self._placed(words, self.word_codes), hooks.from_words)[1]
+
+    def _picture(self, tokens: Tensor, source: Tensor, hooks: StreamHooks) -> tuple[Tensor, Tensor]:
+        x = F.embedding(tokens, self.tok_embed.weight)
+        n = max(len(tokens), len(source))
+        x = self._stream(self.picture, x, self.cell_codes, source, hooks)
+        at = {"layer": None, "positions": None}
+        x = hooks.resid.post_ln_f(self.picture_ln(x, hooks.resid.ln_f, **at), **at)
+        assert len(x) == n
+        return x, hooks.logits(F.linear(x, self.unembed.weight), **at)
+
+    def _say(self, states: Tensor, hooks: LEAHooks) -> Tensor:
+        """What the speech stream makes of the picture stream's states: ``[b, k, d]``."""
+        source = self._placed(states, self.cell_codes)
+        x = self.questions[None]
+        if not hooks.speech.is_empty():
+            x = x.expand(len(states), -1, -1)
+        x = self._stream(self.speech, x, self.word_codes, source, hooks.speech)
+        at = {"layer": None, "positions": None}
+        return hooks.speech.resid.post_ln_f(self.speech_ln(x, hooks.speech.resid.ln_f, **at), **at)
+
+    def _stream(
+        self, blocks: nn.ModuleList, x: Tensor, codes: Tensor, source: Tensor, hooks: StreamHooks
+    ) -> Tensor:
+        """All blocks of a stream, from its embeddings ``[b, s, d]``."""
+        factor = self.sizes.type == "factor"
+        positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        at = {"layer": None, "positions": positions}
+        x = hooks.resid.post_emb(x if factor else x + codes, **at)
+        if len(source) < len(x):
+            source = source.expand(len(x), -1, -1)
+        for block in blocks:
+            x = block(x, codes if factor else None, source, hooks, at)
+        return x
+
+    def _placed(self, x: Tensor, codes: Tensor) -> Tensor:
+        """Vectors with their position codes: beside them or added, ``[b, k, d + p]`` or ``[b, k, d]``."""
+        return _joined(x, codes) if self.sizes.type == "factor" else x + codes

@@ -1,0 +1,507 @@
+"""One picture for each claim of the paper, with the number that supports or weakens it."""
+
+from typing import Any
+
+import numpy as np
+
+from neuron_explainer.experiments.boards import edits
+from neuron_explainer.experiments.boards.drawing import Board, Flags, hide
+from neuron_explainer.experiments.boards.geometry import plane, spreads, variance_shares
+from neuron_explainer.experiments.boards.measures import accuracy_by_kind, code_entropy, predict
+from neuron_explainer.experiments.boards.objects import EMPTY, KINDS
+from neuron_explainer.experiments.boards.probes import ProbeResult, fit, probe_everywhere
+from neuron_explainer.experiments.boards.recording import Recording, Target, record
+from neuron_explainer.experiments.boards.speech import (
+    ATTRIBUTES,
+    draw_from_words,
+    sentences,
+    swap_words,
+    word_information,
+)
+from neuron_explainer.experiments.boards.study import Picture, Study, label, new_figure, short
+from neuron_explainer.models.locations import ActivationLocation
+
+_MODULE = "pictures_of_claims"
+_COLOURS = {"root": "#4477aa", "cell": "#ee6677", "composite": "#228833", "background": "#aa3377"}
+_SHOWN: tuple[Target, ...] = ("root", "cell")
+_PROBED: tuple[Target, ...] = ("root", "cell", "composite", "background")
+
+
+def _picture(name: str, title: str, text: str, number: str, figure: Any) -> Picture:
+    return Picture(name, title, text, number, figure, _MODULE)
+
+
+def _last(study: Study, path: str = "resid.torso.post_mlp") -> ActivationLocation:
+    return ActivationLocation(path, study.n_layers - 1)
+
+
+# ---- claim 1: abstractions hold all semantic features ----------------------------------------------
+
+
+def probe_results(study: Study) -> list[ProbeResult]:
+    """Probes for every feature at every record point, two splits each."""
+    return probe_everywhere(study.recording, _PROBED, seeds=(0, 1), cells=1500)
+
+
+def probes(study: Study) -> Picture:
+    """What linear probes read from hidden cells along depth."""
+    results = probe_results(study)
+    figure, axes = new_figure(7.2, 3.4)
+    axis, places = axes[0, 0], list(study.recording.activations)
+    for target in _PROBED:
+        found = [r for r in results if r.target == target]
+        mean, spread = (np.array([getattr(r, n) for r in found]) for n in ("accuracy", "spread"))
+        axis.plot(mean, "o-", ms=3, lw=1.2, color=_COLOURS[target], label=target)
+        axis.fill_between(
+            range(len(mean)), mean - spread, mean + spread, alpha=0.2, color=_COLOURS[target]
+        )
+        axis.axhline(np.mean([r.chance for r in found]), color=_COLOURS[target], lw=0.7, ls=":")
+    axis.set_xticks(range(len(places)), [short(p) for p in places], rotation=90, fontsize=6)
+    axis.set_ylim(0, 1.02)
+    axis.legend(fontsize=7, ncol=2, loc="center right")
+    label(axis, "", "accuracy on held-out boards", "dotted: chance (most frequent class)")
+    last = {r.target: r for r in results if r.place == _last(study)}
+    text = ", ".join(
+        f"{t} {100 * r.accuracy:.1f}% (chance {100 * r.chance:.0f}%)" for t, r in last.items()
+    )
+    return _picture(
+        "probes",
+        "Claim: abstractions hold the semantic features of what is hidden",
+        "Only hidden cells are probed: the model has to infer what they are part of. A linear "
+        "probe (multinomial "
+        "logistic regression) reads the root, the position in the root, and the composite from cells of "
+        "objects, and the background from all cells; it is tested on boards that it has not seen. At the "
+        "embedding all hidden cells are the same vector, so probes are at chance there.",
+        f"After the last block: {text}.",
+        figure,
+    )
+
+
+# ---- claim 2: transient convergence to low-dimensional manifolds -----------------------------------
+
+
+def seen_objects(recording: Recording) -> Flags:
+    """Cells of roots that the model sees: their tokens differ, and yet they belong together."""
+    return np.asarray(recording.on_objects & ~recording.hidden)
+
+
+def convergence(study: Study) -> Picture:
+    """Distances within and between roots along depth, among visible cells."""
+    recording = study.stream
+    figure, axes = new_figure(7.2, 2.9, 1, 2)
+    chosen = {"visible": seen_objects(recording), "hidden": recording.on_objects & recording.hidden}
+    found = {name: spreads(recording, "root", cells) for name, cells in chosen.items()}
+    ticks = [short(s.place) for s in found["visible"]]
+    for name, colour in (("visible", "#4477aa"), ("hidden", "#ee6677")):
+        ratios = [s.ratio for s in found[name]]
+        axes[0, 0].plot(ratios, "o-", ms=3, color=colour, label=f"{name} cells")
+        dimensions = [s.dimensions for s in found[name]]
+        axes[0, 1].plot(dimensions, "o-", ms=3, color=colour, label=f"{name} cells")
+    for axis in axes[0]:
+        axis.set_xticks(range(len(ticks)), ticks, rotation=90, fontsize=6)
+        axis.legend(fontsize=7)
+    label(axes[0, 0], "", "within / between", "distance within a root ÷ between roots")
+    label(axes[0, 1], "", "participation ratio", "dimensions of the 10 root means")
+    ratios = [s.ratio for s in found["visible"]]
+    lowest = int(np.nanargmin(ratios))
+    return _picture(
+        "convergence",
+        "Claim: cells of one object converge for a while, onto few dimensions",
+        "Cells of one root have different tokens. In the middle of the network they come "
+        "together all the same, "
+        "because they are part of the same thing; towards the output they part again, because the model "
+        "has to name a token for each. The ratio is 1 where it makes no difference which root a cell belongs "
+        "to. (At the embedding, hidden cells are all the same vector and have no ratio.)",
+        f"Visible cells: {ratios[0]:.2f} at the embedding, {ratios[lowest]:.2f} at its lowest "
+        f"({ticks[lowest]}), {ratios[-1]:.2f} after the last norm.",
+        figure,
+    )
+
+
+def planes(study: Study) -> Picture:
+    """The first two principal directions of object cells along depth, coloured by root and by position."""
+    recording = study.stream
+    places = [p for p in recording.activations if p.path != "resid.torso.post_attn"]
+    chosen = recording.on_objects
+    figure, axes = new_figure(7.6, 3.4, 2, len(places))
+    shares = []
+    rng = np.random.default_rng(study.seed)
+    for column, place in enumerate(places):
+        x = recording.at(place)[chosen]
+        kept = rng.permutation(len(x))[:1200]
+        found = plane(x[kept])
+        shares.append(found.shares.sum())
+        for axis, target in zip(axes[:, column], _SHOWN, strict=True):
+            labels = recording.labels(target)[chosen][kept]
+            axis.scatter(*found.points.T, c=labels, s=1.5, cmap="tab10", lw=0)
+            axis.set(xticks=[], yticks=[])
+        label(axes[0, column], title=short(place))
+    label(axes[0, 0], y="colour: root", title=short(places[0]))
+    label(axes[1, 0], y="colour: position")
+    text = ", ".join(f"{short(p)} {100 * s:.0f}%" for p, s in zip(places, shares, strict=True))
+    return _picture(
+        "planes",
+        "Planes to look at",
+        "Cells of objects, visible and hidden, on the first two principal directions of each stage; the same "
+        "points are coloured by root (above) and by position in the root (below).",
+        f"Share of the variance in these planes: {text}.",
+        figure,
+    )
+
+
+# ---- claim 3: manipulating abstractions changes the prediction -------------------------------------
+
+
+def _edit_places(study: Study) -> list[ActivationLocation]:
+    """The stream before the blocks, and after each attention and MLP."""
+    paths = ("resid.torso.post_attn", "resid.torso.post_mlp")
+    inside = [ActivationLocation(path, layer) for layer in range(study.n_layers) for path in paths]
+    return [ActivationLocation("resid.post_emb"), *inside]
+
+
+def manipulation(study: Study) -> Picture:
+    """Boards are made to show another root, by another board's activations and along probes."""
+    pair = edits.root_pairs(study.dataset, 300, seed=study.seed)
+    places = _edit_places(study)
+    results = edits.swap_roots(study.model, pair, places)
+    figure, axes = new_figure(7.2, 2.9, 1, 2)
+    for name, colour in (("flipped", "#4477aa"), ("kept", "#ee6677"), ("control", "#888888")):
+        axes[0, 0].plot([getattr(r, name) for r in results], "o-", ms=3, color=colour, label=name)
+    axes[0, 0].set_xticks(range(len(places)), [short(p) for p in places], rotation=90, fontsize=6)
+    axes[0, 0].legend(fontsize=7)
+    label(axes[0, 0], "", "share of boards", "hidden cells get another root's activations")
+    strengths = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+    best = 0.0
+    for layer in range(1, study.n_layers):
+        place = ActivationLocation("resid.torso.post_mlp", layer)
+        x, cells = study.recording.at(place), study.recording.on_objects & study.recording.hidden
+        probe = fit(x[cells][:4000], study.recording.roots[cells][:4000])
+        along = edits.swap_along_probe(study.model, pair, place, probe, strengths)
+        best = max(best, *(r.flipped for _, r in along))
+        line = axes[0, 1].plot(
+            strengths, [r.flipped for _, r in along], "o-", ms=3, label=f"block {layer}"
+        )
+        axes[0, 1].plot(strengths, [r.control for _, r in along], ":", color=line[0].get_color())
+    axes[0, 1].legend(fontsize=7)
+    label(
+        axes[0, 1],
+        "strength (1: mirrored)",
+        "share flipped",
+        "moved along the root probe (dotted: random)",
+    )
+    after = [r for r in results if r.place.path == "resid.torso.post_mlp"]
+    text = ", ".join(f"block {i} {100 * r.flipped:.0f}%" for i, r in enumerate(after))
+    change = edits.largest_change(study.model, pair.masked_before, after[0].place, pair.cells)
+    return _picture(
+        "manipulation",
+        "Claim: abstractions cause what is drawn",
+        "About half of a root's cells are hidden. Their activations are replaced by those of the "
+        "same board with "
+        "another root (left), or moved along the directions of the root probe, with no other board at hand "
+        "(right). A board is flipped if every hidden cell in which the roots differ now shows "
+        "the other root, "
+        "although the visible cells still show the first.",
+        f"Flipped after replacement at the end of {text}; by a probe's directions at most {100 * best:.0f}%. "
+        f"Replacement by the cells' own activations changes no logit by more than {change:.1g}.",
+        figure,
+    )
+
+
+def manipulation_example(study: Study) -> Picture:
+    """One board, edited at one block."""
+    pair = edits.root_pairs(study.dataset, 60, seed=study.seed + 1)
+    place, config = (
+        ActivationLocation("resid.torso.post_mlp", study.n_layers - 2),
+        study.dataset.config,
+    )
+    values = edits.values_at(study.model, pair.masked_after, place)
+    drawn = edits.draw_with(
+        study.model, pair.masked_before, place, edits.replace_cells(pair.cells, values)
+    )
+    plain = predict(study.model, pair.masked_before)
+    flipped = ((drawn == pair.after.tokens) | ~pair.cells).all(1)
+    i = int(np.flatnonzero(flipped)[0]) if flipped.any() else 0
+    figure, axes = new_figure(7.6, 1.9, 1, 5)
+    shown = [pair.before.tokens, pair.masked_before, plain, pair.after.tokens, drawn]
+    titles = ["board", "seen", "drawn", "other board", f"drawn after the edit\nat {short(place)}"]
+    for axis, tokens, title in zip(axes[0], shown, titles, strict=True):
+        Board(tokens[i], config).draw(axis, title)
+    return _picture(
+        "manipulation_example",
+        "One such edit",
+        "The hidden cells get the activations that they have on the other board; the model then "
+        "draws the other "
+        "root in exactly those cells, around the visible cells of the first.",
+        f"{100 * flipped.mean():.0f}% of {len(flipped)} boards turn at this block, cell by cell.",
+        figure,
+    )
+
+
+# ---- claim 4: contextual independence --------------------------------------------------------------
+
+
+def independence(study: Study) -> Picture:
+    """A root is the same thing wherever it stands, whatever is around it."""
+    places = _edit_places(study)[1:]
+    single = record(study.model, study.dataset, places, kinds=("single",), n=500, seed=study.seed)
+    both = record(study.model, study.dataset, places, n=study.boards, seed=study.seed + 1)
+    side = study.dataset.config.board_size
+    left = np.arange(side * side) % side < side // 2
+    figure, axes = new_figure(7.2, 2.9, 1, 2)
+    settings = [
+        "other single boards",
+        "double boards",
+        "composite boards",
+        "left half → right half",
+    ]
+    lines: dict[str, list[float]] = {name: [] for name in settings}
+    for place in places:
+        cells, x = single.hidden & single.on_objects, single.at(place)
+        half = np.arange(len(single)) % 2 == 0
+        train = cells & half[:, None]
+        probe = fit(x[train], single.roots[train])
+        test = cells & ~half[:, None]
+        lines[settings[0]].append(probe.accuracy(x[test], single.roots[test]))
+        for name, kind in zip(settings[1:3], KINDS[1:], strict=True):
+            there = both.hidden & both.on_objects & (both.kinds == KINDS.index(kind))[:, None]
+            lines[name].append(probe.accuracy(both.at(place)[there], both.roots[there]))
+        probe = fit(x[cells & left], single.roots[cells & left])
+        lines[settings[3]].append(probe.accuracy(x[cells & ~left], single.roots[cells & ~left]))
+    for name, line in lines.items():
+        axes[0, 0].plot(line, "o-", ms=3, label=name)
+    axes[0, 0].axhline(0.1, color="#888888", lw=0.7, ls=":")
+    axes[0, 0].legend(fontsize=6)
+    label(axes[0, 0], "", "accuracy of the root probe", "learned on single boards, read on …")
+    cells = single.hidden & single.on_objects
+    place_on_board = np.broadcast_to(np.arange(side * side), cells.shape)[cells]
+    factors = {
+        "root and position in it": single.roots[cells] * 100 + single.cells[cells],
+        "place on the board": place_on_board,
+        "background": single.labels("background")[cells],
+    }
+    found = [variance_shares(single.at(place)[cells], factors) for place in places]
+    for name in factors:
+        axes[0, 1].plot([f[name] for f in found], "o-", ms=3, label=name)
+    axes[0, 1].legend(fontsize=6)
+    label(axes[0, 1], "", "share of variance", "what the vectors of hidden cells depend on")
+    for axis in axes[0]:
+        axis.set_xticks(range(len(places)), [short(p) for p in places], rotation=90, fontsize=6)
+    last = ", ".join(f"{name} {100 * line[-1]:.0f}%" for name, line in lines.items())
+    return _picture(
+        "independence",
+        "Claim: an abstraction does not depend on its context",
+        "Left: a probe for the root is learned on single boards (or on the left half of the "
+        "board) and read on "
+        "boards of other kinds (or on the right half). Right: how much of the variance of hidden cells lies "
+        "between the 90 combinations of root and position in it, between the 64 places on the board, and "
+        "between the 10 backgrounds.",
+        f"At the last stage: {last} (chance 10%). Of the variance there, root and position in it account for "
+        f"{100 * found[-1]['root and position in it']:.0f}%, the background for "
+        f"{100 * found[-1]['background']:.0f}%.",
+        figure,
+    )
+
+
+# ---- claim 5: part and whole -----------------------------------------------------------------------
+
+
+def parts_and_wholes(study: Study) -> Picture:
+    """A hidden constituent is known from the others, and can be exchanged alone."""
+    pair = edits.composite_pairs(study.dataset, 300, seed=study.seed)
+    drawn = predict(study.model, pair.masked_before)
+    wrong_anywhere = (drawn != pair.before.tokens) & pair.cells
+    recovered = ~wrong_anywhere.any(1)
+    lone = _lone_roots(study)
+    places = _edit_places(study)
+    results = edits.patch_constituent(study.model, pair, places)
+    figure, axes = new_figure(7.6, 2.9, 1, 3, width_ratios=[0.8, 1.4, 1.4])
+    bars = axes[0, 0].bar([0, 1], [recovered.mean(), lone], 0.6, color=["#228833", "#bbbbbb"])
+    axes[0, 0].bar_label(bars, [f"{100 * recovered.mean():.0f}%", f"{100 * lone:.0f}%"], fontsize=7)
+    axes[0, 0].set_xticks([0, 1], ["part of a\ncomposite", "alone"], fontsize=7)
+    axes[0, 0].axhline(1 / study.dataset.config.n_roots, color="#888888", lw=0.7, ls=":")
+    axes[0, 0].set_ylim(0, 1.1)
+    label(axes[0, 0], "", "share drawn right", "root hidden whole")
+    for name, colour in (("flipped", "#4477aa"), ("kept", "#ee6677"), ("elsewhere", "#228833")):
+        axes[0, 1].plot([getattr(r, name) for r in results], "o-", ms=3, color=colour, label=name)
+    axes[0, 1].set_xticks(range(len(places)), [short(p) for p in places], rotation=90, fontsize=6)
+    axes[0, 1].legend(fontsize=7)
+    label(axes[0, 1], "", "share", "one constituent patched")
+    composite = probe_everywhere(study.recording, ["composite"], seeds=(0, 1), cells=1500)
+    axes[0, 2].plot([r.accuracy for r in composite], "o-", ms=3, color="#228833")
+    axes[0, 2].axhline(composite[0].chance, color="#228833", lw=0.7, ls=":")
+    axes[0, 2].set_xticks(
+        range(len(composite)), [short(r.place) for r in composite], rotation=90, fontsize=5
+    )
+    label(axes[0, 2], "", "accuracy", "composite, read from hidden cells")
+    middle = next(r for r in results if r.place == ActivationLocation("resid.torso.post_mlp", 1))
+    return _picture(
+        "parts_and_wholes",
+        "Claim: parts know the whole, and can be exchanged",
+        "Left: a root that is hidden whole can be inferred if it is part of a composite, since "
+        "the other three "
+        "constituents tell which one; alone on its board it cannot. Middle: the hidden constituent's "
+        "activations are replaced by those of another composite; it should become the other "
+        "root, and all other "
+        "cells should stay. Right: what a probe reads of the composite.",
+        f"Drawn right: {100 * recovered.mean():.0f}% of hidden constituents, {100 * lone:.0f}% "
+        "of lone roots (chance "
+        f"10%). Patched after block 1: {100 * middle.flipped:.0f}% flip, "
+        f"{100 * middle.elsewhere:.1f}% of all other "
+        "cells stay right.",
+        figure,
+    )
+
+
+def _lone_roots(study: Study) -> float:
+    """The share of single boards that are drawn right when the whole root is hidden."""
+    rng = np.random.default_rng([study.seed, 61])
+    boards = study.dataset.draw("single", "train", 300, rng)
+    on_root = boards.roots != EMPTY
+    masked = np.where(on_root, study.dataset.config.hidden_token, boards.tokens)
+    return float(((predict(study.model, masked) == boards.tokens) | ~on_root).all(1).mean())
+
+
+# ---- claim 6: words --------------------------------------------------------------------------------
+
+
+def words(study: Study) -> Picture:
+    """What the words of LEA tell about root, position and background."""
+    boards, said = study.spoken
+    found = word_information(said, boards, study.seed)
+    figure, axes = new_figure(7.4, 2.6, 1, 2, width_ratios=[2, 1])
+    shown = axes[0, 0].imshow(found.shares, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    figure.colorbar(shown, ax=axes[0, 0], shrink=0.8).ax.tick_params(labelsize=6)
+    axes[0, 0].set_yticks(range(len(found.attributes)), found.attributes)
+    axes[0, 0].set_xticks(range(said.shape[1]))
+    label(axes[0, 0], "slot of the sentence", "", "mutual information ÷ entropy of the attribute")
+    used, counts = np.unique(said, return_counts=True)
+    axes[0, 1].bar(range(len(used)), np.sort(counts)[::-1], color="#4477aa")
+    label(
+        axes[0, 1],
+        "word, by frequency",
+        "times said",
+        f"{len(used)} of {study.lea.sizes.n_words} words",
+    )
+    by_kind = accuracy_by_kind(
+        study.lea, study.lea_dataset, "test", from_words=True, seed=study.seed
+    )
+    best = found.shares.max(1)
+    floor = found.floor[np.arange(len(best)), found.shares.argmax(1)]
+    text = ", ".join(
+        f"{name} {b:.2f} (shuffled {f:.2f})"
+        for name, b, f in zip(found.attributes, best, floor, strict=True)
+    )
+    spoken_well = by_kind["single"]
+    return _picture(
+        "words",
+        "Claim: words map to abstractions",
+        f"LEA says {said.shape[1]} words about a board and draws the board again from the words "
+        "alone. For 2,000 "
+        "single boards: what each slot of the sentence tells about each attribute (1: everything).",
+        f"Best slot: {text}. From words alone {100 * spoken_well.cells:.1f}% of the cells of "
+        "single test boards are "
+        f"right (a fifth hidden), {100 * spoken_well.boards:.0f}% of boards wholly. Normalised "
+        "entropy of word use: "
+        f"{_entropy(study):.2f}.",
+        figure,
+    )
+
+
+def _entropy(study: Study) -> float:
+    import torch
+
+    return code_entropy(torch.from_numpy(study.spoken[1]), study.lea.sizes.n_words)
+
+
+def word_edits(study: Study) -> Picture:
+    """What happens to the drawn board when words are exchanged."""
+    swaps = [swap_words(study.lea, study.lea_dataset, name, 150, study.seed) for name in ATTRIBUTES]
+    figure, axes = new_figure(7.4, 2.7, 1, 2)
+    for swap in swaps:
+        axes[0, 0].plot(swap.by_slot, "o-", ms=3, label=swap.attribute)
+        axes[0, 1].plot(swap.by_number, "o-", ms=3, label=swap.attribute)
+    axes[0, 0].legend(fontsize=7)
+    label(axes[0, 0], "slot whose word is exchanged", "share of boards that turn", "one word")
+    label(axes[0, 1], "words exchanged, best slots first", "", "several words")
+    text = ", ".join(
+        f"{s.attribute} {100 * s.by_slot.max():.0f}% (random word {100 * s.control:.0f}%)"
+        for s in swaps
+    )
+    return _picture(
+        "word_edits",
+        "Changing words changes the board",
+        "Two boards differ in one attribute. Words of the first one's sentence are replaced by those of the "
+        "second; a board has turned if what is drawn shows the second on more than half of the "
+        "cells in which "
+        "they differ.",
+        f"One word, best slot: {text}.",
+        figure,
+    )
+
+
+def word_example(study: Study) -> Picture:
+    """One board, its sentence, and the board that is drawn when its background is exchanged."""
+    from neuron_explainer.experiments.boards.speech import attribute_pairs
+
+    config = study.lea_dataset.config
+    before, after = attribute_pairs(study.lea_dataset, "root", 40, study.seed)
+    said, other = sentences(study.lea, before.tokens), sentences(study.lea, after.tokens)
+    slot = int(swap_words(study.lea, study.lea_dataset, "root", 150, study.seed).by_slot.argmax())
+    edited = said.copy()
+    edited[:, slot] = other[:, slot]
+    drawn = draw_from_words(study.lea, edited)
+    differ = before.tokens != after.tokens
+    share = ((drawn == after.tokens) & differ).sum(1) / np.maximum(differ.sum(1), 1)
+    i = int(share.argmax())
+    figure, axes = new_figure(7.4, 2.3, 1, 4)
+    plain = draw_from_words(study.lea, said)
+    shown = [before.tokens, plain, drawn, after.tokens]
+    titles = [
+        "board",
+        "drawn from its sentence",
+        f"drawn with word {slot}\nof the other",
+        "the other board",
+    ]
+    for axis, tokens, title in zip(axes[0], shown, titles, strict=True):
+        Board(tokens[i], config).draw(axis, title)
+    sentence, theirs = (" ".join(str(word) for word in words[i]) for words in (said, other))
+    label(axes[0, 0], sentence[: len(sentence) // 2] + "\n" + sentence[len(sentence) // 2 :])
+    label(axes[0, 3], theirs[: len(theirs) // 2] + "\n" + theirs[len(theirs) // 2 :])
+    return _picture(
+        "word_example",
+        "A sentence, and one word changed",
+        "The sentences (numbers of words) stand below their boards. The board chosen is the one "
+        "that turns most.",
+        f"Word {slot} goes from {said[i, slot]} to {other[i, slot]}; {100 * share[i]:.0f}% of "
+        "the cells in which the "
+        "boards differ turn.",
+        figure,
+    )
+
+
+def masked_speech(study: Study) -> Picture:
+    """How reconstruction, from the board and from words, fares with masking."""
+    figure, axes = new_figure(4.6, 2.7)
+    rng = np.random.default_rng([study.seed, 67])
+    boards = study.lea_dataset.draw("single", "test", 200, rng)
+    levels = (0.0, 0.1, 0.25, 0.4, 0.6, 0.8)
+    lines: dict[str, list[float]] = {"from the board": [], "from words": []}
+    for level in levels:
+        masked = hide(boards, level, 0.0, rng)
+        for name, from_words in (("from the board", False), ("from words", True)):
+            drawn = predict(study.lea, masked, from_words)
+            lines[name].append(float((drawn == boards.tokens).mean()))
+    for name, line in lines.items():
+        axes[0, 0].plot(levels, line, "o-", ms=3, label=name)
+    axes[0, 0].legend(fontsize=7)
+    label(
+        axes[0, 0], "share of cells hidden", "share of cells drawn right", "LEA, single test boards"
+    )
+    text = ", ".join(f"{100 * line[2]:.1f}% {name}" for name, line in lines.items())
+    return _picture(
+        "masked_speech",
+        "A sentence says enough",
+        "LEA draws a board from what it sees of it, or from 16 words that it said about it.",
+        f"With a quarter of the cells hidden: {text}.",
+        figure,
+    )
