@@ -11,7 +11,7 @@ from benchmarks import import_time, parity
 from benchmarks.harness import THREADS, Harness, provenance, table
 from benchmarks.workloads import Setup
 
-RACES = ["forward", "capture", "hooks", "sample", "sweep", "encode", "train_step", "load"]
+RACES = ["forward", "capture", "hooks", "sample", "sweep", "splice", "encode", "train_step", "load"]
 """Modules with ``races(setup)``."""
 OTHERS = ["import", "parity", "planted"]
 GPU = "gpu"

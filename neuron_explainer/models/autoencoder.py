@@ -54,6 +54,7 @@ from neuron_explainer.models.autoencoders.nonlinearities import (
     TopK,
     as_nonlinearity,
 )
+from neuron_explainer.models.autoencoders.splicing import LatentEdit, spliced_dense, spliced_edits
 from neuron_explainer.models.autoencoders.state_dicts import (
     StoredAutoencoder,
     UnstatedNormalizationWarning,
@@ -325,6 +326,27 @@ class Autoencoder(StoredAutoencoder):
             latents, _, decode = self.code(rows)
             parts.append(decode(cheaper_to_decode(latents, sparse_share)))
         return torch.cat(parts).view(*x.shape[:-1], self.n_outputs)
+
+    def spliced(
+        self,
+        x: Tensor,
+        edits: Sequence[LatentEdit] | Callable[[Tensor], Tensor],
+        add_error: bool,
+    ) -> Tensor | None:
+        """``[…, n] -> […, n]``: what a model continues with where this autoencoder is spliced in.
+
+        Args:
+            edits: of some latents, or a function of the dense latents ``[…, l]``.
+            add_error: add back what the autoencoder does not capture of ``x``.
+
+        None where a gradient, or a hook on a module inside, needs the formula itself.
+        """
+        self._check_width(x, self.n_inputs, "input")
+        if needs_graph(self, x):
+            return None
+        if callable(edits):
+            return spliced_dense(self, x, edits, add_error)
+        return spliced_edits(self, x, edits, add_error)
 
     def _normalize(self, x: Tensor) -> tuple[Tensor, InputStats | None]:
         self._check_width(x, self.n_inputs, "input")

@@ -287,17 +287,25 @@ class Edit(DescribedHook):
         self, x: Tensor, layer: int | None = None, positions: Tensor | None = None
     ) -> Tensor:
         chosen = x if self.units.index is None else x[self.units.index]
-        new = self.change(chosen, positions).to(x.dtype)
+        new = self.edit(chosen, positions)
+        if self.units.index is None:
+            return new
+        result = x.clone()
+        result[self.units.index] = new
+        return result
+
+    def edit(self, chosen: Tensor, positions: Tensor | None = None) -> Tensor:
+        new = self.change(chosen, positions).to(chosen.dtype)
         if not self.positions.all:
             if positions is None:
                 raise HookError(f"{self!r}: the positions of the tokens are not known here.")
             mask = self.positions.mask(positions)
             new = torch.where(mask.view(*mask.shape, *[1] * (chosen.dim() - 2)), new, chosen)
-        if self.units.index is None:
-            return new.expand_as(x)
-        result = x.clone()
-        result[self.units.index] = new.expand_as(chosen)
-        return result
+        return new.expand_as(chosen)
+
+    @property
+    def only_latents(self) -> Tensor | None:
+        return None if self.units.index is None or not self.latents else self.units.index[-1]
 
     @property
     def sets_all(self) -> bool:
