@@ -432,15 +432,44 @@ def test_output_that_cannot_be_encoded(flags: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-@pytest.mark.parametrize("verb", ["cache list", "cache list --json", "demo --json"])
-def test_a_full_or_closed_stdout(verb: str, tmp_path: Path) -> None:
-    cache = str(tmp_path / "cache")
-    full = shell(f"EXPLAIN {verb} > /dev/full", NEURON_EXPLAINER_CACHE=cache)
+@pytest.mark.parametrize(
+    ("verb", "unbuffered"),
+    [("cache list --json", ""), ("demo", ""), ("--help", ""), ("sample --help", "1"), ("", "1")],
+)
+def test_a_full_stdout(verb: str, unbuffered: str, tmp_path: Path) -> None:
+    full = shell(
+        f"EXPLAIN {verb} > /dev/full",
+        NEURON_EXPLAINER_CACHE=str(tmp_path / "cache"),
+        PYTHONUNBUFFERED=unbuffered,
+    )
     assert full.returncode == 2
     lines = full.stderr.strip().splitlines()
     assert len(lines) == 1
     assert "cannot write to standard output: No space left" in lines[0]
+
+
+@pytest.mark.parametrize("verb", ["cache list", "demo", "cache list --json"])
+def test_a_closed_stdout(verb: str, tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
     closed = shell(f"EXPLAIN {verb} >&-", NEURON_EXPLAINER_CACHE=cache)
     assert (closed.returncode, closed.stderr) == (0, "")
     gone = shell(f"EXPLAIN {verb} | true", NEURON_EXPLAINER_CACHE=cache)
     assert gone.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "near"),
+    [
+        (["cache", "lst"], "list"),
+        (["cache", "remve", "x"], "remove"),
+        (["convert", "a", "b", "--format", "saelen"], "saelens"),
+        (["convert", "a", "b", "--format", "saelens", "--input-normalization", "centre"], "center"),
+    ],
+)
+def test_a_wrong_choice_names_the_near_one(
+    argv: list[str], near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.rstrip().endswith(f"Did you mean '{near}'?")

@@ -192,8 +192,7 @@ def test_the_scripts_params_name_things_on_the_hub(
 ) -> None:
     """With the script's own values; the hub is played by what is here."""
     from neuron_explainer.activations import data_config
-    from neuron_explainer.models import open_model
-    from neuron_explainer.models.model_context import StandardModelContext
+    from neuron_explainer.models.model_context import ModelContext, StandardModelContext
 
     asked: list[tuple[str, ...]] = []
 
@@ -207,7 +206,7 @@ def test_the_scripts_params_name_things_on_the_hub(
         return StandardModelContext("tiny-tales", device=device)
 
     monkeypatch.setattr(data_config, "huggingface_documents", documents)
-    monkeypatch.setattr(open_model, "HuggingFaceModelContext", model)
+    monkeypatch.setitem(ModelContext.kinds, "hf:", model)
     Path("params.json").write_text(json.dumps({"device": {"value": "cpu"}}), "utf-8")
     flags = ["--n-latents", "48", "--batch-size", "4096", "--out", "hub"]
     assert as_json(capsys, "train", "--params", "params.json", *flags)["steps"] == 2

@@ -48,10 +48,12 @@ MODELS = "neuron_explainer.models"
 FLOORS = [
     [
         "locations",
+        "checks",
         "config",
         "tokenizers",
         "sampling",
         "devices",
+        "locks",
         "names",
         "weight_names",
         "weight_layouts",

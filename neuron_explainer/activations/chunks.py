@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.tables import by_shape
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,9 @@ class ActivationBatch:
     """Number of each token's document, ``[n]`` int64."""
     position: Tensor
     """Position of each token in its window, ``[n]`` int64."""
+
+    def __repr__(self) -> str:
+        return by_shape(self)
 
     def __len__(self) -> int:
         return len(self.tokens)

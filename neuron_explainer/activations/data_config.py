@@ -87,7 +87,7 @@ class DataConfig:
         if self.max_norm_multiple is not None and self.max_norm_multiple <= 0:
             raise InputError(f"max_norm_multiple must be above 0, found {self.max_norm_multiple}.")
         if not 0 <= self.data_seed < 2**64:
-            raise InputError(f"data_seed must be at least 0, found {self.data_seed}.")
+            raise InputError(f"data_seed must be in 0 to 2**64 - 1, found {self.data_seed}.")
         if self.split is not None:
             check_pattern(self.split)
 
@@ -107,8 +107,12 @@ def open_corpus(context: ModelContext, text: str | Path, config: DataConfig) -> 
 
 
 def _open_corpus(context: ModelContext, text: str | Path, config: DataConfig) -> TokenCorpus:
-    # With two or more slashes, hf: names a file of a repository.
-    if str(text).startswith("hf:") and str(text).count("/") < 2:
+    if str(text).startswith("hf:"):
+        if str(text).count("/") > 1:
+            raise SourceError(
+                f"{text}: in the place of a text, hf:OWNER/NAME names a data set of the Hugging Face hub; "
+                "give a single file by its https:// address."
+            )
         documents = huggingface_documents(str(text).removeprefix("hf:"), config.column)
         return tokenize(documents, context, max_tokens=config.corpus_tokens)
     if not (files.is_remote(str(text)) or Path(text).exists()):

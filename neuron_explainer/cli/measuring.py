@@ -66,7 +66,7 @@ def _register_prune(verbs: Any) -> None:
         run_prune,
         show_prune,
         data_options,
-        "neuron-explainer prune RUN --location 2/resid.torso.delta_mlp --out pruned",
+        "neuron-explainer prune run --location 2/resid.torso.delta_mlp --out pruned",
     )
     _subject(prune, "what it was trained on", "--out FOLDER")
     prune.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")

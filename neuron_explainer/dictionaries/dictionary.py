@@ -159,7 +159,7 @@ class LearnedDictionary(nn.Module):
             return self.encoder, self.latent_bias
         return self.encoder[latents], self.latent_bias[latents]
 
-    # ---- the norm of decoder rows --------------------------------------------------------------
+    # ---- the length of directions --------------------------------------------------------------
 
     @torch.no_grad()
     def constrain_gradient(self, norm: DecoderNorm) -> None:

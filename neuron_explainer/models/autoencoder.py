@@ -66,7 +66,9 @@ from neuron_explainer.models.checkpoints.autoencoders.state import (
     check_sizes,
     read_group_sizes,
 )
+from neuron_explainer.models.checks import check_tensor
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
+from neuron_explainer.tables import by_shape
 
 __all__ = [
     "ACTIVATIONS_CLASSES",
@@ -95,6 +97,9 @@ class AutoencoderOutput(NamedTuple):
     recons: Tensor
     """``[…, o]`` on the scale of the input."""
 
+    def __repr__(self) -> str:
+        return by_shape(self)
+
 
 class Code(NamedTuple, Generic[L]):
     """The latents of an input, and the way back."""
@@ -105,6 +110,9 @@ class Code(NamedTuple, Generic[L]):
     """What :meth:`Autoencoder.normalize` gives with it."""
     decode: Callable[[Tensor | Latents], Tensor]
     """Latents, these or edited ones, ``-> […, o]`` on the scale of this input."""
+
+    def __repr__(self: Any) -> str:
+        return by_shape(self)
 
 
 class TiedTranspose(nn.Module):
@@ -263,12 +271,22 @@ class Autoencoder(StoredAutoencoder):
         """
         self._check_latents(latents)
         recons: Tensor = (
-            latents.decode(self.decoder.weight.t())
+            latents.decode(self.directions)
             if isinstance(latents, Latents)
             else self.decoder(latents)
         )
         recons = recons + (self.pre_bias if self.post_bias is None else self.post_bias)
         return self.denormalize(recons, stats)
+
+    @property
+    def directions(self) -> Tensor:
+        """``[l, o]``: row ``i`` is the direction that latent ``i`` writes.
+
+        It is what one unit of the latent adds to the reconstruction: a column of ``decoder.weight``,
+        which is ``[o, l]``. Where inputs are normalised, it is in units of normalised inputs. Latents that
+        were left out of memory have rows of zeros.
+        """
+        return self.decoder.weight.t()
 
     def denormalize(self, recons: Tensor, stats: InputStats | None) -> Tensor:
         """The decoder's output ``[…, o]`` on the scale of the input that ``stats`` belongs to."""
@@ -315,12 +333,12 @@ class Autoencoder(StoredAutoencoder):
         Where no gradient is needed, ``chunk_bytes`` of dense latents are held at a time (None: what
         suits the device), and decoded through their active entries if fewer than ``sparse_share`` are.
         """
+        self._check_width(x, self.n_inputs, "input")
         if needs_graph(self, x) or self.nonlinearity.needs_dictionary:
             return cast(AutoencoderOutput, self(x)).recons
         if self._searches:
             code = self.code_sparse(x, chunk_bytes=chunk_bytes)
             return code.decode(code.latents)
-        self._check_width(x, self.n_inputs, "input")
         parts = []
         for rows in in_pieces(x.reshape(-1, self.n_inputs), self.n_latents, chunk_bytes):
             latents, _, decode = self.code(rows)
@@ -400,6 +418,7 @@ class Autoencoder(StoredAutoencoder):
         if not isinstance(latents, Latents):
             self._check_width(latents, self.n_latents, "latents")
             return
+        check_tensor(latents.values, f"{self._name()}: latents", self.device)
         self._check_dtype(latents.values)
         if latents.n_latents != self.n_latents:
             raise InputError(
@@ -408,6 +427,7 @@ class Autoencoder(StoredAutoencoder):
             )
 
     def _check_width(self, x: Tensor, width: int, what: str) -> None:
+        check_tensor(x, f"{self._name()}: {what}", self.device)
         if x.ndim == 0 or x.shape[-1] != width:
             raise InputError(
                 f"{self._name()}: expected {what} of width {width} in the last axis, found shape "

@@ -685,7 +685,7 @@ class AutoencoderHooks(HookCollection):
     Without ``add_error`` the activation is replaced by its reconstruction. With it, what the
     autoencoder does not capture is added back: ``decode(hooked latents) + (x - decode(latents))``.
     Then nothing changes unless a hook edits something, and editing a latent moves the output by
-    that latent's decoder column.
+    that latent's direction (:attr:`Autoencoder.directions`).
 
     Args:
         encode: ``[..., n] -> [..., l]``.
@@ -722,6 +722,12 @@ class AutoencoderHooks(HookCollection):
         new = cls(autoencoder.encode, autoencoder.decode, add_error)
         new._autoencoder = autoencoder
         return new
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the activations that the autoencoder takes now; None if that is not known."""
+        dtype = getattr(getattr(self.encode, "__self__", None), "dtype", None)
+        return dtype if isinstance(dtype, torch.dtype) else None
 
     def is_same_splice(self, other: "AutoencoderHooks") -> bool:
         """Whether both pass the activation through one autoencoder, and have hooks on latents at most."""
@@ -955,6 +961,27 @@ class TransformerHooks(_Group):
                         f"{path}: a hook is for layer {layer}, which the model lacks; it has layers "
                         f"0 to {n_layers - 1}."
                     )
+
+    def autoencoders(self) -> Iterator[tuple[str, AutoencoderHooks]]:
+        """The autoencoders that are spliced in where activations have the model's dtype, with their paths."""
+        for path, leaf in self.leaves():
+            if path.rpartition(".")[0] not in _IN_FLOAT32:
+                for hook in leaf._hooks:
+                    yield from ((path, found) for found in _autoencoders_in(hook))
+
+
+_IN_FLOAT32 = {
+    path for path in SITES if path.endswith(("post_mean_subtraction", ".scale", ".post_scale"))
+}
+
+
+def _autoencoders_in(hook: Hook) -> Iterator[AutoencoderHooks]:
+    """The autoencoders among a hook and those inside it."""
+    if isinstance(hook, AutoencoderHooks):
+        yield hook
+    elif isinstance(hook, HookNode):
+        for inner in hook._inside():
+            yield from _autoencoders_in(inner)
 
 
 def _location(text: str) -> ActivationLocation | None:

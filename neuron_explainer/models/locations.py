@@ -9,12 +9,13 @@ Shape legend: ``b`` batch, ``s`` sequence, ``q`` query, ``k`` key, ``h`` head, `
 head, ``d`` model width, ``f`` MLP width, ``v`` vocabulary, ``1`` a single number.
 """
 
+import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, SupportsIndex, cast
 
-from neuron_explainer.errors import LocationError, did_you_mean
+from neuron_explainer.errors import LocationError, did_you_mean, shown
 from neuron_explainer.models.weight_names import Dimension
 
 Stage = Literal["embed", "layer", "final"]
@@ -229,8 +230,8 @@ class ActivationLocation:
             raise LocationError(
                 f"{path!r} exists once in a model, not in each layer; found layer {self.layer}."
             )
-        if self.layer is not None and self.layer < 0:
-            raise LocationError(f"layer of {path!r} must be at least 0, found {self.layer}.")
+        if self.layer is not None:
+            object.__setattr__(self, "layer", _layer_number(self.layer, path))
 
     @property
     def site(self) -> Site:
@@ -308,6 +309,18 @@ class ActivationLocation:
 
     def __str__(self) -> str:
         return self.path if self.layer is None else f"{self.layer}/{self.path}"
+
+
+def _layer_number(layer: object, path: str) -> int:
+    try:
+        number = -1 if isinstance(layer, bool) else operator.index(cast(SupportsIndex, layer))
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise LocationError(
+            f"layer of {path!r} must be a whole number of at least 0, found {shown(layer)}."
+        )
+    return number
 
 
 LocationLike = str | ActivationLocation

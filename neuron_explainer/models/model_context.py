@@ -6,11 +6,10 @@ model. Sizes and weights are read without loading the whole model.
 Shape legend: ``d`` model width, ``f`` MLP width, ``h`` heads, ``v`` vocabulary.
 """
 
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.devices import Device
 from neuron_explainer.models.devices import get_default_device as get_default_device
 from neuron_explainer.models.language_model import LanguageModel
+from neuron_explainer.models.locks import Lock
 from neuron_explainer.models.names import resolve_model_source
 from neuron_explainer.models.tokenizers import decode, encode_prompt, load_encoding
 from neuron_explainer.models.transformer import Transformer
@@ -53,6 +53,9 @@ class _SizesOnlyError(NeuronExplainerError, NotImplementedError):
 
 class ModelContext(ABC):
     """A model, its tokenizer, and the device on which its tensors are returned."""
+
+    kinds: ClassVar[dict[str, Callable[..., "ModelContext"]]] = {}
+    """What opens the models whose names begin with a prefix, such as ``"hf:"``."""
 
     def __init__(self, model_name: str, device: Device) -> None:
         self.model_name = model_name
@@ -209,7 +212,17 @@ class ModelContext(ABC):
 
     @staticmethod
     def from_model_type(model_type: str | Path, **kwargs: Any) -> "ModelContext":
-        """The context of a model by name or folder; ``kwargs`` go to :class:`StandardModelContext`."""
+        """The context of a model of any kind; ``kwargs`` go to the class of the context.
+
+        Args:
+            model_type: ``hf:NAME`` or ``hf:FOLDER`` for any causal language model of transformers
+                (:class:`~neuron_explainer.models.huggingface.context.HuggingFaceModelContext`). Anything
+                else is a model of this library (:class:`StandardModelContext`): a name
+                (``"gpt2-small"``), a folder, or the URL of a folder.
+        """
+        for prefix, make in ModelContext.kinds.items():
+            if isinstance(model_type, str) and model_type.startswith(prefix):
+                return make(model_type.removeprefix(prefix), **kwargs)
         return StandardModelContext(model_type, **kwargs)
 
     def __repr__(self) -> str:
@@ -274,7 +287,7 @@ class StandardModelContext(ModelContext):
         self._checkpoint: LoadedCheckpoint | None = None  # the header, without tensors
         self._tensors: dict[str, Tensor] = {}  # tensors read for single weights, by key
         self._models: dict[tuple[torch.device, bool], Transformer] = {}  # (device, simplify)
-        self._lock = threading.RLock()
+        self._lock = Lock()
 
     @property
     def config(self) -> TransformerConfig:

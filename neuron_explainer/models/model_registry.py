@@ -14,7 +14,7 @@ from neuron_explainer.models.autoencoder_context import (
     AutoencoderContext,
     AutoencoderSpec,
 )
-from neuron_explainer.models.devices import Device
+from neuron_explainer.models.devices import Device, check_device, default_device
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.names import (
     ASSETS,
@@ -236,7 +236,7 @@ def get_autoencoder_spec(model_name: str, autoencoder_name: str) -> AutoencoderS
 def make_autoencoder_context(
     model_name: str,
     autoencoder_name: str,
-    device: torch.device | str,
+    device: Device | None = None,
     omit_dead_latents: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> AutoencoderContext:
@@ -245,12 +245,14 @@ def make_autoencoder_context(
     Args:
         model_name: ``"gpt2-small"``, ``"tiny-tales"``; see :func:`list_autoencoder_names`.
         autoencoder_name: such as ``"ae-resid-delta-mlp-v4"``.
-        device: where to put them.
+        device: where to put them. Default: CUDA if there is one, else the CPU, as
+            :meth:`Transformer.load` has it.
         omit_dead_latents: leave latents that never fired in training out of memory.
         dtype: of the weights in memory: that of the model they are to be spliced into.
     """
     spec = get_autoencoder_spec(model_name, autoencoder_name)
-    return AutoencoderContext(AutoencoderConfig.from_spec(spec), device, omit_dead_latents, dtype)
+    where = default_device() if device is None else check_device(device)
+    return AutoencoderContext(AutoencoderConfig.from_spec(spec), where, omit_dead_latents, dtype)
 
 
 def _known_model(name: str) -> str:

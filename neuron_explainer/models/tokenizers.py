@@ -161,13 +161,19 @@ def start_token(spec: TokenizerSpec | str) -> int:
     """
     if isinstance(spec, str):
         spec = TokenizerSpec(spec)
-    if END_OF_TEXT in (special := dict(spec.special_tokens)):
-        return special[END_OF_TEXT]
-    if spec.name == "gpt2" and not spec.files:
-        return 50256
+    if (known := known_start_token(spec)) is not None:
+        return known
     if spec.name == NO_TOKENIZER and not spec.files:
         raise InputError(f"a model without a tokenizer has no known start token. {NO_START_TOKEN}")
     return start_token_of(load_encoding(spec))
+
+
+def known_start_token(spec: TokenizerSpec | str) -> int | None:
+    """The start token if it is known without the vocabulary, else None."""
+    if isinstance(spec, str):
+        spec = TokenizerSpec(spec)
+    is_gpt2 = spec.name == "gpt2" and not spec.files
+    return dict(spec.special_tokens).get(END_OF_TEXT, 50256 if is_gpt2 else None)
 
 
 def start_token_of(encoding: "tiktoken.Encoding") -> int:

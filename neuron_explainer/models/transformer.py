@@ -30,6 +30,7 @@ from neuron_explainer.errors import InputError
 from neuron_explainer.kernels.products import linear, linears, weight_copies
 from neuron_explainer.models import tokenizers
 from neuron_explainer.models.checkpointed import Checkpointed
+from neuron_explainer.models.checks import check_seed
 from neuron_explainer.models.config import SerializableDataclass, TransformerConfig
 from neuron_explainer.models.devices import Device, default_device
 from neuron_explainer.models.hooks import (
@@ -434,6 +435,8 @@ class Transformer(Checkpointed):
     @torch.no_grad()
     def _initialise(self, seed: int | None) -> None:
         """GPT-2's initial weights: 0.02, positions 0.01, smaller where a layer adds to the stream."""
+        if seed is not None:
+            check_seed(seed)
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:  # biases, and the gains of norms
@@ -628,6 +631,11 @@ class Transformer(Checkpointed):
 
     def _start_token(self) -> int:
         return tokenizers.start_token(self.tokenizer or self.cfg.enc)
+
+    @property
+    def _fillers(self) -> set[int]:
+        start = tokenizers.known_start_token(self.tokenizer or self.cfg.enc)
+        return super()._fillers | ({start} if start is not None else set())
 
     def simplify(self) -> Self:
         """Fold each layer's norms into the linear maps behind them, in place, and return the model.

@@ -443,6 +443,15 @@ def test_temporal_autoencoders_in_their_own_layout(tmp_path):
             Autoencoder.load(source)
 
 
+@pytest.mark.parametrize("sae_type", ["crosscoder", "clt", "lorsa", "molt"])
+def test_other_kinds_of_language_model_saes(tmp_path, sae_type):
+    config = {"sae_type": sae_type, "d_model": N, "hook_point_in": "a", "hook_point_out": "b"}
+    write_json(tmp_path / "config.json", config)
+    save_file({"W_E": torch.zeros(N, L)}, tmp_path / "sae_weights.safetensors")
+    with pytest.raises(CheckpointError, match=r"this is a .* of Language-Model-SAEs, which is not"):
+        Autoencoder.load(tmp_path)
+
+
 def test_another_library_of_cross_layer_transcoders(tmp_path):
     tensors = {"encoder_module.encoders.0.weight": torch.zeros(L, N)}
     save_file(tensors, tmp_path / "clt_checkpoint_latest.safetensors")

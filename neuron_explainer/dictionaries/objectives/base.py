@@ -164,10 +164,10 @@ def make_objective(config: ObjectiveConfig, dictionary: LearnedDictionary) -> Ob
 
 
 def check_free_rows(name: str, decoder_norm: DecoderNorm, tied: bool) -> None:
-    """Raise InputError if decoder rows could grow and latents shrink to escape a penalty on latents."""
+    """Raise InputError if directions could grow and latents shrink to escape a penalty on latents."""
     if decoder_norm == "free" and not tied:
         raise InputError(
-            f"{name} with decoder_norm = free: decoder rows would grow so that latents, and the "
+            f"{name} with decoder_norm = free: directions would grow so that latents, and the "
             "penalty on them, become arbitrarily small. Take unit or at_most_unit, or relu with "
             "weighted = true."
         )

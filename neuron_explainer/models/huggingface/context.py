@@ -1,7 +1,6 @@
 """A causal language model of Hugging Face behind the interface of :class:`ModelContext`."""
 
 import json
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from neuron_explainer.models.devices import Device, get_default_device
 from neuron_explainer.models.huggingface.families import Architecture, Tap, sizes_of
 from neuron_explainer.models.huggingface.model import HuggingFaceModel
 from neuron_explainer.models.huggingface.tokenizer import HuggingFaceTokenizer
+from neuron_explainer.models.locks import Lock
 from neuron_explainer.models.model_context import (
     ModelContext,
     canonical_device,
@@ -75,7 +75,7 @@ class HuggingFaceModelContext(ModelContext):
         self._config: Any = None
         self._tokenizer: HuggingFaceTokenizer | None = None
         self._models: dict[torch.device, HuggingFaceModel] = {}
-        self._lock = threading.RLock()
+        self._lock = Lock()
 
     @property
     def reference(self) -> str:
@@ -186,3 +186,6 @@ class HuggingFaceModelContext(ModelContext):
     ) -> Tensor:
         """The weight of the model, which is loaded if it has not been."""
         return self.get_or_create_model().weight(location_type, layer)
+
+
+ModelContext.kinds["hf:"] = HuggingFaceModelContext

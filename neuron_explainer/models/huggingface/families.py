@@ -120,6 +120,11 @@ def _third_in_each_head(which: int) -> Layout:
     )[:, which].transpose(1, 2)
 
 
+def _third_of_rows(which: int) -> Layout:
+    """MPT's ``[3 * h * d_head, d]``: all of q, then k, then v."""
+    return lambda weight, sizes: into_heads(weight.chunk(3)[which], sizes)
+
+
 def _of_shared(which: int) -> Layout:
     """GPT-BigCode's q (0), k (1) or v (2).
 
@@ -309,6 +314,11 @@ def _bloom_lacks(config: Any) -> list[str]:
     return lacks
 
 
+def _mpt_lacks(config: Any) -> list[str]:
+    clipped = config.attn_config.clip_qkv  # then no matrix alone gives q, k and v
+    return [W.LAYER_NORM_BIAS_FINAL, *(_QKV if clipped else ())]
+
+
 # --- the table ---
 
 _GPT2_POSITIONS = {W.POSITION_EMBEDDING: Weight("transformer.wpe", as_stored)}
@@ -346,6 +356,7 @@ _COHERE = _LLAMA | {
     "by_reader": True,
     "mlp": ("input_layernorm", "mlp.gate_proj", "mlp.down_proj"),
 }
+
 
 FAMILIES: dict[str, Architecture] = {
     "bloom": _family(
@@ -426,6 +437,17 @@ FAMILIES: dict[str, Architecture] = {
     "llama": _family(**_LLAMA),
     "mistral": _family(**_LLAMA),
     "mixtral": _family(**_LLAMA | {"lacks": _always(*_EXPERTS)}),
+    "mpt": _family(
+        "transformer.blocks",
+        "transformer.wte",
+        "transformer.norm_f",
+        ("norm_1", "attn", "out_proj"),
+        ("norm_2", "ffn.up_proj", "ffn.down_proj"),
+        deltas=(None, "ffn.down_proj"),
+        one_matrix=("Wqkv", _third_of_rows),
+        lacks=_mpt_lacks,
+        works_in_place=True,
+    ),
     # Its norms have no gain and no bias.
     "olmo": _family(**_LLAMA | {"lacks": _always(*_GATED, *_LAYER_GAINS, W.LAYER_NORM_GAIN_FINAL)}),
     "olmo2": _family(**_OLMO2),
@@ -457,11 +479,6 @@ FAMILIES: dict[str, Architecture] = {
 }
 """By ``config.model_type``."""
 
-REFUSED: dict[str, str] = {
-    "mpt": "its attention counts pads as tokens, so that a row of a batch can differ from its solo run",
-}
-"""Types of models that this package must not wrap as they are, and why."""
-
 
 def architecture_of(config: Any) -> Architecture:
     """The table's entry for a model's config (the whole one, where text is a part of the model).
@@ -469,10 +486,6 @@ def architecture_of(config: Any) -> Architecture:
     Raises:
         LocationError: there is none; it says how to give one.
     """
-    if config.model_type in REFUSED:
-        raise LocationError(
-            f"models of type {config.model_type!r} are refused: {REFUSED[config.model_type]}."
-        )
     if config.model_type not in FAMILIES:
         raise LocationError(
             f"models of type {config.model_type!r} are not in the table ({', '.join(FAMILIES)}). "
@@ -492,7 +505,8 @@ def sizes_of(config: Any) -> dict[Dimension, int]:
         Dimension.RESIDUAL_STREAM_CHANNELS: d_model,
         Dimension.VOCAB_SIZE: config.vocab_size,
         Dimension.LAYERS: config.num_hidden_layers,
-        Dimension.MAX_CONTEXT_LENGTH: getattr(config, "max_position_embeddings", None),
+        Dimension.MAX_CONTEXT_LENGTH: getattr(config, "max_position_embeddings", None)
+        or getattr(config, "max_seq_len", None),
         Dimension.MLP_ACTS: _mlp_width(config),
     }
     n_heads = getattr(config, "num_attention_heads", None)
@@ -506,8 +520,8 @@ def sizes_of(config: Any) -> dict[Dimension, int]:
 def _mlp_width(config: Any) -> int | None:
     names = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
     widths = [getattr(config, name, None) for name in names]
-    # GPT-2's n_inner of None means four times the width of the model; BLOOM has no other.
-    fourfold = hasattr(config, "n_inner") or config.model_type == "bloom"
+    # GPT-2's n_inner of None means four times the width of the model; BLOOM and MPT have no other.
+    fourfold = hasattr(config, "n_inner") or config.model_type in ("bloom", "mpt")
     default = 4 * config.hidden_size if fourfold else None
     return next((width for width in widths if width), default)
 
@@ -518,3 +532,11 @@ def attention_window(config: Any) -> int | None:
     if kinds is not None and not {"sliding_attention", "local"} & set(kinds):
         return None
     return getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
+
+
+def counts_places(config: Any) -> bool:
+    """True if attention measures distances in places of a row, pads included, and not in tokens.
+
+    Pads at either end change no distance between tokens; pads between tokens do.
+    """
+    return bool(config.model_type == "mpt")

@@ -22,6 +22,7 @@ from neuron_explainer.models.huggingface.families import (
     Architecture,
     architecture_of,
     attention_window,
+    counts_places,
     sizes_of,
 )
 from neuron_explainer.models.huggingface.hooking import HookedCall, Wiring, find_module
@@ -106,6 +107,7 @@ class HuggingFaceModel(LanguageModel):
     ) -> None:
         self.model = model.eval()
         self.config = model.config.get_text_config()
+        self._given = architecture  # None: that of the family
         if architecture is None:
             architecture = architecture_of(model.config)
         self.architecture = architecture.for_config(self.config)
@@ -150,8 +152,23 @@ class HuggingFaceModel(LanguageModel):
         """The hook paths that this architecture has."""
         return self.architecture.paths
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle or a copy is made of what the model was made of: the table of families has functions
+        that cannot be pickled."""
+        return type(self), (self.model, self.tokenizer, self._given)
+
     def __repr__(self) -> str:
         return f"HuggingFaceModel({self.name}, {self.n_layers} layers, {self.dtype}, {self.device})"
+
+    @property
+    def _activation_dtype(self) -> torch.dtype | None:
+        mixed = any(p.dtype != self.dtype for p in self.model.parameters())
+        return None if mixed else super()._activation_dtype
+
+    @property
+    def _fillers(self) -> set[int]:
+        named = [getattr(self.config, f"{name}_token_id", None) for name in ("pad", "eos")]
+        return super()._fillers | {token for token in named if isinstance(token, int)}
 
     # --- forward ---
 
@@ -244,16 +261,24 @@ class HuggingFaceModel(LanguageModel):
                 f"{self.name} has no attention that could leave out pads: a row with pads before its "
                 "tokens would differ from its solo run. Pad on the right."
             )
-        window = attention_window(self.config)
-        if window is None or pad.shape[1] <= window:
-            return
+        n_places, window = pad.shape[1], attention_window(self.config)
+        if counts_places(self.config):
+            context = self._context
+            if context is not None and n_places > context:
+                raise InputError(
+                    f"a row would have {n_places} places, pads included, more than the context of "
+                    f"{context}."
+                )
+            if _has_pads_between_tokens(pad):
+                raise InputError(
+                    f"{self.name} counts pads as tokens where it measures how far apart tokens are: a row "
+                    "with pads between its tokens would differ from its solo run. Pad on the left."
+                )
         # Sliding windows count pads as tokens.
-        between = pad[:, 1:] & ~pad[:, :-1]  # a pad after a token …
-        later = (~pad).flip(1).cumsum(1).flip(1)[:, 1:] > 0  # … and a token after that
-        if bool((between & later).any()):
+        if window is not None and n_places > window and _has_pads_between_tokens(pad):
             raise InputError(
                 f"{self.name} attends to the last {window} places of a row, pads included; a row with "
-                f"pads between its tokens and {pad.shape[1]} places in all would see other tokens "
+                f"pads between its tokens and {n_places} places in all would see other tokens "
                 "than alone. Pad on the left."
             )
 
@@ -320,6 +345,13 @@ class HuggingFaceModel(LanguageModel):
         if not isinstance(parameter, Tensor):
             raise LocationError(f"{self.name}: {path} has no {name or 'weight'}.")
         return known[location_type].layout(parameter, self.sizes)
+
+
+def _has_pads_between_tokens(pad: Tensor) -> bool:
+    """Whether a row of a pad mask ``[b, k]`` has a pad with tokens on both sides."""
+    after_a_token = pad[:, 1:] & ~pad[:, :-1]
+    before_a_token = (~pad).flip(1).cumsum(1).flip(1)[:, 1:] > 0
+    return bool((after_a_token & before_a_token).any())
 
 
 class _Reader:

@@ -18,6 +18,7 @@ say which it is.
 As read in dictionary-learning 0.1.0: ``dictionary.py``, ``trainers/*.py``, ``utils.py``.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     loaded,
     settle,
 )
+from neuron_explainer.models.locations import ActivationLocation
 
 WEIGHTS_FILE, CONFIG_FILE = "ae.pt", "config.json"
 
@@ -108,17 +110,63 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
     if config is not None:
         metadata["config"] = dict(config)
     buffer = (config or {}).get("buffer")
-    transcoder = isinstance(buffer, dict) and buffer.get("io") == "in_and_out"
-    if transcoder or stated.get("output_location") is not None:
+    io = buffer.get("io") if isinstance(buffer, dict) else "out"
+    model_name = read_text(trainer, "lm_name")
+    location, output_location = _locations(trainer.get("submodule_name"), io, model_name)
+    if io == "in_and_out" or stated.get("output_location") is not None:
         state.setdefault("post_bias", state["pre_bias"])
         state["n_outputs"] = len(state["pre_bias"])
     return loaded(
         where,
         stated,
         state,
-        location=location_of(trainer.get("submodule_name")),
-        model_name=read_text(trainer, "lm_name"),
+        location=location,
+        output_location=output_location,
+        model_name=model_name,
         metadata=metadata,
+    )
+
+
+# Below a layer's module: what a part reads and what it adds to the stream. Only for models in which no norm
+# and no sum stands between a part and the stream: a name alone does not say it (in Gemma 2 and OLMo 2 a norm
+# follows ``model.layers.3.mlp``, and BLOOM's ``transformer.h.3.mlp`` returns the stream).
+_MLP = ("resid.torso.post_ln_mlp", "resid.torso.delta_mlp")
+_ATTENTION = ("resid.torso.post_ln_attn", "resid.torso.delta_attn")
+_PARTS = {
+    "gpt_neox.layers": {"mlp": _MLP, "attention": _ATTENTION},
+    "transformer.h": {"mlp": _MLP, "attn": _ATTENTION},
+}
+_SUBMODULE = re.compile(
+    r"\.?(gpt_neox\.layers|transformer\.h|model\.layers)(?:\.|\[)([0-9]{1,9})\]?(?:\.(\w+))?"
+)
+
+
+def _locations(
+    name: Any, io: Any, model_name: str | None
+) -> tuple[ActivationLocation | None, ActivationLocation | None]:
+    """What the name of a submodule means: where the inputs come from, and a transcoder's outputs.
+
+    ``resid_post_layer_3`` is the name that the library's own script gives to a layer's output. A path
+    such as ``gpt_neox.layers.3.mlp`` is that of the module whose input or output (``io``) was read.
+    A name that is not known to mean one place here means none.
+    """
+    name = str(name)
+    if (found := re.fullmatch("resid_post_layer_([0-9]{1,9})", name)) and io == "out":
+        return ActivationLocation("resid.torso.post_mlp", int(found[1])), None
+    if not (found := _SUBMODULE.fullmatch(name)):
+        return location_of(name), None
+    layers, layer, part = found[1], int(found[2]), found[3]
+    if part is None:
+        before = location_of(f"blocks.{layer}.hook_resid_pre")
+        reads, writes = before, ActivationLocation("resid.torso.post_mlp", layer)
+    elif part in _PARTS.get(layers, {}) and (
+        layers != "transformer.h" or "gpt2" in str(model_name)
+    ):
+        reads, writes = (ActivationLocation(path, layer) for path in _PARTS[layers][part])
+    else:
+        return None, None
+    return {"in": (reads, None), "out": (writes, None), "in_and_out": (reads, writes)}.get(
+        str(io), (None, None)
     )
 
 

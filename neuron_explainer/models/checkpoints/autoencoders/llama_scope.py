@@ -178,5 +178,9 @@ LLAMA_SCOPE_R1 = Format(
     read=read_r1,
     states=frozenset({"norm_factor"}),
     marks=(R1_WEIGHTS_FILE,),  # SAELens's too: the config decides
-    configs={R1_CONFIG_FILE: lambda config: "hook_point_in" in config},
+    configs={
+        R1_CONFIG_FILE: lambda config: (
+            "hook_point_in" in config and config.get("sae_type", "sae") == "sae"
+        )
+    },
 )
