@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from neuron_explainer.errors import CheckpointError, InputError
 from neuron_explainer.models.checkpoints import load_checkpoint, save_native, save_pieces
@@ -14,6 +14,8 @@ from neuron_explainer.models.devices import Device, check_device, default_device
 from neuron_explainer.models.language_model import LanguageModel
 from neuron_explainer.models.names import ASSETS, resolve_model_source
 from neuron_explainer.models.tokenizer_files import TokenizerSpec
+from neuron_explainer.models.weight_layouts import TRANSFORMER_WEIGHTS
+from neuron_explainer.models.weight_names import LayerIndex, WeightLocationType
 
 
 class Checkpointed(nn.Module, LanguageModel):
@@ -27,6 +29,11 @@ class Checkpointed(nn.Module, LanguageModel):
     @abstractmethod
     def simplify(self) -> Self:
         """Fold norms into the linear maps behind them, in place, and return the model."""
+
+    def weight(self, location_type: WeightLocationType, layer: LayerIndex) -> Tensor:
+        parameter, layout = TRANSFORMER_WEIGHTS[location_type]
+        below = parameter if layer is None else f"xf_layers.{layer}.{parameter}"
+        return layout(self.get_parameter(below), self.sizes)
 
     @classmethod
     def load(

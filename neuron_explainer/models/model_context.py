@@ -25,13 +25,7 @@ from neuron_explainer.models.locks import Lock
 from neuron_explainer.models.names import resolve_model_source
 from neuron_explainer.models.tokenizers import decode, encode_prompt, load_encoding
 from neuron_explainer.models.transformer import Transformer
-from neuron_explainer.models.weight_layouts import (
-    Weight,
-    as_stored,
-    into_heads,
-    out_of_heads,
-    transposed,
-)
+from neuron_explainer.models.weight_layouts import TRANSFORMER_WEIGHTS
 from neuron_explainer.models.weight_names import (
     Dimension,
     LayerIndex,
@@ -145,6 +139,18 @@ class ModelContext(ABC):
         """The lengths of these axes."""
         return tuple(self.get_dim_size(dim) for dim in shape_spec)
 
+    # --- norms ---
+
+    @property
+    def norms_subtract_mean(self) -> bool:
+        """True if norms subtract the mean over the width (LayerNorm), False if they do not (RMSNorm)."""
+        return True
+
+    @property
+    def norms_what_is_added(self) -> bool:
+        """True if what attention and the MLP compute passes a norm before it is added to the stream."""
+        return False
+
     # --- tokens ---
 
     def encode(self, string: str) -> list[int]:
@@ -245,23 +251,6 @@ def size_of(sizes: Mapping[Dimension, int], dim: Dimension, of: str) -> int:
     return sizes[dim]
 
 
-_PLACES: dict[WeightLocationType, Weight] = {
-    WeightLocationType.MLP_TO_HIDDEN: Weight("mlp.in_layer.weight", transposed),
-    WeightLocationType.MLP_TO_RESIDUAL: Weight("mlp.out_layer.weight", transposed),
-    WeightLocationType.EMBEDDING: Weight("tok_embed.weight", as_stored),
-    WeightLocationType.UNEMBEDDING: Weight("unembed.weight", transposed),
-    WeightLocationType.POSITION_EMBEDDING: Weight("pos_embed.weight", as_stored),
-    WeightLocationType.ATTN_TO_QUERY: Weight("attn.q_proj.weight", into_heads),
-    WeightLocationType.ATTN_TO_KEY: Weight("attn.k_proj.weight", into_heads),
-    WeightLocationType.ATTN_TO_VALUE: Weight("attn.v_proj.weight", into_heads),
-    WeightLocationType.ATTN_TO_RESIDUAL: Weight("attn.out_proj.weight", out_of_heads),
-    WeightLocationType.LAYER_NORM_GAIN_FINAL: Weight("final_ln.weight", as_stored),
-    WeightLocationType.LAYER_NORM_BIAS_FINAL: Weight("final_ln.bias", as_stored),
-    WeightLocationType.LAYER_NORM_GAIN_PRE_ATTN: Weight("ln_1.weight", as_stored),
-    WeightLocationType.LAYER_NORM_GAIN_PRE_MLP: Weight("ln_2.weight", as_stored),
-}
-
-
 class StandardModelContext(ModelContext):
     """The context of a :class:`~neuron_explainer.models.transformer.Transformer`.
 
@@ -337,7 +326,7 @@ class StandardModelContext(ModelContext):
         So weights fit the activations that the model computes: edits of the model are seen. If only a
         simplified model has been loaded, the weights are folded.
         """
-        key, layout = _PLACES[location_type]
+        key, layout = TRANSFORMER_WEIGHTS[location_type]
         key = key if layer is None else f"xf_layers.{layer}.{key}"
         return layout(self._tensor(key, device), self.config.sizes)
 

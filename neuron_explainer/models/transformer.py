@@ -597,6 +597,17 @@ class Transformer(Checkpointed):
         if any(p.path == "logits" for p in wanted):
             self.run_unembed(X, H, hooks)
 
+    def _reader(self, place: ActivationLocation) -> nn.Module:
+        if place.layer is None:
+            return self.final_ln
+        layer = list(self.layers)[place.layer]
+        of_layer: dict[str, nn.Module] = {
+            "resid.torso.post_ln_attn": layer.ln_1,
+            "resid.torso.post_ln_mlp": layer.ln_2,
+            "mlp.pre_act": layer.mlp.in_layer,
+        }
+        return of_layer[place.path]
+
     @contextmanager
     def _generation(
         self, n_rows: int, prompt_length: int, num_tokens: int, hooks: TransformerHooks | None
