@@ -6,6 +6,7 @@ model. Sizes and weights are read without loading the whole model.
 Shape legend: ``d`` model width, ``f`` MLP width, ``h`` heads, ``v`` vocabulary.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -54,6 +55,12 @@ class ModelContext(ABC):
     def __init__(self, model_name: str, device: Device) -> None:
         self.model_name = model_name
         self.device = torch.device(device)
+
+    @property
+    def short_name(self) -> str:
+        """``model_name`` as files hold it: of a model in a local folder, the folder's own name."""
+        folder = os.path.expanduser(self.model_name)
+        return Path(os.path.abspath(folder)).name if os.path.isdir(folder) else self.model_name
 
     @property
     def reference(self) -> str:

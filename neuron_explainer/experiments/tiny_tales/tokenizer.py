@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tiktoken
 
+from neuron_explainer import files
 from neuron_explainer.errors import MissingExtraError, SourceError
 from neuron_explainer.models.tokenizer_files import (
     BYTE_OF_LETTER,
@@ -54,8 +55,8 @@ def train_tokenizer(
 
 def save_tokenizer(ranks: dict[bytes, int], path: Path) -> None:
     """Write tiktoken's format: one ``base64(token) rank`` a line, in the order of the ranks."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(as_lines(ranks))
+    with files.atomic_write(path) as temporary:
+        temporary.write_bytes(as_lines(ranks))
 
 
 def tokenizer_spec(path: Path) -> TokenizerSpec:

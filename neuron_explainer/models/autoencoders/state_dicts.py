@@ -186,7 +186,8 @@ class StoredAutoencoder(nn.Module):
         config = config_to_save(self, dtype)
         with files.atomic_folder(folder, overwrite=overwrite) as temporary:
             files.write_json(temporary / "config.json", config)
-            safetensors.torch.save_file(tensors, temporary / WEIGHTS_FILE)
+            with files.plain_write(temporary / WEIGHTS_FILE) as path:
+                safetensors.torch.save_file(tensors, path)
 
     @classmethod
     def load(
