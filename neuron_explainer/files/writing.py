@@ -34,6 +34,8 @@ FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 def local_path(source: str | Path) -> Path:
     """The path ``source``, with a leading ``~`` expanded; SourceError if no file can have this name."""
+    if not isinstance(source, str | os.PathLike):
+        raise SourceError(f"expected a path or URL, found {type(source).__name__}.")
     try:
         path = Path(source).expanduser() if str(source).startswith("~") else Path(source)
         possible = b"\0" not in os.fsencode(path)

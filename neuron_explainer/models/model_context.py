@@ -18,6 +18,7 @@ from torch import Tensor
 
 from neuron_explainer.errors import CheckpointError, InputError, NeuronExplainerError
 from neuron_explainer.models.checkpoints import LoadedCheckpoint, load_checkpoint
+from neuron_explainer.models.checks import check_dtype
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.devices import Device
 from neuron_explainer.models.devices import get_default_device as get_default_device
@@ -277,6 +278,8 @@ class StandardModelContext(ModelContext):
         dtype: torch.dtype | None = torch.float32,
     ) -> None:
         super().__init__(str(model_name), get_default_device() if device is None else device)
+        if dtype is not None:
+            check_dtype(dtype)
         self.dtype = dtype
         self.load_path = resolve_model_source(model_name)
         """The folder or URL."""
