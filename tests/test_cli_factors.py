@@ -102,6 +102,11 @@ def test_one_dictionary_for_the_chosen_layers(capsys: pytest.CaptureFixture[str]
         len(each.tokens) for n in (0, 2, 3) for each in examples.examples(0, f"{n}/{PLACE}")
     )
     assert longest <= 20
+    # The same command finds the run finished; more epochs continue it.
+    again = ["learn", "text.txt", *LEARN, "--layers", "0", "2", "3", "--out", "run"]
+    steps = [as_json(capsys, *again, "--epochs", str(n))["steps"] for n in (1, 2)]
+    assert steps[1] == 2 * steps[0]
+    assert "other settings" in fail(capsys, *again, "--seed", "3", "--json")
     found = as_json(capsys, "importance", "examples", "--num-factors", "3", "--csv", "i.csv")
     assert sum(found["levels"].values()) == 24
     assert len(found["factors"]) == 3

@@ -5,7 +5,6 @@ batches = open_buffer(context, "books/", "3/mlp.post_act", DataConfig(), batch_s
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from neuron_explainer import files
+from neuron_explainer.activations import origins
 from neuron_explainer.activations.buffer import ShuffleBuffer
 from neuron_explainer.activations.chunks import (
     ActivationSource,
@@ -171,8 +171,8 @@ def _record(
 ) -> dict[str, Any]:
     """Model, text and settings: what it takes to find again which documents were held out."""
     record = {
-        "model": context.reference,
-        "source": str(source) if files.is_remote(str(source)) else os.path.realpath(source),
+        "model": origins.full_path(context.reference),
+        "source": origins.full_path(str(source)),
         "source_fingerprint": described.get("source_fingerprint"),
         "data": asdict(config),
     }
@@ -329,9 +329,9 @@ def _stored_places(
     locations: LocationLike | Iterable[LocationLike],
 ) -> list[ActivationLocation]:
     """The wanted locations with their layers; an error if the store lacks one or has another model."""
-    if store.header.model != context.model_name:
+    if store.header.model not in (context.short_name, context.model_name):
         raise InputError(
-            f"{store.folder} holds activations of {store.header.model}, not of {context.model_name}."
+            f"{store.folder} holds activations of {store.header.model}, not of {context.short_name}."
         )
     wanted = [
         place

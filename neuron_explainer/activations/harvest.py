@@ -114,7 +114,7 @@ class Harvester:
     def describe(self) -> dict[str, Any]:
         """Everything that decides the values, as JSON values."""
         return {
-            "model": self.context.model_name,
+            "model": self.context.short_name,
             "locations": [str(place) for place in self.locations],
             "keep_bos": self.keep_bos,
             "max_norm_multiple": self.max_norm_multiple,

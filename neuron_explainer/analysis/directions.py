@@ -15,8 +15,7 @@ the same for every unit and are left out. ``fold="raw"`` leaves out the first li
 Before the last layer this is the *direct path only*: what later layers make of the direction is not in
 it, and can be the larger part. The last layer's attention counts as before, because its MLP reads it.
 
-A unit that can be negative (a signed latent, most neurons) raises the tokens of the bottom list when it
-is.
+A unit that can be negative (a signed latent, a channel) raises the tokens of the bottom list when it is.
 
 Tokens that training hardly touched are left out of the lists, see
 :mod:`~neuron_explainer.analysis.hardly_trained`; they count in the histogram and in the moments.
@@ -84,6 +83,8 @@ class TopLogits:
     fold: Fold
     direct_path_only: bool
     """Whether later parts of the model, which are not looked at, read what the unit writes."""
+    signed: bool
+    """Whether the unit is active below 0 too; it then does the opposite."""
     n_left_out: int
     """How many hardly trained tokens are left out of the two lists."""
 
@@ -99,6 +100,8 @@ class TopLogits:
         ]
         if self.direct_path_only:
             parts.append("direct path only: later parts of the model are not in it")
+        if self.signed:
+            parts.append("the opposite where the activation is negative")
         if self.n_left_out:
             parts.append(f"{self.n_left_out:,} hardly trained tokens left out")
         return "; ".join(parts)
@@ -284,6 +287,7 @@ class Directions:
             kurtosis=float(kurtosis),
             fold=self.fold,
             direct_path_only=self.units.direct_path_only,
+            signed=self.units.signed,
             n_left_out=len(self._readout.order) - self._readout.n_listed,
         )
 

@@ -112,7 +112,8 @@ class TokenStore:
             return there
         with files.atomic_folder(folder) as temporary:
             ends = np.cumsum([0, *map(len, vocabulary)]).astype("<u4")
-            (temporary / VOCABULARY_FILE).write_bytes(ends.tobytes() + b"".join(vocabulary))
+            with files.plain_write(temporary / VOCABULARY_FILE) as path:
+                path.write_bytes(ends.tobytes() + b"".join(vocabulary))
             documents = (
                 corpus.tokens[a:b] for a, b in zip(corpus.starts, corpus.starts[1:], strict=False)
             )

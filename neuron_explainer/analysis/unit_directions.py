@@ -26,6 +26,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from neuron_explainer.analysis.collation.units import can_be_negative
 from neuron_explainer.errors import InputError, LocationError
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoders.pruned import get_decoder_weight
@@ -114,6 +115,14 @@ class Units:
         """
         last = self.location.layer == self.context.n_layers - 1
         return not (self.behind_final_norm or (last and self.location.path in _LAST))
+
+    @property
+    def signed(self) -> bool:
+        """Whether a unit is active below 0 too, as in a collation: latents that can be negative, and
+        channels; not neurons, which most nonlinearities keep near 0 there."""
+        if self.autoencoder is None:
+            return self._kind != "neuron"
+        return can_be_negative(self.autoencoder)
 
     def index(self, unit: UnitLike) -> int:
         """The number of a unit; an InputError with the range if there is no such unit."""

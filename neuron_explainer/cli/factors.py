@@ -690,6 +690,8 @@ def run_pages(args: argparse.Namespace) -> Result:
     found = importance(examples, relative=args.relative)
     saliencies = SaliencyFile(args.examples).read()
     factors = _chosen(args, examples, found)
+    if args.factor is None:  # and those that saliency was found for
+        factors = list(dict.fromkeys([*factors, *(each.factor for each in saliencies)]))
     written = write_pages(
         args.out, context, examples, found, factors, saliencies, n_sentences=args.num_sentences
     )

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from neuron_explainer.cli.common import Result, add_verb, positive, say
@@ -232,7 +233,7 @@ def _train(args: argparse.Namespace, asked: TrainRequest, world: "World") -> Res
     harvested = _record_of_store(source)
     model = model or harvested.get("model")
     context = open_model(model, config.device if world.device is None else str(world.device))
-    config = dataclasses.replace(config, model_name=context.model_name)
+    config = dataclasses.replace(config, model_name=context.short_name)
     configs = _configs(context, config, source)
     places, pair = list(configs), None
     if config.transcoder:
@@ -334,6 +335,8 @@ def _settings(args: argparse.Namespace) -> TrainRequest:
 
 def _of_run(values: Result, file: str) -> Result:
     """The settings in a file, which may be the ``config.json`` of a run."""
+    from neuron_explainer.activations import origins
+
     if values.get("kind") != "dictionary_training":
         return values
     if len(values.get("dictionaries", {})) != 1:
@@ -341,7 +344,9 @@ def _of_run(values: Result, file: str) -> Result:
             f"{file} is of a run of several dictionaries; --config takes one's settings."
         )
     (settings,) = values["dictionaries"].values()
-    return {**values.get("record", {}).get("data", {}), **settings}
+    record = origins.from_folder(values.get("record", {}), Path(file).parent)
+    model = record.get("model") or settings.get("model_name")
+    return {**record.get("data", {}), **settings, "model_name": model}
 
 
 def _check_no_text_settings(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from neuron_explainer.cli.open import (
     Opened,
     by_location,
     find_autoencoders,
+    is_made_by,
     model_options,
     open_model,
 )
@@ -201,11 +202,12 @@ def _register_sentences(verbs: Any) -> None:
     sentences.add_argument("--csv-out", metavar="FILE", help="write the table to this file too")
 
 
-def _check_out(folder: str) -> None:
-    """An error, before anything is computed, if the folder holds something or cannot be written."""
-    path = Path(folder)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise InputError(f"{folder} is there and not empty; choose another --out.")
+def _check_out(args: argparse.Namespace) -> None:
+    """An error, before anything is computed, if ``--out`` cannot be written, or holds anything but what an
+    earlier process with the same command may have left there."""
+    path = Path(args.out)
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_made_by(path, args)):
+        raise InputError(f"{args.out} is there and not empty; choose another --out.")
     files.check_writable(path)
 
 
@@ -264,7 +266,7 @@ def run_prune(args: argparse.Namespace) -> Result:
     """Leave out latents that fire too seldom, never strongly, or have next to no decoder."""
     from neuron_explainer.dictionaries.prune import prune
 
-    _check_out(args.out)
+    _check_out(args)
     opened = Opened(args, "training")
     _, autoencoder = opened.only()
     pruning = prune(
@@ -275,7 +277,7 @@ def run_prune(args: argparse.Namespace) -> Result:
         min_decoder_norm=args.min_decoder_norm,
         keep_indices=not args.renumber,
     )
-    opened.save(pruning.autoencoder, args.out)
+    opened.save(pruning.autoencoder, args)
     counts = ("n_kept", "n_tokens", "too_rare", "too_weak", "too_short")
     return {
         "autoencoder": args.autoencoder,
@@ -307,12 +309,12 @@ def run_finetune(args: argparse.Namespace) -> Result:
     """Train scale, decoder and bias on the reconstruction alone; the same latents fire as before."""
     from neuron_explainer.dictionaries.finetune import finetune_decoder
 
-    _check_out(args.out)
+    _check_out(args)
     opened = Opened(args, "training")
     _, autoencoder = opened.only()
     batches = _rebatched(opened.activations(autoencoder), args.batch_size)
     finetuned = finetune_decoder(autoencoder, batches, lr=args.lr, progress=not args.json)
-    opened.save(finetuned, args.out)
+    opened.save(finetuned, args)
     return {
         "autoencoder": args.autoencoder,
         "out": args.out,
@@ -425,8 +427,6 @@ def run_sentences(args: argparse.Namespace) -> Result:
     from neuron_explainer.analysis import sentences
 
     if args.csv_out:
-        if Path(args.csv_out).exists():
-            raise InputError(f"{args.csv_out} is there; choose another --csv-out.")
         files.check_writable(args.csv_out)
     texts = sentences.read_sentences(args.csv, args.column)
     found = find_autoencoders(args.autoencoder, args.model, args.location)
@@ -436,7 +436,8 @@ def run_sentences(args: argparse.Namespace) -> Result:
     autoencoders = by_location(loaded)
     table = sentences.summarize_sentences(context, texts, autoencoders, bos=args.bos)
     if args.csv_out:
-        with files.atomic_write(args.csv_out) as path:
+        advice = "choose another --csv-out"
+        with files.write_once(args.csv_out, advice) as out, files.atomic_write(out) as path:
             path.write_text(sentences.to_csv(table, args.code), "utf-8")
     result: Result = {"csv": args.csv, "sentences": [dataclasses.asdict(each) for each in table]}
     return result if args.json else {**result, "table": sentences.to_table(table, args.code)}

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -177,10 +178,12 @@ def _at_path(path: str, location: str | None) -> Autoencoders:
 
 def _record_of(path: str, autoencoder: "Autoencoder") -> Result:
     """What the autoencoder itself, or the run whose folder it is in, tells of its training."""
+    from neuron_explainer.activations import origins
     from neuron_explainer.dictionaries.runs import Run
 
     if "record" in autoencoder.metadata:
-        return dict(autoencoder.metadata["record"])
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        return origins.from_folder(autoencoder.metadata["record"], folder)
     run = None if files.is_remote(path) else Run.containing(path)
     return {} if run is None else run.record
 
@@ -328,7 +331,7 @@ class Opened:
             how_many = f"all {n_tokens:,}"
         held_out = "held-out " if self.part == "held_out" else ""
         name = Path(self.text).name or self.text
-        return f"{how_many} {held_out}tokens of {name}, with the model {self.context.model_name}"
+        return f"{how_many} {held_out}tokens of {name}, with the model {self.context.short_name}"
 
     def activations(self, autoencoder: "Autoencoder") -> "Iterator[Tensor | tuple[Tensor, Tensor]]":
         """Batches of an autoencoder's inputs; for a transcoder, pairs of inputs and targets."""
@@ -360,11 +363,28 @@ class Opened:
             )
         return next(iter(self.autoencoders.items()))
 
-    def save(self, autoencoder: "Autoencoder", out: str) -> None:
-        """Save what was made of an autoencoder, with the record of its training."""
+    def save(self, autoencoder: "Autoencoder", args: argparse.Namespace) -> None:
+        """Save what was made of an autoencoder in ``--out``, with the record of its training."""
+        from neuron_explainer.activations import origins
+
         if self.record:
-            autoencoder.metadata["record"] = self.record
-        autoencoder.save(out)
+            autoencoder.metadata["record"] = origins.for_folder(self.record, args.out)
+        autoencoder.metadata["command"] = _digest(args)
+        with files.write_once(args.out, "choose another --out") as folder:
+            autoencoder.save(folder)
+
+
+def is_made_by(folder: Path, args: argparse.Namespace) -> bool:
+    """Whether a folder holds the autoencoder that this very command makes."""
+    config = folder / "config.json"
+    metadata = files.read_json(config).get("metadata") if config.is_file() else None
+    return isinstance(metadata, dict) and metadata.get("command") == _digest(args)
+
+
+def _digest(args: argparse.Namespace) -> str:
+    """A hash of what a command was asked for, but for where its result goes and how it is shown."""
+    asked = {k: v for k, v in vars(args).items() if k not in ("out", "run", "show", "json")}
+    return hashlib.sha256(repr(sorted(asked.items())).encode()).hexdigest()[:16]
 
 
 def _common_record(found: list[Autoencoders], text: str | None) -> Result:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from neuron_explainer.errors import CheckpointError, InputError
 from neuron_explainer.models.checkpoints import load_checkpoint, save_native, save_pieces
+from neuron_explainer.models.checks import check_dtype
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.devices import Device, check_device, default_device
 from neuron_explainer.models.language_model import LanguageModel
@@ -77,6 +78,8 @@ class Checkpointed(nn.Module, LanguageModel):
     ) -> Self:
         """Load from a folder or URL. Names are not looked up."""
         device = default_device() if device is None else check_device(device)
+        if dtype is not None:
+            check_dtype(dtype)
         loaded = load_checkpoint(path, dtype=dtype, device=device)
         # On "meta" nothing is allocated: the loaded tensors become the parameters, in memory once.
         model = cls(loaded.config, device="meta", tokenizer=loaded.tokenizer)

@@ -6,6 +6,7 @@ model. Sizes and weights are read without loading the whole model.
 Shape legend: ``d`` model width, ``f`` MLP width, ``h`` heads, ``v`` vocabulary.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from neuron_explainer.errors import CheckpointError, InputError, NeuronExplainerError
 from neuron_explainer.models.checkpoints import LoadedCheckpoint, load_checkpoint
+from neuron_explainer.models.checks import check_dtype
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.devices import Device
 from neuron_explainer.models.devices import get_default_device as get_default_device
@@ -54,6 +56,12 @@ class ModelContext(ABC):
     def __init__(self, model_name: str, device: Device) -> None:
         self.model_name = model_name
         self.device = torch.device(device)
+
+    @property
+    def short_name(self) -> str:
+        """``model_name`` as files hold it: of a model in a local folder, the folder's own name."""
+        folder = os.path.expanduser(self.model_name)
+        return Path(os.path.abspath(folder)).name if os.path.isdir(folder) else self.model_name
 
     @property
     def reference(self) -> str:
@@ -270,6 +278,8 @@ class StandardModelContext(ModelContext):
         dtype: torch.dtype | None = torch.float32,
     ) -> None:
         super().__init__(str(model_name), get_default_device() if device is None else device)
+        if dtype is not None:
+            check_dtype(dtype)
         self.dtype = dtype
         self.load_path = resolve_model_source(model_name)
         """The folder or URL."""

@@ -12,6 +12,7 @@ from neuron_explainer.analysis.directions import Directions, top_logits
 from neuron_explainer.analysis.hardly_trained import TokenTexts, find_hardly_trained
 from neuron_explainer.analysis.unit_directions import Units
 from neuron_explainer.errors import InputError, LocationError
+from neuron_explainer.models.autoencoder import TopK
 from neuron_explainer.models.autoencoders.pruned import omit_least_active_latents
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.model_context import ModelContext, StandardModelContext
@@ -176,6 +177,20 @@ def test_the_direct_path_is_said(location: str, only: bool, contexts) -> None:
     assert found.direct_path_only == only
     assert ("direct path only" in repr(found)) == only
     assert ("direct path only" in found._repr_html_()) == only
+
+
+def test_units_that_can_be_negative_are_said_to_be(contexts) -> None:
+    own = contexts["own"]
+    for what, signed in (
+        (autoencoder(LAST), False),
+        (autoencoder(LAST, activation=TopK(3)), False),
+        (autoencoder(LAST, activation=torch.nn.Identity()), True),
+        ("1/mlp.post_act", False),
+        (LAST, True),
+    ):
+        found = top_logits(own, what, 3, 2)
+        assert found.signed == signed
+        assert ("the opposite where the activation is negative" in repr(found)) == signed
 
 
 def test_places_that_no_linear_map_joins_to_the_stream(contexts) -> None:

@@ -258,7 +258,8 @@ class _Partial:
                 columns[f"{name}/{place}/{field}"] = np.ascontiguousarray(column)
         with files.atomic_folder(self.unfinished, overwrite=True) as temporary:
             path = temporary / "state.safetensors"
-            safetensors.numpy.save_file(columns, path)
+            with files.plain_write(path):
+                safetensors.numpy.save_file(columns, path)
             state = {
                 "settings": self.settings,
                 "batches": batches,
@@ -270,10 +271,7 @@ class _Partial:
 
     def remove(self) -> None:
         """Remove the notes, when the examples have been written."""
-        if self.unfinished.is_dir():
-            for path in self.unfinished.iterdir():
-                path.unlink()
-            self.unfinished.rmdir()
+        files.remove(self.unfinished)
 
 
 def file_name(name: str) -> str:

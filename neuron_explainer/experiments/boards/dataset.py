@@ -293,7 +293,8 @@ class BoardDataset:
         """Write ``config.json`` (the manifest) and ``boards.npz`` to a folder, whole or not at all."""
         with files.atomic_folder(folder, overwrite=overwrite) as temporary:
             arrays: dict[str, Any] = {k: v.astype(np.int32) for k, v in self._arrays().items()}
-            np.savez_compressed(temporary / "boards.npz", **arrays)
+            with files.plain_write(temporary / "boards.npz") as path:
+                np.savez_compressed(path, **arrays)
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "kind": "boards",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import tiktoken
 
+from neuron_explainer import files
 from neuron_explainer.errors import MissingExtraError, SourceError
 from neuron_explainer.models.tokenizer_files import BYTE_OF_LETTER, GPT2_PATTERN
 from neuron_explainer.models.tokenizers import (
@@ -58,8 +59,8 @@ def save_tokenizer(ranks: dict[bytes, int], path: Path) -> None:
         f"{base64.b64encode(token).decode()} {rank}\n"
         for token, rank in sorted(ranks.items(), key=lambda item: item[1])
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(lines), encoding="ascii")
+    with files.atomic_write(path) as temporary:
+        temporary.write_text("".join(lines), encoding="ascii")
 
 
 def tokenizer_spec(path: Path) -> TokenizerSpec:

@@ -128,7 +128,8 @@ def _write_file(path: Path, content: Mapping[str, Any]) -> None:
         files.write_json(path, dict(content))
         return
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in content.items()}
-    if path.suffix == ".pt":
-        torch.save(tensors, path)
-    else:
-        safetensors.torch.save_file(tensors, path)
+    with files.plain_write(path):
+        if path.suffix == ".pt":
+            torch.save(tensors, path)
+        else:
+            safetensors.torch.save_file(tensors, path)

@@ -369,11 +369,9 @@ def save_huggingface(
     tied = same_bytes(state_dict["tok_embed.weight"], state_dict["unembed.weight"])
     with files.atomic_folder(folder, overwrite=overwrite) as temporary:
         files.write_json(temporary / "config.json", _their_config(cfg, tied=tied))
-        save_file(
-            _their_tensors(cfg, state_dict, tied=tied),
-            temporary / "model.safetensors",
-            {"format": "pt"},
-        )
+        tensors = _their_tensors(cfg, state_dict, tied=tied)
+        with files.plain_write(temporary / "model.safetensors") as path:
+            save_file(tensors, path, {"format": "pt"})
 
 
 def _their_tensors(

@@ -97,7 +97,8 @@ def save_native(
         if tokenizer is not None:
             config["tokenizer"] = _save_tokenizer(temporary, tokenizer)
         files.write_json(temporary / "config.json", config)
-        save_file(_without_shared_memory(tensors), temporary / WEIGHTS_FILE, {"format": "pt"})
+        with files.plain_write(temporary / WEIGHTS_FILE) as path:
+            save_file(_without_shared_memory(tensors), path, {"format": "pt"})
 
 
 def shared_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, str]:

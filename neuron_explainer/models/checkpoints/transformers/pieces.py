@@ -56,10 +56,10 @@ def save_pieces(
     with files.atomic_folder(folder, overwrite=overwrite) as temporary:
         everything = cfg.to_dict()
         files.write_json(temporary / "config.json", {n: everything[n] for n in CONFIG_FIELDS})
-        pieces = temporary / PIECES_FOLDER
-        pieces.mkdir()
+        files.make_folder(temporary / PIECES_FOLDER)
         for name, tensor in state_dict.items():
-            torch.save(own_copy(tensor, None, "cpu"), pieces / f"{name}.pt")
+            with files.plain_write(temporary / PIECES_FOLDER / f"{name}.pt") as path:
+                torch.save(own_copy(tensor, None, "cpu"), path)
 
 
 def _check_expressible(cfg: TransformerConfig) -> None:
