@@ -357,8 +357,12 @@ def test_a_unit_where_there_are_heads_is_a_head(
 def test_without_a_verb_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
     out = run(capsys)
     assert "Begin with: neuron-explainer demo" in out
-    groups = [line for line in out.splitlines() if line in ("look", "learn", "measure", "files")]
-    assert groups == ["look", "learn", "measure", "files"]
+    groups = [
+        line
+        for line in out.splitlines()
+        if line in ("look", "intervene", "learn", "measure", "files")
+    ]
+    assert groups == ["look", "intervene", "learn", "measure", "files"]
     listed = {line.split()[0] for line in out.splitlines() if line.startswith("  ")}
     assert listed == set(cli._parser()[1])
 
