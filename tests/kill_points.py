@@ -192,7 +192,7 @@ class Laboratory:
         assert "Traceback" not in ended.said, (point, ended)
         if ended.status == 2:
             last = ended.said.strip().splitlines()[-1]
-            words = "No space left|renamed, replaced or emptied|cannot (write|make|remove)|no room"
+            words = "No space left|renamed, replaced or emptied|cannot (write|make|remove)|no room|there is no file"
             assert re.search(words, last), (point, ended)
 
     def _put_back(self, point: Point) -> None:
