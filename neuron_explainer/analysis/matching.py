@@ -24,7 +24,7 @@ from torch import Tensor
 from neuron_explainer.errors import InputError, MissingExtraError
 from neuron_explainer.kernels.top_k import top_k
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.models.autoencoders.pruned import PrunedAutoencoder, get_decoder_weight
+from neuron_explainer.models.autoencoders.pruned import PrunedAutoencoder
 
 Side = Literal["decoder", "encoder"]
 Rows = Autoencoder | Tensor
@@ -45,7 +45,7 @@ def rows_of(directions: Rows, side: Side = "decoder") -> Tensor:
     if isinstance(directions, Tensor):
         rows = directions
     elif side == "decoder":
-        rows = get_decoder_weight(directions)
+        rows = directions.directions
     elif isinstance(directions, PrunedAutoencoder):
         weight = directions.small.encoder.weight
         rows = weight.new_zeros(directions.n_latents, weight.shape[1])

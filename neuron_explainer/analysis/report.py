@@ -33,7 +33,6 @@ from neuron_explainer.evaluation.figures import Evaluation
 from neuron_explainer.evaluation.geometry import WeightGeometry
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoders.nonlinearities import TopK
-from neuron_explainer.models.autoencoders.pruned import get_decoder_weight
 from neuron_explainer.models.model_context import ModelContext
 
 _STYLE = """
@@ -343,7 +342,7 @@ def _strongest(
     autoencoder: Autoencoder, evaluation: Evaluation, context: ModelContext | None
 ) -> str:
     """The latents that write most, and which tokens they promote."""
-    norms = get_decoder_weight(autoencoder).detach().double().norm(dim=1).cpu()  # [l]
+    norms = autoencoder.directions.detach().double().norm(dim=1).cpu()  # [l]
     written = evaluation.mean_square * norms.square()  # [l]
     share = written / written.sum()
     order = share.argsort(descending=True, stable=True)[:_STRONGEST].tolist()
