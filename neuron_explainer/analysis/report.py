@@ -19,6 +19,7 @@ from torch import Tensor
 
 from neuron_explainer import files
 from neuron_explainer.analysis.directions import Directions
+from neuron_explainer.analysis.page import html_file
 from neuron_explainer.analysis.plots import (
     COLOURS,
     Lines,
@@ -53,9 +54,6 @@ figcaption, .note { font-size: 13px; color: #555; }
 .name { margin-right: 1.2em; }
 details { margin: 1em 0; } summary { cursor: pointer; font-weight: 600; }
 """
-
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-"""For the browser: whatever the page holds, it may load and run nothing."""
 
 _AXIS = ("tokens", "step")
 """What curves are drawn over: the first of these that every line of the log has."""
@@ -134,7 +132,9 @@ def write_report(
         _all_figures(subjects),
         _settings(subjects, settings or {}),
     ]
-    page = _page(title, _introduction(lines, measured_on), sections)
+    introduction = html.escape(_introduction(lines, measured_on))
+    head = f'<h1>{html.escape(title)}</h1>\n<p class="note">{introduction}</p>\n'
+    page = html_file(title, _STYLE, head + "".join(sections), pictures=True)
     with files.atomic_write(path) as temporary:
         temporary.write_text(page, "utf-8")
 
@@ -153,20 +153,6 @@ def _introduction(lines: Sequence[Mapping[str, Any]], measured_on: str) -> str:
         trained, steps = (f"{lines[-1][name]:,.0f}" for name in _AXIS)
         found = f"Trained on {trained} tokens in {steps} steps. {found}"
     return found
-
-
-def _page(title: str, introduction: str, sections: Iterable[str]) -> str:
-    heading = html.escape(title)
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>{heading}</title>
-<style>{_STYLE}</style>
-<h1>{heading}</h1>
-<p class="note">{html.escape(introduction)}</p>
-{"".join(sections)}</html>
-"""
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
