@@ -30,8 +30,8 @@ def unit(x: Floats) -> Floats:
 def three_distances(x: Floats) -> dict[str, Floats]:
     """Euclidean distances, those of rows of length 1, and 1 - cosine, ``[c, c]`` each."""
     return {
-        "euclidean": distances(x),
-        "euclidean, unit norm": distances(unit(x)),
+        "Euclidean": distances(x),
+        "Euclidean, unit norm": distances(unit(x)),
         "cosine": 1 - unit(x) @ unit(x).T,
     }
 
