@@ -453,7 +453,7 @@ def word_example(study: Study) -> Picture:
     differ = before.tokens != after.tokens
     share = ((drawn == after.tokens) & differ).sum(1) / np.maximum(differ.sum(1), 1)
     i = int(share.argmax())
-    figure, axes = new_figure(7.4, 2.3, 1, 4)
+    figure, axes = new_figure(7.4, 3.0, 1, 4)
     plain = draw_from_words(study.lea, said)
     shown = [before.tokens, plain, drawn, after.tokens]
     titles = [
@@ -464,9 +464,8 @@ def word_example(study: Study) -> Picture:
     ]
     for axis, tokens, title in zip(axes[0], shown, titles, strict=True):
         Board(tokens[i], config).draw(axis, title)
-    sentence, theirs = (" ".join(str(word) for word in words[i]) for words in (said, other))
-    label(axes[0, 0], sentence[: len(sentence) // 2] + "\n" + sentence[len(sentence) // 2 :])
-    label(axes[0, 3], theirs[: len(theirs) // 2] + "\n" + theirs[len(theirs) // 2 :])
+    label(axes[0, 0], _in_lines(said[i]))
+    label(axes[0, 3], _in_lines(other[i]))
     return _picture(
         "word_example",
         "A sentence, and one word changed",
@@ -477,6 +476,12 @@ def word_example(study: Study) -> Picture:
         "boards differ turn.",
         figure,
     )
+
+
+def _in_lines(sentence: Any) -> str:
+    """The numbers of a sentence's words, eight in a line."""
+    words = [str(word) for word in sentence]
+    return "\n".join(" ".join(words[k : k + 8]) for k in range(0, len(words), 8))
 
 
 def masked_speech(study: Study) -> Picture:

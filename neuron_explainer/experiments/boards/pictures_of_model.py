@@ -260,18 +260,18 @@ def distances_across_stages(study: Study) -> Picture:
     captured = study.model.capture(torch.from_numpy(masked), places)
     order = np.argsort(found.roots[0] == EMPTY, kind="stable")
     rows = [captured[p][0].detach().float().numpy()[order] for p in places]
-    figure, axes = new_figure(7.6, 3.9, 2, 5)
-    for axis, place, x in zip(axes.ravel(), places, rows, strict=False):
+    columns = -(-len(places) // 2)
+    figure, axes = new_figure(8.6, 3.9, 2, columns + 1)
+    for axis, place, x in zip(axes[:, :columns].ravel(), places, rows, strict=False):
         _map(axis, distances(x), cmap="magma")
         label(axis, title=short(place))
     across = np.array([[np.linalg.norm(a - b, axis=1).mean() for b in rows] for a in rows])
-    last = axes.ravel()[len(places)]
+    axes[0, -1].set_axis_off()
+    last = axes[1, -1]
     last.imshow(across, cmap="magma")
     last.set_xticks(range(len(places)), [short(p) for p in places], fontsize=5, rotation=90)
     last.set_yticks(range(len(places)), [short(p) for p in places], fontsize=5)
     label(last, title="from stage to stage")
-    for axis in axes.ravel()[len(places) + 1 :]:
-        axis.set_axis_off()
     steps = [across[i, i + 1] for i in range(len(places) - 1)]
     largest = int(np.argmax(steps[:-1]))
     return _picture(

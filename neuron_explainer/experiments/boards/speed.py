@@ -1,5 +1,6 @@
 """How long a training step takes, beside the time that its matrix products alone would take."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -44,17 +45,20 @@ def time_step(config: BoardTrainingConfig, dataset: BoardDataset, repeats: int =
     )
     first = batches.per_epoch * int(config.curriculum.end)
 
-    def step(number: int) -> None:
-        trainer.learn(batches.batch(first + number), first + number)
+    numbers = itertools.count(first)
+
+    def step() -> None:
+        number = next(numbers)
+        trainer.learn(batches.batch(number), number)
 
     with FlopCounterMode(display=False) as counter:
-        step(0)
+        step()
     rows = config.batch_size * dataset.config.n_cells
     width = model.sizes.width
     x, weight = torch.randn(rows, width), torch.randn(width, 4 * width)
     steps, rates = [], []
-    for number in range(1, repeats + 1):
-        steps.append(_seconds(lambda number=number: step(number)))
+    for _ in range(repeats):
+        steps.append(_seconds(step))
         rates.append(2 * rows * width * 4 * width / _seconds(lambda: x @ weight))
     rate, operations = statistics.median(rates), float(counter.get_total_flops())
     return StepTime(statistics.median(steps), operations / rate, operations, rate)
