@@ -86,32 +86,37 @@ def seen_objects(recording: Recording) -> Flags:
 
 
 def convergence(study: Study) -> Picture:
-    """Distances within and between roots along depth, among visible cells."""
+    """Distances within and between the roots of a board along depth."""
     recording = study.stream
     figure, axes = new_figure(7.2, 2.9, 1, 2)
     chosen = {"visible": seen_objects(recording), "hidden": recording.on_objects & recording.hidden}
-    found = {name: spreads(recording, "root", cells) for name, cells in chosen.items()}
+    found = {
+        name: spreads(recording, "root", cells, same_board=True) for name, cells in chosen.items()
+    }
     ticks = [short(s.place) for s in found["visible"]]
     for name, colour in (("visible", "#4477aa"), ("hidden", "#ee6677")):
         ratios = [s.ratio for s in found[name]]
         axes[0, 0].plot(ratios, "o-", ms=3, color=colour, label=f"{name} cells")
         dimensions = [s.dimensions for s in found[name]]
         axes[0, 1].plot(dimensions, "o-", ms=3, color=colour, label=f"{name} cells")
+    axes[0, 0].axhline(1, color="#888888", lw=0.7, ls=":")
+    axes[0, 1].set_ylim(0, 9.2)
+    axes[0, 1].axhline(9, color="#888888", lw=0.7, ls=":")
     for axis in axes[0]:
         axis.set_xticks(range(len(ticks)), ticks, rotation=90, fontsize=6)
         axis.legend(fontsize=7)
     label(axes[0, 0], "", "within / between", "distance within a root ÷ between roots")
-    label(axes[0, 1], "", "participation ratio", "dimensions of the 10 root means")
+    label(axes[0, 1], "", "participation ratio", "dimensions of the 10 root means (of 9)")
     ratios = [s.ratio for s in found["visible"]]
     lowest = int(np.nanargmin(ratios))
     return _picture(
         "convergence",
         "Claim: cells of one object converge for a while, onto few dimensions",
-        "Cells of one root have different tokens. In the middle of the network they come "
-        "together all the same, "
+        "Cells of one root have different tokens. In the middle of the network they come together all the same, "
         "because they are part of the same thing; towards the output they part again, because the model "
-        "has to name a token for each. The ratio is 1 where it makes no difference which root a cell belongs "
-        "to. (At the embedding, hidden cells are all the same vector and have no ratio.)",
+        "has to name a token for each. Compared are cells of one board: two of the same root, and two of "
+        "different roots. The ratio is 1 where it makes no difference which root a cell belongs to. (At the "
+        "embedding, hidden cells are all the same vector and have no ratio.)",
         f"Visible cells: {ratios[0]:.2f} at the embedding, {ratios[lowest]:.2f} at its lowest "
         f"({ticks[lowest]}), {ratios[-1]:.2f} after the last norm.",
         figure,
@@ -464,8 +469,8 @@ def word_example(study: Study) -> Picture:
     ]
     for axis, tokens, title in zip(axes[0], shown, titles, strict=True):
         Board(tokens[i], config).draw(axis, title)
-    label(axes[0, 0], _in_lines(said[i]))
-    label(axes[0, 3], _in_lines(other[i]))
+    for axis, sentence in ((axes[0, 0], said[i]), (axes[0, 3], other[i])):
+        axis.set_xlabel(_in_lines(sentence), fontsize=6)
     return _picture(
         "word_example",
         "A sentence, and one word changed",

@@ -379,7 +379,7 @@ def attention_across_boards(study: Study) -> Picture:
             _map(axis, pattern.reshape(config.board_size, -1), cmap="viridis", vmin=0)
             _mark(axis, query, config.board_size, -0.5)
             if i == 0:
-                label(axis, title=f"block {layer}, mean of heads")
+                label(axis, title=f"block {layer}")
             shares.append(pattern[found.roots[i] != EMPTY].sum())
     return _picture(
         "attention_across_boards",

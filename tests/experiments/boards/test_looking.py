@@ -129,6 +129,13 @@ def test_distances_within_and_between_classes_by_hand(planted: Recording) -> Non
     (found,) = spreads(few, "root", np.ones((1, 4), dtype=bool))
     assert found.within == pytest.approx(1)
     assert found.between == pytest.approx((3 + 10**0.5) / 2)
+    twice = few.where(np.array([0, 0]))  # two boards, the second far away
+    twice.activations[PLACE] = twice.activations[PLACE] + np.array(
+        [[[0]], [[100]]], dtype=np.float32
+    )
+    (found,) = spreads(twice, "root", np.ones((2, 4), dtype=bool), same_board=True)
+    assert found.within == pytest.approx(1)
+    assert found.between == pytest.approx((3 + 10**0.5) / 2)
 
 
 def test_planes_dimensions_and_variances() -> None:
