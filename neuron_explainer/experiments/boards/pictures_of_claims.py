@@ -112,7 +112,8 @@ def convergence(study: Study) -> Picture:
     return _picture(
         "convergence",
         "Claim: cells of one object converge for a while, onto few dimensions",
-        "Cells of one root have different tokens. In the middle of the network they come together all the same, "
+        "Cells of one root have different tokens. In the middle of the network they come "
+        "together all the same, "
         "because they are part of the same thing; towards the output they part again, because the model "
         "has to name a token for each. Compared are cells of one board: two of the same root, and two of "
         "different roots. The ratio is 1 where it makes no difference which root a cell belongs to. (At the "

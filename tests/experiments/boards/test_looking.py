@@ -60,9 +60,8 @@ def planted(model: BoardGPT, dataset: BoardDataset) -> Recording:
 
 
 def test_probes_find_what_is_there_and_no_more(planted: Recording) -> None:
-    results = {
-        (r.place, r.target): r for r in probe_everywhere(planted, ["root", "cell"], seeds=(0, 1))
-    }
+    found = probe_everywhere(planted, ["root", "cell"], cells=500)
+    results = {(r.place, r.target): r for r in found}
     assert results[OTHER, "root"].accuracy > 0.97
     for key in ((PLACE, "root"), (PLACE, "cell"), (OTHER, "cell")):
         assert results[key].accuracy < results[key].chance + 0.12
