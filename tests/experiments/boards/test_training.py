@@ -193,7 +193,7 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(
     assert load_run(tmp_path / "run").config["training"]["epochs_done"] == 1
     assert_same(quiet(config, dataset, tmp_path / "run"), whole)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [3, 6, 9]
+    assert [(line["step"], line["epoch"]) for line in lines] == [(3, 0), (6, 1), (9, 2)]
     assert_same(load_run(tmp_path / "run").model, whole)
 
 
