@@ -4,6 +4,7 @@ Thresholds were set after the first honest run of these very models, a little be
 measured; README.md in the room says what that was. What longer training would reach is not tested here.
 """
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from neuron_explainer.experiments.boards.essay import CHAPTERS, write_essay
 from neuron_explainer.experiments.boards.geometry import spreads
 from neuron_explainer.experiments.boards.measures import accuracy_by_kind, predict
 from neuron_explainer.experiments.boards.model_files import shipped
+from neuron_explainer.experiments.boards.objects import EMPTY
 from neuron_explainer.experiments.boards.pictures_of_claims import seen_objects
 from neuron_explainer.experiments.boards.probes import probe_everywhere
 from neuron_explainer.experiments.boards.recording import record, stream_points
@@ -29,12 +31,12 @@ from neuron_explainer.experiments.boards.speech import (
 from neuron_explainer.experiments.boards.study import Study
 from neuron_explainer.models.locations import ActivationLocation
 
-# Measured (see README.md) and what is asked for.
-CELLS, HIDDEN_OBJECT_CELLS, CONSTITUENTS = 0.97, 0.8, 0.5
-PROBES = {"root": 0.9, "cell": 0.9}
-CONVERGENCE, FLIPPED = 0.9, 0.8
-FROM_WORDS, WORDS_USED = 0.9, 20
-INFORMATION = {"root": 0.05, "row": 0.05, "column": 0.05, "background": 0.3}
+# What is asked for, below what was measured on these models (README.md).
+CELLS, HIDDEN_OBJECT_CELLS, CONSTITUENTS = 0.99, 0.9, 0.7
+PROBES = {"root": 0.8, "cell": 0.7}
+CONVERGENCE, FLIPPED = 0.9, 0.75
+FROM_WORDS, WORDS_USED = 0.88, 20
+INFORMATION = {"root": 0.1, "row": 0.2, "column": 0.2, "background": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -118,17 +120,18 @@ def test_cells_of_one_root_come_together_for_a_while(study: Study) -> None:
 
 
 def test_another_roots_activations_flip_the_board(study: Study) -> None:
-    pair = edits.root_pairs(study.dataset, 80)
-    places = [ActivationLocation("resid.torso.post_mlp", i) for i in range(1, study.n_layers)]
-    results = edits.swap_roots(study.model, pair, places)
-    assert max(r.flipped for r in results) > FLIPPED
-    assert all(r.control == 0 for r in results)
-    assert all(r.elsewhere > 0.99 for r in results)
-    change = edits.largest_change(
-        study.model.double(), pair.masked_before[:20], places[0], pair.cells[:20]
-    )
-    study.model.float()
-    assert change <= 1e-10
+    pair = edits.root_pairs(study.dataset, 80, hidden=0.35)
+    places = [ActivationLocation("resid.torso.post_mlp", i) for i in range(study.n_layers)]
+    on_root = pair.before.roots != EMPTY
+    whole = edits.swap_roots(study.model, pair, places[:2], on_root)
+    hidden = edits.swap_roots(study.model, pair, places[2:])
+    assert max(r.flipped for r in whole) > FLIPPED
+    assert hidden[0].flipped > FLIPPED
+    for result in (*whole, *hidden):
+        assert result.control < 0.05
+        assert result.elsewhere > 0.98
+    exact = copy.deepcopy(study.model).double()
+    assert edits.largest_change(exact, pair.masked_before[:20], places[0], on_root[:20]) <= 1e-10
 
 
 # --- LEA ---
