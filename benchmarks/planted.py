@@ -2,8 +2,8 @@
 
 The data are sums of 128 random unit directions of width 64. On each token five of them are active, each
 with a strength between 0.5 and 1.5, and there is noise of 1 % of the norm. A direction counts as recovered
-if a decoder row has a cosine above 0.95 with it. The table also has the variance explained and the share
-of latents that fire.
+if a latent's direction has a cosine above 0.95 with it. The table also has the variance explained and the
+share of latents that fire.
 
 Shape legend: ``t`` tokens, ``d`` width, ``m`` planted directions, ``l`` latents.
 """

@@ -1,7 +1,7 @@
-"""Text for terminals: tables, and text of foreign origin made safe to print."""
+"""What terminals show: tables of text, values that hold tensors, and text of foreign origin made safe."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def text_table(
@@ -27,6 +27,28 @@ def text_table(
         ).rstrip()
         for line in lines
     )
+
+
+def by_shape(owner: object) -> str:
+    """The ``repr`` of a dataclass or named tuple, with shapes in the place of tensors' numbers.
+
+    Such as ``Latents(values=[2, 16] float32, indices=[2, 16] int64, n_latents=512)``.
+    """
+    asdict = getattr(owner, "_asdict", None)  # that of named tuples
+    fields: Mapping[str, object] = vars(owner) if asdict is None else asdict()
+    shown = ", ".join(f"{name}={_shape_or_repr(value)}" for name, value in fields.items())
+    return f"{type(owner).__name__}({shown})"
+
+
+def _shape_or_repr(value: object) -> str:
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape is not None and dtype is not None:
+        return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_shape_or_repr(item)}' for key, item in value.items())}}}"
+    if callable(value):
+        return getattr(value, "__name__", None) or type(value).__name__
+    return repr(value)
 
 
 # C0 and C1 controls but tab and newline, the marks that turn the direction of a line, and Unicode's

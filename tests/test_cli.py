@@ -274,6 +274,21 @@ def test_a_model_of_hugging_face_in_every_verb(
     run(capsys, "report", "run")
     Path("s.csv").write_text(f"sentence\n{text}\n", "utf-8")
     run(capsys, "sentences", "s.csv", "--autoencoder", "run")
+    size = [
+        "--n-latents",
+        "12",
+        "--penalty",
+        "1e-4",
+        "--tolerance",
+        "0.1",
+        "--sentence-length",
+        "8",
+    ]
+    run(capsys, "factors", "learn", "books", *model, "--location", place, *size, "--out", "factors")
+    run(capsys, "factors", "collate", "factors", "--out", "examples", "--n-examples", "5")
+    few = ["--num-factors", "1", "--num-sentences", "1", "--num-samples", "9"]
+    assert json.loads(run(capsys, "factors", "saliency", "examples", *few, "--json"))["computed"]
+    run(capsys, "factors", "pages", "examples", "--out", "pages")
 
 
 # --- autoencoders ---
@@ -342,8 +357,12 @@ def test_a_unit_where_there_are_heads_is_a_head(
 def test_without_a_verb_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
     out = run(capsys)
     assert "Begin with: neuron-explainer demo" in out
-    groups = [line for line in out.splitlines() if line in ("look", "learn", "measure", "files")]
-    assert groups == ["look", "learn", "measure", "files"]
+    groups = [
+        line
+        for line in out.splitlines()
+        if line in ("look", "intervene", "learn", "measure", "files")
+    ]
+    assert groups == ["look", "intervene", "learn", "measure", "files"]
     listed = {line.split()[0] for line in out.splitlines() if line.startswith("  ")}
     assert listed == set(cli._parser()[1])
 
@@ -432,15 +451,44 @@ def test_output_that_cannot_be_encoded(flags: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-@pytest.mark.parametrize("verb", ["cache list", "cache list --json", "demo --json"])
-def test_a_full_or_closed_stdout(verb: str, tmp_path: Path) -> None:
-    cache = str(tmp_path / "cache")
-    full = shell(f"EXPLAIN {verb} > /dev/full", NEURON_EXPLAINER_CACHE=cache)
+@pytest.mark.parametrize(
+    ("verb", "unbuffered"),
+    [("cache list --json", ""), ("demo", ""), ("--help", ""), ("sample --help", "1"), ("", "1")],
+)
+def test_a_full_stdout(verb: str, unbuffered: str, tmp_path: Path) -> None:
+    full = shell(
+        f"EXPLAIN {verb} > /dev/full",
+        NEURON_EXPLAINER_CACHE=str(tmp_path / "cache"),
+        PYTHONUNBUFFERED=unbuffered,
+    )
     assert full.returncode == 2
     lines = full.stderr.strip().splitlines()
     assert len(lines) == 1
     assert "cannot write to standard output: No space left" in lines[0]
+
+
+@pytest.mark.parametrize("verb", ["cache list", "demo", "cache list --json"])
+def test_a_closed_stdout(verb: str, tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
     closed = shell(f"EXPLAIN {verb} >&-", NEURON_EXPLAINER_CACHE=cache)
     assert (closed.returncode, closed.stderr) == (0, "")
     gone = shell(f"EXPLAIN {verb} | true", NEURON_EXPLAINER_CACHE=cache)
     assert gone.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "near"),
+    [
+        (["cache", "lst"], "list"),
+        (["cache", "remve", "x"], "remove"),
+        (["convert", "a", "b", "--format", "saelen"], "saelens"),
+        (["convert", "a", "b", "--format", "saelens", "--input-normalization", "centre"], "center"),
+    ],
+)
+def test_a_wrong_choice_names_the_near_one(
+    argv: list[str], near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.rstrip().endswith(f"Did you mean '{near}'?")

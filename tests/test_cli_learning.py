@@ -192,8 +192,7 @@ def test_the_scripts_params_name_things_on_the_hub(
 ) -> None:
     """With the script's own values; the hub is played by what is here."""
     from neuron_explainer.activations import data_config
-    from neuron_explainer.models import open_model
-    from neuron_explainer.models.model_context import StandardModelContext
+    from neuron_explainer.models.model_context import ModelContext, StandardModelContext
 
     asked: list[tuple[str, ...]] = []
 
@@ -207,7 +206,7 @@ def test_the_scripts_params_name_things_on_the_hub(
         return StandardModelContext("tiny-tales", device=device)
 
     monkeypatch.setattr(data_config, "huggingface_documents", documents)
-    monkeypatch.setattr(open_model, "HuggingFaceModelContext", model)
+    monkeypatch.setitem(ModelContext.kinds, "hf:", model)
     Path("params.json").write_text(json.dumps({"device": {"value": "cpu"}}), "utf-8")
     flags = ["--n-latents", "48", "--batch-size", "4096", "--out", "hub"]
     assert as_json(capsys, "train", "--params", "params.json", *flags)["steps"] == 2
@@ -444,12 +443,9 @@ def test_pruned_and_finetuned_know_their_text(capsys: pytest.CaptureFixture[str]
 def test_a_missing_picture_library_is_said_before_the_work(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def evaluated(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("evaluated first")
-
-    monkeypatch.setattr(measuring, "_evaluate", evaluated)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install matplotlib" in fail(capsys, "report", "run", "--out", "other.html")
+    argv = ["report", "run", "--out", "other.html", "--text", "no-such-text"]
+    assert "pip install matplotlib" in fail(capsys, *argv)
     assert not Path("other.html").exists()
 
 

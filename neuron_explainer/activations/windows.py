@@ -20,7 +20,12 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.activations.corpus import Ints, TokenCorpus, permutation
-from neuron_explainer.errors import CheckpointError, InputError
+from neuron_explainer.errors import CheckpointError, InputError, NeuronExplainerError
+from neuron_explainer.tables import by_shape
+
+
+class _EndlessError(NeuronExplainerError, TypeError):
+    """Windows that never end were asked for their length; ``list`` expects a TypeError then."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,9 @@ class TokenBatch:
     corpus_position: Tensor | None = None
     """Index of each token in the flat token array of its corpus, ``[b, s]`` int64; -1 at pads and at start
     tokens added here. None if the batch was not cut from a corpus."""
+
+    def __repr__(self) -> str:
+        return by_shape(self)
 
 
 @dataclass(frozen=True)
@@ -177,6 +185,15 @@ class TokenWindows:
         if self.epochs is None:
             return None
         return len(range(self.rank, self.epochs * self.batches_per_epoch, self.world))
+
+    def __len__(self) -> int:
+        """Number of batches that iterating gives; a TypeError if it never ends."""
+        if self.n_batches is None:
+            raise _EndlessError(
+                "these windows never end (epochs=None), so they have no length; batches_per_epoch is "
+                "the number of batches in an epoch."
+            )
+        return self.n_batches
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides which tokens come in which order, as JSON values."""

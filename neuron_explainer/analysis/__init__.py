@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from neuron_explainer.analysis.collation.collate import collate, collect
     from neuron_explainer.analysis.collation.config import CollateConfig
+    from neuron_explainer.analysis.collation.merging import merge_stores
+    from neuron_explainer.analysis.store import ExampleStore, open_stores
 
-__all__ = ["CollateConfig", "collate", "collect"]
+__all__ = ["CollateConfig", "ExampleStore", "collate", "collect", "merge_stores", "open_stores"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +19,14 @@ def __getattr__(name: str) -> Any:
         from neuron_explainer.analysis.collation.config import CollateConfig
 
         return CollateConfig
+    if name in ("ExampleStore", "open_stores"):
+        from neuron_explainer.analysis import store
+
+        return getattr(store, name)
+    if name == "merge_stores":
+        from neuron_explainer.analysis.collation.merging import merge_stores
+
+        return merge_stores
     if name in __all__:
         from neuron_explainer.analysis.collation import collate
 

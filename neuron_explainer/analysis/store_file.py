@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +20,7 @@ from neuron_explainer.analysis.store_format import (
     FTS_TABLES,
     KIND,
     LABEL_SCHEMA,
+    META,
     SCHEMA,
     UnitRow,
     content_sha256,
@@ -47,7 +47,7 @@ class StoreFile:
         self.mark = mark_of(self.path)
         self._lock = threading.Lock()
         # immutable: no locks and no journal, so that read-only disks and many readers are fine.
-        uri = f"file:{quote(str(self.path.absolute()))}?mode=ro&immutable=1"
+        uri = f"{self.path.absolute().as_uri()}?mode=ro&immutable=1"
         self._connection = sqlite3.connect(
             uri, uri=True, check_same_thread=False, isolation_level=None
         )
@@ -102,6 +102,8 @@ class StoreFile:
                 f"{shown(meta.get('kind'))} of {shown(meta.get('format_version'))}; a newer version of "
                 "this library may read it."
             )
+        if missing := [key for key in META if key not in meta]:
+            raise CheckpointError(f"{self.path}: damaged: meta lacks {', '.join(missing)}.")
         return dict(meta)
 
     def column(self, name: str) -> npt.NDArray[Any] | None:

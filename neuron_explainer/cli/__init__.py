@@ -8,12 +8,13 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from neuron_explainer import __version__, demo
-from neuron_explainer.cli import learning, looking, measuring, stored_files
+from neuron_explainer.cli import factors, intervening, learning, looking, measuring, stored_files
 from neuron_explainer.cli.common import (
+    Parser,
     Result,
     VerbParser,
     add_verb,
@@ -21,7 +22,7 @@ from neuron_explainer.cli.common import (
     say,
     unknown_verb,
 )
-from neuron_explainer.errors import NeuronExplainerError
+from neuron_explainer.errors import NeuronExplainerError, SourceError
 from neuron_explainer.tables import escaped
 
 DESCRIPTION = (
@@ -40,40 +41,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     with _any_text_can_be_written():
         parser, verbs = _parser()
-        if not given:
-            parser.print_help()
-            return 0
-        verb = next((argument for argument in given if not argument.startswith("-")), None)
-        if verb is not None and verb not in verbs:
-            unknown_verb(parser, verb, verbs)
-        return _run(parser.parse_args(given))
+        try:
+            if not given:
+                _write(parser.print_help)
+                return 0
+            verb = next((argument for argument in given if not argument.startswith("-")), None)
+            if verb is not None and verb not in verbs:
+                unknown_verb(parser, verb, verbs)
+            args = _parsed(parser, given)
+        except SourceError as error:
+            print(f"{parser.prog}: {error}", file=sys.stderr)
+            return 2
+        return _run(args)
+
+
+def _parsed(parser: argparse.ArgumentParser, given: list[str]) -> argparse.Namespace:
+    found: list[argparse.Namespace] = []
+    try:
+        _write(lambda: found.append(parser.parse_args(given)))
+    except SystemExit:  # after --help or --version, or an error in the flags
+        _write()
+        raise
+    if not found:  # nobody reads the help any more
+        raise SystemExit(0)
+    return found[0]
 
 
 def _run(args: argparse.Namespace) -> int:
     try:
         with _log_on_stderr():
-            result = args.run(args)
+            result: Result = args.run(args)
+        _write(lambda: _print(args, result))
     except NeuronExplainerError as error:
         message = in_flags(escaped(str(error)), vars(args))
         print(f"neuron-explainer {args.verb}: {message}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # what reads a tour (head, less) has seen enough
-        _give_up_stdout()
-        return 0
     except KeyboardInterrupt:
         return 130
+    return 0 if result.get("ok", True) else 1
+
+
+def _write(write: Callable[[], object] = lambda: None) -> None:
+    """Write to standard output, to its end; a SourceError if it takes no more."""
     try:
-        _print(args, result)
-    except BrokenPipeError:
+        write()
+        if sys.stdout is not None:  # None: closed by whoever started this
+            sys.stdout.flush()
+    except BrokenPipeError:  # what reads it (head, less) has seen enough
         _give_up_stdout()
     except OSError as error:
         _give_up_stdout()
-        print(
-            f"neuron-explainer {args.verb}: cannot write to standard output: {error.strerror}",
-            file=sys.stderr,
-        )
-        return 2
-    return 0 if result.get("ok", True) else 1
+        raise SourceError(f"cannot write to standard output: {error.strerror}") from None
 
 
 def _print(args: argparse.Namespace, result: Result) -> None:
@@ -84,8 +102,6 @@ def _print(args: argparse.Namespace, result: Result) -> None:
         print(json.dumps(_plain(result), indent=2, ensure_ascii=ascii_only, allow_nan=False))
     else:
         args.show(result)
-    if sys.stdout is not None:  # None: closed by whoever started this
-        sys.stdout.flush()
 
 
 @contextlib.contextmanager
@@ -132,7 +148,7 @@ def _give_up_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     """The parser of the whole command, whose help lists the verbs in groups."""
 
     groups: dict[str, list[tuple[str, str]]]
@@ -158,7 +174,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, VerbParser]]:
     parser.groups = {}
     for title, register in (
         ("look", _register_looking),
-        ("learn", learning.register),
+        ("intervene", intervening.register),
+        ("learn", _register_learning),
         ("measure", measuring.register),
         ("files", stored_files.register),
     ):
@@ -175,9 +192,16 @@ def _register_looking(verbs: Any) -> None:
     looking.register(verbs)
 
 
+def _register_learning(verbs: Any) -> None:
+    learning.register(verbs)
+    factors.register(verbs)
+
+
 def run_demo(args: argparse.Namespace) -> Result:
     """Run the tour."""
-    return {"steps": demo.run(echo=not args.json)}
+    steps: list[Result] = []
+    _write(lambda: steps.extend(demo.run(echo=not args.json)))
+    return {"steps": steps}
 
 
 def show_demo(result: Result) -> None:

@@ -13,7 +13,17 @@ Result = dict[str, Any]
 """What a verb found, as plain values: printed as JSON with ``--json``, else by the verb's printer."""
 
 
-class VerbParser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose help raises an OSError where standard output takes no more; argparse says nothing."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if file is not None and file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
+
+
+class VerbParser(Parser):
     """A verb's parser. Options that need a heavy import are declared when the verb is called."""
 
     declare: Callable[[argparse.ArgumentParser], None] | None = None
@@ -37,6 +47,14 @@ class VerbParser(argparse.ArgumentParser):
                 f"{self.prog} --help lists what there is."
             )
         return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse does; a wrong choice also gets the near ones."""
+        wrong = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if wrong is not None:
+            choices = [choice.strip("' ") for choice in wrong[2].split(",")]
+            message += did_you_mean(wrong[1], choices)
+        super().error(message)
 
     def format_help(self) -> str:
         """An example that works, then what argparse says."""
@@ -69,6 +87,27 @@ def add_verb(
     verb.set_defaults(run=run, show=show)
     verb.declare, verb.about, verb.example = declare, help, example
     return verb
+
+
+def option(
+    parser: Any,
+    flag: str,
+    help: str,
+    default: str | float,
+    metavar: str | None = None,
+    type: Callable[[str], Any] | None = None,
+    **more: Any,
+) -> None:
+    """Declare an option with a default, which its help states and which is of the type of its values."""
+    shown = f"{default:g}" if isinstance(default, float) else default
+    parser.add_argument(
+        flag,
+        type=type or default.__class__,
+        default=default,
+        metavar=metavar,
+        help=f"{help} (default: {shown})".lstrip(),
+        **more,
+    )
 
 
 def positive(text: str) -> int:

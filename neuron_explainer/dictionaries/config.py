@@ -95,7 +95,8 @@ class TrainConfig:
     decoder_bias: DecoderBias = "geometric_median"
     """Initial bias of the decoder: geometric_median or mean of the first batches, or zeros."""
     decoder_norm: DecoderNorm = "unit"
-    """Norm of decoder rows: unit keeps each at 1, at_most_unit lets it shrink, free does not limit it."""
+    """Length of latents' directions: unit keeps each at 1, at_most_unit lets it shrink, free does not
+    limit it."""
 
     dead_after_tokens: int | None = None
     """A latent counts as dead if it was not active in this many activations in a row. If not given: a

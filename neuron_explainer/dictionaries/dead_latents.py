@@ -82,7 +82,7 @@ def resample(
     """Give dead latents the directions of activations that are badly reconstructed.
 
     Activations of the batch are drawn without replacement, with a probability proportional to the square
-    of their squared error. A latent's decoder row becomes the activation's direction; its encoder row has
+    of their squared error. The latent's direction becomes that of the activation; its encoder row has
     the same direction and a fifth of the mean length of living latents' rows; its bias is 0.
 
     Returns the latents ``[≤ d]`` that were changed, at most one for each activation of the batch.

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from neuron_explainer.errors import InputError
-from neuron_explainer.evaluation.evaluate import Activations
+from neuron_explainer.evaluation.metrics import kept_rows
+from neuron_explainer.evaluation.pieces import Activations
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoders.latents import Latents
+from neuron_explainer.models.checks import check_tensor
 from neuron_explainer.progress import progress_bar
 
 
@@ -106,12 +108,15 @@ def _frozen(
 ) -> tuple[Latents, Tensor]:
     """The latents of a batch, and what the decoder should return for them: ``[b, o]``."""
     x, target = batch if isinstance(batch, tuple) else (batch, batch)
+    check_tensor(x, "a batch")
     if autoencoder.is_transcoder and not isinstance(batch, tuple):
         raise InputError(
             f"{autoencoder._name()}: a transcoder is trained on pairs of its input and what its output "
             f"stands for; found a batch {list(x.shape)} alone."
         )
-    x, target = (t.flatten(0, -2).to(autoencoder.device, autoencoder.dtype) for t in (x, target))
+    x, target = (
+        kept_rows(t, None, "a batch").to(autoencoder.device, autoencoder.dtype) for t in (x, target)
+    )
     latents, stats, _ = autoencoder.code_sparse(x)
     if stats is not None:  # the inverse of what decode does after the decoder
         target = target if stats.skip is None else target - stats.skip

@@ -23,6 +23,7 @@ from neuron_explainer.dictionaries.trainee import Trainee
 from neuron_explainer.errors import InputError
 from neuron_explainer.kernels.workspace import Workspace
 from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.checks import check_tensor
 from neuron_explainer.settings import to_dict
 
 # All dictionaries of a run share these: one step, one checkpoint, one line of the log for all.
@@ -364,6 +365,9 @@ def check_pair(found: Any, transcoder: bool) -> tuple[Tensor, ...]:
     """A batch as one tensor ``[b, n]`` or, for a transcoder, as two; an error if it is anything else."""
     pair = tuple(found) if isinstance(found, tuple | list) else (found,)
     expected = "a pair of tensors [b, n], [b, o]" if transcoder else "a tensor [b, n]"
+    for x in pair:
+        if isinstance(x, Tensor):
+            check_tensor(x, "a batch")
     if len(pair) != 1 + transcoder or not all(
         isinstance(x, Tensor) and x.ndim == 2 and x.is_floating_point() and len(x) for x in pair
     ):

@@ -23,23 +23,25 @@ from torch import Tensor
 
 from neuron_explainer.activations.windows import TokenBatch
 from neuron_explainer.errors import InputError
-from neuron_explainer.evaluation.compat import PeerBatch, PeerLosses, PeerStats, feature_scale
+from neuron_explainer.evaluation.compat import PeerBatch, PeerStats, feature_scale
 from neuron_explainer.evaluation.figures import Evaluation
-from neuron_explainer.evaluation.metrics import cross_entropy_per_token, kl_divergence_per_token
-from neuron_explainer.evaluation.pieces import LATENTS_AT_ONCE, coded_pieces
+from neuron_explainer.evaluation.metrics import (
+    cross_entropy_per_token,
+    kept_rows,
+    kl_divergence_per_token,
+)
+from neuron_explainer.evaluation.pieces import LATENTS_AT_ONCE, Activations, coded_pieces
 from neuron_explainer.evaluation.placed import Placed, placed
 from neuron_explainer.evaluation.running import ByLoss, LossTotals, ReconstructionStats
 from neuron_explainer.evaluation.spliced_passes import SplicedPasses, scored
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
+from neuron_explainer.models.checks import check_tensor
 from neuron_explainer.models.language_model import LanguageModel
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.weight_names import Dimension
 from neuron_explainer.progress import progress_bar
-
-Activations = Iterable[Tensor | tuple[Tensor, Tensor]]
-"""Batches of activations ``[…, n]``; for a transcoder, pairs (input, activation to reconstruct)."""
 
 
 def measure(
@@ -62,12 +64,13 @@ def measure(
     totals = _Totals.start(autoencoder, mean, compat)
     for batch in batches:
         x, target = batch if isinstance(batch, tuple) else (batch, batch)
+        check_tensor(x, "a batch")
         if autoencoder.is_transcoder and not isinstance(batch, tuple):
             raise InputError(
                 "a transcoder is measured on pairs of its input and what its output stands for; "
                 f"found a single batch {list(x.shape)}."
             )
-        totals.add(x.flatten(0, -2), target.flatten(0, -2))
+        totals.add(kept_rows(x, None, "a batch"), kept_rows(target, None, "the targets of a batch"))
     place = autoencoder.output_location if autoencoder.is_transcoder else autoencoder.location
     return totals.result(None if place is None else str(place))
 
@@ -212,7 +215,7 @@ class _Totals:
         """Add losses per token."""
         self.losses.update(found)
         for peer in self.peers.values():
-            peer.update_losses(PeerLosses.of(found))
+            peer.update_losses(found)
 
     def result(self, location: str | None) -> Evaluation:
         return Evaluation.from_totals(

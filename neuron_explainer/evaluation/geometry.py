@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.models.autoencoders.pruned import get_decoder_weight
+from neuron_explainer.models.checks import check_seed
+from neuron_explainer.tables import by_shape
 
 SAMPLE = 2048
 """For how many latents the nearest other one is searched: all pairs of 32,768 would take a minute."""
@@ -28,11 +29,15 @@ class WeightGeometry:
     nearest_cosine: Tensor
     """``[m]``: the largest cosine of a decoder direction with any other one; near 1 for duplicates."""
 
+    def __repr__(self) -> str:
+        return by_shape(self)
+
     @classmethod
     @torch.no_grad()
     def of(cls, autoencoder: Autoencoder, sample: int = SAMPLE, seed: int = 0) -> "WeightGeometry":
         """Measure the weights; the nearest cosine is measured for a random ``sample`` of latents."""
-        decoder = get_decoder_weight(autoencoder).float()
+        check_seed(seed)
+        decoder = autoencoder.directions.float()
         norm = decoder.norm(dim=1)
         alive = norm > 0
         directions = F.normalize(decoder[alive])

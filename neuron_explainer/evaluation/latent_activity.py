@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from neuron_explainer.evaluation.metrics import kept_rows
 from neuron_explainer.evaluation.pieces import coded_pieces
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoders.latents import Latents
@@ -29,7 +30,7 @@ class LatentActivity:
         """The activity of an autoencoder's latents on batches of activations ``[…, n]``."""
         activity = cls(autoencoder.n_latents)
         for batch in batches:
-            for _, coded in coded_pieces(autoencoder, batch.flatten(0, -2)):
+            for _, coded in coded_pieces(autoencoder, kept_rows(batch, None, "a batch")):
                 activity.update(coded.latents)
         return activity
 

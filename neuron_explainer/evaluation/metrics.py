@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuron_explainer.errors import InputError
+from neuron_explainer.models.checks import check_tensor
 
 __all__ = [
     "DensityHistogram",
@@ -113,6 +114,7 @@ def l0(latents: Tensor) -> Tensor:
 
 def n_active(latents: Tensor) -> Tensor:
     """How many of the values are not zero, which is what "active" means everywhere. ``-> []`` int64."""
+    check_tensor(latents, "latents")
     return (latents != 0).sum()
 
 
@@ -139,6 +141,8 @@ def cross_entropy_per_token(logits: Tensor, tokens: Tensor, pad: Tensor | None =
     ``[b, s, v], [b, s], [b, s] -> [b, s - 1]``. Where the token or the one before it is padding
     (``pad`` True) there is nothing to predict: the value is NaN, not 0, so that no mean counts it.
     """
+    check_tensor(logits, "logits")
+    check_tensor(tokens, "tokens")
     if logits.shape[:-1] != tokens.shape or tokens.ndim != 2:
         raise InputError(
             f"expected logits [b, s, v] and tokens [b, s], found {list(logits.shape)} and "
@@ -163,6 +167,8 @@ def kl_divergence_per_token(original: Tensor, logits: Tensor, pad: Tensor | None
 
     ``[b, s, v], [b, s, v], [b, s] -> [b, s]``. 0 where nothing has changed; NaN, not 0, at padding.
     """
+    check_tensor(original, "original")
+    check_tensor(logits, "logits")
     if original.shape != logits.shape or original.ndim != 3:
         raise InputError(
             f"expected two logits [b, s, v], found {list(original.shape)} and {list(logits.shape)}."
@@ -196,6 +202,7 @@ def density_histogram(frequency: Tensor, per_decade: int = 4) -> DensityHistogra
     The bins run from the decade of the rarest latent to 1, ``per_decade`` of them a decade. A latent
     that always fires is in the last bin.
     """
+    check_tensor(frequency, "frequency")
     fired = frequency[frequency > 0].double().cpu()
     lowest = min(-1, math.floor(float(fired.min().log10()))) if len(fired) else -1
     exponents = torch.linspace(lowest, 0, -lowest * per_decade + 1, dtype=torch.float64)
@@ -219,6 +226,9 @@ def ce_recovered(
 
     Bricken et al. 2023 ("loss recovered"); Gao et al. 2024 on what it hides.
     """
+    for value in (original, spliced, ablated):
+        if not isinstance(value, int | float):
+            check_tensor(value, "a cross-entropy that is no number")
     values = [torch.as_tensor(v, dtype=torch.float64) for v in (original, spliced, ablated)]
     places = [torch.isnan(value) for value in values]
     if any(value.shape != values[0].shape for value in values) or any(
@@ -238,6 +248,7 @@ def ce_recovered(
 
 def kept_rows(values: Tensor, pad: Tensor | None, what: str) -> Tensor:
     """``[…, w] -> [t, w]``, without the tokens that are padding; ``what`` names them in errors."""
+    check_tensor(values, what)
     if values.ndim == 0:
         raise InputError(f"{what}: expected […, width], found a single number.")
     # Not -1: the sparse latents of tokens on which none fires have width 0.
@@ -250,6 +261,8 @@ def kept_rows(values: Tensor, pad: Tensor | None, what: str) -> Tensor:
 
 def check_pad(pad: Tensor | None, shape: torch.Size) -> None:
     """Raise InputError unless ``pad`` is a bool mask of this shape, or None."""
+    if pad is not None:
+        check_tensor(pad, "pad")
     if pad is not None and (pad.shape != shape or pad.dtype != torch.bool):
         raise InputError(
             f"expected a bool pad mask {list(shape)}, found {list(pad.shape)} of {pad.dtype}."
@@ -258,6 +271,8 @@ def check_pad(pad: Tensor | None, shape: torch.Size) -> None:
 
 def check_same_shape(x: Tensor, recons: Tensor) -> None:
     """Raise InputError unless activations and reconstructions have the same shape."""
+    check_tensor(x, "x")
+    check_tensor(recons, "recons")
     if x.shape != recons.shape:
         raise InputError(
             f"x and its reconstruction must have one shape, found {list(x.shape)} and "

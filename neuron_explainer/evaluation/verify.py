@@ -4,7 +4,7 @@ With another nonlinearity, without its input normalisation, or at another locati
 still gives latents and nothing fails, but its reconstructions become bad.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,7 @@ from neuron_explainer.evaluation.placed import Placed, placed_at
 from neuron_explainer.evaluation.running import ReconstructionStats
 from neuron_explainer.evaluation.spliced_passes import SplicedPasses
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.models.autoencoder_context import AutoencoderContext
+from neuron_explainer.models.autoencoder_context import AutoencoderContext, Layers
 from neuron_explainer.models.language_model import LanguageModel
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.model_context import ModelContext
@@ -72,7 +72,7 @@ def verify(
     context: AutoencoderContext,
     model_context: ModelContext,
     text: str | None = None,
-    layers: Iterable[LayerIndex] | None = None,
+    layers: Layers = None,
     bos: bool = False,
 ) -> dict[LayerIndex, Verification]:
     """Measure the autoencoders of a context on a text.
@@ -87,7 +87,7 @@ def verify(
     Returns:
         ``{layer: figures}``; :attr:`Verification.problem` says what is suspicious.
     """
-    chosen = list(context.autoencoder_config.paths if layers is None else layers)
+    chosen = context.chosen_layers(layers)
     context.check_model(model_context, chosen)
     return {
         layer: verify_autoencoder(

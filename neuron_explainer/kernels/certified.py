@@ -1,43 +1,44 @@
 """The largest pre-activations of each row by a bfloat16 product, proven to be the right ones.
 
-The product only says which latents *may* be among the ``k`` largest. Those few are computed in
-float32, and the answer is kept only where it is proven that no other latent belongs in it. The plain
+The product only says which latents *may* be among the ``k`` largest. These few are computed again in
+float32, and the answer is kept only where it is proven that no other latent belongs to it. The plain
 twin is :func:`~neuron_explainer.kernels.top_k.top_k` of a float32 product.
 
-**The bound.** Let x be a row, w a latent's weights, β its bias, x̂ and ŵ rounded to bfloat16, whose
-unit roundoff is u = 2⁻⁸. By Cauchy and Schwarz, whatever the numbers are,
+**The bound.** Let x be a row, w a latent's weights, β the latent's bias, and x̂ and ŵ the row and the
+weights rounded to bfloat16, whose unit roundoff is u = 2⁻⁸. By the inequality of Cauchy and Schwarz,
 
     |x·w - x̂·ŵ| = |(x - x̂)·w + x̂·(w - ŵ)| <= ‖x - x̂‖ ‖w‖ + ‖x̂‖ ‖w - ŵ‖
 
-with residuals that are measured, not estimated: a float32 minus its rounding is exact. Products of
-two bfloat16 are exact in float32; a sum of N of them, added in any order with a relative error of at
-most ε an addition, is off by at most g Σ|terms|, g = 1.25 N ε. ε = 2⁻²² is four times the roundoff
-of float32, for hardware that truncates or aligns before it adds. So
+The residuals x - x̂ and w - ŵ are measured, not estimated: a float32 minus its rounding is exact. Products
+of two bfloat16 numbers are exact in float32. A sum of N of them, added in any order with a relative error
+of at most ε in each addition, is off by at most g Σ|terms|, where g = 1.25 N ε. Here ε = 2⁻²², four times
+the roundoff of float32, to cover hardware that truncates or aligns before it adds. So
 
     x·w + β <= x̂·ŵ + β + (‖x - x̂‖ + g ‖x̂‖) ‖w‖ + ‖x̂‖ ‖w - ŵ‖ + g |β| + tiny
 
-up to the last rounding. The right side is itself an inner product: with eight more columns,
+up to the last rounding. The right side is itself an inner product. With eight more columns,
 
     row     x̂   ‖x - x̂‖ + g ‖x̂‖   ‖x̂‖       1   1   1   1              0
     latent  ŵ   ‖w‖               ‖w - ŵ‖   β₁  β₂  β₃  g |β| + tiny   0
 
 where norms are rounded upwards and β = β₁ + β₂ + β₃ exactly, one matrix product gives an upper bound
-U for every latent. It needs no assumption about how large the norms are or how much they differ.
-``tiny`` = 2⁻¹⁰⁰ covers products below the normal range, which hardware may take for zero. 2⁻⁵⁴ is
-added to every norm: entries below 2⁻⁶³ have squares below that range, and their part of a norm is at
-most √n 2⁻⁶³. Rows that might overflow are not tried.
+U for every latent. Nothing is assumed about how large the norms are or how much they differ.
+``tiny`` = 2⁻¹⁰⁰ covers products below the normal range, which hardware may treat as zero. 2⁻⁵⁴ is
+added to every norm, because entries below 2⁻⁶³ have squares below that range, and contribute at most
+√n 2⁻⁶³ to a norm. Rows that might overflow are not tried.
 
-**The proof.** U comes rounded to bfloat16, by at most u|U|. If T is the largest U of the latents left
-out, none of them exceeds T + u|T|. If the k-th largest float32 value of those computed does, the k
-largest are exactly these, but for the float32 rounding of the values themselves (at most
-(n + 1) 2⁻²³ (‖x‖ ‖w‖ + |β|) in any order of adding): the choice is that of a float32 product wherever
-ranks k and k + 1 are further apart than both of them are off, and closer than that either is right.
+**The proof.** The product gives U rounded to bfloat16, which is off by at most u|U|. Let T be the largest U
+of the latents that were left out: none of these exceeds T + u|T|. If the k-th largest of the float32 values
+that were computed is above T + u|T|, then the k largest latents are exactly the ones found. What remains is
+the float32 rounding of the values themselves, at most (n + 1) 2⁻²³ (‖x‖ ‖w‖ + |β|) in any order of adding:
+the choice is that of a float32 product wherever ranks k and k + 1 differ by more than the errors of both,
+and where they differ by less, either choice is right.
 
-Latents are left out when U < min over the k largest U of (U - 1.1 × the part of U that is there for
-errors). The proof then succeeds if the true error is a tenth of the bound or less, as it nearly always
-is. For Gaussian rows, n = 768, l = 32768, k = 32, the bound is 0.09 standard deviations and about 50
-latents are computed. Rows that cannot be proven, those with NaN or infinity among them, are left to the
-caller, who computes them in float32.
+Latents are left out if U < min over the k largest U of (U - 1.1 × the part of U that allows for errors).
+The proof then succeeds if the true error is a tenth of the bound or less, which is nearly always so. For
+Gaussian rows with n = 768, l = 32768 and k = 32 the bound is 0.09 standard deviations, and about 50 latents
+are computed. Rows that cannot be proven, such as those with NaN or infinity, are left to the caller, who
+computes them in float32.
 
 Shape legend: ``b`` rows, ``n`` inputs, ``l`` latents, ``c`` candidates of a row, ``k`` wanted.
 """
@@ -72,8 +73,8 @@ _SWITCH = "NEURON_EXPLAINER_CERTIFIED"
 class Prepared:
     """An encoder's weights as the bound needs them.
 
-    It is a copy: make it inside the call that uses it and drop it there. The search through a copy of
-    weights that have changed since would be silently wrong.
+    It is a copy. Make it inside the call that uses it, and drop it there: if the weights changed later, a
+    search through the old copy would be silently wrong.
     """
 
     operand: Tensor
@@ -83,10 +84,10 @@ class Prepared:
 
 
 def prepare(weight: Tensor, bias: Tensor | None, latents_at_once: int = 1024) -> Prepared:
-    """What :func:`certified_top_k` needs of ``weight`` ``[l, n]`` and ``bias`` ``[l]``, both float32.
+    """Return what :func:`certified_top_k` needs of ``weight`` ``[l, n]`` and ``bias`` ``[l]``, both float32.
 
-    It reads the weights once, ``latents_at_once`` rows at a time. That takes less than a tenth of the
-    time of a product with 1024 rows, so it pays in every call with that many.
+    The weights are read once, ``latents_at_once`` rows at a time. That takes less than a tenth of the
+    time of a product with 1024 rows, so it pays in every call with that many rows.
     """
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     n_latents, n_inputs = weight.shape
@@ -119,12 +120,12 @@ def certified_top_k(
     prepared: Prepared,
     chunk_bytes: int = 2**24,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``k`` largest entries of each row of ``x · weightᵀ + bias``, and where that is proven.
+    """Return the ``k`` largest entries of each row of ``x · weightᵀ + bias``, and which rows are proven.
 
-    ``x`` ``[b, n]``, ``weight`` ``[l, n]``, ``bias`` ``[l]``, float32, to values ``[b, k]``,
-    indices ``[b, k]`` and ``[b]`` bool. Rows that are not proven hold nothing of use. Order and ties
-    are those of :func:`~neuron_explainer.kernels.top_k.top_k`. The bounds of all latents take
-    ``chunk_bytes`` at a time.
+    ``x`` is ``[b, n]``, ``weight`` ``[l, n]``, ``bias`` ``[l]``, all float32. The result is values
+    ``[b, k]``, indices ``[b, k]``, and a bool ``[b]`` that is True where the row is proven; other rows hold
+    nothing of use. Order and ties are those of :func:`~neuron_explainer.kernels.top_k.top_k`. Rows are
+    searched in chunks, so that the bounds of all latents take ``chunk_bytes``.
     """
     n_latents = len(weight)
     values = x.new_empty(len(x), k)
@@ -155,8 +156,8 @@ def _chunk(
     operand, a, b = _row_operand(x, prepared.largest)
     with _full_precision_sums(x.device):
         upper = torch.mm(operand, prepared.operand.t(), out=buffer[: len(x)])
-    # As integers bfloat16 compare as they do as numbers, but for negative ones: rows whose bound T
-    # is not positive are not proven below.
+    # The bits of bfloat16 numbers, read as integers, have the order of the numbers, except where these are
+    # negative: rows whose bound T is not positive are not proven below.
     bits, indices = search(upper.view(torch.int16), n_candidates + 1)
     bounds = bits.view(torch.bfloat16).float()
     slack = _slack(prepared.operand, indices[:, :k], a, b)
@@ -234,7 +235,7 @@ def _accumulation(n_inputs: int) -> float:
 
 @contextlib.contextmanager
 def _full_precision_sums(device: torch.device) -> Iterator[None]:
-    """Have CUDA add up bfloat16 products in float32 throughout; CPUs do so anyway.
+    """Make CUDA add up bfloat16 products in float32 throughout, as CPUs always do.
 
     On CUDA this sets a flag of the whole process, and threads that run it at once can restore each
     other's value. That is one reason why the search is not used there unless it is asked for.
@@ -265,11 +266,12 @@ def _announce_sparse() -> None:
 def use_certified(
     x: Tensor, weight: Tensor, wanted: bool | None, fast_bfloat16: bool | None = None
 ) -> bool:
-    """Whether to try: as wanted, else as NEURON_EXPLAINER_CERTIFIED says (0 or 1), else by a rule.
+    """Return whether to use the certified search.
 
-    The rule asks for at least 512 rows, 4096 latents and a CPU that multiplies bfloat16 faster than
-    float32 (``fast_bfloat16``; None: found out, True for AVX512-BF16 and AMX). CUDA devices use it
-    only when told to. Only float32 is ever tried; other dtypes have nothing to gain.
+    ``wanted`` decides if it is not None, else NEURON_EXPLAINER_CERTIFIED (0 or 1), else a rule: at least 512
+    rows, 4096 latents, and a CPU that multiplies bfloat16 faster than float32 (``fast_bfloat16``; None: look
+    whether the CPU has AVX512-BF16 or AMX). CUDA devices use the search only if it is asked for. It is never
+    used for other dtypes than float32, which have nothing to gain.
     """
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.shape[1] > _MAX_INPUTS:
         return False

@@ -1,7 +1,7 @@
 """The pieces of a TopK training step, at a cost that depends on the number of active latents.
 
 A step computes all ``b · l`` pre-activations once, to find the ``k`` largest of each token. Everything else
-concerns only ``b · k`` pairs (token, latent): the decoder's output gathers rows of the decoder, and the
+concerns only ``b · k`` pairs (token, latent): the decoder's output gathers directions of latents, and the
 gradient of a weight matrix gathers, for each latent, rows of the batch. Both functions equal their dense
 twins in value and in every gradient:
 
@@ -84,7 +84,7 @@ def decode_rows(
     workspace: Workspace | None = None,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> Tensor:
-    """The sum of the chosen latents' rows of the decoder, each times its value.
+    """The sum of the chosen latents' directions, each times its value.
 
     ``[b, k], [b, k], [l, o] -> [b, o]``, differentiable with respect to ``values`` and ``decoder``.
     A latent that is chosen twice counts twice.

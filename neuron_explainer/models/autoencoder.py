@@ -54,6 +54,7 @@ from neuron_explainer.models.autoencoders.nonlinearities import (
     TopK,
     as_nonlinearity,
 )
+from neuron_explainer.models.autoencoders.splicing import LatentEdit, spliced_dense, spliced_edits
 from neuron_explainer.models.autoencoders.state_dicts import (
     StoredAutoencoder,
     UnstatedNormalizationWarning,
@@ -65,7 +66,9 @@ from neuron_explainer.models.checkpoints.autoencoders.state import (
     check_sizes,
     read_group_sizes,
 )
+from neuron_explainer.models.checks import check_tensor
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
+from neuron_explainer.tables import by_shape
 
 __all__ = [
     "ACTIVATIONS_CLASSES",
@@ -94,6 +97,9 @@ class AutoencoderOutput(NamedTuple):
     recons: Tensor
     """``[…, o]`` on the scale of the input."""
 
+    def __repr__(self) -> str:
+        return by_shape(self)
+
 
 class Code(NamedTuple, Generic[L]):
     """The latents of an input, and the way back."""
@@ -104,6 +110,9 @@ class Code(NamedTuple, Generic[L]):
     """What :meth:`Autoencoder.normalize` gives with it."""
     decode: Callable[[Tensor | Latents], Tensor]
     """Latents, these or edited ones, ``-> […, o]`` on the scale of this input."""
+
+    def __repr__(self: Any) -> str:
+        return by_shape(self)
 
 
 class TiedTranspose(nn.Module):
@@ -262,12 +271,22 @@ class Autoencoder(StoredAutoencoder):
         """
         self._check_latents(latents)
         recons: Tensor = (
-            latents.decode(self.decoder.weight.t())
+            latents.decode(self.directions)
             if isinstance(latents, Latents)
             else self.decoder(latents)
         )
         recons = recons + (self.pre_bias if self.post_bias is None else self.post_bias)
         return self.denormalize(recons, stats)
+
+    @property
+    def directions(self) -> Tensor:
+        """``[l, o]``: row ``i`` is the direction that latent ``i`` writes.
+
+        It is what one unit of the latent adds to the reconstruction: a column of ``decoder.weight``,
+        which is ``[o, l]``. Where inputs are normalised, it is in units of normalised inputs. Latents that
+        were left out of memory have rows of zeros.
+        """
+        return self.decoder.weight.t()
 
     def denormalize(self, recons: Tensor, stats: InputStats | None) -> Tensor:
         """The decoder's output ``[…, o]`` on the scale of the input that ``stats`` belongs to."""
@@ -314,17 +333,38 @@ class Autoencoder(StoredAutoencoder):
         Where no gradient is needed, ``chunk_bytes`` of dense latents are held at a time (None: what
         suits the device), and decoded through their active entries if fewer than ``sparse_share`` are.
         """
+        self._check_width(x, self.n_inputs, "input")
         if needs_graph(self, x) or self.nonlinearity.needs_dictionary:
             return cast(AutoencoderOutput, self(x)).recons
         if self._searches:
             code = self.code_sparse(x, chunk_bytes=chunk_bytes)
             return code.decode(code.latents)
-        self._check_width(x, self.n_inputs, "input")
         parts = []
         for rows in in_pieces(x.reshape(-1, self.n_inputs), self.n_latents, chunk_bytes):
             latents, _, decode = self.code(rows)
             parts.append(decode(cheaper_to_decode(latents, sparse_share)))
         return torch.cat(parts).view(*x.shape[:-1], self.n_outputs)
+
+    def spliced(
+        self,
+        x: Tensor,
+        edits: Sequence[LatentEdit] | Callable[[Tensor], Tensor],
+        add_error: bool,
+    ) -> Tensor | None:
+        """``[…, n] -> […, n]``: what a model continues with where this autoencoder is spliced in.
+
+        Args:
+            edits: of some latents, or a function of the dense latents ``[…, l]``.
+            add_error: add back what the autoencoder does not capture of ``x``.
+
+        None where a gradient, or a hook on a module inside, needs the formula itself.
+        """
+        self._check_width(x, self.n_inputs, "input")
+        if needs_graph(self, x):
+            return None
+        if callable(edits):
+            return spliced_dense(self, x, edits, add_error)
+        return spliced_edits(self, x, edits, add_error)
 
     def _normalize(self, x: Tensor) -> tuple[Tensor, InputStats | None]:
         self._check_width(x, self.n_inputs, "input")
@@ -378,6 +418,7 @@ class Autoencoder(StoredAutoencoder):
         if not isinstance(latents, Latents):
             self._check_width(latents, self.n_latents, "latents")
             return
+        check_tensor(latents.values, f"{self._name()}: latents", self.device)
         self._check_dtype(latents.values)
         if latents.n_latents != self.n_latents:
             raise InputError(
@@ -386,6 +427,7 @@ class Autoencoder(StoredAutoencoder):
             )
 
     def _check_width(self, x: Tensor, width: int, what: str) -> None:
+        check_tensor(x, f"{self._name()}: {what}", self.device)
         if x.ndim == 0 or x.shape[-1] != width:
             raise InputError(
                 f"{self._name()}: expected {what} of width {width} in the last axis, found shape "

@@ -7,7 +7,6 @@ Shape legend: ``n`` inputs of an autoencoder, ``l`` latents, ``…`` any leading
 """
 
 import importlib
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from neuron_explainer.models.autoencoders.pruned import get_decoder_weight, omit
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.hooks import AtLayers, AutoencoderHooks, Hook, TransformerHooks
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
+from neuron_explainer.models.locks import Lock
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.weight_names import Dimension, LayerIndex
 
@@ -72,7 +72,7 @@ class AutoencoderConfig:
 
     @classmethod
     def from_spec(cls, spec: "AutoencoderConfig") -> Self:
-        """From an entry of the registry."""
+        """Return the config that an entry of the registry describes."""
         return cls(
             spec.location,
             spec.autoencoder_path_by_layer_index,
@@ -87,18 +87,22 @@ class AutoencoderSpec(AutoencoderConfig):
 
 
 class HasSizes(Protocol):
-    """A ``ModelContext``, or what knows sizes as one does."""
+    """A ``ModelContext``, or another object that knows a model's sizes."""
 
     def get_dim_size(self, model_dim: Dimension) -> int:
-        """How long an axis is in this model."""
+        """Return the length of an axis in this model."""
 
 
 class HasConfig(Protocol):
-    """A ``Transformer``, or what has its config."""
+    """A ``Transformer``, or another object with its config."""
 
     @property
     def cfg(self) -> TransformerConfig:
         """Sizes of the model."""
+
+
+Layers = Iterable[LayerIndex] | LayerIndex
+"""A layer, several of them, or None for all that have an autoencoder."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +110,7 @@ class AutoencoderContext:
     """One autoencoder for each layer, at one location: loaded when first needed, kept, frozen.
 
     Args:
-        autoencoder_config: where they are stored.
+        autoencoder_config: where the autoencoders are stored.
         device: where to put them.
         omit_dead_latents: leave latents that never fired in training out of memory; indices and the
             values of the other latents do not change (:func:`omit_dead_latents`).
@@ -118,7 +122,7 @@ class AutoencoderContext:
     omit_dead_latents: bool = False
     dtype: torch.dtype = torch.float32
     _loaded: dict[str, Autoencoder] = field(default_factory=dict, init=False, repr=False)
-    _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
+    _lock: Lock = field(default_factory=Lock, init=False, repr=False)
 
     @property
     def location(self) -> ActivationLocation:
@@ -144,14 +148,28 @@ class AutoencoderContext:
         """Lengths of the axes that autoencoders add to a model's."""
         return {Dimension.AUTOENCODER_LATENTS: self.num_autoencoder_directions}
 
+    def chosen_layers(self, layers: Layers = None) -> list[LayerIndex]:
+        """The layers that ``layers`` names, each once: one layer, several, or None for all that have an
+        autoencoder. An InputError names a layer that has none."""
+        if layers is None:
+            return list(self._paths)
+        # A str is Iterable too: its letters are no layers, and are refused below.
+        given = layers if isinstance(layers, Iterable) else [layers]
+        chosen: dict[LayerIndex, None] = {}
+        for layer in given:
+            whole = layer is None or (isinstance(layer, int) and not isinstance(layer, bool))
+            if not whole or layer not in self._paths:
+                raise InputError(
+                    f"there is no autoencoder of {self.location} in layer {layer!r}. "
+                    f"Layers: {', '.join(map(str, self._paths))}."
+                )
+            chosen[layer] = None
+        return list(chosen)
+
     def get_autoencoder(self, layer_index: LayerIndex) -> Autoencoder:
         """The autoencoder of a layer, in eval mode and without gradients for its weights."""
         paths = self._paths
-        if layer_index not in paths:
-            raise InputError(
-                f"there is no autoencoder of {self.location} in layer {layer_index!r}. "
-                f"Layers: {', '.join(map(str, paths))}."
-            )
+        (layer_index,) = self.chosen_layers([layer_index])
         path = paths[layer_index]
         with self._lock:
             if path not in self._loaded:
@@ -177,24 +195,24 @@ class AutoencoderContext:
         return autoencoder.to(self.device).eval().requires_grad_(False)
 
     def warmup(self) -> None:
-        """Load all of them now."""
+        """Load all autoencoders now."""
         for layer_index in self._paths:
             self.get_autoencoder(layer_index)
 
     def check_model(
         self,
         model: HasSizes | HasConfig | TransformerConfig,
-        layers: Iterable[LayerIndex] | None = None,
+        layers: Layers = None,
     ) -> None:
         """Raise unless every autoencoder fits its location in ``model``.
 
         Args:
             model: a ``Transformer``, its config, or a ``ModelContext``.
-            layers: which of them; None for all.
+            layers: a layer or several; None for all.
         """
         size = _sizes_of(model)
         width = self.location.site.width(size)
-        for layer in self._paths if layers is None else layers:
+        for layer in self.chosen_layers(layers):
             self.location.at(layer).expand(size(Dimension.LAYERS))
             autoencoder = self.get_autoencoder(layer)
             if autoencoder.n_inputs != width:
@@ -207,18 +225,18 @@ class AutoencoderContext:
         self,
         model_context: ModelContext,
         text: str | None = None,
-        layers: Iterable[LayerIndex] | None = None,
+        layers: Layers = None,
         bos: bool = False,
     ) -> dict[LayerIndex, Any]:
-        """Measure the autoencoders on a text: are they what was published, applied as trained?
+        """Measure the autoencoders on a text: are they what was published, and applied as trained?
 
-        A short way to :func:`neuron_explainer.evaluation.verify.verify`, which stands in a room
-        above this one and is therefore looked up when called, not imported.
+        This calls :func:`neuron_explainer.evaluation.verify.verify`, which is looked up at the call because
+        its room stands above this one.
 
         Args:
             model_context: the model that they were trained on.
-            text: what to run; a built-in passage if not given.
-            layers: which of them; None for all.
+            text: the text to run; None: a built-in passage.
+            layers: a layer or several; None for all.
             bos: begin with the start token, for autoencoders that were trained so.
 
         Returns:
@@ -232,7 +250,7 @@ class AutoencoderContext:
         self,
         on_latents: Hook | None = None,
         add_error: bool = True,
-        layers: Iterable[LayerIndex] | None = None,
+        layers: Layers = None,
     ) -> TransformerHooks:
         """Hooks that pass the activations at the location through the autoencoders.
 
@@ -243,7 +261,7 @@ class AutoencoderContext:
                 ``on_latents`` edits something; then the edit of a latent moves the activation along
                 that latent's decoder direction. Without, activations are replaced by their
                 reconstructions.
-            layers: which of the layers; None for all that have an autoencoder.
+            layers: a layer or several; None for all that have an autoencoder.
         """
         hooks = TransformerHooks()
         self._splice(hooks, [] if on_latents is None else [(None, on_latents)], add_error, layers)
@@ -269,10 +287,10 @@ class AutoencoderContext:
         hooks: TransformerHooks,
         on_latents: Iterable[tuple[LayerIndex, Hook]],
         add_error: bool,
-        layers: Iterable[LayerIndex] | None = None,
+        layers: Layers = None,
     ) -> None:
-        """Add the autoencoders to ``hooks``; ``on_latents`` names the layer of each hook, None for all."""
-        chosen = list(self._paths if layers is None else layers)
+        """Add the autoencoders to ``hooks``. ``on_latents`` has hooks and the layer of each (None: all)."""
+        chosen = self.chosen_layers(layers)
         for at, _ in on_latents:
             if at is not None and None not in chosen and at not in chosen:
                 raise InputError(
@@ -299,7 +317,7 @@ class AutoencoderContext:
 
 @dataclass(frozen=True, eq=False)
 class MultiAutoencoderContext:
-    """Several contexts, one a location."""
+    """Several contexts, one for each location."""
 
     autoencoder_context_by_location: Mapping[ActivationLocation, AutoencoderContext]
 
@@ -307,19 +325,19 @@ class MultiAutoencoderContext:
     def from_context_or_multi_context(
         cls, context: "AutoencoderContext | MultiAutoencoderContext | None"
     ) -> "MultiAutoencoderContext | None":
-        """One context as a multi-context; a multi-context, or None, as it is."""
+        """Return one context as a multi-context; a multi-context or None is returned unchanged."""
         if isinstance(context, AutoencoderContext):
             return cls.from_autoencoder_context_list([context])
         return context
 
     @classmethod
     def from_autoencoder_context_list(cls, contexts: Iterable[AutoencoderContext]) -> Self:
-        """Contexts of different locations."""
+        """Return a multi-context of contexts of different locations."""
         by_location: dict[ActivationLocation, AutoencoderContext] = {}
         for context in contexts:
             if context.location in by_location:
                 raise InputError(
-                    f"two autoencoder contexts are of {context.location}; there may be one a "
+                    f"two autoencoder contexts are of {context.location}; expected at most one for each "
                     "location."
                 )
             by_location[context.location] = context
@@ -327,17 +345,17 @@ class MultiAutoencoderContext:
 
     @property
     def has_single_autoencoder_context(self) -> bool:
-        """Whether there is exactly one."""
+        """True if there is exactly one context."""
         return len(self.autoencoder_context_by_location) == 1
 
     def get_single_autoencoder_context(self) -> AutoencoderContext:
-        """The only one; an error if there are others."""
+        """Return the only context; an InputError if there are several."""
         if not self.has_single_autoencoder_context:
             raise InputError(f"a location is needed to choose among {self._locations()}.")
         return next(iter(self.autoencoder_context_by_location.values()))
 
     def get_autoencoder_context(self, location: LocationLike | None = None) -> AutoencoderContext:
-        """The context of a location; of the only one if none is named."""
+        """Return the context of a location; without a location, the only context."""
         if location is None:
             return self.get_single_autoencoder_context()
         found = ActivationLocation.parse(location).at(None)
@@ -350,14 +368,14 @@ class MultiAutoencoderContext:
     def get_autoencoder(
         self, layer_index: LayerIndex, location: LocationLike | None = None
     ) -> Autoencoder:
-        """The autoencoder of a layer at a location."""
+        """Return the autoencoder of a layer at a location."""
         named = None if location is None else ActivationLocation.parse(location).layer
         if named not in (None, layer_index):
             raise InputError(f"the location is in layer {named}, layer_index says {layer_index}.")
         return self.get_autoencoder_context(location).get_autoencoder(layer_index)
 
     def warmup(self) -> None:
-        """Load all of them now."""
+        """Load all autoencoders now."""
         for context in self.autoencoder_context_by_location.values():
             context.warmup()
 
@@ -365,7 +383,7 @@ class MultiAutoencoderContext:
         self,
         on_latents: Mapping[LocationLike, Hook] | Hook | None = None,
         add_error: bool = True,
-        layers: Iterable[LayerIndex] | None = None,
+        layers: Layers = None,
     ) -> TransformerHooks:
         """Hooks that pass activations through the autoencoders of all locations.
 
@@ -373,7 +391,7 @@ class MultiAutoencoderContext:
             on_latents: a hook for the latents of each location that has one, or one hook for all.
                 ``{"2/mlp.post_act": f}`` runs in layer 2 only, ``{"mlp.post_act": f}`` in every layer.
             add_error: see :meth:`AutoencoderContext.hooks`.
-            layers: which of the layers of each context; None for all that have an autoencoder.
+            layers: a layer or several, of each context; None for all that have an autoencoder.
         """
         contexts = self.autoencoder_context_by_location
         given: dict[ActivationLocation, list[tuple[LayerIndex, Hook]]] = {at: [] for at in contexts}
@@ -383,7 +401,8 @@ class MultiAutoencoderContext:
                 given[self.get_autoencoder_context(place).location].append((place.layer, hook))
         else:
             given = {at: [(None, on_latents)] for at in contexts}
-        hooks, chosen = TransformerHooks(), None if layers is None else list(layers)
+        hooks = TransformerHooks()
+        chosen = list(layers) if isinstance(layers, Iterable) else layers
         for at, context in contexts.items():
             context._splice(hooks, given[at], add_error, chosen)
         return hooks
@@ -411,7 +430,7 @@ def _sizes_of(model: HasSizes | HasConfig | TransformerConfig) -> Callable[[Dime
 def get_autoencoder_output_weight_by_layer_index(
     autoencoder_context: AutoencoderContext,
 ) -> dict[LayerIndex, Tensor]:
-    """:func:`get_decoder_weight` of every layer."""
+    """Return :attr:`Autoencoder.directions` of every layer."""
     return {
         layer: get_decoder_weight(autoencoder_context.get_autoencoder(layer))
         for layer in autoencoder_context._paths

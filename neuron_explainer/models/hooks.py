@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from neuron_explainer.errors import HookError, LocationError, did_you_mean
+from neuron_explainer.models.autoencoders.splicing import LatentEdit
 from neuron_explainer.models.locations import SITES, ActivationLocation, LocationLike, Site
 from neuron_explainer.models.weight_names import Dimension
 
@@ -127,6 +128,15 @@ class DescribedHook(ABC):
     def sets_all(self) -> bool:
         """Whether nothing of what was at the place is left."""
         return False
+
+    @property
+    def only_latents(self) -> Tensor | None:
+        """``[u]``: the latents that it reads and changes, for :meth:`edit`; None if it needs all."""
+        return None
+
+    def edit(self, chosen: Tensor, positions: Tensor | None = None) -> Tensor:
+        """New values ``[…, u]`` of ``only_latents``."""
+        raise NotImplementedError
 
 
 def hook_name(hook: Hook) -> str:
@@ -664,6 +674,8 @@ class CodingAutoencoder(Protocol):
 
     def code(self, x: Tensor) -> CodeOfInput: ...
 
+    def spliced(self, x: Tensor, edits: Any, add_error: bool) -> Tensor | None: ...
+
 
 class AutoencoderHooks(HookCollection):
     """A hook that passes an activation through an autoencoder, with hooks of its own inside.
@@ -673,7 +685,7 @@ class AutoencoderHooks(HookCollection):
     Without ``add_error`` the activation is replaced by its reconstruction. With it, what the
     autoencoder does not capture is added back: ``decode(hooked latents) + (x - decode(latents))``.
     Then nothing changes unless a hook edits something, and editing a latent moves the output by
-    that latent's decoder column.
+    that latent's direction (:attr:`Autoencoder.directions`).
 
     Args:
         encode: ``[..., n] -> [..., l]``.
@@ -695,8 +707,7 @@ class AutoencoderHooks(HookCollection):
         self.encode = encode
         self.decode = decode
         self.add_error = add_error
-        # The latents of an input and the decoder for that input; None: encode and decode serve all.
-        self._code: Callable[[Tensor], CodeOfInput] | None = None
+        self._autoencoder: CodingAutoencoder | None = None
         for name in ("latents", "reconstruction", "error"):
             self.add_subhooks(name, FwdBwdHooks())
         self._place("")
@@ -709,15 +720,21 @@ class AutoencoderHooks(HookCollection):
         call and are never kept on the autoencoder: two forward passes may interleave.
         """
         new = cls(autoencoder.encode, autoencoder.decode, add_error)
-        new._code = autoencoder.code
+        new._autoencoder = autoencoder
         return new
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the activations that the autoencoder takes now; None if that is not known."""
+        dtype = getattr(getattr(self.encode, "__self__", None), "dtype", None)
+        return dtype if isinstance(dtype, torch.dtype) else None
 
     def is_same_splice(self, other: "AutoencoderHooks") -> bool:
         """Whether both pass the activation through one autoencoder, and have hooks on latents at most."""
         others = [self.reconstruction, self.error, other.reconstruction, other.error]
         return (
-            self._code is not None
-            and self._code == other._code
+            self._autoencoder is not None
+            and self._autoencoder is other._autoencoder
             and self.add_error == other.add_error
             and all(site.is_empty() for site in others)
         )
@@ -732,7 +749,9 @@ class AutoencoderHooks(HookCollection):
         def at(site: FwdBwdHooks, value: Tensor, name: str) -> Tensor:
             return site._run(value, args, kwargs, f"{where} > {name}")
 
-        code = self._code(x) if self._code else None
+        if (fast := self._fast(x, at, kwargs)) is not None:
+            return _checked(fast, x, where, "AutoencoderHooks", kwargs.get("layer"))
+        code = self._autoencoder.code(x) if self._autoencoder else None
         latents, decode = (code.latents, code.decode) if code else (self.encode(x), self.decode)
         # A hook that edits in place gets its own copy: the error is that of the latents as encoded,
         # and the backward pass of a ReLU reads what it returned.
@@ -744,6 +763,34 @@ class AutoencoderHooks(HookCollection):
         elif not self.error.is_empty():
             at(self.error, x - result, "error")  # to be looked at: it goes nowhere
         return _checked(result, x, where, "AutoencoderHooks", kwargs.get("layer"))
+
+    def _fast(
+        self, x: Tensor, at: Callable[[FwdBwdHooks, Tensor, str], Tensor], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """The result as the autoencoder computes it fastest; None if only the formula will do."""
+        if self._autoencoder is None or not (
+            self.reconstruction.is_empty() and self.error.is_empty()
+        ):
+            return None
+        edits = self._edits(kwargs)
+        if edits is None:
+            return self._autoencoder.spliced(
+                x, lambda latents: at(self.latents, latents, "latents"), self.add_error
+            )
+        return self._autoencoder.spliced(x, edits, self.add_error)
+
+    def _edits(self, kwargs: dict[str, Any]) -> list[LatentEdit] | None:
+        """The hooks on latents that run in this layer; None if one needs all latents."""
+        site = self.latents
+        if not (site.bwd.is_empty() and site.fwd2.is_empty()) or site.fwd.bound_kwargs:
+            return None
+        found = []
+        for hook in chain.from_iterable(_running(h, kwargs.get("layer")) for h in site.fwd._hooks):
+            if not isinstance(hook, DescribedHook) or hook.only_latents is None:
+                return None
+            change = partial(hook.edit, positions=kwargs.get("positions"))
+            found.append(LatentEdit(hook.only_latents, change))
+        return found
 
     def __repr__(self) -> str:
         inside = super().__repr__().partition("(")[2].strip("()\n")
@@ -862,6 +909,10 @@ class TransformerHooks(_Group):
         Before ``.fwd``, ``.bwd`` or ``.fwd2`` may stand any location that :meth:`append_at` takes:
         ``"3/mlp.post_act.fwd"`` is for layer 3 alone.
         """
+        if not isinstance(path, str):
+            raise HookError(
+                f"expected a path such as 'resid.torso.post_mlp.fwd', found {type(path).__name__}."
+            )
         kind = next((kind for kind in _KINDS if path.endswith(f".{kind}")), None)
         place = path if kind is None else path.removesuffix(f".{kind}")
         location = _location(place)
@@ -914,6 +965,27 @@ class TransformerHooks(_Group):
                         f"{path}: a hook is for layer {layer}, which the model lacks; it has layers "
                         f"0 to {n_layers - 1}."
                     )
+
+    def autoencoders(self) -> Iterator[tuple[str, AutoencoderHooks]]:
+        """The autoencoders that are spliced in where activations have the model's dtype, with their paths."""
+        for path, leaf in self.leaves():
+            if path.rpartition(".")[0] not in _IN_FLOAT32:
+                for hook in leaf._hooks:
+                    yield from ((path, found) for found in _autoencoders_in(hook))
+
+
+_IN_FLOAT32 = {
+    path for path in SITES if path.endswith(("post_mean_subtraction", ".scale", ".post_scale"))
+}
+
+
+def _autoencoders_in(hook: Hook) -> Iterator[AutoencoderHooks]:
+    """The autoencoders among a hook and those inside it."""
+    if isinstance(hook, AutoencoderHooks):
+        yield hook
+    elif isinstance(hook, HookNode):
+        for inner in hook._inside():
+            yield from _autoencoders_in(inner)
 
 
 def _location(text: str) -> ActivationLocation | None:
@@ -994,6 +1066,15 @@ def _joined(hooks: Hooks, new: Hook) -> bool:
         if node is None or not all(node.is_empty_at(layer) for layer in at):
             return False  # something comes between
     return False
+
+
+def _running(hook: Hook, layer: int | None) -> Iterator[Hook]:
+    """The hooks inside ``AtLayers`` that run in a layer; any other hook itself."""
+    if isinstance(hook, AtLayers):
+        if layer in hook.at_layers:
+            yield from chain.from_iterable(_running(inner, layer) for inner in hook._hooks)
+    else:
+        yield hook
 
 
 def _spliced(hook: Hook) -> "tuple[list[int] | None, AutoencoderHooks | None]":

@@ -287,17 +287,25 @@ class Edit(DescribedHook):
         self, x: Tensor, layer: int | None = None, positions: Tensor | None = None
     ) -> Tensor:
         chosen = x if self.units.index is None else x[self.units.index]
-        new = self.change(chosen, positions).to(x.dtype)
+        new = self.edit(chosen, positions)
+        if self.units.index is None:
+            return new
+        result = x.clone()
+        result[self.units.index] = new
+        return result
+
+    def edit(self, chosen: Tensor, positions: Tensor | None = None) -> Tensor:
+        new = self.change(chosen, positions).to(chosen.dtype)
         if not self.positions.all:
             if positions is None:
                 raise HookError(f"{self!r}: the positions of the tokens are not known here.")
             mask = self.positions.mask(positions)
             new = torch.where(mask.view(*mask.shape, *[1] * (chosen.dim() - 2)), new, chosen)
-        if self.units.index is None:
-            return new.expand_as(x)
-        result = x.clone()
-        result[self.units.index] = new.expand_as(chosen)
-        return result
+        return new.expand_as(chosen)
+
+    @property
+    def only_latents(self) -> Tensor | None:
+        return None if self.units.index is None or not self.latents else self.units.index[-1]
 
     @property
     def sets_all(self) -> bool:
@@ -512,8 +520,9 @@ def _along(vector: Tensor, x: Tensor) -> Tensor:
 
 def _finite(value: float | Tensor, name: str) -> Tensor:
     try:
-        tensor = torch.as_tensor(value).detach()
-        tensor = tensor if tensor.is_floating_point() else tensor.float()
+        # A Python number has 53 bits, which torch's default dtype would round away.
+        tensor = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
+        tensor = (tensor if tensor.is_floating_point() else tensor.double()).detach()
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{name} must be finite, found {value!r}.")
     except (TypeError, ValueError, RuntimeError) as error:

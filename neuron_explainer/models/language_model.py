@@ -8,13 +8,14 @@ Shape legend: ``b`` batch, ``s`` sequence, ``v`` vocabulary.
 
 import functools
 import logging
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neuron_explainer.errors import (
     HookError,
@@ -23,6 +24,7 @@ from neuron_explainer.errors import (
     NeuronExplainerError,
     did_you_mean,
 )
+from neuron_explainer.models.checks import check_seed, check_tensor
 from neuron_explainer.models.devices import Device
 from neuron_explainer.models.hooks import NO_HOOKS, AtLayers, HookNode, TransformerHooks
 from neuron_explainer.models.kv_cache import State
@@ -38,7 +40,7 @@ from neuron_explainer.models.sampling import (
     prep_pos_from_pad_and_prev_lens,
     sample_from_logits,
 )
-from neuron_explainer.models.weight_names import Dimension
+from neuron_explainer.models.weight_names import Dimension, LayerIndex, WeightLocationType
 
 Encode = Callable[[str], list[int]]
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
@@ -47,6 +49,13 @@ Step = Callable[[Tensor, Tensor], Tensor]
 """Takes the next tokens and their pad mask ``[b, s]``; returns the logits ``[b, v]`` after the last."""
 
 logger = logging.getLogger(__name__)
+
+_READERS = (
+    "resid.torso.post_ln_attn",
+    "resid.torso.post_ln_mlp",
+    "resid.post_ln_f",
+    "mlp.pre_act",
+)
 
 
 class Activations(dict[ActivationLocation, Tensor]):
@@ -70,6 +79,10 @@ class Activations(dict[ActivationLocation, Tensor]):
 
     def __contains__(self, key: object, /) -> bool:
         return super().__contains__(ActivationLocation.parse(key) if isinstance(key, str) else key)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        """What notebooks and IPython offer after ``found["``."""
+        return [str(location) for location in self]
 
     def __repr__(self) -> str:
         return "\n".join(
@@ -138,6 +151,10 @@ class LanguageModel(ABC):
         """The dtype of the parameters."""
 
     @abstractmethod
+    def weight(self, location_type: WeightLocationType, layer: LayerIndex) -> Tensor:
+        """A weight with the axes that ``location_type.shape_spec`` names; may be a view of the parameter."""
+
+    @abstractmethod
     def _encode(self, text: str) -> list[int]:
         """The tokens of a text."""
 
@@ -160,6 +177,10 @@ class LanguageModel(ABC):
         """Run a pass that ends after the last of the places in ``wanted``."""
 
     @abstractmethod
+    def _reader(self, place: ActivationLocation) -> nn.Module:
+        """The module of :meth:`reader`, for a place that is checked."""
+
+    @abstractmethod
     def _generation(
         self, n_rows: int, prompt_length: int, num_tokens: int, hooks: TransformerHooks | None
     ) -> AbstractContextManager[Step]:
@@ -177,6 +198,24 @@ class LanguageModel(ABC):
         """The hook paths that this model has, in the order of a forward pass."""
         return list(SITES)
 
+    def reader(self, location: LocationLike) -> nn.Module:
+        """The module that computes a place from the residual stream, or from a norm of it.
+
+        These are the norms before attention (``3/resid.torso.post_ln_attn``), before the MLP
+        (``3/resid.torso.post_ln_mlp``) and at the end (``resid.post_ln_f``), ``[…, d] -> […, d]``; and
+        the MLP's first matrix (``3/mlp.pre_act``; in a gated MLP the gate's), which reads the norm's
+        output, ``[…, d] -> […, f]``.
+        """
+        place = ActivationLocation.parse(location)
+        if place.path not in _READERS:
+            raise LocationError(
+                f"{place} is not computed by one module from a norm or from the residual stream; "
+                f"these are: {', '.join(_READERS)}."
+            )
+        place.depth(self.n_layers)  # a layer must be named, …
+        place.expand(self.n_layers)  # … and exist
+        return self._reader(place)
+
     @property
     def n_layers(self) -> int:
         """Number of layers."""
@@ -188,6 +227,16 @@ class LanguageModel(ABC):
         return self.sizes[Dimension.VOCAB_SIZE]
 
     @property
+    def _activation_dtype(self) -> torch.dtype | None:
+        """The dtype of activations; None if it is not the same everywhere."""
+        return None if torch.is_autocast_enabled(self.device.type) else self.dtype
+
+    @property
+    def _fillers(self) -> set[int]:
+        """Tokens with which batches are filled up: 0, which :meth:`to_batch` uses, and those of others."""
+        return {0}
+
+    @property
     def _context(self) -> int | None:
         """The most tokens that a row may have; None if there is no limit."""
         return self.sizes.get(Dimension.MAX_CONTEXT_LENGTH)
@@ -197,7 +246,11 @@ class LanguageModel(ABC):
     def prompt_ids(self, prompts: Prompts, bos: bool | int = False) -> list[list[int]]:
         """Token ids of prompts in any form that :meth:`sample` takes, after the start token if asked."""
         start = [] if bos is False else [self._bos_id(bos)]
-        return prompts_to_ids(prompts, self._encode, start)
+        ids = prompts_to_ids(prompts, self._encode, start)
+        for row in ids:
+            if (low := min(row)) < 0 or max(row) >= self.n_vocab:
+                raise _unknown_token(low if low < 0 else max(row), self.n_vocab)
+        return ids
 
     def to_batch(
         self, tokens: Tensor | Prompts, pad: Tensor | None = None, bos: bool | int = False
@@ -211,7 +264,7 @@ class LanguageModel(ABC):
             return prep_input_and_pad(self.prompt_ids(tokens, bos), "right", self.device)
         if bos is False:
             return tokens, pad
-        check_tokens(tokens, pad, self.n_vocab)
+        check_tokens(tokens, pad, self.n_vocab, self.device)
         return prepend(tokens, pad, self._bos_id(bos))
 
     def _bos_id(self, bos: bool | int) -> int:
@@ -238,17 +291,26 @@ class LanguageModel(ABC):
                 "hooks must be a TransformerHooks tree, such as `TransformerHooks().append_at("
                 f"'3/mlp.post_act', hook)`, found {found}."
             )
+        if hooks is NO_HOOKS:
+            return
         for path, leaf in hooks.leaves():
             if not leaf.is_empty():
                 self.require(path.rpartition(".")[0])
         hooks.check_model(self.sizes, end)
+        for path, autoencoder in hooks.autoencoders():
+            dtype = self._activation_dtype
+            if dtype is not None and autoencoder.dtype not in (None, dtype):
+                raise HookError(
+                    f"{path}: the autoencoder is {autoencoder.dtype}, the model {dtype}; convert one of them "
+                    f"with .to(dtype), or load the autoencoder with dtype={dtype}."
+                )
 
     def _check_whole(
         self, tokens: Tensor, pad: Tensor | None, hooks: TransformerHooks | None
     ) -> None:
         """Refuse hooks for positions that a text lacks which is given whole, not to be continued."""
         if hooks is not None:
-            check_tokens(tokens, pad, self.n_vocab)
+            check_tokens(tokens, pad, self.n_vocab, self.device)
             self._check_hooks(hooks, longest_row(tokens, pad))
 
     def _advance(self, tokens: Tensor, H: State, pad: Tensor | None) -> Tensor | None:
@@ -257,7 +319,9 @@ class LanguageModel(ABC):
         Returns:
             The pad mask ``[b, s]``; None if nothing is padded.
         """
-        check_tokens(tokens, pad, self.n_vocab)
+        check_tokens(tokens, pad, self.n_vocab, self.device)
+        if pad is None and isinstance(H.prev_lens, int):
+            _warn_of_pads(tokens, self._fillers)
         if self.dtype is torch.float16 and tokens.is_cpu:
             _say_that_float16_is_slow()
         if isinstance(H.prev_lens, Tensor) and len(H.prev_lens) != len(tokens):
@@ -380,6 +444,28 @@ class LanguageModel(ABC):
         return Sample.of(rows, lambda: [self._decode(row) for row in rows])
 
 
+class UnmarkedPadsWarning(UserWarning):
+    """Tokens that look like a padded batch were run without a pad mask."""
+
+
+def _warn_of_pads(tokens: Tensor, fillers: set[int]) -> None:
+    """Warn if some rows of ``[b, s]``, but not all, begin or end with the same filler twice."""
+    if len(tokens) < 2 or tokens.shape[1] < 3:
+        return
+    for edge, side in ((tokens[:, -2:], "ends"), (tokens[:, :2], "begins")):
+        for filler in sorted(fillers):
+            rows = (edge == filler).all(dim=1).nonzero().flatten().tolist()
+            if 0 < len(rows) < len(tokens):
+                warnings.warn(
+                    f"row {rows[0]} of tokens {side} with token {filler} repeated, as if it were padded, and "
+                    "no pad mask is given: the pads are read as text. Give pad=, which is True at pads, "
+                    "or give the prompts themselves, which are padded and masked here.",
+                    UnmarkedPadsWarning,
+                    stacklevel=2,
+                )
+                return
+
+
 @functools.cache  # once a process
 def _say_that_float16_is_slow() -> None:
     logger.warning(
@@ -448,7 +534,7 @@ def prepend(tokens: Tensor, pad: Tensor | None, start: int) -> tuple[Tensor, Ten
     return tokens, pad
 
 
-def check_tokens(tokens: Any, pad: Any, n_vocab: int) -> None:
+def check_tokens(tokens: Any, pad: Any, n_vocab: int, device: torch.device | None = None) -> None:
     """Refuse tokens that are not a batch of ids below ``n_vocab``, and a pad mask that does not fit."""
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.long or tokens.dim() != 2:
         found = (
@@ -457,10 +543,11 @@ def check_tokens(tokens: Any, pad: Any, n_vocab: int) -> None:
             else type(tokens).__name__
         )
         raise InputError(f"tokens must be an int64 tensor [batch, pos], found {found}.")
+    check_tensor(tokens, "tokens", device)
     if tokens.numel() == 0:
         raise InputError(f"tokens must hold at least one token, found {list(tokens.shape)}.")
-    if pad is not None and not isinstance(pad, Tensor):
-        raise InputError(f"pad must be a bool tensor, found {type(pad).__name__}.")
+    if pad is not None:
+        check_tensor(pad, "pad", device)
     if pad is not None and (pad.dtype != torch.bool or pad.shape != tokens.shape):
         raise InputError(
             f"pad must be bool and of tokens' shape {list(tokens.shape)}, "
@@ -468,9 +555,11 @@ def check_tokens(tokens: Any, pad: Any, n_vocab: int) -> None:
         )
     low, high = (int(x) for x in tokens.aminmax())
     if low < 0 or high >= n_vocab:
-        raise InputError(
-            f"token ids must lie in 0 to {n_vocab - 1}, found {low if low < 0 else high}."
-        )
+        raise _unknown_token(low if low < 0 else high, n_vocab)
+
+
+def _unknown_token(token: int, n_vocab: int) -> InputError:
+    return InputError(f"token ids must lie in 0 to {n_vocab - 1}, found {token}.")
 
 
 def _make_generator(
@@ -481,8 +570,7 @@ def _make_generator(
         return generator
     if generator is not None:
         raise InputError("give generator or seed, not both.")
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-        raise InputError(f"seed must be a whole number of at most 64 bits, found {seed!r}.")
+    check_seed(seed)
     return torch.Generator(device).manual_seed(seed)
 
 

@@ -9,12 +9,13 @@ Shape legend: ``b`` batch, ``s`` sequence, ``q`` query, ``k`` key, ``h`` head, `
 head, ``d`` model width, ``f`` MLP width, ``v`` vocabulary, ``1`` a single number.
 """
 
+import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, SupportsIndex, cast
 
-from neuron_explainer.errors import LocationError, did_you_mean
+from neuron_explainer.errors import LocationError, did_you_mean, shown
 from neuron_explainer.models.weight_names import Dimension
 
 Stage = Literal["embed", "layer", "final"]
@@ -217,11 +218,11 @@ class ActivationLocation:
     layer: int | None = None
 
     def __post_init__(self) -> None:
-        path = _ALIASES.get(self.path, self.path)
-        if path not in SITES:
-            near = did_you_mean(self.path, [*SITES, *_ALIASES])
+        path = _ALIASES.get(self.path, self.path) if isinstance(self.path, str) else None
+        if path is None or path not in SITES:
+            near = did_you_mean(str(self.path), [*SITES, *_ALIASES])
             raise LocationError(
-                f"unknown location {self.path!r}.{near or _SOME_LOCATIONS} The README's table of "
+                f"unknown location {shown(self.path)}.{near or _SOME_LOCATIONS} The README's table of "
                 "places, and neuron_explainer.models.locations.SITES, list all."
             )
         object.__setattr__(self, "path", path)
@@ -229,8 +230,8 @@ class ActivationLocation:
             raise LocationError(
                 f"{path!r} exists once in a model, not in each layer; found layer {self.layer}."
             )
-        if self.layer is not None and self.layer < 0:
-            raise LocationError(f"layer of {path!r} must be at least 0, found {self.layer}.")
+        if self.layer is not None:
+            object.__setattr__(self, "layer", _layer_number(self.layer, path))
 
     @property
     def site(self) -> Site:
@@ -285,6 +286,10 @@ class ActivationLocation:
         """
         if isinstance(text, ActivationLocation):
             return text
+        if not isinstance(text, str):
+            raise LocationError(
+                f"expected a location such as '3/mlp.post_act', found {shown(text)}."
+            )
         if match := _TRANSFORMER_LENS_NAME.fullmatch(text):
             layer, name = int(match[1]), match[2]
             if name in _TRANSFORMER_LENS_INPUTS:
@@ -310,11 +315,23 @@ class ActivationLocation:
         return self.path if self.layer is None else f"{self.layer}/{self.path}"
 
 
+def _layer_number(layer: object, path: str) -> int:
+    try:
+        number = -1 if isinstance(layer, bool) else operator.index(cast(SupportsIndex, layer))
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise LocationError(
+            f"layer of {path!r} must be a whole number of at least 0, found {shown(layer)}."
+        )
+    return number
+
+
 LocationLike = str | ActivationLocation
 
 
 def parse_locations(locations: LocationLike | Iterable[LocationLike]) -> list[ActivationLocation]:
     """A list of :class:`ActivationLocation` from one location or several, given as text or not."""
-    if isinstance(locations, str | ActivationLocation):
+    if isinstance(locations, str | ActivationLocation) or not isinstance(locations, Iterable):
         locations = [locations]
     return [ActivationLocation.parse(location) for location in locations]

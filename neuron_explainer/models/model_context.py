@@ -6,11 +6,11 @@ model. Sizes and weights are read without loading the whole model.
 Shape legend: ``d`` model width, ``f`` MLP width, ``h`` heads, ``v`` vocabulary.
 """
 
-import threading
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +18,16 @@ from torch import Tensor
 
 from neuron_explainer.errors import CheckpointError, InputError, NeuronExplainerError
 from neuron_explainer.models.checkpoints import LoadedCheckpoint, load_checkpoint
+from neuron_explainer.models.checks import check_dtype
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.devices import Device
 from neuron_explainer.models.devices import get_default_device as get_default_device
 from neuron_explainer.models.language_model import LanguageModel
+from neuron_explainer.models.locks import Lock
 from neuron_explainer.models.names import resolve_model_source
 from neuron_explainer.models.tokenizers import decode, encode_prompt, load_encoding
 from neuron_explainer.models.transformer import Transformer
-from neuron_explainer.models.weight_layouts import (
-    Weight,
-    as_stored,
-    into_heads,
-    out_of_heads,
-    transposed,
-)
+from neuron_explainer.models.weight_layouts import TRANSFORMER_WEIGHTS
 from neuron_explainer.models.weight_names import (
     Dimension,
     LayerIndex,
@@ -54,9 +50,18 @@ class _SizesOnlyError(NeuronExplainerError, NotImplementedError):
 class ModelContext(ABC):
     """A model, its tokenizer, and the device on which its tensors are returned."""
 
+    kinds: ClassVar[dict[str, Callable[..., "ModelContext"]]] = {}
+    """What opens the models whose names begin with a prefix, such as ``"hf:"``."""
+
     def __init__(self, model_name: str, device: Device) -> None:
         self.model_name = model_name
         self.device = torch.device(device)
+
+    @property
+    def short_name(self) -> str:
+        """``model_name`` as files hold it: of a model in a local folder, the folder's own name."""
+        folder = os.path.expanduser(self.model_name)
+        return Path(os.path.abspath(folder)).name if os.path.isdir(folder) else self.model_name
 
     @property
     def reference(self) -> str:
@@ -142,6 +147,18 @@ class ModelContext(ABC):
         """The lengths of these axes."""
         return tuple(self.get_dim_size(dim) for dim in shape_spec)
 
+    # --- norms ---
+
+    @property
+    def norms_subtract_mean(self) -> bool:
+        """True if norms subtract the mean over the width (LayerNorm), False if they do not (RMSNorm)."""
+        return True
+
+    @property
+    def norms_what_is_added(self) -> bool:
+        """True if what attention and the MLP compute passes a norm before it is added to the stream."""
+        return False
+
     # --- tokens ---
 
     def encode(self, string: str) -> list[int]:
@@ -209,7 +226,17 @@ class ModelContext(ABC):
 
     @staticmethod
     def from_model_type(model_type: str | Path, **kwargs: Any) -> "ModelContext":
-        """The context of a model by name or folder; ``kwargs`` go to :class:`StandardModelContext`."""
+        """The context of a model of any kind; ``kwargs`` go to the class of the context.
+
+        Args:
+            model_type: ``hf:NAME`` or ``hf:FOLDER`` for any causal language model of transformers
+                (:class:`~neuron_explainer.models.huggingface.context.HuggingFaceModelContext`). Anything
+                else is a model of this library (:class:`StandardModelContext`): a name
+                (``"gpt2-small"``), a folder, or the URL of a folder.
+        """
+        for prefix, make in ModelContext.kinds.items():
+            if isinstance(model_type, str) and model_type.startswith(prefix):
+                return make(model_type.removeprefix(prefix), **kwargs)
         return StandardModelContext(model_type, **kwargs)
 
     def __repr__(self) -> str:
@@ -232,23 +259,6 @@ def size_of(sizes: Mapping[Dimension, int], dim: Dimension, of: str) -> int:
     return sizes[dim]
 
 
-_PLACES: dict[WeightLocationType, Weight] = {
-    WeightLocationType.MLP_TO_HIDDEN: Weight("mlp.in_layer.weight", transposed),
-    WeightLocationType.MLP_TO_RESIDUAL: Weight("mlp.out_layer.weight", transposed),
-    WeightLocationType.EMBEDDING: Weight("tok_embed.weight", as_stored),
-    WeightLocationType.UNEMBEDDING: Weight("unembed.weight", transposed),
-    WeightLocationType.POSITION_EMBEDDING: Weight("pos_embed.weight", as_stored),
-    WeightLocationType.ATTN_TO_QUERY: Weight("attn.q_proj.weight", into_heads),
-    WeightLocationType.ATTN_TO_KEY: Weight("attn.k_proj.weight", into_heads),
-    WeightLocationType.ATTN_TO_VALUE: Weight("attn.v_proj.weight", into_heads),
-    WeightLocationType.ATTN_TO_RESIDUAL: Weight("attn.out_proj.weight", out_of_heads),
-    WeightLocationType.LAYER_NORM_GAIN_FINAL: Weight("final_ln.weight", as_stored),
-    WeightLocationType.LAYER_NORM_BIAS_FINAL: Weight("final_ln.bias", as_stored),
-    WeightLocationType.LAYER_NORM_GAIN_PRE_ATTN: Weight("ln_1.weight", as_stored),
-    WeightLocationType.LAYER_NORM_GAIN_PRE_MLP: Weight("ln_2.weight", as_stored),
-}
-
-
 class StandardModelContext(ModelContext):
     """The context of a :class:`~neuron_explainer.models.transformer.Transformer`.
 
@@ -268,13 +278,15 @@ class StandardModelContext(ModelContext):
         dtype: torch.dtype | None = torch.float32,
     ) -> None:
         super().__init__(str(model_name), get_default_device() if device is None else device)
+        if dtype is not None:
+            check_dtype(dtype)
         self.dtype = dtype
         self.load_path = resolve_model_source(model_name)
         """The folder or URL."""
         self._checkpoint: LoadedCheckpoint | None = None  # the header, without tensors
         self._tensors: dict[str, Tensor] = {}  # tensors read for single weights, by key
         self._models: dict[tuple[torch.device, bool], Transformer] = {}  # (device, simplify)
-        self._lock = threading.RLock()
+        self._lock = Lock()
 
     @property
     def config(self) -> TransformerConfig:
@@ -324,7 +336,7 @@ class StandardModelContext(ModelContext):
         So weights fit the activations that the model computes: edits of the model are seen. If only a
         simplified model has been loaded, the weights are folded.
         """
-        key, layout = _PLACES[location_type]
+        key, layout = TRANSFORMER_WEIGHTS[location_type]
         key = key if layer is None else f"xf_layers.{layer}.{key}"
         return layout(self._tensor(key, device), self.config.sizes)
 

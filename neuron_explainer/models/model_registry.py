@@ -14,7 +14,7 @@ from neuron_explainer.models.autoencoder_context import (
     AutoencoderContext,
     AutoencoderSpec,
 )
-from neuron_explainer.models.devices import Device
+from neuron_explainer.models.devices import Device, check_device, default_device
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.names import (
     ASSETS,
@@ -221,6 +221,10 @@ def get_autoencoder_spec(model_name: str, autoencoder_name: str) -> AutoencoderS
     """Where the autoencoders called ``autoencoder_name`` of a model are."""
     model = _known_model(model_name)
     names = _AUTOENCODER_SPECS.get(model, {})
+    if not isinstance(autoencoder_name, str):
+        raise SourceError(
+            f"expected the name of an autoencoder, found {type(autoencoder_name).__name__}."
+        )
     if autoencoder_name not in names:
         known = f"Known for {model}: {', '.join(names) or 'none'}."
         others = [other for other, found in _AUTOENCODER_SPECS.items() if autoencoder_name in found]
@@ -236,7 +240,7 @@ def get_autoencoder_spec(model_name: str, autoencoder_name: str) -> AutoencoderS
 def make_autoencoder_context(
     model_name: str,
     autoencoder_name: str,
-    device: torch.device | str,
+    device: Device | None = None,
     omit_dead_latents: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> AutoencoderContext:
@@ -245,15 +249,19 @@ def make_autoencoder_context(
     Args:
         model_name: ``"gpt2-small"``, ``"tiny-tales"``; see :func:`list_autoencoder_names`.
         autoencoder_name: such as ``"ae-resid-delta-mlp-v4"``.
-        device: where to put them.
+        device: where to put them. Default: CUDA if there is one, else the CPU, as
+            :meth:`Transformer.load` has it.
         omit_dead_latents: leave latents that never fired in training out of memory.
         dtype: of the weights in memory: that of the model they are to be spliced into.
     """
     spec = get_autoencoder_spec(model_name, autoencoder_name)
-    return AutoencoderContext(AutoencoderConfig.from_spec(spec), device, omit_dead_latents, dtype)
+    where = default_device() if device is None else check_device(device)
+    return AutoencoderContext(AutoencoderConfig.from_spec(spec), where, omit_dead_latents, dtype)
 
 
 def _known_model(name: str) -> str:
+    if not isinstance(name, str):
+        raise SourceError(f"expected the name of a model, found {type(name).__name__}.")
     if files.is_remote(name) or Path(name).is_dir():
         raise SourceError(
             f"no autoencoders are known by name for the model in {name}; give the autoencoder's own "

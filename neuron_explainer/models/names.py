@@ -56,11 +56,17 @@ def get_standard_model_spec(name: str) -> StandardModelSpec:
 
 
 def resolve_model_source(name_or_path: str | Path) -> str | Path:
-    """The path of a model's folder, or its URL.
+    """The path of a model's folder, or its URL, for a model of this library.
 
     An existing folder wins over a name, so that a user's own folder ``gpt2-small`` is found.
     """
+    if not isinstance(name_or_path, str | Path):
+        raise SourceError(
+            f"expected the name, folder or URL of a model, found {type(name_or_path).__name__}."
+        )
     if isinstance(name_or_path, str) and files.is_remote(name_or_path):
+        if name_or_path.startswith("hf:"):
+            raise _model_of_transformers(name_or_path)
         return name_or_path
     folder = Path(name_or_path).expanduser()
     # os.path, because Path's own tests raise where a name is too long to be one.
@@ -86,11 +92,26 @@ def _spelling(name: str) -> str:
     return name.replace("/", "-")
 
 
+def _model_of_transformers(name: str) -> SourceError:
+    there = name.removeprefix("hf:").removeprefix("//")
+    own = (
+        f"its folder, {there}"
+        if os.path.isdir(there)
+        else f"their address, https://huggingface.co/{there}/resolve/main"
+    )
+    return SourceError(
+        f"{name}: hf: names a model that transformers runs; open it with "
+        f"ModelContext.from_model_type({name!r}). For GPT-2's files in this library's own model, give "
+        f"{own}."
+    )
+
+
 def _unknown_model(name: str) -> SourceError:
     names = list_model_names()
     return SourceError(
         f"no model {name!r}: there is no such folder here ({os.getcwd()}) and no such name."
         f"{did_you_mean(_spelling(name), [*names, *_MODEL_ALIASES])} Names: {', '.join(names)}. Or "
         "give the path of a folder with config.json and weights (model.safetensors, model_pieces/ "
-        "or a Hugging Face GPT-2), an https:// or az:// folder, or hf:owner/name."
+        "or a Hugging Face GPT-2), or an https:// or az:// folder. Contexts and commands also take "
+        "hf:NAME for a model of transformers."
     )

@@ -97,9 +97,10 @@ def check_sampling_settings(
     """Raise an InputError for settings that :func:`sample_from_logits` cannot work with."""
     if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 1:
         raise InputError(f"num_tokens must be a whole number >= 1, found {num_tokens!r}.")
-    if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
+    # 1e300: whole numbers of any size are numbers too, and only floats can divide logits.
+    if not isinstance(temperature, int | float) or not 0 <= temperature < 1e300:
         raise InputError(f"temperature must be a finite number >= 0, found {temperature!r}.")
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise InputError(f"top_k must be a whole number >= 1 or None, found {top_k!r}.")
     if top_p is not None and not (isinstance(top_p, int | float) and 0 < top_p <= 1):
         raise InputError(f"top_p must lie in (0, 1] or be None, found {top_p!r}.")

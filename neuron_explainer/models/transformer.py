@@ -30,6 +30,7 @@ from neuron_explainer.errors import InputError
 from neuron_explainer.kernels.products import linear, linears, weight_copies
 from neuron_explainer.models import tokenizers
 from neuron_explainer.models.checkpointed import Checkpointed
+from neuron_explainer.models.checks import check_seed
 from neuron_explainer.models.config import SerializableDataclass, TransformerConfig
 from neuron_explainer.models.devices import Device, default_device
 from neuron_explainer.models.hooks import (
@@ -49,6 +50,7 @@ from neuron_explainer.models.sampling import (
     prep_pos_from_pad_and_prev_lens,
 )
 from neuron_explainer.models.simplify import apply_layernorm_foldin
+from neuron_explainer.models.tokenizer_files import TokenizerSpec
 
 if TYPE_CHECKING:
     import tiktoken
@@ -409,7 +411,7 @@ class Transformer(Checkpointed):
         device: Device | None = None,
         dtype: torch.dtype | None = None,
         seed: int | None = None,
-        tokenizer: tokenizers.TokenizerSpec | None = None,
+        tokenizer: TokenizerSpec | None = None,
     ) -> None:
         super().__init__()
         self.cfg, self.recompute, self.tokenizer = cfg, recompute, tokenizer
@@ -433,6 +435,8 @@ class Transformer(Checkpointed):
     @torch.no_grad()
     def _initialise(self, seed: int | None) -> None:
         """GPT-2's initial weights: 0.02, positions 0.01, smaller where a layer adds to the stream."""
+        if seed is not None:
+            check_seed(seed)
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:  # biases, and the gains of norms
@@ -593,6 +597,17 @@ class Transformer(Checkpointed):
         if any(p.path == "logits" for p in wanted):
             self.run_unembed(X, H, hooks)
 
+    def _reader(self, place: ActivationLocation) -> nn.Module:
+        if place.layer is None:
+            return self.final_ln
+        layer = list(self.layers)[place.layer]
+        of_layer: dict[str, nn.Module] = {
+            "resid.torso.post_ln_attn": layer.ln_1,
+            "resid.torso.post_ln_mlp": layer.ln_2,
+            "mlp.pre_act": layer.mlp.in_layer,
+        }
+        return of_layer[place.path]
+
     @contextmanager
     def _generation(
         self, n_rows: int, prompt_length: int, num_tokens: int, hooks: TransformerHooks | None
@@ -627,6 +642,11 @@ class Transformer(Checkpointed):
 
     def _start_token(self) -> int:
         return tokenizers.start_token(self.tokenizer or self.cfg.enc)
+
+    @property
+    def _fillers(self) -> set[int]:
+        start = tokenizers.known_start_token(self.tokenizer or self.cfg.enc)
+        return super()._fillers | ({start} if start is not None else set())
 
     def simplify(self) -> Self:
         """Fold each layer's norms into the linear maps behind them, in place, and return the model.

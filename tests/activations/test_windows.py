@@ -166,6 +166,16 @@ def test_windows_without_end() -> None:
     windows = TokenWindows(random_corpus([6]), 3, 1, epochs=None)
     assert windows.n_batches is None
     assert windows.batch(10_001).tokens.shape == (1, 3)
+    with pytest.raises(TypeError, match=r"never end .*batches_per_epoch"):
+        len(windows)
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("world", [1, 2])
+def test_their_length_is_the_number_of_batches(epochs: int, world: int) -> None:
+    for rank in range(world):
+        windows = TokenWindows(random_corpus(LENGTHS), 4, 2, epochs=epochs, rank=rank, world=world)
+        assert len(windows) == len(list(windows)) == windows.n_batches
 
 
 def test_the_order_is_pinned() -> None:

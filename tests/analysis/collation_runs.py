@@ -9,7 +9,6 @@ moments. Then other processes, as many as the case says, go on.
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -26,8 +25,8 @@ from torch import nn
 from neuron_explainer.activations.windows import TokenBatch, TokenWindows
 from neuron_explainer.analysis import CollateConfig, collate
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
-from neuron_explainer.models.model_context import ModelContext, StandardModelContext
-from tests.activations.helpers import random_corpus, save_context
+from neuron_explainer.models.model_context import ModelContext
+from tests.analysis.byte_models import BOS, byte_corpus, save_byte_context
 
 CONFIG = CollateConfig(
     top=3, intervals=3, per_interval=2, uniform=2, window=6, head_window=3, parts=5,
@@ -68,8 +67,7 @@ def what() -> list[Any]:
 
 
 def run(context: ModelContext, out: Path, counter: Counter) -> None:
-    corpus = random_corpus([14, 3, 25, 9, 9, 1, 12, 30, 30, 20])
-    windows = Counted(corpus, 10, 2, bos=0)
+    windows = Counted(byte_corpus(), 10, 3, bos=BOS)
     windows.counter = counter
     for name in MOMENTS:
         setattr(os, name, _ticking(getattr(os, name), counter))
@@ -118,8 +116,7 @@ def _in_child(rank: int, size: int, meeting: str, work: Callable[[], None]) -> N
 
 def main(folder: Path, n_kills: int) -> None:
     torch.set_num_threads(1)
-    save_context(folder / "model")
-    context = StandardModelContext(str(folder / "model"), "cpu")
+    context = save_byte_context(folder)
     context.get_or_create_model()
     found: dict[str, Any] = {}
     never = Counter(0, die)
@@ -155,4 +152,3 @@ def _is_whole(out: Path, folder: Path) -> bool:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
-    shutil.rmtree(Path(sys.argv[1]) / "model")

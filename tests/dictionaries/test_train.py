@@ -160,7 +160,7 @@ def test_geometric_median() -> None:
     assert torch.equal(first_bias(rows, "mean"), rows.mean(0))
 
 
-# ---- the norm of decoder rows --------------------------------------------------------------------
+# ---- the length of directions --------------------------------------------------------------------
 
 
 def constrained(norm: Any) -> LearnedDictionary:

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -418,6 +419,41 @@ def test_check_model_looks_at_the_layers_asked_for(tmp_path, model):
     context.check_model(model, [0])
     with pytest.raises(LocationError, match="outside the model"):
         context.check_model(model)
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_layers_are_one_or_several_and_each_counts_once(tmp_path, model, multi):
+    context = AutoencoderContext(save_all(tmp_path), "cpu")
+    asked: Any = context
+    if multi:
+        asked = MultiAutoencoderContext.from_autoencoder_context_list([context])
+    seen = []
+
+    def count(latents, layer):
+        seen.append(layer)
+        return latents
+
+    for layers, expected in (
+        (1, [1]),
+        ([1], [1]),
+        ([1, 1], [1]),
+        ((2, 0, 2), [0, 2]),
+        (None, [0, 1, 2]),
+    ):
+        seen.clear()
+        run(model, asked.hooks(count, layers=layers))
+        assert seen == expected
+    seen.clear()
+    run(model, asked.hooks(count, layers=(layer for layer in (0, 1))))
+    assert seen == [0, 1]
+    assert asked.hooks(count, layers=[]).is_empty()
+    for wrong in (7, [0, 7], "1", ["1"], True, [1.5], 1.5, [[1]]):
+        with pytest.raises(InputError, match=r"there is no autoencoder of .* in layer"):
+            asked.hooks(count, layers=wrong)
+    context.check_model(model, 1)
+    for layer in (7, True, "1", [1]):
+        with pytest.raises(InputError, match="there is no autoencoder of"):
+            context.get_autoencoder(cast(int, layer))
 
 
 # ---- latents left out ------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
-from neuron_explainer.errors import LocationError  # noqa: E402
+from neuron_explainer.errors import InputError, LocationError  # noqa: E402
 from neuron_explainer.models.hooks import TransformerHooks  # noqa: E402
 from neuron_explainer.models.huggingface import families  # noqa: E402
 from neuron_explainer.models.huggingface.families import FAMILIES, architecture_of  # noqa: E402
@@ -35,6 +35,7 @@ WITHOUT_WIDTH = {key: value for key, value in BASE.items() if key != "intermedia
 KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
 FALCON = WITHOUT_WIDTH | {"ffn_hidden_size": 20}
 BLOOM = {key: value for key, value in WITHOUT_WIDTH.items() if key != "max_position_embeddings"}
+MPT = {"vocab_size": 61, "d_model": 16, "n_layers": 3, "n_heads": 4, "max_seq_len": 24}
 
 NEW = {
     "bloom": transformers.BloomConfig(**BLOOM),
@@ -83,6 +84,8 @@ NEW = {
         **GROUPED, residual_multiplier=0.3, embedding_multiplier=2.0, logits_scaling=4.0
     ),
     "mixtral": transformers.MixtralConfig(**GROUPED, num_local_experts=4, sliding_window=None),
+    "mpt": transformers.MptConfig(**MPT),
+    "mpt, clipped": transformers.MptConfig(**MPT, attn_config={"clip_qkv": 0.5, "alibi": True}),
     "olmo": transformers.OlmoConfig(**GROUPED),
     "olmo2": transformers.Olmo2Config(**GROUPED),
     "olmo3": transformers.Olmo3Config(**GROUPED, **WINDOW, layer_types=KINDS),
@@ -355,7 +358,7 @@ def test_patterns_are_those_of_eager_attention(family: str, models: Any, tokens:
 def test_a_row_equals_its_solo_run(family: str, side: str, models: Any, tokens: Tensor) -> None:
     model = models[family]
     windowed = families.attention_window(model.config) is not None
-    if side == "between" and windowed:
+    if side == "between" and (windowed or families.counts_places(model.config)):
         return  # refused
     path = f"1/{TORSO}.post_ln_mlp" if f"{TORSO}.post_ln_mlp" in model.paths else "resid.post_emb"
     hooks = TransformerHooks().append_at(path, doubled)
@@ -409,9 +412,27 @@ def test_weights_do_what_the_model_does(family: str, models: Any, tokens: Tensor
         close(rest, rest[:1, :1].expand_as(rest), 1e-4)
 
 
+def test_pads_change_no_distance_in_mpt_or_are_refused(models: Any, tokens: Tensor) -> None:
+    """Its attention measures distances in places: pads at either end are right, others are refused."""
+    model = models["mpt"]
+    pad = torch.zeros(2, 9, dtype=torch.bool)
+    pad[0, 3:5] = True
+    with pytest.raises(InputError, match=r"Mpt.* counts pads as tokens .* Pad on the left"):
+        model(tokens, pad=pad)
+    at_the_end = torch.zeros(2, 9, dtype=torch.bool)
+    at_the_end[0, 6:] = True
+    _, H = model(tokens, pad=at_the_end)
+    with pytest.raises(InputError, match="counts pads as tokens"):  # now they are between
+        model(tokens[:, :1], H)
+    long = torch.ones(2, 25, dtype=torch.long)
+    with pytest.raises(InputError, match="25 places, pads included, more than the context of 24"):
+        model(long, pad=(torch.arange(25) < 5).expand(2, 25))
+    prompts = [[5, 6, 7, 8], [9, 10]]
+    both = model.sample(prompts, 6, temperature=0)["tokens"]
+    assert both == [model.sample(p, 6, temperature=0)["tokens"][0] for p in prompts]
+
+
 def test_what_cannot_be_right_is_refused() -> None:
-    with pytest.raises(LocationError, match=r"'mpt' are refused: its attention counts pads"):
-        architecture_of(transformers.MptConfig())
     with pytest.raises(LocationError, match="'t5' are not in the table"):
         architecture_of(transformers.T5Config())
     for config in CONFIGS.values():

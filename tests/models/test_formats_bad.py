@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import warnings
 import zipfile
@@ -22,6 +23,8 @@ from benchmarks.peers.write_ours import FIXTURES
 from neuron_explainer.errors import CheckpointError, NeuronExplainerError, SourceError
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.checkpoints.autoencoders.state import STATISTICS
+from neuron_explainer.models.checkpoints.tensor_files import check_claims, torch_load
+from neuron_explainer.models.transformer import Transformer, TransformerConfig
 from tests.reference import published_autoencoders as published
 
 Tensors = dict[str, Any]
@@ -536,6 +539,53 @@ def test_archives_that_inflate_beyond_measure_are_refused_unread(tmp_path, name)
     text = error_of(Source(path, path, "", {}))
     assert "refused: " in text
     assert "bytes that inflate to 269,484,032" in text
+
+
+REPEATED = {
+    "strides of 0": lambda: torch.zeros(1).expand(20_000, 62_500),
+    "a column": lambda: torch.zeros(20_000, 1).expand(20_000, 62_500),
+    "many small": lambda: torch.zeros(1).expand(10, 1_000_000),
+    "without memory": lambda: torch.empty(1 << 30, device="meta"),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("kind", REPEATED)
+def test_tensors_that_claim_more_than_the_file_holds_are_refused(tmp_path, kind, legacy):
+    """Files of a few kilobytes; what they claim is gigabytes, which any copy would take."""
+    path = tmp_path / "0.pt"
+    claim = REPEATED[kind]()
+    state = {f"encoder.{i}": claim for i in range(7 if kind == "many small" else 1)}
+    nested = {"encoder.weight": torch.zeros(4), "nested": [{"more": state}]}
+    for content in (state, nested):
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+        assert path.stat().st_size < 200_000
+        text = error_of(Source(path, path, "", {}))
+        assert "refused: its tensors would take" in text
+        assert re.search(r"\(the largest is 'encoder.*'\), of which the file stores [\d,]+;", text)
+
+
+def test_a_model_in_pieces_that_claims_more_than_its_files_hold_is_refused(tmp_path):
+    Transformer(TransformerConfig("gpt2", 16, 8, 1, 1, 2, 3, n_vocab=11)).save_checkpoint(
+        tmp_path / "model"
+    )
+    piece = tmp_path / "model" / "model_pieces" / "tok_embed.weight.pt"
+    torch.save(torch.zeros(1).expand(1 << 26, 8), piece)
+    with pytest.raises(CheckpointError, match=r"tok_embed.weight.pt: refused: its tensors would"):
+        Transformer.load(tmp_path / "model")
+
+
+def test_tensors_that_share_memory_are_not_taken_for_claims(tmp_path):
+    weight = torch.zeros(1000, 1000)
+    torch.save({"a": weight, "b": weight.t(), "c": weight[0], "self": []}, tmp_path / "0.pt")
+    check_claims(torch_load(tmp_path / "0.pt"), tmp_path / "0.pt", claimed_bytes=0)
+    itself: list[Any] = [weight]
+    itself.append(itself)
+    check_claims(itself, tmp_path / "0.pt", claimed_bytes=0)
+    with pytest.raises(
+        CheckpointError, match=r"take 20,000,000 bytes .*, of which the file stores 4,000,000;"
+    ):
+        check_claims([weight] * 5, tmp_path / "0.pt", claimed_bytes=0)
 
 
 def test_one_byte_changed_is_noticed_in_archives(tmp_path):

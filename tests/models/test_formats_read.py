@@ -79,7 +79,12 @@ def test_encode_and_decode_are_the_peers(name):
         ),
         ("sae-lens-batchtopk", None, None, None),
         ("sparsify-plain", None, None, None),
-        ("dictionary-learning-AutoEncoder", None, None, "EleutherAI/pythia-70m-deduped"),
+        (
+            "dictionary-learning-AutoEncoder",
+            "3/resid.torso.post_mlp",
+            None,
+            "EleutherAI/pythia-70m-deduped",
+        ),
     ],
 )
 def test_where_it_belongs_is_read_or_stays_unknown(name, location, output, model):

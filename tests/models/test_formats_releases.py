@@ -19,7 +19,6 @@ from neuron_explainer.models.checkpoints import autoencoders as checkpoints_of_a
 from neuron_explainer.models.checkpoints.autoencoders import FORMATS, Stated
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_tensors,
-    loaded,
     matrix_shape,
     parameters,
 )
@@ -28,6 +27,7 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     LoadedAutoencoder,
     Source,
     has_keys,
+    loaded,
 )
 from neuron_explainer.models.locations import ActivationLocation
 from tests.reference import published_autoencoders as published
@@ -441,6 +441,15 @@ def test_temporal_autoencoders_in_their_own_layout(tmp_path):
     for source in (tmp_path, tmp_path / "latest_ckpt.safetensors"):
         with pytest.raises(CheckpointError, match=r"temporal sparse autoencoder.*not supported"):
             Autoencoder.load(source)
+
+
+@pytest.mark.parametrize("sae_type", ["crosscoder", "clt", "lorsa", "molt"])
+def test_other_kinds_of_language_model_saes(tmp_path, sae_type):
+    config = {"sae_type": sae_type, "d_model": N, "hook_point_in": "a", "hook_point_out": "b"}
+    write_json(tmp_path / "config.json", config)
+    save_file({"W_E": torch.zeros(N, L)}, tmp_path / "sae_weights.safetensors")
+    with pytest.raises(CheckpointError, match=r"this is a .* of Language-Model-SAEs, which is not"):
+        Autoencoder.load(tmp_path)
 
 
 def test_another_library_of_cross_layer_transcoders(tmp_path):

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from neuron_explainer.errors import HookError, InputError, LocationError, NeuronExplainerError
 from neuron_explainer.models import language_model
-from neuron_explainer.models.hooks import AtLayers, TransformerHooks
-from neuron_explainer.models.language_model import LanguageModel
+from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.hooks import AtLayers, AutoencoderHooks, Hooks, TransformerHooks
+from neuron_explainer.models.language_model import LanguageModel, UnmarkedPadsWarning
 from neuron_explainer.models.locations import SITES
 from neuron_explainer.models.model_context import ModelContext, StandardModelContext
+from neuron_explainer.models.sampling import prep_input_and_pad
 from neuron_explainer.models.transformer import HiddenState, Transformer
 from tests.conftest import make_model, random_tokens
 
@@ -397,3 +399,80 @@ def test_caches_that_are_written_in_place_are_restored_too() -> None:
             model(TOKENS[:, 5:].flip(1), H, hooks=hooks)
         found, _ = model(TOKENS[:, 5:], H)
     torch.testing.assert_close(found, expected[:, 5:], atol=1e-5, rtol=1e-5)
+
+
+# --- pads ---
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_without_its_mask_is_warned_of(side: str, model: LanguageModel) -> None:
+    tokens, pad = prep_input_and_pad([[5, 6, 7, 8, 9], [4, 3]], side)
+    for run in (model, lambda tokens: model.capture(tokens, "mlp.post_act")):
+        with pytest.warns(UnmarkedPadsWarning, match=r"row 1 .* token 0 .*no pad mask.*Give pad="):
+            run(tokens)
+    # Warnings are errors here: none of these is one.
+    model(tokens, pad=pad)
+    model(tokens, pad=torch.zeros_like(pad))  # the caller says that all are tokens
+    model(tokens[1:])
+    model(torch.zeros(2, 5, dtype=torch.long))
+    model.capture([[5, 6, 7, 8, 9], [4, 3]], "mlp.post_act")
+    model.sample([[5, 6, 7, 8, 9], [4, 3]], 3)
+    _, H = model(TOKENS[:, :5])
+    model(torch.tensor([[0, 0, 0], [1, 2, 3]]), H)
+
+
+def test_pads_of_other_libraries_are_known_too() -> None:
+    """GPT-2's end of text; and what a config of transformers says."""
+    model = Transformer.load("tiny-tales", device="cpu")
+    end = model._start_token()
+    with pytest.warns(UnmarkedPadsWarning, match=f"row 0 of tokens ends with token {end} repeated"):
+        model(torch.tensor([[5, 6, end, end], [5, 6, 7, 8]]))
+    foreign = make_huggingface("llama", pad_token_id=3)
+    from neuron_explainer.models.huggingface.model import HuggingFaceModel
+
+    with pytest.warns(UnmarkedPadsWarning, match="row 1 of tokens begins with token 3 repeated"):
+        HuggingFaceModel(foreign)(torch.tensor([[5, 6, 7, 8], [3, 3, 7, 8]]))
+
+
+def test_places_complete_after_a_quote(model: LanguageModel) -> None:
+    found = model.capture(TOKENS, ["mlp.post_act", "logits"])
+    assert found._ipython_key_completions_() == ["0/mlp.post_act", "1/mlp.post_act", "logits"]
+
+
+# --- autoencoders of another dtype ---
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_autoencoder_of_another_dtype_is_refused_before_the_pass(
+    nested: bool, model: LanguageModel
+) -> None:
+    width = model.capture(TOKENS, "1/mlp.post_act")["1/mlp.post_act"].shape[-1]
+    autoencoder = Autoencoder(8, width).requires_grad_(False)
+    splice = AutoencoderHooks.from_autoencoder(autoencoder)
+    hooks = TransformerHooks().append_at("1/mlp.post_act", Hooks([splice]) if nested else splice)
+    model(TOKENS, hooks=hooks)
+    seen: list[int] = []
+
+    def see(x: Tensor) -> Tensor:
+        seen.append(1)
+        return x
+
+    hooks.append_at("0/mlp.post_act", see)
+    autoencoder.bfloat16()
+    said = r"mlp.post_act.fwd: the autoencoder is torch.bfloat16, the model torch.float32"
+    with pytest.raises(HookError, match=said):
+        model(TOKENS, hooks=hooks)
+    assert not seen
+    autoencoder.float()
+    model(TOKENS, hooks=hooks)
+    assert seen == [1]
+
+
+def test_norms_are_float32_whatever_the_model() -> None:
+    model = make_model(dtype=torch.bfloat16)
+    place = "1/resid.torso.ln_mlp.post_scale"
+    autoencoder = Autoencoder(8, model.cfg.d_model).requires_grad_(False)
+    model(
+        TOKENS,
+        hooks=TransformerHooks().append_at(place, AutoencoderHooks.from_autoencoder(autoencoder)),
+    )

@@ -98,7 +98,7 @@ def test_at_layers_without_a_layer_is_an_error_not_a_no_op(tiny_model: Transform
         (lambda m: m.capture(TOKENS, "logits", hooks=zero), "hooks must be a TransformerHooks"),
         (lambda m: m(TOKENS, H=3), "H must be a HiddenState of 2 layers"),
         (lambda m: m(TOKENS, H=HiddenState(5)), "H must be a HiddenState of 2 layers"),
-        (lambda m: m(TOKENS, pad=[[False] * 3]), "pad must be a bool tensor, found list"),
+        (lambda m: m(TOKENS, pad=[[False] * 3]), "pad must be a tensor, found list"),
         (lambda m: m.sample([[1]], temperature="hot"), "temperature.*'hot'"),
         (lambda m: m.sample([[1]], top_p="x"), "top_p.*'x'"),
         (lambda m: m.sample(None), "prompts must be text or token ids, found NoneType"),

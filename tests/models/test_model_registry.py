@@ -3,14 +3,20 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from neuron_explainer.errors import SourceError
+from neuron_explainer.errors import InputError, SourceError
+from neuron_explainer.models.huggingface.context import HuggingFaceModelContext
+from neuron_explainer.models.model_context import ModelContext, StandardModelContext
 from neuron_explainer.models.model_registry import (
     StandardModelSpec,
     get_standard_model_spec,
     list_model_names,
+    make_autoencoder_context,
     resolve_model_source,
 )
+from neuron_explainer.models.open_model import open_model
+from neuron_explainer.models.transformer import Transformer
 
 URL = "https://openaipublic.blob.core.windows.net/neuron-explainer/subject-models/gpt2"
 
@@ -74,9 +80,32 @@ def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_model_source("home/model/") == Path("home/model")
 
 
-@pytest.mark.parametrize("url", ["https://example.org/m", "az://account/c/m", "hf:owner/name"])
+@pytest.mark.parametrize("url", ["https://example.org/m", "az://account/c/m"])
 def test_remote_folders(url: str) -> None:
     assert resolve_model_source(url) == url
+
+
+@pytest.mark.parametrize("name", ["hf:owner/name", "hf://owner/name"])
+def test_hf_is_a_model_of_transformers_and_not_a_folder(name: str) -> None:
+    for opened in (resolve_model_source, Transformer.load, StandardModelContext):
+        with pytest.raises(SourceError, match="names a model that transformers runs") as caught:
+            opened(name)
+        assert f"ModelContext.from_model_type({name!r})" in str(caught.value)
+        assert "https://huggingface.co/owner/name/resolve/main" in str(caught.value)
+    Path("own").mkdir()
+    with pytest.raises(SourceError, match="give its folder, own"):
+        Transformer.load("hf:own")
+
+
+def test_hf_names_the_same_model_for_every_opener() -> None:
+    for opened in (ModelContext.from_model_type, open_model):
+        context = opened("hf:owner/name")
+        assert isinstance(context, HuggingFaceModelContext)
+        assert (context.model_name, context.reference) == ("owner/name", "hf:owner/name")
+        assert isinstance(opened("tiny-tales"), StandardModelContext)
+    context = ModelContext.from_model_type("hf:owner/name", device="cpu", dtype=torch.bfloat16)
+    assert isinstance(context, HuggingFaceModelContext)
+    assert context.dtype is torch.bfloat16
 
 
 def test_unknown_names(tmp_path: Path) -> None:
@@ -108,3 +137,10 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     file.write_bytes(b"")
     with pytest.raises(SourceError, match="is a file; give the folder"):
         resolve_model_source(file)
+
+
+def test_autoencoders_go_where_models_go() -> None:
+    context = make_autoencoder_context("tiny-tales", "ae-resid-delta-mlp")
+    assert context.device == Transformer.load("tiny-tales").device
+    with pytest.raises(InputError, match="no device 'cuda:99' here"):
+        make_autoencoder_context("tiny-tales", "ae-resid-delta-mlp", "cuda:99")

@@ -2,17 +2,14 @@
 
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch.distributed as dist
 from filelock import FileLock, Timeout
-from safetensors.numpy import save_file
 from torch import nn
 
 from neuron_explainer import files
@@ -23,6 +20,8 @@ from neuron_explainer.analysis.collation.partial import Progress, State
 from neuron_explainer.analysis.collation.passes import Collation, Findings
 from neuron_explainer.analysis.collation.units import Watched, What, watched, weights_sha256
 from neuron_explainer.analysis.records import Collected
+from neuron_explainer.analysis.store_format import file_name, write_store
+from neuron_explainer.analysis.token_store import TOKENS_FOLDER, TokenStore
 from neuron_explainer.errors import CheckpointError, InputError, SourceError
 from neuron_explainer.interrupts import interrupts_wait
 from neuron_explainer.models.model_context import ModelContext
@@ -159,12 +158,13 @@ class _Run:
         self.world = _World.here()
         self.collation = Collation(context, places, windows, config)
         self.provenance = self.collation.provenance(_model_sha256(context))
-        self.stores = {place.name: out / f"{file_name(place.name)}.store" for place in places}
+        self.stores = {place.name: out / file_name(place.name) for place in places}
         if len(set(self.stores.values())) < len(places):
             raise InputError(f"two of {', '.join(self.stores)} would have the same file name.")
         self.progress: Progress = {}
         self.absorbed: dict[str, Path] = {}
         self.found: list[Findings] = []
+        self.tokens: TokenStore | None = None
 
     # ---- the folder --------------------------------------------------------------------------------
 
@@ -196,6 +196,9 @@ class _Run:
             files.write_json(path, header)
         files.remove_leftovers(self.folder)
         partial.remove_absorbed(self.folder)
+        # Before the work: this finds out whether the folder's stores are of another corpus.
+        corpus, context = self.collation.windows.corpus, self.collation.context
+        self.tokens = TokenStore.of_context(self.out / TOKENS_FOLDER, corpus, context)
 
     def _check_out(self) -> None:
         """Refuse a folder with other things in it, and one where the stores are finished."""
@@ -304,8 +307,9 @@ class _Run:
                 state.load(index, found)
             collected = self.collation.result(place, found, self.provenance)
             del found
-            _write(self.stores[place.name], collected)
-        shutil.rmtree(self.folder)
+            assert self.tokens is not None
+            write_store(self.stores[place.name], collected, self.tokens)
+        files.remove(self.folder)
         return self.stores
 
     def _everything(self) -> list[State] | None:
@@ -320,27 +324,6 @@ class _Run:
         parts = enumerate(self.collation.parts)
         whole = all(progress.get(part, -1) == batches.stop for part, batches in parts)
         return there if whole else None
-
-
-def _write(path: Path, collected: Collected) -> None:
-    """Write a store."""
-    tables = (collected.statistics, collected.examples)
-    arrays = {
-        f"{type(table).__name__}.{name}": value
-        for table in tables
-        for name, value in vars(table).items()
-        if isinstance(value, np.ndarray)
-    }
-    for kind in ("active", "all"):
-        moments = getattr(collected.statistics, kind)
-        arrays |= {f"{kind}.{name}": value for name, value in vars(moments).items()}
-    with files.atomic_write(path) as temporary:
-        save_file(arrays, temporary)
-
-
-def file_name(name: str) -> str:
-    """The name of the store's file: ``2/mlp.post_act`` in ``2.mlp.post_act.store``."""
-    return re.sub(r"[^\w.+-]", "_", name.replace("/", ".")).lstrip(".") or "_"
 
 
 def _bar(collation: Collation, progress: bool) -> Any:

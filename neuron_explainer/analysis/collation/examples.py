@@ -113,11 +113,13 @@ class Examples:
         if self.strata is not None and stratum_key is not None:
             found = self.strata.offer(peaks.unit, peaks.value, stratum_key, peaks.position)
             places.append((self.strata.reservoir, found))
-        none = np.empty(0, np.int64)
-        kept = np.unique(np.concatenate([none, *(which for _, (_, _, which) in places)]))
-        entries = seen.show(peaks.rows(kept), self.window)
+        wanted = np.zeros(len(peaks), bool)
+        for _, (_, _, which) in places:
+            wanted[which] = True
+        entries = seen.show(peaks.rows(wanted), self.window)
+        number = np.cumsum(wanted) - 1
         for reservoir, (row, slot, which) in places:
-            reservoir.fill(row, slot, entries.rows(np.searchsorted(kept, which)))
+            reservoir.fill(row, slot, entries.rows(number[which]))
 
     # ---- to files and back -------------------------------------------------------------------------
 

@@ -153,7 +153,7 @@ class Reservoir:
         if not kept:
             return tuple(np.empty((3, 0), np.int64))  # type: ignore[return-value]
         found = tuple(np.concatenate(column) for column in zip(*kept, strict=True))
-        touched = np.unique(found[0])
+        touched = kept[0][0]  # each row once: what is not good enough first is not so later
         self.smallest[touched] = self.entries.key[touched].min(axis=1)
         return found  # type: ignore[return-value]
 

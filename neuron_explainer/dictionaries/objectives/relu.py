@@ -2,8 +2,8 @@
 
     loss = ‖e‖²  +  c Σ w f^p
 
-f are the latents, e is the error of their reconstruction. w is 1, or the norm of each latent's decoder row:
-without it, rows of unlimited norm would grow to make latents small. p is 1, except in p-annealing.
+f are the latents, e is the error of their reconstruction. w is 1, or the length of each latent's direction:
+without it, directions of unlimited length would grow to make latents small. p is 1, except in p-annealing.
 
 - unit-norm decoder: Bricken et al. 2023, "Towards monosemanticity"; tied: Cunningham et al. 2023
   (arXiv:2309.08600)
@@ -42,7 +42,7 @@ class ReLUConfig(ObjectiveConfig):
     """Weight of the penalty. The penalty is summed over latents, and the squared error over the width; with
     constant normalisation, values of 1 to 10 are usual for a language model."""
     weighted: bool = False
-    """Whether the penalty weighs each latent by the norm of its decoder row; meant for decoder_norm =
+    """Whether the penalty weighs each latent by the length of its direction; meant for decoder_norm =
     free."""
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ linear superposition of transformer factors".
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -50,6 +50,7 @@ def train_sparse_coding(
     *,
     token_counts: Tensor | None = None,
     model_name: str | None = None,
+    record: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> dict[ActivationLocation, Autoencoder]: ...
 
@@ -62,6 +63,7 @@ def train_sparse_coding(
     *,
     token_counts: Tensor | None = None,
     model_name: str | None = None,
+    record: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Autoencoder: ...
 
@@ -73,6 +75,7 @@ def train_sparse_coding(
     *,
     token_counts: Tensor | None = None,
     model_name: str | None = None,
+    record: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Any:
     """Learn one dictionary, or several side by side, from batches of activations.
@@ -80,9 +83,9 @@ def train_sparse_coding(
     Args:
         config: settings.
         batches: an activation source such as
-            :class:`~neuron_explainer.activations.chunks.LiveSource`, which a resumed run does not have
-            to compute again from the start; or an iterable of what
-            :func:`~neuron_explainer.activations.harvest.harvest` yields, of dicts of tensors ``[r, n]`` by
+            :class:`~neuron_explainer.activations.harvest.LiveSource`, which a resumed run does not have
+            to compute again from the start; or an iterable of
+            :class:`~neuron_explainer.activations.chunks.ActivationBatch`, of dicts of tensors ``[r, n]`` by
             location, of tensors ``[r, n]``, or of pairs of these and token ids ``[r]``. Training reads them
             ``config.epochs`` times and needs the same order each time. They must not contain padding.
         folder: for config, log, checkpoints and results, as
@@ -93,13 +96,15 @@ def train_sparse_coding(
             (:func:`~neuron_explainer.dictionaries.sparse_coding.frequency.count_tokens`); rows are
             weighted by its inverse square root. None: all rows have the same weight.
         model_name: recorded with the results.
+        record: what else the folder's config says: where the activations came from. A run is resumed only
+            with the same record.
         progress: whether to show a progress bar.
 
     Returns:
         The dictionary as an autoencoder; by location, where batches have locations. The key of a
         dictionary of several layers is their location without a layer.
     """
-    learner = SparseCoding(config, describe_source(batches), token_counts, model_name)
+    learner = SparseCoding(config, describe_source(batches), token_counts, model_name, record or {})
     plan = Plan(
         config.log_every, config.checkpoint_every, config.keep_checkpoints, passes=config.epochs
     )
@@ -126,9 +131,10 @@ class SparseCoding:
         source: dict[str, Any],
         token_counts: Tensor | None,
         model_name: str | None,
+        record: Mapping[str, Any],
     ) -> None:
         self.config, self.source = config, source
-        self.token_counts, self.model_name = token_counts, model_name
+        self.token_counts, self.model_name, self.record = token_counts, model_name, record
         self.groups: dict[Place, list[Place]] = {}
         self.learners: dict[Place, DictionaryLearner] = {}
 
@@ -139,6 +145,7 @@ class SparseCoding:
             "config": asdict(self.config),
             "source": self.source,
             "token_counts": _digest(self.token_counts),
+            **({"record": dict(self.record)} if self.record else {}),
         }
 
     def begin(self, source: BatchSource) -> None:

@@ -1,22 +1,22 @@
-"""Non-negative sparse coding with a fixed dictionary: the code of a vector, by FISTA or ISTA.
+"""Non-negative sparse coding with a fixed dictionary, by FISTA or ISTA.
 
     code(x) = argmin over a >= 0 of  ½ ‖x - Φ a‖² + penalty · Σᵢ aᵢ
 
-This module only encodes; Φ is learned elsewhere. The gradient step is 1/λ_max(Φ Φᵀ), the largest
-with which the iteration cannot diverge:
+This module only encodes; the dictionary Φ is learned elsewhere. The gradient step is 1/λ_max(Φ Φᵀ), the
+largest with which the iteration cannot diverge:
 
     y, t     = a₀ = 0, 1
     aₖ₊₁     = max(0, y - step · (Φᵀ(Φ y - x) + penalty))
     tₖ₊₁     = (1 + √(1 + 4 tₖ²)) / 2                     (ISTA: y = aₖ₊₁)
     y        = aₖ₊₁ + (tₖ - 1) / tₖ₊₁ · (aₖ₊₁ - aₖ)
 
-The momentum of a row restarts, tₖ = 1, where it leads uphill: (y - aₖ₊₁) · (aₖ₊₁ - aₖ) > 0. Without
-restarts FISTA overshoots, and near the minimum takes up to twice as many iterations.
+The momentum of a row restarts (tₖ = 1) where it leads uphill: (y - aₖ₊₁) · (aₖ₊₁ - aₖ) > 0. Without
+restarts FISTA overshoots, and needs up to twice as many iterations near the minimum.
 
 **Stopping rule.** At the minimum the gradient g = Φᵀ(Φ a - x) + penalty is 0 where a > 0 and >= 0
-where a = 0 (Karush, Kuhn, Tucker). Every tenth iteration is checked. A row stops at the first check
-that finds no entry further off than ``tolerance · max |Φᵀx|``, or after ``max_iterations``. Each row
-stops by itself, so that its code is the one it has alone.
+where a = 0 (conditions of Karush, Kuhn and Tucker). Every tenth iteration is checked. A row stops at the
+first check that finds no entry further from these conditions than ``tolerance · max |Φᵀx|``, or after
+``max_iterations``. Each row stops by itself, so its code does not depend on the other rows.
 
 Beck and Teboulle 2009, "A fast iterative shrinkage-thresholding algorithm", sections 3 and 4; Yun
 et al. 2021, "Transformer visualization via dictionary learning", whose dictionaries are coded with
@@ -33,6 +33,8 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.errors import InputError
+from neuron_explainer.models.checks import check_tensor
+from neuron_explainer.tables import by_shape
 
 MAX_ITERATIONS = 500
 TOLERANCE = 1e-5
@@ -49,6 +51,9 @@ class SparseCode(NamedTuple):
     violation: Tensor
     """``[…]`` furthest distance from the conditions of the minimum, relative to ``max |Φᵀx|``."""
 
+    def __repr__(self) -> str:
+        return by_shape(self)
+
 
 def fista(
     x: Tensor,
@@ -58,7 +63,7 @@ def fista(
     max_iterations: int = MAX_ITERATIONS,
     tolerance: float = TOLERANCE,
 ) -> SparseCode:
-    """Codes of ``x`` ``[…, n]`` in ``dictionary`` ``[n, l]``, by FISTA.
+    """Return the codes of ``x`` ``[…, n]`` in ``dictionary`` ``[n, l]``, found by FISTA.
 
     ``tolerance=0`` takes exactly ``max_iterations`` without restarts, as earlier programs did.
     """
@@ -74,7 +79,8 @@ def ista(
     max_iterations: int = 10 * MAX_ITERATIONS,
     tolerance: float = TOLERANCE,
 ) -> SparseCode:
-    """The same codes by ISTA: no momentum, more iterations, and an objective that never rises."""
+    """Return the same codes, found by ISTA: without momentum, in more iterations, and with an objective
+    that never rises."""
     correlations = _correlations(x, dictionary)
     return solve(correlations, dictionary, penalty, max_iterations, tolerance, momentum=False)
 
@@ -88,7 +94,7 @@ def solve(
     *,
     momentum: bool,
 ) -> SparseCode:
-    """Codes from ``correlations`` Φᵀx ``[…, l]``: the problem needs nothing else about x."""
+    """Return codes from ``correlations`` Φᵀx ``[…, l]``; nothing else about x is needed."""
     check_settings(penalty, max_iterations, tolerance)
     with torch.no_grad():
         rows = correlations.detach().reshape(-1, correlations.shape[-1])
@@ -101,7 +107,7 @@ def solve(
 
 
 class _Solve:
-    """One batch being solved: rows that have converged are taken out of it."""
+    """The solution of one batch. Rows that have converged are taken out of it."""
 
     def __init__(self, correlations: Tensor, dictionary: Tensor, penalty: float) -> None:
         self.correlations = correlations  # [r, l]
@@ -115,7 +121,7 @@ class _Solve:
     def run(
         self, max_iterations: int, tolerance: float, momentum: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents ``[r, l]``, iterations and violation ``[r]``."""
+        """Return latents ``[r, l]``, iterations ``[r]`` and violation ``[r]``."""
         n_rows = len(self.correlations)
         latents = torch.zeros_like(self.correlations)
         iterations = torch.zeros(n_rows, dtype=torch.int64, device=latents.device)
@@ -151,7 +157,7 @@ class _Solve:
         return latents, iterations, violation
 
     def _descend(self, y: Tensor, correlations: Tensor) -> Tensor:
-        """``[r, l]``: max(0, y - step · gradient), in few passes over memory."""
+        """Return max(0, y - step · gradient), ``[r, l]``, in few passes over memory."""
         if self.gram is not None:
             new = torch.addmm(y, y, self.gram, alpha=-self.step)
         else:
@@ -163,7 +169,7 @@ class _Solve:
     def _extrapolate(
         new: Tensor, old: Tensor, y: Tensor, t: Tensor, restart: bool
     ) -> tuple[Tensor, Tensor]:
-        """Where the next gradient is taken ``[r, l]``, and the momentum ``[r, 1]`` that led there."""
+        """Return where the next gradient is taken ``[r, l]``, and the momentum ``[r, 1]``."""
         step = new - old
         if restart:
             uphill = torch.linalg.vecdot(y - new, step)[:, None] > 0
@@ -178,7 +184,8 @@ class _Solve:
         return (a @ self.dictionary.T) @ self.dictionary - correlations + self.penalty
 
     def _violation(self, a: Tensor, correlations: Tensor) -> Tensor:
-        """``[r]``: relative violation of the conditions; NaN, never converged, for a row with NaN."""
+        """Return the relative violation of the conditions, ``[r]``. A row with NaN has NaN, and never
+        converges."""
         gradient = self._gradient(a, correlations)
         off = torch.where(a > 0, gradient.abs(), torch.relu(-gradient)).amax(dim=-1)
         scale = correlations.abs().amax(dim=-1)
@@ -186,7 +193,7 @@ class _Solve:
 
 
 def largest_eigenvalue(dictionary: Tensor) -> float:
-    """λ_max(Φ Φᵀ), from the smaller of the two Gram matrices; 1 for a dictionary of zeros."""
+    """Return λ_max(Φ Φᵀ), computed from the smaller of the two Gram matrices; 1 if Φ is zero."""
     wide = dictionary.shape[0] <= dictionary.shape[1]
     gram = dictionary @ dictionary.T if wide else dictionary.T @ dictionary
     # In float64: an eigenvalue that is too small would make the step too large.
@@ -209,6 +216,8 @@ def check_settings(penalty: float, max_iterations: int, tolerance: float) -> Non
 
 def _correlations(x: Tensor, dictionary: Tensor) -> Tensor:
     """Φᵀx, ``[…, l]``."""
+    check_tensor(dictionary, "FISTA: dictionary")
+    check_tensor(x, "FISTA: x", dictionary.device)
     if dictionary.ndim != 2:
         raise InputError(f"FISTA: dictionary must be [n, l], found {list(dictionary.shape)}.")
     if x.ndim == 0 or x.shape[-1] != len(dictionary):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.checkpoints.autoencoders.state import InputNormalization
+from neuron_explainer.tables import by_shape
 
 _LAYER_NORM_EPS = 1e-5
 
@@ -29,6 +30,9 @@ class InputStats(NamedTuple):
     with ``"rms"`` the root mean square; None if it was not divided."""
     skip: Tensor | None = None
     """``[…, o]`` what goes past the latents; None without a skip connection."""
+
+    def __repr__(self) -> str:
+        return by_shape(self)
 
     def undo(self, recons: Tensor) -> Tensor:
         """``[…, o]`` in units of normalised inputs ``-> […, o]`` on the scale of the input."""

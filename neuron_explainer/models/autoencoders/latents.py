@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neuron_explainer.models.checks import check_tensor
+from neuron_explainer.tables import by_shape
+
 
 class Latents(NamedTuple):
     """The active latents of each row; all others are zero."""
@@ -20,17 +23,22 @@ class Latents(NamedTuple):
     """``[…, k]`` int64; an index occurs twice in a row only where its value is 0."""
     n_latents: int
 
+    def __repr__(self) -> str:
+        return by_shape(self)
+
     def dense(self) -> Tensor:
-        """``[…, l]``; differentiable with respect to the values."""
+        """Return the dense latents ``[…, l]``, differentiable with respect to the values."""
         zeros = self.values.new_zeros(*self.values.shape[:-1], self.n_latents)
         return zeros.scatter_add(-1, self.indices, self.values)
 
     @classmethod
     def of(cls, dense: Tensor) -> Self:
-        """The entries of ``[…, l]`` that are not zero, padded to the length of the row with the most.
+        """Return the entries of dense latents ``[…, l]`` that are not zero.
 
-        Padding has value 0 and index 0. Indices ascend. Differentiable.
+        Rows with fewer entries than the longest are padded with value 0 and index 0. Indices ascend within a
+        row. The result is differentiable.
         """
+        check_tensor(dense, "latents")
         rows = dense.reshape(-1, dense.shape[-1])
         row, column = rows.detach().nonzero(as_tuple=True)
         counts = torch.bincount(row, minlength=len(rows))
@@ -43,7 +51,7 @@ class Latents(NamedTuple):
 
     @classmethod
     def cat(cls, parts: Sequence["Latents"]) -> Self:
-        """Rows ``[·, k]`` of one autoencoder, one part after the other, padded to the widest part."""
+        """Join parts ``[·, k]`` of one autoencoder row after row, padded to the widest part."""
         width = max(part.values.shape[-1] for part in parts)
         pads = [(0, width - part.values.shape[-1]) for part in parts]
         values = [F.pad(part.values, pad) for part, pad in zip(parts, pads, strict=True)]
@@ -51,7 +59,7 @@ class Latents(NamedTuple):
         return cls(torch.cat(values), torch.cat(indices), parts[0].n_latents)
 
     def unflatten(self, shape: Sequence[int]) -> Self:
-        """Rows ``[b, k]`` as ``[*shape, k]``."""
+        """Return rows ``[b, k]`` in the shape ``[*shape, k]``."""
         values, indices, n_latents = self
         return type(self)(
             values.view(*shape, values.shape[-1]),
@@ -59,15 +67,15 @@ class Latents(NamedTuple):
             n_latents,
         )
 
-    def decode(self, rows: Tensor) -> Tensor:
-        """The sum of the decoder's rows ``[l, o]``, weighted by the values: ``[…, o]``."""
+    def decode(self, directions: Tensor) -> Tensor:
+        """Return the sum of the latents' directions ``[l, o]``, each times the latent's value: ``[…, o]``."""
         width = self.values.shape[-1]
         if not self.values.numel():
-            return rows.new_zeros(*self.values.shape[:-1], rows.shape[1])
+            return directions.new_zeros(*self.values.shape[:-1], directions.shape[1])
         recons = F.embedding_bag(
             self.indices.reshape(-1, width),
-            rows.contiguous(),
-            per_sample_weights=self.values.reshape(-1, width).to(rows.dtype),
+            directions.contiguous(),
+            per_sample_weights=self.values.reshape(-1, width).to(directions.dtype),
             mode="sum",
         )
-        return recons.view(*self.values.shape[:-1], rows.shape[1])
+        return recons.view(*self.values.shape[:-1], directions.shape[1])

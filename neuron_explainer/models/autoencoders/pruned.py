@@ -19,12 +19,8 @@ ACTIVATION_FREQUENCY_THRESHOLD_FOR_DEAD_LATENTS = 1e-8
 
 
 def get_decoder_weight(autoencoder: Autoencoder) -> Tensor:
-    """The direction of each latent, ``[l, o]``; zeros for latents that were left out of memory."""
-    weight: Tensor = autoencoder.decoder.weight.t()
-    if isinstance(autoencoder, PrunedAutoencoder):
-        full = weight.new_zeros(autoencoder.n_latents, weight.shape[1])
-        return full.index_copy(0, autoencoder.kept, weight)
-    return weight
+    """:attr:`Autoencoder.directions`, under the original's name."""
+    return autoencoder.directions
 
 
 def count_dead_latents(autoencoder: Autoencoder) -> int:
@@ -150,6 +146,11 @@ class PrunedAutoencoder(Autoencoder):
 
     # ---- the wrapped methods ---------------------------------------------------------------------------
 
+    @property
+    def directions(self) -> Tensor:
+        rows = self.small.directions
+        return rows.new_zeros(self.n_latents, rows.shape[1]).index_copy(0, self.kept, rows)
+
     def normalize(self, x: Tensor) -> tuple[Tensor, InputStats | None]:
         return self.small.normalize(x)
 
@@ -191,6 +192,7 @@ class PrunedAutoencoder(Autoencoder):
     def reconstruct(
         self, x: Tensor, *, chunk_bytes: int | None = None, sparse_share: float = SPARSE_SHARE
     ) -> Tensor:
+        self._check_width(x, self.n_inputs, "input")
         if needs_graph(self, x):
             return cast(AutoencoderOutput, self(x)).recons
         return self.small.reconstruct(x, chunk_bytes=chunk_bytes, sparse_share=sparse_share)

@@ -29,7 +29,7 @@ from typing import IO, Any
 import torch
 
 from neuron_explainer import files
-from neuron_explainer.errors import CheckpointError, SourceError
+from neuron_explainer.errors import CheckpointError, SourceError, shown
 from neuron_explainer.models.checkpoints.problems import TensorInfo, damaged, own_copy
 
 # Names in safetensors headers; every other dtype is integer or boolean.
@@ -160,7 +160,9 @@ def torch_load(path: Path, check_sums: Callable[[], bool] | None = None) -> Any:
         with warnings.catch_warnings():
             # Warnings about other pickle protocols and old storages: what matters becomes an error below.
             warnings.simplefilter("ignore")
-            return _load(path, mapped)
+            content = _load(path, mapped)
+        check_claims(content, path)
+        return content
     except (CheckpointError, SourceError, MemoryError):
         raise
     except pickle.UnpicklingError as error:
@@ -235,6 +237,36 @@ def check_inflation(
         raise CheckpointError(
             f"{path}: refused: {size:,} bytes that inflate to {inside:,}; expected at most "
             f"{max(inflated_bytes, 100 * size):,}. If you trust it, save its arrays uncompressed."
+        )
+
+
+def check_claims(content: Any, path: Path, claimed_bytes: int = 256 << 20) -> None:
+    """Refuse tensors that claim more than ``claimed_bytes`` and four times what the file stores.
+
+    A tensor with strides of 0 repeats few stored numbers, so two kilobytes can claim gigabytes, which
+    the first copy would take. Names that share one tensor, as tied weights do, claim it once each.
+    """
+    claims: list[tuple[int, str]] = []
+    stored, seen = {}, set()
+    waiting: list[tuple[str, Any]] = [("", content)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            claims.append((value.numel() * value.element_size(), name))
+            if value.layout == torch.strided and value.device.type == "cpu":
+                storage = value.untyped_storage()
+                stored[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))  # a pickle may hold a list that contains itself
+            named = value.items() if isinstance(value, Mapping) else ((name, v) for v in value)
+            waiting += [(str(key), item) for key, item in named]
+    claimed, limit = sum(size for size, _ in claims), max(claimed_bytes, 4 * sum(stored.values()))
+    if claimed > limit:
+        largest = shown(max(claims)[1])
+        raise CheckpointError(
+            f"{path}: refused: its tensors would take {claimed:,} bytes (the largest is {largest}), of which "
+            f"the file stores {sum(stored.values()):,}; expected at most {limit:,}. If you trust it, save "
+            "its tensors anew, each with .clone()."
         )
 
 

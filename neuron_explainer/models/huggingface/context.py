@@ -1,7 +1,6 @@
 """A causal language model of Hugging Face behind the interface of :class:`ModelContext`."""
 
 import json
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from neuron_explainer.models.devices import Device, get_default_device
 from neuron_explainer.models.huggingface.families import Architecture, Tap, sizes_of
 from neuron_explainer.models.huggingface.model import HuggingFaceModel
 from neuron_explainer.models.huggingface.tokenizer import HuggingFaceTokenizer
+from neuron_explainer.models.locks import Lock
 from neuron_explainer.models.model_context import (
     ModelContext,
     canonical_device,
@@ -75,7 +75,7 @@ class HuggingFaceModelContext(ModelContext):
         self._config: Any = None
         self._tokenizer: HuggingFaceTokenizer | None = None
         self._models: dict[torch.device, HuggingFaceModel] = {}
-        self._lock = threading.RLock()
+        self._lock = Lock()
 
     @property
     def reference(self) -> str:
@@ -181,8 +181,21 @@ class HuggingFaceModelContext(ModelContext):
             tokenizer = None
         return HuggingFaceModel(model, tokenizer, self.architecture)
 
+    @property
+    def norms_subtract_mean(self) -> bool:
+        """True if norms subtract the mean over the width (LayerNorm), False if they do not (RMSNorm)."""
+        return self.get_or_create_model().norms_subtract_mean
+
+    @property
+    def norms_what_is_added(self) -> bool:
+        """True if what attention and the MLP compute passes a norm before it is added to the stream."""
+        return self.get_or_create_model().norms_what_is_added
+
     def _get_weight_helper(
         self, location_type: WeightLocationType, layer: LayerIndex, device: torch.device
     ) -> Tensor:
         """The weight of the model, which is loaded if it has not been."""
         return self.get_or_create_model().weight(location_type, layer)
+
+
+ModelContext.kinds["hf:"] = HuggingFaceModelContext

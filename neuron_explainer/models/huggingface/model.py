@@ -11,6 +11,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from neuron_explainer.models.huggingface.families import (
     Architecture,
     architecture_of,
     attention_window,
+    counts_places,
     sizes_of,
 )
 from neuron_explainer.models.huggingface.hooking import HookedCall, Wiring, find_module
@@ -106,6 +108,7 @@ class HuggingFaceModel(LanguageModel):
     ) -> None:
         self.model = model.eval()
         self.config = model.config.get_text_config()
+        self._given = architecture  # None: that of the family
         if architecture is None:
             architecture = architecture_of(model.config)
         self.architecture = architecture.for_config(self.config)
@@ -150,8 +153,23 @@ class HuggingFaceModel(LanguageModel):
         """The hook paths that this architecture has."""
         return self.architecture.paths
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle or a copy is made of what the model was made of: the table of families has functions
+        that cannot be pickled."""
+        return type(self), (self.model, self.tokenizer, self._given)
+
     def __repr__(self) -> str:
         return f"HuggingFaceModel({self.name}, {self.n_layers} layers, {self.dtype}, {self.device})"
+
+    @property
+    def _activation_dtype(self) -> torch.dtype | None:
+        mixed = any(p.dtype != self.dtype for p in self.model.parameters())
+        return None if mixed else super()._activation_dtype
+
+    @property
+    def _fillers(self) -> set[int]:
+        named = [getattr(self.config, f"{name}_token_id", None) for name in ("pad", "eos")]
+        return super()._fillers | {token for token in named if isinstance(token, int)}
 
     # --- forward ---
 
@@ -162,19 +180,10 @@ class HuggingFaceModel(LanguageModel):
         pad: Tensor | None = None,
         hooks: TransformerHooks | None = None,
     ) -> tuple[Tensor, HuggingFaceState]:
-        """Logits of the next token after each token.
+        """Logits ``[b, s, v]`` of the next token after each token, and the state to continue from.
 
-        Args:
-            tokens: ids ``[b, s]``, int64; in a continuation only the new ones. Or prompts as
-                :meth:`sample` takes them, which are padded on the right (see :meth:`to_batch`).
-            H: what an earlier call returned, to continue from it. It is updated in place; if the call
-                raises, it is as before.
-            pad: ``[b, s]`` bool, True where a position is padding. Each row's result at its tokens is
-                that of its solo run.
-            hooks: what to see or replace on the way.
-
-        Returns:
-            Logits ``[b, s, v]`` and the state to continue from.
+        Arguments are those of :meth:`Transformer.forward
+        <neuron_explainer.models.transformer.Transformer.forward>`.
         """
         tokens, pad = self.to_batch(tokens, pad)
         if H is None:  # with H, a hook may be for tokens of another call
@@ -253,16 +262,24 @@ class HuggingFaceModel(LanguageModel):
                 f"{self.name} has no attention that could leave out pads: a row with pads before its "
                 "tokens would differ from its solo run. Pad on the right."
             )
-        window = attention_window(self.config)
-        if window is None or pad.shape[1] <= window:
-            return
+        n_places, window = pad.shape[1], attention_window(self.config)
+        if counts_places(self.config):
+            context = self._context
+            if context is not None and n_places > context:
+                raise InputError(
+                    f"a row would have {n_places} places, pads included, more than the context of "
+                    f"{context}."
+                )
+            if _has_pads_between_tokens(pad):
+                raise InputError(
+                    f"{self.name} counts pads as tokens where it measures how far apart tokens are: a row "
+                    "with pads between its tokens would differ from its solo run. Pad on the left."
+                )
         # Sliding windows count pads as tokens.
-        between = pad[:, 1:] & ~pad[:, :-1]  # a pad after a token …
-        later = (~pad).flip(1).cumsum(1).flip(1)[:, 1:] > 0  # … and a token after that
-        if bool((between & later).any()):
+        if window is not None and n_places > window and _has_pads_between_tokens(pad):
             raise InputError(
                 f"{self.name} attends to the last {window} places of a row, pads included; a row with "
-                f"pads between its tokens and {pad.shape[1]} places in all would see other tokens "
+                f"pads between its tokens and {n_places} places in all would see other tokens "
                 "than alone. Pad on the left."
             )
 
@@ -313,10 +330,50 @@ class HuggingFaceModel(LanguageModel):
     def _start_token(self) -> int:
         return self.enc.bos_token
 
+    # --- norms ---
+
+    @cached_property
+    def norms_subtract_mean(self) -> bool:
+        """Whether norms subtract the mean over the width (LayerNorm) or not (RMSNorm).
+
+        Found by trying: the classes of such modules are many.
+        """
+        norm = self._wiring.final_norm
+        if norm is None:
+            raise LocationError(f"{self.name} has no norm before its unembedding.")
+        width = self.sizes[Dimension.RESIDUAL_STREAM_CHANNELS]
+        x = torch.linspace(-1, 1, width, device=self.device, dtype=self.dtype)[None]
+        with torch.no_grad():
+            plain, moved = norm(x).float(), norm(x + 1).float()
+        return bool((plain - moved).norm() < 0.1 * plain.norm())
+
+    @property
+    def norms_what_is_added(self) -> bool:
+        """Whether what attention and the MLP compute passes a norm before it is added to the stream."""
+        tap = self.architecture.sites.get("resid.torso.delta_mlp")
+        return tap is not None and "norm" in tap.module.rpartition(".")[2].lower()
+
+    def _reader(self, place: ActivationLocation) -> nn.Module:
+        if place.layer is None:
+            if self._wiring.final_norm is None:
+                raise LocationError(f"{self.name} has no norm before its unembedding.")
+            return self._wiring.final_norm
+        tap = self.architecture.sites.get(place.path)
+        if tap is not None and tap.side == "out":
+            return self._wiring.modules[place.layer][place.path]
+        gains = {
+            "resid.torso.post_ln_attn": WeightLocationType.LAYER_NORM_GAIN_PRE_ATTN,
+            "resid.torso.post_ln_mlp": WeightLocationType.LAYER_NORM_GAIN_PRE_MLP,
+        }
+        gain = gains.get(place.path)
+        if gain is None or gain not in self.architecture.weights:
+            raise LocationError(f"{self.name}: no single module is known that computes {place}.")
+        path = self.architecture.weights[gain].parameter.partition(":")[0]
+        return find_module(self.layers[place.layer], path)
+
     # --- weights ---
 
     def weight(self, location_type: WeightLocationType, layer: LayerIndex) -> Tensor:
-        """A weight with the axes of its spec; may be a view of the parameter."""
         known = self.architecture.weights
         if location_type not in known:
             raise LocationError(
@@ -329,6 +386,13 @@ class HuggingFaceModel(LanguageModel):
         if not isinstance(parameter, Tensor):
             raise LocationError(f"{self.name}: {path} has no {name or 'weight'}.")
         return known[location_type].layout(parameter, self.sizes)
+
+
+def _has_pads_between_tokens(pad: Tensor) -> bool:
+    """Whether a row of a pad mask ``[b, k]`` has a pad with tokens on both sides."""
+    after_a_token = pad[:, 1:] & ~pad[:, :-1]
+    before_a_token = (~pad).flip(1).cumsum(1).flip(1)[:, 1:] > 0
+    return bool((after_a_token & before_a_token).any())
 
 
 class _Reader:

@@ -6,8 +6,8 @@
 ``apply_b_dec_to_input`` says whether ``b_dec`` is also subtracted from the input, after normalisation.
 ``normalize_activations``: ``layer_norm`` is that of OpenAI, ``constant_norm_rescale`` is ``"rms"``
 here, and ``expected_average_only_in`` is one factor that is *not in the folder*: it has to be stated
-and is folded in. ``rescale_acts_by_decoder_norm`` chooses the top k among latents times the norm of
-their decoder rows; it is folded in last, as SAELens applies it to the decoder that it has then. Before
+and is folded in. ``rescale_acts_by_decoder_norm`` chooses the top k among latents times the length of
+their directions; it is folded in last, as SAELens applies it to the decoder that it has then. Before
 version 6 the config was flat, with other names.
 
 As read in sae-lens 6.54.12: ``saes/*.py`` and ``loading/pretrained_sae_loaders.py``.
@@ -27,10 +27,11 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_factor,
     check_tensors,
     check_unknown_fields,
+    fold_latent_bias_into_gates,
     fold_latent_scale,
     fold_norm_factor,
+    fold_pre_bias,
     is_on_the_stream,
-    loaded,
     location_of,
     parameters,
     read_choice,
@@ -38,20 +39,17 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     read_size,
     read_text,
     refuse_scaled_latents,
-    settle_location,
-)
-from neuron_explainer.models.checkpoints.autoencoders.export import (
-    Exported,
-    fold_latent_bias_into_gates,
-    fold_pre_bias,
 )
 from neuron_explainer.models.checkpoints.autoencoders.format import (
     Content,
+    Exported,
     Format,
     LoadedAutoencoder,
     Source,
     Stated,
+    loaded,
     read_content,
+    settle_location,
 )
 from neuron_explainer.models.checkpoints.autoencoders.state import InputNormalization
 from neuron_explainer.models.checkpoints.problems import Shape
@@ -328,7 +326,7 @@ def _nonlinearity(
 
 
 def _fold_decoder_norm(cfg_file: str, cfg: Mapping[str, Any], state: dict[str, Any]) -> None:
-    """In place: latents in SAELens's units, where they are scaled by the norms of decoder rows."""
+    """In place: latents in SAELens's units, where they are scaled by the lengths of directions."""
     if not read_flag(cfg_file, cfg, "rescale_acts_by_decoder_norm", False):
         return
     if cfg["architecture"] != "topk":

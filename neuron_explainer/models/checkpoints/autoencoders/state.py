@@ -58,7 +58,11 @@ def check_sizes(
     sizes = {"n_latents": n_latents, "n_inputs": n_inputs}
     for name, value in (sizes if n_outputs is None else sizes | {"n_outputs": n_outputs}).items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"Autoencoder: {name} must be a whole number >= 1, found {value!r}.")
+            raise InputError(
+                f"Autoencoder: {name} must be a whole number >= 1, found {shown(value)}."
+            )
+        if value >= 2**31:
+            raise InputError(f"Autoencoder: {name} must be below 2**31, found {shown(value)}.")
     if normalization not in NORMALIZATIONS:
         raise InputError(unknown_normalization(normalization))
     if normalization == "layer_norm" and n_inputs < 2:

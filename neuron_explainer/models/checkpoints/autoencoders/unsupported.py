@@ -32,4 +32,23 @@ CROSSLAYER_CODING = _of_one_file(
     "encoder_module.encoders.",
 )
 
-UNSUPPORTED = [TEMPORAL, CROSSLAYER_CODING]
+
+def _language_model_saes(sae_type: str, what: str) -> Format:
+    """A kind of Language-Model-SAEs' present layout, known by its config's ``sae_type``."""
+    return Format(
+        name=sae_type,
+        layout="",
+        read=refused(f"this is {what} of Language-Model-SAEs, which is not supported."),
+        marks=("sae_weights.safetensors",),  # others' too: the config decides
+        configs={"config.json": lambda config: config.get("sae_type") == sae_type},
+    )
+
+
+UNSUPPORTED = [
+    TEMPORAL,
+    CROSSLAYER_CODING,
+    _language_model_saes("crosscoder", "a crosscoder (several models or layers at once)"),
+    _language_model_saes("clt", "a cross-layer transcoder (all layers in one file)"),
+    _language_model_saes("lorsa", "a Lorsa (attention in the place of an encoder)"),
+    _language_model_saes("molt", "a MOLT (a mixture of linear transforms)"),
+]

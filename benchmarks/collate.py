@@ -1,0 +1,60 @@
+"""Collating: top, stratified, uniform and weighted examples and figures of every latent, in one pass.
+
+The floor is the forward pass up to the last dictionary's location and the three encoders, alone. ``--peers``
+adds SAEDashboard and sae_vis, which take one dictionary at a time, and a time for each latent: they get some
+of the latents of one dictionary, and the remark beside their names says what one latent costs.
+"""
+
+from benchmarks.harness import Contestant, Entry, Race
+from benchmarks.workloads import Setup
+
+FLOOR = Contestant("forward and encode alone", "collate_ours", "floor")
+OURS = Contestant("neuron_explainer", "collate_ours", "collate")
+SAE_DASHBOARD = Contestant(
+    "SAEDashboard",
+    "collate_sae_dashboard",
+    peer="sae-dashboard",
+    distribution="sae-dashboard",
+    optional=True,
+)
+SAE_VIS = Contestant(
+    "sae_vis", "collate_sae_vis", peer="sae-vis", distribution="sae-vis", optional=True
+)
+K = 32
+
+
+def races(setup: Setup) -> list[Race]:
+    """Three dictionaries, and some latents of one."""
+    latents, batch, windows = (512, 4, 8) if setup.quick else (32768, 32, 64)
+    layers = [0, 1, 1] if setup.quick else [3, 7, 11]
+    few = 16 if setup.quick else 256
+    work = {
+        "folder": setup.folder,
+        "tokens": setup.tokens(windows, 127),
+        "batch": batch,
+        "latents": latents,
+        "k": K,
+    }
+    n_tokens = windows * 127
+    one = {**work, "layers": layers[-1:]}
+    return [
+        Race(
+            f"3 × {latents} latents, {n_tokens} tokens",
+            [Entry(c, "three", {**work, "layers": layers}) for c in (FLOOR, OURS)],
+            FLOOR.name,
+            rounds=3,
+        ),
+        Race(
+            f"one dictionary of {latents} latents, {n_tokens} tokens",
+            [
+                Entry(FLOOR, "three", one),
+                Entry(OURS, "three", one),
+                *(
+                    Entry(peer, "some", {**one, "few": few}, label=f"{peer.name}, {few} latents")
+                    for peer in (SAE_DASHBOARD, SAE_VIS)
+                ),
+            ],
+            OURS.name,
+            rounds=3,
+        ),
+    ]

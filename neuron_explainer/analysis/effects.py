@@ -1,0 +1,344 @@
+"""What each part of a model contributes to a target on one prompt: the table of nodes.
+
+    table = nodes(model, "The capital of France is", logit_difference(model, " Paris", " Rome"))
+
+A *node* is a unit at a position: an embedding, an MLP neuron, an attention head or one of its pairs of
+tokens, a latent of an autoencoder or what the autoencoder does not capture, a bias. The *measures* are
+
+- ``activation``: the unit's value ``a``;
+- ``write_norm``: ``a`` times the length of what the unit writes into the residual stream per 1 of ``a``;
+- ``direct``: the unit's write times the gradient of the target at the last residual stream: its effect on
+  the logits through no later layer. With the final norm's scale frozen and a target linear in the logits,
+  the direct effects of all nodes sum to the target;
+- ``act_grad``: ``a`` times the gradient of the target with respect to ``a``: the first-order estimate of
+  what setting ``a`` to 0 takes away, through all later layers;
+- ``patching``: the same for setting ``a`` to its value in a second prompt (attribution patching, Nanda
+  2023; Kramár et al. 2024): ``(b - a)`` times the gradient;
+- ``ablation``: measured, not estimated: target minus target with the unit set to 0.
+
+An autoencoder is not spliced in: its latents are read off the activation, and since the error is kept,
+the gradient with respect to a latent is the activation's gradient times the decoder's row. So only
+active latents cost anything.
+
+Shape legend: ``s`` positions, ``k`` attended positions, ``h`` heads, ``u`` units, ``d`` model width.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neuron_explainer.analysis.node_parts import (
+    MLP_PLACES,
+    Floats,
+    Freeze,
+    Goal,
+    Ints,
+    Kind,
+    Node,
+    Part,
+    Pass,
+    all_parts,
+    flat,
+    wanted_places,
+)
+from neuron_explainer.analysis.sweeps import optional_module, sweep
+from neuron_explainer.analysis.targets import Metric, Target, as_target, token_texts
+from neuron_explainer.errors import InputError, did_you_mean
+from neuron_explainer.models.autoencoder_context import AutoencoderContext
+from neuron_explainer.models.hooks import TransformerHooks
+from neuron_explainer.models.interventions import ablate, add, align
+from neuron_explainer.models.language_model import LanguageModel
+from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.tables import escaped, text_table
+
+__all__ = ["MEASURES", "Freeze", "Kind", "Node", "NodeTable", "nodes"]
+
+MEASURES = ("activation", "write_norm", "direct", "act_grad", "patching", "ablation")
+
+
+# --- the table ---
+
+
+@dataclass(frozen=True, repr=False)
+class NodeTable:
+    """Some nodes with their measures, and what all nodes sum to."""
+
+    nodes: list[Node]
+    values: Mapping[str, Floats]
+    """Measure -> ``[n]``, one number a node."""
+    totals: Mapping[str, float]
+    """Measure -> its sum over all nodes, shown or not."""
+    target: float
+    """The target on the prompt."""
+    target_name: str
+    tokens: list[str]
+    """The prompt's tokens as text."""
+    other: Mapping[str, Floats] = field(default_factory=dict)
+    """The same measures of the second prompt, at the aligned positions; NaN where there is none."""
+    rank_correlation: float | None = None
+    """Spearman's correlation of ``act_grad`` with ``ablation`` over the nodes shown."""
+
+    def coverage(self, measure: str = "direct") -> float:
+        """The nodes' share of the sum of a measure over all nodes."""
+        total = self.totals[measure]
+        return float(self.values[measure].sum() / total) if total else float("nan")
+
+    def order(self, by: str) -> list[int]:
+        """Row numbers by size of a measure, the largest first, either sign."""
+        return [int(i) for i in np.argsort(-np.abs(self.values[by]), kind="stable")]
+
+    def to_dataframe(self) -> Any:
+        """One row a node (needs pandas)."""
+        pandas = optional_module("pandas")
+        rows = [
+            {
+                "location": node.location,
+                "kind": node.kind,
+                "unit": node.unit,
+                "position": node.position,
+                "token": self.tokens[node.position],
+                "attended": node.attended,
+                **{name: values[i] for name, values in self.values.items()},
+                **{f"{name} (second)": values[i] for name, values in self.other.items()},
+            }
+            for i, node in enumerate(self.nodes)
+        ]
+        return pandas.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        by = "act_grad" if "act_grad" in self.values else next(iter(self.values))
+        lines = [f"{self.target_name}: {self.target:.4g}"]
+        share = [
+            f"{self.coverage(name):.0%} of {name}"
+            for name in ("direct", "act_grad")
+            if name in self.values
+        ]
+        lines.append(f"{len(self.nodes)} nodes shown; they explain {' and '.join(share)}.")
+        if self.rank_correlation is not None:
+            lines.append(
+                f"Rank correlation of act_grad with ablation: {self.rank_correlation:.2f}."
+            )
+        rows = []
+        for i in self.order(by)[:20]:
+            node = self.nodes[i]
+            token = escaped(repr(self.tokens[node.position]))
+            rows.append([str(node), token, *(f"{v[i]:+.4f}" for v in self.values.values())])
+        lines.append(text_table(["node", "token", *self.values], rows, n_left=2, rule=True))
+        return "\n".join(lines)
+
+
+def nodes(
+    model: LanguageModel,
+    prompt: str | Sequence[int],
+    target: Metric,
+    measures: Sequence[str] = ("write_norm", "direct", "act_grad"),
+    top_k: int = 10,
+    *,
+    prompt_b: str | Sequence[int] | None = None,
+    attention: Literal["heads", "pairs"] = "heads",
+    autoencoders: Sequence[AutoencoderContext] = (),
+    freeze: Sequence[Freeze] = ("final_norm",),
+    bos: bool | int = False,
+) -> NodeTable:
+    """The nodes that matter most for a target: for each measure the ``top_k`` largest of either sign.
+
+    Args:
+        prompt: text or token ids.
+        target: see :mod:`neuron_explainer.analysis.targets`; for ``direct`` it should be linear in the
+            logits.
+        measures: by which nodes are chosen, of :data:`MEASURES`. ``ablation`` chooses none and is measured
+            for those chosen by the others; ``activation`` is always given and compares no kinds.
+        prompt_b: a second prompt; its tokens are aligned with the first's by an edit script.
+        attention: one node a head, or one a head and pair of tokens.
+        autoencoders: whose latents, with an error, take the place of an MLP's neurons or of attention's
+            heads in the layers that they cover.
+        freeze: what gradients do not flow through.
+        bos: begin with the start token.
+    """
+    kinds = _check(measures, top_k, prompt_b, attention, autoencoders)
+    target = as_target(target)
+    goal = Goal.of_logits(model, target)
+    wanted = wanted_places(model, attention, kinds)
+    run = Pass(model, one_prompt(model, prompt, bos), goal, wanted, freeze)
+    parts = all_parts(run, attention, kinds)
+    second = None
+    if prompt_b is not None:
+        second = Pass(model, one_prompt(model, prompt_b, bos), goal, wanted, freeze)
+        index_map = align(run.tokens[0].tolist(), second.tokens[0].tolist())
+        _add_patching(parts, all_parts(second, attention, kinds), index_map.numpy())
+    chosen = choose(parts, measures, top_k)
+    table = table_of(run, parts, chosen, measures)
+    if "ablation" in measures:
+        measured = _ablated(run, chosen, target, kinds.values())
+        correlation = spearman(table.values["act_grad"], measured) if len(measured) > 2 else None
+        values = {**table.values, "ablation": measured}
+        table = replace(table, values=values, rank_correlation=correlation)
+    if second is not None:
+        other = {
+            name: np.array([part.measures[f"{name} (second)"][i] for part, i in chosen])
+            for name in _OF_SECOND
+        }
+        table = replace(table, other=other)
+    return table
+
+
+def one_prompt(model: LanguageModel, prompt: str | Sequence[int], bos: bool | int) -> Tensor:
+    """Token ids ``[1, s]`` of one prompt."""
+    if not isinstance(prompt, str) and not all(isinstance(token, int) for token in prompt):
+        raise InputError("nodes are of one prompt: text, or a list of token ids.")
+    return model.to_batch(prompt if isinstance(prompt, str) else [list(prompt)], None, bos)[0]
+
+
+def table_of(
+    run: Pass, parts: Sequence[Part], chosen: Sequence[tuple[Part, int]], measures: Sequence[str]
+) -> NodeTable:
+    """The chosen nodes with those measures that one pass gives."""
+    names = [m for m in MEASURES if m in {*measures, "activation"} and m != "ablation"]
+    values = {m: np.array([part.measures[m][i] for part, i in chosen]) for m in names}
+    totals = {m: float(sum(part.measures[m].sum() for part in parts)) for m in names}
+    tokens = token_texts(run.model, run.tokens[0].tolist())
+    found = [part.node(i) for part, i in chosen]
+    return NodeTable(found, values, totals, float(run.value.detach()), run.goal.name, tokens)
+
+
+def _check(
+    measures: Sequence[str],
+    top_k: int,
+    prompt_b: object,
+    attention: str,
+    autoencoders: Sequence[AutoencoderContext],
+) -> dict[bool, AutoencoderContext]:
+    """The autoencoders by whether they are of an MLP; an error for settings that do not fit together."""
+    if unknown := [name for name in measures if name not in MEASURES]:
+        raise InputError(
+            f"unknown measure {unknown[0]!r}.{did_you_mean(unknown[0], MEASURES)} "
+            f"Known: {', '.join(MEASURES)}."
+        )
+    if not {*measures} - {"ablation", "activation"}:
+        raise InputError(
+            "give at least one measure that chooses nodes: direct, act_grad, write_norm, patching."
+        )
+    if "ablation" in measures and "act_grad" not in measures:
+        raise InputError("ablation is shown beside act_grad, its estimate: give both measures.")
+    if "patching" in measures and prompt_b is None:
+        raise InputError("patching compares with a second prompt: give prompt_b.")
+    if top_k < 1:
+        raise InputError(f"top_k must be at least 1, found {top_k}.")
+    if attention not in ("heads", "pairs"):
+        raise InputError(f"attention must be 'heads' or 'pairs', found {attention!r}.")
+    kinds: dict[bool, AutoencoderContext] = {}
+    for context in autoencoders:
+        is_mlp = context.location.path in MLP_PLACES
+        if is_mlp in kinds:
+            raise InputError(
+                f"autoencoders of {kinds[is_mlp].location} and of {context.location} cover the same part of "
+                "the stream; give one of them."
+            )
+        kinds[is_mlp] = context
+    return kinds
+
+
+def _add_patching(parts: list[Part], others: list[Part], index_map: Ints) -> None:
+    """Give each node the second prompt's measures, and ``patching`` from its value there."""
+    by_place = {(part.location, part.kind): part for part in others}
+    for part in parts:
+        other = by_place[part.location, part.kind]
+        there = index_map[part.position]
+        attended = np.where(part.attended < 0, -1, index_map[part.attended.clip(min=0)])
+        lost = (there < 0) | ((part.attended >= 0) & (attended < 0))
+        keys = _keys(other.unit, other.position, other.attended)
+        order = np.argsort(keys)
+        wanted = _keys(part.unit, there, attended)
+        found = order[np.searchsorted(keys[order], wanted).clip(max=len(keys) - 1)]
+        absent = keys[found] != wanted  # a latent that is not active there has the value 0
+        value = torch.where(torch.from_numpy(absent)[:, None], 0.0, other.value[found])
+        change = ((value - part.value) * part.gradient).sum(dim=-1)
+        part.measures["patching"] = np.where(lost, 0.0, flat(change))
+        for name in _OF_SECOND:
+            of_other = np.where(absent, 0.0, other.measures[name][found])
+            part.measures[f"{name} (second)"] = np.where(lost, np.nan, of_other)
+
+
+_OF_SECOND = ("activation", "direct", "act_grad")
+
+
+def _keys(unit: Ints, position: Ints, attended: Ints) -> Ints:
+    """One number for each node, the same for the same node."""
+    return (unit << 32) | ((position + 1) << 16) | (attended + 1)
+
+
+def choose(parts: Sequence[Part], measures: Sequence[str], top_k: int) -> list[tuple[Part, int]]:
+    """The union over measures of the ``top_k`` nodes; ties by order in the model."""
+    chosen: dict[tuple[int, int], None] = {}
+    for measure in [m for m in measures if m not in ("ablation", "activation")]:
+        best: list[tuple[float, int, int]] = []
+        for number, part in enumerate(parts):
+            sizes = np.abs(part.measures[measure])
+            for i in np.argsort(-sizes, kind="stable")[:top_k].tolist():
+                best.append((-float(sizes[i]), number, i))
+        for _, number, i in sorted(best)[:top_k]:
+            chosen[number, i] = None
+    return [(parts[number], i) for number, i in sorted(chosen)]
+
+
+# --- measured ---
+
+
+def _ablated(
+    run: Pass,
+    parts: Sequence[tuple[Part, int]],
+    target: Target,
+    contexts: Iterable[AutoencoderContext],
+) -> Floats:
+    """``[n]``: the target minus the target with each node alone set to 0."""
+    cells = [_without(run, part, i, contexts) for part, i in parts]
+    result = sweep(run.model, [run.tokens[0].tolist()], cells, target)
+    return -result.effect[:, 0]
+
+
+def _without(
+    run: Pass, part: Part, i: int, contexts: Iterable[AutoencoderContext]
+) -> TransformerHooks:
+    """An intervention that sets one node to 0."""
+    position, unit = int(part.position[i]), int(part.unit[i])
+    if part.kind in ("neuron", "head"):
+        return ablate(part.location, unit, position)
+    if part.kind == "pair":
+        return _without_pair(part.location, position, int(part.attended[i]), unit)
+    if part.kind == "latent":
+        autoencoders = next(c for c in contexts if c.location == part.location.at(None))
+        return ablate(part.location, unit, position, autoencoders=autoencoders)
+    if part.location.path == "resid.post_ln_f":
+        return TransformerHooks()  # a constant of the target, which no intervention removes
+    change = torch.zeros(1, *run.found[part.location].shape[1:], dtype=torch.float64)
+    change[0, position] = -part.value[i].view(change.shape[2:])
+    return add(part.location, change, positions=position)
+
+
+def _without_pair(
+    place: ActivationLocation, position: int, attended: int, head: int
+) -> TransformerHooks:
+    def edit(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, position, attended, head] = 0
+        return x
+
+    return TransformerHooks().append_at(place, edit)
+
+
+def spearman(a: Floats, b: Floats) -> float:
+    """Spearman's rank correlation; ties get their mean rank; NaN if all of ``a`` or of ``b`` are equal."""
+    ranks = _ranks(a), _ranks(b)
+    if not (ranks[0].std() and ranks[1].std()):
+        return float("nan")
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _ranks(x: Floats) -> Floats:
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    found: Floats = (np.cumsum(counts) - (counts - 1) / 2.0)[inverse]
+    return found
