@@ -49,6 +49,8 @@ setup(
         "data": ["zstandard", "pyarrow", "datasets"],
         # The pictures of a report.
         "plots": ["matplotlib"],
+        # Maps of decoder directions by UMAP, and dictionaries matched one to one (scipy).
+        "maps": ["umap-learn", "scipy"],
         # The probes and figures of the board experiments.
         "boards": ["matplotlib", "scikit-learn"],
         # Figures of units as a table.
@@ -66,6 +68,7 @@ setup(
             "transformers",
             "tokenizers",
             "scikit-learn",
+            "scipy",
             "matplotlib",
             "zstandard",
             "pyarrow",

@@ -1,8 +1,18 @@
 """Transformer factors: one dictionary for the residual stream of all layers, learned by sparse coding."""
 
-import torch
-
-from neuron_explainer.activations import Harvester, LiveSource, TokenWindows, tokenize
+from neuron_explainer.activations import (
+    Harvester,
+    LiveSource,
+    TokenWindows,
+    start_token,
+    tokenize,
+)
+from neuron_explainer.analysis.factors import (
+    FactorDictionary,
+    Sentences,
+    collect_examples,
+    importance,
+)
 from neuron_explainer.dictionaries.sparse_coding import (
     SparseCodingConfig,
     count_tokens,
@@ -27,11 +37,14 @@ config = SparseCodingConfig(n_latents=128, penalty=5.0, step_size=0.05, toleranc
 facts = dictionary.metadata
 print(f"{location}: SNR {facts['snr']:.1f}, L0 {facts['l0']:.1f}, {facts['rows']} vectors")
 
-# The words at which a factor is strongest, layer by layer.
-batch = harvester(windows.batch(0))
-for layer, x in enumerate(batch.activations.values()):
-    latents = dictionary.encode(x)
-    factor = int(latents.mean(0).argsort(descending=True)[10])
-    top = torch.topk(latents[:, factor], 5)
-    words = [repr(context.decode_token(int(batch.tokens[i]))) for i in top.indices]
-    print(f"layer {layer}, factor {factor}: {', '.join(words)}")
+# Where each factor is strong: its strongest tokens in each layer, and the mean of their scores.
+sentences = Sentences.cut(windows.corpus, 32, start_token(context))
+factors = FactorDictionary(dictionary, harvester.locations)
+examples = collect_examples(context, {"all layers": factors}, sentences, n_examples=20)[
+    "all layers"
+]
+curves = importance(examples)
+for factor in curves.strongest(5):
+    place = curves.locations[curves.peak[factor]]
+    words = [each["word"] for each in examples.records(factor, place, context, 5)]
+    print(f"factor {factor} ({curves.levels[factor]}): {curves.values[factor].round(1)} {words}")

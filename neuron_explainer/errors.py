@@ -4,9 +4,11 @@ A message names the thing, what was expected and what was found, and suggests th
 ``assert`` is used for the library's own invariants only.
 """
 
+import contextlib
 import difflib
 import itertools
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class NeuronExplainerError(ValueError):
@@ -66,3 +68,12 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):  # integers of thousands of digits, deep nesting
         text = f"a value of type {type(value).__name__} that is too large to show"
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 1]}…"
+
+
+def in_way(error: OSError, path: Path) -> str:
+    """Why ``path`` cannot be made: a file in the place of a folder is named."""
+    with contextlib.suppress(OSError):  # a name that is too long
+        for part in (path, *path.parents):
+            if part.exists() and not part.is_dir():
+                return f"{part} is a file where a folder is expected"
+    return f"{type(error).__name__}: {error.strerror or error}"

@@ -141,16 +141,15 @@ def test_unknown_peers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "transformer-lens-4" in capsys.readouterr().err
 
 
-def test_import_prints_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = {
+def test_import_prints_its_table() -> None:
+    imports = {
         "ours": ("", "neuron_explainer"),
         "beyond torch": ("", "torch, json"),
         "broken": ("", "no_such_module"),
         "no interpreter": ("nnsight", "torch"),
         "not asked for": ("sae-lens", "torch"),
     }
-    monkeypatch.setattr(import_time, "IMPORTS", lines)
-    table = import_time.run(1, {"nnsight": "no-such-interpreter"}).splitlines()
+    table = import_time.run(1, {"nnsight": "no-such-interpreter"}, imports).splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == [
         "| broken",
         "| no interpreter",

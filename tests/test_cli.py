@@ -274,6 +274,21 @@ def test_a_model_of_hugging_face_in_every_verb(
     run(capsys, "report", "run")
     Path("s.csv").write_text(f"sentence\n{text}\n", "utf-8")
     run(capsys, "sentences", "s.csv", "--autoencoder", "run")
+    size = [
+        "--n-latents",
+        "12",
+        "--penalty",
+        "1e-4",
+        "--tolerance",
+        "0.1",
+        "--sentence-length",
+        "8",
+    ]
+    run(capsys, "factors", "learn", "books", *model, "--location", place, *size, "--out", "factors")
+    run(capsys, "factors", "collate", "factors", "--out", "examples", "--n-examples", "5")
+    few = ["--num-factors", "1", "--num-sentences", "1", "--num-samples", "9"]
+    assert json.loads(run(capsys, "factors", "saliency", "examples", *few, "--json"))["computed"]
+    run(capsys, "factors", "pages", "examples", "--out", "pages")
 
 
 # --- autoencoders ---
@@ -342,8 +357,12 @@ def test_a_unit_where_there_are_heads_is_a_head(
 def test_without_a_verb_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
     out = run(capsys)
     assert "Begin with: neuron-explainer demo" in out
-    groups = [line for line in out.splitlines() if line in ("look", "learn", "measure", "files")]
-    assert groups == ["look", "learn", "measure", "files"]
+    groups = [
+        line
+        for line in out.splitlines()
+        if line in ("look", "intervene", "learn", "measure", "files")
+    ]
+    assert groups == ["look", "intervene", "learn", "measure", "files"]
     listed = {line.split()[0] for line in out.splitlines() if line.startswith("  ")}
     assert listed == set(cli._parser()[1])
 

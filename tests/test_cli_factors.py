@@ -75,7 +75,7 @@ def test_every_step_says_the_next_one(capsys: pytest.CaptureFixture[str]) -> Non
         "learn": ["--sentence-length", "20", "--tolerance", "0.05", "--layers", "1", "2"],
         "saliency": ["--num-samples", "30", "--num-factors", "2", "--num-sentences", "2"],
     }
-    folders = {"RUN": "r", "EXAMPLES": "e", "PAGES": "p", "2000": "24", "0.3": "12"}
+    folders = {"RUN": "r", "EXAMPLES": "e", "PAGES": "p", "500": "24", "0.3": "12"}
     out = run(capsys, "prepare", "text.txt", "--split", r"\n\n", "--out", "tokens")
     verbs = []
     while "Next: neuron-explainer factors" in (last := out.splitlines()[-1]):
@@ -102,6 +102,11 @@ def test_one_dictionary_for_the_chosen_layers(capsys: pytest.CaptureFixture[str]
         len(each.tokens) for n in (0, 2, 3) for each in examples.examples(0, f"{n}/{PLACE}")
     )
     assert longest <= 20
+    # The same command finds the run finished; more epochs continue it.
+    again = ["learn", "text.txt", *LEARN, "--layers", "0", "2", "3", "--out", "run"]
+    steps = [as_json(capsys, *again, "--epochs", str(n))["steps"] for n in (1, 2)]
+    assert steps[1] == 2 * steps[0]
+    assert "other settings" in fail(capsys, *again, "--seed", "3", "--json")
     found = as_json(capsys, "importance", "examples", "--num-factors", "3", "--csv", "i.csv")
     assert sum(found["levels"].values()) == 24
     assert len(found["factors"]) == 3
@@ -154,6 +159,14 @@ def test_records_are_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(len(some) <= 4 for some in records.values())
     assert "choose one of" in fail(capsys, "records", "examples", "--out", "s.jsonl")
     assert "pickle" in fail(capsys, "records", "examples", "--layer", "2", "--out", "s.npy")
+
+
+def test_a_penalty_that_is_too_small_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for l0, said in ((50.0, False), (70.4, True)):
+        factors.show_learn(
+            {"run": "run", "steps": 3, "metrics": {"a": {"l0": 2.0}, "b": {"l0": l0}}}
+        )
+        assert ("70 factors are active on a token" in capsys.readouterr().out) == said
 
 
 def test_articles_of_wikitext(capsys: pytest.CaptureFixture[str]) -> None:

@@ -351,10 +351,11 @@ files.fetch(sys.argv[1])
 
 
 RACER = """
-import filelock, pathlib
+import filelock
 real = filelock.FileLock.acquire
 def acquire(self, *args, **kwargs):
-    pathlib.Path(sys.argv[2], str(os.getpid())).touch()
+    filelock.FileLock.acquire = real
+    print("asks for the lock", flush=True)
     return real(self, *args, **kwargs)
 filelock.FileLock.acquire = acquire
 print(files.fetch(sys.argv[1]))
@@ -362,12 +363,14 @@ print(files.fetch(sys.argv[1]))
 
 
 def test_two_processes_race_for_one_file(
-    server: BlobServer, child: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    server: BlobServer, child: Callable[..., subprocess.Popen[str]]
 ) -> None:
     url = server.put("/x", DATA, Fault(stall_after=300_000))
-    (tmp_path / "asked").mkdir()
-    racers = [child(RACER, url, str(tmp_path / "asked")) for _ in range(2)]
-    until(lambda: len(os.listdir(tmp_path / "asked")) == 2 and len(server.requests()) == 1)
+    racers = [child(RACER, url) for _ in range(2)]
+    for racer in racers:
+        assert racer.stdout is not None
+        assert racer.stdout.readline() == "asks for the lock\n"
+    server.wait_for_requests(1)
     server.release.set()
     told = [racer.communicate(timeout=30) for racer in racers]
     assert [racer.returncode for racer in racers] == [0, 0], told
@@ -729,7 +732,7 @@ def test_fetch_all_is_parallel(server: BlobServer) -> None:
     urls = [server.put(f"/{i}", DATA, Fault(stall_after=300_000)) for i in range(4)]
 
     def release() -> None:
-        until(lambda: len(server.seen) == 4)
+        server.wait_for_requests(4)
         server.release.set()
 
     releaser = threading.Thread(target=release)

@@ -5,7 +5,6 @@ batches = open_buffer(context, "books/", "3/mlp.post_act", DataConfig(), batch_s
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,20 +13,17 @@ from typing import Any, Literal
 import numpy as np
 
 from neuron_explainer import files
+from neuron_explainer.activations import origins
 from neuron_explainer.activations.buffer import ShuffleBuffer
-from neuron_explainer.activations.chunks import (
-    ActivationSource,
-    LiveSource,
-    StoreSource,
-)
+from neuron_explainer.activations.chunks import ActivationBatch, ActivationSource
 from neuron_explainer.activations.corpus import TokenCorpus, start_token, tokenize
 from neuron_explainer.activations.documents import (
     check_pattern,
     huggingface_documents,
     read_documents,
 )
-from neuron_explainer.activations.harvest import ActivationBatch, Harvester
-from neuron_explainer.activations.store import ActivationStore
+from neuron_explainer.activations.harvest import Harvester, LiveSource
+from neuron_explainer.activations.store import ActivationStore, StoreSource
 from neuron_explainer.activations.token_files import open_token_file
 from neuron_explainer.activations.windows import TokenWindows
 from neuron_explainer.errors import InputError, LocationError, SourceError, did_you_mean
@@ -171,8 +167,8 @@ def _record(
 ) -> dict[str, Any]:
     """Model, text and settings: what it takes to find again which documents were held out."""
     record = {
-        "model": context.reference,
-        "source": str(source) if files.is_remote(str(source)) else os.path.realpath(source),
+        "model": origins.full_path(context.reference),
+        "source": origins.full_path(str(source)),
         "source_fingerprint": described.get("source_fingerprint"),
         "data": asdict(config),
     }
@@ -329,9 +325,9 @@ def _stored_places(
     locations: LocationLike | Iterable[LocationLike],
 ) -> list[ActivationLocation]:
     """The wanted locations with their layers; an error if the store lacks one or has another model."""
-    if store.header.model != context.model_name:
+    if store.header.model not in (context.short_name, context.model_name):
         raise InputError(
-            f"{store.folder} holds activations of {store.header.model}, not of {context.model_name}."
+            f"{store.folder} holds activations of {store.header.model}, not of {context.short_name}."
         )
     wanted = [
         place

@@ -9,6 +9,7 @@ text the rows are of, and how it was read and cut: ``evaluate`` needs it to find
 Shape legend: ``n`` rows (tokens), ``d`` width of a location.
 """
 
+import contextlib
 import math
 import os
 import re
@@ -20,21 +21,22 @@ from typing import Any, Literal, NotRequired, TypedDict
 import numpy as np
 import safetensors.torch
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
 from neuron_explainer import files
+from neuron_explainer.activations import origins
+from neuron_explainer.activations.chunks import ActivationBatch
+from neuron_explainer.activations.corpus import Ints, permutation
 from neuron_explainer.activations.harvest import (
     DTYPES,
-    ActivationBatch,
     Harvester,
     check_finite,
     parse_dtype,
 )
 from neuron_explainer.activations.token_files import MANIFEST_FILE, read_manifest
-from neuron_explainer.activations.windows import TokenWindows, check_same_settings
-from neuron_explainer.errors import CheckpointError, InputError, SourceError, shown
+from neuron_explainer.activations.windows import TokenWindows, check_rank, check_same_settings
+from neuron_explainer.errors import CheckpointError, InputError, shown
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.progress import progress_bar
 from neuron_explainer.settings.fields import read_fields
@@ -152,9 +154,9 @@ class ActivationStore:
             return {}
         found = read_fields(_Source, files.read_json(path), str(path), error=CheckpointError)
         source = found.get("source")
-        if source is not None and not files.is_remote(source):
-            found["source"] = str((self.folder / source).resolve())
-        return dict(found)
+        if source is not None and not (files.is_remote(source) or source.startswith(("/", "."))):
+            found["source"] = f"./{source}"  # as earlier versions wrote a path below the store's
+        return origins.from_folder(found, self.folder)
 
     @property
     def locations(self) -> list[ActivationLocation]:
@@ -217,6 +219,69 @@ class ActivationStore:
         )
 
 
+class StoreSource:
+    """Activations on disk: a chunk is a run of neighbouring rows, and the runs come in random order.
+
+    Neighbouring rows come into the buffer together, and the buffer mixes them.
+
+    Args:
+        store: the store to read.
+        chunk_rows: length of the runs; the last run of the store may be shorter.
+        seed: decides the order of the runs; None: the order of the store.
+        epochs: how often the store is read; None: without end.
+        rank: take runs ``rank``, ``rank + world``, … only, for process ``rank`` of ``world``.
+        world: see ``rank``.
+    """
+
+    forward_s = 0.0
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        chunk_rows: int = 4096,
+        *,
+        seed: int | None = 0,
+        epochs: int | None = 1,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if not len(store):
+            raise InputError(f"the store {store.folder} holds no rows.")
+        if chunk_rows < 1 or (epochs is not None and epochs < 1):
+            raise InputError(f"chunk_rows {chunk_rows} and epochs {epochs} must be at least 1.")
+        check_rank(rank, world)
+        self.store, self.chunk_rows, self.seed, self.epochs = store, chunk_rows, seed, epochs
+        self.rank, self.world = rank, world
+        self._order: tuple[int, Ints] | None = None
+
+    def chunk(self, number: int) -> ActivationBatch | None:
+        """The rows of a run."""
+        n_runs = -(-len(self.store) // self.chunk_rows)
+        epoch, index = divmod(self.rank + number * self.world, n_runs)
+        if self.epochs is not None and epoch >= self.epochs:
+            return None
+        run = index if self.seed is None else int(self._order_of(epoch, n_runs, self.seed)[index])
+        begin = run * self.chunk_rows
+        return self.store.rows(begin, min(begin + self.chunk_rows, len(self.store)))
+
+    def _order_of(self, epoch: int, n_runs: int, seed: int) -> Ints:
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, permutation(n_runs, seed, epoch)
+        return self._order[1]
+
+    def describe(self) -> dict[str, Any]:
+        """Settings of store and order."""
+        return {
+            **self.store.header.to_json(),
+            "n_rows": len(self.store),
+            "chunk_rows": self.chunk_rows,
+            "seed": self.seed,
+            "epochs": self.epochs,
+            "rank": self.rank,
+            "world": self.world,
+        }
+
+
 class StoreWriter:
     """Writes batches to a new or an existing store; a context manager.
 
@@ -257,30 +322,19 @@ class StoreWriter:
         self.n_rows = 0
         """Number of rows added so far, including those not yet written."""
         self._append = append
-        self._identity: tuple[int, ...] = ()
-        self._lock = FileLock(self.folder / _LOCK_FILE, timeout=0)
+        self._claim = contextlib.ExitStack()
 
     def __enter__(self) -> "StoreWriter":
         check_store_folder(self.folder)
-        files.make_folder(self.folder)
-        try:
-            with files.explain_refusal(self.folder / _LOCK_FILE):
-                self._lock.acquire()
-        except Timeout:
-            raise InputError(f"another process is writing to the store {self.folder}.") from None
-        try:
-            self._identity = self._identify()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(files.claim(self.folder, "store"))
             self._take_up()
-        except BaseException:
-            self._lock.release()
-            raise
+            self._claim = stack.pop_all()
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        try:
+        with self._claim:
             self.close_shard()  # after an error too: what came before it is whole
-        finally:
-            self._lock.release()
 
     def _take_up(self) -> None:
         """Continue after the rows that are there, and delete what an earlier process left unfinished."""
@@ -297,24 +351,7 @@ class StoreWriter:
         known = {shard.file for shard in self._shards}
         for path in self.folder.iterdir():  # written, but not yet in the manifest
             if _SHARD_NAME.fullmatch(path.name) and path.name not in known:
-                path.unlink()
-
-    def _identify(self) -> tuple[int, ...]:
-        """Numbers that tell the folder from any other, whatever its name."""
-        folder, lock = self.folder.stat(), (self.folder / _LOCK_FILE).stat()
-        return folder.st_dev, folder.st_ino, lock.st_ino
-
-    def _check_still_there(self) -> None:
-        """Raise SourceError if the folder is another one now, so that no half store looks whole."""
-        try:
-            same = self._identify() == self._identity
-        except OSError:
-            same = False
-        if not same:
-            raise SourceError(
-                f"{self.folder} was moved, replaced or emptied while the store was written; what had "
-                "been written is where the folder is now."
-            )
+                files.remove(path)
 
     def _check_same(self, here: StoreHeader) -> None:
         assert self._header is not None
@@ -357,7 +394,6 @@ class StoreWriter:
         """Write the rows that have been added since the last shard."""
         if not self._pending:
             return
-        self._check_still_there()
         rows = ActivationBatch.cat(self._pending)
         if len(rows):
             self._shards.append(self._write_shard(rows))
@@ -413,7 +449,7 @@ def harvest_to_store(
     settings = {"harvest": harvester.describe(), "windows": windows.describe()}
     writer = StoreWriter(
         folder,
-        harvester.context.model_name,
+        harvester.context.short_name,
         dtype=dtype,
         shard_rows=shard_rows,
         settings=settings,
@@ -421,10 +457,7 @@ def harvest_to_store(
     )
     with writer, progress_bar(total=num_tokens, unit=" tokens", disable=not progress) as bar:
         writer.check_only_settings()
-        source = source_of(harvester, windows)
-        if source["source"] and not files.is_remote(source["source"]):
-            # Relative: the two may be moved together, and no folder of a user need be named.
-            source["source"] = os.path.relpath(source["source"], writer.folder.resolve())
+        source = origins.for_folder(source_of(harvester, windows), folder)
         files.write_json(writer.folder / SOURCE_FILE, source)
         bar.update(writer.n_rows)
         number = writer.n_batches
@@ -445,7 +478,7 @@ def source_of(harvester: Harvester, windows: TokenWindows) -> dict[str, Any]:
     context, origin = harvester.context, dict(windows.corpus.origin)
     source = origin.pop("source", None)
     return {
-        "model": context.reference,
+        "model": origins.full_path(context.reference),
         "source": source,
         "source_fingerprint": windows.corpus.source_fingerprint,
         "data": {

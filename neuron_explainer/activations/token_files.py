@@ -6,6 +6,7 @@ A folder with ``tokens.bin`` (uint16, or uint32 where the vocabulary needs it, l
 :mod:`~neuron_explainer.analysis.token_store`. The folder appears whole or not at all.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,13 +102,14 @@ def write_tokens(
     """
     dtype = "uint16" if vocabulary <= 1 << 16 else "uint32"
     starts = [0]
-    with (folder / _FILES["tokens"]).open("wb") as out:
+    with files.plain_write(folder / _FILES["tokens"]) as path, path.open("wb") as out:
         for ids in documents:
             out.write(np.asarray(ids).astype(_DTYPES[dtype]).tobytes())
             starts.append(starts[-1] + len(ids))
     if not starts[-1]:
         raise SourceError(f"{source}: no tokens in {len(starts) - 1} documents.")
-    np.array(starts, dtype="<i8").tofile(folder / _FILES["starts"])
+    with files.plain_write(folder / _FILES["starts"]) as path:
+        np.array(starts, dtype="<i8").tofile(path)
     names = [name for name in (*_FILES.values(), VOCABULARY_FILE) if (folder / name).exists()]
     manifest = {
         "format_version": _VERSION,
@@ -186,8 +188,8 @@ def _vocabulary_of(context: "ModelContext") -> int:
 
 
 def _name_of(documents: Iterable[str]) -> str:
-    name: Any = getattr(documents, "name", "documents")
-    return str(name)
+    name = str(getattr(documents, "name", "documents"))
+    return Path(name).name if os.path.exists(name) else name  # no folders of a user
 
 
 def _counted(documents: Iterable[str], progress: bool) -> Iterator[str]:

@@ -21,6 +21,8 @@ Floats = npt.NDArray[np.float32]
 
 LEVELS = 9
 """Steps of a highlight, from the weakest to the strongest."""
+STRONG = {"p": 7, "n": 8}
+"""From these levels of positive and negative values on, black letters are read better than white ones."""
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _GLYPHS = str.maketrans({"\n": "↵", "\t": "⇥", "\r": "␍"})
 _MOST_BARS = 48
@@ -222,10 +224,10 @@ def _html_run(run: Shown, inline: bool, pairs: bool) -> str:
 def _style(run: Shown, pairs: bool) -> str:
     parts = []
     if run.level:
-        colour = "235,115,0" if run.level > 0 else "30,110,230"
+        sign, colour = ("p", "240,125,10") if run.level > 0 else ("n", "65,138,248")
         parts.append(f"background-color:rgba({colour},{alpha(run.level):.2g})")
-        if abs(run.level) > LEVELS // 2:
-            parts.append("color:#000" if run.level > 0 else "color:#fff")
+        if abs(run.level) >= STRONG[sign]:
+            parts.append("color:#000")
     if run.marked:
         parts.append("outline:2px solid currentColor" if pairs else "font-weight:bold")
     return ";".join(parts)

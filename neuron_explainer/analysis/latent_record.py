@@ -8,6 +8,7 @@ Shape legend: ``s`` tokens of an example.
 
 import html
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,13 +32,17 @@ DENSE = 0.1
 _LARGEST_FRAGMENT, _LARGEST_PAGE = 30_000, 60_000  # bytes
 _LONGEST_LABEL = 400  # characters
 _MISSING = "More examples are in the store"
+_LEGENDS = {
+    "latent": "activation; the largest in bold",
+    "head": "how much the framed token looks at each token before it",
+}
 _NOTES = {
     "stratum": "equal ranges of values from 0 to the largest, the highest range first",
     "uniform": "of all contexts where it is active",
 }
 _NOTEBOOK_ROW = (
-    '<div style="white-space:pre-wrap"><span style="display:inline-block;width:4.5em;opacity:.75;'
-    'font-variant-numeric:tabular-nums">{value}</span>{text}</div>'
+    '<div style="display:flex"><div style="flex:0 0 4.5em;opacity:.75;font-variant-numeric:tabular-nums">'
+    '{value}</div> <div style="white-space:pre-wrap">{text}</div></div>'
 )
 _PAGE_ROW = (
     '<li><span class="value">{value}</span><p>{text}</p>'
@@ -209,6 +214,9 @@ class LatentRecord:
     """Those of the user first."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Where the figures come from: names, hashes and versions."""
+    intervals: int = 0
+    """Into how many equal ranges of values the examples of the group "stratum" are divided; 0 if that is
+    not known."""
 
     def examples(self, group: str | None = None) -> tuple[Example, ...]:
         """The examples of a group, or all."""
@@ -320,7 +328,7 @@ class LatentRecord:
         """A fragment for notebooks: no script, no style sheet, at most 30 kB."""
         head = (
             '<div style="font-family:system-ui,sans-serif;max-width:60rem;line-height:1.6">'
-            f'<div style="font-size:1.25em;font-weight:600">{_safe(self.title)}</div>'
+            f'<div style="font-size:1.25em;font-weight:600">{_safe(_capital(self.title))}</div>'
         )
         for label, _ in self._short_labels(1):
             head += f"<div>“{_safe(label)}”</div>"
@@ -340,18 +348,18 @@ class LatentRecord:
         Args:
             more: parts that go before the examples, such as what the unit promotes.
         """
-        origin = [f"{key}: {value}" for key, value in sorted(self.provenance.items())]
         head = page.Head(
-            self.title,
-            f"{self.kind} · {self.location}",
+            _capital(self.title),
+            self.location,
             ["never active"] * (not self.alive) + ["dense"] * self.dense,
             self._short_labels(5),
             self.facts(),
             highlights.svg_histogram(self.histogram),
             self.signed,
             highlights.number(self.scale),
+            _LEGENDS["head" if self.kind == "head" else "latent"],
         )
-        footer = [line[:200] for line in origin]
+        footer = [f"{key[:80]}: {_short(value)}" for key, value in sorted(self.provenance.items())]
         last = [self._partners_table()] if self.partners else []
         room = _LARGEST_PAGE - len(page.document(head, [*more, *last], footer).encode())
         for width in (None, 160, 80):  # shorter examples rather than fewer
@@ -380,8 +388,10 @@ class LatentRecord:
                 if n is not None and example.rank >= n:
                     continue
                 shown, before, behind = example.shown(self.scale, width)
+                if not before and not (shown[0].level or shown[0].marked):
+                    shown[0] = shown[0]._replace(text=shown[0].text.lstrip(" "))
                 text = highlights.html_tokens(shown, inline=inline, pairs=example.pairs)
-                new = row.format(
+                new = self._range(example) * (not inline) + row.format(
                     value=highlights.number(example.value),
                     text=f"{'…' * before}{text}{'…' * behind}",
                     document=example.document,
@@ -398,6 +408,15 @@ class LatentRecord:
             found.append(page.Section(_MISSING, f"<p>{missing} are left out here.</p>"))
         return found
 
+    def _range(self, example: Example) -> str:
+        """The line before the first example of a range of values."""
+        if not self.intervals or example.group != "stratum" or example.rank:
+            return ""
+        high = 1 - example.interval / self.intervals
+        low = high - 1 / self.intervals
+        limits = (highlights.number(share * self.statistics.max) for share in (max(low, 0), high))
+        return f'<li class="range"><span></span>{" to ".join(limits)}</li>'
+
     def _partners_table(self) -> page.Section:
         rows = "".join(
             f"<tr><td>{p.unit}</td><td>{p.both:,}</td><td>{p.phi:.2f}</td><td>{p.jaccard:.2f}</td>"
@@ -410,6 +429,20 @@ class LatentRecord:
         return page.Section(
             "Active together with", f"<table>{head}{rows}</table>", "counted on a sample of tokens"
         )
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _short(value: Any) -> str:
+    """A value of the provenance for people: hashes and long texts are cut."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_short(part)}" for key, part in value.items())[:200]
+    text = str(value)
+    if re.fullmatch("[0-9a-f]{32,}", text):
+        return f"{text[:12]}…"
+    return text[:200]
 
 
 def _safe(text: str) -> str:

@@ -8,15 +8,15 @@ import html
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from neuron_explainer.analysis.highlights import LEVELS, alpha
+from neuron_explainer.analysis.highlights import LEVELS, STRONG, alpha
 from neuron_explainer.tables import escaped
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1d21; --soft: #5d636e; --line: #e3e5e9; --ground: #fff;
-  --pale: #f6f7f8; --p: 235 115 0; --n: 30 105 225; --on-p: #1b1d21; --on-n: #fff; }
+  --pale: #f6f7f8; --p: 235 115 0; --n: 60 130 240; --weak: #1b1d21; --strong: #1b1d21; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e9ec; --soft: #9aa1ad; --line: #2d3138;
-  --ground: #14161a; --pale: #1c1f24; --p: 255 140 30; --n: 70 145 255; --on-p: #14161a; --on-n: #0b0d10; } }
+  --ground: #14161a; --pale: #1c1f24; --p: 255 140 30; --n: 70 145 255; --weak: #fff; --strong: #000; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; font-variant-numeric: tabular-nums; }
@@ -27,7 +27,7 @@ h2 small, .kicker, figcaption, dt, footer, .by, .doc, .more { font-size: .8125re
   font-weight: 400; }
 h2 small { margin-left: .75rem; }
 .kicker { margin: 0 0 .25rem; }
-.label { font-size: 1.125rem; margin: .5rem 0 0; }
+.label { margin: .25rem 0 0; } h1 + .label { font-size: 1.125rem; margin-top: .5rem; }
 .by { margin-left: .5rem; }
 .badge { font-size: .8125rem; border: 1px solid var(--line); border-radius: 1rem; padding: .1rem .6rem;
   margin-left: .5rem; vertical-align: .2em; font-weight: 400; letter-spacing: 0; }
@@ -43,12 +43,15 @@ li { display: grid; grid-template-columns: 4.25rem 1fr auto; gap: 0 1rem; paddin
 li > .value { text-align: right; color: var(--soft); font-size: .875rem; line-height: 1.75rem; }
 li > p { margin: 0; line-height: 1.75rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 li > .doc { line-height: 1.75rem; white-space: nowrap; }
-b { font-weight: inherit; border-radius: .2rem; padding: .1rem 0; }
-.peak { font-weight: 650; } .query { outline: 2px solid var(--ink); outline-offset: -1px; font-weight: 650; }
+li.range { color: var(--soft); font-size: .8125rem; padding: .75rem 0 .25rem; }
+li.range + li { border-top: 0; padding-top: 0; }
+b { font-weight: inherit; border-radius: .125rem; padding: .125rem 0; }
+.peak { font-weight: 650; } .query { box-shadow: inset 0 0 0 1.5px var(--ink); font-weight: 650; }
 table { border-collapse: collapse; } th { font-weight: 400; color: var(--soft); font-size: .8125rem; }
 td, th { text-align: right; padding: .25rem 1.5rem .25rem 0; border-bottom: 1px solid var(--line); }
-.scale { display: inline-flex; align-items: center; gap: .5rem; } .scale b { width: 1.1rem; height: .9rem;
-  border-radius: 0; padding: 0; } .scale span { display: inline-flex; }
+.legend { margin: 1rem 0 0; }
+.scale { margin-right: .75rem; display: inline-flex; align-items: center; gap: .5rem; }
+.scale b { width: 1.1rem; height: .9rem; border-radius: 0; padding: 0; } .scale span { display: inline-flex; }
 footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); overflow-wrap: anywhere; }
 @media (max-width: 40rem) { main { padding: 1.5rem 1rem; } li { grid-template-columns: 3.5rem 1fr; }
   li > .doc { display: none; } }
@@ -81,6 +84,8 @@ class Head(NamedTuple):
     signed: bool
     scale: str
     """The value that is highlighted most strongly."""
+    legend: str
+    """What the colours mean."""
 
 
 def document(head: Head, sections: Sequence[Section], footer: Sequence[str]) -> str:
@@ -101,9 +106,10 @@ def _levels() -> str:
     rules = []
     for level in range(1, LEVELS + 1):
         for sign in "pn":
-            strong = f"; color: var(--on-{sign})" if level > LEVELS // 2 else ""
+            ink = "strong" if level >= STRONG[sign] else "weak"
             rules.append(
-                f".{sign}{level} {{ background: rgb(var(--{sign}) / {alpha(level):.2g}){strong}; }}"
+                f".{sign}{level} {{ background: rgb(var(--{sign}) / {alpha(level):.2g}); "
+                f"color: var(--{ink}); }}"
             )
     return "\n".join(rules)
 
@@ -139,9 +145,8 @@ def _scale(head: Head) -> str:
     parts = ["0", _swatches("p", range(1, LEVELS + 1)), _safe(head.scale)]
     if head.signed:
         parts[:1] = [f"−{_safe(head.scale)}", _swatches("n", range(LEVELS, 0, -1)), "0"]
-    return (
-        f'<p class="kicker" style="margin-top:1rem"><span class="scale">{"".join(parts)}</span></p>'
-    )
+    scale = f'<span class="scale">{"".join(parts)}</span>'
+    return f'<p class="kicker legend">{scale}{_safe(head.legend)}</p>'
 
 
 def _swatches(sign: str, levels: range) -> str:

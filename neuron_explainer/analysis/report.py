@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer import files
-from neuron_explainer.analysis.logit_lens import logit_lens
+from neuron_explainer.analysis.directions import Directions
 from neuron_explainer.analysis.plots import (
     COLOURS,
     Lines,
@@ -28,7 +28,7 @@ from neuron_explainer.analysis.plots import (
     histogram,
 )
 from neuron_explainer.analysis.verdict import DENSE, n_dead, n_dense, verdict
-from neuron_explainer.errors import SourceError
+from neuron_explainer.errors import NeuronExplainerError, SourceError
 from neuron_explainer.evaluation.figures import Evaluation
 from neuron_explainer.evaluation.geometry import WeightGeometry
 from neuron_explainer.models.autoencoder import Autoencoder
@@ -73,6 +73,7 @@ _CURVES = {
 _NOT_DRAWN = ("dead_window", "tokens_per_second", "seconds")
 """Fields that say nothing about the dictionaries."""
 _STRONGEST = 15
+_TOKENS = 6
 """Latents listed for each dictionary."""
 
 
@@ -349,7 +350,7 @@ def _strongest(
     order = [latent for latent in order if written[latent] > 0]
     if not order:
         return ""
-    lens = None if context is None else logit_lens(context, autoencoder, order)
+    lens = None if context is None else _promoted(context, autoencoder, order)
     head = ["latent", "fires on", "largest", "share of output"]
     rows: list[list[Any]] = []
     for row, latent in enumerate(order):
@@ -360,7 +361,7 @@ def _strongest(
             f"{share[latent]:.2%}",
         ]
         if lens is not None:
-            cells += [_Words(lens[row].up), _Words(lens[row].down)]
+            cells += lens[row]
         rows.append(cells)
     note = (
         "The latents that write most. Share of output: the mean squared length of what a latent adds to "
@@ -370,9 +371,25 @@ def _strongest(
         head += ["promotes", "suppresses"]
         note += (
             " The tokens are those whose logits the decoder direction raises and lowers most, read "
-            "directly off the unembedding; what later layers make of it is not in them."
+            "directly off the unembedding; what later layers make of it is not in them. Tokens that the "
+            "model's training hardly touched are left out."
         )
     return f'{_table(head, rows)}<p class="note">{note}</p>\n'
+
+
+def _promoted(
+    context: ModelContext, autoencoder: Autoencoder, latents: Sequence[int]
+) -> list[list[Any]] | None:
+    """The tokens that latents promote and suppress; None if what they write is not known as a vector."""
+    try:
+        directions = Directions(context, autoencoder)
+        found = [directions.top_logits(latent, _TOKENS) for latent in latents]
+    except NeuronExplainerError:  # another place, or a model whose weights no table describes
+        return None
+    return [
+        [_Words(token.text for token in tokens) for tokens in (each.top, each.bottom)]
+        for each in found
+    ]
 
 
 def _weights(geometry: WeightGeometry, n_latents: int) -> str:

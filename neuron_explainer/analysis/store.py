@@ -43,6 +43,7 @@ from neuron_explainer.analysis.store_format import (
     UnitRow,
     all_from_active,
     fts_query,
+    hashed_keys,
     write_store,
 )
 from neuron_explainer.analysis.token_store import TOKENS_FOLDER, TokenStore
@@ -58,6 +59,9 @@ from neuron_explainer.errors import (
 
 if TYPE_CHECKING:
     import pandas
+
+    from neuron_explainer.models.autoencoder import Autoencoder
+    from neuron_explainer.models.model_context import ModelContext
 
 Ints = npt.NDArray[np.int64]
 COLUMNS = (
@@ -210,6 +214,7 @@ class ExampleStore:
             partners=self._partners(number, row),
             labels=tuple(self.labels(number)),
             provenance=self.provenance,
+            intervals=int(dict(self.settings.get("config", {})).get("intervals", 0)),
         )
 
     def __iter__(self) -> Iterator[LatentRecord]:
@@ -282,6 +287,9 @@ class ExampleStore:
                 for field in fields(ExampleTable)
             }
         )
+        if self.meta["hashed_keys"]:
+            seed = int(self.settings["key_seed"])
+            examples = hashed_keys(examples, seed, len(self), self.kind == "head")
         histogram = np.stack([row.histogram for row in rows])
         statistics = UnitStatistics(
             self.n_tokens,
@@ -474,6 +482,28 @@ class ExampleStore:
         return [self.workspace, Workspace(beside, self.subject, len(self))]
 
     # --- checks ---
+
+    def check_model(self, context: "ModelContext") -> None:
+        """An error unless the examples were collected from this model's weights."""
+        from torch import nn  # brings torch
+
+        model: Any = context.get_or_create_model()
+        self._check_weights("model", model if isinstance(model, nn.Module) else model.model)
+
+    def check_autoencoder(self, autoencoder: "Autoencoder") -> None:
+        """An error unless the units are those of this autoencoder."""
+        self._check_weights("autoencoder", autoencoder)
+
+    def _check_weights(self, what: str, module: Any) -> None:
+        from neuron_explainer.analysis.collation.units import weights_sha256  # brings torch
+
+        expected, found = self.provenance.get(f"{what}_sha256"), weights_sha256(module)
+        if expected != found:
+            name = f" {shown(self.provenance[what])}" if what in self.provenance else ""
+            raise InputError(
+                f"{self.path} was collected with another {what}{name}: its weights have SHA-256 "
+                f"{expected or 'that is not known'}, those given {found}. Another dtype counts as another."
+            )
 
     def verify(self) -> None:
         """Read all of the store and its text, and compare them with the hashes that were written."""

@@ -21,6 +21,7 @@ from neuron_explainer.analysis.store_format import (
     FTS_TABLES,
     KIND,
     LABEL_SCHEMA,
+    META,
     SCHEMA,
     UnitRow,
     content_sha256,
@@ -102,6 +103,8 @@ class StoreFile:
                 f"{shown(meta.get('kind'))} of {shown(meta.get('format_version'))}; a newer version of "
                 "this library may read it."
             )
+        if missing := [key for key in META if key not in meta]:
+            raise CheckpointError(f"{self.path}: damaged: meta lacks {', '.join(missing)}.")
         return dict(meta)
 
     def column(self, name: str) -> npt.NDArray[Any] | None:

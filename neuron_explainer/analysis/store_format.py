@@ -25,8 +25,11 @@ What a row of ``units`` holds, in this order, with ``n`` examples, ``b`` bins, `
 Each line is one array of numbers (``bits``: of bytes) and is stored *by planes*: the highest bytes of all
 numbers, then the second highest, and so on; of similar numbers the high bytes are similar. The activation
 at the peak is ``value`` and is not stored a second time. The rank of an example is its place among those of
-the same group and interval. Keys belong to the last ``k`` examples; those of the groups top and bottom, which
-come first, are their values. ``crc`` is ``zlib.crc32`` of the compressed data, which for ``units`` begins
+the same group and interval. Keys belong to the examples of the groups "stratum", "uniform",
+"weighted" and "inactive"; those of "top" and "bottom" are their values. Where ``meta["hashed_keys"]`` is
+true, they belong to "weighted" alone: all others are the hash ``u`` that
+:mod:`~neuron_explainer.analysis.collation.reservoirs` describes, with ``settings["key_seed"]``, in float32.
+``crc`` is ``zlib.crc32`` of the compressed data, which for ``units`` begins
 with the number of the unit (``i8``).
 """
 
@@ -45,6 +48,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neuron_explainer import __version__, files
+from neuron_explainer.analysis.collation.reservoirs import uniform, unit_hashes
 from neuron_explainer.analysis.records import (
     GROUPS,
     N_BINS,
@@ -78,6 +82,7 @@ LABEL_SCHEMA = {
 }
 FTS_TABLES = {f"labels_fts_{part}" for part in ("data", "idx", "docsize", "config")}
 _SAMPLED = GROUPS.index("stratum")  # from this group on, keys are not the values
+_WEIGHTED = GROUPS.index("weighted")
 
 
 class Label(NamedTuple):
@@ -163,9 +168,18 @@ def _free_bytes(path: Path) -> int:
     return shutil.disk_usage(path.parent).free
 
 
+META = (
+    *("name", "unit", "location", "signed", "n_units", "n_tokens", "n_examples", "width"),
+    *("hashed_keys", "key_dtype", "start_dtype", "coactivation_tokens", "partners", "tokens"),
+    *("all_from_active", "settings", "provenance"),
+)
+"""What ``meta`` of every store holds, among other things."""
+
+
 def _meta(collected: Collected, tokens: TokenStore) -> dict[str, Any]:
     corpus, coactivation = tokens.corpus, collected.coactivation
-    keys = collected.examples.key[collected.examples.group >= _SAMPLED]
+    hashed = _are_hashed(collected)
+    keys = collected.examples.key[_keys_are_stored(collected.examples.group, hashed)]
     meta = {
         "format_version": FORMAT_VERSION,
         "kind": KIND,
@@ -178,6 +192,7 @@ def _meta(collected: Collected, tokens: TokenStore) -> dict[str, Any]:
         "n_examples": len(collected.examples),
         "width": int(collected.examples.activations.shape[1]),
         "start_dtype": "<u4" if len(corpus.tokens) <= 1 << 32 else "<i8",
+        "hashed_keys": hashed,
         "key_dtype": "<f4" if np.array_equal(keys, keys.astype(np.float32)) else "<f8",
         "coactivation_tokens": None if coactivation is None else coactivation.n_tokens,
         "partners": 0 if coactivation is None else coactivation.partner.shape[1],
@@ -201,6 +216,29 @@ def _meta(collected: Collected, tokens: TokenStore) -> dict[str, Any]:
             f"settings and provenance of a store must be JSON values: {error}."
         ) from None
     return meta
+
+
+def _keys_are_stored(group: npt.NDArray[np.uint8], hashed: bool) -> npt.NDArray[np.bool_]:
+    return group == _WEIGHTED if hashed else group >= _SAMPLED
+
+
+def hashed_keys(table: ExampleTable, seed: int, n_units: int, pairs: bool) -> ExampleTable:
+    """The table with the keys that are hashes filled in."""
+    peak = table.peak.astype(np.int64)
+    query = (np.sqrt(8 * peak + 1).astype(np.int64) - 1) // 2 if pairs else peak
+    key = uniform(unit_hashes(seed, n_units)[table.unit], table.start + query)
+    hashed = (table.group >= _SAMPLED) & (table.group != _WEIGHTED)
+    found = np.where(hashed, key.astype(np.float32), table.key)
+    return replace(table, key=found)
+
+
+def _are_hashed(collected: Collected) -> bool:
+    """Whether the keys are those of a collation, so that they need not be stored."""
+    seed, table = collected.settings.get("key_seed"), collected.examples
+    if type(seed) is not int or (table.unit >= collected.n_units).any():
+        return False
+    found = hashed_keys(table, seed, collected.n_units, collected.kind == "head")
+    return np.array_equal(found.key, table.key)
 
 
 MOMENTS = ("count", "mean", "m2", "m3", "m4")
@@ -279,7 +317,7 @@ def _encode_unit(
     stored[np.arange(n), rows.peak] = False
     # Beyond the range of float16: the largest number it has. The peak's value is exact in any case.
     activations = np.nan_to_num(rows.activations[stored], posinf=65504, neginf=-65504)
-    keys = rows.key[rows.group >= _SAMPLED]
+    keys = rows.key[_keys_are_stored(rows.group, meta["hashed_keys"])]
     columns = [
         np.array([n, first, end - first, len(partners), len(keys)], "<u2"),
         histogram[first:end].astype("<u4"),
@@ -339,6 +377,7 @@ def check_collected(collected: Collected, tokens: TokenStore) -> None:
     _check_shapes(collected)
     if n_units == 0:
         raise InputError(f"{what}: there are no units.")
+    _check_figures(collected)
     pairs = collected.kind == "head"
     length = table.length.astype(np.int64)
     size = length * (length + 1) // 2 if pairs else length
@@ -366,6 +405,22 @@ def check_collected(collected: Collected, tokens: TokenStore) -> None:
                 f"{what}: example {row} (unit {table.unit[row]}, group {table.group[row]}, start "
                 f"{table.start[row]}, length {table.length[row]}, peak {table.peak[row]}, value "
                 f"{table.value[row]}): expected {expected}."
+            )
+
+
+def _check_figures(collected: Collected) -> None:
+    statistics, what = collected.statistics, collected.name
+    for name, moments in (("active", statistics.active), ("all", statistics.all)):
+        right = (moments.count >= 0) & (moments.count <= statistics.n_tokens)
+        right &= (moments.m2 >= 0) & np.isfinite(
+            [moments.mean, moments.m2, moments.m3, moments.m4]
+        ).all(axis=0)
+        if not right.all():
+            unit = int(np.flatnonzero(~right)[0])
+            raise InputError(
+                f"{what}: {name} of unit {unit}: expected a count of 0 to {statistics.n_tokens} and finite "
+                f"sums, found count {moments.count[unit]}, mean {moments.mean[unit]}, m2 "
+                f"{moments.m2[unit]}, m3 {moments.m3[unit]}, m4 {moments.m4[unit]}."
             )
 
 
@@ -482,7 +537,8 @@ def decode_unit(raw: bytes, unit: int, meta: Mapping[str, Any]) -> UnitRow:
     stored = np.unpackbits(bits, axis=1, count=width, bitorder="little").astype(bool)
     start, value = take(meta["start_dtype"], n), take("<f4", n)
     key = value.astype(np.float64)
-    key[n - n_keys :] = take(meta["key_dtype"], n_keys)
+    key[group >= _SAMPLED] = np.nan  # see hashed_keys
+    key[_keys_are_stored(group, meta["hashed_keys"])] = take(meta["key_dtype"], n_keys)
     partner, both = take("<u4", n_partners), take("<u4", n_partners)
     activations = np.zeros((n, width), np.float16)
     activations[stored] = take("<f2", int(stored.sum()))

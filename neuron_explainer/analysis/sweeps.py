@@ -258,7 +258,7 @@ class Sweep:
 
     def to_dataframe(self) -> Any:
         """One row an intervention and prompt (needs pandas)."""
-        pandas = _optional("pandas", "a data frame needs pandas: pip install pandas")
+        pandas = optional_module("pandas")
         cells = list(itertools.product(*self.dims.values()))
         n_prompts = len(self.baseline)
         table: dict[str, list[Any]] = {
@@ -279,7 +279,7 @@ class Sweep:
         Returns:
             matplotlib's figure (needs the extra ``plots``).
         """
-        pyplot = _optional("matplotlib.pyplot", "a plot needs matplotlib: pip install matplotlib")
+        pyplot = optional_module("matplotlib.pyplot")
         mean, names = self.mean, list(self.dims)
         if mean.ndim > 2:
             raise InputError(f"a plot shows one or two dimensions, found {names}.")
@@ -314,11 +314,13 @@ class Sweep:
         return "\n".join(lines) + ")"
 
 
-def _optional(module: str, message: str) -> Any:
+def optional_module(module: str) -> Any:
+    """A module of an optional library, imported when it is needed."""
+    library = module.partition(".")[0]
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise MissingExtraError(message) from None
+        raise MissingExtraError(f"this needs {library}: pip install {library}") from None
 
 
 # --- running ---

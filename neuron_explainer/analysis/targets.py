@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_explainer.errors import InputError, shown
+from neuron_explainer.errors import InputError, NeuronExplainerError, shown
 from neuron_explainer.models.language_model import LanguageModel
 
 TokenLike = str | int
@@ -67,7 +67,7 @@ def token_id(model: LanguageModel, token: TokenLike) -> int:
         ids = model.prompt_ids(token)[0] if token else []
         if len(ids) == 1:
             return ids[0]
-        pieces = ", ".join(shown(model._decode([i])) for i in ids[:8]) or "none"
+        pieces = ", ".join(map(shown, token_texts(model, ids[:8]))) or "none"
         other = token[1:] if token.startswith(" ") else f" {token}"
         near = len(model.prompt_ids(other)[0]) == 1 if other else False
         raise InputError(
@@ -77,6 +77,14 @@ def token_id(model: LanguageModel, token: TokenLike) -> int:
     if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < model.n_vocab:
         raise InputError(f"a token id lies in 0 to {model.n_vocab - 1}, found {token!r}.")
     return token
+
+
+def token_texts(model: LanguageModel, ids: Sequence[int]) -> list[str]:
+    """Each token as text; its number where the model came without a vocabulary."""
+    try:
+        return [model._decode([i]) for i in ids]
+    except NeuronExplainerError:
+        return [str(i) for i in ids]
 
 
 def token_ids(model: LanguageModel, tokens: TokensLike) -> list[int]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from neuron_explainer import __version__, demo
-from neuron_explainer.cli import factors, learning, looking, measuring, stored_files
+from neuron_explainer.cli import factors, intervening, learning, looking, measuring, stored_files
 from neuron_explainer.cli.common import (
     Parser,
     Result,
@@ -174,6 +174,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, VerbParser]]:
     parser.groups = {}
     for title, register in (
         ("look", _register_looking),
+        ("intervene", intervening.register),
         ("learn", _register_learning),
         ("measure", measuring.register),
         ("files", stored_files.register),

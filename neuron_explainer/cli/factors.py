@@ -31,7 +31,12 @@ ARTICLE_TITLE = r"(?m)^ = (?!=)[^\n]*(?<!=) = *$"
 """A line of WikiText that is the title of an article: `` = Title = ``, with one sign on each side."""
 ARTICLE_CHARACTERS = 2000
 SENTENCE_LENGTH = 64
+PUBLISHED_LATENTS, PUBLISHED_WIDTH = 2000, 768
+MANY_ACTIVE = 50
+"""More active factors than this on a token are hard to read."""
 _DECIDED = ("hold_out", "pack", "keep_bos", "buffer_tokens", "context_length")
+_OF_LEARNING = ("max_norm_multiple", "model_autocast", "data_seed")
+"""Settings that a pass over every token, in the order of the text, has no use for."""
 _DATA_HELP = "text, as for harvest, or the folder that prepare wrote"
 
 
@@ -105,6 +110,9 @@ def run_prepare(args: argparse.Namespace) -> Result:
         "model": context.reference,
         "n_documents": len(corpus),
         "n_tokens": corpus.n_tokens,
+        "n_latents": round(
+            context.n_residual_stream_channels * PUBLISHED_LATENTS / PUBLISHED_WIDTH
+        ),
     }
 
 
@@ -130,7 +138,7 @@ def show_prepare(result: Result) -> None:
     say(f"{result['tokens']}: {result['n_documents']:,} documents, {result['n_tokens']:,} tokens")
     say(
         f"Next: neuron-explainer factors learn {result['tokens']} --location resid.torso.post_mlp "
-        f"--n-latents 2000 --penalty 0.3{_model_flag(result)} --out RUN"
+        f"--n-latents {result['n_latents']} --penalty 0.3{_model_flag(result)} --out RUN"
     )
 
 
@@ -187,7 +195,11 @@ def _declare_learn(verb: argparse.ArgumentParser) -> None:
     add_flags(verb, SparseCodingConfig)
 
 
-def _data_options(verb: argparse.ArgumentParser) -> None:
+def _declare_collate(verb: argparse.ArgumentParser) -> None:
+    _data_options(verb, _OF_LEARNING)
+
+
+def _data_options(verb: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()) -> None:
     from neuron_explainer.activations import DataConfig
     from neuron_explainer.settings.flags import add_flags
 
@@ -197,7 +209,7 @@ def _data_options(verb: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"cut documents into pieces of up to N tokens (default: {SENTENCE_LENGTH})",
     )
-    add_flags(verb, DataConfig, leave_out=_DECIDED)
+    add_flags(verb, DataConfig, leave_out=_DECIDED + leave_out)
 
 
 def run_learn(args: argparse.Namespace) -> Result:
@@ -290,6 +302,12 @@ def show_learn(result: Result) -> None:
         say(f"{name}: {figures}")
     run = result["run"]
     say(f"{run}: {result['steps']:,} steps")
+    l0 = max(found["l0"] for found in result["metrics"].values())
+    if l0 > MANY_ACTIVE:
+        say(
+            f"{l0:.0f} factors are active on a token: a larger --penalty makes them fewer. Its scale is "
+            "that of the activations, and the published 0.3 is for BERT."
+        )
     say(f"Next: neuron-explainer factors collate {run} --out EXAMPLES")
 
 
@@ -303,7 +321,7 @@ def _register_collate(actions: Any) -> None:
         "the strongest tokens of each factor",
         run_collate,
         show_collate,
-        _data_options,
+        _declare_collate,
         "neuron-explainer factors collate run --out examples",
     )
     collate.add_argument(
@@ -315,11 +333,19 @@ def _register_collate(actions: Any) -> None:
     )
     collate.add_argument("--location", metavar="PLACE", help="which dictionary of several")
     collate.add_argument(
-        "--layers", nargs="+", type=int, metavar="N", help="(default: those that it learned from)"
+        "--layers",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="where to look for its factors (default: the layers that it learned from)",
     )
     collate.add_argument("--out", required=True, metavar="EXAMPLES", help="folder to write")
     collate.add_argument(
-        "--n-examples", type=positive, default=500, metavar="N", help="of each (default: 500)"
+        "--n-examples",
+        type=positive,
+        default=500,
+        metavar="N",
+        help="of each factor (default: 500)",
     )
     collate.add_argument(
         "--shard-size",
@@ -542,10 +568,18 @@ def _register_saliency(actions: Any) -> None:
         "--device", metavar="NAME", help="such as cpu or cuda:0 (default: the best there is)"
     )
     saliency.add_argument(
-        "--layers", nargs="+", type=int, metavar="N", help="(default: each factor's peak)"
+        "--layers",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="in these layers (default: each factor's peak)",
     )
     saliency.add_argument(
-        "--num-sentences", type=positive, default=20, metavar="N", help="of each (default: 20)"
+        "--num-sentences",
+        type=positive,
+        default=20,
+        metavar="N",
+        help="of each factor in a layer (default: 20)",
     )
     saliency.add_argument(
         "--batch-size", type=positive, default=64, metavar="N", help="copies at once (default: 64)"
@@ -672,7 +706,11 @@ def _register_pages(actions: Any) -> None:
     _factor_options(pages, 100)
     pages.add_argument("--out", required=True, metavar="PAGES", help="folder to write to")
     pages.add_argument(
-        "--num-sentences", type=positive, default=20, metavar="N", help="of each (default: 20)"
+        "--num-sentences",
+        type=positive,
+        default=20,
+        metavar="N",
+        help="of each factor in a layer (default: 20)",
     )
 
 
@@ -690,6 +728,8 @@ def run_pages(args: argparse.Namespace) -> Result:
     found = importance(examples, relative=args.relative)
     saliencies = SaliencyFile(args.examples).read()
     factors = _chosen(args, examples, found)
+    if args.factor is None:  # and those that saliency was found for
+        factors = list(dict.fromkeys([*factors, *(each.factor for each in saliencies)]))
     written = write_pages(
         args.out, context, examples, found, factors, saliencies, n_sentences=args.num_sentences
     )

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neuron_explainer import files
-from neuron_explainer.cli.common import Result, add_verb, positive, say
-from neuron_explainer.cli.learning import data_options
+from neuron_explainer.cli.common import Result, add_verb, option, positive, say
 from neuron_explainer.cli.open import (
     Opened,
     by_location,
+    data_options,
     find_autoencoders,
+    is_made_by,
     model_options,
     open_model,
 )
@@ -48,13 +49,7 @@ def _register_evaluate(verbs: Any) -> None:
         "neuron-explainer evaluate ae-resid-delta-mlp --text book.txt",
     )
     _subject(evaluate, "what was held out in training", several=True, n_tokens=FIRST_LOOK)
-    evaluate.add_argument(
-        "--ce-every",
-        type=int,
-        default=1,
-        metavar="N",
-        help="measure losses on every n-th batch only, on none if 0 (default: 1)",
-    )
+    option(evaluate, "--ce-every", "measure losses on every n-th batch only, on none if 0", 1, "N")
     evaluate.add_argument(
         "--compat",
         nargs="+",
@@ -81,9 +76,7 @@ def _register_prune(verbs: Any) -> None:
         ("--min-max-activation", 1.0, "keep latents that fire at least this strongly once"),
         ("--min-decoder-norm", 0.99, "keep latents whose decoder direction is at least this long"),
     ):
-        prune.add_argument(
-            name, type=float, default=default, metavar="X", help=f"{kept} (default: {default:g})"
-        )
+        option(prune, name, kept, default, "X")
     prune.add_argument("--renumber", action="store_true", help="give the kept latents new numbers")
 
 
@@ -99,12 +92,8 @@ def _register_finetune(verbs: Any) -> None:
     )
     _subject(finetune, "what it was trained on", "--out FOLDER")
     finetune.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
-    finetune.add_argument(
-        "--lr", type=float, default=1e-3, metavar="X", help="learning rate (default: 0.001)"
-    )
-    finetune.add_argument(
-        "--batch-size", type=positive, default=4096, metavar="N", help="tokens (default: 4096)"
-    )
+    option(finetune, "--lr", "learning rate", 1e-3, "X")
+    option(finetune, "--batch-size", "tokens", 4096, "N", type=positive)
 
 
 def _register_report(verbs: Any) -> None:
@@ -143,12 +132,13 @@ def _subject(
     _location_option(verb)
     verb.add_argument("--text", metavar="TEXT", help=f"text or folder of texts (default: {text})")
     model_options(verb, "the one that it was trained on, else tiny-tales")
-    verb.add_argument(
+    option(
+        verb,
         "--num-tokens",
+        "stop with the batch that reaches this many tokens",
+        n_tokens,
+        "N",
         type=positive,
-        default=n_tokens,
-        metavar="N",
-        help=f"stop with the batch that reaches this many tokens (default: {n_tokens})",
     )
 
 
@@ -172,40 +162,36 @@ def _register_sentences(verbs: Any) -> None:
     )
     sentences.usage = "%(prog)s CSV [--autoencoder NAME] [--layer N] [options]"
     sentences.add_argument("csv", metavar="CSV", help="CSV file with a header")
-    sentences.add_argument(
-        "--column",
-        default="sentence",
-        metavar="NAME",
-        help="which column the sentences are in (default: sentence)",
-    )
+    option(sentences, "--column", "which column the sentences are in", "sentence", "NAME")
     model_options(sentences, "the one that the autoencoder is for, else tiny-tales")
-    sentences.add_argument(
+    option(
+        sentences,
         "--autoencoder",
-        default="ae-resid-delta-mlp",
-        metavar="NAME",
-        help="a name, a run's folder, or an autoencoder's folder, file or URL "
-        "(default: ae-resid-delta-mlp)",
+        "a name, a run's folder, or an autoencoder's folder, file or URL",
+        "ae-resid-delta-mlp",
+        "NAME",
     )
     _location_option(sentences)
     sentences.add_argument(
         "--layer", type=int, metavar="N", help="only this one (default: all that there are)"
     )
     sentences.add_argument("--bos", action="store_true", help="put the start token before each")
-    sentences.add_argument(
+    option(
+        sentences,
         "--code",
+        "a sentence's latents: mean of its tokens' codes, or the code of their mean",
+        "mean_of_codes",
         choices=["mean_of_codes", "code_of_mean"],
-        default="mean_of_codes",
-        help="a sentence's latents: mean of its tokens' codes, or the code of their mean "
-        "(default: mean_of_codes)",
     )
     sentences.add_argument("--csv-out", metavar="FILE", help="write the table to this file too")
 
 
-def _check_out(folder: str) -> None:
-    """An error, before anything is computed, if the folder holds something or cannot be written."""
-    path = Path(folder)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise InputError(f"{folder} is there and not empty; choose another --out.")
+def _check_out(args: argparse.Namespace) -> None:
+    """An error, before anything is computed, if ``--out`` cannot be written, or holds anything but what an
+    earlier process with the same command may have left there."""
+    path = Path(args.out)
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_made_by(path, args)):
+        raise InputError(f"{args.out} is there and not empty; choose another --out.")
     files.check_writable(path)
 
 
@@ -264,7 +250,7 @@ def run_prune(args: argparse.Namespace) -> Result:
     """Leave out latents that fire too seldom, never strongly, or have next to no decoder."""
     from neuron_explainer.dictionaries.prune import prune
 
-    _check_out(args.out)
+    _check_out(args)
     opened = Opened(args, "training")
     _, autoencoder = opened.only()
     pruning = prune(
@@ -275,7 +261,7 @@ def run_prune(args: argparse.Namespace) -> Result:
         min_decoder_norm=args.min_decoder_norm,
         keep_indices=not args.renumber,
     )
-    opened.save(pruning.autoencoder, args.out)
+    opened.save(pruning.autoencoder, args)
     counts = ("n_kept", "n_tokens", "too_rare", "too_weak", "too_short")
     return {
         "autoencoder": args.autoencoder,
@@ -307,12 +293,12 @@ def run_finetune(args: argparse.Namespace) -> Result:
     """Train scale, decoder and bias on the reconstruction alone; the same latents fire as before."""
     from neuron_explainer.dictionaries.finetune import finetune_decoder
 
-    _check_out(args.out)
+    _check_out(args)
     opened = Opened(args, "training")
     _, autoencoder = opened.only()
     batches = _rebatched(opened.activations(autoencoder), args.batch_size)
     finetuned = finetune_decoder(autoencoder, batches, lr=args.lr, progress=not args.json)
-    opened.save(finetuned, args.out)
+    opened.save(finetuned, args)
     return {
         "autoencoder": args.autoencoder,
         "out": args.out,
@@ -390,7 +376,7 @@ def _reported(
     """What a report shows of each autoencoder, under the name that the run's log has for it."""
     from neuron_explainer.analysis.report import Reported
     from neuron_explainer.analysis.verdict import target_l0
-    from neuron_explainer.dictionaries import TrainConfig
+    from neuron_explainer.dictionaries.config import TrainConfig
     from neuron_explainer.settings.formats import from_dict
 
     trained_as = {} if run is None else {str(path): name for name, path in run.results.items()}
@@ -425,8 +411,6 @@ def run_sentences(args: argparse.Namespace) -> Result:
     from neuron_explainer.analysis import sentences
 
     if args.csv_out:
-        if Path(args.csv_out).exists():
-            raise InputError(f"{args.csv_out} is there; choose another --csv-out.")
         files.check_writable(args.csv_out)
     texts = sentences.read_sentences(args.csv, args.column)
     found = find_autoencoders(args.autoencoder, args.model, args.location)
@@ -436,7 +420,8 @@ def run_sentences(args: argparse.Namespace) -> Result:
     autoencoders = by_location(loaded)
     table = sentences.summarize_sentences(context, texts, autoencoders, bos=args.bos)
     if args.csv_out:
-        with files.atomic_write(args.csv_out) as path:
+        advice = "choose another --csv-out"
+        with files.write_once(args.csv_out, advice) as out, files.atomic_write(out) as path:
             path.write_text(sentences.to_csv(table, args.code), "utf-8")
     result: Result = {"csv": args.csv, "sentences": [dataclasses.asdict(each) for each in table]}
     return result if args.json else {**result, "table": sentences.to_table(table, args.code)}

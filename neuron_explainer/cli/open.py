@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -14,8 +15,8 @@ from neuron_explainer.errors import InputError, SourceError, did_you_mean
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from neuron_explainer.activations import DataConfig, TokenBatch, TokenWindows
-    from neuron_explainer.activations.data_config import Part
+    from neuron_explainer.activations.data_config import DataConfig, Part
+    from neuron_explainer.activations.windows import TokenBatch, TokenWindows
     from neuron_explainer.models.autoencoder import Autoencoder
     from neuron_explainer.models.language_model import LanguageModel
     from neuron_explainer.models.locations import ActivationLocation
@@ -37,6 +38,14 @@ def model_options(verb: argparse.ArgumentParser, default: str = DEFAULT_MODEL) -
     verb.add_argument(
         "--device", metavar="NAME", help="such as cpu or cuda:0 (default: the best there is)"
     )
+
+
+def data_options(verb: argparse.ArgumentParser) -> None:
+    """Flags of :class:`DataConfig`."""
+    from neuron_explainer.activations.data_config import DataConfig
+    from neuron_explainer.settings.flags import add_flags
+
+    add_flags(verb, DataConfig)
 
 
 def open_model(name: str | None, device: str | None) -> "ModelContext":
@@ -177,10 +186,12 @@ def _at_path(path: str, location: str | None) -> Autoencoders:
 
 def _record_of(path: str, autoencoder: "Autoencoder") -> Result:
     """What the autoencoder itself, or the run whose folder it is in, tells of its training."""
+    from neuron_explainer.activations import origins
     from neuron_explainer.dictionaries.runs import Run
 
     if "record" in autoencoder.metadata:
-        return dict(autoencoder.metadata["record"])
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        return origins.from_folder(autoencoder.metadata["record"], folder)
     run = None if files.is_remote(path) else Run.containing(path)
     return {} if run is None else run.record
 
@@ -261,7 +272,7 @@ class Opened:
     """
 
     def __init__(self, args: argparse.Namespace, part: "Part") -> None:
-        from neuron_explainer.activations import DataConfig
+        from neuron_explainer.activations.data_config import DataConfig
         from neuron_explainer.settings.flags import from_flags
 
         names = [args.autoencoder] if isinstance(args.autoencoder, str) else args.autoencoder
@@ -293,7 +304,7 @@ class Opened:
 
     def windows(self) -> "TokenWindows":
         """The text, cut into windows."""
-        from neuron_explainer.activations import is_store, open_windows
+        from neuron_explainer.activations.data_config import is_store, open_windows
 
         if is_store(self.text):
             raise InputError(
@@ -328,11 +339,11 @@ class Opened:
             how_many = f"all {n_tokens:,}"
         held_out = "held-out " if self.part == "held_out" else ""
         name = Path(self.text).name or self.text
-        return f"{how_many} {held_out}tokens of {name}, with the model {self.context.model_name}"
+        return f"{how_many} {held_out}tokens of {name}, with the model {self.context.short_name}"
 
     def activations(self, autoencoder: "Autoencoder") -> "Iterator[Tensor | tuple[Tensor, Tensor]]":
         """Batches of an autoencoder's inputs; for a transcoder, pairs of inputs and targets."""
-        from neuron_explainer.activations import open_harvester
+        from neuron_explainer.activations.data_config import open_harvester
 
         if autoencoder.location is None:
             raise InputError(
@@ -360,11 +371,28 @@ class Opened:
             )
         return next(iter(self.autoencoders.items()))
 
-    def save(self, autoencoder: "Autoencoder", out: str) -> None:
-        """Save what was made of an autoencoder, with the record of its training."""
+    def save(self, autoencoder: "Autoencoder", args: argparse.Namespace) -> None:
+        """Save what was made of an autoencoder in ``--out``, with the record of its training."""
+        from neuron_explainer.activations import origins
+
         if self.record:
-            autoencoder.metadata["record"] = self.record
-        autoencoder.save(out)
+            autoencoder.metadata["record"] = origins.for_folder(self.record, args.out)
+        autoencoder.metadata["command"] = _digest(args)
+        with files.write_once(args.out, "choose another --out") as folder:
+            autoencoder.save(folder)
+
+
+def is_made_by(folder: Path, args: argparse.Namespace) -> bool:
+    """Whether a folder holds the autoencoder that this very command makes."""
+    config = folder / "config.json"
+    metadata = files.read_json(config).get("metadata") if config.is_file() else None
+    return isinstance(metadata, dict) and metadata.get("command") == _digest(args)
+
+
+def _digest(args: argparse.Namespace) -> str:
+    """A hash of what a command was asked for, but for where its result goes and how it is shown."""
+    asked = {k: v for k, v in vars(args).items() if k not in ("out", "run", "show", "json")}
+    return hashlib.sha256(repr(sorted(asked.items())).encode()).hexdigest()[:16]
 
 
 def _common_record(found: list[Autoencoders], text: str | None) -> Result:

@@ -70,7 +70,11 @@ def run_convert(args: argparse.Namespace) -> Result:
     stated = typing.cast(
         Stated, known | {name: given[name] for name in Stated.__annotations__ if name in given}
     )
-    convert(source, args.destination, args.format, overwrite=args.overwrite, **stated)
+    if args.overwrite:
+        convert(source, args.destination, args.format, overwrite=True, **stated)
+    else:
+        with files.write_once(args.destination, "give --overwrite to replace it") as folder:
+            convert(source, folder, args.format, **stated)
     return {"source": args.source, "destination": args.destination, "format": args.format}
 
 

@@ -47,13 +47,14 @@ class JsonLines:
 
     def write(self, step: int, common: Mapping[str, float], metrics: Metrics) -> None:
         line = {"step": step, **common, "dictionaries": {k: dict(v) for k, v in metrics.items()}}
-        with files.explain_refusal(self._path):
+        with files.explain_refusal(self._path), files.plain_write(self._path):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
 
     def sync(self) -> None:
         """Wait until all lines so far are on the disk."""
         with files.explain_refusal(self._path):
+            files.step("sync", self._path)
             os.fsync(self._file.fileno())
 
     def close(self) -> None:

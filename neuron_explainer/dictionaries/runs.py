@@ -19,19 +19,19 @@ import hashlib
 import json
 import logging
 import re
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
 from neuron_explainer import files
+from neuron_explainer.activations import origins
 from neuron_explainer.dictionaries.distributed import SINGLE_PROCESS, World
 from neuron_explainer.errors import CheckpointError, InputError
+from neuron_explainer.files.steps import Guard
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,13 @@ FORMAT_VERSION = 1
 KIND = "dictionary_training"
 SINGLE_NAME = "autoencoder"
 """Name of the dictionary of a run that has only one."""
-FREE_TO_CHANGE = ("epochs", "log_every", "checkpoint_every", "keep_checkpoints", "device")
+FREE_TO_CHANGE = (
+    *("epochs", "log_every", "checkpoint_every", "keep_checkpoints", "device"),
+    *(
+        "model",
+        "source",
+    ),  # of the record: where they are now; names and fingerprints stand beside them
+)
 """Settings that alter no number of what is trained on the way."""
 
 
@@ -88,7 +94,7 @@ class Run:
     @property
     def record(self) -> dict[str, Any]:
         """Where its activations came from: model, text, how the text was cut; empty if not recorded."""
-        return dict(self.config.get("record", {}))
+        return origins.from_folder(self.config.get("record", {}), self.path)
 
     @property
     def log(self) -> Path:
@@ -170,9 +176,11 @@ class RunFolder(Run):
         self._world, self._extensible = world, extensible
         part = f"-{world.rank + 1}-of-{world.size}" if world.splits_latents else ""
         self._state, self._tensors = f"state{part}.json", f"state{part}.safetensors"
-        known = {"format_version": FORMAT_VERSION, "kind": KIND}
-        self._settings, self._keep = known | settings, keep
-        self._identity: tuple[int, int] | None = None
+        self._settings = {"format_version": FORMAT_VERSION, "kind": KIND, **settings}
+        if "record" in settings:
+            self._settings["record"] = origins.for_folder(settings["record"], path)
+        self._keep = keep
+        self._guard: Guard | None = None
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
@@ -188,27 +196,19 @@ class RunFolder(Run):
             raise InputError(f"{self.path} is a file; a run needs a folder.")
         if not config.exists() and self.path.exists() and _visible(self.path):
             raise InputError(f"{self.path} is not empty and holds no run; choose another folder.")
-        files.make_folder(self.path)
-        lock = filelock.FileLock(self.path / ".lock")
-        try:
-            with files.explain_refusal(self.path / ".lock"):
-                lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise InputError(f"{self.path} is in use: another process trains there.") from None
-        try:
+        with files.claim(self.path, "run") as self._guard:
             if config.exists():
                 self._check_same(files.read_json(config))
             yield
-        finally:
-            lock.release()
 
     def begin(self) -> None:
         """Write the settings: from here on the folder holds this run."""
 
         def note() -> None:
             files.write_json(self._config, self._settings)
-            self._finished.unlink(missing_ok=True)
-            self._identity = _identity(self.path)
+            files.remove(self._finished)
+            if self._guard is not None:
+                self._guard.keep(self._config)
 
         self._world.on_rank_zero(note)
 
@@ -223,15 +223,12 @@ class RunFolder(Run):
         return self._world.on_rank_zero(done)
 
     def check_in_place(self) -> None:
-        """Raise InputError if the folder was renamed, replaced or emptied since :meth:`begin`: later writes
-        would then lie apart from earlier ones."""
+        """Raise SourceError, in all processes, if the folder was renamed, replaced or emptied since
+        :meth:`begin`. What the first process writes checks this too."""
 
         def check() -> None:
-            if _identity(self.path) != self._identity or not self._config.exists():
-                raise InputError(
-                    f"{self.path} was renamed, replaced or emptied while this run was writing to it, so the "
-                    "run has stopped. Put the folder back, and give the same command to resume the run."
-                )
+            if self._guard is not None:
+                self._guard.check()
 
         self._world.on_rank_zero(check)
 
@@ -268,7 +265,7 @@ class RunFolder(Run):
 
             def begin() -> str:
                 if target.exists():  # a damaged one, passed over when the run was resumed
-                    shutil.rmtree(target)
+                    files.remove(target)
                 return str(stack.enter_context(files.atomic_folder(target)))
 
             temporary = Path(self._world.on_rank_zero(begin))
@@ -280,7 +277,8 @@ class RunFolder(Run):
     def _write(self, folder: Path, step: int, state: dict[str, Any]) -> None:
         tensors: dict[str, Tensor] = {}
         tree = _take_tensors(state, "", tensors)
-        safetensors.torch.save_file(tensors, folder / self._tensors)
+        with files.plain_write(folder / self._tensors) as path:
+            safetensors.torch.save_file(tensors, path)
         content = {
             "format_version": FORMAT_VERSION,
             "step": step,
@@ -292,7 +290,7 @@ class RunFolder(Run):
 
     def _remove_old(self) -> None:
         for old in self.checkpoints[self._keep :]:
-            shutil.rmtree(old)
+            files.remove(old)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The newest state that all processes can read; None if there is no checkpoint.
@@ -345,15 +343,6 @@ class RunFolder(Run):
 
 def _visible(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if not path.name.startswith(".")]
-
-
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """What a folder keeps when it is renamed, and no other folder has; None if there is no folder."""
-    try:
-        status = folder.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """From paths and URLs to local files: a private cache that is always checked, and atomic writes.
 
 Every read of the library goes through :func:`fetch`, every write through :func:`atomic_write` or
-:func:`atomic_folder`. A remote file is downloaded once and checked at every later use:
+:func:`atomic_folder`, and stops at each step for who watches (``steps.py``). A remote file is downloaded
+once and checked at every later use:
 
 - It is received into ``state/<key>/partial``. An interrupted download continues with a ``Range`` request
   if the server still has the same ETag. The file is compared with every length and checksum that is
@@ -23,20 +24,24 @@ from neuron_explainer.files.cache import (
 )
 from neuron_explainer.files.download import exists, fetch, fetch_all, options
 from neuron_explainer.files.names import cache_dir, is_remote, join
+from neuron_explainer.files.steps import plain_write, step, watch_steps
 from neuron_explainer.files.writing import (
     atomic_folder,
     atomic_write,
     check_regular,
     check_writable,
+    claim,
     explain_refusal,
     is_leftover,
     list_folder,
     local_path,
     make_folder,
     read_json,
+    remove,
     remove_leftovers,
     sha256_of,
     write_json,
+    write_once,
 )
 
 __all__ = [
@@ -46,6 +51,7 @@ __all__ = [
     "cache_dir",
     "check_regular",
     "check_writable",
+    "claim",
     "exists",
     "explain_refusal",
     "fetch",
@@ -58,10 +64,15 @@ __all__ = [
     "local_path",
     "make_folder",
     "options",
+    "plain_write",
     "read_json",
+    "remove",
     "remove_from_cache",
     "remove_leftovers",
     "sha256_of",
+    "step",
     "verify_cache",
+    "watch_steps",
     "write_json",
+    "write_once",
 ]

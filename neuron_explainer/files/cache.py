@@ -1,23 +1,26 @@
 """The cache: the record of each file in it, and the functions behind ``neuron-explainer cache``."""
 
 import contextlib
+import dataclasses
 import fnmatch
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from neuron_explainer.errors import CheckpointError, SourceError, did_you_mean
 from neuron_explainer.files.names import Remote, cache_dir, is_remote, parse
+from neuron_explainer.files.steps import plain_write, step
 from neuron_explainer.files.writing import (
     check_expected,
     local_path,
     make_folder,
     read_json,
+    remove,
+    replace,
     sha256_of,
-    sync_folder,
     write_json,
 )
 
@@ -136,17 +139,18 @@ class Partial:
         write_json(self.info, {"source": self.source} | asdict(version))
 
     def discard(self) -> None:
-        self.path.unlink(missing_ok=True)
-        self.info.unlink(missing_ok=True)
+        remove(self.path)
+        remove(self.info)
 
     def append(self, chunks: Iterator[bytes], received: Callable[[int], None]) -> None:
         """Write the chunks and sync them to disk; ``received`` is called with the size of each."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
-        with open(os.open(self.path, flags, 0o600), "wb") as file:
+        with plain_write(self.path), open(os.open(self.path, flags, 0o600), "wb") as file:
             for chunk in chunks:
                 file.write(chunk)
                 file.flush()
                 received(len(chunk))
+            step("sync", self.path)
             os.fsync(file.fileno())
 
 
@@ -169,8 +173,7 @@ def install(remote: Remote, partial: Partial) -> None:
     _warn_if_other_version(remote, record)
     make_folder(path.parent)
     write_json(remote.state / "record.json", asdict(record))
-    os.replace(partial.path, path)
-    sync_folder(path.parent)
+    replace(partial.path, path)
     partial.discard()
     verified[str(path)] = (found.st_size, found.st_mtime_ns, found.st_ino)
 
@@ -240,7 +243,7 @@ def _entry(root: Path, state: Path, rehash: bool) -> CacheEntry | None:
         return _unfinished(state)
     path = root.joinpath(*PurePosixPath(record.path).parts)
     entry = CacheEntry(record.source, path, record.size, record.etag, record.sha256, record.date)
-    return replace(entry, problem=_entry_problem(root, path, record, rehash))
+    return dataclasses.replace(entry, problem=_entry_problem(root, path, record, rehash))
 
 
 def _unfinished(state: Path) -> CacheEntry | None:
@@ -299,14 +302,15 @@ def _remove(entry: CacheEntry) -> None:
     for state in _states_of(entry, root):
         # The lock stays: if it were deleted, two processes could hold one at the same time.
         with filelock.FileLock(state / "lock"):
-            entry.path.unlink(missing_ok=True)
+            remove(entry.path)
             for name in ("record.json", "partial", "partial.json"):
-                (state / name).unlink(missing_ok=True)
-    entry.path.unlink(missing_ok=True)
+                remove(state / name)
+    remove(entry.path)
     for folder in entry.path.parents:
         if folder in (root / "files", root / "state", root) or not folder.is_relative_to(root):
             break
         with contextlib.suppress(OSError):  # not empty
+            step("remove", folder)
             folder.rmdir()
 
 

@@ -22,6 +22,7 @@ from neuron_explainer.errors import MissingExtraError, SourceError
 from neuron_explainer.files.cache import ABSENT, Partial, Version, install, why_unusable
 from neuron_explainer.files.names import (
     CACHE_VARIABLE,
+    REMOTE_PREFIXES,
     Remote,
     cache_dir,
     checked_host,
@@ -543,9 +544,17 @@ def fetch(
     If ``size`` (in bytes) or ``sha256`` (in hex) are given, the file must have them.
     """
     if not is_remote(source):
-        return local_file(source, size, sha256)
+        return _local(source, size, sha256)
     with Transfer(progress=progress) as transfer:
         return _fetch(str(source), transfer, size, sha256)
+
+
+def _local(source: str | Path, size: int | None, sha256: str | None) -> Path:
+    scheme, mark, _ = str(source).partition("://")
+    if mark and not exists(source):
+        known = ", ".join(REMOTE_PREFIXES)
+        raise SourceError(f"{source}: {scheme}:// is not among the known prefixes {known}")
+    return local_file(source, size, sha256)
 
 
 def fetch_all(sources: Sequence[str], *, threads: int = 8, progress: bool = True) -> list[Path]:
@@ -578,7 +587,7 @@ def _run_all(sources: Sequence[str], transfer: Transfer, threads: int) -> list[F
 def _fetch(source: str, transfer: Transfer, size: int | None, sha256: str | None) -> Path:
     """One file of a call, in any thread."""
     if not is_remote(source):
-        return local_file(source, size, sha256)
+        return _local(source, size, sha256)
     remote = replace(parse(source), size=size, sha256=sha256 and sha256.lower())
     if why_unusable(remote) is None:
         return remote.path

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
-from neuron_explainer.errors import SourceError, shown
-from neuron_explainer.files.writing import REMOTE_PREFIXES, in_way
+from neuron_explainer.errors import SourceError, in_way, shown
+from neuron_explainer.files.steps import step
 
+REMOTE_PREFIXES = ("az://", "https://", "http://", "hf:")
 _AZURE_HOST = ".blob.core.windows.net"
 
 
@@ -188,6 +189,8 @@ def cache_dir() -> Path:
     chosen = os.environ.get(CACHE_VARIABLE)
     folder = Path(os.path.abspath(Path(chosen).expanduser())) if chosen else _user_cache()
     try:
+        if not folder.is_dir():
+            step("make", folder)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         where = f" ({CACHE_VARIABLE})" if chosen else f"; set {CACHE_VARIABLE} to another"

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import filecmp
 import hashlib
 import json
 import os
@@ -18,12 +19,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from neuron_explainer.errors import CheckpointError, InputError, SourceError, did_you_mean, shown
+from neuron_explainer.errors import (
+    CheckpointError,
+    InputError,
+    SourceError,
+    did_you_mean,
+    in_way,
+    shown,
+)
+from neuron_explainer.files.steps import Guard, guard, plain_write, step
 
 if sys.platform != "win32":
     import fcntl  # no locks there, and so nothing is cleared away
 
-REMOTE_PREFIXES = ("az://", "https://", "http://", "hf:")
 DISK_FULL = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
 _NO_PLACE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO})
@@ -32,6 +40,8 @@ FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 def local_path(source: str | Path) -> Path:
     """The path ``source``, with a leading ``~`` expanded; SourceError if no file can have this name."""
+    if not isinstance(source, str | os.PathLike):
+        raise SourceError(f"expected a path or URL, found {type(source).__name__}.")
     try:
         path = Path(source).expanduser() if str(source).startswith("~") else Path(source)
         possible = b"\0" not in os.fsencode(path)
@@ -51,8 +61,7 @@ def local_file(source: str | Path, size: int | None, sha256: str | None) -> Path
         if path.is_dir():
             raise SourceError(f"{path} is a folder where a file is expected")
         if not path.exists():
-            near = _nearby(path) + _unknown_scheme(str(source))
-            raise SourceError(f"there is no file {source}{near}")
+            raise SourceError(f"there is no file {source}{_nearby(path)}")
         check_regular(path)
         check_expected(path, str(source), size, sha256 and sha256.lower())
     except OSError as error:  # no permission, a name too long
@@ -76,14 +85,6 @@ def _nearby(path: Path) -> str:
     return did_you_mean(path.name, (p.name for p in islice(path.parent.iterdir(), 1000)))
 
 
-def _unknown_scheme(source: str) -> str:
-    scheme, separator, _ = source.partition("://")
-    if not separator:
-        return ""
-    known = ", ".join(REMOTE_PREFIXES)
-    return f" ({scheme}:// is not among the known prefixes {known})"
-
-
 def check_expected(path: Path, source: str, size: int | None, sha256: str | None) -> None:
     """Refuse a file that differs in size or SHA-256 from what the caller expects."""
     found = path.stat().st_size
@@ -97,18 +98,11 @@ def make_folder(folder: Path) -> None:
     """Make a folder and its parents, if they do not exist."""
     local_path(folder)
     try:
+        if not folder.is_dir():
+            step("make", folder)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SourceError(f"cannot make the folder {folder}: {in_way(error, folder)}") from error
-
-
-def in_way(error: OSError, path: Path) -> str:
-    """Why ``path`` cannot be made: a file in the place of a folder is named."""
-    with contextlib.suppress(OSError):  # a name that is too long
-        for part in (path, *path.parents):
-            if part.exists() and not part.is_dir():
-                return f"{part} is a file where a folder is expected"
-    return f"{type(error).__name__}: {error.strerror or error}"
 
 
 def disk_reason(error: OSError, folder: Path) -> str:
@@ -158,13 +152,13 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         if target.exists():
             shutil.copymode(target, temporary)
         mode = temporary.stat().st_mode
-        yield temporary
+        with plain_write(temporary):
+            yield temporary
         os.chmod(
             temporary, mode
         )  # safetensors replaces the file by one that only its owner can read
         _sync_file(temporary)
-        os.replace(temporary, target)
-    sync_folder(target.parent)
+        replace(temporary, target)
 
 
 @contextlib.contextmanager
@@ -175,17 +169,66 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     only if it is a saved thing, that is, holds a ``config.json`` or ``cfg.json``: a mistyped path must
     not cost someone's home folder. On Linux the two folders change places in one step; elsewhere there
     is a moment, between two renames, when the old folder is called ``.name.….old``. What a killed
-    process left unfinished for the same ``path`` is deleted.
+    process left unfinished for the same ``path`` is put back (such an old folder) or deleted.
     """
     target = _target(path)
     _check_replaceable(target, overwrite)
     make_folder(target.parent)
     with explain_refusal(target), _temporary_beside(target, os.mkdir) as temporary:
-        yield temporary
-        _sync_tree(temporary, temporary.stat().st_mode & 0o666)
+        with guard(temporary, target.parent):
+            yield temporary
+            _sync_tree(temporary, temporary.stat().st_mode & 0o666)
         _check_replaceable(target, overwrite)  # again: the block may have taken hours
         _swap_in(temporary, target)
-    sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def write_once(path: str | Path, advice: str) -> Iterator[Path]:
+    """Where to write what ``path`` is to hold; fine if it holds just that already.
+
+    So a command can be given again that was killed between its last write and its answer. InputError if
+    something else is there, and ``advice`` says then what to do.
+    """
+    target = _target(path)
+    if not target.exists() or (target.is_dir() and not os.listdir(target)):
+        yield target
+        return
+    with explain_refusal(target), _temporary_beside(target, os.mkdir) as temporary:
+        made = temporary / target.name
+        yield made
+        wanted = [file for file in (made, *made.rglob("*")) if file.is_file()]
+        if not all(_same_file(file, target / file.relative_to(made)) for file in wanted):
+            raise InputError(f"{path} is there; {advice}.")
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return other.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+@contextlib.contextmanager
+def claim(folder: Path, what: str) -> Iterator[Guard]:
+    """Make ``folder``, keep other processes out of it, and see that it stays where it is.
+
+    While the block runs, a step in the folder is an error if the folder was renamed, replaced or emptied.
+    InputError if another process has claimed it; ``what`` it is, such as "run", is said then. The file
+    ``.lock`` stays.
+    """
+    import filelock
+
+    make_folder(folder)
+    lock_file = folder / ".lock"
+    lock = filelock.FileLock(lock_file)
+    with guard(folder) as found, contextlib.ExitStack() as stack:
+        stack.callback(lock.release)
+        try:
+            with explain_refusal(lock_file), plain_write(lock_file):
+                lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise InputError(
+                f"the {what} {folder} is in use: another process writes to it."
+            ) from None
+        found.keep(lock_file)
+        yield found
 
 
 def _target(path: str | Path) -> Path:
@@ -218,8 +261,9 @@ def _temporary_beside(target: Path, make: Callable[[Path], None]) -> Iterator[Pa
     with contextlib.ExitStack() as stack:
         while True:
             temporary = _name_beside(target, "tmp")
+            step("make", temporary)
             make(temporary)
-            stack.callback(_remove, temporary)
+            stack.callback(_discard, temporary)
             if _hold(temporary, stack):
                 break
         yield temporary
@@ -238,32 +282,49 @@ def _hold(path: Path, stack: contextlib.ExitStack) -> bool:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Delete the temporary files and folders that killed processes left for ``target``."""
+    """Delete the temporary files and folders that killed processes left for ``target``, and put an old
+    folder back that has lost its name to no new one."""
     # safetensors renames a file of its own to ours, and our lock is not on that file.
     if sys.platform == "win32" or target.suffix == ".safetensors":
         return
     begin = f".{target.name[:100]}."
     for path in [p for p in target.parent.iterdir() if p.name.startswith(begin)]:
-        if not re.fullmatch(r"[0-9a-f]{12}\.tmp", path.name.removeprefix(begin)):
+        ending = re.fullmatch(r"[0-9a-f]{12}\.(tmp|old)", path.name.removeprefix(begin))
+        if ending is None:
             continue
         with contextlib.suppress(OSError):  # already gone, locked by its process, or no locks here
             handle = os.open(path, os.O_RDONLY)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(path)
+                if ending[1] == "old" and not target.exists():
+                    os.rename(path, target)
+                else:
+                    _discard(path)
             finally:
                 os.close(handle)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there; SourceError if it cannot be removed."""
+    try:
+        if os.path.lexists(path):
+            step("remove", path)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise SourceError(f"cannot remove {path}: {error.strerror}") from error
+
+
+def _discard(path: Path) -> None:
+    """Remove something temporary, as far as that is possible."""
+    with contextlib.suppress(SourceError):
+        remove(path)
 
 
 # Our own names, and the names of the temporary files that safetensors makes beside its target.
-_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.tmp|\.tmp[A-Za-z0-9]{6}", re.DOTALL)
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.(tmp|old)|\.tmp[A-Za-z0-9]{6}", re.DOTALL)
 
 
 def is_leftover(name: str) -> bool:
@@ -283,7 +344,7 @@ def remove_leftovers(folder: Path) -> None:
     """
     for path in [*folder.iterdir()] if folder.is_dir() else ():
         if is_leftover(path.name):
-            _remove(path)
+            _discard(path)
 
 
 @contextlib.contextmanager
@@ -303,6 +364,7 @@ def explain_refusal(target: Path) -> Iterator[None]:
         name = str(known.filename or "")
         beside = str(target.parent / f".{target.name[:100]}.")
         here = words is not None or name == str(target) or name.startswith(beside)
+        here |= not target.parent.is_dir()  # it was moved away
         if known.errno in DISK_FULL | FORBIDDEN or (here and known.errno in _NO_PLACE):
             raise SourceError(
                 f"cannot write {target}: {disk_reason(known, target.parent)}"
@@ -314,8 +376,9 @@ def check_writable(path: str | Path) -> None:
     """Raise SourceError, before hours of work, if ``path`` could not be written."""
     target = _target(path)
     make_folder(target.parent)
-    with explain_refusal(target), tempfile.TemporaryFile(dir=target.parent):
-        pass
+    with explain_refusal(target):
+        step("make", target)
+        tempfile.TemporaryFile(dir=target.parent).close()
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
@@ -336,19 +399,38 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
 
 
 def _swap_in(temporary: Path, target: Path) -> None:
-    if not target.exists():
-        os.rename(temporary, target)
-        return
-    if _exchange(temporary, target):
-        return  # the old folder is now the temporary one, and goes with it
-    old = _name_beside(target, "old")
-    os.rename(target, old)
-    try:
-        os.rename(temporary, target)
-    except BaseException:
-        os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        step("rename", target)
+        if _exchange(
+            temporary, target
+        ):  # the old folder is now the temporary one, and goes with it
+            sync_folder(target.parent)
+            return
+        with contextlib.ExitStack() as stack:
+            _hold(target, stack)
+            old = _name_beside(target, "old")
+            os.rename(target, old)
+            try:
+                _rename(temporary, target)
+            except BaseException:
+                os.rename(old, target)
+                raise
+            _discard(old)
+    else:
+        _rename(temporary, target)
+
+
+def _rename(temporary: Path, target: Path) -> None:
+    step("rename", target)
+    os.rename(temporary, target)
+    sync_folder(target.parent)
+
+
+def replace(temporary: Path, target: Path) -> None:
+    """Give a file its final name, in the place of what has it now, and make that last."""
+    step("rename", target)
+    os.replace(temporary, target)
+    sync_folder(target.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -363,6 +445,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _sync_file(path: Path) -> None:
+    step("sync", path)
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
@@ -371,12 +454,13 @@ def sync_folder(path: Path) -> None:
     """Sync a folder, so that a rename in it lasts. Windows and some network file systems cannot."""
     if os.name == "nt":
         return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        step("sync", path)
+        handle = os.open(path, os.O_RDONLY)
+        try:
             os.fsync(handle)
-    finally:
-        os.close(handle)
+        finally:
+            os.close(handle)
 
 
 def _sync_tree(folder: Path, mode: int) -> None:

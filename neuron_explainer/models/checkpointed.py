@@ -5,15 +5,18 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from neuron_explainer.errors import CheckpointError, InputError
 from neuron_explainer.models.checkpoints import load_checkpoint, save_native, save_pieces
+from neuron_explainer.models.checks import check_dtype
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.devices import Device, check_device, default_device
 from neuron_explainer.models.language_model import LanguageModel
 from neuron_explainer.models.names import ASSETS, resolve_model_source
-from neuron_explainer.models.tokenizers import TokenizerSpec
+from neuron_explainer.models.tokenizer_files import TokenizerSpec
+from neuron_explainer.models.weight_layouts import TRANSFORMER_WEIGHTS
+from neuron_explainer.models.weight_names import LayerIndex, WeightLocationType
 
 
 class Checkpointed(nn.Module, LanguageModel):
@@ -27,6 +30,11 @@ class Checkpointed(nn.Module, LanguageModel):
     @abstractmethod
     def simplify(self) -> Self:
         """Fold norms into the linear maps behind them, in place, and return the model."""
+
+    def weight(self, location_type: WeightLocationType, layer: LayerIndex) -> Tensor:
+        parameter, layout = TRANSFORMER_WEIGHTS[location_type]
+        below = parameter if layer is None else f"xf_layers.{layer}.{parameter}"
+        return layout(self.get_parameter(below), self.sizes)
 
     @classmethod
     def load(
@@ -70,6 +78,8 @@ class Checkpointed(nn.Module, LanguageModel):
     ) -> Self:
         """Load from a folder or URL. Names are not looked up."""
         device = default_device() if device is None else check_device(device)
+        if dtype is not None:
+            check_dtype(dtype)
         loaded = load_checkpoint(path, dtype=dtype, device=device)
         # On "meta" nothing is allocated: the loaded tensors become the parameters, in memory once.
         model = cls(loaded.config, device="meta", tokenizer=loaded.tokenizer)

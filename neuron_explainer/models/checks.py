@@ -28,6 +28,15 @@ def check_tensor(x: object, what: str, device: torch.device | None = None) -> No
         )
 
 
+def check_dtype(dtype: object) -> None:
+    """Refuse what is no dtype of torch for floating-point numbers, such as the name of one."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(
+            f"dtype must be one of torch for floating-point numbers, such as torch.float32, found "
+            f"{shown(dtype)}."
+        )
+
+
 def check_seed(seed: object, name: str = "seed") -> None:
     """Refuse what torch's generators do not take as a seed."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:

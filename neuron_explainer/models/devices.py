@@ -11,7 +11,7 @@ def check_device(device: Device) -> torch.device:
     """The device, with its index (``cuda`` is ``cuda:0``); an InputError if it does not exist here."""
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise InputError(
             f"no device {str(device)!r} here: {str(error).splitlines()[0].rstrip('.')}. Use 'cpu', or "
             "'cuda' if torch has one."

@@ -909,6 +909,10 @@ class TransformerHooks(_Group):
         Before ``.fwd``, ``.bwd`` or ``.fwd2`` may stand any location that :meth:`append_at` takes:
         ``"3/mlp.post_act.fwd"`` is for layer 3 alone.
         """
+        if not isinstance(path, str):
+            raise HookError(
+                f"expected a path such as 'resid.torso.post_mlp.fwd', found {type(path).__name__}."
+            )
         kind = next((kind for kind in _KINDS if path.endswith(f".{kind}")), None)
         place = path if kind is None else path.removesuffix(f".{kind}")
         location = _location(place)

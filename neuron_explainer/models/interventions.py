@@ -520,8 +520,9 @@ def _along(vector: Tensor, x: Tensor) -> Tensor:
 
 def _finite(value: float | Tensor, name: str) -> Tensor:
     try:
-        tensor = torch.as_tensor(value).detach()
-        tensor = tensor if tensor.is_floating_point() else tensor.float()
+        # A Python number has 53 bits, which torch's default dtype would round away.
+        tensor = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
+        tensor = (tensor if tensor.is_floating_point() else tensor.double()).detach()
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{name} must be finite, found {value!r}.")
     except (TypeError, ValueError, RuntimeError) as error:

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neuron_explainer.errors import (
     HookError,
@@ -40,7 +40,7 @@ from neuron_explainer.models.sampling import (
     prep_pos_from_pad_and_prev_lens,
     sample_from_logits,
 )
-from neuron_explainer.models.weight_names import Dimension
+from neuron_explainer.models.weight_names import Dimension, LayerIndex, WeightLocationType
 
 Encode = Callable[[str], list[int]]
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
@@ -49,6 +49,13 @@ Step = Callable[[Tensor, Tensor], Tensor]
 """Takes the next tokens and their pad mask ``[b, s]``; returns the logits ``[b, v]`` after the last."""
 
 logger = logging.getLogger(__name__)
+
+_READERS = (
+    "resid.torso.post_ln_attn",
+    "resid.torso.post_ln_mlp",
+    "resid.post_ln_f",
+    "mlp.pre_act",
+)
 
 
 class Activations(dict[ActivationLocation, Tensor]):
@@ -144,6 +151,10 @@ class LanguageModel(ABC):
         """The dtype of the parameters."""
 
     @abstractmethod
+    def weight(self, location_type: WeightLocationType, layer: LayerIndex) -> Tensor:
+        """A weight with the axes that ``location_type.shape_spec`` names; may be a view of the parameter."""
+
+    @abstractmethod
     def _encode(self, text: str) -> list[int]:
         """The tokens of a text."""
 
@@ -166,6 +177,10 @@ class LanguageModel(ABC):
         """Run a pass that ends after the last of the places in ``wanted``."""
 
     @abstractmethod
+    def _reader(self, place: ActivationLocation) -> nn.Module:
+        """The module of :meth:`reader`, for a place that is checked."""
+
+    @abstractmethod
     def _generation(
         self, n_rows: int, prompt_length: int, num_tokens: int, hooks: TransformerHooks | None
     ) -> AbstractContextManager[Step]:
@@ -182,6 +197,24 @@ class LanguageModel(ABC):
     def paths(self) -> Sequence[str]:
         """The hook paths that this model has, in the order of a forward pass."""
         return list(SITES)
+
+    def reader(self, location: LocationLike) -> nn.Module:
+        """The module that computes a place from the residual stream, or from a norm of it.
+
+        These are the norms before attention (``3/resid.torso.post_ln_attn``), before the MLP
+        (``3/resid.torso.post_ln_mlp``) and at the end (``resid.post_ln_f``), ``[…, d] -> […, d]``; and
+        the MLP's first matrix (``3/mlp.pre_act``; in a gated MLP the gate's), which reads the norm's
+        output, ``[…, d] -> […, f]``.
+        """
+        place = ActivationLocation.parse(location)
+        if place.path not in _READERS:
+            raise LocationError(
+                f"{place} is not computed by one module from a norm or from the residual stream; "
+                f"these are: {', '.join(_READERS)}."
+            )
+        place.depth(self.n_layers)  # a layer must be named, …
+        place.expand(self.n_layers)  # … and exist
+        return self._reader(place)
 
     @property
     def n_layers(self) -> int:

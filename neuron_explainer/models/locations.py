@@ -218,11 +218,11 @@ class ActivationLocation:
     layer: int | None = None
 
     def __post_init__(self) -> None:
-        path = _ALIASES.get(self.path, self.path)
-        if path not in SITES:
-            near = did_you_mean(self.path, [*SITES, *_ALIASES])
+        path = _ALIASES.get(self.path, self.path) if isinstance(self.path, str) else None
+        if path is None or path not in SITES:
+            near = did_you_mean(str(self.path), [*SITES, *_ALIASES])
             raise LocationError(
-                f"unknown location {self.path!r}.{near or _SOME_LOCATIONS} The README's table of "
+                f"unknown location {shown(self.path)}.{near or _SOME_LOCATIONS} The README's table of "
                 "places, and neuron_explainer.models.locations.SITES, list all."
             )
         object.__setattr__(self, "path", path)
@@ -286,6 +286,10 @@ class ActivationLocation:
         """
         if isinstance(text, ActivationLocation):
             return text
+        if not isinstance(text, str):
+            raise LocationError(
+                f"expected a location such as '3/mlp.post_act', found {shown(text)}."
+            )
         if match := _TRANSFORMER_LENS_NAME.fullmatch(text):
             layer, name = int(match[1]), match[2]
             if name in _TRANSFORMER_LENS_INPUTS:
@@ -328,6 +332,6 @@ LocationLike = str | ActivationLocation
 
 def parse_locations(locations: LocationLike | Iterable[LocationLike]) -> list[ActivationLocation]:
     """A list of :class:`ActivationLocation` from one location or several, given as text or not."""
-    if isinstance(locations, str | ActivationLocation):
+    if isinstance(locations, str | ActivationLocation) or not isinstance(locations, Iterable):
         locations = [locations]
     return [ActivationLocation.parse(location) for location in locations]

@@ -6,6 +6,7 @@ model. Sizes and weights are read without loading the whole model.
 Shape legend: ``d`` model width, ``f`` MLP width, ``h`` heads, ``v`` vocabulary.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from neuron_explainer.errors import CheckpointError, InputError, NeuronExplainerError
 from neuron_explainer.models.checkpoints import LoadedCheckpoint, load_checkpoint
+from neuron_explainer.models.checks import check_dtype
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.devices import Device
 from neuron_explainer.models.devices import get_default_device as get_default_device
@@ -25,13 +27,7 @@ from neuron_explainer.models.locks import Lock
 from neuron_explainer.models.names import resolve_model_source
 from neuron_explainer.models.tokenizers import decode, encode_prompt, load_encoding
 from neuron_explainer.models.transformer import Transformer
-from neuron_explainer.models.weight_layouts import (
-    Weight,
-    as_stored,
-    into_heads,
-    out_of_heads,
-    transposed,
-)
+from neuron_explainer.models.weight_layouts import TRANSFORMER_WEIGHTS
 from neuron_explainer.models.weight_names import (
     Dimension,
     LayerIndex,
@@ -60,6 +56,12 @@ class ModelContext(ABC):
     def __init__(self, model_name: str, device: Device) -> None:
         self.model_name = model_name
         self.device = torch.device(device)
+
+    @property
+    def short_name(self) -> str:
+        """``model_name`` as files hold it: of a model in a local folder, the folder's own name."""
+        folder = os.path.expanduser(self.model_name)
+        return Path(os.path.abspath(folder)).name if os.path.isdir(folder) else self.model_name
 
     @property
     def reference(self) -> str:
@@ -144,6 +146,18 @@ class ModelContext(ABC):
     def get_shape_from_spec(self, shape_spec: Iterable[Dimension]) -> tuple[int, ...]:
         """The lengths of these axes."""
         return tuple(self.get_dim_size(dim) for dim in shape_spec)
+
+    # --- norms ---
+
+    @property
+    def norms_subtract_mean(self) -> bool:
+        """True if norms subtract the mean over the width (LayerNorm), False if they do not (RMSNorm)."""
+        return True
+
+    @property
+    def norms_what_is_added(self) -> bool:
+        """True if what attention and the MLP compute passes a norm before it is added to the stream."""
+        return False
 
     # --- tokens ---
 
@@ -245,23 +259,6 @@ def size_of(sizes: Mapping[Dimension, int], dim: Dimension, of: str) -> int:
     return sizes[dim]
 
 
-_PLACES: dict[WeightLocationType, Weight] = {
-    WeightLocationType.MLP_TO_HIDDEN: Weight("mlp.in_layer.weight", transposed),
-    WeightLocationType.MLP_TO_RESIDUAL: Weight("mlp.out_layer.weight", transposed),
-    WeightLocationType.EMBEDDING: Weight("tok_embed.weight", as_stored),
-    WeightLocationType.UNEMBEDDING: Weight("unembed.weight", transposed),
-    WeightLocationType.POSITION_EMBEDDING: Weight("pos_embed.weight", as_stored),
-    WeightLocationType.ATTN_TO_QUERY: Weight("attn.q_proj.weight", into_heads),
-    WeightLocationType.ATTN_TO_KEY: Weight("attn.k_proj.weight", into_heads),
-    WeightLocationType.ATTN_TO_VALUE: Weight("attn.v_proj.weight", into_heads),
-    WeightLocationType.ATTN_TO_RESIDUAL: Weight("attn.out_proj.weight", out_of_heads),
-    WeightLocationType.LAYER_NORM_GAIN_FINAL: Weight("final_ln.weight", as_stored),
-    WeightLocationType.LAYER_NORM_BIAS_FINAL: Weight("final_ln.bias", as_stored),
-    WeightLocationType.LAYER_NORM_GAIN_PRE_ATTN: Weight("ln_1.weight", as_stored),
-    WeightLocationType.LAYER_NORM_GAIN_PRE_MLP: Weight("ln_2.weight", as_stored),
-}
-
-
 class StandardModelContext(ModelContext):
     """The context of a :class:`~neuron_explainer.models.transformer.Transformer`.
 
@@ -281,6 +278,8 @@ class StandardModelContext(ModelContext):
         dtype: torch.dtype | None = torch.float32,
     ) -> None:
         super().__init__(str(model_name), get_default_device() if device is None else device)
+        if dtype is not None:
+            check_dtype(dtype)
         self.dtype = dtype
         self.load_path = resolve_model_source(model_name)
         """The folder or URL."""
@@ -337,7 +336,7 @@ class StandardModelContext(ModelContext):
         So weights fit the activations that the model computes: edits of the model are seen. If only a
         simplified model has been loaded, the weights are folded.
         """
-        key, layout = _PLACES[location_type]
+        key, layout = TRANSFORMER_WEIGHTS[location_type]
         key = key if layer is None else f"xf_layers.{layer}.{key}"
         return layout(self._tensor(key, device), self.config.sizes)
 

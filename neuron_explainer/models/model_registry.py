@@ -221,6 +221,10 @@ def get_autoencoder_spec(model_name: str, autoencoder_name: str) -> AutoencoderS
     """Where the autoencoders called ``autoencoder_name`` of a model are."""
     model = _known_model(model_name)
     names = _AUTOENCODER_SPECS.get(model, {})
+    if not isinstance(autoencoder_name, str):
+        raise SourceError(
+            f"expected the name of an autoencoder, found {type(autoencoder_name).__name__}."
+        )
     if autoencoder_name not in names:
         known = f"Known for {model}: {', '.join(names) or 'none'}."
         others = [other for other, found in _AUTOENCODER_SPECS.items() if autoencoder_name in found]
@@ -256,6 +260,8 @@ def make_autoencoder_context(
 
 
 def _known_model(name: str) -> str:
+    if not isinstance(name, str):
+        raise SourceError(f"expected the name of a model, found {type(name).__name__}.")
     if files.is_remote(name) or Path(name).is_dir():
         raise SourceError(
             f"no autoencoders are known by name for the model in {name}; give the autoencoder's own "

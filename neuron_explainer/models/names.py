@@ -60,6 +60,10 @@ def resolve_model_source(name_or_path: str | Path) -> str | Path:
 
     An existing folder wins over a name, so that a user's own folder ``gpt2-small`` is found.
     """
+    if not isinstance(name_or_path, str | Path):
+        raise SourceError(
+            f"expected the name, folder or URL of a model, found {type(name_or_path).__name__}."
+        )
     if isinstance(name_or_path, str) and files.is_remote(name_or_path):
         if name_or_path.startswith("hf:"):
             raise _model_of_transformers(name_or_path)

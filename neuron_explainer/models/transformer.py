@@ -50,6 +50,7 @@ from neuron_explainer.models.sampling import (
     prep_pos_from_pad_and_prev_lens,
 )
 from neuron_explainer.models.simplify import apply_layernorm_foldin
+from neuron_explainer.models.tokenizer_files import TokenizerSpec
 
 if TYPE_CHECKING:
     import tiktoken
@@ -410,7 +411,7 @@ class Transformer(Checkpointed):
         device: Device | None = None,
         dtype: torch.dtype | None = None,
         seed: int | None = None,
-        tokenizer: tokenizers.TokenizerSpec | None = None,
+        tokenizer: TokenizerSpec | None = None,
     ) -> None:
         super().__init__()
         self.cfg, self.recompute, self.tokenizer = cfg, recompute, tokenizer
@@ -595,6 +596,17 @@ class Transformer(Checkpointed):
             X, H = self.run_ln_f(X, H, hooks)
         if any(p.path == "logits" for p in wanted):
             self.run_unembed(X, H, hooks)
+
+    def _reader(self, place: ActivationLocation) -> nn.Module:
+        if place.layer is None:
+            return self.final_ln
+        layer = list(self.layers)[place.layer]
+        of_layer: dict[str, nn.Module] = {
+            "resid.torso.post_ln_attn": layer.ln_1,
+            "resid.torso.post_ln_mlp": layer.ln_2,
+            "mlp.pre_act": layer.mlp.in_layer,
+        }
+        return of_layer[place.path]
 
     @contextmanager
     def _generation(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from neuron_explainer.models.weight_names import Dimension
+from neuron_explainer.models.weight_names import Dimension, WeightLocationType
 
 Sizes = Mapping[Dimension, int]
 """Length of each axis of a model."""
@@ -45,3 +45,21 @@ def into_heads(weight: Tensor, sizes: Sizes) -> Tensor:
 def out_of_heads(weight: Tensor, sizes: Sizes) -> Tensor:
     """``[d, h * d_head] -> [h, d_head, d]``."""
     return weight.T.reshape(sizes[Dimension.ATTN_HEADS], sizes[Dimension.VALUE_CHANNELS], -1)
+
+
+TRANSFORMER_WEIGHTS: dict[WeightLocationType, Weight] = {
+    WeightLocationType.MLP_TO_HIDDEN: Weight("mlp.in_layer.weight", transposed),
+    WeightLocationType.MLP_TO_RESIDUAL: Weight("mlp.out_layer.weight", transposed),
+    WeightLocationType.EMBEDDING: Weight("tok_embed.weight", as_stored),
+    WeightLocationType.UNEMBEDDING: Weight("unembed.weight", transposed),
+    WeightLocationType.POSITION_EMBEDDING: Weight("pos_embed.weight", as_stored),
+    WeightLocationType.ATTN_TO_QUERY: Weight("attn.q_proj.weight", into_heads),
+    WeightLocationType.ATTN_TO_KEY: Weight("attn.k_proj.weight", into_heads),
+    WeightLocationType.ATTN_TO_VALUE: Weight("attn.v_proj.weight", into_heads),
+    WeightLocationType.ATTN_TO_RESIDUAL: Weight("attn.out_proj.weight", out_of_heads),
+    WeightLocationType.LAYER_NORM_GAIN_FINAL: Weight("final_ln.weight", as_stored),
+    WeightLocationType.LAYER_NORM_BIAS_FINAL: Weight("final_ln.bias", as_stored),
+    WeightLocationType.LAYER_NORM_GAIN_PRE_ATTN: Weight("ln_1.weight", as_stored),
+    WeightLocationType.LAYER_NORM_GAIN_PRE_MLP: Weight("ln_2.weight", as_stored),
+}
+"""Where a :class:`~neuron_explainer.models.transformer.Transformer` keeps each weight."""

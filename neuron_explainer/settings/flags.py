@@ -11,6 +11,7 @@ leaves the value of the file, if there is one, or the default.
 import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 import textwrap
 import types
@@ -161,6 +162,7 @@ def field_docs(cls: type[Any]) -> dict[str, str]:
     return {field.name: docs.get(field.name, "") for field in dataclasses.fields(cls)}
 
 
+@functools.cache  # parsing a module takes 20 ms, and a verb asks for a class several times
 def own_docs(cls: type[Any]) -> dict[str, str]:
     """The docstrings under a class's own fields, by field; one without a docstring is left out."""
     try:

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -212,6 +213,33 @@ def test_an_interrupted_pass_continues(
         collect(tmp_path / "part")
 
 
+def test_a_folder_that_was_not_finished_or_is_in_use(
+    context: ModelContext, corpus: TokenCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sentences = Sentences.cut(corpus, 9)
+    subject = {"d": FactorDictionary(dictionary(), PLACES)}
+
+    def stop(self: FactorExamples, folder: Path) -> None:
+        (folder / "x").touch()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # killed when it had written one of its two files
+        patch.setattr(FactorExamples, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            collect_examples(context, subject, sentences, tmp_path / "out", n_examples=2)
+    assert (tmp_path / "out" / "x").exists()
+    (found,) = collect_examples(
+        context, subject, sentences, tmp_path / "out", n_examples=2
+    ).values()
+    assert FactorExamples.load(tmp_path / "out").rms == found.rms
+    (tmp_path / "busy").mkdir()
+    with (
+        filelock.FileLock(tmp_path / "busy" / ".lock"),
+        pytest.raises(InputError, match="another process collates there"),
+    ):
+        collect_examples(context, subject, sentences, tmp_path / "busy")
+
+
 def _stops_after(n: int) -> Any:
     from neuron_explainer.analysis.factors.collect import _Pass
 
@@ -278,9 +306,8 @@ def test_records_are_sorted_and_saved(
         for record in records:
             assert list(record) == ["word", "index", "sent_index", "score", "sent"]
             assert record["sent"] == TEXTS[record["sent_index"]]
-            assert words.encode(record["sent"])[record["index"]] in (
-                words.encode(TEXTS[record["sent_index"]])
-            )
+            token = words.encode(record["sent"])[record["index"]]
+            assert record["word"] == words.decode_token(token)
         everything[factor] = records
     assert {r["sent_index"] for records in everything.values() for r in records} == {0, 1, 2, 3}
     write_records(tmp_path / "r.jsonl", everything)

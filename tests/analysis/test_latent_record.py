@@ -207,7 +207,7 @@ def test_notebooks_get_no_style_sheet() -> None:
     page = make_record(KING)._repr_html_()
     assert "<style" not in page
     assert "class=" not in page
-    assert "background-color:rgba(235,115,0,0.9)" in page
+    assert "background-color:rgba(240,125,10,0.9)" in page
 
 
 def test_pages_stay_small(tmp_path: Path) -> None:

@@ -345,6 +345,22 @@ def test_shapes_that_do_not_fit(tmp_path: Path) -> None:
         write(tmp_path, found, corpus, labels=[Label(5, "x")])
 
 
+def test_figures_that_do_not_fit(tmp_path: Path) -> None:
+    corpus = make_corpus()
+    found = make_collected(corpus)
+    active = found.statistics.active
+    for name, value, message in (
+        ("count", 4001, "count 4001"),
+        ("m2", -1.0, "m2 -1.0"),
+        ("mean", np.nan, "mean nan"),
+    ):
+        column = getattr(active, name).copy()
+        column[2] = value
+        wrong = replace(found.statistics, active=replace(active, **{name: column}))
+        with pytest.raises(InputError, match=f"active of unit 2: .*{message}"):
+            write(tmp_path, replace(found, statistics=wrong), corpus)
+
+
 def test_tokens_beyond_the_vocabulary(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"between 0 and 7, .* found 8"):
         TokenStore.write(tmp_path / "tokens", TokenCorpus.of([[1, 8]]), VOCABULARY)

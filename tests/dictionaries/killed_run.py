@@ -11,7 +11,6 @@ parent, after that many milliseconds. Also imported, for the run that nobody dis
 
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -122,19 +121,19 @@ def run_and_die(folder: Path, moment: str, step: int) -> None:
         if moment == "step" and report.step == step:
             die()
 
-    def dying(function: Any, at: str, where: str) -> Any:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if moment == at and reached[0] >= step and where in str(args[0]):
-                die()
-            return function(*args, **kwargs)
+    def watcher(kind: str, path: Path) -> None:
+        a_checkpoint = path.parent.name == "checkpoints" and path.name.isdigit()
+        moments = {
+            "write": kind == "make" and ".state.json" in path.name,
+            "rename": kind == "rename" and a_checkpoint,
+            "tidy": kind == "remove" and a_checkpoint,
+            "results": kind == "make" and ".finished.json" in path.name,
+        }
+        if reached[0] >= step and moments.get(moment):
+            die()
 
-        return wrapper
-
-    files.write_json = dying(files.write_json, "write", "state.json")
-    os.rename = dying(os.rename, "rename", "checkpoints")
-    shutil.rmtree = dying(shutil.rmtree, "tidy", "checkpoints/000")
-    files.write_json = dying(files.write_json, "results", "finished.json")
-    run(folder, callback)
+    with files.watch_steps(watcher):
+        run(folder, callback)
 
 
 def in_child(function: Any, kill_after: float | None = None) -> int:

@@ -292,7 +292,7 @@ def test_a_folder_that_goes_away_ends_the_run(
             harm(folder)
             left.append(set(tmp_path.rglob("*")))
 
-    with pytest.raises(InputError, match="run was renamed, replaced or emptied while this run"):
+    with pytest.raises(SourceError, match="run was renamed, replaced or emptied"):
         train(config, planted(64)[0], folder, callbacks=[callback], progress=False)
     assert {path for path in tmp_path.rglob("*") if path.name != ".lock"} == {
         path for path in left[0] if path.name != ".lock"

@@ -412,6 +412,14 @@ def test_evaluating_a_model_without_autoencoders_says_so(tmp_path: Path) -> None
         evaluation.load_autoencoders(tmp_path)
 
 
+def test_what_a_killed_process_left_is_no_autoencoder(tmp_path: Path) -> None:
+    autoencoder = Autoencoder(12, 12, TopK(3), location="0/mlp.post_act")
+    autoencoder.save(tmp_path / "mlp.post_act" / "0")
+    autoencoder.save(tmp_path / "mlp.post_act" / ".0.0123456789ab.tmp")
+    found = evaluation.load_autoencoders(tmp_path)
+    assert [folder.name for folder, _ in found.values()] == ["0"]
+
+
 # --- what the wheel carries ---
 
 ASSETS = Path(neuron_explainer.__file__).parent / "assets" / "tiny-tales"

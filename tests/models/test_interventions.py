@@ -90,6 +90,12 @@ def test_each_value_edit_is_its_formula() -> None:
         assert torch.equal(seen(hooks, STREAM), expected)
 
 
+def test_numbers_keep_all_their_bits() -> None:
+    x = seen(TransformerHooks(), STREAM)
+    assert torch.equal(seen(scale(STREAM, 1 + 1e-12), STREAM), x * (1 + 1e-12))
+    assert torch.equal(seen(set_to(STREAM, 0.1), STREAM), torch.full_like(x, 0.1))
+
+
 def test_units_are_neurons_heads_and_channels_of_heads() -> None:
     place, value = "0/attn.v_out", seen(TransformerHooks(), "0/attn.v_out")
     heads, channels = value.clone(), value.clone()

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -310,7 +309,7 @@ class _Run:
             del found
             assert self.tokens is not None
             write_store(self.stores[place.name], collected, self.tokens)
-        shutil.rmtree(self.folder)
+        files.remove(self.folder)
         return self.stores
 
     def _everything(self) -> list[State] | None:

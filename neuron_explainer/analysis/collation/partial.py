@@ -8,8 +8,8 @@ A state holds ``config.json`` (how far each part of the corpus has been read), a
 is looked at ``N.sums.safetensors`` and ``N.GROUP.npy``, several arrays of records one after the other.
 """
 
+import contextlib
 import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from neuron_explainer.analysis.collation.moments import PartSums, Totals
 from neuron_explainer.analysis.collation.passes import Findings
 from neuron_explainer.analysis.collation.reservoirs import Entries
 from neuron_explainer.analysis.records import Ints
-from neuron_explainer.errors import CheckpointError
+from neuron_explainer.errors import CheckpointError, SourceError
 
 Progress = dict[int, int]
 """For each part of the corpus that has been begun: the batch to go on with."""
@@ -79,7 +79,7 @@ def remove_absorbed(partial: Path) -> None:
     kept = {state.folder for state in states(partial).values()}
     for folder in partial.glob("rank-*"):
         if folder not in kept:
-            shutil.rmtree(folder)
+            files.remove(folder)
 
 
 def folder_of(partial: Path, rank: int) -> Path:
@@ -100,9 +100,11 @@ def save(
     """
     with files.atomic_folder(folder, overwrite=True) as temporary:
         for index, each in enumerate(found):
-            save_file(_sums(each), temporary / f"{index}.sums.safetensors")
+            with files.plain_write(temporary / f"{index}.sums.safetensors") as path:
+                save_file(_sums(each), path)
             for group in each.examples.groups:
-                with (temporary / f"{index}.{group}.npy").open("wb") as out:
+                path = temporary / f"{index}.{group}.npy"
+                with files.plain_write(path), path.open("wb") as out:
                     for unit, entries in each.examples.blocks(group):
                         np.save(out, _records(unit, entries), allow_pickle=False)
         header = {
@@ -116,7 +118,8 @@ def save(
         files.write_json(temporary / "config.json", header)
     for other in absorbed.values():
         if other != folder:
-            shutil.rmtree(other, ignore_errors=True)
+            with contextlib.suppress(SourceError):  # another process is removing it too
+                files.remove(other)
 
 
 def _sums(found: Findings) -> dict[str, npt.NDArray[Any]]:

@@ -3,13 +3,15 @@
 Shape legend: ``t`` tokens of a batch, ``n`` width of a location.
 """
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import numpy.typing as npt
 import safetensors
@@ -18,7 +20,8 @@ import torch
 from torch import Tensor
 
 from neuron_explainer import files
-from neuron_explainer.activations.harvest import ActivationBatch, Harvester
+from neuron_explainer.activations.chunks import ActivationBatch
+from neuron_explainer.activations.harvest import Harvester
 from neuron_explainer.analysis.factors.examples import FactorExamples, sentence_table
 from neuron_explainer.analysis.factors.sentences import Sentences
 from neuron_explainer.analysis.factors.strongest import Entries, Strongest
@@ -30,6 +33,7 @@ from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.progress import progress_bar
 
 PARTIAL_FOLDER = ".unfinished"
+_LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True)
@@ -74,21 +78,14 @@ def collect_examples(
     _check(dictionaries, shard_size)
     sentences.check(context)
     work = _Pass(context, dictionaries, sentences, n_examples, batch_size, settings or {})
-    partial = None if folder is None else _Partial(files.local_path(folder), work.describe())
-    done = 0 if partial is None else partial.load(work)
-    windows = sentences.windows(batch_size)
-    n_batches = windows.batches_per_epoch
     per_shard = max(1, shard_size // batch_size)
-    numbers = range(done, n_batches)
-    shown = progress_bar(numbers, desc="factors", unit=" batches") if progress else numbers
-    for number in shown:
-        work.add(windows.batch(number))
-        if (number + 1) % per_shard == 0 and number + 1 < n_batches:
-            work.merge()
-            if partial is not None:
-                partial.save(work, number + 1)
-    found = work.finish()
-    if partial is not None:
+    if folder is None:
+        work.run(0, per_shard, None, progress)
+        return work.finish()
+    partial = _Partial(files.local_path(folder), work.describe())
+    with partial.claimed():
+        work.run(partial.load(work), per_shard, partial, progress)
+        found = work.finish()
         for name, examples in found.items():
             examples.save(partial.folder if len(found) == 1 else partial.folder / file_name(name))
         partial.remove()
@@ -146,6 +143,17 @@ class _Pass:
                 for name, each in self.dictionaries.items()
             },
         }
+
+    def run(self, done: int, per_shard: int, partial: "_Partial | None", progress: bool) -> None:
+        """Take in all batches after the first ``done``; a shard is ``per_shard`` batches."""
+        windows = self.sentences.windows(self.batch_size)
+        numbers = range(done, windows.batches_per_epoch)
+        for number in progress_bar(numbers, desc="factors", unit=" batches", disable=not progress):
+            if number > done and number % per_shard == 0:
+                self.merge()
+                if partial is not None:
+                    partial.save(self, number)
+            self.add(windows.batch(number))
 
     def add(self, batch: Any) -> None:
         """Take in a batch of sentences."""
@@ -222,16 +230,33 @@ class _Partial:
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder, self.settings = folder, settings
         self.unfinished = folder / PARTIAL_FOLDER
-        names = [] if not folder.is_dir() else files.list_folder(folder, but=PARTIAL_FOLDER)
-        if folder.is_file() or names:
-            raise InputError(
-                f"{folder} is not empty; give a new folder, or that of an interrupted pass."
-            )
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other processes out of the folder, which must be empty or that of an unfinished pass."""
+        folder = self.folder
+        if folder.is_file():
+            raise InputError(f"{folder} is a file; the examples need a folder.")
+        files.make_folder(folder)
+        lock = filelock.FileLock(folder / _LOCK_FILE)
+        try:
+            with files.explain_refusal(folder / _LOCK_FILE):
+                lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise InputError(f"{folder} is in use: another process collates there.") from None
+        try:
+            if not self.unfinished.is_dir() and files.list_folder(folder, but=_LOCK_FILE):
+                raise InputError(
+                    f"{folder} is not empty; give a new folder, or that of an interrupted pass."
+                )
+            yield
+        finally:
+            lock.release()
 
     def load(self, work: _Pass) -> int:
         """Continue the pass that was interrupted here; the number of batches that it has done."""
         if not (self.unfinished / "config.json").is_file():
-            files.make_folder(self.folder)
+            self.save(work, 0)  # from here on the folder is known to hold an unfinished pass
             return 0
         state = files.read_json(self.unfinished / "config.json")
         if state.get("settings") != self.settings:
@@ -258,7 +283,8 @@ class _Partial:
                 columns[f"{name}/{place}/{field}"] = np.ascontiguousarray(column)
         with files.atomic_folder(self.unfinished, overwrite=True) as temporary:
             path = temporary / "state.safetensors"
-            safetensors.numpy.save_file(columns, path)
+            with files.plain_write(path):
+                safetensors.numpy.save_file(columns, path)
             state = {
                 "settings": self.settings,
                 "batches": batches,
@@ -270,10 +296,7 @@ class _Partial:
 
     def remove(self) -> None:
         """Remove the notes, when the examples have been written."""
-        if self.unfinished.is_dir():
-            for path in self.unfinished.iterdir():
-                path.unlink()
-            self.unfinished.rmdir()
+        files.remove(self.unfinished)
 
 
 def file_name(name: str) -> str:

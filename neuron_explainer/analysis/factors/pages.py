@@ -68,9 +68,10 @@ li:first-child { border-top: 0; }
 .up, .down, .target { border-radius: 2px; padding: .12em 0; }
 .up { background: rgb(255 50 0 / calc(var(--w) * var(--strength))); }
 .down { background: rgb(50 255 0 / calc(var(--w) * var(--strength))); }
-.target { color: var(--target); font-weight: 650; text-decoration: underline; text-underline-offset: .2em; }
+.target { color: var(--target); font-weight: 650; text-decoration: underline; text-underline-offset: .2em;
+  text-shadow: 0 0 2px var(--page), 0 0 2px var(--page), 0 0 3px var(--page); }
 .byte { font: .7em ui-monospace, monospace; color: var(--quiet); }
-.key span { padding: .1em .3em; }
+.key span { padding: .1em .3em; } .key .up, .key .down { color: var(--text); white-space: nowrap; }
 table { border-collapse: collapse; width: 100%; margin-top: 1rem; }
 th { text-align: left; font-size: .82rem; color: var(--quiet); font-weight: 600; }
 th, td { padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); }
@@ -335,8 +336,9 @@ def index_page(
     text = str(examples.settings.get("corpus", {}).get("name", "a text"))
     body = f"""<h1>Transformer factors</h1>
 <p class="quiet">{examples.n_factors:,} factors of {html.escape(Path(model).name)} at {html.escape(path)},
-looked for in {examples.n_tokens:,} tokens of {html.escape(text)}: {counts}, by where their importance peaks.
-Below are {len(factors):,} of them.</p>
+looked for in {examples.n_tokens:,} tokens of {html.escape(text)}: {counts}.
+A factor is low, mid or high if its importance peaks in the first, second or last third of the layers, and
+silent if it is active nowhere. Below are {len(factors):,} of them.</p>
 <table><tr><th class="number">Factor</th><th>Level</th><th>Peak</th><th class="number">Importance</th>
 <th class="spark">By layer</th><th>Strongest words at the peak</th></tr>
 {rows}</table>"""
@@ -348,7 +350,8 @@ def _row(context: ModelContext, examples: FactorExamples, found: Importance, fac
     place = found.locations[peak]
     shown: dict[str, None] = {}
     for example in examples.examples(factor, place, 40):
-        shown[visible(context.decode_token(example.tokens[example.index]))] = None
+        word = context.decode_token(example.tokens[example.index])
+        shown[visible(word.strip() or word)] = None
     words = "".join(f"<span>{html.escape(word)}</span>" for word in list(shown)[:_WORDS])
     return (
         f'<tr><td class="number"><a href="{page_name(factor)}">{factor}</a></td>'

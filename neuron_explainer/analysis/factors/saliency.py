@@ -313,7 +313,11 @@ class SaliencyFile:
 
     def add(self, found: Iterable[Saliency]) -> None:
         """Add saliencies to the end."""
-        with files.explain_refusal(self.path), self.path.open("a", encoding="utf-8") as out:
+        with (
+            files.explain_refusal(self.path),
+            files.plain_write(self.path),
+            self.path.open("a", encoding="utf-8") as out,
+        ):
             out.writelines(_line(asdict(each)) for each in found)
 
     def _rewrite(self, lines: Iterable[Mapping[str, Any]]) -> None:

@@ -255,6 +255,15 @@ class BoardDataset:
         rows = self.spaces[kind].rows(places[rng.integers(len(places), size=n)])
         return self.paint(kind, rows, rng)
 
+    def sample(self, kind: Kind, part: Part, n: int, seed: int) -> Boards | None:
+        """Boards of a part without repetition, at most ``n``; None if it has none."""
+        places = self.places(kind, part)
+        if not len(places):
+            return None
+        rng = np.random.default_rng([seed, KINDS.index(kind)])
+        chosen = rng.choice(len(places), min(n, len(places)), replace=False)
+        return self.paint(kind, self.spaces[kind].rows(places[chosen]), rng)
+
     def shown_in_training(self, kind: Kind, part: Part) -> Any:
         """Which boards of a part look exactly like one of the training set, ``[n]`` bool.
 
@@ -293,7 +302,8 @@ class BoardDataset:
         """Write ``config.json`` (the manifest) and ``boards.npz`` to a folder, whole or not at all."""
         with files.atomic_folder(folder, overwrite=overwrite) as temporary:
             arrays: dict[str, Any] = {k: v.astype(np.int32) for k, v in self._arrays().items()}
-            np.savez_compressed(temporary / "boards.npz", **arrays)
+            with files.plain_write(temporary / "boards.npz") as path:
+                np.savez_compressed(path, **arrays)
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "kind": "boards",

@@ -53,7 +53,8 @@ def save_model(
             name: value.detach().to("cpu", dtype or value.dtype).contiguous()
             for name, value in model.state_dict().items()
         }
-        safetensors.torch.save_file(tensors, temporary / WEIGHTS)
+        with files.plain_write(temporary / WEIGHTS) as path:
+            safetensors.torch.save_file(tensors, path)
         dataset.save(temporary / BOARDS)
         config = {
             "format_version": FORMAT_VERSION,

@@ -111,7 +111,8 @@ def measure_model(
 
 def load_autoencoders(folder: Path) -> dict[ActivationLocation, tuple[Path, Autoencoder]]:
     """Every autoencoder saved below ``folder``, by location, with its folder."""
-    found = [path.parent for path in sorted(folder.glob("*/*/config.json"))]
+    # Hidden folders are what a killed process has left.
+    found = [path.parent for path in sorted(folder.glob("[!.]*/[!.]*/config.json"))]
     if not found:
         raise SourceError(f"No autoencoders below {str(folder)!r}: train them first.")
     result: dict[ActivationLocation, tuple[Path, Autoencoder]] = {}

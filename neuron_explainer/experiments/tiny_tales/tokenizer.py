@@ -4,19 +4,20 @@
 base64-encoded tokens with their ranks. Both split text with GPT-2's pattern.
 """
 
-import base64
 from collections.abc import Iterable
 from pathlib import Path
 
 import tiktoken
 
+from neuron_explainer import files
 from neuron_explainer.errors import MissingExtraError, SourceError
-from neuron_explainer.models.tokenizer_files import BYTE_OF_LETTER, GPT2_PATTERN
-from neuron_explainer.models.tokenizers import (
-    TOKENIZER_FILE,
+from neuron_explainer.models.tokenizer_files import (
+    BYTE_OF_LETTER,
+    GPT2_PATTERN,
     TokenizerSpec,
-    load_encoding,
+    as_lines,
 )
+from neuron_explainer.models.tokenizers import TOKENIZER_FILE, load_encoding
 
 __all__ = [
     "TOKENIZER_FILE",
@@ -54,12 +55,8 @@ def train_tokenizer(
 
 def save_tokenizer(ranks: dict[bytes, int], path: Path) -> None:
     """Write tiktoken's format: one ``base64(token) rank`` a line, in the order of the ranks."""
-    lines = [
-        f"{base64.b64encode(token).decode()} {rank}\n"
-        for token, rank in sorted(ranks.items(), key=lambda item: item[1])
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(lines), encoding="ascii")
+    with files.atomic_write(path) as temporary:
+        temporary.write_bytes(as_lines(ranks))
 
 
 def tokenizer_spec(path: Path) -> TokenizerSpec:

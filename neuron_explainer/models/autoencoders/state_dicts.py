@@ -38,6 +38,7 @@ from neuron_explainer.models.checkpoints.autoencoders.state import (
     parse_state_dict,
     unknown_normalization,
 )
+from neuron_explainer.models.checks import check_dtype
 from neuron_explainer.models.locations import ActivationLocation
 
 logger = logging.getLogger("neuron_explainer.models.autoencoder")
@@ -186,7 +187,8 @@ class StoredAutoencoder(nn.Module):
         config = config_to_save(self, dtype)
         with files.atomic_folder(folder, overwrite=overwrite) as temporary:
             files.write_json(temporary / "config.json", config)
-            safetensors.torch.save_file(tensors, temporary / WEIGHTS_FILE)
+            with files.plain_write(temporary / WEIGHTS_FILE) as path:
+                safetensors.torch.save_file(tensors, path)
 
     @classmethod
     def load(
@@ -213,6 +215,8 @@ class StoredAutoencoder(nn.Module):
             stated: such as ``input_normalization``, ``location``, ``norm_factor``: see
                 :class:`~neuron_explainer.models.checkpoints.autoencoders.Stated`.
         """
+        if dtype is not None:
+            check_dtype(dtype)
         loaded = read_autoencoder(source, stated)
         try:
             autoencoder = cls.from_state_dict(

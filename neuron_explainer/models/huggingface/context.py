@@ -181,6 +181,16 @@ class HuggingFaceModelContext(ModelContext):
             tokenizer = None
         return HuggingFaceModel(model, tokenizer, self.architecture)
 
+    @property
+    def norms_subtract_mean(self) -> bool:
+        """True if norms subtract the mean over the width (LayerNorm), False if they do not (RMSNorm)."""
+        return self.get_or_create_model().norms_subtract_mean
+
+    @property
+    def norms_what_is_added(self) -> bool:
+        """True if what attention and the MLP compute passes a norm before it is added to the stream."""
+        return self.get_or_create_model().norms_what_is_added
+
     def _get_weight_helper(
         self, location_type: WeightLocationType, layer: LayerIndex, device: torch.device
     ) -> Tensor:

@@ -11,6 +11,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -179,19 +180,10 @@ class HuggingFaceModel(LanguageModel):
         pad: Tensor | None = None,
         hooks: TransformerHooks | None = None,
     ) -> tuple[Tensor, HuggingFaceState]:
-        """Logits of the next token after each token.
+        """Logits ``[b, s, v]`` of the next token after each token, and the state to continue from.
 
-        Args:
-            tokens: ids ``[b, s]``, int64; in a continuation only the new ones. Or prompts as
-                :meth:`sample` takes them, which are padded on the right (see :meth:`to_batch`).
-            H: what an earlier call returned, to continue from it. It is updated in place; if the call
-                raises, it is as before.
-            pad: ``[b, s]`` bool, True where a position is padding. Each row's result at its tokens is
-                that of its solo run.
-            hooks: what to see or replace on the way.
-
-        Returns:
-            Logits ``[b, s, v]`` and the state to continue from.
+        Arguments are those of :meth:`Transformer.forward
+        <neuron_explainer.models.transformer.Transformer.forward>`.
         """
         tokens, pad = self.to_batch(tokens, pad)
         if H is None:  # with H, a hook may be for tokens of another call
@@ -338,10 +330,50 @@ class HuggingFaceModel(LanguageModel):
     def _start_token(self) -> int:
         return self.enc.bos_token
 
+    # --- norms ---
+
+    @cached_property
+    def norms_subtract_mean(self) -> bool:
+        """Whether norms subtract the mean over the width (LayerNorm) or not (RMSNorm).
+
+        Found by trying: the classes of such modules are many.
+        """
+        norm = self._wiring.final_norm
+        if norm is None:
+            raise LocationError(f"{self.name} has no norm before its unembedding.")
+        width = self.sizes[Dimension.RESIDUAL_STREAM_CHANNELS]
+        x = torch.linspace(-1, 1, width, device=self.device, dtype=self.dtype)[None]
+        with torch.no_grad():
+            plain, moved = norm(x).float(), norm(x + 1).float()
+        return bool((plain - moved).norm() < 0.1 * plain.norm())
+
+    @property
+    def norms_what_is_added(self) -> bool:
+        """Whether what attention and the MLP compute passes a norm before it is added to the stream."""
+        tap = self.architecture.sites.get("resid.torso.delta_mlp")
+        return tap is not None and "norm" in tap.module.rpartition(".")[2].lower()
+
+    def _reader(self, place: ActivationLocation) -> nn.Module:
+        if place.layer is None:
+            if self._wiring.final_norm is None:
+                raise LocationError(f"{self.name} has no norm before its unembedding.")
+            return self._wiring.final_norm
+        tap = self.architecture.sites.get(place.path)
+        if tap is not None and tap.side == "out":
+            return self._wiring.modules[place.layer][place.path]
+        gains = {
+            "resid.torso.post_ln_attn": WeightLocationType.LAYER_NORM_GAIN_PRE_ATTN,
+            "resid.torso.post_ln_mlp": WeightLocationType.LAYER_NORM_GAIN_PRE_MLP,
+        }
+        gain = gains.get(place.path)
+        if gain is None or gain not in self.architecture.weights:
+            raise LocationError(f"{self.name}: no single module is known that computes {place}.")
+        path = self.architecture.weights[gain].parameter.partition(":")[0]
+        return find_module(self.layers[place.layer], path)
+
     # --- weights ---
 
     def weight(self, location_type: WeightLocationType, layer: LayerIndex) -> Tensor:
-        """A weight with the axes of its spec; may be a view of the parameter."""
         known = self.architecture.weights
         if location_type not in known:
             raise LocationError(

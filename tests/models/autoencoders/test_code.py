@@ -58,9 +58,15 @@ WAYS: dict[str, Callable[[Autoencoder, Tensor], Any]] = {
     "code": lambda ae, x: _decoded(ae.code(x)),
     "code_sparse": lambda ae, x: _decoded(ae.code_sparse(x)),
     "evaluation": lambda ae, x: measure(ae, [x]),
-    "hooks": lambda ae, x: AutoencoderHooks.from_autoencoder(ae, add_error=True)(x),
+    "hooks": lambda ae, x: _hooked(ae)(x),
     "fine-tuning": lambda ae, x: finetune_decoder(ae, [x], progress=False),
 }
+
+
+def _hooked(ae: Autoencoder) -> AutoencoderHooks:
+    hooks = AutoencoderHooks.from_autoencoder(ae, add_error=True)
+    hooks.latents.append_fwd(lambda latents: latents)  # with none, the input itself is the result
+    return hooks
 
 
 def _decoded(code: Any) -> Tensor:

@@ -20,9 +20,9 @@ from neuron_explainer.models.checkpoints.autoencoders.circuit_tracer import CIRC
 from neuron_explainer.models.checkpoints.autoencoders.detect import open_source
 from neuron_explainer.models.checkpoints.autoencoders.dictionary_learning import DICTIONARY_LEARNING
 from neuron_explainer.models.checkpoints.autoencoders.e2e import E2E
-from neuron_explainer.models.checkpoints.autoencoders.export import Exported
 from neuron_explainer.models.checkpoints.autoencoders.format import (
     COMMON,
+    Exported,
     Format,
     LoadedAutoencoder,
     Stated,
@@ -128,7 +128,8 @@ def _write_file(path: Path, content: Mapping[str, Any]) -> None:
         files.write_json(path, dict(content))
         return
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in content.items()}
-    if path.suffix == ".pt":
-        torch.save(tensors, path)
-    else:
-        safetensors.torch.save_file(tensors, path)
+    with files.plain_write(path):
+        if path.suffix == ".pt":
+            torch.save(tensors, path)
+        else:
+            safetensors.torch.save_file(tensors, path)

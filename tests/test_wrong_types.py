@@ -1,4 +1,5 @@
-"""What is no dense tensor with values, in every place that takes one: an error of ours that says so."""
+"""What is no dense tensor with values, no name, seed, layer or dtype, where one is asked for: an error of
+ours that says so."""
 
 import inspect
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from neuron_explainer.activations import read_documents
 from neuron_explainer.dictionaries import TopKConfig, TrainConfig, finetune_decoder, prune, train
 from neuron_explainer.errors import InputError, NeuronExplainerError
 from neuron_explainer.evaluation import metrics
@@ -18,7 +20,10 @@ from neuron_explainer.models.autoencoders.fista import fista
 from neuron_explainer.models.autoencoders.latents import Latents
 from neuron_explainer.models.autoencoders.pruned import omit_least_active_latents
 from neuron_explainer.models.checks import check_seed
+from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.models.model_context import ModelContext
+from neuron_explainer.models.model_registry import make_autoencoder_context
 from neuron_explainer.models.transformer import Transformer
 from tests.conftest import TINY, make_model
 
@@ -145,3 +150,45 @@ def test_the_way_out_is_told() -> None:
     ):
         with pytest.raises(InputError, match=told):
             ae.encode(ODD[odd])
+
+
+WRONG: list[Any] = [None, 1, [1], {}, object()]
+NAMED: dict[str, Callable[[Any], Any]] = {
+    "append_at": lambda it: TransformerHooks().append_at(it, torch.relu),
+    "append_to_path": lambda it: TransformerHooks().append_to_path(it, torch.relu),
+    "location": lambda it: ActivationLocation(it),
+    "capture": lambda it: make_model().capture([[1, 2]], it or [None]),
+    "found": lambda it: make_model().capture([[1, 2]], "logits")[it],
+    "model": Transformer.load,
+    "context": ModelContext.from_model_type,
+    "autoencoder by name": lambda it: make_autoencoder_context("tiny-tales", it),
+    "model of an autoencoder": lambda it: make_autoencoder_context(it, "ae-resid-delta-mlp"),
+    "text": lambda it: list(read_documents(it)),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda it: type(it).__name__)
+@pytest.mark.parametrize("name", NAMED)
+def test_names_that_are_no_text(name: str, wrong: Any) -> None:
+    with pytest.raises(NeuronExplainerError):
+        NAMED[name](wrong)
+
+
+@pytest.mark.parametrize("wrong", ["float32", 1, torch.int64, object()], ids=str)
+def test_dtypes_that_are_none(wrong: Any, tmp_path: Path) -> None:
+    autoencoder("relu").save(tmp_path / "ae")
+    for take in (
+        lambda dtype: Transformer.load("tiny-tales", dtype=dtype),
+        lambda dtype: ModelContext.from_model_type("tiny-tales", dtype=dtype),
+        lambda dtype: Autoencoder.load(tmp_path / "ae", dtype=dtype),
+    ):
+        with pytest.raises(InputError, match=r"such as torch.float32, found"):
+            take(wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", [[1], {}, object(), "no such device"], ids=lambda it: type(it).__name__
+)
+def test_devices_that_are_none(wrong: Any) -> None:
+    with pytest.raises(InputError, match="no device"):
+        Transformer.load("tiny-tales", device=wrong)

@@ -1,0 +1,273 @@
+"""The table of nodes against finite differences, sums and full passes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from neuron_explainer.analysis.effects import Node, NodeTable, nodes, spearman
+from neuron_explainer.analysis.targets import Target, logit_difference, loss, probability
+from neuron_explainer.errors import InputError
+from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
+from neuron_explainer.models.autoencoders.nonlinearities import TopK
+from neuron_explainer.models.hooks import TransformerHooks
+from neuron_explainer.models.interventions import add, freeze, scale
+from neuron_explainer.models.transformer import Transformer
+from tests.conftest import make_model
+from tests.models.test_interventions import wrong
+from tests.models.test_language_model import make
+
+MODEL = make_model(dtype=torch.float64)
+PROMPT = [3, 1, 4, 1, 5, 9, 2]
+OTHER = [3, 7, 4, 1, 5, 11, 2]
+TARGET = logit_difference(MODEL, [6, 8], 12)
+ALL = 10**6
+
+
+def table(**settings: Any) -> NodeTable:
+    return nodes(MODEL, PROMPT, TARGET, **{"top_k": ALL, **settings})
+
+
+def value(
+    hooks: TransformerHooks | None = None, model: Any = MODEL, target: Target = TARGET
+) -> float:
+    with torch.no_grad():
+        logits = model([PROMPT], hooks=hooks)[0][0, -1]
+    return float((logits[6] + logits[8]) / 2 - logits[12])
+
+
+@pytest.fixture(scope="module")
+def contexts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, AutoencoderContext]:
+    found = {}
+    for path, width in [
+        ("resid.torso.delta_mlp", 16),
+        ("mlp.post_act", 48),
+        ("resid.torso.delta_attn", 16),
+    ]:
+        torch.manual_seed(width)
+        autoencoder = Autoencoder(
+            64, width, activation=TopK(6), input_normalization="layer_norm", dtype=torch.float64
+        )
+        with torch.no_grad():
+            for parameter in autoencoder.parameters():
+                parameter.add_(0.3 * torch.randn(parameter.shape, dtype=torch.float64))
+        folder: Path = tmp_path_factory.mktemp("autoencoder")
+        autoencoder.save(folder / "a")
+        config = AutoencoderConfig(path, {0: folder / "a", 1: folder / "a"})
+        found[path] = AutoencoderContext(config, "cpu", dtype=torch.float64)
+    return found
+
+
+@pytest.mark.parametrize("attention", ["heads", "pairs"])
+@pytest.mark.parametrize("mlp", [None, "resid.torso.delta_mlp", "mlp.post_act"])
+def test_direct_effects_of_all_nodes_sum_to_the_target(
+    attention: Any, mlp: str | None, contexts: dict[str, AutoencoderContext]
+) -> None:
+    given = [] if mlp is None else [contexts[mlp]]
+    found = table(measures=["direct"], attention=attention, autoencoders=given)
+    assert found.totals["direct"] == pytest.approx(value(), abs=1e-9)
+    assert found.target == pytest.approx(value(), abs=1e-9)
+    # The constant is not what is left over: it is the final norm's bias through the unembedding.
+    (constant,) = [i for i, node in enumerate(found.nodes) if node.location == "resid.post_ln_f"]
+    logits = (MODEL.unembed.weight @ MODEL.final_ln.bias).detach()
+    expected = float((logits[6] + logits[8]) / 2 - logits[12])
+    assert found.values["direct"][constant] == pytest.approx(expected, abs=1e-9)
+    assert found.coverage("direct") == pytest.approx(1.0)
+
+
+def plain_write(node: Node) -> Tensor:
+    """What a node adds to the stream ``[d]``, from the model's weights."""
+    layer, _, path = node.location.partition("/")
+    with torch.no_grad():
+        found = MODEL.capture([PROMPT], node.location)[node.location][0]
+        block = list(MODEL.layers)[int(layer)]
+        if path == "mlp.post_act":
+            return found[node.position, node.unit] * block.mlp.out_layer.weight[:, node.unit]
+        out = block.attn.out_proj.weight.view(16, 4, 4)[:, node.unit]  # [d, d_head]
+        if path == "attn.v_out":
+            return out @ found[node.position, node.unit]
+        v = MODEL.capture([PROMPT], f"{layer}/attn.v")[f"{layer}/attn.v"][0]
+        weight = found[node.position, node.attended, node.unit]
+        return weight * (out @ v[node.attended, node.unit])
+
+
+@pytest.mark.parametrize("attention", ["heads", "pairs"])
+def test_direct_effects_are_those_of_the_write_at_the_last_stream(attention: Any) -> None:
+    found = table(measures=["direct", "write_norm"], attention=attention)
+    frozen = freeze("resid.ln_f.scale", MODEL.capture([PROMPT], "resid.ln_f.scale"))
+    picked = [i for i in found.order("direct") if found.nodes[i].kind in ("neuron", "head", "pair")]
+    for i in picked[:6] + picked[-2:]:
+        write = plain_write(found.nodes[i])
+        change = torch.zeros(1, len(PROMPT), 16, dtype=torch.float64)
+        change[0, found.nodes[i].position] = -write
+        taken = value() - value(add("1/resid.torso.post_mlp", change) + frozen)
+        assert found.values["direct"][i] == pytest.approx(taken, abs=1e-9)
+        assert abs(found.values["write_norm"][i]) == pytest.approx(float(write.norm()), abs=1e-9)
+
+
+def test_act_grad_is_the_finite_difference(contexts: dict[str, AutoencoderContext]) -> None:
+    found = table(measures=["act_grad"], freeze=())
+    step = 1e-5
+    for i in found.order("act_grad")[:12]:
+        node = found.nodes[i]
+        units = None if node.kind in ("embedding", "bias") else node.unit
+        if node.kind == "bias":
+            continue
+        up, down = (scale(node.location, 1 + sign * step, units, node.position) for sign in (1, -1))
+        slope = (value(up) - value(down)) / (2 * step)
+        assert found.values["act_grad"][i] == pytest.approx(slope, abs=1e-7), node
+    context = contexts["resid.torso.delta_mlp"]
+    found = table(measures=["act_grad"], freeze=(), autoencoders=[context])
+    latents = [i for i in found.order("act_grad") if found.nodes[i].kind == "latent"]
+    for i in latents[:8]:
+        node = found.nodes[i]
+        up, down = (
+            scale(node.location, 1 + sign * step, node.unit, node.position, autoencoders=context)
+            for sign in (1, -1)
+        )
+        slope = (value(up) - value(down)) / (2 * step)
+        assert found.values["act_grad"][i] == pytest.approx(slope, abs=1e-7), node
+
+
+def test_ablation_is_measured(contexts: dict[str, AutoencoderContext]) -> None:
+    for settings in ({"attention": "pairs"}, {"autoencoders": [contexts["resid.torso.delta_mlp"]]}):
+        found = table(measures=["act_grad", "ablation"], top_k=12, freeze=(), **settings)
+        assert found.rank_correlation is not None
+        for i, node in enumerate(found.nodes):
+            if node.kind == "neuron":
+                hooks = scale(node.location, 0.0, node.unit, node.position)
+                expected = value() - value(hooks)
+                assert found.values["ablation"][i] == pytest.approx(expected, abs=1e-9)
+            if node.kind == "latent":
+                hooks = scale(
+                    node.location,
+                    0.0,
+                    node.unit,
+                    node.position,
+                    autoencoders=contexts["resid.torso.delta_mlp"],
+                )
+                expected = value() - value(hooks)
+                assert found.values["ablation"][i] == pytest.approx(expected, abs=1e-9)
+
+
+def test_patching_is_exact_where_the_model_is_linear() -> None:
+    """The last layer's MLP reaches the logits through a frozen norm alone, so estimates are exact there."""
+    found = table(measures=["patching", "act_grad"], prompt_b=OTHER)
+    there = MODEL.capture([OTHER], "1/mlp.post_act")["1/mlp.post_act"]
+    frozen = freeze("resid.ln_f.scale", MODEL.capture([PROMPT], "resid.ln_f.scale"))
+    checked = 0
+    for i, node in enumerate(found.nodes):
+        if node.location == "1/mlp.post_act" and node.position == len(PROMPT) - 1:
+            here = MODEL.capture([PROMPT], node.location)[node.location][0, -1, node.unit]
+            change = torch.zeros(1, len(PROMPT), 48, dtype=torch.float64)
+            change[0, -1, node.unit] = there[0, -1, node.unit] - here
+            measured = value(add(node.location, change) + frozen) - value()
+            assert found.values["patching"][i] == pytest.approx(measured, abs=1e-9)
+            checked += 1
+    assert checked == 48
+
+
+def test_a_second_prompt_of_another_length_is_aligned() -> None:
+    longer = [3, 1, 20, 4, 1, 5, 9, 2]
+    found = table(measures=["act_grad"], prompt_b=longer)
+    alone = nodes(MODEL, longer, TARGET, ["act_grad"], ALL)
+    by_node = dict(zip(alone.nodes, alone.values["act_grad"], strict=True))
+    for i, node in enumerate(found.nodes):
+        if node.kind == "neuron":
+            moved = Node(node.location, "neuron", node.unit, node.position + (node.position >= 2))
+            assert found.other["act_grad"][i] == pytest.approx(by_node[moved], abs=1e-12)
+    same = table(measures=["patching", "act_grad"], prompt_b=PROMPT)
+    assert np.abs(same.values["patching"]).max() == 0
+    np.testing.assert_array_equal(same.other["act_grad"], same.values["act_grad"])
+
+
+def test_latents_that_the_second_prompt_lacks_count_as_zero(
+    contexts: dict[str, AutoencoderContext],
+) -> None:
+    context = contexts["resid.torso.delta_attn"]
+    found = table(measures=["patching", "act_grad"], prompt_b=OTHER, autoencoders=[context])
+    place = "1/resid.torso.delta_attn"
+    latents = context.get_autoencoder(1).encode(MODEL.capture([OTHER], place)[place].detach())[0]
+    seen = 0
+    for i, node in enumerate(found.nodes):
+        if node.kind == "latent" and node.location == place:
+            expected = float(latents[node.position, node.unit])
+            assert found.other["activation"][i] == pytest.approx(expected, abs=1e-9)
+            seen += expected == 0
+    assert seen
+
+
+def test_the_largest_of_each_measure_are_shown() -> None:
+    everything = table(measures=["direct", "act_grad"])
+    few = table(measures=["direct", "act_grad"], top_k=5)
+    for measure in ("direct", "act_grad"):
+        best = [everything.nodes[i] for i in everything.order(measure)[:5]]
+        assert set(best) <= set(few.nodes)
+    assert 5 <= len(few.nodes) <= 10
+    assert few.totals == pytest.approx(everything.totals)
+    assert f"{few.coverage('direct'):.0%} of direct" in str(few)
+    assert str(few.nodes[0]) in str(few)
+
+
+def test_other_targets_models_and_frozen_patterns() -> None:
+    for target in (probability(MODEL, 3), loss()):
+        assert np.isfinite(nodes(MODEL, PROMPT, target).values["act_grad"]).all()
+    frozen = table(measures=["act_grad"], freeze=("norms", "patterns"))
+    assert frozen.totals["act_grad"] != pytest.approx(
+        table(measures=["act_grad"]).totals["act_grad"]
+    )
+    theirs = make("gpt2")
+    found = nodes(
+        theirs, PROMPT, lambda x: x[:, 3] - x[:, 4], ["direct", "act_grad"], ALL, freeze=()
+    )
+    assert found.totals["direct"] == pytest.approx(found.target, abs=1e-4)
+
+
+def test_tables_for_pandas() -> None:
+    pandas = pytest.importorskip("pandas")
+    model = Transformer.load("tiny-tales")
+    found = nodes(model, "The old dog saw the", logit_difference(model, " cat", " dog"), bos=True)
+    frame = found.to_dataframe()
+    assert isinstance(frame, pandas.DataFrame)
+    assert len(frame) == len(found.nodes)
+    assert frame["token"].iloc[0] == found.tokens[found.nodes[0].position]
+
+
+def test_spearman() -> None:
+    a = np.array([1.0, 2.0, 2.0, 9.0])
+    assert spearman(a, a**3) == pytest.approx(1.0)
+    assert spearman(a, -a) == pytest.approx(-1.0)
+    assert spearman(a, np.array([1.0, 2.0, 3.0, 4.0])) == pytest.approx(0.9486832980505138)
+    assert np.isnan(spearman(a, np.ones(4)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"measures": ["dirct"]}, "unknown measure 'dirct'. Did you mean 'direct'"),
+        ({"measures": ["ablation", "direct"]}, "give both measures"),
+        ({"measures": ["activation"]}, "that chooses nodes"),
+        ({"measures": ["patching"]}, "give prompt_b"),
+        ({"top_k": 0}, "at least 1"),
+        ({"attention": "neurons"}, "'heads' or 'pairs'"),
+        ({"freeze": ("norm",)}, "freeze takes final_norm"),
+        ({"prompt_b": [20, 21]}, "no token in common"),
+    ],
+)
+def test_bad_input(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        table(**settings)
+
+
+def test_autoencoders_that_overlap_or_are_no_part_of_the_stream(
+    contexts: dict[str, AutoencoderContext],
+) -> None:
+    both = [contexts["resid.torso.delta_mlp"], contexts["mlp.post_act"]]
+    with pytest.raises(InputError, match="same part of the stream"):
+        table(autoencoders=both)
+    with pytest.raises(InputError, match="one prompt"):
+        nodes(MODEL, wrong([[1, 2], [3, 4]]), TARGET)

@@ -1,0 +1,278 @@
+"""A command that is killed, runs out of disk or loses its folder at any step, and is given again.
+
+Whatever it wrote before, the same command then succeeds, with the results of a run that nobody disturbed, and
+nothing else in the folder. Every step of every verb: ``-m slow``. By default some steps of each.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from neuron_explainer import cli, files
+from neuron_explainer.activations import read_documents
+from neuron_explainer.activations.token_files import write_token_file
+from neuron_explainer.dictionaries import TopKConfig, train
+from neuron_explainer.dictionaries.distributed import Split, open_world
+from neuron_explainer.evaluation.passage import PASSAGE
+from neuron_explainer.experiments.tiny_tales import __main__ as tiny_tales
+from neuron_explainer.experiments.tiny_tales.data import HELD_OUT_BOOKS
+from neuron_explainer.experiments.tiny_tales.tokenizer import TOKENIZER_FILE, save_tokenizer
+from neuron_explainer.models.checkpoints.transformers.huggingface import save_huggingface
+from neuron_explainer.models.config import TransformerConfig
+from neuron_explainer.models.model_context import ModelContext, StandardModelContext
+from neuron_explainer.models.transformer import Transformer
+from tests.blob_server import BlobServer
+from tests.conftest import make_model
+from tests.dictionaries import sparse_coding_runs, world_runs
+from tests.kill_points import Command, Harm, Laboratory
+
+if not hasattr(os, "fork"):
+    pytest.skip("needs fork", allow_module_level=True)
+
+PLACE = "1/mlp.post_act"
+WINDOWS = ["--context-length", "24", "--windows-per-forward", "4"]
+SMALL = ["--steps", "2", "--batch-size", "16", "--n-latents", "20", "--lr", "3e-3"]
+OFTEN = ["--checkpoint-every", "1", "--keep-checkpoints", "1", "--log-every", "2"]
+LEARN = ["--k", "4", *SMALL, *OFTEN, "--out", "out"]
+OF_BOOKS = ["books", "--model", "model", *WINDOWS, "--buffer-tokens", "64"]
+MEASURE = ["--text", "books", "--num-tokens", "200"]
+
+
+def verb(name: str, *argv: str, out: str = "out", **options: Any) -> Command:
+    return Command(name, lambda: cli.main([*argv, "--json"]), out, **options)
+
+
+def objective(name: str, *more: str) -> Command:
+    """Its results are written by other code; the rest of the run is that of the others."""
+    argv = ["train", "store", "--location", PLACE, "--objective", name, *SMALL, *more]
+    return verb(f"train {name}", *argv, "--out", "out", harms=("kill",))
+
+
+def function(name: str, run: Any, out: str = "out", **options: Any) -> Command:
+    def command() -> int:
+        run()
+        return 0
+
+    return Command(name, command, out, **options)
+
+
+def context() -> ModelContext:
+    return StandardModelContext("model", "cpu")
+
+
+def learn_sparse_codes() -> None:
+    sparse_coding_runs.run(Path("out"), checkpoint_every=4, epochs=1, log_every=4)
+
+
+def write_tokens() -> None:
+    write_token_file("out/tokens", read_documents("books"), context())
+
+
+def save_model(layout: str) -> None:
+    if layout == "native":
+        Transformer.load("model").save("out/model", overwrite=True)
+    elif layout == "huggingface":
+        model = make_model()
+        save_huggingface("out/model", model.cfg, model.state_dict(), overwrite=True)
+    else:
+        make_model(enc="gpt2").save_checkpoint("out/model")
+
+
+def distributed(split: Split) -> int:
+    """Two processes that learn one dictionary."""
+    fields: dict[str, Any] = {"steps": 4, "checkpoint_every": 2, "keep_checkpoints": 1}
+    config = world_runs.case(TopKConfig(k=3), dtype="float32", **fields).config
+
+    def learn(folder: Path) -> None:
+        with open_world(split, timeout=20) as world:
+            batches = world_runs.batches(config)
+            train(config, batches, folder / "out", progress=False, world=world)
+
+    return max(map(abs, world_runs.together(Path(), learn)))
+
+
+def recipe() -> None:
+    """The embedded model's: its vocabulary, the model, its autoencoders, their figures."""
+    Path("out").mkdir(exist_ok=True)
+    save_tokenizer({bytes([i]): i for i in range(256)}, Path("out") / TOKENIZER_FILE)
+    for argv in (
+        ["train", "--steps", "2", "--decay-steps", "1", "--run", "out"],
+        ["evaluate", "--model", "out/tiny-tales", "--model-only"],
+    ):
+        args = tiny_tales.parser().parse_args([*argv, "--corpus", "corpus"])
+        args.model_config = lambda n: TransformerConfig(
+            enc="tiny-tales", ctx_window=8, d_model=8, n_layers=1, n_heads=1, n_vocab=n
+        )
+        args.run_command(args)
+
+
+ALL: Any = {"harms": get_args(Harm)}
+HARVEST = verb(
+    *("harvest", "harvest", *OF_BOOKS[:-2], "--location", PLACE, "--shard-rows", "300"),
+    *("--out", "out"),
+    **ALL,
+)
+TRAIN = verb("train", "train", *OF_BOOKS, "--location", PLACE, *LEARN, **ALL)
+SPARSE = function("sparse coding", learn_sparse_codes, **ALL)
+PRUNE = verb(
+    *("prune", "prune", "run/autoencoder", *MEASURE, "--min-max-activation", "0"),
+    *("--min-decoder-norm", "0", "--out", "out/pruned"),
+)
+COMMANDS = [
+    HARVEST,
+    TRAIN,
+    SPARSE,
+    PRUNE,
+    verb(
+        *("train two", "train", *OF_BOOKS, "--location", PLACE, "0/mlp.post_act", *LEARN),
+        harms=("kill", "full disk"),
+    ),
+    objective("topk", "--k", "4"),
+    objective("batch_topk", "--k", "4"),
+    objective("relu"),
+    objective("jumprelu"),
+    objective("gated"),
+    objective("p_anneal"),
+    objective("matryoshka", "--k", "4", "--group-sizes", "8", "12"),
+    verb(
+        *("transcoder", "train", *OF_BOOKS, "--location", "1/mlp.post_act", "--transcoder"),
+        *("--output-location", "1/resid.torso.delta_mlp", *LEARN),
+        harms=("kill",),
+    ),
+    verb(
+        "finetune", "finetune", "run/autoencoder", *MEASURE, "--batch-size", "32", "--out", "out/f"
+    ),
+    verb("report", "report", "run", *MEASURE, "--out", "out/report.html"),
+    verb("sentences", "sentences", "s.csv", "--autoencoder", "run", "--csv-out", "out/t.csv"),
+    verb("convert native", "convert", "run/autoencoder", "out/c", "--format", "native"),
+    verb("convert saelens", "convert", "run/autoencoder", "out/c", "--format", "saelens"),
+    verb("convert to .pt", "convert", "run", "out/c", "--format", "dictionary_learning"),
+    verb("convert sparsify", "convert", "run", "out/c", "--format", "sparsify"),
+    verb("convert over", "convert", "run", "kept", "--format", "native", "--overwrite", out="kept"),
+    function("token file", write_tokens, refuses_again=True),
+    function("model native", partial(save_model, "native")),
+    function("model huggingface", partial(save_model, "huggingface")),
+    function("model pieces", partial(save_model, "pieces")),
+    function("recipe", recipe),
+]
+WORLDS = [
+    Command(f"processes share {split}", partial(distributed, split), "out", harms=("kill",))
+    for split in get_args(Split)
+]
+
+
+def named(command: Command) -> str:
+    return command.name.replace(" ", "-")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory, text_model: Transformer) -> Path:
+    """A model, texts, a store of activations and a run, none larger than it must be."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for name in ("books", "corpus"):
+        (folder / name).mkdir()
+    for number, paragraph in enumerate(PASSAGE.split("\n\n")[:6]):
+        (folder / "books" / f"{number}.txt").write_text(paragraph[:150], "utf-8")
+    for name in (*HELD_OUT_BOOKS, "another"):
+        (folder / "corpus" / f"{name}.txt").write_text(PASSAGE[:500], "utf-8")
+    (folder / "s.csv").write_text("sentence\nThe cat sat.\nA king.\n", "utf-8")
+    text_model.save(folder / "model")
+    with contextlib.chdir(folder):
+        store = ["harvest", *OF_BOOKS[:-2], "--location", PLACE, "--out", "store", "--json"]
+        assert cli.main(store) == 0
+        argv = ["train", "store", "--location", PLACE, "--k", "4", *SMALL, "--out", "run", "--json"]
+        assert cli.main(argv) == 0
+        assert cli.main(["convert", "run", "kept", "--format", "native"]) == 0
+    return folder
+
+
+@pytest.fixture
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scratch")
+
+
+def of_cache(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same, with the private cache of downloads in the folder of the command."""
+
+    def command() -> None:
+        os.environ["NEURON_EXPLAINER_CACHE"] = "cache"
+        run()
+
+    return command
+
+
+@pytest.fixture
+def server() -> Iterator[BlobServer]:
+    with BlobServer() as server:
+        yield server
+
+
+# ---- some steps --------------------------------------------------------------------------------------
+
+SOME: list[tuple[Command, Harm, list[int]]] = [
+    (HARVEST, "kill", [9, -3]),
+    (HARVEST, "full disk", [5]),
+    (HARVEST, "emptied", [12]),
+    (TRAIN, "kill", [21, -1]),
+    (TRAIN, "full disk", [14]),
+    (TRAIN, "moved", [-8]),
+    (SPARSE, "replaced", [20]),
+    (PRUNE, "kill", [-1]),
+    (PRUNE, "moved", [5]),
+]
+
+
+@pytest.mark.parametrize("command", [HARVEST, TRAIN, SPARSE, PRUNE], ids=named)
+def test_some_steps(command: Command, inputs: Path, scratch: Path) -> None:
+    laboratory = Laboratory(command, inputs, scratch)
+    for one, harm, numbers in SOME:
+        for number in numbers if one is command else []:
+            laboratory.check(laboratory.points[number], harm)
+
+
+def test_evaluating_writes_nothing(inputs: Path, scratch: Path) -> None:
+    evaluate = verb("evaluate", "evaluate", "run", *MEASURE)
+    assert not Laboratory(evaluate, inputs, scratch).points
+
+
+# ---- every step ------------------------------------------------------------------------------------
+
+
+def check_all(command: Command, inputs: Path, scratch: Path) -> None:
+    laboratory = Laboratory(command, inputs, scratch)
+    failed = []
+    for harm in command.harms:
+        for point in laboratory.points:
+            try:
+                laboratory.check(point, harm)
+            except AssertionError as error:  # all are of interest
+                failed.append(str(error))
+                print(f"{command.name}: {harm}: {error}")
+    steps = f"{command.name}: {len(laboratory.points)} steps, each with {', '.join(command.harms)}"
+    print(f"{steps}: {len(failed)} failed")
+    assert not failed, "\n\n".join(failed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("command", [*COMMANDS, *WORLDS], ids=named)
+def test_every_step(command: Command, inputs: Path, scratch: Path) -> None:
+    check_all(command, inputs, scratch)
+
+
+@pytest.mark.slow
+def test_every_step_of_a_download(tmp_path: Path, scratch: Path, server: BlobServer) -> None:
+    url = server.put("/file.bin", bytes(range(256)) * 40)
+    fetch = of_cache(partial(files.fetch, url, progress=False))
+    check_all(function("download", fetch, harms=("kill", "full disk")), tmp_path, scratch)
+    with contextlib.chdir(tmp_path):
+        (tmp_path / "cache").mkdir(mode=0o700)
+        assert files.fetch(url, progress=False)
+    again: Any = {"harms": ("kill",), "refuses_again": True}
+    remove = function("remove", of_cache(partial(files.remove_from_cache, url)), **again)
+    check_all(remove, tmp_path, scratch)
