@@ -42,6 +42,7 @@ from neuron_explainer.analysis.store_format import (
     Label,
     UnitRow,
     all_from_active,
+    file_name,
     fts_query,
     hashed_keys,
     write_store,
@@ -142,7 +143,7 @@ class ExampleStore:
         pieces = [text.encode() if isinstance(text, str) else text for text in vocabulary]
         corpus = TokenCorpus.of(documents, source)
         tokens = TokenStore.write(folder / TOKENS_FOLDER, corpus, pieces, tokenizer)
-        path = folder / f"{collected.name.replace('/', '.')}{SUFFIX}"
+        path = folder / file_name(collected.name)
         write_store(path, collected, tokens, labels)
         return cls(path)
 
