@@ -36,6 +36,7 @@ with the number of the unit (``i8``).
 import itertools
 import json
 import math
+import re
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -93,6 +94,11 @@ class Label(NamedTuple):
     source: str = ""
     """Who says so: a person, a method, a data set."""
     score: float | None = None
+
+
+def file_name(name: str) -> str:
+    """The name of a store's file: of ``2/mlp.post_act``, ``2.mlp.post_act.store``."""
+    return (re.sub(r"[^\w.+-]", "_", name.replace("/", ".")).lstrip(".") or "_") + SUFFIX
 
 
 # --- writing ---

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,21 @@ def test_several_stores_in_a_folder(copy: Path) -> None:
     with pytest.raises(InputError, match=r"no store 'othr'.*Did you mean 'other'"):
         ExampleStore.open(copy.parent, "othr")
     ExampleStore.open(copy.parent, "other").close()
+
+
+def test_many_threads_read(store: ExampleStore) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda unit: repr(store[unit]), [1, 2, 3, 4] * 10))
+    assert found == [repr(store[unit]) for unit in [1, 2, 3, 4]] * 10
+
+
+def test_folders_of_any_name(written: tuple[Collected, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "a ?mode=rwc&x#%41 é"
+    shutil.copytree(written[1].parent, folder)
+    with ExampleStore.open(folder) as store:
+        store.workspace.set_label(2, "here")
+        assert store[2].label == "here"
+    assert (folder / "workspace.sqlite").exists()
 
 
 def test_from_arrays(tmp_path: Path) -> None:
