@@ -17,9 +17,14 @@ RECORD = {"model": "tiny-tales", "source": "books"}
 
 
 def config(location: str | None = None, keep: int = 3) -> TrainConfig:
-    sizes = {"n_latents": 12, "steps": 4, "batch_size": 16}
     return TrainConfig(
-        TopKConfig(k=2), **sizes, checkpoint_every=2, keep_checkpoints=keep, location=location
+        TopKConfig(k=2),
+        n_latents=12,
+        steps=4,
+        batch_size=16,
+        checkpoint_every=2,
+        keep_checkpoints=keep,
+        location=location,
     )
 
 
