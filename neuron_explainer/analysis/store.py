@@ -514,8 +514,10 @@ class ExampleStore:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-        for place in self._workspaces:
-            place.close()
+        known = vars(self)  # what was never asked for is not looked up now
+        for place in (known.get("workspace"), *known.get("_workspaces", ())):
+            if place is not None:
+                place.close()
 
     def __enter__(self) -> "ExampleStore":
         return self

@@ -104,6 +104,17 @@ def test_other_settings(corpus: TokenCorpus, changes: dict[str, Any]) -> None:
     check(collate(windows, values, config), windows, values, config)
 
 
+@pytest.mark.parametrize("per_interval", [1, 2])
+def test_strata_of_many_octaves(corpus: TokenCorpus, per_interval: int) -> None:
+    """Most of the bins share a reservoir, whose limit counts for the lowest intervals."""
+    config = replace(SMALL, per_interval=per_interval, intervals=8)
+    rng = np.random.default_rng(1)
+    values = (2.0 ** rng.normal(0, 3, size=(len(corpus.tokens), 8))).astype(np.float32)
+    values[rng.random(values.shape) < 0.7] = 0
+    windows = TokenWindows(corpus, 4, 5, bos=BOS)
+    check(collate(windows, values, config), windows, values, config)
+
+
 def test_values_of_all_sizes(corpus: TokenCorpus) -> None:
     values = wide_values(len(corpus.tokens), 4)
     windows, config = windows_of(corpus), replace(SMALL, per_interval=1)

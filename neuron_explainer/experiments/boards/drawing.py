@@ -88,6 +88,7 @@ class Board(NamedTuple):
             _, axes = plt.subplots(figsize=(2.6, 2.6))
         side = self.config.board_size
         axes.set(xlim=(0, side), ylim=(side, 0), aspect="equal", xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
         for i, token in enumerate(int(token) for token in self.tokens):
             row, column = divmod(i, side)
             hidden = token == self.config.hidden_token
