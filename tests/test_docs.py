@@ -96,8 +96,8 @@ def test_readme_snippets_on_the_embedded_model(snippet: str) -> None:
 
 
 def test_readme_snippets_were_found() -> None:
-    assert len(SNIPPETS) == 8
-    assert [len(commands) for commands in COMMANDS] == [5, 8]
+    assert len(SNIPPETS) == 9
+    assert [len(commands) for commands in COMMANDS] == [5, 3, 8]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
