@@ -33,8 +33,9 @@ def blocks(language: str) -> list[str]:
 SNIPPETS = blocks("python")
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 COMMANDS = [
-    [line for line in block.splitlines() if line.startswith("neuron-explainer ")]
+    commands
     for block in blocks("sh")[1:]
+    if (commands := [line for line in block.splitlines() if line.startswith("neuron-explainer ")])
 ]
 
 
