@@ -303,8 +303,10 @@ class Sweep:
 
     def __repr__(self) -> str:
         shape = ", ".join(f"{len(labels)} {name}s" for name, labels in self.dims.items())
+        n_prompts = len(self.baseline)
+        prompts = "1 prompt" if n_prompts == 1 else f"{n_prompts} prompts"
         lines = [
-            f"Sweep({shape}, {len(self.baseline)} prompts; {self.metric}, "
+            f"Sweep({shape}, {prompts}; {self.metric}, "
             f"unchanged {self.baseline.mean():.4g}; largest changes, mean over prompts:"
         ]
         for cell, effect in self.top(5):
