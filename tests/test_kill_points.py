@@ -14,11 +14,14 @@ from typing import Any, get_args
 import pytest
 
 from neuron_explainer import cli, files
-from neuron_explainer.activations import read_documents
+from neuron_explainer.activations import DataConfig, open_windows, read_documents
 from neuron_explainer.activations.token_files import write_token_file
+from neuron_explainer.analysis import CollateConfig, collate
+from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.dictionaries import TopKConfig, train
 from neuron_explainer.dictionaries.distributed import Split, open_world
 from neuron_explainer.evaluation.passage import PASSAGE
+from neuron_explainer.experiments.boards import __main__ as boards
 from neuron_explainer.experiments.tiny_tales import __main__ as tiny_tales
 from neuron_explainer.experiments.tiny_tales.data import HELD_OUT_BOOKS
 from neuron_explainer.experiments.tiny_tales.tokenizer import TOKENIZER_FILE, save_tokenizer
@@ -47,6 +50,11 @@ def verb(name: str, *argv: str, out: str = "out", **options: Any) -> Command:
     return Command(name, lambda: cli.main([*argv, "--json"]), out, **options)
 
 
+def verbs(name: str, *argvs: list[str], out: str = "out", **options: Any) -> Command:
+    """Several commands, one after the other, as a script would give them."""
+    return Command(name, lambda: max(cli.main([*argv, "--json"]) for argv in argvs), out, **options)
+
+
 def objective(name: str, *more: str) -> Command:
     """Its results are written by other code; the rest of the run is that of the others."""
     argv = ["train", "store", "--location", PLACE, "--objective", name, *SMALL, *more]
@@ -63,6 +71,34 @@ def function(name: str, run: Any, out: str = "out", **options: Any) -> Command:
 
 def context() -> ModelContext:
     return StandardModelContext("model", "cpu")
+
+
+def collate_and_show() -> None:
+    """Stores of examples, and a page about a unit."""
+    data = DataConfig(context_length=24, windows_per_forward=32)
+    windows = open_windows(context(), "books", data, part="all")
+    config = CollateConfig(top=2, intervals=2, per_interval=1, uniform=1, window=6, parts=2)
+    places = [PLACE, "0/attn.qk_probs"]
+    stores = collate(context(), places, windows, "out", config, progress=False, save_every_s=0.0)
+    with ExampleStore.open(next(iter(stores.values()))) as store:
+        store[int(store.alive[0])].to_html("page/unit.html")
+
+
+def learn_boards() -> int:
+    """A data set of boards, a model that learns them, and the model in a folder of its own."""
+    sizes = ["--board-size", "5", "--root-size", "2", "--root-cells", "4", "--n-roots", "3"]
+    sizes += ["--n-composites", "2"]
+    learn = ["--epochs", "1", "--boards-per-epoch", "8", "--batch-size", "8", "--pace", "400"]
+    learn += ["--evaluate-every", "0", "--checkpoint-every", "1", "--run", "out/run"]
+    try:
+        boards.main(["boards", *sizes, "--out", "out/boards"])
+        boards.main(["boards", *sizes, "--out", "out/theirs", "--seed-layout"])
+        boards.main(["train", *sizes, *learn])
+        boards.main(["export", "out/run", "--out", "out/model"])
+    except SystemExit as error:
+        print(error)
+        return 2
+    return 0
 
 
 def learn_sparse_codes() -> None:
@@ -123,13 +159,44 @@ PRUNE = verb(
     *("prune", "prune", "run/autoencoder", *MEASURE, "--min-max-activation", "0"),
     *("--min-decoder-norm", "0", "--out", "out/pruned"),
 )
+COLLATE = function("collate", collate_and_show, harms=("kill", "moved"))
+FACTORS = verbs(
+    "factors",
+    [
+        *("factors", "collate", "run", "--text", "books", "--sentence-length", "30"),
+        *(
+            "--windows-per-forward",
+            "8",
+            "--n-examples",
+            "3",
+            "--shard-size",
+            "16",
+            "--out",
+            "out/e",
+        ),
+    ],
+    ["factors", "importance", "out/e", "--csv", "out/i.csv"],
+    [
+        *("factors", "saliency", "out/e", "--num-factors", "2", "--num-sentences", "1"),
+        *("--num-samples", "10"),
+    ],
+    ["factors", "records", "out/e", "--out", "out/r.jsonl"],
+    ["factors", "pages", "out/e", "--factor", "0", "1", "--out", "out/p"],
+    harms=("kill",),
+)
+BOARDS = Command("boards", learn_boards, "out", harms=("kill",))
 COMMANDS = [
     HARVEST,
     TRAIN,
     SPARSE,
     PRUNE,
-    verb(
-        *("train two", "train", *OF_BOOKS, "--location", PLACE, "0/mlp.post_act", *LEARN),
+    COLLATE,
+    FACTORS,
+    BOARDS,
+    verbs(
+        "train two",
+        ["harvest", *OF_BOOKS[:-2], "--location", PLACE, "0/mlp.post_act", "--out", "out/store"],
+        ["train", "out/store", *LEARN[:-1], "out/run"],
         harms=("kill", "full disk"),
     ),
     objective("topk", "--k", "4"),
@@ -138,7 +205,7 @@ COMMANDS = [
     objective("jumprelu"),
     objective("gated"),
     objective("p_anneal"),
-    objective("matryoshka", "--k", "4", "--group-sizes", "8", "12"),
+    objective("matryoshka", "--k", "4", "--group-fractions", "0.4", "0.6"),
     verb(
         *("transcoder", "train", *OF_BOOKS, "--location", "1/mlp.post_act", "--transcoder"),
         *("--output-location", "1/resid.torso.delta_mlp", *LEARN),

@@ -1,6 +1,7 @@
 """The commands of the board experiments; see README.md beside this file."""
 
 import argparse
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from neuron_explainer import files
 from neuron_explainer.errors import InputError, NeuronExplainerError
 from neuron_explainer.experiments.boards import demo, training
 from neuron_explainer.experiments.boards.dataset import PARTS, BoardDataset
@@ -80,9 +82,13 @@ def run_export(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype)
     figures = accuracies(stored.model.to(dtype).float(), stored.dataset)
     record = {"training": stored.config["training"], "accuracies": figures}
-    save_model(
-        stored.model, args.out, stored.dataset, record, dtype=dtype, overwrite=args.overwrite
-    )
+    write = functools.partial(save_model, stored.model, dtype=dtype, overwrite=args.overwrite)
+    if args.overwrite:
+        write(args.out, stored.dataset, record)
+    else:
+        advice = "give --overwrite to replace it"
+        with files.write_once(args.out, advice) as folder:
+            write(folder, stored.dataset, record)
     print(f"wrote {args.out}")
 
 
@@ -106,7 +112,8 @@ def run_boards(args: argparse.Namespace) -> None:
     if args.seed_layout:
         print(f"wrote {write_seed_layout(dataset, args.out)}")
     elif args.out is not None:
-        dataset.save(args.out)
+        with files.write_once(args.out, "choose another --out") as folder:
+            dataset.save(folder)
         print(f"wrote {args.out}")
     print(dataset)
     rng = np.random.default_rng(dataset.config.seed)
