@@ -6,6 +6,8 @@ nothing else in the folder. Every step of every verb: ``-m slow``. By default so
 
 import contextlib
 import os
+import signal
+import sqlite3
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ from neuron_explainer.activations import DataConfig, open_windows, read_document
 from neuron_explainer.activations.token_files import write_token_file
 from neuron_explainer.analysis import CollateConfig, collate
 from neuron_explainer.analysis.store import ExampleStore
+from neuron_explainer.analysis.workspace import Workspace
 from neuron_explainer.dictionaries import TopKConfig, train
 from neuron_explainer.dictionaries.distributed import Split, open_world
 from neuron_explainer.evaluation.passage import PASSAGE
@@ -291,10 +294,12 @@ SOME: list[tuple[Command, Harm, list[int]]] = [
     (SPARSE, "replaced", [20]),
     (PRUNE, "kill", [-1]),
     (PRUNE, "moved", [5]),
+    (COLLATE, "kill", [-16]),
+    (FACTORS, "kill", [3]),
 ]
 
 
-@pytest.mark.parametrize("command", [HARVEST, TRAIN, SPARSE, PRUNE], ids=named)
+@pytest.mark.parametrize("command", list({one.name: one for one, *_ in SOME}.values()), ids=named)
 def test_some_steps(command: Command, inputs: Path, scratch: Path) -> None:
     laboratory = Laboratory(command, inputs, scratch)
     for one, harm, numbers in SOME:
@@ -305,6 +310,44 @@ def test_some_steps(command: Command, inputs: Path, scratch: Path) -> None:
 def test_evaluating_writes_nothing(inputs: Path, scratch: Path) -> None:
     evaluate = verb("evaluate", "evaluate", "run", *MEASURE)
     assert not Laboratory(evaluate, inputs, scratch).points
+
+
+class Dying(sqlite3.Connection):
+    """Kills the process before one of its statements."""
+
+    left = 0
+
+    def execute(self, *args: Any) -> sqlite3.Cursor:
+        Dying.left -= 1
+        if Dying.left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().execute(*args)
+
+
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 6])
+def test_labels_are_whole_whatever_statement_a_process_is_killed_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    for number in range(0, 100, every):
+        path = tmp_path / f"{number}.sqlite"
+        child = os.fork()
+        if child == 0:
+            Dying.left = number
+            monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Dying))
+            workspace = Workspace(path, "subject", 8)
+            workspace.set_label(1, "a first label")
+            workspace.set_label(1, "a second label")
+            os._exit(0)
+        ended = os.waitpid(child, 0)[1]
+        with contextlib.closing(Workspace(path, "subject", 8)) as workspace:
+            there = [label.text for label in workspace.labels()]
+            assert there in ([], ["a first label"], ["a second label"])
+            assert [label.text for label in workspace.search("label")] == there
+            workspace.set_label(1, "a third label")
+            assert [label.text for label in workspace.search("label")] == ["a third label"]
+        if ended == 0:
+            break
+    assert number > 15
 
 
 # ---- every step ------------------------------------------------------------------------------------
@@ -333,13 +376,14 @@ def test_every_step(command: Command, inputs: Path, scratch: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_step_of_a_download(tmp_path: Path, scratch: Path, server: BlobServer) -> None:
+def test_every_step_of_a_download(
+    tmp_path: Path, scratch: Path, server: BlobServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = server.put("/file.bin", bytes(range(256)) * 40)
     fetch = of_cache(partial(files.fetch, url, progress=False))
     check_all(function("download", fetch, harms=("kill", "full disk")), tmp_path, scratch)
-    with contextlib.chdir(tmp_path):
-        (tmp_path / "cache").mkdir(mode=0o700)
-        assert files.fetch(url, progress=False)
+    monkeypatch.setenv("NEURON_EXPLAINER_CACHE", str(tmp_path / "cache"))
+    files.fetch(url, progress=False)
     again: Any = {"harms": ("kill",), "refuses_again": True}
     remove = function("remove", of_cache(partial(files.remove_from_cache, url)), **again)
     check_all(remove, tmp_path, scratch)

@@ -210,8 +210,8 @@ def test_an_interrupted_pass_continues(
                 assert other.rms == found.rms
                 assert other.n_tokens == corpus.n_tokens
     assert not (tmp_path / "part" / PARTIAL_FOLDER).exists()
-    again = collect(tmp_path / "part")  # it is there already
-    assert {name: each.settings for name, each in again.items()} == {
+    there = collect(tmp_path / "part")  # already
+    assert {name: each.settings for name, each in there.items()} == {
         name: each.settings for name, each in whole.items()
     }
     with pytest.raises(InputError, match="is not empty"):
