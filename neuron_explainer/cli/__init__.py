@@ -12,7 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from neuron_explainer import __version__, demo
-from neuron_explainer.cli import factors, intervening, learning, looking, measuring, stored_files
+from neuron_explainer.cli import (
+    collating,
+    factors,
+    inspecting,
+    intervening,
+    learning,
+    looking,
+    measuring,
+    stored_files,
+)
 from neuron_explainer.cli.common import (
     Parser,
     Result,
@@ -190,6 +199,8 @@ def _register_looking(verbs: Any) -> None:
     about = "a tour in seconds, offline, with the calls it makes"
     add_verb(verbs, "demo", about, run_demo, show_demo, example="neuron-explainer demo")
     looking.register(verbs)
+    collating.register(verbs)
+    inspecting.register(verbs)
 
 
 def _register_learning(verbs: Any) -> None:

@@ -17,6 +17,7 @@ from neuron_explainer.experiments.tiny_tales import (
     evaluation,
     model_training,
     reach,
+    stores,
 )
 from neuron_explainer.experiments.tiny_tales.data import (
     HELD_OUT_BOOKS,
@@ -39,7 +40,7 @@ from neuron_explainer.models.model_context import StandardModelContext
 from neuron_explainer.models.transformer import Transformer, TransformerConfig
 
 MODEL_NAME = "tiny-tales"
-AUTOENCODERS = "autoencoders"
+AUTOENCODERS, STORES = "autoencoders", "stores"
 
 
 def model_config(n_vocab: int) -> TransformerConfig:
@@ -163,6 +164,22 @@ def run_reach(args: argparse.Namespace) -> None:
     print(reach.table(found))
 
 
+def run_store(args: argparse.Namespace) -> None:
+    """Let a stored model write text, and collate examples of its latents and neurons over this text; the
+    same command continues."""
+    context, model = _opened(args.model)
+    length = min(args.length, model.cfg.ctx_window - 1)
+    corpus = stores.written_corpus(context, args.documents, length, args.seed, progress=True)
+    found = stores.make_stores(
+        context, args.model / AUTOENCODERS, corpus, args.model / STORES, progress=True
+    )
+    for name, path in found.items():
+        print(f"{name}: {path.stat().st_size / 1e6:.2f} MB")
+    tokens = sum(path.stat().st_size for path in (args.model / STORES / "tokens").iterdir())
+    total = tokens + sum(path.stat().st_size for path in found.values())
+    print(f"{corpus.n_tokens:,} tokens; {total / 1e6:.2f} MB in all")
+
+
 def _opened(folder: Path) -> tuple[StandardModelContext, Transformer]:
     """The stored model, in float32."""
     context = StandardModelContext(str(folder), device=torch.device("cpu"), dtype=torch.float32)
@@ -194,11 +211,12 @@ def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m neuron_explainer.experiments.tiny_tales")
     commands = main.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any) -> argparse.ArgumentParser:
+    def command(name: str, run: Any, reads_books: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        sub.add_argument(
-            "--corpus", type=Path, required=True, help="folder of .txt files, one book each"
-        )
+        if reads_books:
+            sub.add_argument(
+                "--corpus", type=Path, required=True, help="folder of .txt files, one book each"
+            )
         sub.set_defaults(run_command=run)
         return sub
 
@@ -241,6 +259,15 @@ def parser() -> argparse.ArgumentParser:
     of_codes.add_argument(
         "--windows", type=int, default=16, help="windows to measure on (default: %(default)s)"
     )
+    store = command("store", run_store, reads_books=False)
+    store.add_argument("--model", type=Path, required=True, help="folder of the stored model")
+    store.add_argument(
+        "--documents", type=int, default=1024, help="texts to write (default: %(default)s)"
+    )
+    store.add_argument(
+        "--length", type=int, default=127, help="tokens of a text (default: %(default)s)"
+    )
+    store.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     part = evaluate.add_mutually_exclusive_group()
     part.add_argument("--model-only", action="store_true", help="leave the autoencoders out")
     part.add_argument("--autoencoders-only", action="store_true", help="leave the model out")
