@@ -272,7 +272,8 @@ class Faults:
         source = self.blob()
         self.right(source)
         cache.verified.clear()
-        download.new_session, session = None, download.new_session  # type: ignore[assignment]
+        # None cannot be called: any connection that is made is an error.
+        download.new_session, session = None, download.new_session  # type: ignore[assignment]  # on purpose no function
         self.right(source)
         download.new_session = session
 

@@ -22,7 +22,6 @@ from neuron_explainer.evaluation.evaluate import evaluate
 from neuron_explainer.models.model_context import ModelContext
 
 MODEL, LOCATION = "tiny-tales", "1/resid.torso.delta_mlp"
-BATCH = 4096
 EVALUATED = 16
 """How many batches of windows are evaluated."""
 
@@ -67,7 +66,8 @@ def run(corpus: Path, scratch: Path, pythons: Mapping[str, str] | None, quick: b
         pythons: not used.
         quick: take only a few steps, to see that it runs.
     """
-    lines = [line(corpus, quick, n, k, ahead) for n, k in SIZES for ahead in (False, True)]
+    sizes = [(64, 4)] if quick else SIZES
+    lines = [line(corpus, quick, n, k, ahead) for n, k in sizes for ahead in (False, True)]
     return "\n".join([HEAD, RULE, *lines]) + "\n"
 
 
@@ -84,12 +84,12 @@ def line(corpus: Path, quick: bool, latents: int, k: int, ahead: bool) -> str:
     """The line of one size, with or without a thread that fetches ahead."""
     context = ModelContext.from_model_type(MODEL)
     data = DataConfig(buffer_tokens=16_384 if quick else 65_536)
-    steps = 12 if quick else 256
+    steps, batch = (12, 128) if quick else (256, 4096)
     config = TrainConfig(
-        TopKConfig(k=k), n_latents=latents, steps=steps, batch_size=BATCH, lr=1.5e-3
+        TopKConfig(k=k), n_latents=latents, steps=steps, batch_size=batch, lr=1.5e-3
     )
     start = time.perf_counter()
-    with open_buffer(context, corpus, LOCATION, data, BATCH, prefetch=ahead) as buffer:
+    with open_buffer(context, corpus, LOCATION, data, batch, prefetch=ahead) as buffer:
         opened = time.perf_counter()
         clock = Clock(buffer)
         autoencoder = train(config, clock, progress=False)
@@ -107,7 +107,7 @@ def line(corpus: Path, quick: bool, latents: int, k: int, ahead: bool) -> str:
     shares = [wall - spent["taking"], spent["forward"], idle, taking]
     how = "in a thread" if ahead else "in turn"
     return (
-        f"| {latents} latents, k = {k}, {how} | {(steps - 1) * BATCH / wall:,.0f} | "
+        f"| {latents} latents, k = {k}, {how} | {(steps - 1) * batch / wall:,.0f} | "
         + " | ".join(f"{seconds / wall:.1%}" for seconds in shares)
         + f" | {filling:.1f} | {wall:.1f} | {evaluation:.1f} | {found.fvu:.4f} "
         f"| {found.losses.recovered_zero:.4f} |"

@@ -38,19 +38,24 @@ def seconds(python: str, modules: str) -> float:
     return float(run.stdout.split()[-1])
 
 
-def run(rounds: int, pythons: Mapping[str, str] | None = None) -> str:
+def run(
+    rounds: int,
+    pythons: Mapping[str, str] | None = None,
+    imports: Mapping[str, tuple[str, str]] = IMPORTS,
+) -> str:
     """Time all imports and return a table of medians.
 
     Args:
         rounds: how often each import is timed. They take turns, so that a busy moment affects all of
             them; an ``import torch`` of the same interpreter is timed beside each and subtracted.
         pythons: interpreters by peer name; a peer without one is left out.
+        imports: what to time, as :data:`IMPORTS` has it.
     """
     pythons = {"": sys.executable, **(pythons or {})}
     lines = ["| import | median s | min-max | beyond torch, s |", "|---|--:|--:|--:|"]
     chosen = {
         name: (pythons[peer], modules)
-        for name, (peer, modules) in IMPORTS.items()
+        for name, (peer, modules) in imports.items()
         if peer in pythons
     }
     times: dict[str, list[float]] = {name: [] for name in chosen}

@@ -4,9 +4,13 @@ A message names the thing, what was expected and what was found, and suggests th
 ``assert`` is used for the library's own invariants only.
 """
 
+import contextlib
 import difflib
+import importlib
 import itertools
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 
 class NeuronExplainerError(ValueError):
@@ -41,6 +45,26 @@ class MissingExtraError(NeuronExplainerError, ImportError):
     """An optional dependency is needed for this call and is not installed."""
 
 
+def optional_module(module: str, wanted_for: str, package: str = "") -> Any:
+    """A module of an optional library, imported now because it is needed now.
+
+    Args:
+        module: its full name.
+        wanted_for: what needs it, for the error.
+        package: what to install, if that is not the first part of ``module``.
+
+    Raises:
+        MissingExtraError: it is not installed; the message says how to install it.
+    """
+    package = package or module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{wanted_for}: the package {package} is needed and not installed: pip install {package}"
+        ) from error
+
+
 _LONGEST_SHOWN = 100
 _NEAR = 0.6  # share of letters in common; below it names have nothing to do with each other
 _MOST_NAMES = 5_000  # a foreign file may hold any number, and each takes time to compare
@@ -66,3 +90,12 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):  # integers of thousands of digits, deep nesting
         text = f"a value of type {type(value).__name__} that is too large to show"
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 1]}…"
+
+
+def in_way(error: OSError, path: Path) -> str:
+    """Why ``path`` cannot be made: a file in the place of a folder is named."""
+    with contextlib.suppress(OSError):  # a name that is too long
+        for part in (path, *path.parents):
+            if part.exists() and not part.is_dir():
+                return f"{part} is a file where a folder is expected"
+    return f"{type(error).__name__}: {error.strerror or error}"

@@ -54,6 +54,7 @@ class BlobServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.blobs: dict[str, Blob] = {}
         self.seen: list[Seen] = []
+        self._arrived = threading.Condition()
         self.release = threading.Event()
         self.listing: Callable[[_Handler], bool] | None = None
 
@@ -67,6 +68,15 @@ class BlobServer(ThreadingHTTPServer):
 
     def requests(self, method: str = "GET") -> list[Seen]:
         return [seen for seen in self.seen if seen.method == method]
+
+    def note(self, request: Seen) -> None:
+        with self._arrived:
+            self.seen.append(request)
+            self._arrived.notify_all()
+
+    def wait_for_requests(self, count: int) -> None:
+        with self._arrived:
+            assert self._arrived.wait_for(lambda: len(self.seen) >= count, 20), "waited in vain"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that are killed or give up are what the tests are about."""
@@ -99,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool) -> None:
         server = self.server
-        server.seen.append(Seen(self.command, self.path, dict(self.headers.items())))
+        server.note(Seen(self.command, self.path, dict(self.headers.items())))
         if server.listing is not None and server.listing(self):
             return None
         blob = server.blobs.get(unquote(urlsplit(self.path).path))

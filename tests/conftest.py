@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.models.locations import SITES
-from neuron_explainer.models.tokenizer_files import GPT2_PATTERN
-from neuron_explainer.models.tokenizers import TokenizerSpec, write_tiktoken
+from neuron_explainer.models.tokenizer_files import GPT2_PATTERN, TokenizerSpec
+from neuron_explainer.models.tokenizers import write_tiktoken
 from neuron_explainer.models.transformer import Transformer, TransformerConfig
 from tests.reference import gpt2_numpy
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import __main__, child, forward, harness, import_time, parity, sample
+from benchmarks import __main__, child, harness, import_time, parity, sample
 from benchmarks.contestants import BRIDGE_4, FLOOR, OURS, PLAIN, ours, plain
 from benchmarks.harness import Contestant, Entry, Harness, Race, Result
 from benchmarks.workloads import Prepared, Setup
@@ -125,11 +125,10 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert line == "| b (so) | 3000 | 2000-8000 | 2.000 | 7 | - |"
 
 
-def test_the_command_prints_tables(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(forward, "MODELS", [OURS, BRIDGE_4])
-    __main__.main(["forward", "--rounds", "1", "--quick", "--peers", "transformer-lens-4=no-such"])
+def test_the_command_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    peers = ["--peers", "transformer-lens-4=no-such"]
+    entries = ["--entries", OURS.name, BRIDGE_4.name]
+    __main__.main(["forward", "--rounds", "1", "--quick", *peers, *entries])
     out = capsys.readouterr().out
     assert out.count("| neuron_explainer | ") == 2
     assert "its interpreter does not start" in out
@@ -141,16 +140,15 @@ def test_unknown_peers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "transformer-lens-4" in capsys.readouterr().err
 
 
-def test_import_prints_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = {
+def test_import_prints_its_table() -> None:
+    imports = {
         "ours": ("", "neuron_explainer"),
         "beyond torch": ("", "torch, json"),
         "broken": ("", "no_such_module"),
         "no interpreter": ("nnsight", "torch"),
         "not asked for": ("sae-lens", "torch"),
     }
-    monkeypatch.setattr(import_time, "IMPORTS", lines)
-    table = import_time.run(1, {"nnsight": "no-such-interpreter"}).splitlines()
+    table = import_time.run(1, {"nnsight": "no-such-interpreter"}, imports).splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == [
         "| broken",
         "| no interpreter",

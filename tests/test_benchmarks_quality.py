@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import __main__, end_to_end, planted, quality
+from benchmarks import __main__, planted, quality
 from benchmarks.contestants.quality_runs import Run
 from benchmarks.quality import Comparison, Failure, Found, Library, Sizes, at_l0
 from neuron_explainer.models.autoencoder import Autoencoder
@@ -105,10 +105,8 @@ def test_planted_prints_its_table() -> None:
 
 
 def test_end_to_end_accounts_for_all_its_time(
-    corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(end_to_end, "SIZES", [(64, 4)])
-    monkeypatch.setattr(end_to_end, "BATCH", 128)
     __main__.main(["end_to_end", "--quick", "--corpus", str(corpus)])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[-3:-1]]
     in_turn, in_a_thread = ([float(cell.rstrip("%")) for cell in row[2:6]] for row in rows)

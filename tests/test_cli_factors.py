@@ -75,7 +75,7 @@ def test_every_step_says_the_next_one(capsys: pytest.CaptureFixture[str]) -> Non
         "learn": ["--sentence-length", "20", "--tolerance", "0.05", "--layers", "1", "2"],
         "saliency": ["--num-samples", "30", "--num-factors", "2", "--num-sentences", "2"],
     }
-    folders = {"RUN": "r", "EXAMPLES": "e", "PAGES": "p", "2000": "24", "0.3": "12"}
+    folders = {"RUN": "r", "EXAMPLES": "e", "PAGES": "p", "500": "24", "0.3": "12"}
     out = run(capsys, "prepare", "text.txt", "--split", r"\n\n", "--out", "tokens")
     verbs = []
     while "Next: neuron-explainer factors" in (last := out.splitlines()[-1]):
@@ -159,6 +159,14 @@ def test_records_are_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(len(some) <= 4 for some in records.values())
     assert "choose one of" in fail(capsys, "records", "examples", "--out", "s.jsonl")
     assert "pickle" in fail(capsys, "records", "examples", "--layer", "2", "--out", "s.npy")
+
+
+def test_a_penalty_that_is_too_small_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for l0, said in ((50.0, False), (70.4, True)):
+        factors.show_learn(
+            {"run": "run", "steps": 3, "metrics": {"a": {"l0": 2.0}, "b": {"l0": l0}}}
+        )
+        assert ("70 factors are active on a token" in capsys.readouterr().out) == said
 
 
 def test_articles_of_wikitext(capsys: pytest.CaptureFixture[str]) -> None:

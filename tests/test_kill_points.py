@@ -16,7 +16,7 @@ import pytest
 from neuron_explainer import cli, files
 from neuron_explainer.activations import read_documents
 from neuron_explainer.activations.token_files import write_token_file
-from neuron_explainer.dictionaries import train
+from neuron_explainer.dictionaries import TopKConfig, train
 from neuron_explainer.dictionaries.distributed import Split, open_world
 from neuron_explainer.evaluation.passage import PASSAGE
 from neuron_explainer.experiments.tiny_tales import __main__ as tiny_tales
@@ -86,12 +86,12 @@ def save_model(layout: str) -> None:
 def distributed(split: Split) -> int:
     """Two processes that learn one dictionary."""
     fields: dict[str, Any] = {"steps": 4, "checkpoint_every": 2, "keep_checkpoints": 1}
-    config = world_runs.case(world_runs.TOPK, dtype="float32", **fields).config
+    config = world_runs.case(TopKConfig(k=3), dtype="float32", **fields).config
 
     def learn(folder: Path) -> None:
         with open_world(split, timeout=20) as world:
             batches = world_runs.batches(config)
-            train(config, batches, folder / "run", progress=False, world=world)
+            train(config, batches, folder / "out", progress=False, world=world)
 
     return max(map(abs, world_runs.together(Path(), learn)))
 
@@ -161,7 +161,7 @@ COMMANDS = [
     function("recipe", recipe),
 ]
 WORLDS = [
-    Command(f"processes share {split}", partial(distributed, split), "run", harms=("kill",))
+    Command(f"processes share {split}", partial(distributed, split), "out", harms=("kill",))
     for split in get_args(Split)
 ]
 

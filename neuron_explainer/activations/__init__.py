@@ -19,11 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neuron_explainer.activations.buffer import ShuffleBuffer
-    from neuron_explainer.activations.chunks import (
-        ActivationSource,
-        LiveSource,
-        StoreSource,
-    )
+    from neuron_explainer.activations.chunks import ActivationBatch, ActivationSource
     from neuron_explainer.activations.corpus import TokenCorpus, start_token, tokenize
     from neuron_explainer.activations.data_config import (
         DataConfig,
@@ -39,11 +35,12 @@ if TYPE_CHECKING:
         read_documents,
         row_documents,
     )
-    from neuron_explainer.activations.harvest import ActivationBatch, Harvester
+    from neuron_explainer.activations.harvest import Harvester, LiveSource
     from neuron_explainer.activations.prefetch import Prefetcher
     from neuron_explainer.activations.store import (
         SOURCE_FILE,
         ActivationStore,
+        StoreSource,
         StoreWriter,
         check_store_folder,
         harvest_to_store,

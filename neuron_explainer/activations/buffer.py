@@ -21,9 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neuron_explainer.activations.chunks import ActivationSource
+from neuron_explainer.activations.chunks import ActivationBatch, ActivationSource
 from neuron_explainer.activations.corpus import Ints, permutation
-from neuron_explainer.activations.harvest import ActivationBatch
 from neuron_explainer.activations.prefetch import Prefetcher
 from neuron_explainer.activations.windows import check_same_settings
 from neuron_explainer.errors import CheckpointError, InputError, LocationError

@@ -15,19 +15,15 @@ import numpy as np
 from neuron_explainer import files
 from neuron_explainer.activations import origins
 from neuron_explainer.activations.buffer import ShuffleBuffer
-from neuron_explainer.activations.chunks import (
-    ActivationSource,
-    LiveSource,
-    StoreSource,
-)
+from neuron_explainer.activations.chunks import ActivationBatch, ActivationSource
 from neuron_explainer.activations.corpus import TokenCorpus, start_token, tokenize
 from neuron_explainer.activations.documents import (
     check_pattern,
     huggingface_documents,
     read_documents,
 )
-from neuron_explainer.activations.harvest import ActivationBatch, Harvester
-from neuron_explainer.activations.store import ActivationStore
+from neuron_explainer.activations.harvest import Harvester, LiveSource
+from neuron_explainer.activations.store import ActivationStore, StoreSource
 from neuron_explainer.activations.token_files import open_token_file
 from neuron_explainer.activations.windows import TokenWindows
 from neuron_explainer.errors import InputError, LocationError, SourceError, did_you_mean

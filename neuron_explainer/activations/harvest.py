@@ -7,17 +7,17 @@ import math
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neuron_explainer.activations.windows import TokenBatch
+from neuron_explainer.activations.chunks import ActivationBatch
+from neuron_explainer.activations.windows import TokenBatch, TokenWindows
 from neuron_explainer.errors import InputError, LocationError
 from neuron_explainer.models.locations import ActivationLocation, LocationLike, parse_locations
 from neuron_explainer.models.model_context import ModelContext
-from neuron_explainer.tables import by_shape
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -30,48 +30,6 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if name not in DTYPES:
         raise InputError(f"unknown dtype {str(dtype)!r}. Known: {', '.join([*DTYPES, *_SHORT])}.")
     return DTYPES[name]
-
-
-@dataclass(frozen=True)
-class ActivationBatch:
-    """Activations of some tokens, and where these tokens stand."""
-
-    activations: dict[ActivationLocation, Tensor]
-    """``[n, d]`` at each location."""
-    tokens: Tensor
-    """Token ids, ``[n]`` int64."""
-    document: Tensor
-    """Number of each token's document, ``[n]`` int64."""
-    position: Tensor
-    """Position of each token in its window, ``[n]`` int64."""
-
-    def __repr__(self) -> str:
-        return by_shape(self)
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def rows(self, which: Tensor | slice) -> "ActivationBatch":
-        """The batch of some of the tokens."""
-        return ActivationBatch(
-            {place: x[which] for place, x in self.activations.items()},
-            self.tokens[which],
-            self.document[which],
-            self.position[which],
-        )
-
-    @staticmethod
-    def cat(batches: "list[ActivationBatch]") -> "ActivationBatch":
-        """One batch of the tokens of several batches."""
-        return ActivationBatch(
-            {
-                place: torch.cat([batch.activations[place] for batch in batches])
-                for place in batches[0].activations
-            },
-            torch.cat([batch.tokens for batch in batches]),
-            torch.cat([batch.document for batch in batches]),
-            torch.cat([batch.position for batch in batches]),
-        )
 
 
 class Harvester:
@@ -172,6 +130,30 @@ class Harvester:
             if len(norm):
                 keep &= norm <= self.max_norm_multiple * norm.median()
         return found.rows(keep)
+
+
+class LiveSource:
+    """Activations that a model computes when they are needed: a chunk is a batch of windows."""
+
+    def __init__(self, harvester: Harvester, windows: TokenWindows) -> None:
+        check_context_length(harvester.context, windows.context_length)
+        self.harvester, self.windows = harvester, windows
+
+    @property
+    def forward_s(self) -> float:
+        """Seconds spent in the model so far."""
+        return self.harvester.forward_s
+
+    def chunk(self, number: int) -> ActivationBatch | None:
+        """The activations of a batch of windows."""
+        n_batches = self.windows.n_batches
+        if n_batches is not None and number >= n_batches:
+            return None
+        return self.harvester(self.windows.batch(number))
+
+    def describe(self) -> dict[str, Any]:
+        """Settings of model and windows."""
+        return {**self.harvester.describe(), **self.windows.describe()}
 
 
 def single_locations(

@@ -26,15 +26,16 @@ from torch import Tensor
 
 from neuron_explainer import files
 from neuron_explainer.activations import origins
+from neuron_explainer.activations.chunks import ActivationBatch
+from neuron_explainer.activations.corpus import Ints, permutation
 from neuron_explainer.activations.harvest import (
     DTYPES,
-    ActivationBatch,
     Harvester,
     check_finite,
     parse_dtype,
 )
 from neuron_explainer.activations.token_files import MANIFEST_FILE, read_manifest
-from neuron_explainer.activations.windows import TokenWindows, check_same_settings
+from neuron_explainer.activations.windows import TokenWindows, check_rank, check_same_settings
 from neuron_explainer.errors import CheckpointError, InputError, shown
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.progress import progress_bar
@@ -216,6 +217,69 @@ class ActivationStore:
             f"ActivationStore({str(self.folder)!r}, {len(self)} rows of {places}, "
             f"{self.header.dtype}, {len(self.shards)} shards)"
         )
+
+
+class StoreSource:
+    """Activations on disk: a chunk is a run of neighbouring rows, and the runs come in random order.
+
+    Neighbouring rows come into the buffer together, and the buffer mixes them.
+
+    Args:
+        store: the store to read.
+        chunk_rows: length of the runs; the last run of the store may be shorter.
+        seed: decides the order of the runs; None: the order of the store.
+        epochs: how often the store is read; None: without end.
+        rank: take runs ``rank``, ``rank + world``, … only, for process ``rank`` of ``world``.
+        world: see ``rank``.
+    """
+
+    forward_s = 0.0
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        chunk_rows: int = 4096,
+        *,
+        seed: int | None = 0,
+        epochs: int | None = 1,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if not len(store):
+            raise InputError(f"the store {store.folder} holds no rows.")
+        if chunk_rows < 1 or (epochs is not None and epochs < 1):
+            raise InputError(f"chunk_rows {chunk_rows} and epochs {epochs} must be at least 1.")
+        check_rank(rank, world)
+        self.store, self.chunk_rows, self.seed, self.epochs = store, chunk_rows, seed, epochs
+        self.rank, self.world = rank, world
+        self._order: tuple[int, Ints] | None = None
+
+    def chunk(self, number: int) -> ActivationBatch | None:
+        """The rows of a run."""
+        n_runs = -(-len(self.store) // self.chunk_rows)
+        epoch, index = divmod(self.rank + number * self.world, n_runs)
+        if self.epochs is not None and epoch >= self.epochs:
+            return None
+        run = index if self.seed is None else int(self._order_of(epoch, n_runs, self.seed)[index])
+        begin = run * self.chunk_rows
+        return self.store.rows(begin, min(begin + self.chunk_rows, len(self.store)))
+
+    def _order_of(self, epoch: int, n_runs: int, seed: int) -> Ints:
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, permutation(n_runs, seed, epoch)
+        return self._order[1]
+
+    def describe(self) -> dict[str, Any]:
+        """Settings of store and order."""
+        return {
+            **self.store.header.to_json(),
+            "n_rows": len(self.store),
+            "chunk_rows": self.chunk_rows,
+            "seed": self.seed,
+            "epochs": self.epochs,
+            "rank": self.rank,
+            "world": self.world,
+        }
 
 
 class StoreWriter:

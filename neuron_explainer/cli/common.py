@@ -89,6 +89,27 @@ def add_verb(
     return verb
 
 
+def option(
+    parser: Any,
+    flag: str,
+    help: str,
+    default: str | float,
+    metavar: str | None = None,
+    type: Callable[[str], Any] | None = None,
+    **more: Any,
+) -> None:
+    """Declare an option with a default, which its help states and which is of the type of its values."""
+    shown = f"{default:g}" if isinstance(default, float) else default
+    parser.add_argument(
+        flag,
+        type=type or default.__class__,
+        default=default,
+        metavar=metavar,
+        help=f"{help} (default: {shown})".lstrip(),
+        **more,
+    )
+
+
 def positive(text: str) -> int:
     """A whole number >= 1, for argparse."""
     number = int(text)

@@ -31,6 +31,9 @@ ARTICLE_TITLE = r"(?m)^ = (?!=)[^\n]*(?<!=) = *$"
 """A line of WikiText that is the title of an article: `` = Title = ``, with one sign on each side."""
 ARTICLE_CHARACTERS = 2000
 SENTENCE_LENGTH = 64
+PUBLISHED_LATENTS, PUBLISHED_WIDTH = 2000, 768
+MANY_ACTIVE = 50
+"""More active factors than this on a token are hard to read."""
 _DECIDED = ("hold_out", "pack", "keep_bos", "buffer_tokens", "context_length")
 _OF_LEARNING = ("max_norm_multiple", "model_autocast", "data_seed")
 """Settings that a pass over every token, in the order of the text, has no use for."""
@@ -107,6 +110,9 @@ def run_prepare(args: argparse.Namespace) -> Result:
         "model": context.reference,
         "n_documents": len(corpus),
         "n_tokens": corpus.n_tokens,
+        "n_latents": round(
+            context.n_residual_stream_channels * PUBLISHED_LATENTS / PUBLISHED_WIDTH
+        ),
     }
 
 
@@ -132,7 +138,7 @@ def show_prepare(result: Result) -> None:
     say(f"{result['tokens']}: {result['n_documents']:,} documents, {result['n_tokens']:,} tokens")
     say(
         f"Next: neuron-explainer factors learn {result['tokens']} --location resid.torso.post_mlp "
-        f"--n-latents 2000 --penalty 0.3{_model_flag(result)} --out RUN"
+        f"--n-latents {result['n_latents']} --penalty 0.3{_model_flag(result)} --out RUN"
     )
 
 
@@ -296,6 +302,12 @@ def show_learn(result: Result) -> None:
         say(f"{name}: {figures}")
     run = result["run"]
     say(f"{run}: {result['steps']:,} steps")
+    l0 = max(found["l0"] for found in result["metrics"].values())
+    if l0 > MANY_ACTIVE:
+        say(
+            f"{l0:.0f} factors are active on a token: a larger --penalty makes them fewer. Its scale is "
+            "that of the activations, and the published 0.3 is for BERT."
+        )
     say(f"Next: neuron-explainer factors collate {run} --out EXAMPLES")
 
 

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from neuron_explainer.cli.common import Result, add_verb, positive, say
-from neuron_explainer.cli.open import model_options, open_model
+from neuron_explainer.cli.common import Result, add_verb, option, positive, say
+from neuron_explainer.cli.open import data_options, model_options, open_model
 from neuron_explainer.errors import InputError
 
 if TYPE_CHECKING:
-    from neuron_explainer.activations import DataConfig
-    from neuron_explainer.dictionaries import TrainConfig
+    from neuron_explainer.activations.data_config import DataConfig
+    from neuron_explainer.dictionaries.config import TrainConfig
     from neuron_explainer.dictionaries.distributed import World
     from neuron_explainer.models.model_context import ModelContext
 
@@ -57,18 +57,14 @@ def _register_harvest(verbs: Any) -> None:
         metavar="N",
         help="stop with the batch that reaches this many tokens (default: read all)",
     )
-    harvest.add_argument(
-        "--dtype",
-        default="float32",
-        metavar="NAME",
-        help="on disk: float32, float16, bfloat16 (default: float32)",
-    )
-    harvest.add_argument(
+    option(harvest, "--dtype", "on disk: float32, float16, bfloat16", "float32", "NAME")
+    option(
+        harvest,
         "--shard-rows",
+        "rows of a file; a killed harvest loses the rows of the last file",
+        1 << 18,
+        "N",
         type=positive,
-        default=1 << 18,
-        metavar="N",
-        help="rows of a file; a killed harvest loses the rows of the last file (default: 262144)",
     )
 
 
@@ -108,33 +104,26 @@ def _register_train(verbs: Any) -> None:
         choices=["tensorboard", "wandb"],
         help="where to log too, besides log.jsonl",
     )
-    train.add_argument(
+    option(
+        train,
         "--divide",
-        default="data",
+        "what to divide among the processes that torchrun started: every batch, or the latents "
+        "of a dictionary that is too large for one device",
+        "data",
         choices=["data", "latents"],
-        help="what to divide among the processes that torchrun started: every batch, or the latents "
-        "of a dictionary that is too large for one device (default: data)",
     )
-    train.add_argument(
+    option(
+        train,
         "--dist-timeout",
-        type=float,
-        default=600.0,
-        metavar="SECONDS",
-        help="how long to wait for a process that does not answer (default: 600)",
+        "how long to wait for a process that does not answer",
+        600.0,
+        "SECONDS",
     )
-
-
-def data_options(verb: argparse.ArgumentParser) -> None:
-    """Flags of :class:`DataConfig`."""
-    from neuron_explainer.activations import DataConfig
-    from neuron_explainer.settings.flags import add_flags
-
-    add_flags(verb, DataConfig)
 
 
 def train_options(verb: argparse.ArgumentParser) -> None:
     """Flags of :class:`DataConfig` and :class:`TrainConfig`, except those that the verb declares."""
-    from neuron_explainer.dictionaries import TrainConfig
+    from neuron_explainer.dictionaries.config import TrainConfig
     from neuron_explainer.settings.flags import add_flags
 
     data_options(verb)
@@ -146,13 +135,8 @@ def train_options(verb: argparse.ArgumentParser) -> None:
 
 def run_harvest(args: argparse.Namespace) -> Result:
     """Run the model on a text and write the activations to a folder of safetensors shards."""
-    from neuron_explainer.activations import (
-        DataConfig,
-        check_store_folder,
-        harvest_to_store,
-        open_harvester,
-        open_windows,
-    )
+    from neuron_explainer.activations.data_config import DataConfig, open_harvester, open_windows
+    from neuron_explainer.activations.store import check_store_folder, harvest_to_store
     from neuron_explainer.settings.flags import from_flags
 
     check_store_folder(args.out)
@@ -225,7 +209,7 @@ class TrainRequest(NamedTuple):
 def _train(args: argparse.Namespace, asked: TrainRequest, world: "World") -> Result:
     from functools import partial
 
-    from neuron_explainer.activations import open_buffer
+    from neuron_explainer.activations.data_config import open_buffer
     from neuron_explainer.dictionaries.runs import Run
     from neuron_explainer.dictionaries.shared_source import SharedSource
 
@@ -272,7 +256,7 @@ def _learn(
     world: "World",
 ) -> None:
     """Train. After Ctrl-C, say how to resume."""
-    from neuron_explainer.dictionaries import train, train_many
+    from neuron_explainer.dictionaries.train import train, train_many
 
     options: dict[str, Any] = {"log_to": args.log_to, "progress": not args.json, "world": world}
     try:
@@ -296,15 +280,16 @@ def _how_to_go_on(out: str) -> str:
 
 def _record_of_store(source: str) -> Result:
     """The record of a store's harvest; empty for a text, and for a store without a record."""
-    from neuron_explainer.activations import ActivationStore, is_store
+    from neuron_explainer.activations.data_config import is_store
+    from neuron_explainer.activations.store import ActivationStore
 
     return ActivationStore(source, verify=False).record if is_store(source) else {}
 
 
 def _settings(args: argparse.Namespace) -> TrainRequest:
     """The settings from flags and from the file of ``--config`` or ``--params``; flags win."""
-    from neuron_explainer.activations import DataConfig, is_store
-    from neuron_explainer.dictionaries import TrainConfig
+    from neuron_explainer.activations.data_config import DataConfig, is_store
+    from neuron_explainer.dictionaries.config import TrainConfig
     from neuron_explainer.dictionaries.params_json import read_params
     from neuron_explainer.settings import read_values, split_fields
     from neuron_explainer.settings.flags import from_flags
@@ -351,7 +336,7 @@ def _of_run(values: Result, file: str) -> Result:
 
 def _check_no_text_settings(args: argparse.Namespace) -> None:
     """Refuse flags about text when training from a store, which holds no text."""
-    from neuron_explainer.activations import DataConfig
+    from neuron_explainer.activations.data_config import DataConfig
 
     of_buffer = ("buffer_tokens", "data_seed")
     names = [field.name for field in dataclasses.fields(DataConfig) if field.name not in of_buffer]
@@ -371,7 +356,7 @@ def _configs(
     context: "ModelContext", config: "TrainConfig", source: str
 ) -> "dict[str, TrainConfig]":
     """One config for each location that ``config.location`` means, or that the store has if it is None."""
-    from neuron_explainer.activations import ActivationStore
+    from neuron_explainer.activations.store import ActivationStore
     from neuron_explainer.models.locations import ActivationLocation
 
     if config.location is None:

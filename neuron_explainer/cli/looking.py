@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from neuron_explainer.cli.common import Result, add_verb, can_be_shown, positive, say
+from neuron_explainer.cli.common import Result, add_verb, can_be_shown, option, positive, say
 from neuron_explainer.cli.open import find_autoencoders, fitted, model_options, open_model
 from neuron_explainer.errors import InputError, LocationError
 from neuron_explainer.tables import escaped, text_table
@@ -48,10 +48,8 @@ def _register_sample(verbs: Any) -> None:
     sample.add_argument("text", nargs="+", help="one prompt or several")
     model_options(sample)
     _bos_option(sample)
-    sample.add_argument("--num-tokens", type=int, default=40, help="(default: 40)")
-    sample.add_argument(
-        "--temperature", type=float, default=0.8, help="0: the likeliest token (default: 0.8)"
-    )
+    option(sample, "--num-tokens", "", 40)
+    option(sample, "--temperature", "0: the likeliest token", 0.8)
     sample.add_argument(
         "--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only"
     )
@@ -74,14 +72,10 @@ def _register_latents(verbs: Any) -> None:
     latents.add_argument("text", help="the text to run the model on")
     model_options(latents, "the one that the autoencoder is for, else tiny-tales")
     _bos_option(latents)
-    latents.add_argument(
-        "--autoencoder",
-        default=DEFAULT_AUTOENCODER,
-        help=f"{AUTOENCODER_HELP} (default: {DEFAULT_AUTOENCODER})",
-    )
+    option(latents, "--autoencoder", AUTOENCODER_HELP, DEFAULT_AUTOENCODER)
     latents.add_argument("--location", metavar="PLACE", help="which one, where there are several")
     latents.add_argument("--layer", type=int, help="(default: the last that has an autoencoder)")
-    latents.add_argument("--top", type=positive, default=10, help="latents a token (default: 10)")
+    option(latents, "--top", "latents a token", 10, type=positive)
 
 
 def _register_ablate(verbs: Any) -> None:
@@ -106,8 +100,8 @@ def _register_ablate(verbs: Any) -> None:
         help="neuron, channel or latent; where there are heads, a head, or 3.17 for channel 17 of "
         "head 3 (default: all)",
     )
-    ablate.add_argument("--value", type=float, default=0.0, help="the value it gets (default: 0)")
-    ablate.add_argument("--top", type=positive, default=10, help="tokens to show (default: 10)")
+    option(ablate, "--value", "the value it gets", 0.0)
+    option(ablate, "--top", "tokens to show", 10, type=positive)
 
 
 def _bos_option(verb: argparse.ArgumentParser) -> None:

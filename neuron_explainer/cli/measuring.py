@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neuron_explainer import files
-from neuron_explainer.cli.common import Result, add_verb, positive, say
-from neuron_explainer.cli.learning import data_options
+from neuron_explainer.cli.common import Result, add_verb, option, positive, say
 from neuron_explainer.cli.open import (
     Opened,
     by_location,
+    data_options,
     find_autoencoders,
     is_made_by,
     model_options,
@@ -49,13 +49,7 @@ def _register_evaluate(verbs: Any) -> None:
         "neuron-explainer evaluate ae-resid-delta-mlp --text book.txt",
     )
     _subject(evaluate, "what was held out in training", several=True, n_tokens=FIRST_LOOK)
-    evaluate.add_argument(
-        "--ce-every",
-        type=int,
-        default=1,
-        metavar="N",
-        help="measure losses on every n-th batch only, on none if 0 (default: 1)",
-    )
+    option(evaluate, "--ce-every", "measure losses on every n-th batch only, on none if 0", 1, "N")
     evaluate.add_argument(
         "--compat",
         nargs="+",
@@ -82,9 +76,7 @@ def _register_prune(verbs: Any) -> None:
         ("--min-max-activation", 1.0, "keep latents that fire at least this strongly once"),
         ("--min-decoder-norm", 0.99, "keep latents whose decoder direction is at least this long"),
     ):
-        prune.add_argument(
-            name, type=float, default=default, metavar="X", help=f"{kept} (default: {default:g})"
-        )
+        option(prune, name, kept, default, "X")
     prune.add_argument("--renumber", action="store_true", help="give the kept latents new numbers")
 
 
@@ -100,12 +92,8 @@ def _register_finetune(verbs: Any) -> None:
     )
     _subject(finetune, "what it was trained on", "--out FOLDER")
     finetune.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
-    finetune.add_argument(
-        "--lr", type=float, default=1e-3, metavar="X", help="learning rate (default: 0.001)"
-    )
-    finetune.add_argument(
-        "--batch-size", type=positive, default=4096, metavar="N", help="tokens (default: 4096)"
-    )
+    option(finetune, "--lr", "learning rate", 1e-3, "X")
+    option(finetune, "--batch-size", "tokens", 4096, "N", type=positive)
 
 
 def _register_report(verbs: Any) -> None:
@@ -144,12 +132,13 @@ def _subject(
     _location_option(verb)
     verb.add_argument("--text", metavar="TEXT", help=f"text or folder of texts (default: {text})")
     model_options(verb, "the one that it was trained on, else tiny-tales")
-    verb.add_argument(
+    option(
+        verb,
         "--num-tokens",
+        "stop with the batch that reaches this many tokens",
+        n_tokens,
+        "N",
         type=positive,
-        default=n_tokens,
-        metavar="N",
-        help=f"stop with the batch that reaches this many tokens (default: {n_tokens})",
     )
 
 
@@ -173,31 +162,26 @@ def _register_sentences(verbs: Any) -> None:
     )
     sentences.usage = "%(prog)s CSV [--autoencoder NAME] [--layer N] [options]"
     sentences.add_argument("csv", metavar="CSV", help="CSV file with a header")
-    sentences.add_argument(
-        "--column",
-        default="sentence",
-        metavar="NAME",
-        help="which column the sentences are in (default: sentence)",
-    )
+    option(sentences, "--column", "which column the sentences are in", "sentence", "NAME")
     model_options(sentences, "the one that the autoencoder is for, else tiny-tales")
-    sentences.add_argument(
+    option(
+        sentences,
         "--autoencoder",
-        default="ae-resid-delta-mlp",
-        metavar="NAME",
-        help="a name, a run's folder, or an autoencoder's folder, file or URL "
-        "(default: ae-resid-delta-mlp)",
+        "a name, a run's folder, or an autoencoder's folder, file or URL",
+        "ae-resid-delta-mlp",
+        "NAME",
     )
     _location_option(sentences)
     sentences.add_argument(
         "--layer", type=int, metavar="N", help="only this one (default: all that there are)"
     )
     sentences.add_argument("--bos", action="store_true", help="put the start token before each")
-    sentences.add_argument(
+    option(
+        sentences,
         "--code",
+        "a sentence's latents: mean of its tokens' codes, or the code of their mean",
+        "mean_of_codes",
         choices=["mean_of_codes", "code_of_mean"],
-        default="mean_of_codes",
-        help="a sentence's latents: mean of its tokens' codes, or the code of their mean "
-        "(default: mean_of_codes)",
     )
     sentences.add_argument("--csv-out", metavar="FILE", help="write the table to this file too")
 
@@ -392,7 +376,7 @@ def _reported(
     """What a report shows of each autoencoder, under the name that the run's log has for it."""
     from neuron_explainer.analysis.report import Reported
     from neuron_explainer.analysis.verdict import target_l0
-    from neuron_explainer.dictionaries import TrainConfig
+    from neuron_explainer.dictionaries.config import TrainConfig
     from neuron_explainer.settings.formats import from_dict
 
     trained_as = {} if run is None else {str(path): name for name, path in run.results.items()}

@@ -15,8 +15,8 @@ from neuron_explainer.errors import InputError, SourceError, did_you_mean
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from neuron_explainer.activations import DataConfig, TokenBatch, TokenWindows
-    from neuron_explainer.activations.data_config import Part
+    from neuron_explainer.activations.data_config import DataConfig, Part
+    from neuron_explainer.activations.windows import TokenBatch, TokenWindows
     from neuron_explainer.models.autoencoder import Autoencoder
     from neuron_explainer.models.language_model import LanguageModel
     from neuron_explainer.models.locations import ActivationLocation
@@ -38,6 +38,14 @@ def model_options(verb: argparse.ArgumentParser, default: str = DEFAULT_MODEL) -
     verb.add_argument(
         "--device", metavar="NAME", help="such as cpu or cuda:0 (default: the best there is)"
     )
+
+
+def data_options(verb: argparse.ArgumentParser) -> None:
+    """Flags of :class:`DataConfig`."""
+    from neuron_explainer.activations.data_config import DataConfig
+    from neuron_explainer.settings.flags import add_flags
+
+    add_flags(verb, DataConfig)
 
 
 def open_model(name: str | None, device: str | None) -> "ModelContext":
@@ -264,7 +272,7 @@ class Opened:
     """
 
     def __init__(self, args: argparse.Namespace, part: "Part") -> None:
-        from neuron_explainer.activations import DataConfig
+        from neuron_explainer.activations.data_config import DataConfig
         from neuron_explainer.settings.flags import from_flags
 
         names = [args.autoencoder] if isinstance(args.autoencoder, str) else args.autoencoder
@@ -296,7 +304,7 @@ class Opened:
 
     def windows(self) -> "TokenWindows":
         """The text, cut into windows."""
-        from neuron_explainer.activations import is_store, open_windows
+        from neuron_explainer.activations.data_config import is_store, open_windows
 
         if is_store(self.text):
             raise InputError(
@@ -335,7 +343,7 @@ class Opened:
 
     def activations(self, autoencoder: "Autoencoder") -> "Iterator[Tensor | tuple[Tensor, Tensor]]":
         """Batches of an autoencoder's inputs; for a transcoder, pairs of inputs and targets."""
-        from neuron_explainer.activations import open_harvester
+        from neuron_explainer.activations.data_config import open_harvester
 
         if autoencoder.location is None:
             raise InputError(

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from neuron_explainer.dictionaries.distributed import SINGLE_PROCESS, World
 from neuron_explainer.kernels.workspace import row_blocks
-from neuron_explainer.models.autoencoder import Autoencoder
 
 DecoderNorm = Literal["unit", "at_most_unit", "free"]
 
@@ -191,27 +190,27 @@ class LearnedDictionary(nn.Module):
     # ---- the result ----------------------------------------------------------------------
 
     @torch.no_grad()
-    def fold_into(self, autoencoder: Autoencoder) -> None:
-        """Write weights into ``autoencoder`` that compute the same from activations without normalisation.
+    def weights(self) -> dict[str, Tensor]:
+        """The weights, by name, of an ``Autoencoder`` that computes the same from activations without
+        normalisation.
 
         The nonlinearities commute with a positive factor, so the scale moves from the inputs to the
         latents, which then have the units of the target.
         """
         ratio = self.target_scale / self.input_scale
-        autoencoder.encoder.weight.copy_(self.encoder * ratio)
-        autoencoder.latent_bias.copy_(self.latent_bias * self.target_scale)
-        autoencoder.pre_bias.copy_(self.pre_bias * self.input_scale + self.input_mean)
+        weights = {
+            "encoder.weight": self.encoder * ratio,
+            "latent_bias": self.latent_bias * self.target_scale,
+            "pre_bias": self.pre_bias * self.input_scale + self.input_mean,
+        }
         if self.decoder is not None:
-            autoencoder.decoder.weight.copy_(self.decoder.t())
-        if self.post_bias is None:
-            return
-        assert autoencoder.post_bias is not None
-        post_bias = self.post_bias * self.target_scale + self.target_mean
+            weights["decoder.weight"] = self.decoder.t()
+        if self.post_bias is not None:
+            weights["post_bias"] = self.post_bias * self.target_scale + self.target_mean
         if self.skip is not None:
-            assert autoencoder.skip is not None
-            autoencoder.skip.weight.copy_(self.skip * ratio)
-            post_bias = post_bias - (self.skip * ratio) @ self.input_mean
-        autoencoder.post_bias.copy_(post_bias)
+            weights["skip.weight"] = self.skip * ratio
+            weights["post_bias"] -= weights["skip.weight"] @ self.input_mean
+        return weights
 
 
 _BLOCK = 4096  # rows drawn at a time

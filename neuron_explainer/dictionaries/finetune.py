@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from neuron_explainer.errors import InputError
-from neuron_explainer.evaluation.evaluate import Activations
 from neuron_explainer.evaluation.metrics import kept_rows
+from neuron_explainer.evaluation.pieces import Activations
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoders.latents import Latents
 from neuron_explainer.models.checks import check_tensor

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from neuron_explainer import files
-from neuron_explainer.activations import DataConfig
+from neuron_explainer.activations.data_config import DataConfig
 from neuron_explainer.dictionaries.config import TrainConfig
 from neuron_explainer.errors import InputError
 from neuron_explainer.settings import from_dict, split_fields

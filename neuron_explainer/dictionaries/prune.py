@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from neuron_explainer.errors import InputError
-from neuron_explainer.evaluation.evaluate import Activations
 from neuron_explainer.evaluation.latent_activity import LatentActivity
+from neuron_explainer.evaluation.pieces import Activations
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.checkpoints.autoencoders.state import select_latents
 
@@ -42,7 +42,7 @@ class Pruning:
 
 def prune(
     autoencoder: Autoencoder,
-    batches: Activations,
+    batches: Activations | LatentActivity,
     *,
     min_frequency: float = 1e-6,
     min_max_activation: float = 1.0,
@@ -53,8 +53,9 @@ def prune(
 
     Args:
         autoencoder: not changed.
-        batches: activations as the model has them ``[…, n]``, or pairs with targets. A
-            frequency of 1e-6 needs about ten million tokens to be told from zero.
+        batches: activations as the model has them ``[…, n]``, or pairs with targets; or the activity
+            that was measured on such before. A frequency of 1e-6 needs about ten million tokens to be
+            told from zero.
         min_frequency: a latent is kept if it is active on more than this share of the tokens,
         min_max_activation: and larger than this on one of them, in the autoencoder's own units,
         min_decoder_norm: and if its decoder direction is at least this long.
@@ -62,28 +63,11 @@ def prune(
             so they are never active; :func:`~neuron_explainer.models.autoencoders.pruned.omit_dead_latents`
             takes them out of memory. If False, the result is a smaller autoencoder with new indices.
     """
-    inputs = (batch[0] if isinstance(batch, tuple) else batch for batch in batches)
-    activity = LatentActivity.of(autoencoder, inputs)
-    return prune_by(
-        autoencoder,
-        activity,
-        min_frequency=min_frequency,
-        min_max_activation=min_max_activation,
-        min_decoder_norm=min_decoder_norm,
-        keep_indices=keep_indices,
-    )
-
-
-def prune_by(
-    autoencoder: Autoencoder,
-    activity: LatentActivity,
-    *,
-    min_frequency: float = 1e-6,
-    min_max_activation: float = 1.0,
-    min_decoder_norm: float = 0.99,
-    keep_indices: bool = True,
-) -> Pruning:
-    """:func:`prune`, with an activity that was measured before."""
+    if isinstance(batches, LatentActivity):
+        activity = batches
+    else:
+        inputs = (batch[0] if isinstance(batch, tuple) else batch for batch in batches)
+        activity = LatentActivity.of(autoencoder, inputs)
     if not activity.n_tokens:
         raise InputError("pruning needs activations; no tokens were given.")
     norms = autoencoder.decoder.weight.detach().norm(dim=0).cpu()

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_explainer.activations.chunks import ActivationSource
-from neuron_explainer.activations.harvest import ActivationBatch
+from neuron_explainer.activations.chunks import ActivationBatch, ActivationSource
 from neuron_explainer.dictionaries.distributed import World
 from neuron_explainer.errors import InputError, NeuronExplainerError
 from neuron_explainer.models.locations import ActivationLocation

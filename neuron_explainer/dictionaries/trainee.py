@@ -287,7 +287,8 @@ class Trainee(nn.Module):
         the others return their own.
         """
         own = self._empty(self.dictionary.n_latents, self.dictionary.encoder.device)
-        self.dictionary.fold_into(own)
+        for name, value in self.dictionary.weights().items():
+            own.get_parameter(name).copy_(value)
         return self._join(own) if self.world.splits_latents else own
 
     def _join(self, own: Autoencoder) -> Autoencoder:

@@ -47,35 +47,13 @@ class PeerBatch(NamedTuple):
     """``[b]``: the same of what dictionary_learning calls features, see :func:`feature_scale`."""
 
 
-class PeerLosses(NamedTuple):
-    """Cross-entropies and divergences of the predictions of a batch that count, in float64."""
-
-    original: Tensor
-    """``[t]``"""
-    spliced: Tensor
-    """``[t]``, with the reconstruction in place of the activation."""
-    zero_ablated: Tensor
-    """``[t]``"""
-    kl_spliced: Tensor
-    """``[…]``: of each token, including the last one of a row."""
-    kl_zero_ablated: Tensor
-    """``[…]``"""
-
-    @classmethod
-    def of(cls, losses: ByLoss[Tensor]) -> "PeerLosses":
-        """Losses per token without those that do not count (NaN)."""
-        ces = losses.ce_original, losses.ce_spliced, losses.ce_zero_ablated
-        kls = losses.kl, losses.kl_zero_ablated
-        return cls(*(values[~values.isnan()].double() for values in (*ces, *kls)))
-
-
 class Peer(NamedTuple):
     """How one library defines its figures."""
 
     measure: Callable[[PeerBatch], Figures]
     """Returns ``[b]`` for a figure that is averaged over tokens, ``[]`` for one averaged over batches."""
-    losses: Callable[[PeerLosses], Figures]
-    """The same for predictions."""
+    losses: Callable[[ByLoss[Tensor]], Figures]
+    """The same for the predictions of a batch that count: ``[t]`` each, in float64."""
     finish: Callable[[dict[str, float], ReconstructionStats], dict[str, float]]
     """The figures to report, from the averages and our own totals."""
 
@@ -96,9 +74,10 @@ class PeerStats:
         if len(batch.x):
             self._add(self._peer.measure(batch))
 
-    def update_losses(self, losses: PeerLosses) -> None:
-        """Add a batch of predictions."""
-        if len(losses.original):
+    def update_losses(self, per_token: ByLoss[Tensor]) -> None:
+        """Add the losses of a batch of predictions; those that do not count are NaN."""
+        losses = ByLoss(*(values[~values.isnan()].double() for values in per_token))
+        if len(losses.ce_original):
             self._add(self._peer.losses(losses))
 
     def _add(self, figures: Figures) -> None:
@@ -138,12 +117,12 @@ def _saelens(batch: PeerBatch) -> Figures:
     }
 
 
-def _saelens_losses(losses: PeerLosses) -> Figures:
+def _saelens_losses(losses: ByLoss[Tensor]) -> Figures:
     return {
-        "ce_loss_without_sae": losses.original,
-        "ce_loss_with_sae": losses.spliced,
-        "ce_loss_with_ablation": losses.zero_ablated,
-        "kl_div_with_sae": losses.kl_spliced,
+        "ce_loss_without_sae": losses.ce_original,
+        "ce_loss_with_sae": losses.ce_spliced,
+        "ce_loss_with_ablation": losses.ce_zero_ablated,
+        "kl_div_with_sae": losses.kl,
         "kl_div_with_ablation": losses.kl_zero_ablated,
     }
 
@@ -190,9 +169,9 @@ def _dictionary_learning(batch: PeerBatch) -> Figures:
     }
 
 
-def _dictionary_learning_losses(losses: PeerLosses) -> Figures:
-    original, spliced = losses.original.mean(), losses.spliced.mean()
-    zero = losses.zero_ablated.mean()
+def _dictionary_learning_losses(losses: ByLoss[Tensor]) -> Figures:
+    original, spliced = losses.ce_original.mean(), losses.ce_spliced.mean()
+    zero = losses.ce_zero_ablated.mean()
     return {
         "loss_original": original,
         "loss_reconstructed": spliced,
@@ -223,7 +202,7 @@ def _openai(batch: PeerBatch) -> Figures:
     }
 
 
-def _none(losses: PeerLosses) -> Figures:
+def _none(losses: ByLoss[Tensor]) -> Figures:
     return {}
 
 

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from neuron_explainer.activations.windows import TokenBatch
 from neuron_explainer.errors import InputError
-from neuron_explainer.evaluation.compat import PeerBatch, PeerLosses, PeerStats, feature_scale
+from neuron_explainer.evaluation.compat import PeerBatch, PeerStats, feature_scale
 from neuron_explainer.evaluation.figures import Evaluation
 from neuron_explainer.evaluation.metrics import (
     cross_entropy_per_token,
     kept_rows,
     kl_divergence_per_token,
 )
-from neuron_explainer.evaluation.pieces import LATENTS_AT_ONCE, coded_pieces
+from neuron_explainer.evaluation.pieces import LATENTS_AT_ONCE, Activations, coded_pieces
 from neuron_explainer.evaluation.placed import Placed, placed
 from neuron_explainer.evaluation.running import ByLoss, LossTotals, ReconstructionStats
 from neuron_explainer.evaluation.spliced_passes import SplicedPasses, scored
@@ -42,9 +42,6 @@ from neuron_explainer.models.locations import ActivationLocation, LocationLike
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.weight_names import Dimension
 from neuron_explainer.progress import progress_bar
-
-Activations = Iterable[Tensor | tuple[Tensor, Tensor]]
-"""Batches of activations ``[…, n]``; for a transcoder, pairs (input, activation to reconstruct)."""
 
 
 def measure(
@@ -218,7 +215,7 @@ class _Totals:
         """Add losses per token."""
         self.losses.update(found)
         for peer in self.peers.values():
-            peer.update_losses(PeerLosses.of(found))
+            peer.update_losses(found)
 
     def result(self, location: str | None) -> Evaluation:
         return Evaluation.from_totals(

@@ -3,7 +3,7 @@
 Shape legend: ``t`` tokens, ``n`` inputs, ``o`` outputs, ``l`` latents.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoders.latents import Latents
 
+Activations = Iterable[Tensor | tuple[Tensor, Tensor]]
+"""Batches of activations ``[…, n]``; for a transcoder, pairs (input, activation to reconstruct)."""
 LATENTS_AT_ONCE = 2**25
 """Latents (tokens times dictionary size) that are computed at a time: 128 MiB in float32."""
 

@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from neuron_explainer.errors import MissingExtraError, SourceError
+from neuron_explainer.errors import SourceError, optional_module
 from neuron_explainer.files.cache import ABSENT, Partial, Version, install, why_unusable
 from neuron_explainer.files.names import (
     CACHE_VARIABLE,
+    REMOTE_PREFIXES,
     Remote,
     cache_dir,
     checked_host,
@@ -158,12 +159,9 @@ def _http_target(remote: Remote) -> tuple[str, dict[str, str]]:
     headers = {"Accept-Encoding": "identity"}
     if not remote.url.startswith("hf:"):
         return remote.url, headers
-    try:
-        from huggingface_hub import constants, get_token, hf_hub_url
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{remote.source} needs huggingface_hub: pip install huggingface_hub"
-        ) from error
+    optional_module("huggingface_hub", remote.source)
+    from huggingface_hub import constants, get_token, hf_hub_url
+
     if constants.HF_HUB_OFFLINE:
         raise SourceError("HF_HUB_OFFLINE is set")
     owner, name, path = remote.url.removeprefix("hf://").split("/", 2)
@@ -543,9 +541,17 @@ def fetch(
     If ``size`` (in bytes) or ``sha256`` (in hex) are given, the file must have them.
     """
     if not is_remote(source):
-        return local_file(source, size, sha256)
+        return _local(source, size, sha256)
     with Transfer(progress=progress) as transfer:
         return _fetch(str(source), transfer, size, sha256)
+
+
+def _local(source: str | Path, size: int | None, sha256: str | None) -> Path:
+    scheme, mark, _ = str(source).partition("://")
+    if mark and not exists(source):
+        known = ", ".join(REMOTE_PREFIXES)
+        raise SourceError(f"{source}: {scheme}:// is not among the known prefixes {known}")
+    return local_file(source, size, sha256)
 
 
 def fetch_all(sources: Sequence[str], *, threads: int = 8, progress: bool = True) -> list[Path]:
@@ -578,7 +584,7 @@ def _run_all(sources: Sequence[str], transfer: Transfer, threads: int) -> list[F
 def _fetch(source: str, transfer: Transfer, size: int | None, sha256: str | None) -> Path:
     """One file of a call, in any thread."""
     if not is_remote(source):
-        return local_file(source, size, sha256)
+        return _local(source, size, sha256)
     remote = replace(parse(source), size=size, sha256=sha256 and sha256.lower())
     if why_unusable(remote) is None:
         return remote.path

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
-from neuron_explainer.errors import SourceError, shown
+from neuron_explainer.errors import SourceError, in_way, shown
 from neuron_explainer.files.steps import step
-from neuron_explainer.files.writing import REMOTE_PREFIXES, in_way
 
+REMOTE_PREFIXES = ("az://", "https://", "http://", "hf:")
 _AZURE_HOST = ".blob.core.windows.net"
 
 

@@ -19,13 +19,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from neuron_explainer.errors import CheckpointError, InputError, SourceError, did_you_mean, shown
-from neuron_explainer.files.steps import Guard, guard, plain_write, step
+from neuron_explainer.errors import (
+    CheckpointError,
+    InputError,
+    SourceError,
+    did_you_mean,
+    in_way,
+    shown,
+)
+from neuron_explainer.files.steps import Kind, plain_write, step, watch_steps
 
 if sys.platform != "win32":
     import fcntl  # no locks there, and so nothing is cleared away
 
-REMOTE_PREFIXES = ("az://", "https://", "http://", "hf:")
 DISK_FULL = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
 _NO_PLACE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO})
@@ -55,8 +61,7 @@ def local_file(source: str | Path, size: int | None, sha256: str | None) -> Path
         if path.is_dir():
             raise SourceError(f"{path} is a folder where a file is expected")
         if not path.exists():
-            near = _nearby(path) + _unknown_scheme(str(source))
-            raise SourceError(f"there is no file {source}{near}")
+            raise SourceError(f"there is no file {source}{_nearby(path)}")
         check_regular(path)
         check_expected(path, str(source), size, sha256 and sha256.lower())
     except OSError as error:  # no permission, a name too long
@@ -80,14 +85,6 @@ def _nearby(path: Path) -> str:
     return did_you_mean(path.name, (p.name for p in islice(path.parent.iterdir(), 1000)))
 
 
-def _unknown_scheme(source: str) -> str:
-    scheme, separator, _ = source.partition("://")
-    if not separator:
-        return ""
-    known = ", ".join(REMOTE_PREFIXES)
-    return f" ({scheme}:// is not among the known prefixes {known})"
-
-
 def check_expected(path: Path, source: str, size: int | None, sha256: str | None) -> None:
     """Refuse a file that differs in size or SHA-256 from what the caller expects."""
     found = path.stat().st_size
@@ -106,15 +103,6 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SourceError(f"cannot make the folder {folder}: {in_way(error, folder)}") from error
-
-
-def in_way(error: OSError, path: Path) -> str:
-    """Why ``path`` cannot be made: a file in the place of a folder is named."""
-    with contextlib.suppress(OSError):  # a name that is too long
-        for part in (path, *path.parents):
-            if part.exists() and not part.is_dir():
-                return f"{part} is a file where a folder is expected"
-    return f"{type(error).__name__}: {error.strerror or error}"
 
 
 def disk_reason(error: OSError, folder: Path) -> str:
@@ -215,6 +203,48 @@ def write_once(path: str | Path, advice: str) -> Iterator[Path]:
 
 def _same_file(one: Path, other: Path) -> bool:
     return other.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+class Guard:
+    """Knows a folder again, whatever has its name now. See :func:`guard`."""
+
+    def __init__(self, folder: Path, name: Path) -> None:
+        self.folder, self._name = Path(os.path.realpath(folder)), name
+        self._identity = self._now()
+        self._kept: list[Path] = []
+
+    def keep(self, path: Path) -> None:
+        """A file that has to stay: if it goes, the folder was emptied."""
+        self._kept.append(path)
+
+    def check(self) -> None:
+        """SourceError if the folder was renamed, replaced or emptied."""
+        if self._now() != self._identity or not all(map(os.path.exists, self._kept)):
+            raise SourceError(
+                f"{self._name} was renamed, replaced or emptied while it was being written to. What was "
+                "written is where the folder is now; put it back, and give the same command again."
+            )
+
+    def watch(self, kind: Kind, path: Path) -> None:
+        """Check before a step in the folder."""
+        if Path(os.path.realpath(path)).is_relative_to(self.folder):
+            self.check()
+
+    def _now(self) -> tuple[int, int] | None:
+        try:
+            status = os.stat(self.folder)
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
+
+
+@contextlib.contextmanager
+def guard(folder: Path, name: Path | None = None) -> Iterator[Guard]:
+    """In this block, every step in ``folder`` is an error if the folder is another one than now: the later
+    part of a result must not lie apart from the earlier part. The error calls it ``name``."""
+    found = Guard(folder, name or folder)
+    with watch_steps(found.watch):
+        yield found
 
 
 @contextlib.contextmanager

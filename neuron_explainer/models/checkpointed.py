@@ -14,7 +14,7 @@ from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.devices import Device, check_device, default_device
 from neuron_explainer.models.language_model import LanguageModel
 from neuron_explainer.models.names import ASSETS, resolve_model_source
-from neuron_explainer.models.tokenizers import TokenizerSpec
+from neuron_explainer.models.tokenizer_files import TokenizerSpec
 from neuron_explainer.models.weight_layouts import TRANSFORMER_WEIGHTS
 from neuron_explainer.models.weight_names import LayerIndex, WeightLocationType
 

@@ -1,4 +1,4 @@
-"""Vocabulary files of tokenizers: tiktoken's ranks, and what Hugging Face writes.
+"""Where a tokenizer comes from, and its vocabulary files: tiktoken's ranks, and Hugging Face's.
 
 What tiktoken, the only engine here, cannot reproduce exactly is refused, not approximated.
 """
@@ -27,6 +27,24 @@ _GPT2_PATTERNS = (
 
 
 @dataclass(frozen=True)
+class TokenizerSpec:
+    """Where a tokenizer comes from, without its vocabulary.
+
+    Without ``files`` it is one of tiktoken's, by ``name``. Otherwise ``files`` are either ours
+    (``*.tiktoken``, with a token in base64 and its rank on each line), together with ``pattern`` and
+    ``special_tokens``, or Hugging Face's (``tokenizer.json``, or ``vocab.json`` and ``merges.txt`` with
+    the files beside them), which contain both.
+    """
+
+    name: str
+    pattern: str | None = None
+    """How text is split before merging (a regular expression of tiktoken's); None: as the files say."""
+    special_tokens: tuple[tuple[str, int], ...] = ()
+    files: tuple[str, ...] = ()
+    """Local paths."""
+
+
+@dataclass(frozen=True)
 class Vocabulary:
     """Everything that tiktoken needs."""
 
@@ -35,30 +53,20 @@ class Vocabulary:
     pattern: str
 
 
-def read_vocabulary_files(
-    paths: Sequence[Path],
-    pattern: str | None = None,
-    special_tokens: Mapping[str, int] | None = None,
-) -> Vocabulary:
-    """Read the files of one tokenizer.
-
-    Args:
-        paths: one ``*.tiktoken``; or ``tokenizer.json``; or ``vocab.json`` and ``merges.txt``, with what
-            is beside them.
-        pattern: how a ``*.tiktoken`` splits text; the other files say so themselves.
-        special_tokens: those of a ``*.tiktoken``.
-    """
+def read_vocabulary(spec: TokenizerSpec) -> Vocabulary:
+    """Read the files of a spec."""
+    paths = [Path(file) for file in spec.files]
     by_name = {path.name: path for path in paths}
     if len(paths) == 1 and paths[0].suffix == ".tiktoken":
-        if pattern is None:
+        if spec.pattern is None:
             raise CheckpointError(f"{paths[0]}: the pattern that splits text is not given.")
-        return Vocabulary(_read_tiktoken(paths[0]), dict(special_tokens or {}), pattern)
+        return Vocabulary(_read_tiktoken(paths[0]), dict(spec.special_tokens), spec.pattern)
     if "tokenizer.json" in by_name:
         return _read_tokenizer_json(by_name["tokenizer.json"])
     if {"vocab.json", "merges.txt"} <= set(by_name):
         return _read_vocab_and_merges(by_name)
     raise CheckpointError(
-        f"{', '.join(map(str, paths))}: expected one file *.tiktoken, a tokenizer.json, or vocab.json "
+        f"{', '.join(spec.files)}: expected one file *.tiktoken, a tokenizer.json, or vocab.json "
         "and merges.txt. The model still runs on token ids."
     )
 
@@ -326,8 +334,11 @@ def merge_below(token: str, ranks: dict[str, int], top: int) -> list[str]:
     return parts
 
 
-def is_gpt2_vocabulary(vocabulary: Vocabulary) -> bool:
-    """Whether the content is that of tiktoken's ``gpt2``."""
+def is_gpt2(spec: TokenizerSpec) -> bool:
+    """Whether a spec is tiktoken's ``gpt2``, by name or by the content of its files."""
+    if not spec.files:
+        return spec.name == "gpt2"
+    vocabulary = read_vocabulary(spec)
     return (
         hashlib.sha256(as_lines(vocabulary.ranks)).hexdigest() == _GPT2_SHA256
         and vocabulary.pattern in _GPT2_PATTERNS

@@ -7,17 +7,17 @@ tiktoken is the only engine. A vocabulary that it cannot reproduce exactly is re
 import itertools
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neuron_explainer import files
 from neuron_explainer.errors import CheckpointError, InputError, SourceError, did_you_mean
 from neuron_explainer.models.tokenizer_files import (
+    TokenizerSpec,
     Vocabulary,
     as_lines,
-    is_gpt2_vocabulary,
-    read_vocabulary_files,
+    read_vocabulary,
     some,
 )
 
@@ -33,24 +33,6 @@ NO_START_TOKEN = (
     "any token as bos."
 )
 """What to do with a model that has no start token."""
-
-
-@dataclass(frozen=True)
-class TokenizerSpec:
-    """Where a tokenizer comes from, without its vocabulary.
-
-    Without ``files`` it is one of tiktoken's, by ``name``. Otherwise ``files`` are either ours
-    (``*.tiktoken``, with a token in base64 and its rank on each line), together with ``pattern`` and
-    ``special_tokens``, or Hugging Face's (``tokenizer.json``, or ``vocab.json`` and ``merges.txt`` with
-    the files beside them), which contain both.
-    """
-
-    name: str
-    pattern: str | None = None
-    """How text is split before merging (a regular expression of tiktoken's); None: as the files say."""
-    special_tokens: tuple[tuple[str, int], ...] = ()
-    files: tuple[str, ...] = ()
-    """Local paths."""
 
 
 _cache: dict[object, "tiktoken.Encoding"] = {}
@@ -154,13 +136,6 @@ def _check_vocabulary(vocabulary: Vocabulary, where: str) -> None:
         raise CheckpointError(f"{where}: a special token is an empty text.")
 
 
-def read_vocabulary(spec: TokenizerSpec) -> Vocabulary:
-    """Read the files of a spec."""
-    return read_vocabulary_files(
-        [Path(file) for file in spec.files], spec.pattern, dict(spec.special_tokens)
-    )
-
-
 def write_tiktoken(spec: TokenizerSpec, path: str | Path) -> TokenizerSpec:
     """Write the vocabulary of a spec with files in our format; returns the spec of the written file."""
     vocabulary = read_vocabulary(spec)
@@ -174,13 +149,6 @@ def write_tiktoken(spec: TokenizerSpec, path: str | Path) -> TokenizerSpec:
         special_tokens=tuple(vocabulary.special_tokens.items()),
         files=(str(path),),
     )
-
-
-def is_gpt2(spec: TokenizerSpec) -> bool:
-    """Whether a spec is tiktoken's ``gpt2``, by name or by the content of its files."""
-    if not spec.files:
-        return spec.name == "gpt2"
-    return is_gpt2_vocabulary(read_vocabulary(spec))
 
 
 # ------------------------------------------------------------------------------- text and tokens

@@ -50,6 +50,7 @@ from neuron_explainer.models.sampling import (
     prep_pos_from_pad_and_prev_lens,
 )
 from neuron_explainer.models.simplify import apply_layernorm_foldin
+from neuron_explainer.models.tokenizer_files import TokenizerSpec
 
 if TYPE_CHECKING:
     import tiktoken
@@ -410,7 +411,7 @@ class Transformer(Checkpointed):
         device: Device | None = None,
         dtype: torch.dtype | None = None,
         seed: int | None = None,
-        tokenizer: tokenizers.TokenizerSpec | None = None,
+        tokenizer: TokenizerSpec | None = None,
     ) -> None:
         super().__init__()
         self.cfg, self.recompute, self.tokenizer = cfg, recompute, tokenizer

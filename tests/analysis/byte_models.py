@@ -5,8 +5,8 @@ from pathlib import Path
 
 from neuron_explainer.activations.corpus import TokenCorpus
 from neuron_explainer.models.model_context import ModelContext, StandardModelContext
-from neuron_explainer.models.tokenizer_files import GPT2_PATTERN
-from neuron_explainer.models.tokenizers import TokenizerSpec, write_tiktoken
+from neuron_explainer.models.tokenizer_files import GPT2_PATTERN, TokenizerSpec
+from neuron_explainer.models.tokenizers import write_tiktoken
 from tests.activations.helpers import random_corpus
 from tests.conftest import make_model
 

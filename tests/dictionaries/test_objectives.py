@@ -111,7 +111,8 @@ def test_batch_top_k_by_hand() -> None:
     assert float(loss.total) == 0.5
     active = batch_top_k(torch.tensor([[5.0, 4.0, 3.0], [1.0, -1.0, 0.5]]), 2)
     assert active.values.tolist() == [5, 4, 3, 1]
-    assert active.latents.tolist() == [0, 1, 2, 0]
+    assert active.indices.tolist() == [0, 1, 2, 0]
+    assert active.starts is not None
     assert active.starts.tolist() == [0, 3]
 
 

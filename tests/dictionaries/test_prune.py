@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from neuron_explainer.dictionaries.prune import prune, prune_by
+from neuron_explainer.dictionaries.prune import prune
 from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation.latent_activity import LatentActivity
 from neuron_explainer.models.autoencoder import Autoencoder, BatchTopK, JumpReLU, TopK
@@ -115,7 +115,7 @@ def test_bounds_are_strict_or_not_as_documented() -> None:
     activity.largest += 1.5
     activity.fired[0] = 1  # exactly 1e-6 of the tokens
     activity.largest[1] = 1.0
-    found = prune_by(whole, activity)
+    found = prune(whole, activity)
     assert found.kept.nonzero().flatten().tolist() == [2, 3, 4, 5, 6]
     assert (found.too_rare, found.too_weak, found.too_short) == (1, 1, 13)
 

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from neuron_explainer.activations.chunks import LiveSource
 from neuron_explainer.activations.corpus import tokenize
-from neuron_explainer.activations.harvest import Harvester
+from neuron_explainer.activations.harvest import Harvester, LiveSource
 from neuron_explainer.activations.windows import TokenWindows
 from neuron_explainer.dictionaries.sparse_coding import (
     SparseCodingConfig,

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from neuron_explainer.activations.harvest import ActivationBatch
+from neuron_explainer.activations.chunks import ActivationBatch
 from neuron_explainer.dictionaries.runs import Run
 from neuron_explainer.dictionaries.sparse_coding import SparseCodingConfig, train_sparse_coding
 from neuron_explainer.errors import InputError

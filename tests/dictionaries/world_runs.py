@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.activations.buffer import ShuffleBuffer
-from neuron_explainer.activations.chunks import ActivationSource
-from neuron_explainer.activations.harvest import ActivationBatch
+from neuron_explainer.activations.chunks import ActivationBatch, ActivationSource
 from neuron_explainer.dictionaries import (
     BatchTopKConfig,
     GatedConfig,

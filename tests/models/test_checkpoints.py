@@ -29,7 +29,8 @@ from neuron_explainer.models.checkpoints import (
     save_pieces,
 )
 from neuron_explainer.models.config import TransformerConfig
-from neuron_explainer.models.tokenizers import TokenizerSpec, load_encoding
+from neuron_explainer.models.tokenizer_files import TokenizerSpec
+from neuron_explainer.models.tokenizers import load_encoding
 from tests.blob_server import BlobServer
 
 CFG = TransformerConfig(ctx_window=7, d_model=8, n_layers=2, n_heads=2, n_vocab=11)

@@ -19,7 +19,6 @@ from neuron_explainer.models.checkpoints import autoencoders as checkpoints_of_a
 from neuron_explainer.models.checkpoints.autoencoders import FORMATS, Stated
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_tensors,
-    loaded,
     matrix_shape,
     parameters,
 )
@@ -28,6 +27,7 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     LoadedAutoencoder,
     Source,
     has_keys,
+    loaded,
 )
 from neuron_explainer.models.locations import ActivationLocation
 from tests.reference import published_autoencoders as published

@@ -23,8 +23,7 @@ from neuron_explainer.models.model_context import (
     get_embedding,
     get_unembedding_with_ln_gain,
 )
-from neuron_explainer.models.tokenizer_files import GPT2_PATTERN
-from neuron_explainer.models.tokenizers import TokenizerSpec
+from neuron_explainer.models.tokenizer_files import GPT2_PATTERN, TokenizerSpec
 from neuron_explainer.models.transformer import Transformer, split_heads
 from neuron_explainer.models.weight_names import (
     Dimension,

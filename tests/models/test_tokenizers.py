@@ -17,15 +17,17 @@ from tiktoken.load import load_tiktoken_bpe
 from neuron_explainer.errors import CheckpointError, InputError, SourceError
 from neuron_explainer.models import tokenizer_files, tokenizers
 from neuron_explainer.models.huggingface.tokenizer import HuggingFaceTokenizer
-from neuron_explainer.models.tokenizer_files import GPT2_PATTERN
-from neuron_explainer.models.tokenizers import (
+from neuron_explainer.models.tokenizer_files import (
+    GPT2_PATTERN,
     TokenizerSpec,
+    is_gpt2,
+    read_vocabulary,
+)
+from neuron_explainer.models.tokenizers import (
     builtin_names,
     decode,
     encode_prompt,
-    is_gpt2,
     load_encoding,
-    read_vocabulary,
     token_strings,
     vocabulary_bytes,
     without_lone_surrogates,

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from neuron_explainer import files
-from neuron_explainer.activations.harvest import ActivationBatch, Harvester
+from neuron_explainer.activations.chunks import ActivationBatch
+from neuron_explainer.activations.harvest import Harvester
 from neuron_explainer.analysis.factors.examples import FactorExamples, sentence_table
 from neuron_explainer.analysis.factors.sentences import Sentences
 from neuron_explainer.analysis.factors.strongest import Entries, Strongest

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuron_explainer.dictionaries.dictionary import DecoderNorm, LearnedDictionary
@@ -57,9 +58,17 @@ class SparseLatents(NamedTuple):
     """The active latents of a batch, without a ``[b, l]`` tensor."""
 
     values: Tensor
-    """``[b, k]`` or ``[m]``; 0 in entries that are not active."""
+    """``[b, k]``; or ``[m]``, token after token. 0 in entries that are not active."""
     indices: Tensor
     """Which latent each value belongs to: int64, of the same shape."""
+    starts: Tensor | None = None
+    """``[b]`` int64, where values are ``[m]``: the index of each token's first one."""
+
+    def decode(self, rows: Tensor) -> Tensor:
+        """``[b, o]``: the sum of the active latents' rows ``[l, o]``, each times its value."""
+        return F.embedding_bag(
+            self.indices, rows, self.starts, mode="sum", per_sample_weights=self.values
+        )
 
 
 class Loss(NamedTuple):

@@ -16,7 +16,7 @@ Shape legend: ``b`` tokens of a batch, ``n`` inputs, ``o`` outputs, ``l`` latent
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -61,26 +61,9 @@ class MatryoshkaConfig(AuxKConfig):
             )
 
 
-class Active(NamedTuple):
-    """The active pairs (token, latent) of a batch, in the order of tokens."""
-
-    values: Tensor
-    """``[m]``, rectified."""
-    latents: Tensor
-    """``[m]`` int64."""
-    starts: Tensor
-    """``[b]`` int64: the index of each token's first pair."""
-
-    def decode(self, dictionary: LearnedDictionary) -> Tensor:
-        """``[b, o]``: the sum of the active latents' rows, without bias."""
-        return F.embedding_bag(
-            self.latents, dictionary.rows, self.starts, mode="sum", per_sample_weights=self.values
-        )
-
-
 def batch_top_k(
     pre_act: Tensor, k: int, world: World = SINGLE_PROCESS, n_everywhere: int | None = None
-) -> Active:
+) -> SparseLatents:
     """The ``b · k`` largest of all pre-activations ``[b, l]``, rectified.
 
     Where processes share a batch of ``n_everywhere`` tokens, or each has some of the latents: those of the
@@ -96,7 +79,7 @@ def batch_top_k(
         values, flat = values[chosen], flat[chosen]
     tokens = flat.div(n_latents, rounding_mode="floor")
     starts = torch.searchsorted(tokens, torch.arange(n_tokens, device=flat.device))
-    return Active(values.relu(), flat % n_latents, starts)
+    return SparseLatents(values.relu(), flat % n_latents, starts)
 
 
 C = TypeVar("C", bound=AuxKConfig)
@@ -136,11 +119,13 @@ class _BatchTopK(Objective[C]):
         if aux is not None:
             total = total + self.config.aux_coefficient * aux
             terms["aux"] = aux.detach()
-        return Loss(total, terms, error, SparseLatents(active.values.detach(), active.latents))
+        return Loss(total, terms, error, active._replace(values=active.values.detach()))
 
-    def reconstructions(self, dictionary: LearnedDictionary, active: Active) -> Iterator[Tensor]:
+    def reconstructions(
+        self, dictionary: LearnedDictionary, active: SparseLatents
+    ) -> Iterator[Tensor]:
         """The trained reconstructions, ``[b, o]`` each, without bias; the last one is from all latents."""
-        yield active.decode(dictionary)
+        yield active.decode(dictionary.rows)
 
     def after_step(self, dictionary: LearnedDictionary, loss: Loss, facts: StepFacts) -> None:
         """Update the threshold: a running mean over the last tenth of the steps, at most 1000.
@@ -179,14 +164,16 @@ class Matryoshka(_BatchTopK[MatryoshkaConfig]):
         if min(self.sizes) < 1:
             raise InputError(f"matryoshka: {total} latents are too few for groups {self.sizes}.")
 
-    def reconstructions(self, dictionary: LearnedDictionary, active: Active) -> Iterator[Tensor]:
+    def reconstructions(
+        self, dictionary: LearnedDictionary, active: SparseLatents
+    ) -> Iterator[Tensor]:
         # Each pair is decoded once: a group adds to the reconstruction from the groups before it.
-        ends = torch.tensor(self.sizes, device=active.latents.device).cumsum(0)
-        group = torch.searchsorted(ends, active.latents + dictionary.first_latent, right=True)
+        ends = torch.tensor(self.sizes, device=active.indices.device).cumsum(0)
+        group = torch.searchsorted(ends, active.indices + dictionary.first_latent, right=True)
         recons: Any = 0
         for index in range(len(self.sizes)):
             values = torch.where(group == index, active.values, 0.0)
-            recons = recons + active._replace(values=values).decode(dictionary)
+            recons = recons + active._replace(values=values).decode(dictionary.rows)
             yield recons
 
     def group_sizes(self) -> tuple[int, ...]:

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from neuron_explainer.activations.chunks import ActivationSource
-from neuron_explainer.activations.harvest import ActivationBatch
+from neuron_explainer.activations.chunks import ActivationBatch, ActivationSource
 from neuron_explainer.dictionaries.sparse_coding.config import SparseCodingConfig
 from neuron_explainer.dictionaries.sparse_coding.frequency import frequency_weights
 from neuron_explainer.errors import InputError

@@ -83,9 +83,9 @@ def train_sparse_coding(
     Args:
         config: settings.
         batches: an activation source such as
-            :class:`~neuron_explainer.activations.chunks.LiveSource`, which a resumed run does not have
-            to compute again from the start; or an iterable of what
-            :func:`~neuron_explainer.activations.harvest.harvest` yields, of dicts of tensors ``[r, n]`` by
+            :class:`~neuron_explainer.activations.harvest.LiveSource`, which a resumed run does not have
+            to compute again from the start; or an iterable of
+            :class:`~neuron_explainer.activations.chunks.ActivationBatch`, of dicts of tensors ``[r, n]`` by
             location, of tensors ``[r, n]``, or of pairs of these and token ids ``[r]``. Training reads them
             ``config.epochs`` times and needs the same order each time. They must not contain padding.
         folder: for config, log, checkpoints and results, as

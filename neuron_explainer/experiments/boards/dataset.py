@@ -255,6 +255,15 @@ class BoardDataset:
         rows = self.spaces[kind].rows(places[rng.integers(len(places), size=n)])
         return self.paint(kind, rows, rng)
 
+    def sample(self, kind: Kind, part: Part, n: int, seed: int) -> Boards | None:
+        """Boards of a part without repetition, at most ``n``; None if it has none."""
+        places = self.places(kind, part)
+        if not len(places):
+            return None
+        rng = np.random.default_rng([seed, KINDS.index(kind)])
+        chosen = rng.choice(len(places), min(n, len(places)), replace=False)
+        return self.paint(kind, self.spaces[kind].rows(places[chosen]), rng)
+
     def shown_in_training(self, kind: Kind, part: Part) -> Any:
         """Which boards of a part look exactly like one of the training set, ``[n]`` bool.
 

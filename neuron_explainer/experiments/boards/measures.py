@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.experiments.boards.dataset import BoardDataset, Part
-from neuron_explainer.experiments.boards.drawing import Boards, hide
+from neuron_explainer.experiments.boards.drawing import hide
 from neuron_explainer.experiments.boards.lea import LEA
 from neuron_explainer.experiments.boards.model_files import BoardModel
 from neuron_explainer.experiments.boards.objects import KINDS, Ints, Kind
@@ -62,16 +62,6 @@ def accuracy(predicted: Ints, tokens: Ints, masked: Ints) -> Accuracy:
     return Accuracy(float(right.mean()), float(right.all(1).mean()), among_hidden, len(tokens))
 
 
-def sample(dataset: BoardDataset, kind: Kind, part: Part, n: int, seed: int) -> Boards | None:
-    """Boards of a part without repetition, at most ``n``; None if it has none."""
-    places = dataset.places(kind, part)
-    if not len(places):
-        return None
-    rng = np.random.default_rng([seed, KINDS.index(kind)])
-    chosen = rng.choice(len(places), min(n, len(places)), replace=False)
-    return dataset.paint(kind, dataset.spaces[kind].rows(places[chosen]), rng)
-
-
 def accuracy_by_kind(
     model: BoardModel,
     dataset: BoardDataset,
@@ -87,7 +77,7 @@ def accuracy_by_kind(
     """Accuracy on at most ``n`` boards of each kind, each masked ``rounds`` times."""
     found: dict[Kind, Accuracy] = {}
     for kind in KINDS:
-        boards = sample(dataset, kind, part, n, seed)
+        boards = dataset.sample(kind, part, n, seed)
         if boards is None:
             continue
         rng = np.random.default_rng([seed, 7, KINDS.index(kind)])

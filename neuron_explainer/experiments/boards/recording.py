@@ -15,7 +15,6 @@ from neuron_explainer.errors import InputError, did_you_mean
 from neuron_explainer.experiments.boards.dataset import BoardDataset, Part
 from neuron_explainer.experiments.boards.drawing import ARRAYS, Boards, Flags, hide
 from neuron_explainer.experiments.boards.gpt import BoardGPT
-from neuron_explainer.experiments.boards.measures import sample
 from neuron_explainer.experiments.boards.objects import EMPTY, KINDS, Ints, Kind
 from neuron_explainer.experiments.boards.sites import location
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
@@ -149,7 +148,7 @@ def record(
 ) -> Recording:
     """Random boards of a part, at most ``n`` of each kind, masked, with activations at ``places``."""
     rng = np.random.default_rng([seed, 11])
-    boards = [b for kind in kinds if (b := sample(dataset, kind, part, n, seed)) is not None]
+    boards = [b for kind in kinds if (b := dataset.sample(kind, part, n, seed)) is not None]
     if not boards:
         raise InputError(f"this data set holds no {part} boards of {', '.join(kinds)}.")
     masked = np.concatenate([hide(b, mask, patch, rng) for b in boards])

@@ -22,6 +22,7 @@ from neuron_explainer.experiments.tiny_tales import (
 from neuron_explainer.experiments.tiny_tales.data import (
     HELD_OUT_BOOKS,
     ModelBatches,
+    data_record,
     read_corpus,
     token_corpus,
 )
@@ -71,7 +72,7 @@ def run_train(args: argparse.Namespace) -> None:
     tokens = config.steps * size * ctx
     model.metadata = {
         "training": {
-            **_data_record(),
+            **data_record(),
             **asdict(config),
             "optimiser": "Muon for hidden matrices, AdamW for the rest; bfloat16 autocast",
             "tokens": tokens,
@@ -105,7 +106,7 @@ def run_autoencoders(args: argparse.Namespace) -> None:
     found = autoencoder_training.without_rare(source, found, n_chunks=100)
     autoencoder_training.record_statistics(source, found, n_chunks=25)
     for name, autoencoder in found.items():
-        training = autoencoder_training.training_record(configs[name], HELD_OUT_BOOKS)
+        training = autoencoder_training.training_record(configs[name])
         autoencoder.metadata = {"training": training}
         place = ActivationLocation.parse(name)
         folder = args.run / MODEL_NAME / AUTOENCODERS / place.path / str(place.layer)
@@ -192,18 +193,34 @@ def _held_out_windows(books: Mapping[str, str], model: Transformer) -> TokenWind
     return TokenWindows(corpus, model.cfg.ctx_window, WINDOWS_PER_BATCH, seed=None)
 
 
-def _data_record() -> dict[str, Any]:
-    return {
-        "data": "35 public-domain books in English",
-        "held_out_books": list(HELD_OUT_BOOKS),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def _record_figures(folder: Path, figures: Mapping[str, float]) -> None:
     books, date = list(HELD_OUT_BOOKS), datetime.date.today().isoformat()
     held_out = {**evaluation.rounded(figures), "books": books, "date": date}
     evaluation.record(folder, held_out=held_out)
+
+
+_DEFAULT = " (default: %(default)s)"
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "--corpus": {"type": Path, "help": "folder of .txt files, one book each"},
+    "--run": {"type": Path, "help": "folder for the checkpoints and results of this run"},
+    "--model": {"type": Path, "help": "folder of the stored model"},
+    "--steps": {"type": int, "help": "steps in all" + _DEFAULT},
+    "--decay-steps": {
+        "type": int,
+        "help": "the learning rate falls to zero over the last so many steps" + _DEFAULT,
+    },
+    "--seed": {"type": int, "help": "random seed" + _DEFAULT},
+    "--batch-size": {"type": int, "help": "activations per step" + _DEFAULT},
+    "--windows": {"type": int, "help": "windows to measure on" + _DEFAULT},
+    "--documents": {"type": int, "help": "texts to write" + _DEFAULT},
+    "--length": {"type": int, "help": "tokens of a text" + _DEFAULT},
+    "--locations": {
+        "nargs": "+",
+        "help": "only these, such as mlp.post_act or 0/mlp.post_act; each process can train some of them "
+        "(default: all)",
+    },
+}
+_PATHS, _BATCH = autoencoder_training.PATHS, autoencoder_training.BATCH
 
 
 def parser() -> argparse.ArgumentParser:
@@ -211,83 +228,27 @@ def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m neuron_explainer.experiments.tiny_tales")
     commands = main.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, reads_books: bool = True) -> argparse.ArgumentParser:
+    def command(name: str, run: Any, *needed: str, **defaults: Any) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        if reads_books:
-            sub.add_argument(
-                "--corpus", type=Path, required=True, help="folder of .txt files, one book each"
-            )
+        for flag in needed:
+            sub.add_argument(flag, required=True, **_OPTIONS[flag])
+        for option, value in defaults.items():
+            flag = f"--{option.replace('_', '-')}"
+            sub.add_argument(flag, default=value, **_OPTIONS[flag])
         sub.set_defaults(run_command=run)
         return sub
 
-    def training_command(
-        name: str, run: Any, steps: int, decay_steps: int, seed: int
-    ) -> argparse.ArgumentParser:
-        sub = command(name, run)
-        _add_run(sub)
-        sub.add_argument(
-            "--steps", type=int, default=steps, help="steps in all (default: %(default)s)"
-        )
-        sub.add_argument(
-            "--decay-steps",
-            type=int,
-            default=decay_steps,
-            help="the learning rate falls to zero over the last so many steps (default: %(default)s)",
-        )
-        sub.add_argument(
-            "--seed", type=int, default=seed, help="random seed (default: %(default)s)"
-        )
-        return sub
-
-    _add_run(command("tokenizer", run_tokenizer))
-    training_command("train", run_train, steps=3800, decay_steps=1000, seed=0)
-    autoencoders = training_command(
-        "autoencoders", run_autoencoders, steps=8000, decay_steps=3200, seed=1
-    )
-    autoencoders.add_argument(
-        "--batch-size",
-        type=int,
-        default=autoencoder_training.BATCH,
-        help="activations per step (default: %(default)s)",
-    )
-    _add_locations(autoencoders)
-    evaluate = command("evaluate", run_evaluate)
-    evaluate.add_argument("--model", type=Path, required=True, help="folder of the stored model")
-    _add_locations(evaluate)
-    of_codes = command("reach", run_reach)
-    of_codes.add_argument("--model", type=Path, required=True, help="folder of the stored model")
-    of_codes.add_argument(
-        "--windows", type=int, default=16, help="windows to measure on (default: %(default)s)"
-    )
-    store = command("store", run_store, reads_books=False)
-    store.add_argument("--model", type=Path, required=True, help="folder of the stored model")
-    store.add_argument(
-        "--documents", type=int, default=1024, help="texts to write (default: %(default)s)"
-    )
-    store.add_argument(
-        "--length", type=int, default=127, help="tokens of a text (default: %(default)s)"
-    )
-    store.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    command("tokenizer", run_tokenizer, "--corpus", "--run")
+    command("train", run_train, "--corpus", "--run", steps=3800, decay_steps=1000, seed=0)
+    training = {"steps": 8000, "decay_steps": 3200, "seed": 1, "batch_size": _BATCH}
+    command("autoencoders", run_autoencoders, "--corpus", "--run", **training, locations=_PATHS)
+    evaluate = command("evaluate", run_evaluate, "--corpus", "--model", locations=_PATHS)
     part = evaluate.add_mutually_exclusive_group()
     part.add_argument("--model-only", action="store_true", help="leave the autoencoders out")
     part.add_argument("--autoencoders-only", action="store_true", help="leave the model out")
+    command("reach", run_reach, "--corpus", "--model", windows=16)
+    command("store", run_store, "--model", documents=1024, length=127, seed=0)
     return main
-
-
-def _add_run(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--run", type=Path, required=True, help="folder for the checkpoints and results of this run"
-    )
-
-
-def _add_locations(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--locations",
-        nargs="+",
-        default=autoencoder_training.PATHS,
-        help="only these, such as mlp.post_act or 0/mlp.post_act; each process can train some of them "
-        "(default: all)",
-    )
 
 
 def main(

@@ -4,7 +4,6 @@ The frozen model runs on windows of the books when activations are needed, once 
 a process; only checkpoints are stored. A run continues from its newest checkpoint, bit for bit.
 """
 
-import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,10 @@ from neuron_explainer.activations import (
     TokenWindows,
 )
 from neuron_explainer.dictionaries import TopKConfig, TrainConfig, train_many
-from neuron_explainer.dictionaries.prune import prune_by
+from neuron_explainer.dictionaries.prune import prune
 from neuron_explainer.dictionaries.runs import Run
 from neuron_explainer.evaluation.latent_activity import LatentActivity
+from neuron_explainer.experiments.tiny_tales.data import data_record
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.locations import ActivationLocation, parse_locations
 from neuron_explainer.models.model_context import ModelContext
@@ -142,7 +142,7 @@ def without_rare(
         for location, x in chunk.activations.items():
             activity[str(location)].update(autoencoders[str(location)].encode_sparse(x))
     return {
-        name: prune_by(
+        name: prune(
             autoencoder,
             activity[name],
             min_frequency=size_of(ActivationLocation.parse(name)).rarest,
@@ -184,12 +184,10 @@ def _chunks(source: LiveSource, n_chunks: int) -> Iterator[ActivationBatch]:
         yield chunk
 
 
-def training_record(config: TrainConfig, held_out_books: Sequence[str]) -> dict[str, Any]:
+def training_record(config: TrainConfig) -> dict[str, Any]:
     """What an autoencoder's config says about how it was made."""
     return {
-        "data": "35 public-domain books in English",
-        "held_out_books": list(held_out_books),
-        "date": datetime.date.today().isoformat(),
+        **data_record(),
         "optimiser": f"Adam, betas ({config.beta1}, {config.beta2}), in float32",
         "steps": config.total_steps,
         "batch": config.batch_size,

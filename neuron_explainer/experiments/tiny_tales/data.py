@@ -3,9 +3,11 @@
 Shape legend: ``b`` windows of a batch, ``s`` tokens of a window.
 """
 
+import datetime
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -44,6 +46,15 @@ def read_corpus(folder: Path) -> Corpus:
         training={title: text for title, text in books.items() if title not in HELD_OUT_BOOKS},
         held_out={title: books[title] for title in HELD_OUT_BOOKS},
     )
+
+
+def data_record() -> dict[str, Any]:
+    """What the config of a trained thing says about its data."""
+    return {
+        "data": "35 public-domain books in English",
+        "held_out_books": list(HELD_OUT_BOOKS),
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def token_corpus(books: Mapping[str, str], enc: tiktoken.Encoding) -> TokenCorpus:

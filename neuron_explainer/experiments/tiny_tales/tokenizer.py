@@ -4,20 +4,20 @@
 base64-encoded tokens with their ranks. Both split text with GPT-2's pattern.
 """
 
-import base64
 from collections.abc import Iterable
 from pathlib import Path
 
 import tiktoken
 
 from neuron_explainer import files
-from neuron_explainer.errors import MissingExtraError, SourceError
-from neuron_explainer.models.tokenizer_files import BYTE_OF_LETTER, GPT2_PATTERN
-from neuron_explainer.models.tokenizers import (
-    TOKENIZER_FILE,
+from neuron_explainer.errors import SourceError, optional_module
+from neuron_explainer.models.tokenizer_files import (
+    BYTE_OF_LETTER,
+    GPT2_PATTERN,
     TokenizerSpec,
-    load_encoding,
+    as_lines,
 )
+from neuron_explainer.models.tokenizers import TOKENIZER_FILE, load_encoding
 
 __all__ = [
     "TOKENIZER_FILE",
@@ -35,12 +35,9 @@ def train_tokenizer(
     texts: Iterable[str], vocabulary_size: int = VOCABULARY_SIZE
 ) -> dict[bytes, int]:
     """Learn BPE merges; returns tiktoken's ``mergeable_ranks`` (bytes of a token -> its id)."""
-    try:
-        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    except ImportError as error:
-        raise MissingExtraError(
-            "training a tokenizer needs the package 'tokenizers': pip install tokenizers"
-        ) from error
+    optional_module("tokenizers", "training a tokenizer")
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     trainer = trainers.BpeTrainer(
@@ -55,12 +52,8 @@ def train_tokenizer(
 
 def save_tokenizer(ranks: dict[bytes, int], path: Path) -> None:
     """Write tiktoken's format: one ``base64(token) rank`` a line, in the order of the ranks."""
-    lines = [
-        f"{base64.b64encode(token).decode()} {rank}\n"
-        for token, rank in sorted(ranks.items(), key=lambda item: item[1])
-    ]
     with files.atomic_write(path) as temporary:
-        temporary.write_text("".join(lines), encoding="ascii")
+        temporary.write_bytes(as_lines(ranks))
 
 
 def tokenizer_spec(path: Path) -> TokenizerSpec:

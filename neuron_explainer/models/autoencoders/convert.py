@@ -43,11 +43,7 @@ def save_as(
     exported = Exported(
         format=format,
         state_dict=autoencoder.state_dict(),
-        n_inputs=autoencoder.n_inputs,
-        n_latents=autoencoder.n_latents,
-        is_transcoder=autoencoder.is_transcoder,
         input_normalization=autoencoder.input_normalization,
-        group_sizes=autoencoder.group_sizes,
         location=autoencoder.location,
         output_location=autoencoder.output_location,
         model_name=autoencoder.model_name,

@@ -13,11 +13,11 @@ import torch
 
 from neuron_explainer import files
 from neuron_explainer.errors import CheckpointError, InputError, SourceError, did_you_mean
-from neuron_explainer.models.checkpoints.problems import (
+from neuron_explainer.models.checkpoints.problems import TensorInfo
+from neuron_explainer.models.checkpoints.transformers.common import (
     Format,
     LoadedCheckpoint,
     StateDict,
-    TensorInfo,
     expected_shapes,
 )
 from neuron_explainer.models.checkpoints.transformers.huggingface import (

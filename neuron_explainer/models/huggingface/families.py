@@ -105,65 +105,6 @@ class Architecture:
         return [path for path in SITES if path in found]
 
 
-# --- sites ---
-
-
-def _sites(
-    *,
-    ln_attn: str,
-    attn_out: str,
-    delta_attn: str,
-    ln_mlp: str,
-    act_in: str,
-    mlp_out: str,
-    delta_mlp: str,
-) -> dict[str, Tap]:
-    """The sites of a layer that adds attention and then an MLP, each of which reads the normed stream.
-
-    Args:
-        ln_attn, ln_mlp: the norms before attention and before the MLP.
-        attn_out, mlp_out: the last matrices of attention and of the MLP.
-        delta_attn, delta_mlp: the modules whose outputs are added to the stream.
-        act_in: the matrix whose output the nonlinearity is applied to (in a gated MLP: the gate).
-    """
-    return {
-        "resid.torso.post_ln_attn": Tap("out", ln_attn),
-        "attn.v_out": Tap("in", attn_out),
-        "resid.torso.delta_attn": Tap("out", delta_attn),
-        "resid.torso.post_attn": Tap("in", ln_mlp, is_stream=True),
-        "resid.torso.post_ln_mlp": Tap("out", ln_mlp),
-        "mlp.pre_act": Tap("out", act_in),
-        "mlp.post_act": Tap("in", mlp_out),
-        "resid.torso.delta_mlp": Tap("out", delta_mlp),
-    }
-
-
-def _sites_by_reader(
-    *, attn: str, attn_out: str, mlp: str, act_in: str, mlp_out: str
-) -> dict[str, Tap]:
-    """The sites of a layer in which attention and the MLP may read the output of one shared norm.
-
-    What a part reads is tapped where it reads it, so that an edit reaches that part alone.
-
-    Args:
-        attn, mlp: the modules whose outputs are added to the stream.
-        attn_out, act_in, mlp_out: as of ``_sites``.
-    """
-    return {
-        "resid.torso.post_ln_attn": Tap("in", attn),
-        "attn.v_out": Tap("in", attn_out),
-        "resid.torso.delta_attn": Tap("out", attn),
-        "resid.torso.post_ln_mlp": Tap("in", mlp),
-        "mlp.pre_act": Tap("out", act_in),
-        "mlp.post_act": Tap("in", mlp_out),
-        "resid.torso.delta_mlp": Tap("out", mlp),
-    }
-
-
-def _without(sites: Mapping[str, Tap], *paths: str) -> dict[str, Tap]:
-    return {path: tap for path, tap in sites.items() if path not in paths}
-
-
 # --- layouts of weights ---
 
 
@@ -177,6 +118,11 @@ def _third_in_each_head(which: int) -> Layout:
     return lambda weight, sizes: weight.reshape(
         sizes[Dimension.ATTN_HEADS], 3, sizes[Dimension.VALUE_CHANNELS], -1
     )[:, which].transpose(1, 2)
+
+
+def _third_of_rows(which: int) -> Layout:
+    """MPT's ``[3 * h * d_head, d]``: all of q, then k, then v."""
+    return lambda weight, sizes: into_heads(weight.chunk(3)[which], sizes)
 
 
 def _of_shared(which: int) -> Layout:
@@ -211,125 +157,115 @@ def _after_two(weight: Tensor, sizes: Sizes) -> Tensor:
     return weight[2:]
 
 
-def _linear_weights(
-    *,
+# --- one family ---
+
+_QKV = (W.ATTN_TO_QUERY, W.ATTN_TO_KEY, W.ATTN_TO_VALUE)
+
+
+def _family(
+    layers: str,
     embedding: str,
     final_norm: str,
-    ln_attn: str,
-    ln_mlp: str,
-    attn: str,
-    attn_out: str,
-    mlp_in: str,
-    mlp_out: str,
+    attention: tuple[str, str, str],
+    mlp: tuple[str, str, str],
+    *,
+    deltas: tuple[str | None, str] = (None, "mlp"),
+    by_reader: bool = False,
+    one_matrix: tuple[str, Callable[[int], Layout]] | None = None,
+    gain: Layout = as_stored,
+    weights: Mapping[WeightLocationType, Weight] | None = None,
+    lacks: Callable[[Any], Collection[str]] = _no_one,
+    works_in_place: bool = False,
+) -> Architecture:
+    """A family whose layers add attention and then an MLP to the stream.
+
+    Args:
+        attention: the norm before it, the module, and the name of its last matrix.
+        mlp: the norm before it, the matrix whose output the nonlinearity is applied to (in a gated MLP:
+            the gate), and its last matrix.
+        deltas: the modules whose outputs are added to the stream; None: the one of ``attention``.
+        by_reader: attention and the MLP may read the output of one shared norm. What a part reads is
+            then tapped where it reads it, so that an edit reaches that part alone.
+        one_matrix: the name of the matrix that holds q, k and v, and how; None if each is an
+            ``nn.Linear`` of its own.
+        gain: how the gains of norms are stored.
+        weights: those that lie otherwise, and further ones.
+    """
+    ln_attn, attn, attn_out = attention
+    ln_mlp, mlp_in, mlp_out = mlp
+    delta_attn, delta_mlp = deltas[0] or attn, deltas[1]
+    sites = {
+        "resid.torso.post_ln_attn": Tap("in", delta_attn) if by_reader else Tap("out", ln_attn),
+        "attn.v_out": Tap("in", f"{attn}.{attn_out}"),
+        "resid.torso.delta_attn": Tap("out", delta_attn),
+        "resid.torso.post_attn": Tap("in", ln_mlp, is_stream=True),
+        "resid.torso.post_ln_mlp": Tap("in", delta_mlp) if by_reader else Tap("out", ln_mlp),
+        "mlp.pre_act": Tap("out", mlp_in),
+        "mlp.post_act": Tap("in", mlp_out),
+        "resid.torso.delta_mlp": Tap("out", delta_mlp),
+    }
+    if ln_attn == ln_mlp:  # both read the same stream, so there is none between them
+        del sites["resid.torso.post_attn"]
+    found = _weights(embedding, final_norm, attention, mlp, one_matrix, gain)
+    return Architecture(
+        layers, sites, final_norm, attn, found | dict(weights or {}), lacks, works_in_place
+    )
+
+
+def _weights(
+    embedding: str,
+    final_norm: str,
+    attention: tuple[str, str, str],
+    mlp: tuple[str, str, str],
+    one_matrix: tuple[str, Callable[[int], Layout]] | None,
+    gain: Layout,
 ) -> dict[WeightLocationType, Weight]:
-    """The weights of models in which q, k and v are ``nn.Linear`` modules of their own."""
+    """Where the weights of a family lie; arguments are those of :func:`_family`."""
+    ln_attn, attn, attn_out = attention
+    ln_mlp, mlp_in, mlp_out = mlp
+    if one_matrix is None:
+        qkv = {
+            kind: Weight(f"{attn}.{x}_proj", into_heads)
+            for kind, x in zip(_QKV, "qkv", strict=True)
+        }
+    else:
+        name, layout = one_matrix
+        qkv = {kind: Weight(f"{attn}.{name}", layout(i)) for i, kind in enumerate(_QKV)}
     return {
         W.EMBEDDING: Weight(embedding, as_stored),
         W.UNEMBEDDING: Weight("lm_head", transposed),
-        W.ATTN_TO_QUERY: Weight(f"{attn}.q_proj", into_heads),
-        W.ATTN_TO_KEY: Weight(f"{attn}.k_proj", into_heads),
-        W.ATTN_TO_VALUE: Weight(f"{attn}.v_proj", into_heads),
+        **qkv,
         W.ATTN_TO_RESIDUAL: Weight(f"{attn}.{attn_out}", out_of_heads),
         W.MLP_TO_HIDDEN: Weight(mlp_in, transposed),
         W.MLP_TO_RESIDUAL: Weight(mlp_out, transposed),
-        W.LAYER_NORM_GAIN_PRE_ATTN: Weight(ln_attn, as_stored),
-        W.LAYER_NORM_GAIN_PRE_MLP: Weight(ln_mlp, as_stored),
-        W.LAYER_NORM_GAIN_FINAL: Weight(final_norm, as_stored),
+        W.LAYER_NORM_GAIN_PRE_ATTN: Weight(ln_attn, gain),
+        W.LAYER_NORM_GAIN_PRE_MLP: Weight(ln_mlp, gain),
+        W.LAYER_NORM_GAIN_FINAL: Weight(final_norm, gain),
         W.LAYER_NORM_BIAS_FINAL: Weight(f"{final_norm}:bias", as_stored),
     }
 
 
-# --- the table ---
+def _always(*lacks: str) -> Callable[[Any], Collection[str]]:
+    return lambda config: lacks
 
-_GPT2 = Architecture(
-    layers="transformer.h",
-    works_in_place=False,
-    final_norm="transformer.ln_f",
-    attention="attn",
-    sites=_sites(
-        ln_attn="ln_1",
-        attn_out="attn.c_proj",
-        delta_attn="attn",
-        ln_mlp="ln_2",
-        act_in="mlp.c_fc",
-        mlp_out="mlp.c_proj",
-        delta_mlp="mlp",
-    ),
-    weights={  # Conv1D stores matrices as [in, out]
-        W.EMBEDDING: Weight("transformer.wte", as_stored),
-        W.POSITION_EMBEDDING: Weight("transformer.wpe", as_stored),
-        W.UNEMBEDDING: Weight("lm_head", transposed),
-        W.ATTN_TO_QUERY: Weight("attn.c_attn", _third(0)),
-        W.ATTN_TO_KEY: Weight("attn.c_attn", _third(1)),
-        W.ATTN_TO_VALUE: Weight("attn.c_attn", _third(2)),
-        W.ATTN_TO_RESIDUAL: Weight("attn.c_proj", lambda w, sizes: out_of_heads(w.T, sizes)),
-        W.MLP_TO_HIDDEN: Weight("mlp.c_fc", as_stored),
-        W.MLP_TO_RESIDUAL: Weight("mlp.c_proj", as_stored),
-        W.LAYER_NORM_GAIN_PRE_ATTN: Weight("ln_1", as_stored),
-        W.LAYER_NORM_GAIN_PRE_MLP: Weight("ln_2", as_stored),
-        W.LAYER_NORM_GAIN_FINAL: Weight("transformer.ln_f", as_stored),
-        W.LAYER_NORM_BIAS_FINAL: Weight("transformer.ln_f:bias", as_stored),
-    },
-)
 
-_GPT_NEO = Architecture(
-    layers="transformer.h",
-    works_in_place=False,
-    final_norm="transformer.ln_f",
-    attention="attn.attention",
-    sites=_sites(
-        ln_attn="ln_1",
-        attn_out="attn.attention.out_proj",
-        delta_attn="attn",
-        ln_mlp="ln_2",
-        act_in="mlp.c_fc",
-        mlp_out="mlp.c_proj",
-        delta_mlp="mlp",
-    ),
-    weights=_linear_weights(
-        embedding="transformer.wte",
-        final_norm="transformer.ln_f",
-        ln_attn="ln_1",
-        ln_mlp="ln_2",
-        attn="attn.attention",
-        attn_out="out_proj",
-        mlp_in="mlp.c_fc",
-        mlp_out="mlp.c_proj",
-    )
-    | {W.POSITION_EMBEDDING: Weight("transformer.wpe", as_stored)},
-)
+# --- what the variants of a family lack ---
 
-_GPT_NEOX = Architecture(
-    layers="gpt_neox.layers",
-    works_in_place=False,
-    final_norm="gpt_neox.final_layer_norm",
-    attention="attention",
-    sites=_sites(
-        ln_attn="input_layernorm",
-        attn_out="attention.dense",
-        delta_attn="attention",
-        ln_mlp="post_attention_layernorm",
-        act_in="mlp.dense_h_to_4h",
-        mlp_out="mlp.dense_4h_to_h",
-        delta_mlp="mlp",
-    ),
-    weights={
-        W.EMBEDDING: Weight("gpt_neox.embed_in", as_stored),
-        W.UNEMBEDDING: Weight("lm_head", transposed),
-        W.ATTN_TO_QUERY: Weight("attention.query_key_value", _third_in_each_head(0)),
-        W.ATTN_TO_KEY: Weight("attention.query_key_value", _third_in_each_head(1)),
-        W.ATTN_TO_VALUE: Weight("attention.query_key_value", _third_in_each_head(2)),
-        W.ATTN_TO_RESIDUAL: Weight("attention.dense", out_of_heads),
-        W.MLP_TO_HIDDEN: Weight("mlp.dense_h_to_4h", transposed),
-        W.MLP_TO_RESIDUAL: Weight("mlp.dense_4h_to_h", transposed),
-        W.LAYER_NORM_GAIN_PRE_ATTN: Weight("input_layernorm", as_stored),
-        W.LAYER_NORM_GAIN_PRE_MLP: Weight("post_attention_layernorm", as_stored),
-        W.LAYER_NORM_GAIN_FINAL: Weight("gpt_neox.final_layer_norm", as_stored),
-        W.LAYER_NORM_BIAS_FINAL: Weight("gpt_neox.final_layer_norm:bias", as_stored),
-    },
+# A gated MLP has two input matrices, and RMS norms have no bias.
+_GATED = (W.MLP_TO_HIDDEN, W.LAYER_NORM_BIAS_FINAL)
+_LAYER_GAINS = (W.LAYER_NORM_GAIN_PRE_ATTN, W.LAYER_NORM_GAIN_PRE_MLP)
+# The experts of a mixture are one tensor: no module holds what one of them reads or writes.
+_EXPERTS = (*_GATED, W.MLP_TO_RESIDUAL, "mlp.pre_act", "mlp.post_act")
+
+
+def _gpt_neox_lacks(config: Any) -> list[str]:
     # In a parallel block both parts read the same stream, so there is no stream between them.
-    lacks=lambda config: ["resid.torso.post_attn"] if config.use_parallel_residual else [],
-)
+    return ["resid.torso.post_attn"] if config.use_parallel_residual else []
+
+
+def _stablelm_lacks(config: Any) -> list[str]:
+    parallel = ["resid.torso.post_attn", W.LAYER_NORM_GAIN_PRE_MLP]
+    return [W.MLP_TO_HIDDEN, *(parallel if config.use_parallel_residual else [])]
 
 
 def _opt_lacks(config: Any) -> list[str]:
@@ -347,147 +283,8 @@ def _opt_lacks(config: Any) -> list[str]:
     return lacks
 
 
-_OPT = Architecture(
-    layers="model.decoder.layers",
-    works_in_place=False,
-    final_norm="model.decoder.final_layer_norm",
-    attention="self_attn",
-    sites=_sites(
-        ln_attn="self_attn_layer_norm",
-        attn_out="self_attn.out_proj",
-        delta_attn="self_attn",
-        ln_mlp="final_layer_norm",
-        act_in="fc1",
-        mlp_out="fc2",
-        delta_mlp="fc2",
-    ),
-    weights=_linear_weights(
-        embedding="model.decoder.embed_tokens",
-        final_norm="model.decoder.final_layer_norm",
-        ln_attn="self_attn_layer_norm",
-        ln_mlp="final_layer_norm",
-        attn="self_attn",
-        attn_out="out_proj",
-        mlp_in="fc1",
-        mlp_out="fc2",
-    )
-    | {W.POSITION_EMBEDDING: Weight("model.decoder.embed_positions", _after_two)},
-    lacks=_opt_lacks,
-)
-
-_LLAMA = Architecture(
-    layers="model.layers",
-    works_in_place=False,
-    final_norm="model.norm",
-    attention="self_attn",
-    sites=_sites(
-        ln_attn="input_layernorm",
-        attn_out="self_attn.o_proj",
-        delta_attn="self_attn",
-        ln_mlp="post_attention_layernorm",
-        act_in="mlp.gate_proj",
-        mlp_out="mlp.down_proj",
-        delta_mlp="mlp",
-    ),
-    weights=_linear_weights(
-        embedding="model.embed_tokens",
-        final_norm="model.norm",
-        ln_attn="input_layernorm",
-        ln_mlp="post_attention_layernorm",
-        attn="self_attn",
-        attn_out="o_proj",
-        mlp_in="mlp.gate_proj",
-        mlp_out="mlp.down_proj",
-    ),
-    # A gated MLP has two input matrices, and RMS norms have no bias.
-    lacks=lambda config: [W.MLP_TO_HIDDEN, W.LAYER_NORM_BIAS_FINAL],
-)
-
-_GEMMA2 = replace(
-    _LLAMA,
-    sites=_sites(
-        ln_attn="input_layernorm",
-        attn_out="self_attn.o_proj",
-        delta_attn="post_attention_layernorm",  # added after a norm of its own
-        ln_mlp="pre_feedforward_layernorm",
-        act_in="mlp.gate_proj",
-        mlp_out="mlp.down_proj",
-        delta_mlp="post_feedforward_layernorm",
-    ),
-    weights={
-        **_LLAMA.weights,
-        W.EMBEDDING: Weight("model.embed_tokens", _scaled_embedding),
-        W.LAYER_NORM_GAIN_PRE_ATTN: Weight("input_layernorm", _one_more),
-        W.LAYER_NORM_GAIN_PRE_MLP: Weight("pre_feedforward_layernorm", _one_more),
-        W.LAYER_NORM_GAIN_FINAL: Weight("model.norm", _one_more),
-    },
-)
-
-_GEMMA = replace(
-    _LLAMA,
-    weights={
-        **_LLAMA.weights,
-        W.EMBEDDING: Weight("model.embed_tokens", _scaled_embedding),
-        W.LAYER_NORM_GAIN_PRE_ATTN: Weight("input_layernorm", _one_more),
-        W.LAYER_NORM_GAIN_PRE_MLP: Weight("post_attention_layernorm", _one_more),
-        W.LAYER_NORM_GAIN_FINAL: Weight("model.norm", _one_more),
-    },
-)
-
-# With images: the language model is a part of the model. Its layers are read for text alone.
-_GEMMA3 = replace(
-    _GEMMA2,
-    layers="model.language_model.layers",
-    final_norm="model.language_model.norm",
-    weights={
-        **_GEMMA2.weights,
-        W.EMBEDDING: Weight("model.language_model.embed_tokens", _scaled_embedding),
-        W.LAYER_NORM_GAIN_FINAL: Weight("model.language_model.norm", _one_more),
-    },
-)
-
-_NORM_GAINS = [
-    W.LAYER_NORM_GAIN_PRE_ATTN,
-    W.LAYER_NORM_GAIN_PRE_MLP,
-    W.LAYER_NORM_GAIN_FINAL,
-    W.LAYER_NORM_BIAS_FINAL,
-]
-
-# OLMo's norms have no gain and no bias.
-_OLMO = replace(_LLAMA, lacks=lambda config: [W.MLP_TO_HIDDEN, *_NORM_GAINS])
-
-# OLMo 2 and 3 have norms behind attention and the MLP; both read the stream as it is.
-_OLMO2 = replace(
-    _LLAMA,
-    sites={
-        "attn.v_out": Tap("in", "self_attn.o_proj"),
-        "resid.torso.delta_attn": Tap("out", "post_attention_layernorm"),
-        "resid.torso.post_attn": Tap("in", "mlp", is_stream=True),
-        "mlp.pre_act": Tap("out", "mlp.gate_proj"),
-        "mlp.post_act": Tap("in", "mlp.down_proj"),
-        "resid.torso.delta_mlp": Tap("out", "post_feedforward_layernorm"),
-    },
-    lacks=lambda config: [
-        W.MLP_TO_HIDDEN,
-        W.LAYER_NORM_GAIN_PRE_ATTN,
-        W.LAYER_NORM_GAIN_PRE_MLP,
-        W.LAYER_NORM_BIAS_FINAL,
-    ],
-)
-
-# The experts of a mixture are one tensor: no module holds what one of them reads or writes.
-_MIXTRAL = replace(
-    _LLAMA,
-    sites=_without(_LLAMA.sites, "mlp.pre_act", "mlp.post_act"),
-    lacks=lambda config: [W.MLP_TO_HIDDEN, W.MLP_TO_RESIDUAL, W.LAYER_NORM_BIAS_FINAL],
-)
-
-# The softmax of GPT-OSS has a column more, for the part of attention that goes to no token.
-_GPT_OSS = replace(_MIXTRAL, attention=None, works_in_place=True)
-
-
 def _granite_lacks(config: Any) -> list[str]:
-    lacks: list[str] = [W.MLP_TO_HIDDEN, W.LAYER_NORM_BIAS_FINAL]
+    lacks: list[str] = [*_GATED]
     if config.residual_multiplier != 1:  # what is added is no module's output, but a multiple of it
         lacks += ["resid.torso.delta_attn", "resid.torso.delta_mlp"]
     if config.embedding_multiplier != 1:
@@ -495,120 +292,9 @@ def _granite_lacks(config: Any) -> list[str]:
     return lacks
 
 
-_STARCODER2 = replace(
-    _LLAMA,
-    sites=_sites(
-        ln_attn="input_layernorm",
-        attn_out="self_attn.o_proj",
-        delta_attn="self_attn",
-        ln_mlp="post_attention_layernorm",
-        act_in="mlp.c_fc",
-        mlp_out="mlp.c_proj",
-        delta_mlp="mlp",
-    ),
-    weights={
-        **_LLAMA.weights,
-        W.MLP_TO_HIDDEN: Weight("mlp.c_fc", transposed),
-        W.MLP_TO_RESIDUAL: Weight("mlp.c_proj", transposed),
-    },
-    lacks=_no_one,
-)
-
-_LLAMA_BY_READER = _sites_by_reader(
-    attn="self_attn",
-    attn_out="self_attn.o_proj",
-    mlp="mlp",
-    act_in="mlp.gate_proj",
-    mlp_out="mlp.down_proj",
-)
-
-_COHERE = replace(
-    _LLAMA,
-    sites=_LLAMA_BY_READER,
-    weights={
-        **_LLAMA.weights,
-        W.LAYER_NORM_GAIN_PRE_MLP: Weight("input_layernorm", as_stored),
-    },
-)
-
-_STABLELM = replace(
-    _LLAMA,
-    sites=_LLAMA_BY_READER
-    | {"resid.torso.post_attn": Tap("in", "post_attention_layernorm", is_stream=True)},
-    lacks=lambda config: [
-        W.MLP_TO_HIDDEN,
-        *(
-            ["resid.torso.post_attn", W.LAYER_NORM_GAIN_PRE_MLP]
-            if config.use_parallel_residual
-            else []
-        ),
-    ],
-)
-
-_PHI = Architecture(
-    layers="model.layers",
-    works_in_place=False,
-    final_norm="model.final_layernorm",
-    attention="self_attn",
-    sites=_sites_by_reader(
-        attn="self_attn",
-        attn_out="self_attn.dense",
-        mlp="mlp",
-        act_in="mlp.fc1",
-        mlp_out="mlp.fc2",
-    ),
-    weights=_linear_weights(
-        embedding="model.embed_tokens",
-        final_norm="model.final_layernorm",
-        ln_attn="input_layernorm",
-        ln_mlp="input_layernorm",
-        attn="self_attn",
-        attn_out="dense",
-        mlp_in="mlp.fc1",
-        mlp_out="mlp.fc2",
-    ),
-)
-
-_GPTJ = Architecture(
-    layers="transformer.h",
-    works_in_place=False,
-    final_norm="transformer.ln_f",
-    attention="attn",
-    sites=_sites_by_reader(
-        attn="attn",
-        attn_out="attn.out_proj",
-        mlp="mlp",
-        act_in="mlp.fc_in",
-        mlp_out="mlp.fc_out",
-    ),
-    weights=_linear_weights(
-        embedding="transformer.wte",
-        final_norm="transformer.ln_f",
-        ln_attn="ln_1",
-        ln_mlp="ln_1",
-        attn="attn",
-        attn_out="out_proj",
-        mlp_in="mlp.fc_in",
-        mlp_out="mlp.fc_out",
-    ),
-)
-
-_GPT_BIGCODE = replace(
-    _GPT2,
-    weights={  # nn.Linear, where GPT-2 has Conv1D
-        **_GPT2.weights,
-        W.ATTN_TO_QUERY: Weight("attn.c_attn", _of_shared(0)),
-        W.ATTN_TO_KEY: Weight("attn.c_attn", _of_shared(1)),
-        W.ATTN_TO_VALUE: Weight("attn.c_attn", _of_shared(2)),
-        W.ATTN_TO_RESIDUAL: Weight("attn.c_proj", out_of_heads),
-        W.MLP_TO_HIDDEN: Weight("mlp.c_fc", transposed),
-        W.MLP_TO_RESIDUAL: Weight("mlp.c_proj", transposed),
-    },
-)
-
-
 def _falcon_lacks(config: Any) -> list[str]:
-    lacks: list[str] = []
+    # How q, k and v lie in one matrix differs between the versions.
+    lacks: list[str] = [W.ATTN_TO_QUERY, W.ATTN_TO_KEY, W.ATTN_TO_VALUE]
     if config.new_decoder_architecture or config.parallel_attn:
         lacks += ["resid.torso.post_attn", W.LAYER_NORM_GAIN_PRE_MLP]
     if config.new_decoder_architecture and config.num_ln_in_parallel_attn in (None, 2):
@@ -618,35 +304,8 @@ def _falcon_lacks(config: Any) -> list[str]:
     return lacks
 
 
-_FALCON = Architecture(
-    layers="transformer.h",
-    final_norm="transformer.ln_f",
-    attention="self_attention",
-    sites=_sites_by_reader(
-        attn="self_attention",
-        attn_out="self_attention.dense",
-        mlp="mlp",
-        act_in="mlp.dense_h_to_4h",
-        mlp_out="mlp.dense_4h_to_h",
-    )
-    | {"resid.torso.post_attn": Tap("in", "post_attention_layernorm", is_stream=True)},
-    weights={  # how q, k and v lie in one matrix differs between the versions
-        W.EMBEDDING: Weight("transformer.word_embeddings", as_stored),
-        W.UNEMBEDDING: Weight("lm_head", transposed),
-        W.ATTN_TO_RESIDUAL: Weight("self_attention.dense", out_of_heads),
-        W.MLP_TO_HIDDEN: Weight("mlp.dense_h_to_4h", transposed),
-        W.MLP_TO_RESIDUAL: Weight("mlp.dense_4h_to_h", transposed),
-        W.LAYER_NORM_GAIN_PRE_ATTN: Weight("input_layernorm", as_stored),
-        W.LAYER_NORM_GAIN_PRE_MLP: Weight("post_attention_layernorm", as_stored),
-        W.LAYER_NORM_GAIN_FINAL: Weight("transformer.ln_f", as_stored),
-        W.LAYER_NORM_BIAS_FINAL: Weight("transformer.ln_f:bias", as_stored),
-    },
-    lacks=_falcon_lacks,
-)
-
-
 def _bloom_lacks(config: Any) -> list[str]:
-    lacks: list[str] = []
+    lacks: list[str] = [W.EMBEDDING]  # a norm stands between it and the stream
     if config.apply_residual_connection_post_layernorm:  # deltas are added to the norms' outputs
         lacks += ["resid.torso.post_ln_attn", "resid.torso.post_attn", "resid.torso.post_ln_mlp"]
         lacks += ["resid.torso.delta_attn", "resid.torso.delta_mlp"]
@@ -655,104 +314,168 @@ def _bloom_lacks(config: Any) -> list[str]:
     return lacks
 
 
-_BLOOM = Architecture(
-    layers="transformer.h",
-    final_norm="transformer.ln_f",
-    attention="self_attention",
-    sites=_sites(
-        ln_attn="input_layernorm",
-        attn_out="self_attention.dense",
-        delta_attn="self_attention.dense",
-        ln_mlp="post_attention_layernorm",
-        act_in="mlp.dense_h_to_4h",
-        mlp_out="mlp.dense_4h_to_h",
-        delta_mlp="mlp.dense_4h_to_h",
-    ),
-    weights={  # without the embedding: a norm stands between it and the stream
-        W.UNEMBEDDING: Weight("lm_head", transposed),
-        W.ATTN_TO_QUERY: Weight("self_attention.query_key_value", _third_in_each_head(0)),
-        W.ATTN_TO_KEY: Weight("self_attention.query_key_value", _third_in_each_head(1)),
-        W.ATTN_TO_VALUE: Weight("self_attention.query_key_value", _third_in_each_head(2)),
-        W.ATTN_TO_RESIDUAL: Weight("self_attention.dense", out_of_heads),
-        W.MLP_TO_HIDDEN: Weight("mlp.dense_h_to_4h", transposed),
-        W.MLP_TO_RESIDUAL: Weight("mlp.dense_4h_to_h", transposed),
-        W.LAYER_NORM_GAIN_PRE_ATTN: Weight("input_layernorm", as_stored),
-        W.LAYER_NORM_GAIN_PRE_MLP: Weight("post_attention_layernorm", as_stored),
-        W.LAYER_NORM_GAIN_FINAL: Weight("transformer.ln_f", as_stored),
-        W.LAYER_NORM_BIAS_FINAL: Weight("transformer.ln_f:bias", as_stored),
-    },
-    lacks=_bloom_lacks,
-)
-
-
-def _third_of_rows(which: int) -> Layout:
-    """MPT's ``[3 * h * d_head, d]``: all of q, then k, then v."""
-    return lambda weight, sizes: into_heads(weight.chunk(3)[which], sizes)
-
-
 def _mpt_lacks(config: Any) -> list[str]:
     clipped = config.attn_config.clip_qkv  # then no matrix alone gives q, k and v
-    return [W.ATTN_TO_QUERY, W.ATTN_TO_KEY, W.ATTN_TO_VALUE] if clipped else []
+    return [W.LAYER_NORM_BIAS_FINAL, *(_QKV if clipped else ())]
 
 
-_MPT = Architecture(
-    layers="transformer.blocks",
-    final_norm="transformer.norm_f",
-    attention="attn",
-    sites=_sites(
-        ln_attn="norm_1",
-        attn_out="attn.out_proj",
-        delta_attn="attn",
-        ln_mlp="norm_2",
-        act_in="ffn.up_proj",
-        mlp_out="ffn.down_proj",
-        delta_mlp="ffn.down_proj",
-    ),
-    weights={
-        W.EMBEDDING: Weight("transformer.wte", as_stored),
-        W.UNEMBEDDING: Weight("lm_head", transposed),
-        W.ATTN_TO_QUERY: Weight("attn.Wqkv", _third_of_rows(0)),
-        W.ATTN_TO_KEY: Weight("attn.Wqkv", _third_of_rows(1)),
-        W.ATTN_TO_VALUE: Weight("attn.Wqkv", _third_of_rows(2)),
-        W.ATTN_TO_RESIDUAL: Weight("attn.out_proj", out_of_heads),
-        W.MLP_TO_HIDDEN: Weight("ffn.up_proj", transposed),
-        W.MLP_TO_RESIDUAL: Weight("ffn.down_proj", transposed),
-        W.LAYER_NORM_GAIN_PRE_ATTN: Weight("norm_1", as_stored),
-        W.LAYER_NORM_GAIN_PRE_MLP: Weight("norm_2", as_stored),
-        W.LAYER_NORM_GAIN_FINAL: Weight("transformer.norm_f", as_stored),
-    },
-    lacks=_mpt_lacks,
-)
+# --- the table ---
+
+_GPT2_POSITIONS = {W.POSITION_EMBEDDING: Weight("transformer.wpe", as_stored)}
+_GPT2: dict[str, Any] = {
+    "layers": "transformer.h",
+    "embedding": "transformer.wte",
+    "final_norm": "transformer.ln_f",
+    "attention": ("ln_1", "attn", "c_proj"),
+    "mlp": ("ln_2", "mlp.c_fc", "mlp.c_proj"),
+}
+_LLAMA: dict[str, Any] = {
+    "layers": "model.layers",
+    "embedding": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "attention": ("input_layernorm", "self_attn", "o_proj"),
+    "mlp": ("post_attention_layernorm", "mlp.gate_proj", "mlp.down_proj"),
+    "lacks": _always(*_GATED),
+}
+_GEMMA = _LLAMA | {
+    "gain": _one_more,
+    "weights": {W.EMBEDDING: Weight("model.embed_tokens", _scaled_embedding)},
+}
+_GEMMA2 = _GEMMA | {
+    "mlp": ("pre_feedforward_layernorm", "mlp.gate_proj", "mlp.down_proj"),
+    # Both are added after norms of their own.
+    "deltas": ("post_attention_layernorm", "post_feedforward_layernorm"),
+}
+# Norms stand behind attention and the MLP; both read the stream as it is.
+_OLMO2 = _LLAMA | {
+    "mlp": ("mlp", "mlp.gate_proj", "mlp.down_proj"),
+    "deltas": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "lacks": _always(*_GATED, *_LAYER_GAINS, "resid.torso.post_ln_attn", "resid.torso.post_ln_mlp"),
+}
+_COHERE = _LLAMA | {
+    "by_reader": True,
+    "mlp": ("input_layernorm", "mlp.gate_proj", "mlp.down_proj"),
+}
+
 
 FAMILIES: dict[str, Architecture] = {
-    "bloom": _BLOOM,
-    "cohere": _COHERE,
-    "cohere2": _COHERE,
-    "falcon": _FALCON,
-    "gemma": _GEMMA,
-    "gemma2": _GEMMA2,
-    "gemma3": _GEMMA3,
-    "gemma3_text": _GEMMA2,
-    "gpt2": _GPT2,
-    "gpt_bigcode": _GPT_BIGCODE,
-    "gpt_neo": _GPT_NEO,
-    "gpt_neox": _GPT_NEOX,
-    "gpt_oss": _GPT_OSS,
-    "gptj": _GPTJ,
-    "granite": replace(_LLAMA, lacks=_granite_lacks),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "mixtral": _MIXTRAL,
-    "mpt": _MPT,
-    "olmo": _OLMO,
-    "olmo2": _OLMO2,
-    "olmo3": _OLMO2,
-    "opt": _OPT,
-    "phi": _PHI,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "stablelm": _STABLELM,
-    "starcoder2": _STARCODER2,
+    "bloom": _family(
+        "transformer.h",
+        "transformer.word_embeddings",
+        "transformer.ln_f",
+        ("input_layernorm", "self_attention", "dense"),
+        ("post_attention_layernorm", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        deltas=("self_attention.dense", "mlp.dense_4h_to_h"),
+        one_matrix=("query_key_value", _third_in_each_head),
+        lacks=_bloom_lacks,
+        works_in_place=True,
+    ),
+    "cohere": _family(**_COHERE),
+    "cohere2": _family(**_COHERE),
+    "falcon": _family(
+        "transformer.h",
+        "transformer.word_embeddings",
+        "transformer.ln_f",
+        ("input_layernorm", "self_attention", "dense"),
+        ("post_attention_layernorm", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        by_reader=True,
+        lacks=_falcon_lacks,
+        works_in_place=True,
+    ),
+    "gemma": _family(**_GEMMA),
+    "gemma2": _family(**_GEMMA2),
+    # With images: the language model is a part of the model. Its layers are read for text alone.
+    "gemma3": _family(
+        **_GEMMA2
+        | {
+            "layers": "model.language_model.layers",
+            "final_norm": "model.language_model.norm",
+            "weights": {
+                W.EMBEDDING: Weight("model.language_model.embed_tokens", _scaled_embedding)
+            },
+        }
+    ),
+    "gemma3_text": _family(**_GEMMA2),
+    "gpt2": _family(
+        **_GPT2,
+        one_matrix=("c_attn", _third),
+        weights={  # Conv1D stores matrices as [in, out]
+            **_GPT2_POSITIONS,
+            W.ATTN_TO_RESIDUAL: Weight("attn.c_proj", lambda w, sizes: out_of_heads(w.T, sizes)),
+            W.MLP_TO_HIDDEN: Weight("mlp.c_fc", as_stored),
+            W.MLP_TO_RESIDUAL: Weight("mlp.c_proj", as_stored),
+        },
+    ),
+    "gpt_bigcode": _family(**_GPT2, one_matrix=("c_attn", _of_shared), weights=_GPT2_POSITIONS),
+    "gpt_neo": _family(
+        **_GPT2 | {"attention": ("ln_1", "attn.attention", "out_proj")},
+        deltas=("attn", "mlp"),
+        weights=_GPT2_POSITIONS,
+    ),
+    "gpt_neox": _family(
+        "gpt_neox.layers",
+        "gpt_neox.embed_in",
+        "gpt_neox.final_layer_norm",
+        ("input_layernorm", "attention", "dense"),
+        ("post_attention_layernorm", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        one_matrix=("query_key_value", _third_in_each_head),
+        lacks=_gpt_neox_lacks,
+    ),
+    # The softmax has a column more, for the part of attention that goes to no token.
+    "gpt_oss": _family(
+        **_LLAMA | {"lacks": _always(*_EXPERTS, "attn.qk_probs")}, works_in_place=True
+    ),
+    "gptj": _family(
+        "transformer.h",
+        "transformer.wte",
+        "transformer.ln_f",
+        ("ln_1", "attn", "out_proj"),
+        ("ln_1", "mlp.fc_in", "mlp.fc_out"),
+        by_reader=True,
+    ),
+    "granite": _family(**_LLAMA | {"lacks": _granite_lacks}),
+    "llama": _family(**_LLAMA),
+    "mistral": _family(**_LLAMA),
+    "mixtral": _family(**_LLAMA | {"lacks": _always(*_EXPERTS)}),
+    "mpt": _family(
+        "transformer.blocks",
+        "transformer.wte",
+        "transformer.norm_f",
+        ("norm_1", "attn", "out_proj"),
+        ("norm_2", "ffn.up_proj", "ffn.down_proj"),
+        deltas=(None, "ffn.down_proj"),
+        one_matrix=("Wqkv", _third_of_rows),
+        lacks=_mpt_lacks,
+        works_in_place=True,
+    ),
+    # Its norms have no gain and no bias.
+    "olmo": _family(**_LLAMA | {"lacks": _always(*_GATED, *_LAYER_GAINS, W.LAYER_NORM_GAIN_FINAL)}),
+    "olmo2": _family(**_OLMO2),
+    "olmo3": _family(**_OLMO2),
+    "opt": _family(
+        "model.decoder.layers",
+        "model.decoder.embed_tokens",
+        "model.decoder.final_layer_norm",
+        ("self_attn_layer_norm", "self_attn", "out_proj"),
+        ("final_layer_norm", "fc1", "fc2"),
+        deltas=(None, "fc2"),
+        weights={W.POSITION_EMBEDDING: Weight("model.decoder.embed_positions", _after_two)},
+        lacks=_opt_lacks,
+    ),
+    "phi": _family(
+        "model.layers",
+        "model.embed_tokens",
+        "model.final_layernorm",
+        ("input_layernorm", "self_attn", "dense"),
+        ("input_layernorm", "mlp.fc1", "mlp.fc2"),
+        by_reader=True,
+    ),
+    "qwen2": _family(**_LLAMA),
+    "qwen3": _family(**_LLAMA),
+    "stablelm": _family(**_LLAMA | {"by_reader": True, "lacks": _stablelm_lacks}),
+    "starcoder2": _family(
+        **_LLAMA | {"mlp": ("post_attention_layernorm", "mlp.c_fc", "mlp.c_proj"), "lacks": _no_one}
+    ),
 }
 """By ``config.model_type``."""
 

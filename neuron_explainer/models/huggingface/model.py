@@ -180,19 +180,10 @@ class HuggingFaceModel(LanguageModel):
         pad: Tensor | None = None,
         hooks: TransformerHooks | None = None,
     ) -> tuple[Tensor, HuggingFaceState]:
-        """Logits of the next token after each token.
+        """Logits ``[b, s, v]`` of the next token after each token, and the state to continue from.
 
-        Args:
-            tokens: ids ``[b, s]``, int64; in a continuation only the new ones. Or prompts as
-                :meth:`sample` takes them, which are padded on the right (see :meth:`to_batch`).
-            H: what an earlier call returned, to continue from it. It is updated in place; if the call
-                raises, it is as before.
-            pad: ``[b, s]`` bool, True where a position is padding. Each row's result at its tokens is
-                that of its solo run.
-            hooks: what to see or replace on the way.
-
-        Returns:
-            Logits ``[b, s, v]`` and the state to continue from.
+        Arguments are those of :meth:`Transformer.forward
+        <neuron_explainer.models.transformer.Transformer.forward>`.
         """
         tokens, pad = self.to_batch(tokens, pad)
         if H is None:  # with H, a hook may be for tokens of another call

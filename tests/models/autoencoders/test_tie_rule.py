@@ -165,11 +165,12 @@ def test_training_takes_the_first(kind, dtype):
     found = largest(dictionary, x, K, some).indices
     assert (found.numpy() == some.numpy()[first_of_each_row(pre_act[:, some], K)]).all()
     active = batch_top_k(pre_act, K)
+    assert active.starts is not None
     tokens = torch.repeat_interleave(
-        torch.arange(B), torch.tensor([*active.starts, len(active.latents)]).diff()
+        torch.arange(B), torch.tensor([*active.starts, len(active.indices)]).diff()
     )
     expected = np.sort(first_of_each_row(pre_act.flatten(), K * B))
-    assert ((tokens * L + active.latents).numpy() == expected).all()
+    assert ((tokens * L + active.indices).numpy() == expected).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

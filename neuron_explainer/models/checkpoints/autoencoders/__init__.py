@@ -20,9 +20,9 @@ from neuron_explainer.models.checkpoints.autoencoders.circuit_tracer import CIRC
 from neuron_explainer.models.checkpoints.autoencoders.detect import open_source
 from neuron_explainer.models.checkpoints.autoencoders.dictionary_learning import DICTIONARY_LEARNING
 from neuron_explainer.models.checkpoints.autoencoders.e2e import E2E
-from neuron_explainer.models.checkpoints.autoencoders.export import Exported
 from neuron_explainer.models.checkpoints.autoencoders.format import (
     COMMON,
+    Exported,
     Format,
     LoadedAutoencoder,
     Stated,

@@ -27,13 +27,12 @@ from torch import Tensor
 from neuron_explainer import files
 from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
-    check_tensors,
+    check_layout,
     encoder_by_latent,
-    loaded,
     location_of,
-    matrix_shape,
     parameters,
     read_choice,
+    side_by_side,
 )
 from neuron_explainer.models.checkpoints.autoencoders.format import (
     Content,
@@ -41,10 +40,9 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     LoadedAutoencoder,
     Source,
     Stated,
+    loaded,
     read_content,
 )
-from neuron_explainer.models.checkpoints.autoencoders.gemma_scope_2 import side_by_side
-from neuron_explainer.models.checkpoints.problems import Shape
 
 CONFIG_FILE = "config.yaml"
 _THRESHOLD = "activation_function.threshold"
@@ -83,17 +81,8 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
 
 
 def _per_layer(where: str | Path, tensors: Content) -> dict[str, Any]:
-    n_latents, n_inputs = matrix_shape(where, tensors, "W_enc")
-    shapes: dict[str, Shape] = {
-        "W_enc": (n_latents, n_inputs),
-        "W_dec": (n_latents, n_inputs),
-        "b_enc": (n_latents,),
-        "b_dec": (n_inputs,),
-    }
-    for name, shape in ((_THRESHOLD, (n_latents,)), ("W_skip", (n_inputs, n_inputs))):
-        if name in tensors:
-            shapes[name] = shape
-    check_tensors(where, tensors, shapes)
+    layout = "W_enc [l, n]  W_dec [l, n]  b_enc [l]  b_dec [n]  W_skip [n, n]?"
+    check_layout(where, tensors, f"{layout}  {_THRESHOLD} [l]?")
     state = parameters(
         tensors["W_enc"],
         tensors["W_dec"].T,
@@ -114,18 +103,10 @@ def _cross_layer(
     path = source.beside(f"W_dec_{layer}.safetensors")
     tensors = {**content, **read_content(files.fetch(path), path)}
     encoder, decoder = f"W_enc_{layer}", f"W_dec_{layer}"
-    n_latents, n_inputs = matrix_shape(source.path, tensors, encoder)
     weight = tensors.get(decoder)
     n_layers = weight.shape[1] if isinstance(weight, Tensor) and weight.ndim == 3 else 1
-    shapes: dict[str, Shape] = {
-        encoder: (n_latents, n_inputs),
-        decoder: (n_latents, n_layers, n_inputs),
-        f"b_enc_{layer}": (n_latents,),
-        f"b_dec_{layer}": (n_inputs,),
-    }
-    if f"threshold_{layer}" in tensors:
-        shapes[f"threshold_{layer}"] = (n_latents,)
-    check_tensors(source.path, tensors, shapes)
+    layout = f"{encoder} [l, n]  {decoder} [l, {n_layers}, n]  b_enc_{layer} [l]  b_dec_{layer} [n]"
+    check_layout(source.path, tensors, f"{layout}  threshold_{layer} [l]?")
     wide, bias, _ = side_by_side(tensors[decoder], tensors[f"b_dec_{layer}"], None)
     state = parameters(
         tensors[encoder],

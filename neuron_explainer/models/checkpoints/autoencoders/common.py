@@ -1,4 +1,4 @@
-"""What readers of autoencoders share: statements of the caller, checks of tensors and configs, folding.
+"""What readers of autoencoders share: parameters, checks of tensors and configs, folding.
 
 Everything that is wrong with a file is reported at once, in the file's own words.
 
@@ -11,20 +11,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from neuron_explainer.errors import CheckpointError, InputError, LocationError, did_you_mean
-from neuron_explainer.models.checkpoints.autoencoders.format import LoadedAutoencoder, Stated
-from neuron_explainer.models.checkpoints.autoencoders.state import (
-    STATISTICS,
-    InputNormalization,
-    at_least_float32,
-)
+from neuron_explainer.models.checkpoints.autoencoders.state import at_least_float32
 from neuron_explainer.models.checkpoints.problems import Report, Shape, described, tensor_problems
-from neuron_explainer.models.locations import ActivationLocation, LocationLike
+from neuron_explainer.models.locations import ActivationLocation
 
-# ---- results -------------------------------------------------------------------------------------
+# ---- parameters ----------------------------------------------------------------------------------
 
 
 def parameters(
@@ -65,71 +60,7 @@ def parameters(
     return state
 
 
-def loaded(
-    where: str | Path,
-    stated: Stated,
-    state: Mapping[str, Any],
-    *,
-    said_by: str = "this format",
-    input_normalization: InputNormalization | None = "none",
-    location: ActivationLocation | None = None,
-    output_location: ActivationLocation | None = None,
-    model_name: str | None = None,
-    metadata: dict[str, Any],
-) -> LoadedAutoencoder:
-    """A reader's result: what the file says, completed by what the caller states.
-
-    ``said_by`` is what an error about a contradiction names as the source of the normalisation.
-    """
-    given = stated.get("input_normalization")
-    return LoadedAutoencoder(
-        with_statistics(state),
-        settle(where, said_by, input_normalization, given, "input_normalization"),
-        settle_location(where, location, stated.get("location")),
-        settle_location(where, output_location, stated.get("output_location")),
-        model_name,
-        metadata,
-    )
-
-
-def with_statistics(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict completed by the values that statistics have where nothing is known about them."""
-    weight = state_dict.get("encoder.weight")
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
-        return dict(state_dict)  # what is wrong is reported with all else that is
-    unknown = {
-        name: torch.full((len(weight),), value, dtype=dtype)
-        for name, (value, dtype) in STATISTICS.items()
-    }
-    return unknown | dict(state_dict)
-
-
-# ---- what the caller says ------------------------------------------------------------------------
-
-
-def settle(where: str | Path, said_by: str, found: Any, given: Any, name: str) -> Any:
-    """What a file says, or else the caller (either may be None); a contradiction is an error."""
-    if found is not None and given is not None and found != given:
-        raise CheckpointError(
-            f"{where}: {said_by} says {name} {_shown(found)}, the call says {_shown(given)}."
-        )
-    return given if found is None else found
-
-
-def _shown(value: Any) -> str:
-    return repr(str(value) if isinstance(value, ActivationLocation) else value)
-
-
-def settle_location(
-    where: str | Path, found: ActivationLocation | None, given: LocationLike | None
-) -> ActivationLocation | None:
-    """The same for a location; where one of the two has no layer, it takes the other's."""
-    said = None if given is None else ActivationLocation.parse(given)
-    if found is not None and said is not None:
-        said = said.at(found.layer) if said.layer is None else said
-        found = found.at(said.layer) if found.layer is None else found
-    settled: ActivationLocation | None = settle(where, "the file", found, said, "location")
-    return settled
+# ---- locations -----------------------------------------------------------------------------------
 
 
 def is_on_the_stream(location: ActivationLocation) -> bool:
@@ -166,6 +97,40 @@ def check_tensors(
     report.raise_if_any(why)
 
 
+def check_layout(
+    where: str | Path, tensors: Mapping[str, Any], layout: str, **how: Any
+) -> dict[str, int]:
+    """Check tensors by a layout, such as ``"W_enc [n, l]  b_enc [l]?"``; returns the size of each letter.
+
+    The first tensor is a matrix, from which its two sizes are read. Another letter is the length of the
+    first vector that has it, or else ``n``: a transcoder's output need not be as wide as its input. What
+    has a ``?`` may be missing. ``how`` is as of :func:`check_tensors`.
+    """
+    axes = {
+        name: letters
+        for name, letters, optional in read_layout(layout)
+        if name in tensors or not optional
+    }
+    first = next(iter(axes))
+    sizes = dict(zip(axes[first], matrix_shape(where, tensors, first), strict=True))
+    for name, letters in axes.items():
+        vector = tensors.get(name)
+        if len(letters) == 1 and isinstance(vector, Tensor) and vector.ndim == 1:
+            sizes.setdefault(letters[0], len(vector))
+    expected = {
+        name: tuple(int(x) if x.isdecimal() else sizes.get(x, sizes["n"]) for x in letters)
+        for name, letters in axes.items()
+    }
+    check_tensors(where, tensors, expected, **how)
+    return sizes
+
+
+def read_layout(layout: str) -> list[tuple[str, list[str], bool]]:
+    """The tensors of a layout: name, letters of the axes, whether it may be missing."""
+    found = re.findall(r"(\S+) \[(.*?)\](\??)", layout)
+    return [(name, axes.split(", ") if axes else [], bool(mark)) for name, axes, mark in found]
+
+
 def matrix_shape(where: str | Path, tensors: Mapping[str, Any], name: str) -> tuple[int, int]:
     """The two sizes of the matrix from which all others follow."""
     value = tensors.get(name)
@@ -173,12 +138,6 @@ def matrix_shape(where: str | Path, tensors: Mapping[str, Any], name: str) -> tu
         found = "nothing" if value is None else described(value)
         raise CheckpointError(f"{where}: {name}: expected a matrix, found {found}.")
     return value.shape[0], value.shape[1]
-
-
-def width_of(tensors: Mapping[str, Any], bias: str, default: int) -> int:
-    """The width of an output by that of its bias: a transcoder's need not be that of its input."""
-    value = tensors.get(bias)
-    return len(value) if isinstance(value, Tensor) and value.ndim == 1 else default
 
 
 def encoder_by_latent(tensors: Mapping[str, Any]) -> bool:
@@ -250,6 +209,48 @@ def check_factor(name: str, value: Any) -> float:
     if not _is_positive(value):
         raise InputError(f"{name} must be a number > 0, found {value!r}.")
     return float(value)
+
+
+# Folded biases are float32 in files of any dtype: in half precision a sum over the whole input would
+# be rounded to three digits, and could overflow.
+
+
+def fold_pre_bias(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The same autoencoder without a bias of the input: (x - b) W + e = x W + (e - b W)."""
+    state = dict(state_dict)
+    if not state["pre_bias"].any():
+        return state
+    weight, pre_bias = at_least_float32(state["encoder.weight"]), state["pre_bias"]
+    shift = weight @ pre_bias.to(weight)
+    state["latent_bias"] = state["latent_bias"].to(shift) - shift
+    state["pre_bias"] = pre_bias.new_zeros(pre_bias.shape)
+    return state
+
+
+def fold_latent_bias_into_gates(
+    latent_bias: Tensor, fields: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """``b_gate``, ``r_mag`` and ``b_mag`` of a gated autoencoder that has no bias before its gates."""
+    if not latent_bias.any():
+        return {name: fields[name] for name in ("b_gate", "r_mag", "b_mag")}
+    b_gate, r_mag, b_mag, bias = (
+        at_least_float32(value)
+        for value in (fields["b_gate"], fields["r_mag"], fields["b_mag"], latent_bias)
+    )
+    return {"b_gate": b_gate + bias, "r_mag": fields["r_mag"], "b_mag": b_mag + bias * r_mag.exp()}
+
+
+def side_by_side(
+    decoder: Tensor, bias: Tensor, skip: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The decoders ``[l, layers, n]`` as one, ``[l, layers · n]``; the first is that of the own layer.
+
+    ``bias`` ``[n]`` and ``skip`` ``[n, n]`` belong to the own layer: they are zero for all others.
+    """
+    n_latents, n_layers, width = decoder.shape
+    behind = (0, (n_layers - 1) * width)
+    wide_skip = None if skip is None else F.pad(skip, behind)
+    return decoder.reshape(n_latents, n_layers * width), F.pad(bias, behind), wide_skip
 
 
 # ---- config fields -------------------------------------------------------------------------------

@@ -29,51 +29,41 @@ from torch import Tensor
 from neuron_explainer.errors import CheckpointError, InputError, did_you_mean
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_facts,
-    check_tensors,
-    fold_latent_scale,
-    loaded,
-    location_of,
-    matrix_shape,
-    parameters,
-    read_text,
-    settle,
-)
-from neuron_explainer.models.checkpoints.autoencoders.export import (
-    Exported,
+    check_layout,
     fold_latent_bias_into_gates,
+    fold_latent_scale,
     fold_pre_bias,
+    location_of,
+    parameters,
+    read_layout,
+    read_text,
 )
 from neuron_explainer.models.checkpoints.autoencoders.format import (
     Content,
+    Exported,
     Format,
     LoadedAutoencoder,
     Source,
     Stated,
+    loaded,
+    settle,
 )
-from neuron_explainer.models.checkpoints.problems import Shape
 from neuron_explainer.models.locations import ActivationLocation
 
 WEIGHTS_FILE, CONFIG_FILE = "ae.pt", "config.json"
 
-_LINEAR = {"encoder.weight", "encoder.bias", "decoder.weight"}
-_MATRICES = {"W_enc", "b_enc", "W_dec", "b_dec"}
-_KEYS: dict[str, set[str]] = {
-    "AutoEncoder": _LINEAR | {"bias"},
-    "AutoEncoderNew": _LINEAR | {"decoder.bias"},
-    "GatedAutoEncoder": {
-        "encoder.weight",
-        "decoder.weight",
-        "decoder_bias",
-        "r_mag",
-        "gate_bias",
-        "mag_bias",
-    },
-    "JumpReluAutoEncoder": _MATRICES | {"threshold"},
-    "AutoEncoderTopK": _LINEAR | {"b_dec", "k", "threshold"},
-    "BatchTopKSAE": _LINEAR | {"b_dec", "k", "threshold"},
-    "MatryoshkaBatchTopKSAE": _MATRICES | {"k", "threshold", "group_sizes"},
+_LINEAR = "encoder.weight [l, n]  encoder.bias [l]  decoder.weight [n, l]"
+_MATRICES = "W_enc [n, l]  b_enc [l]  W_dec [l, n]  b_dec [n]"
+_GATES = "r_mag [l]  gate_bias [l]  mag_bias [l]"
+_LAYOUTS = {
+    "AutoEncoder": f"{_LINEAR}  bias [n]",
+    "AutoEncoderNew": f"{_LINEAR}  decoder.bias [n]",
+    "GatedAutoEncoder": f"encoder.weight [l, n]  decoder.weight [n, l]  decoder_bias [n]  {_GATES}",
+    "JumpReluAutoEncoder": f"{_MATRICES}  threshold [l]",
+    "AutoEncoderTopK": f"{_LINEAR}  b_dec [n]  k []?  threshold []?",
+    "BatchTopKSAE": f"{_LINEAR}  b_dec [n]  k []?  threshold []?",
+    "MatryoshkaBatchTopKSAE": f"{_MATRICES}  k []  threshold []  group_sizes [groups]",
 }
-_MAY_BE_MISSING = {"AutoEncoderTopK": {"k", "threshold"}, "BatchTopKSAE": {"k", "threshold"}}
 # The classes that a statement is for.
 _SETTINGS = {
     "k": {"AutoEncoderTopK", "BatchTopKSAE"},
@@ -84,11 +74,12 @@ _SETTINGS = {
 
 def classes_with_keys(keys: set[str]) -> list[str]:
     """The classes whose state dicts have these keys."""
-    return [
-        name
-        for name, known in _KEYS.items()
-        if known - _MAY_BE_MISSING.get(name, set()) <= keys <= known
-    ]
+    found = []
+    for name, layout in _LAYOUTS.items():
+        parts = {key: optional for key, _, optional in read_layout(layout)}
+        if {key for key in parts if not parts[key]} <= keys <= parts.keys():
+            found.append(name)
+    return found
 
 
 def read(source: Source, stated: Stated) -> LoadedAutoencoder:
@@ -97,25 +88,23 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
     config = source.json_if_any(CONFIG_FILE)
     trainer = _trainer(where, config)
     name = _class(where, trainer, set(tensors), stated)
-    shapes = _shapes(where, name, tensors)
-    n_latents, n_inputs = _sizes(where, name, tensors)
-    facts: dict[str, Any] = {"activation_dim": n_inputs, "dict_size": n_latents}
     k = tensors.get("k")
     if isinstance(k, Tensor) and (k.ndim or k.is_floating_point() or k.is_complex()):
         dtype = str(k.dtype).removeprefix("torch.")
         raise CheckpointError(
             f"{where}: k: expected a whole number, found {dtype} {list(k.shape)}."
         )
-    if isinstance(k, Tensor) and k.device.type != "meta":
-        facts["k"] = int(k)
-    check_facts(f"{where}: {CONFIG_FILE} beside it", trainer, facts, WEIGHTS_FILE)
-    check_tensors(
+    sizes = check_layout(
         where,
         tensors,
-        shapes,
+        _LAYOUTS[name],
         integers=("k", "group_sizes"),
         why=f"Expected is what {name} has, in sizes that go with its encoder.",
     )
+    facts: dict[str, Any] = {"activation_dim": sizes["n"], "dict_size": sizes["l"]}
+    if isinstance(k, Tensor):
+        facts["k"] = int(k)
+    check_facts(f"{where}: {CONFIG_FILE} beside it", trainer, facts, WEIGHTS_FILE)
     state = _state(where, name, tensors, trainer, stated)
     metadata: dict[str, Any] = {"format": "dictionary_learning", "dict_class": name}
     if config is not None:
@@ -194,10 +183,10 @@ def _trainer(where: str | Path, config: Mapping[str, Any] | None) -> Mapping[str
 def _class(where: str | Path, trainer: Mapping[str, Any], keys: set[str], stated: Stated) -> str:
     said, given = trainer.get("dict_class"), stated.get("dict_class")
     for name in (said, given):
-        if name is not None and not (isinstance(name, str) and name in _KEYS):
+        if name is not None and not (isinstance(name, str) and name in _LAYOUTS):
             raise CheckpointError(
-                f"{where}: dict_class: expected one of {', '.join(_KEYS)}, found {name!r}."
-                f"{did_you_mean(str(name), _KEYS)}"
+                f"{where}: dict_class: expected one of {', '.join(_LAYOUTS)}, found {name!r}."
+                f"{did_you_mean(str(name), _LAYOUTS)}"
             )
     name = settle(where, CONFIG_FILE, said, given, "dict_class")
     if name is not None:
@@ -216,37 +205,6 @@ def _class(where: str | Path, trainer: Mapping[str, Any], keys: set[str], stated
         f"`Autoencoder.load(source, dict_class={possible[0]!r})`, in the shell "
         f"`--dict-class {possible[0]}`."
     )
-
-
-def _sizes(where: str | Path, name: str, tensors: Content) -> tuple[int, int]:
-    """Numbers of latents and of inputs."""
-    if "W_enc" in _KEYS[name]:
-        n_inputs, n_latents = matrix_shape(where, tensors, "W_enc")
-        return n_latents, n_inputs
-    return matrix_shape(where, tensors, "encoder.weight")
-
-
-def _shapes(where: str | Path, name: str, tensors: Content) -> dict[str, Shape]:
-    f, d = _sizes(where, name, tensors)
-    every: dict[str, Shape] = {
-        "bias": (d,),
-        "decoder.bias": (d,),
-        "decoder_bias": (d,),
-        "b_dec": (d,),
-        "encoder.weight": (f, d),
-        "decoder.weight": (d, f),
-        "W_enc": (d, f),
-        "W_dec": (f, d),
-        "k": (),
-    }
-    shapes = {key: every.get(key, (f,)) for key in _KEYS[name]}
-    if name in _SETTINGS["threshold"] | _SETTINGS["k"]:
-        shapes["threshold"] = ()
-    if "group_sizes" in shapes:
-        groups = tensors.get("group_sizes")
-        shapes["group_sizes"] = (groups.numel(),) if isinstance(groups, Tensor) else (1,)
-    missing = _MAY_BE_MISSING.get(name, set()) - set(tensors)
-    return {key: shape for key, shape in shapes.items() if key not in missing}
 
 
 def _state(

@@ -19,11 +19,9 @@ import torch.nn.functional as F
 
 from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
-    check_tensors,
+    check_layout,
     is_on_the_stream,
-    loaded,
     location_of,
-    matrix_shape,
     parameters,
 )
 from neuron_explainer.models.checkpoints.autoencoders.format import (
@@ -32,6 +30,7 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     LoadedAutoencoder,
     Source,
     Stated,
+    loaded,
 )
 from neuron_explainer.models.checkpoints.autoencoders.state import at_least_float32
 from neuron_explainer.models.locations import ActivationLocation
@@ -52,17 +51,8 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
     where = source.path
     prefix, location = _choose(where, source.content, stated)
     tensors = {k.removeprefix(prefix): v for k, v in source.content.items() if k.startswith(prefix)}
-    n_latents, n_inputs = matrix_shape(where, tensors, _MARK)
-    check_tensors(
-        where,
-        tensors,
-        {
-            _MARK: (n_latents, n_inputs),
-            "encoder.0.bias": (n_latents,),
-            "decoder.weight": (n_inputs, n_latents),
-            "decoder.bias": (n_inputs,),
-        },
-    )
+    layout = f"{_MARK} [l, n]  encoder.0.bias [l]  decoder.weight [n, l]  decoder.bias [n]"
+    check_layout(where, tensors, layout)
     state = parameters(
         tensors[_MARK],
         F.normalize(at_least_float32(tensors["decoder.weight"]), dim=0),

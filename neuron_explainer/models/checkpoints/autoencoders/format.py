@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypedDict
 
 import torch
+from torch import Tensor
 
 from neuron_explainer import files
-from neuron_explainer.errors import CheckpointError
-from neuron_explainer.models.checkpoints.autoencoders.export import Exported
-from neuron_explainer.models.checkpoints.autoencoders.state import InputNormalization
+from neuron_explainer.errors import CheckpointError, InputError
+from neuron_explainer.models.checkpoints.autoencoders.state import STATISTICS, InputNormalization
 from neuron_explainer.models.checkpoints.problems import damaged
 from neuron_explainer.models.checkpoints.tensor_files import (
     SafetensorsFile,
@@ -75,6 +75,86 @@ class LoadedAutoencoder:
     metadata: dict[str, Any] = field(default_factory=dict)
     lenient: bool = False
     """Whether entries that are not known may be left out, if the caller says ``strict=False``."""
+
+
+@dataclass
+class Exported:
+    """An autoencoder as a writer sees it."""
+
+    format: str
+    state_dict: Mapping[str, Any]
+    """That of ``Autoencoder.state_dict()``."""
+    input_normalization: InputNormalization
+    location: ActivationLocation | None
+    output_location: ActivationLocation | None
+    model_name: str | None
+
+    @property
+    def n_latents(self) -> int:
+        """``l``"""
+        return len(self.state_dict["encoder.weight"])
+
+    @property
+    def n_inputs(self) -> int:
+        """``n``"""
+        return len(self.state_dict["pre_bias"])
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether its output stands for something else than its input."""
+        return "n_outputs" in self.state_dict
+
+    @property
+    def group_sizes(self) -> list[int] | None:
+        """Those of a Matryoshka autoencoder."""
+        sizes: list[int] | None = self.state_dict.get("group_sizes")
+        return sizes
+
+    @property
+    def nonlinearity(self) -> str:
+        """Its stored name."""
+        return str(self.state_dict["activation"])
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of the nonlinearity."""
+        return dict(self.state_dict["activation_state_dict"])
+
+    @property
+    def decoder_weight(self) -> Tensor:
+        """``[o, l]``, also where it is tied to the encoder."""
+        state = self.state_dict
+        weight: Tensor = state.get("decoder.weight", state["encoder.weight"].T)
+        return weight
+
+    def has(self, name: str) -> bool:
+        """Whether the state dict has this tensor."""
+        return name in self.state_dict
+
+    def refuse(self, what: str) -> NoReturn:
+        """Raise an error: the format has no way to say ``what``."""
+        raise InputError(f"the format {self.format!r} cannot express {what}; nothing was written.")
+
+    def refuse_parts(self, *names: str) -> None:
+        """Refuse each of these optional parts that is there."""
+        for name in names:
+            if self.has(f"{name}.weight"):
+                self.refuse("a GLU encoder" if name == "glu" else "a skip connection")
+
+    def refuse_normalization(self) -> None:
+        """Refuse any normalisation of the input."""
+        if self.input_normalization != "none":
+            self.refuse(f"input_normalization {self.input_normalization!r}")
+
+    def refuse_width(self) -> None:
+        """Refuse a transcoder whose output is not as wide as its input."""
+        if len(self.decoder_weight) != self.n_inputs:
+            self.refuse("a transcoder whose input and output differ in width")
+
+    def refuse_groups(self) -> None:
+        """Refuse Matryoshka groups."""
+        if self.group_sizes is not None:
+            self.refuse(f"Matryoshka groups with {self.nonlinearity}")
 
 
 @dataclass(frozen=True)
@@ -139,6 +219,76 @@ class Format:
     def fits(self, name: str, config: Mapping[str, Any]) -> bool:
         """Whether the JSON file ``name`` with this content tells this format."""
         return name in self.configs and self.configs[name](config)
+
+
+# ---- a reader's result ----------------------------------------------------------------------------
+
+
+def loaded(
+    where: str | Path,
+    stated: Stated,
+    state: Mapping[str, Any],
+    *,
+    said_by: str = "this format",
+    input_normalization: InputNormalization | None = "none",
+    location: ActivationLocation | None = None,
+    output_location: ActivationLocation | None = None,
+    model_name: str | None = None,
+    metadata: dict[str, Any],
+) -> LoadedAutoencoder:
+    """A reader's result: what the file says, completed by what the caller states.
+
+    ``said_by`` is what an error about a contradiction names as the source of the normalisation.
+    """
+    given = stated.get("input_normalization")
+    return LoadedAutoencoder(
+        with_statistics(state),
+        settle(where, said_by, input_normalization, given, "input_normalization"),
+        settle_location(where, location, stated.get("location")),
+        settle_location(where, output_location, stated.get("output_location")),
+        model_name,
+        metadata,
+    )
+
+
+def with_statistics(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict completed by the values that statistics have where nothing is known about them."""
+    weight = state_dict.get("encoder.weight")
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        return dict(state_dict)  # what is wrong is reported with all else that is
+    unknown = {
+        name: torch.full((len(weight),), value, dtype=dtype)
+        for name, (value, dtype) in STATISTICS.items()
+    }
+    return unknown | dict(state_dict)
+
+
+# ---- what the caller says ------------------------------------------------------------------------
+
+
+def settle(where: str | Path, said_by: str, found: Any, given: Any, name: str) -> Any:
+    """What a file says, or else the caller (either may be None); a contradiction is an error."""
+    if found is not None and given is not None and found != given:
+        raise CheckpointError(
+            f"{where}: {said_by} says {name} {_shown(found)}, the call says {_shown(given)}."
+        )
+    return given if found is None else found
+
+
+def _shown(value: Any) -> str:
+    return repr(str(value) if isinstance(value, ActivationLocation) else value)
+
+
+def settle_location(
+    where: str | Path, found: ActivationLocation | None, given: LocationLike | None
+) -> ActivationLocation | None:
+    """The same for a location; where one of the two has no layer, it takes the other's."""
+    said = None if given is None else ActivationLocation.parse(given)
+    if found is not None and said is not None:
+        said = said.at(found.layer) if said.layer is None else said
+        found = found.at(said.layer) if found.layer is None else found
+    settled: ActivationLocation | None = settle(where, "the file", found, said, "location")
+    return settled
 
 
 # ---- content of single files ---------------------------------------------------------------------

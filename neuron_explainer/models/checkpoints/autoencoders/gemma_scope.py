@@ -18,13 +18,10 @@ from typing import Any
 from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_factor,
-    check_tensors,
+    check_layout,
     fold_norm_factor,
-    loaded,
-    matrix_shape,
     parameters,
     refuse_scaled_latents,
-    width_of,
 )
 from neuron_explainer.models.checkpoints.autoencoders.format import (
     Format,
@@ -32,6 +29,7 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     Source,
     Stated,
     is_always,
+    loaded,
 )
 from neuron_explainer.models.locations import ActivationLocation
 
@@ -42,19 +40,8 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
     """Read the arrays of a file or folder."""
     where, content = source.weights(WEIGHTS_FILE)
     tensors = refuse_scaled_latents(where, content)
-    n_inputs, n_latents = matrix_shape(where, tensors, "W_enc")
-    n_outputs = width_of(tensors, "b_dec", n_inputs)
-    check_tensors(
-        where,
-        tensors,
-        {
-            "W_enc": (n_inputs, n_latents),
-            "b_enc": (n_latents,),
-            "W_dec": (n_latents, n_outputs),
-            "b_dec": (n_outputs,),
-            "threshold": (n_latents,),
-        },
-    )
+    layout = "W_enc [n, l]  b_enc [l]  W_dec [l, o]  b_dec [o]  threshold [l]"
+    sizes = check_layout(where, tensors, layout)
     state = parameters(
         tensors["W_enc"].T,
         tensors["W_dec"].T,
@@ -62,7 +49,7 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
         post_bias=tensors["b_dec"],
         nonlinearity="JumpReLU",
         threshold=tensors["threshold"],
-        is_transcoder=stated.get("output_location") is not None or n_outputs != n_inputs,
+        is_transcoder=stated.get("output_location") is not None or sizes["o"] != sizes["n"],
     )
     found = loaded(where, stated, state, metadata={"format": "gemma_scope"})
     _apply_norm_factor(where, found.state_dict, found.location, stated.get("norm_factor"))

@@ -18,19 +18,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
-    check_tensors,
-    loaded,
+    check_layout,
     location_of,
-    matrix_shape,
     parameters,
     read_choice,
     read_text,
-    width_of,
+    side_by_side,
 )
 from neuron_explainer.models.checkpoints.autoencoders.format import (
     Content,
@@ -38,8 +35,8 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     LoadedAutoencoder,
     Source,
     Stated,
+    loaded,
 )
-from neuron_explainer.models.checkpoints.problems import Shape
 from neuron_explainer.models.locations import ActivationLocation
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "params.safetensors"
@@ -52,7 +49,7 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
     config = source.json_if_any(CONFIG_FILE) or {}
     if config:
         read_choice(f"{where}: {CONFIG_FILE}", config, "architecture", ("jump_relu",))
-    check_tensors(where, tensors, _shapes(where, tensors, config))
+    check_layout(where, tensors, _layout(tensors, config))
     weight, bias, skip = (tensors.get(n) for n in ("w_dec", "b_dec", "affine_skip_connection"))
     metadata: dict[str, Any] = {"format": "gemma_scope_2", "config": dict(config)}
     if tensors["w_dec"].ndim == 3:
@@ -89,22 +86,14 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
     )
 
 
-def _shapes(where: str | Path, tensors: Content, config: Mapping[str, Any]) -> dict[str, Shape]:
-    n_inputs, n_latents = matrix_shape(where, tensors, "w_enc")
-    n_outputs = width_of(tensors, "b_dec", n_inputs)
+def _layout(tensors: Content, config: Mapping[str, Any]) -> str:
     decoder = tensors.get("w_dec")
     is_cross_layer = isinstance(decoder, Tensor) and decoder.ndim == 3
-    layers = decoder.shape[1:2] if isinstance(decoder, Tensor) and is_cross_layer else ()
-    shapes: dict[str, Shape] = {
-        "w_enc": (n_inputs, n_latents),
-        "b_enc": (n_latents,),
-        "w_dec": (n_latents, *layers, n_outputs),
-        "b_dec": (n_outputs,),
-        "threshold": (n_latents,),
-    }
+    layers = f"{decoder.shape[1]}, " if isinstance(decoder, Tensor) and is_cross_layer else ""
+    layout = f"w_enc [n, l]  b_enc [l]  w_dec [l, {layers}o]  b_dec [o]  threshold [l]"
     if "affine_skip_connection" in tensors or config.get("affine_connection") is True:
-        shapes["affine_skip_connection"] = (n_inputs, n_outputs)
-    return shapes
+        layout += "  affine_skip_connection [n, o]"
+    return layout
 
 
 def _own_layer(where: str | Path, stated: Stated) -> int:
@@ -118,19 +107,6 @@ def _own_layer(where: str | Path, stated: Stated) -> int:
             "location='3/resid.torso.post_ln_mlp')`."
         )
     return layer
-
-
-def side_by_side(
-    decoder: Tensor, bias: Tensor, skip: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The decoders ``[l, layers, n]`` as one, ``[l, layers · n]``; the first is that of the own layer.
-
-    ``bias`` ``[n]`` and ``skip`` ``[n, n]`` belong to the own layer: they are zero for all others.
-    """
-    n_latents, n_layers, width = decoder.shape
-    behind = (0, (n_layers - 1) * width)
-    wide_skip = None if skip is None else F.pad(skip, behind)
-    return decoder.reshape(n_latents, n_layers * width), F.pad(bias, behind), wide_skip
 
 
 def _hook_name(name: Any) -> str | None:

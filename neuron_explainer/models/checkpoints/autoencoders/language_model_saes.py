@@ -22,11 +22,9 @@ from neuron_explainer import files
 from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_facts,
-    check_tensors,
+    check_layout,
     fold_latent_scale,
-    loaded,
     location_of,
-    matrix_shape,
     parameters,
     read_choice,
     read_flag,
@@ -38,10 +36,10 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     LoadedAutoencoder,
     Source,
     Stated,
+    loaded,
     read_content,
 )
 from neuron_explainer.models.checkpoints.autoencoders.state import InputNormalization
-from neuron_explainer.models.checkpoints.problems import Shape
 
 HYPERPARAMETERS_FILE, MODEL_FILE = "hyperparams.json", "lm_config.json"
 
@@ -65,7 +63,13 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
     hyperparameters, model = (_json(source, name) for name in (HYPERPARAMETERS_FILE, MODEL_FILE))
     inner = content.get("sae")
     tensors = inner if isinstance(inner, Mapping) else content
-    check_tensors(where, tensors, _shapes(where, tensors))
+    glu = "?" if "encoder_glu" not in tensors and "encoder_bias_glu" not in tensors else ""
+    check_layout(
+        where,
+        tensors,
+        f"encoder [n, l]  encoder_bias [l]  decoder [l, n]  decoder_bias [n]?  encoder_glu [n, l]{glu}"
+        f"  encoder_bias_glu [l]{glu}  feature_act_mask [l]?  feature_act_scale [l]?",
+    )
     _check_hyperparameters(where, hyperparameters or {}, tensors)
     state = parameters(
         tensors["encoder"].T,
@@ -124,23 +128,6 @@ def _json(source: Source, name: str) -> dict[str, Any] | None:
     if files.is_remote(source.path):
         return source.json_if_any(name)
     return source.json_if_any(name) or Source(source.path, {}).json_if_any(f"../{name}")
-
-
-def _shapes(where: str | Path, tensors: Content) -> dict[str, Shape]:
-    n_inputs, n_latents = matrix_shape(where, tensors, "encoder")
-    shapes: dict[str, Shape] = {
-        "encoder": (n_inputs, n_latents),
-        "encoder_bias": (n_latents,),
-        "decoder": (n_latents, n_inputs),
-    }
-    if "decoder_bias" in tensors:
-        shapes["decoder_bias"] = (n_inputs,)
-    if "encoder_glu" in tensors or "encoder_bias_glu" in tensors:
-        shapes |= {"encoder_glu": (n_inputs, n_latents), "encoder_bias_glu": (n_latents,)}
-    for name in ("feature_act_mask", "feature_act_scale"):
-        if name in tensors:
-            shapes[name] = (n_latents,)
-    return shapes
 
 
 def _check_hyperparameters(where: str | Path, fields: Mapping[str, Any], tensors: Content) -> None:

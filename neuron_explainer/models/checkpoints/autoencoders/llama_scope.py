@@ -26,9 +26,8 @@ import torch
 from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_factor,
-    check_tensors,
+    check_layout,
     fold_norm_factor,
-    loaded,
     location_of,
     matrix_shape,
     parameters,
@@ -43,8 +42,8 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     LoadedAutoencoder,
     Source,
     Stated,
+    loaded,
 )
-from neuron_explainer.models.checkpoints.problems import Shape
 
 HYPERPARAMETERS_FILE, WEIGHTS_FILE = "hyperparams.json", "checkpoints/final.safetensors"
 R1_CONFIG_FILE, R1_WEIGHTS_FILE = "config.json", "sae_weights.safetensors"
@@ -114,16 +113,10 @@ def _loaded(
     ``threshold`` is the one of all latents; None if each has its own, in the tensors.
     """
     where = source.path
-    n_latents, n_inputs = matrix_shape(where, tensors, "encoder.weight")
-    shapes: dict[str, Shape] = {
-        "encoder.weight": (n_latents, n_inputs),
-        "encoder.bias": (n_latents,),
-        "decoder.weight": (n_inputs, n_latents),
-        "decoder.bias": (n_inputs,),
-    }
+    layout = "encoder.weight [l, n]  encoder.bias [l]  decoder.weight [n, l]  decoder.bias [n]"
     if threshold is None:
-        shapes[_LOG_THRESHOLD] = (n_latents,)
-    check_tensors(where, tensors, shapes)
+        layout += f"  {_LOG_THRESHOLD} [l]"
+    n_latents = check_layout(where, tensors, layout)["l"]
     hook_in, hook_out = config.get("hook_point_in"), config.get("hook_point_out")
     is_transcoder = hook_out is not None and hook_out != hook_in
     _check_decoder_norms(where, config, tensors, is_transcoder)

@@ -23,11 +23,9 @@ from typing import Any
 from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_facts,
-    check_tensors,
+    check_layout,
     encoder_by_latent,
-    loaded,
     location_of,
-    matrix_shape,
     parameters,
     read_text,
 )
@@ -37,8 +35,8 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     Source,
     Stated,
     has_keys,
+    loaded,
 )
-from neuron_explainer.models.checkpoints.problems import Shape
 
 _KEYS = ("W_enc", "W_dec", "b_enc", "b_dec")
 
@@ -57,22 +55,12 @@ def read_attn_saes(source: Source, stated: Stated) -> LoadedAutoencoder:
             f"{where}: W_enc, W_dec, b_enc and b_dec alone do not say how they are applied; expected "
             f"{config_file} beside it, as in the attention-output autoencoders of GPT-2 small."
         )
-    n_inputs, n_latents = matrix_shape(where, tensors, "W_enc")
+    sizes = check_layout(where, tensors, "W_enc [n, l]  b_enc [l]  W_dec [l, n]  b_dec [n]")
     check_facts(
         f"{where}: {config_file} beside it",
         config,
-        {"act_size": n_inputs, "dict_size": n_latents},
+        {"act_size": sizes["n"], "dict_size": sizes["l"]},
         "the tensors",
-    )
-    check_tensors(
-        where,
-        tensors,
-        {
-            "W_enc": (n_inputs, n_latents),
-            "W_dec": (n_latents, n_inputs),
-            "b_enc": (n_latents,),
-            "b_dec": (n_inputs,),
-        },
     )
     return loaded(
         where,
@@ -141,9 +129,8 @@ def _linear(
     """Two matrices laid out as torch's linear layers, ``[l, n]`` and ``[n, l]``; TopK if ``k``."""
     assert source.content is not None
     where, tensors = source.path, source.content
-    n_latents, n_inputs = matrix_shape(where, tensors, keys[0])
-    shapes: list[Shape] = [(n_latents, n_inputs), (n_inputs, n_latents), (n_latents,), (n_inputs,)]
-    check_tensors(where, tensors, dict(zip(keys, shapes, strict=True)))
+    axes = ("[l, n]", "[n, l]", "[l]", "[n]")
+    check_layout(where, tensors, "  ".join(map(" ".join, zip(keys, axes, strict=True))))
     encoder, decoder, latent_bias, bias = (tensors[key] for key in keys)
     fields: dict[str, Any] = {} if k is None else {"k": k, "postact_fn": "ReLU"}
     state = parameters(

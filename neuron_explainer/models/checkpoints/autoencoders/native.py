@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from neuron_explainer.errors import CheckpointError, LocationError
-from neuron_explainer.models.checkpoints.autoencoders.common import loaded
 from neuron_explainer.models.checkpoints.autoencoders.format import (
     Format,
     LoadedAutoencoder,
     Source,
     Stated,
+    loaded,
 )
 from neuron_explainer.models.checkpoints.autoencoders.state import (
     STATISTICS,

@@ -10,13 +10,13 @@ too: no result depends on them. How inputs were normalised is not in the file.
 As read in openai/sparse_autoencoder at 4965b94: ``model.py``, ``paths.py``.
 """
 
-from neuron_explainer.models.checkpoints.autoencoders.common import with_statistics
 from neuron_explainer.models.checkpoints.autoencoders.format import (
     Content,
     Format,
     LoadedAutoencoder,
     Source,
     Stated,
+    with_statistics,
 )
 from neuron_explainer.models.locations import ActivationLocation
 

@@ -19,15 +19,12 @@ from typing import Any
 from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_facts,
-    check_tensors,
+    check_layout,
     is_on_the_stream,
-    loaded,
     location_of,
-    matrix_shape,
     parameters,
     read_text,
     refuse_scaled_latents,
-    width_of,
 )
 from neuron_explainer.models.checkpoints.autoencoders.format import (
     Content,
@@ -35,9 +32,9 @@ from neuron_explainer.models.checkpoints.autoencoders.format import (
     LoadedAutoencoder,
     Source,
     Stated,
+    loaded,
 )
 from neuron_explainer.models.checkpoints.autoencoders.state import InputNormalization
-from neuron_explainer.models.checkpoints.problems import Shape
 from neuron_explainer.models.checkpoints.tensor_files import PickledConfig
 
 
@@ -47,18 +44,9 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
     where, cfg = source.path, _fields(source.content.get("cfg"))
     tensors = refuse_scaled_latents(where, source.content["state_dict"])
     is_transcoder = "b_dec_out" in tensors or cfg.get("is_transcoder") is True
-    n_inputs, n_latents = matrix_shape(where, tensors, "W_enc")
-    n_outputs = width_of(tensors, "b_dec_out", n_inputs)
-    shapes: dict[str, Shape] = {
-        "W_enc": (n_inputs, n_latents),
-        "b_enc": (n_latents,),
-        "W_dec": (n_latents, n_outputs),
-        "b_dec": (n_inputs,),
-    }
-    if is_transcoder:
-        shapes["b_dec_out"] = (n_outputs,)
-    check_tensors(where, tensors, shapes)
-    facts = {"d_in": n_inputs, "d_sae": n_latents, "is_transcoder": is_transcoder}
+    layout = "W_enc [n, l]  b_enc [l]  W_dec [l, o]  b_dec [n]"
+    sizes = check_layout(where, tensors, layout + ("  b_dec_out [o]" if is_transcoder else ""))
+    facts = {"d_in": sizes["n"], "d_sae": sizes["l"], "is_transcoder": is_transcoder}
     check_facts(f"{where}: cfg", cfg, facts, "the tensors")
     hook = None if cfg.get("hook_point_head_index") is not None else cfg.get("hook_point")
     location = location_of(hook)

@@ -27,10 +27,11 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_factor,
     check_tensors,
     check_unknown_fields,
+    fold_latent_bias_into_gates,
     fold_latent_scale,
     fold_norm_factor,
+    fold_pre_bias,
     is_on_the_stream,
-    loaded,
     location_of,
     parameters,
     read_choice,
@@ -38,20 +39,17 @@ from neuron_explainer.models.checkpoints.autoencoders.common import (
     read_size,
     read_text,
     refuse_scaled_latents,
-    settle_location,
-)
-from neuron_explainer.models.checkpoints.autoencoders.export import (
-    Exported,
-    fold_latent_bias_into_gates,
-    fold_pre_bias,
 )
 from neuron_explainer.models.checkpoints.autoencoders.format import (
     Content,
+    Exported,
     Format,
     LoadedAutoencoder,
     Source,
     Stated,
+    loaded,
     read_content,
+    settle_location,
 )
 from neuron_explainer.models.checkpoints.autoencoders.state import InputNormalization
 from neuron_explainer.models.checkpoints.problems import Shape

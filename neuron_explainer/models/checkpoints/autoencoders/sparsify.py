@@ -18,18 +18,19 @@ from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.checkpoints.autoencoders.common import (
     check_tensors,
     check_unknown_fields,
-    loaded,
+    fold_pre_bias,
     parameters,
     read_choice,
     read_flag,
     read_size,
 )
-from neuron_explainer.models.checkpoints.autoencoders.export import Exported, fold_pre_bias
 from neuron_explainer.models.checkpoints.autoencoders.format import (
+    Exported,
     Format,
     LoadedAutoencoder,
     Source,
     Stated,
+    loaded,
 )
 from neuron_explainer.models.checkpoints.problems import Shape
 

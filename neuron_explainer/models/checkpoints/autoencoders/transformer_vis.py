@@ -15,13 +15,13 @@ from torch import Tensor
 
 from neuron_explainer.errors import CheckpointError
 from neuron_explainer.models.autoencoders.fista import MAX_ITERATIONS, TOLERANCE
-from neuron_explainer.models.checkpoints.autoencoders.common import loaded
 from neuron_explainer.models.checkpoints.autoencoders.format import (
     Format,
     LoadedAutoencoder,
     Source,
     Stated,
     is_always,
+    loaded,
 )
 from neuron_explainer.models.checkpoints.problems import tensor_problems
 

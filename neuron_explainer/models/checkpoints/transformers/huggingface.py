@@ -16,28 +16,26 @@ import torch
 
 from neuron_explainer import files
 from neuron_explainer.errors import CheckpointError, SourceError
-from neuron_explainer.models.checkpoints.problems import (
-    FITS_CONFIG,
-    LoadedCheckpoint,
-    Report,
-    Shape,
-    StateDict,
-    TensorInfo,
-    check_for_saving,
-    compare,
-    expected_shapes,
-    make_config,
-    same_bytes,
-    wanted_keys,
-)
+from neuron_explainer.models.checkpoints.problems import Report, Shape, TensorInfo, compare
 from neuron_explainer.models.checkpoints.tensor_files import (
     SafetensorsFile,
     TensorFile,
     TorchFile,
     take,
 )
+from neuron_explainer.models.checkpoints.transformers.common import (
+    FITS_CONFIG,
+    LoadedCheckpoint,
+    StateDict,
+    check_for_saving,
+    expected_shapes,
+    make_config,
+    same_bytes,
+    wanted_keys,
+)
 from neuron_explainer.models.config import TransformerConfig
-from neuron_explainer.models.tokenizers import NO_TOKENIZER, TokenizerSpec
+from neuron_explainer.models.tokenizer_files import TokenizerSpec
+from neuron_explainer.models.tokenizers import NO_TOKENIZER
 
 _GPT2_VOCABULARY = 50257
 _PREFIX = "transformer."

@@ -14,22 +14,21 @@ import torch
 
 from neuron_explainer import files
 from neuron_explainer.errors import CheckpointError, shown
-from neuron_explainer.models.checkpoints.problems import (
+from neuron_explainer.models.checkpoints.problems import Report, Shape, compare
+from neuron_explainer.models.checkpoints.tensor_files import SafetensorsFile, take
+from neuron_explainer.models.checkpoints.transformers.common import (
     FITS_CONFIG,
     LoadedCheckpoint,
-    Report,
-    Shape,
     StateDict,
     check_for_saving,
-    compare,
     expected_shapes,
     make_config,
     same_bytes,
     wanted_keys,
 )
-from neuron_explainer.models.checkpoints.tensor_files import SafetensorsFile, take
 from neuron_explainer.models.config import TransformerConfig
-from neuron_explainer.models.tokenizers import TOKENIZER_FILE, TokenizerSpec, write_tiktoken
+from neuron_explainer.models.tokenizer_files import TokenizerSpec
+from neuron_explainer.models.tokenizers import TOKENIZER_FILE, write_tiktoken
 from neuron_explainer.settings.fields import read_fields
 
 FORMAT_VERSION = 1

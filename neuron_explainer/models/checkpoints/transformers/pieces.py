@@ -12,21 +12,19 @@ import torch
 
 from neuron_explainer import files
 from neuron_explainer.errors import CheckpointError, did_you_mean
-from neuron_explainer.models.checkpoints.problems import (
+from neuron_explainer.models.checkpoints.problems import Report, TensorInfo, compare, own_copy
+from neuron_explainer.models.checkpoints.tensor_files import torch_load_all
+from neuron_explainer.models.checkpoints.transformers.common import (
     LoadedCheckpoint,
-    Report,
     StateDict,
-    TensorInfo,
     check_for_saving,
-    compare,
     expected_shapes,
     make_config,
-    own_copy,
     wanted_keys,
 )
-from neuron_explainer.models.checkpoints.tensor_files import torch_load_all
 from neuron_explainer.models.config import TransformerConfig
-from neuron_explainer.models.tokenizers import TokenizerSpec, builtin_names, is_gpt2
+from neuron_explainer.models.tokenizer_files import TokenizerSpec, is_gpt2
+from neuron_explainer.models.tokenizers import builtin_names
 
 CONFIG_FIELDS = ("enc", "ctx_window", "d_model", "n_layers", "m_attn", "n_heads", "m_mlp")
 PIECES_FOLDER = "model_pieces"
