@@ -10,7 +10,7 @@ tiny-tales                            the folder of these
 from pathlib import Path
 
 from neuron_explainer import files
-from neuron_explainer.analysis.store_format import SUFFIX
+from neuron_explainer.analysis.store_format import SUFFIX, file_name
 from neuron_explainer.errors import SourceError, did_you_mean
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -37,10 +37,10 @@ def find_stores(name: str | Path) -> Path:
             f"there is no store of examples {name}.{did_you_mean(str(name), near)} collate makes one; "
             f"{', '.join(built_in_models())} comes with the package."
         )
-    known = {each.name.removesuffix(SUFFIX): each for each in sorted(folder.glob(f"*{SUFFIX}"))}
+    known = {each.name: each for each in sorted(folder.glob(f"*{SUFFIX}"))}
     if not rest:
         return folder
-    if (found := known.get(rest.replace("/", "."))) is None:
+    if (found := known.get(file_name(rest))) is None:
         listed = [f"{model}/{_spelt(each)}" for each in known]
         raise SourceError(
             f"{model} has no store {rest}.{did_you_mean(str(name), listed)} neuron-explainer inspect "
@@ -59,7 +59,7 @@ def is_built_in(folder: Path) -> bool:
     return folder.absolute().is_relative_to(ASSETS)
 
 
-def _spelt(stem: str) -> str:
+def _spelt(file: str) -> str:
     """The name in the form that is easier to read: ``ae-resid-delta-mlp/2``, ``2/mlp.post_act.neurons``."""
-    first, _, rest = stem.partition(".")
-    return f"{first}/{rest}" if rest else first
+    first, _, rest = file.removesuffix(SUFFIX).partition(".")
+    return f"{first}/{rest}"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from neuron_explainer.activations import TokenCorpus, TokenWindows, start_token
 from neuron_explainer.analysis import CollateConfig, collate
-from neuron_explainer.analysis.collation.collate import file_name
 from neuron_explainer.analysis.collation.units import What
+from neuron_explainer.analysis.store_format import file_name
 from neuron_explainer.errors import InputError
 from neuron_explainer.experiments.tiny_tales.evaluation import load_autoencoders
 from neuron_explainer.models.model_context import ModelContext
@@ -93,7 +93,7 @@ def make_stores(
     ]
     found: dict[str, Path] = {}
     for what, names, config in todo:
-        files = {name: out / f"{file_name(name)}.store" for name in names}
+        files = {name: out / file_name(name) for name in names}
         if not all(path.exists() for path in files.values()):
             collate(context, what, windows, out, config, origins=origins, progress=progress)
         found |= files
