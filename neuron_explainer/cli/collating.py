@@ -145,7 +145,7 @@ def _what(
     args: argparse.Namespace,
 ) -> "tuple[ModelContext, dict[str, Autoencoder], dict[str, dict[str, str]]]":
     """The model, the autoencoders by name, and how the command line opens each of them again."""
-    from neuron_explainer.activations import origins
+    from neuron_explainer.files import origins
 
     if not (args.autoencoder or args.location):
         raise InputError("give --autoencoder, --location or both: which units to look at.")
@@ -176,7 +176,7 @@ def _what(
 def _name(given: str, entry: Named) -> str:
     """How an autoencoder is opened again: its absolute path or URL, or its name with the layer."""
     from neuron_explainer import files
-    from neuron_explainer.activations import origins
+    from neuron_explainer.files import origins
 
     if files.is_remote(given) or Path(given).exists():
         return origins.full_path(entry.path)
