@@ -38,16 +38,14 @@ from neuron_explainer.analysis.records import (
 from neuron_explainer.analysis.store_file import StoreFile
 from neuron_explainer.analysis.store_format import (
     MOMENTS,
-    SUFFIX,
     Label,
     UnitRow,
     all_from_active,
-    file_name,
     fts_query,
     hashed_keys,
     write_store,
 )
-from neuron_explainer.analysis.store_names import find_stores
+from neuron_explainer.analysis.store_names import SUFFIX, file_name, find_stores
 from neuron_explainer.analysis.token_store import TOKENS_FOLDER, TokenStore
 from neuron_explainer.analysis.workspace import WORKSPACE_FILE, Workspace, workspace_path
 from neuron_explainer.errors import (

@@ -7,14 +7,19 @@ tiny-tales/ae-resid-delta-mlp/2       a store of the embedded model
 tiny-tales                            the folder of these
 """
 
+import re
 from pathlib import Path
 
 from neuron_explainer import files
-from neuron_explainer.analysis.store_format import SUFFIX, file_name
 from neuron_explainer.errors import SourceError, did_you_mean
 
 ASSETS = Path(__file__).parents[1] / "assets"
-STORES_FOLDER = "stores"
+SUFFIX, STORES_FOLDER = ".store", "stores"
+
+
+def file_name(name: str) -> str:
+    """The name of a store's file: of ``2/mlp.post_act``, ``2.mlp.post_act.store``."""
+    return (re.sub(r"[^\w.+-]", "_", name.replace("/", ".")).lstrip(".") or "_") + SUFFIX
 
 
 def find_stores(name: str | Path) -> Path:

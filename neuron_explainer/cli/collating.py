@@ -83,7 +83,7 @@ def register(verbs: Any) -> None:
 
 def _declare(verb: argparse.ArgumentParser) -> None:
     from neuron_explainer.activations import DataConfig
-    from neuron_explainer.analysis import CollateConfig
+    from neuron_explainer.analysis.collation.config import CollateConfig
     from neuron_explainer.settings.flags import add_flags
 
     add_flags(verb, DataConfig, leave_out=_OF_LEARNING)
@@ -106,7 +106,9 @@ def run_collate(args: argparse.Namespace) -> Result:
 
 
 def _collate(args: argparse.Namespace) -> Result:
-    from neuron_explainer.analysis import CollateConfig, ExampleStore, collate
+    from neuron_explainer.analysis.collation.collate import collate
+    from neuron_explainer.analysis.collation.config import CollateConfig
+    from neuron_explainer.analysis.store import ExampleStore
     from neuron_explainer.settings.flags import from_flags
 
     config = from_flags(args, CollateConfig)

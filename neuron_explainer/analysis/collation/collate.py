@@ -16,11 +16,13 @@ from neuron_explainer import files
 from neuron_explainer.activations.windows import TokenWindows, check_same_settings
 from neuron_explainer.analysis.collation import partial
 from neuron_explainer.analysis.collation.config import CollateConfig
+from neuron_explainer.analysis.collation.findings import Findings
 from neuron_explainer.analysis.collation.partial import Progress, State
-from neuron_explainer.analysis.collation.passes import Collation, Findings
+from neuron_explainer.analysis.collation.passes import Collation
 from neuron_explainer.analysis.collation.units import Watched, What, watched, weights_sha256
 from neuron_explainer.analysis.records import Collected
-from neuron_explainer.analysis.store_format import file_name, write_store
+from neuron_explainer.analysis.store_format import write_store
+from neuron_explainer.analysis.store_names import file_name
 from neuron_explainer.analysis.token_store import TOKENS_FOLDER, TokenStore
 from neuron_explainer.errors import CheckpointError, InputError, SourceError
 from neuron_explainer.interrupts import interrupts_wait

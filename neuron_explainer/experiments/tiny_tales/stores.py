@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from neuron_explainer.activations import TokenCorpus, TokenWindows, start_token
-from neuron_explainer.analysis import CollateConfig, collate
+from neuron_explainer.analysis.collation.collate import collate
+from neuron_explainer.analysis.collation.config import CollateConfig
 from neuron_explainer.analysis.collation.units import What
-from neuron_explainer.analysis.store_format import file_name
+from neuron_explainer.analysis.store_names import file_name
 from neuron_explainer.errors import InputError
 from neuron_explainer.experiments.tiny_tales.evaluation import load_autoencoders
 from neuron_explainer.models.model_context import ModelContext
