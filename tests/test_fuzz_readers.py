@@ -35,12 +35,15 @@ from neuron_explainer.activations import (
     tokenize,
     write_token_file,
 )
+from neuron_explainer.analysis.store import ExampleStore
+from neuron_explainer.analysis.store_format import Label
 from neuron_explainer.dictionaries import TopKConfig, TrainConfig, read_config, train
 from neuron_explainer.dictionaries.params_json import read_params
 from neuron_explainer.errors import NeuronExplainerError
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.transformer import Transformer
+from tests.analysis.examples import VOCABULARY, make_coactivation, make_collected, make_corpus
 from tests.conftest import make_model
 from tests.models.test_formats_bad import SOURCES
 
@@ -116,6 +119,23 @@ def store(folder: Path) -> Path:
     return folder / "store"
 
 
+def example_store(folder: Path) -> Path:
+    corpus = make_corpus(200)
+    documents = [corpus.document(i).tolist() for i in range(len(corpus))]
+    collected = make_collected(corpus, 2, coactivation=make_coactivation(2))
+    labels = [Label(1, "kings")]
+    ExampleStore.from_arrays(
+        folder / "out", collected, documents, VOCABULARY, labels=labels
+    ).close()
+    return folder / "out"
+
+
+def read_examples(path: Path) -> object:
+    with ExampleStore.open(path) as opened:
+        opened.verify()
+        return [(repr(record), record.html()) for record in opened], opened.search("king")
+
+
 CONFIG = TrainConfig(TopKConfig(k=2), n_latents=8, steps=4, batch_size=4, checkpoint_every=2)
 
 
@@ -161,6 +181,7 @@ READERS: dict[str, Reader] = {
     },
     "token file": Reader(token_file, lambda p: open_token_file(p, context(), verify=True)),
     "store": Reader(store, lambda p: list(ActivationStore(p).batches(64))),
+    "examples": Reader(example_store, read_examples),
     "run": Reader(unfinished_run, resumed),
     "toml": Reader(written("c.toml", TOML), lambda p: read_config(TrainConfig, p)),
     "json": Reader(

@@ -42,6 +42,7 @@ from neuron_explainer.analysis.store_format import (
     Label,
     UnitRow,
     all_from_active,
+    file_name,
     fts_query,
     hashed_keys,
     write_store,
@@ -51,9 +52,9 @@ from neuron_explainer.analysis.workspace import WORKSPACE_FILE, Workspace, works
 from neuron_explainer.errors import (
     CheckpointError,
     InputError,
-    MissingExtraError,
     SourceError,
     did_you_mean,
+    optional_module,
     shown,
 )
 
@@ -142,7 +143,7 @@ class ExampleStore:
         pieces = [text.encode() if isinstance(text, str) else text for text in vocabulary]
         corpus = TokenCorpus.of(documents, source)
         tokens = TokenStore.write(folder / TOKENS_FOLDER, corpus, pieces, tokenizer)
-        path = folder / f"{collected.name.replace('/', '.')}{SUFFIX}"
+        path = folder / file_name(collected.name)
         write_store(path, collected, tokens, labels)
         return cls(path)
 
@@ -423,13 +424,7 @@ class ExampleStore:
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """A row for each unit: its figures and its label; it needs pandas (the extra ``pandas``)."""
-        try:
-            import pandas
-        except ImportError as error:
-            raise MissingExtraError(
-                "a data frame needs pandas, which is not installed: pip install "
-                "'neuron_explainer[pandas]'"
-            ) from error
+        pandas = optional_module("pandas", "a data frame")
         label = [""] * len(self)
         for found in reversed([*self._user_labels(), *self._stored_labels()]):
             label[found.unit] = found.text
@@ -513,8 +508,10 @@ class ExampleStore:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-        for place in self._workspaces:
-            place.close()
+        known = vars(self)  # what was never asked for is not looked up now
+        for place in (known.get("workspace"), *known.get("_workspaces", ())):
+            if place is not None:
+                place.close()
 
     def __enter__(self) -> "ExampleStore":
         return self

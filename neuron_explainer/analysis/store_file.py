@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +47,7 @@ class StoreFile:
         self.mark = mark_of(self.path)
         self._lock = threading.Lock()
         # immutable: no locks and no journal, so that read-only disks and many readers are fine.
-        uri = f"file:{quote(str(self.path.absolute()))}?mode=ro&immutable=1"
+        uri = f"{self.path.absolute().as_uri()}?mode=ro&immutable=1"
         self._connection = sqlite3.connect(
             uri, uri=True, check_same_thread=False, isolation_level=None
         )

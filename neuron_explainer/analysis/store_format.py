@@ -36,6 +36,7 @@ with the number of the unit (``i8``).
 import itertools
 import json
 import math
+import re
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -93,6 +94,11 @@ class Label(NamedTuple):
     source: str = ""
     """Who says so: a person, a method, a data set."""
     score: float | None = None
+
+
+def file_name(name: str) -> str:
+    """The name of a store's file: of ``2/mlp.post_act``, ``2.mlp.post_act.store``."""
+    return (re.sub(r"[^\w.+-]", "_", name.replace("/", ".")).lstrip(".") or "_") + SUFFIX
 
 
 # --- writing ---
@@ -377,6 +383,7 @@ def check_collected(collected: Collected, tokens: TokenStore) -> None:
     _check_shapes(collected)
     if n_units == 0:
         raise InputError(f"{what}: there are no units.")
+    _check_figures(collected)
     pairs = collected.kind == "head"
     length = table.length.astype(np.int64)
     size = length * (length + 1) // 2 if pairs else length
@@ -404,6 +411,22 @@ def check_collected(collected: Collected, tokens: TokenStore) -> None:
                 f"{what}: example {row} (unit {table.unit[row]}, group {table.group[row]}, start "
                 f"{table.start[row]}, length {table.length[row]}, peak {table.peak[row]}, value "
                 f"{table.value[row]}): expected {expected}."
+            )
+
+
+def _check_figures(collected: Collected) -> None:
+    statistics, what = collected.statistics, collected.name
+    for name, moments in (("active", statistics.active), ("all", statistics.all)):
+        right = (moments.count >= 0) & (moments.count <= statistics.n_tokens)
+        right &= (moments.m2 >= 0) & np.isfinite(
+            [moments.mean, moments.m2, moments.m3, moments.m4]
+        ).all(axis=0)
+        if not right.all():
+            unit = int(np.flatnonzero(~right)[0])
+            raise InputError(
+                f"{what}: {name} of unit {unit}: expected a count of 0 to {statistics.n_tokens} and finite "
+                f"sums, found count {moments.count[unit]}, mean {moments.mean[unit]}, m2 "
+                f"{moments.m2[unit]}, m3 {moments.m3[unit]}, m4 {moments.m4[unit]}."
             )
 
 

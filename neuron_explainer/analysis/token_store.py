@@ -73,9 +73,10 @@ class TokenStore:
         path = folder / VOCABULARY_FILE
         content = path.read_bytes() if path.is_file() else b""
         end = 4 * (manifest.vocabulary + 1)
-        offsets = np.frombuffer(content[:end], dtype="<u4").astype(np.uint32)
+        whole = len(content) >= end
+        offsets = np.frombuffer(content[: end if whole else 0], dtype="<u4").astype(np.uint32)
         steps = np.diff(offsets.astype(np.int64))
-        if len(content) < end or (steps < 0).any() or offsets[-1] != len(content) - end:
+        if not whole or (steps < 0).any() or offsets[-1] != len(content) - end:
             raise CheckpointError(
                 f"{path}: damaged: expected the texts of {manifest.vocabulary} tokens, found "
                 f"{len(content)} bytes that do not fit."
@@ -153,23 +154,21 @@ class TokenStore:
                 f"{self.folder}: expected tokens of one document of {n} tokens in all, found an example of "
                 f"{length[row]} tokens at {start[row]}. The store of examples is damaged, or of another text."
             )
-        tokens = self.corpus.tokens
-        pieces = [
-            tokens[a : a + size] for a, size in zip(start.tolist(), length.tolist(), strict=True)
-        ]
-        return [np.asarray(piece).astype(np.int64) for piece in pieces], document
+        places = np.minimum(start[:, None] + np.arange(int(length.max(initial=0))), n - 1)
+        ids = np.asarray(self.corpus.tokens[places]).astype(np.int64)
+        return [row[:size] for row, size in zip(ids, length.tolist(), strict=True)], document
 
-    def pieces(self, ids: Sequence[int] | Ints) -> list[bytes]:
+    def pieces(self, ids: npt.ArrayLike) -> list[bytes]:
         """What each of these tokens writes."""
-        found = []
-        for i in map(int, ids):
-            if not 0 <= i < len(self.offsets) - 1:
-                raise CheckpointError(
-                    f"{self.folder}: token {i} is not among the {len(self.offsets) - 1} of the "
-                    "vocabulary: the folder is damaged."
-                )
-            found.append(self.text[self.offsets[i] : self.offsets[i + 1]])
-        return found
+        numbers, n = np.asarray(ids, dtype=np.int64), len(self.offsets) - 1
+        wrong = numbers[(numbers < 0) | (numbers >= n)]
+        if len(wrong):
+            raise CheckpointError(
+                f"{self.folder}: token {wrong[0]} is not among the {n} of the vocabulary: the folder is "
+                "damaged."
+            )
+        ends = self.offsets[numbers + 1].tolist()
+        return [self.text[a:b] for a, b in zip(self.offsets[numbers].tolist(), ends, strict=True)]
 
     def check_unchanged(self) -> None:
         """An error if a file is not the one that was written, or has changed since it was opened."""
@@ -180,7 +179,7 @@ class TokenStore:
                     f"{path} has changed since it was opened; the examples no longer point to their "
                     "text. Open the store again."
                 )
-            key = (path, mark, self.sha256[name])
+            key = (str(path), mark, self.sha256[name])
             if key not in _checked:
                 self._compare(path)
                 _checked.add(key)

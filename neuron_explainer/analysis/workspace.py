@@ -16,7 +16,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 from neuron_explainer import files
 from neuron_explainer.analysis.store_format import Label, encodable, fts_query
@@ -233,7 +232,7 @@ class Workspace:
         # SQLite makes files beside this one even to read it, unless it is told that nobody writes.
         mode = "ro&immutable=1" if self._refusal else "rwc"
         connection = sqlite3.connect(
-            f"file:{quote(str(self.path.absolute()))}?mode={mode}",
+            f"{self.path.absolute().as_uri()}?mode={mode}",
             uri=True,
             timeout=_WAIT,
             isolation_level=None,

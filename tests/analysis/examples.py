@@ -55,7 +55,7 @@ def make_collected(
     """Units whose figures and examples are random; unit 0 is dead if there are several."""
     rng = np.random.default_rng(seed)
     dead = 1 if n_units > 1 else 0
-    count = rng.integers(1, 500, n_units)
+    count = rng.integers(1, min(500, len(corpus.tokens)), n_units)
     count[:dead] = 0
     active = count > 0
     mean = np.where(active, rng.exponential(2.0, n_units) + 0.1, 0.0)

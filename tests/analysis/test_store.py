@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,21 @@ def test_several_stores_in_a_folder(copy: Path) -> None:
     ExampleStore.open(copy.parent, "other").close()
 
 
+def test_many_threads_read(store: ExampleStore) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda unit: repr(store[unit]), [1, 2, 3, 4] * 10))
+    assert found == [repr(store[unit]) for unit in [1, 2, 3, 4]] * 10
+
+
+def test_folders_of_any_name(written: tuple[Collected, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "a ?mode=rwc&x#%41 é"
+    shutil.copytree(written[1].parent, folder)
+    with ExampleStore.open(folder) as store:
+        store.workspace.set_label(2, "here")
+        assert store[2].label == "here"
+    assert (folder / "workspace.sqlite").exists()
+
+
 def test_from_arrays(tmp_path: Path) -> None:
     corpus = make_corpus()
     documents = [corpus.document(i).tolist() for i in range(len(corpus))]
@@ -343,6 +359,22 @@ def test_shapes_that_do_not_fit(tmp_path: Path) -> None:
         write(tmp_path, replace(found, settings={"a": object()}), corpus)
     with pytest.raises(InputError, match="label 'x' is of unit 5; units are 0 to 4"):
         write(tmp_path, found, corpus, labels=[Label(5, "x")])
+
+
+def test_figures_that_do_not_fit(tmp_path: Path) -> None:
+    corpus = make_corpus()
+    found = make_collected(corpus)
+    active = found.statistics.active
+    for name, value, message in (
+        ("count", 4001, "count 4001"),
+        ("m2", -1.0, "m2 -1.0"),
+        ("mean", np.nan, "mean nan"),
+    ):
+        column = getattr(active, name).copy()
+        column[2] = value
+        wrong = replace(found.statistics, active=replace(active, **{name: column}))
+        with pytest.raises(InputError, match=f"active of unit 2: .*{message}"):
+            write(tmp_path, replace(found, statistics=wrong), corpus)
 
 
 def test_tokens_beyond_the_vocabulary(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from neuron_explainer.analysis.collation.partial import Progress, State
 from neuron_explainer.analysis.collation.passes import Collation, Findings
 from neuron_explainer.analysis.collation.units import Watched, What, watched, weights_sha256
 from neuron_explainer.analysis.records import Collected
-from neuron_explainer.analysis.store_format import write_store
+from neuron_explainer.analysis.store_format import file_name, write_store
 from neuron_explainer.analysis.token_store import TOKENS_FOLDER, TokenStore
 from neuron_explainer.errors import CheckpointError, InputError, SourceError
 from neuron_explainer.interrupts import interrupts_wait
@@ -158,7 +158,7 @@ class _Run:
         self.world = _World.here()
         self.collation = Collation(context, places, windows, config)
         self.provenance = self.collation.provenance(_model_sha256(context))
-        self.stores = {place.name: out / f"{file_name(place.name)}.store" for place in places}
+        self.stores = {place.name: out / file_name(place.name) for place in places}
         if len(set(self.stores.values())) < len(places):
             raise InputError(f"two of {', '.join(self.stores)} would have the same file name.")
         self.progress: Progress = {}
@@ -324,11 +324,6 @@ class _Run:
         parts = enumerate(self.collation.parts)
         whole = all(progress.get(part, -1) == batches.stop for part, batches in parts)
         return there if whole else None
-
-
-def file_name(name: str) -> str:
-    """The name of the store's file: ``2/mlp.post_act`` in ``2.mlp.post_act.store``."""
-    return re.sub(r"[^\w.+-]", "_", name.replace("/", ".")).lstrip(".") or "_"
 
 
 def _bar(collation: Collation, progress: bool) -> Any:

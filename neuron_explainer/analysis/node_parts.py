@@ -1,0 +1,423 @@
+"""The parts of a model on one prompt, with the gradient of a goal: what the table of nodes is made of.
+
+A goal is a number: a target of the logits, or the value of a node inside the model. Gradients are read at
+every part, and at the last residual stream before the goal.
+
+Shape legend: ``s`` positions, ``k`` attended positions, ``h`` heads, ``u`` units, ``d`` model width,
+``n`` nodes, ``w`` width of a node (1, or the width of a vector).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from neuron_explainer.analysis.targets import Reading, Target
+from neuron_explainer.errors import InputError, did_you_mean
+from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.autoencoder_context import AutoencoderContext
+from neuron_explainer.models.autoencoders.latents import Latents
+from neuron_explainer.models.hooks import TransformerHooks
+from neuron_explainer.models.language_model import Activations, LanguageModel
+from neuron_explainer.models.locations import SITES, ActivationLocation
+from neuron_explainer.models.weight_names import WeightLocationType
+
+Kind = Literal["embedding", "neuron", "head", "pair", "latent", "error", "bias"]
+Freeze = Literal["final_norm", "norms", "patterns"]
+"""What gradients do not flow through: the scale of the norm that reads the stream before the goal (the
+final norm, for a target of the logits), of every norm, attention patterns."""
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, order=True)
+class Node:
+    """A unit at a position."""
+
+    location: str
+    """Such as ``3/mlp.post_act``."""
+    kind: Kind
+    unit: int
+    """Number of the neuron, head or latent; 0 where a kind has one unit at a position."""
+    position: int
+    attended: int | None = None
+    """For a pair: the position that the head looks at."""
+
+    def __str__(self) -> str:
+        numbered = self.kind in ("neuron", "head", "pair", "latent")
+        name = (
+            f"{'head' if self.kind == 'pair' else self.kind}{f' {self.unit}' if numbered else ''}"
+        )
+        where = (
+            f"{self.position}" if self.attended is None else f"{self.position} from {self.attended}"
+        )
+        return f"{self.location} {name} at {where}"
+
+
+@dataclass
+class Part:
+    """All nodes of one kind at one location, ``n`` of them."""
+
+    location: ActivationLocation
+    kind: Kind
+    unit: Ints
+    """``[n]``, as are ``position`` and ``attended`` (-1 for none)."""
+    position: Ints
+    attended: Ints
+    value: Tensor
+    """``[n, w]`` float64: each node's activation; a vector where a unit is one."""
+    gradient: Tensor
+    """``[n, w]``: of the target with respect to it."""
+    measures: dict[str, Floats]
+    """Measure -> ``[n]``."""
+
+    def __post_init__(self) -> None:
+        self.measures["act_grad"] = flat((self.value * self.gradient).sum(dim=-1))
+
+    def node(self, index: int) -> Node:
+        attended = int(self.attended[index])
+        return Node(
+            str(self.location),
+            self.kind,
+            int(self.unit[index]),
+            int(self.position[index]),
+            None if attended < 0 else attended,
+        )
+
+
+# --- the goal, and one pass with gradients ---
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A number of one pass, of which gradients are taken."""
+
+    name: str
+    value: Callable[[Activations], Tensor]
+    """From the captured activations to a tensor ``[]``."""
+    places: tuple[str, ...]
+    """What has to be captured for it."""
+    stream: str
+    """The last residual stream before it."""
+    norm: str
+    """The norm that reads this stream, whose scale may be frozen."""
+    hooks: TransformerHooks = field(default_factory=TransformerHooks)
+    position: int | None = None
+    """Where it is read; None: at the last token."""
+    constant_at: str = "resid.post_ln_f"
+    """The location by which the table calls what the goal has without any stream."""
+
+    @classmethod
+    def of_logits(cls, model: LanguageModel, target: Target) -> "Goal":
+        """A target of the last token's logits, or of all."""
+
+        def value(found: Activations) -> Tensor:
+            logits = found["logits"] if target.every_position else found["logits"][:, -1]
+            zero = torch.zeros(1, dtype=torch.long, device=logits.device)
+            pad = torch.zeros_like(found.tokens, dtype=torch.bool)
+            return target(Reading(logits, zero, logits.detach(), found.tokens, pad))[0]
+
+        stream = f"{model.n_layers - 1}/resid.torso.post_mlp"
+        return cls(target.name, value, ("logits",), stream, "resid.ln_f")
+
+
+class Pass:
+    """The activations of one prompt, and the gradients of a goal with respect to them."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokens: Tensor,
+        goal: Goal,
+        wanted: Sequence[str],
+        freeze: Sequence[Freeze],
+    ) -> None:
+        self.model, self.tokens, self.goal = model, tokens, goal
+        self.stream = ActivationLocation.parse(goal.stream)
+        before = [place for place in _places(model, wanted) if is_before(place, self.stream)]
+        hooks = _leaf_at_embedding() + _frozen(freeze, goal.norm) + goal.hooks
+        places = [*before, self.stream, ActivationLocation("resid.post_emb")]
+        with torch.enable_grad():
+            self.found = model.capture(tokens, [*places, *goal.places], hooks=hooks)
+            self.value = goal.value(self.found)
+            places = list(dict.fromkeys(places))
+            gradients = torch.autograd.grad(
+                self.value, [self.found[place] for place in places], allow_unused=True
+            )
+        self.gradients = {
+            place: torch.zeros_like(self.found[place]) if gradient is None else gradient
+            for place, gradient in zip(places, gradients, strict=True)
+        }
+        self.last_gradient = self.gradient(self.stream)
+        self.last_stream = self.activation(self.stream)
+
+    def activation(self, place: str | ActivationLocation) -> Tensor:
+        """``[s, …]`` float64."""
+        return self.found[place][0].detach().double()
+
+    def gradient(self, place: str | ActivationLocation) -> Tensor:
+        """``[s, …]`` float64."""
+        return self.gradients[ActivationLocation.parse(place)][0].double()
+
+
+def _places(model: LanguageModel, wanted: Sequence[str]) -> list[ActivationLocation]:
+    parsed = [ActivationLocation.parse(path) for path in wanted]
+    return [single for place in parsed for single in place.expand(model.n_layers)]
+
+
+def is_before(place: ActivationLocation, stream: ActivationLocation) -> bool:
+    """Whether a place of a layer lies before a place of the stream."""
+    if stream.layer is None:  # the embedding
+        return False
+    order = list(SITES)
+    here, there = (order.index(p.path) for p in (place, stream))
+    return ((place.layer or 0), here) < (stream.layer, there)
+
+
+def _leaf_at_embedding() -> TransformerHooks:
+    """Gradients begin at the embedding, so that the parameters need none."""
+    return TransformerHooks().append_at("resid.post_emb", lambda x: x.detach().requires_grad_())
+
+
+_FROZEN: dict[Freeze, tuple[str, ...]] = {
+    "final_norm": (),
+    "norms": ("resid.ln_f.scale", "resid.torso.ln_attn.scale", "resid.torso.ln_mlp.scale"),
+    "patterns": ("attn.qk_probs",),
+}
+
+
+def _frozen(freeze: Sequence[Freeze], norm: str) -> TransformerHooks:
+    hooks = TransformerHooks()
+    if unknown := [name for name in freeze if name not in _FROZEN]:
+        raise InputError(
+            f"freeze takes {', '.join(_FROZEN)}; found {unknown[0]!r}."
+            f"{did_you_mean(str(unknown[0]), list(_FROZEN))}"
+        )
+    paths = [path for name in freeze for path in _FROZEN[name]]
+    if "final_norm" in freeze and "norms" not in freeze:
+        paths.append(f"{norm}.scale")
+    for path in dict.fromkeys(paths):
+        hooks.append_at(path, lambda x: x.detach())
+    return hooks
+
+
+# --- the parts of a model ---
+
+
+def _grid(*shape: int) -> list[Ints]:
+    return [axis.reshape(-1) for axis in np.indices(shape, dtype=np.int64)]
+
+
+def flat(x: Tensor) -> Floats:
+    found: Floats = x.detach().double().cpu().numpy().reshape(-1)
+    return found
+
+
+def _written(run: Pass, position: Ints, writes: Tensor) -> Floats:
+    """``direct`` ``[n]`` of writes ``[n, d]`` at positions ``[n]``."""
+    return flat((writes * run.last_gradient[torch.from_numpy(position)]).sum(dim=-1))
+
+
+def _vectors(
+    run: Pass, place: ActivationLocation, kind: Kind, value: Tensor, write: Tensor
+) -> Part:
+    """One unit a position, a vector ``[s, n]`` that writes ``[s, d]``; ``activation`` is its length."""
+    position = np.arange(len(value))
+    zeros = np.zeros_like(position)
+    measures = {
+        "activation": flat(value.norm(dim=-1)),
+        "write_norm": flat(write.norm(dim=-1)),
+        "direct": _written(run, position, write),
+    }
+    gradient = run.gradient(place).flatten(1)
+    return Part(place, kind, zeros, position, zeros - 1, value, gradient, measures)
+
+
+def _rest(run: Pass, path: str, layer: int, writes: Tensor) -> Part:
+    """What a sublayer writes besides ``writes`` ``[s, d]``: its bias."""
+    delta = ActivationLocation(path, layer)
+    rest = run.activation(delta) - writes
+    return _vectors(run, delta, "bias", rest, rest)
+
+
+def _neurons(run: Pass, layer: int) -> Iterator[Part]:
+    place = ActivationLocation("mlp.post_act", layer)
+    weight = run.model.weight(WeightLocationType.MLP_TO_RESIDUAL, layer).detach().double()
+    a = run.activation(place)
+    position, unit = _grid(*a.shape)
+    measures = {
+        "activation": flat(a),
+        "write_norm": flat(a * weight.norm(dim=-1)),
+        "direct": flat(a * (run.last_gradient @ weight.T)),
+    }
+    none = np.full_like(unit, -1)
+    gradient = run.gradient(place)
+    yield Part(
+        place, "neuron", unit, position, none, a.reshape(-1, 1), gradient.reshape(-1, 1), measures
+    )
+    yield _rest(run, "resid.torso.delta_mlp", layer, a @ weight)
+
+
+def _heads(run: Pass, layer: int) -> Iterator[Part]:
+    place = ActivationLocation("attn.v_out", layer)
+    weight = run.model.weight(WeightLocationType.ATTN_TO_RESIDUAL, layer).detach().double()
+    z = run.activation(place)  # [s, h, d_head]
+    writes = torch.einsum("shc,hcd->shd", z, weight)
+    position, unit = _grid(*z.shape[:2])
+    norm = flat(writes.norm(dim=-1))
+    measures = {
+        "activation": norm,
+        "write_norm": norm,
+        "direct": _written(run, position, writes.flatten(0, 1)),
+    }
+    none = np.full_like(unit, -1)
+    gradient = run.gradient(place).flatten(0, 1)
+    yield Part(place, "head", unit, position, none, z.flatten(0, 1), gradient, measures)
+    yield _rest(run, "resid.torso.delta_attn", layer, writes.sum(dim=1))
+
+
+def _pairs(run: Pass, layer: int) -> Iterator[Part]:
+    place = ActivationLocation("attn.qk_probs", layer)
+    weight = run.model.weight(WeightLocationType.ATTN_TO_RESIDUAL, layer).detach().double()
+    pattern, v = run.activation(place), run.activation(ActivationLocation("attn.v", layer))
+    written = torch.einsum("khc,hcd->khd", v, weight)
+    to_last = torch.einsum("khd,qd->qkh", written, run.last_gradient)
+    position, attended, unit = _grid(*pattern.shape)
+    seen = attended <= position
+    measures = {
+        "activation": flat(pattern),
+        "write_norm": flat(pattern * written.norm(dim=-1)),
+        "direct": flat(pattern * to_last),
+    }
+    value, gradient = pattern.reshape(-1, 1), run.gradient(place).reshape(-1, 1)
+    some = torch.from_numpy(seen)
+    yield Part(
+        place,
+        "pair",
+        unit[seen],
+        position[seen],
+        attended[seen],
+        value[some],
+        gradient[some],
+        {name: values[seen] for name, values in measures.items()},
+    )
+    writes = torch.einsum("qkh,khd->qd", pattern, written)
+    yield _rest(run, "resid.torso.delta_attn", layer, writes)
+
+
+@torch.no_grad()
+def _latents(run: Pass, place: ActivationLocation, autoencoder: Autoencoder) -> Iterator[Part]:
+    assert place.layer is not None
+    x = run.activation(place).flatten(1)
+    code = autoencoder.code_sparse(x.to(autoencoder.device, autoencoder.dtype))
+    row, slot = (code.latents.values != 0).nonzero(as_tuple=True)
+    a, unit = code.latents.values[row, slot].double(), code.latents.indices[row, slot]
+    # On the scale of the input: an autoencoder that normalises multiplies by a number for each token.
+    per_one = autoencoder.directions[unit].double()
+    per_one = per_one * _scale(code, autoencoder, len(x))[row, None]
+    to_stream = _into_stream(run.model, place)
+    gradient, writes = run.gradient(place).flatten(1), to_stream(per_one)
+    position = row.cpu().numpy()
+    measures = {
+        "activation": flat(a),
+        "write_norm": flat(a * writes.norm(dim=-1)),
+        "direct": _written(run, position, a[:, None] * writes),
+    }
+    none = np.full_like(position, -1)
+    its_gradient = (per_one * gradient[row]).sum(dim=-1, keepdim=True)
+    yield Part(
+        place, "latent", unit.cpu().numpy(), position, none, a[:, None], its_gradient, measures
+    )
+    recons = code.decode(code.latents).double()
+    bias = code.decode(_one_each(code.latents, 0.0)).double()
+    for kind, rest in (("error", x - recons), ("bias", bias)):
+        yield _vectors(run, place, kind, rest, to_stream(rest))  # type: ignore[arg-type]  # a Kind
+    if place.path in _INSIDE:
+        yield _rest(run, _INSIDE[place.path], place.layer, to_stream(x))
+
+
+_INSIDE = {"mlp.post_act": "resid.torso.delta_mlp", "attn.v_out": "resid.torso.delta_attn"}
+"""Where what is inside a sublayer is written to the stream."""
+
+
+def _one_each(latents: Latents, value: float) -> Latents:
+    """Latent 0 of every row at a value, and no other."""
+    values = torch.full_like(latents.values[:, :1], value)
+    return Latents(values, torch.zeros_like(latents.indices[:, :1]), latents.n_latents)
+
+
+def _scale(code: Any, autoencoder: Autoencoder, n_tokens: int) -> Tensor:
+    """``[s]``: what decoding multiplies a decoder row by."""
+    row = autoencoder.directions[0].double()
+    zero = _one_each(code.latents, 0.0)
+    change = (code.decode(_one_each(code.latents, 1.0)) - code.decode(zero)).double()
+    scale: Tensor = change @ row / row.square().sum()
+    return scale
+
+
+def _into_stream(model: LanguageModel, place: ActivationLocation) -> Callable[[Tensor], Tensor]:
+    """From vectors ``[…, n]`` at a place to what they write into the residual stream ``[…, d]``."""
+    if place.path == "mlp.post_act":
+        weight = model.weight(WeightLocationType.MLP_TO_RESIDUAL, place.layer).detach().double()
+        return lambda x: x @ weight
+    if place.path == "attn.v_out":
+        heads = model.weight(WeightLocationType.ATTN_TO_RESIDUAL, place.layer).detach().double()
+        return lambda x: x @ heads.flatten(0, 1)
+    if place.path in ("resid.torso.delta_mlp", "resid.torso.delta_attn"):
+        return lambda x: x
+    raise InputError(
+        f"latents of {place} are no part of a sum that makes the stream; expected an autoencoder of "
+        "mlp.post_act, attn.v_out, resid.torso.delta_mlp or resid.torso.delta_attn."
+    )
+
+
+MLP_PLACES = ("mlp.post_act", "resid.torso.delta_mlp")
+
+
+def all_parts(
+    run: Pass, attention: str, autoencoders: Mapping[bool, AutoencoderContext]
+) -> list[Part]:
+    """Every part before the goal once: their writes sum to the last residual stream before it."""
+    emb = ActivationLocation("resid.post_emb")
+    embedding = run.activation(emb)
+    parts = [_vectors(run, emb, "embedding", embedding, embedding)]
+    for layer in range(run.model.n_layers):
+        for is_mlp, delta in ((False, "resid.torso.delta_attn"), (True, "resid.torso.delta_mlp")):
+            if not is_before(ActivationLocation(delta, layer), run.stream):
+                continue
+            context = autoencoders.get(is_mlp)
+            if context is not None and layer in context.layer_indices:
+                place = context.location.at(layer)
+                parts += _latents(run, place, context.get_autoencoder(layer))
+            elif is_mlp:
+                parts += _neurons(run, layer)
+            else:
+                parts += _pairs(run, layer) if attention == "pairs" else _heads(run, layer)
+    return [*parts, _constant(run)]
+
+
+def wanted_places(
+    model: LanguageModel, attention: str, autoencoders: Mapping[bool, AutoencoderContext]
+) -> list[str]:
+    inside = ["attn.qk_probs", "attn.v"] if attention == "pairs" else ["attn.v_out"]
+    paths = [*inside, "resid.torso.delta_attn", "mlp.post_act", "resid.torso.delta_mlp"]
+    paths += [context.location.path for context in autoencoders.values()]
+    for path in paths:
+        model.require(path)
+    return list(dict.fromkeys(paths))
+
+
+def _constant(run: Pass) -> Part:
+    """What the goal has without any stream: the biases on the way to it, where that way is linear."""
+    place = ActivationLocation.parse(run.goal.constant_at)
+    rest = float(run.value.detach().double() - (run.last_stream * run.last_gradient).sum())
+    position = run.tokens.shape[1] - 1 if run.goal.position is None else run.goal.position
+    last, zero = np.array([position]), np.zeros(1)
+    measures = {"activation": zero, "write_norm": zero, "direct": np.array([rest])}
+    nothing = torch.zeros(1, 1, dtype=torch.float64)
+    first = np.zeros(1, dtype=np.int64)
+    return Part(place, "bias", first, last, first - 1, nothing, nothing, measures)
