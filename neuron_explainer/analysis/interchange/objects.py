@@ -11,7 +11,7 @@ import math
 import types
 import typing
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,7 +54,7 @@ def read_object(cls: type[T], value: Any, where: str) -> T:
     """
     if not isinstance(value, dict):
         raise _wrong(where, f"an object with the fields of {cls.__name__}", value)
-    names, checks, required = _form(cls)
+    names, checks, required = _form(typing.cast(Hashable, cls))
     if _CLASS_NAME in value and names.classes:
         found = value[_CLASS_NAME]
         if found not in names.classes:
