@@ -53,9 +53,10 @@ def _register_import(verbs: Any) -> None:
 
 def run_import(args: argparse.Namespace) -> Result:
     """Make stores of examples of activations that another program collated: one for each layer."""
-    from neuron_explainer.analysis.interchange import import_records
+    from neuron_explainer.analysis.interchange.collated_sets import import_records
+    from neuron_explainer.analysis.store import ExampleStore
 
-    stores = import_records(
+    paths = import_records(
         args.source,
         args.out,
         layers=args.layers,
@@ -64,8 +65,8 @@ def run_import(args: argparse.Namespace) -> Result:
         explanations=args.explanations,
     )
     found = []
-    for store in stores:
-        with store:
+    for path in paths:
+        with ExampleStore(path) as store:
             found.append(
                 {
                     "path": str(store.path),

@@ -35,6 +35,10 @@ from tests.blob_server import BlobServer
 PEER = Path(__file__).parents[1] / "fixtures" / "peers" / "neuron-records"
 
 
+def imported(*args: Any, **settings: Any) -> list[ExampleStore]:
+    return [ExampleStore(path) for path in import_records(*args, **settings)]
+
+
 def stored(path: Path, value) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value), "utf-8")
@@ -165,7 +169,7 @@ def test_rows_of_pairs_that_are_cut_become_the_whole_triangle():
 
 
 def test_a_folder_of_records_becomes_stores(tmp_path):
-    stores = import_records(
+    stores = imported(
         PEER, tmp_path / "out", location="mlp.post_act", explanations=PEER / "explanations"
     )
     assert [store.name for store in stores] == ["0.mlp.post_act", "1.mlp.post_act"]
@@ -192,7 +196,7 @@ def test_a_folder_of_records_becomes_stores(tmp_path):
 
 
 def test_records_of_a_store_and_back(tmp_path):
-    (store, other) = import_records(PEER, tmp_path / "first")
+    (store, other) = imported(PEER, tmp_path / "first")
     written = write_records(store, tmp_path / "set") + write_records(other, tmp_path / "set")
     assert len(written) == 6
     for path in written:
@@ -205,7 +209,7 @@ def test_records_of_a_store_and_back(tmp_path):
         assert [[e["tokens"] for e in q] for q in found["random_sample_by_quantile"]] == [
             [e["tokens"] for e in q] for q in source["random_sample_by_quantile"]
         ]
-    again = import_records(tmp_path / "set", tmp_path / "second")
+    again = imported(tmp_path / "set", tmp_path / "second")
     for mine, theirs in zip(again, (store, other), strict=True):
         a, b = mine.collected(), theirs.collected()
         for column in ("unit", "group", "interval", "rank", "peak", "value", "activations"):
@@ -218,7 +222,7 @@ def test_heads_become_a_store_of_pairs(tmp_path):
     top = [example("abc", [0, 1, 2, 3, 4, 5]), example("abcd", [1, 2, 0, 0, 9, 0, 3])]
     folder = tmp_path / "set"
     stored(folder / "5" / "2.json", record(2, 5, most_positive_activation_records=top))
-    (store,) = import_records(folder, tmp_path / "out", location="attn.qk_probs")
+    (store,) = imported(folder, tmp_path / "out", location="attn.qk_probs")
     assert store.kind == "head"
     best = store[2].top[0]
     assert (best.value, best.query, best.key) == (9, 2, 1)
@@ -247,7 +251,7 @@ def test_a_published_set_is_read_through_the_cache_under_either_spelling(
     for unit in (0, 4):
         content = json.dumps(record(unit, 3)).encode()
         server.put(f"/neuron-explainer/gpt2-small/x/3/{unit}.json", content)
-    (store,) = import_records(name, tmp_path / "out", layers=[3], units=[0, 4])
+    (store,) = imported(name, tmp_path / "out", layers=[3], units=[0, 4])
     assert (store.name, store.kind) == ("3.resid.torso.delta_mlp", "latent")
     assert store.alive.tolist() == [0, 4]
     with pytest.raises(SourceError, match=r"3/5\.json of a published set cannot be had:\n- .*\n- "):
@@ -307,7 +311,7 @@ def test_hostile_strings_are_kept_and_shown_escaped(tmp_path):
     bad = ["\x1b[2J", "<script>alert(1)</script>", "\ud800", "\x00", "\u202e"]
     top = [example(bad, [1, 2, 3, 4, 5])]
     path = stored(tmp_path / "0" / "0.json", record(most_positive_activation_records=top))
-    (store,) = import_records(path, tmp_path / "out")
+    (store,) = imported(path, tmp_path / "out")
     page = store[0]
     assert [piece.decode() for piece in page.top[0].pieces] == [*bad[:2], "?", *bad[3:]]
     assert "\x1b" not in page.text()

@@ -26,7 +26,6 @@ from neuron_explainer.analysis.interchange.neuron_records import (
 )
 from neuron_explainer.analysis.latent_record import Example, LatentRecord
 from neuron_explainer.analysis.records import Kind
-from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.analysis.store_format import Label
 from neuron_explainer.errors import CheckpointError, InputError, SourceError, did_you_mean, shown
 
@@ -130,8 +129,8 @@ def import_records(
     units: Iterable[int] | None = None,
     location: str | None = None,
     explanations: str | Path | None = None,
-) -> list[ExampleStore]:
-    """Make stores of a collated set, one for each layer.
+) -> list[Path]:
+    """Make stores of a collated set, one for each layer, and return their paths.
 
     The text of a store is that of its examples, each once. Groups become ours: the most positive records
     "top", those of the random sample "uniform" or, where the unit is not active, "inactive", and those by
@@ -159,8 +158,8 @@ def import_records(
                 found.kind or ("head" if pairs else "neuron"),
                 f"{unit.layer_index}/{found.location}",
                 f"{unit.layer_index}.{found.location}",
-                _provenance(source),
-                _settings(record),
+                _provenance(source, record),
+                {"figures": "active: of the random sample; all tokens: as the files say"},
             )
         layer = by_layer[unit.layer_index]
         if pairs is not None and pairs != (layer.kind == "head"):
@@ -168,21 +167,19 @@ def import_records(
                 f"{path}: expected activations of {'pairs of ' * (not pairs)}tokens as in the other "
                 f"records of {layer.name}; import these into stores of their own."
             )
-        if layer.settings["quantile_boundaries"] != record.quantile_boundaries:
-            layer.settings["quantile_boundaries"] = None  # they are not the same for all units
+        if layer.provenance["quantile_boundaries"] != record.quantile_boundaries:
+            layer.provenance["quantile_boundaries"] = None  # they are not the same for all units
         layer.units.append(foreign)
     return gatherer.write(folder, [by_layer[number] for number in sorted(by_layer)])
 
 
-def _provenance(source: str | Path) -> dict[str, str]:
+def _provenance(source: str | Path, record: NeuronRecord) -> dict[str, object]:
     name = str(source) if files.is_remote(source) or source in PUBLISHED else Path(source).name
-    return {"imported_from": name, "format": "NeuronRecord", "neuron_explainer": __version__}
-
-
-def _settings(record: NeuronRecord) -> dict[str, object]:
     return {
+        "imported_from": name,
+        "format": "NeuronRecord",
         "quantile_boundaries": record.quantile_boundaries,
-        "figures": "active tokens: those of the random sample; all tokens: as the files say",
+        "neuron_explainer": __version__,
     }
 
 
@@ -365,7 +362,7 @@ def neuron_record(record: LatentRecord) -> NeuronRecord:
     def records(*groups: str) -> list[ActivationRecord]:
         return [_activation_record(each) for group in groups for each in record.examples(group)]
 
-    return NeuronRecord(
+    found = NeuronRecord(
         NeuronId(record.unit, int(layer)),
         random_sample=records("uniform", "inactive"),
         mean=figures.mean_all,
@@ -374,6 +371,15 @@ def neuron_record(record: LatentRecord) -> NeuronRecord:
         kurtosis=figures.kurtosis_all,
         most_positive_activation_records=records("top"),
     )
+    if record.provenance.get("quantile_boundaries") is not None:
+        strata = record.examples("stratum")
+        n = max((each.interval + 1 for each in strata), default=0)
+        found.quantile_boundaries = list(record.provenance["quantile_boundaries"])
+        found.random_sample_by_quantile = [
+            [_activation_record(each) for each in strata if each.interval == interval]
+            for interval in reversed(range(n))
+        ]
+    return found
 
 
 def _activation_record(example: Example) -> ActivationRecord:
@@ -383,21 +389,13 @@ def _activation_record(example: Example) -> ActivationRecord:
     )
 
 
-def write_records(
-    store: ExampleStore, folder: str | Path, units: Iterable[int] | None = None
-) -> list[Path]:
-    """Write ``{layer}/{unit}.json`` for units of a store; None: all that were ever active."""
-    boundaries = store.settings.get("quantile_boundaries")
-    written = []
-    for unit in store.alive.tolist() if units is None else units:
-        page = store[unit]
-        record = neuron_record(page)
-        if boundaries is not None:
-            strata = page.examples("stratum")
-            record.quantile_boundaries = boundaries
-            record.random_sample_by_quantile = [
-                [_activation_record(each) for each in strata if each.interval == interval]
-                for interval in reversed(range(max((e.interval for e in strata), default=-1) + 1))
-            ]
-        written.append(write_neuron_record(record, folder))
-    return written
+def write_records(records: Iterable[LatentRecord], folder: str | Path) -> list[Path]:
+    """Write ``{layer}/{unit}.json`` for the units of a store that have examples.
+
+    Args:
+        records: a store, or some of its records.
+        folder: where the folders of layers go.
+    """
+    return [
+        write_neuron_record(neuron_record(each), folder) for each in records if each.all_examples
+    ]

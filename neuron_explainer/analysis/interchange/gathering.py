@@ -29,7 +29,6 @@ from neuron_explainer.analysis.records import (
     UnitStatistics,
     group_number,
 )
-from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.analysis.store_format import SUFFIX, Label, encodable, write_store
 from neuron_explainer.analysis.token_store import TOKENS_FOLDER, TokenStore
 from neuron_explainer.errors import CheckpointError, InputError
@@ -111,8 +110,8 @@ class Gatherer:
 
     def write(
         self, folder: str | Path, layers: Sequence[Gathered], n_units: int | None = None
-    ) -> list[ExampleStore]:
-        """Write the stores of these layers into a folder, and open them.
+    ) -> list[Path]:
+        """Write the stores of these layers into a folder, and return their paths.
 
         Args:
             folder: for the stores and their text.
@@ -126,12 +125,12 @@ class Gatherer:
         corpus = TokenCorpus.of(self._documents, self.source)
         pieces = [each.encode() for each in self._vocabulary]
         tokens = TokenStore.write(place / TOKENS_FOLDER, corpus, pieces, "strings of the source")
-        stores = []
+        paths = []
         for layer, found in zip(layers, collected, strict=True):
             path = place / f"{found.name.replace('/', '.')}{SUFFIX}"
             write_store(path, found, tokens, [each for unit in layer.units for each in unit.labels])
-            stores.append(ExampleStore(path))
-        return stores
+            paths.append(path)
+        return paths
 
     def _collected(self, layer: Gathered, n_units: int | None) -> Collected:
         units = sorted(layer.units, key=lambda each: each.unit)

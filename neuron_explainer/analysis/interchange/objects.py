@@ -128,9 +128,11 @@ def _number(value: Any, where: str) -> float:
     if type(value) not in (int, float):
         raise _wrong(where, "a number", value)
     try:
-        return float(value)
+        float(value)
     except OverflowError:
         raise _wrong(where, "a number that a float can hold", value) from None
+    found: float = value  # 1 stays 1, so that it is written as it was read
+    return found
 
 
 def _whole(value: Any, where: str) -> int:
