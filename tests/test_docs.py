@@ -33,8 +33,9 @@ def blocks(language: str) -> list[str]:
 SNIPPETS = blocks("python")
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 COMMANDS = [
-    [line for line in block.splitlines() if line.startswith("neuron-explainer ")]
+    commands
     for block in blocks("sh")[1:]
+    if (commands := [line for line in block.splitlines() if line.startswith("neuron-explainer ")])
 ]
 
 
@@ -96,13 +97,16 @@ def test_readme_snippets_on_the_embedded_model(snippet: str) -> None:
 
 
 def test_readme_snippets_were_found() -> None:
-    assert len(SNIPPETS) == 8
-    assert [len(commands) for commands in COMMANDS] == [5, 8]
+    assert len(SNIPPETS) == 9
+    assert [len(commands) for commands in COMMANDS] == [5, 3, 8]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_examples_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_run(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert len(path.read_text("utf-8").splitlines()) <= 60
+    monkeypatch.setattr(sys, "argv", [str(path)])
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out
 

@@ -15,7 +15,8 @@ import pytest
 import neuron_explainer
 from neuron_explainer import files
 from neuron_explainer.errors import InputError, SourceError
-from neuron_explainer.files.steps import Kind, guard
+from neuron_explainer.files.steps import Kind
+from neuron_explainer.files.writing import guard
 
 PACKAGE = Path(neuron_explainer.__file__).parent
 

@@ -21,7 +21,6 @@ from neuron_explainer.errors import InputError, did_you_mean
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
 from neuron_explainer.models.autoencoders.latents import Latents
-from neuron_explainer.models.autoencoders.pruned import get_decoder_weight
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.language_model import Activations, LanguageModel
 from neuron_explainer.models.locations import SITES, ActivationLocation
@@ -319,7 +318,7 @@ def _latents(run: Pass, place: ActivationLocation, autoencoder: Autoencoder) -> 
     row, slot = (code.latents.values != 0).nonzero(as_tuple=True)
     a, unit = code.latents.values[row, slot].double(), code.latents.indices[row, slot]
     # On the scale of the input: an autoencoder that normalises multiplies by a number for each token.
-    per_one = get_decoder_weight(autoencoder)[unit].double()
+    per_one = autoencoder.directions[unit].double()
     per_one = per_one * _scale(code, autoencoder, len(x))[row, None]
     to_stream = _into_stream(run.model, place)
     gradient, writes = run.gradient(place).flatten(1), to_stream(per_one)
@@ -354,7 +353,7 @@ def _one_each(latents: Latents, value: float) -> Latents:
 
 def _scale(code: Any, autoencoder: Autoencoder, n_tokens: int) -> Tensor:
     """``[s]``: what decoding multiplies a decoder row by."""
-    row = get_decoder_weight(autoencoder)[0].double()
+    row = autoencoder.directions[0].double()
     zero = _one_each(code.latents, 0.0)
     change = (code.decode(_one_each(code.latents, 1.0)) - code.decode(zero)).double()
     scale: Tensor = change @ row / row.square().sum()

@@ -52,9 +52,9 @@ from neuron_explainer.analysis.workspace import WORKSPACE_FILE, Workspace, works
 from neuron_explainer.errors import (
     CheckpointError,
     InputError,
-    MissingExtraError,
     SourceError,
     did_you_mean,
+    optional_module,
     shown,
 )
 
@@ -424,13 +424,7 @@ class ExampleStore:
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """A row for each unit: its figures and its label; it needs pandas (the extra ``pandas``)."""
-        try:
-            import pandas
-        except ImportError as error:
-            raise MissingExtraError(
-                "a data frame needs pandas, which is not installed: pip install "
-                "'neuron_explainer[pandas]'"
-            ) from error
+        pandas = optional_module("pandas", "a data frame")
         label = [""] * len(self)
         for found in reversed([*self._user_labels(), *self._stored_labels()]):
             label[found.unit] = found.text
@@ -514,8 +508,10 @@ class ExampleStore:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-        for place in self._workspaces:
-            place.close()
+        known = vars(self)  # what was never asked for is not looked up now
+        for place in (known.get("workspace"), *known.get("_workspaces", ())):
+            if place is not None:
+                place.close()
 
     def __enter__(self) -> "ExampleStore":
         return self

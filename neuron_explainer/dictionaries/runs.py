@@ -31,7 +31,7 @@ from neuron_explainer import files
 from neuron_explainer.activations import origins
 from neuron_explainer.dictionaries.distributed import SINGLE_PROCESS, World
 from neuron_explainer.errors import CheckpointError, InputError
-from neuron_explainer.files.steps import Guard
+from neuron_explainer.files.writing import Guard
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from neuron_explainer.errors import (
     in_way,
     shown,
 )
-from neuron_explainer.files.steps import Guard, guard, plain_write, step
+from neuron_explainer.files.steps import Kind, plain_write, step, watch_steps
 
 if sys.platform != "win32":
     import fcntl  # no locks there, and so nothing is cleared away
@@ -203,6 +203,48 @@ def write_once(path: str | Path, advice: str) -> Iterator[Path]:
 
 def _same_file(one: Path, other: Path) -> bool:
     return other.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+class Guard:
+    """Knows a folder again, whatever has its name now. See :func:`guard`."""
+
+    def __init__(self, folder: Path, name: Path) -> None:
+        self.folder, self._name = Path(os.path.realpath(folder)), name
+        self._identity = self._now()
+        self._kept: list[Path] = []
+
+    def keep(self, path: Path) -> None:
+        """A file that has to stay: if it goes, the folder was emptied."""
+        self._kept.append(path)
+
+    def check(self) -> None:
+        """SourceError if the folder was renamed, replaced or emptied."""
+        if self._now() != self._identity or not all(map(os.path.exists, self._kept)):
+            raise SourceError(
+                f"{self._name} was renamed, replaced or emptied while it was being written to. What was "
+                "written is where the folder is now; put it back, and give the same command again."
+            )
+
+    def watch(self, kind: Kind, path: Path) -> None:
+        """Check before a step in the folder."""
+        if Path(os.path.realpath(path)).is_relative_to(self.folder):
+            self.check()
+
+    def _now(self) -> tuple[int, int] | None:
+        try:
+            status = os.stat(self.folder)
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
+
+
+@contextlib.contextmanager
+def guard(folder: Path, name: Path | None = None) -> Iterator[Guard]:
+    """In this block, every step in ``folder`` is an error if the folder is another one than now: the later
+    part of a result must not lie apart from the earlier part. The error calls it ``name``."""
+    found = Guard(folder, name or folder)
+    with watch_steps(found.watch):
+        yield found
 
 
 @contextlib.contextmanager

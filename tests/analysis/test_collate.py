@@ -21,6 +21,7 @@ from neuron_explainer.models.autoencoder_context import (
     AutoencoderContext,
     MultiAutoencoderContext,
 )
+from neuron_explainer.models.huggingface.context import HuggingFaceModelContext
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.weight_names import WeightLocationType
 from tests.activations.helpers import random_corpus, save_context
@@ -348,3 +349,38 @@ def test_dead_units_and_a_text_that_never_excites(
     silent = collect(context, {"dead": dead}, windows, CONFIG)["dead"]
     groups = {GROUPS[group] for group in silent.examples.group}
     assert groups == {"inactive"}
+
+
+# ---- models of Hugging Face ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_models_of_hugging_face(tmp_path: Path, windows: TokenWindows, family: str) -> None:
+    """Heads that share keys, and a model without our hooks inside."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=61, n_embd=16, n_layer=2, n_head=4, n_positions=24, n_inner=20
+    )
+    if family == "llama":
+        config = transformers.LlamaConfig(
+            vocab_size=61,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=20,
+            max_position_embeddings=24,
+        )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / family)
+    context = HuggingFaceModelContext(tmp_path / family, "cpu", torch.float32)
+    place = "1/resid.torso.post_mlp"
+    topk = autoencoder(16, TopK(3), place)
+    found = collect(context, [{"topk": topk}, "0/mlp.post_act", "1/attn.qk_probs"], windows, CONFIG)
+    check(found["topk"], windows, values_of(context, windows, place, topk.encode))
+    neurons = values_of(context, windows, "0/mlp.post_act")
+    check(found["0/mlp.post_act.neurons"], windows, neurons, dense=True)
+    heads = found["1/attn.qk_probs.heads"]
+    assert heads.n_units == 4
+    assert (heads.statistics.max <= 1).all()
+    assert (heads.statistics.max > 0.1).all()

@@ -1,5 +1,6 @@
 """``collate`` with files: the folder, what is refused, and stores that are merged."""
 
+import errno
 import math
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from neuron_explainer import files
 from neuron_explainer.activations.windows import TokenBatch, TokenWindows
 from neuron_explainer.analysis import (
     CollateConfig,
@@ -21,7 +23,7 @@ from neuron_explainer.analysis import (
 )
 from neuron_explainer.analysis.collation.merging import merge
 from neuron_explainer.analysis.records import Collected
-from neuron_explainer.errors import CheckpointError, InputError
+from neuron_explainer.errors import CheckpointError, InputError, SourceError
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
 from neuron_explainer.models.model_context import ModelContext
 from tests.analysis.byte_models import BOS, byte_corpus, save_byte_context
@@ -151,6 +153,27 @@ def test_an_interrupted_run_goes_on_and_other_settings_are_refused(
         pytest.raises(InputError, match="another process is collating"),
     ):
         collate(context, WHAT, windows_of(), tmp_path / "out", CONFIG, progress=False)
+    collate(context, WHAT, windows_of(), tmp_path / "out", CONFIG, progress=False)
+    collate(context, WHAT, windows_of(), tmp_path / "whole", CONFIG, progress=False)
+    for path in (tmp_path / "whole").glob("*.store"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("number", [5, 40, 90])
+def test_a_full_disk_leaves_what_was_there(
+    context: ModelContext, tmp_path: Path, number: int
+) -> None:
+    count = [0]
+
+    def full(kind: str, path: Path) -> None:
+        count[0] += kind == "write"
+        if kind == "write" and count[0] == number:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with files.watch_steps(full), pytest.raises(SourceError, match="no room"):
+        collate(
+            context, WHAT, windows_of(), tmp_path / "out", CONFIG, progress=False, save_every_s=0
+        )
     collate(context, WHAT, windows_of(), tmp_path / "out", CONFIG, progress=False)
     collate(context, WHAT, windows_of(), tmp_path / "whole", CONFIG, progress=False)
     for path in (tmp_path / "whole").glob("*.store"):

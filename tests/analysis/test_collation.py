@@ -11,8 +11,9 @@ from neuron_explainer.activations.windows import TokenWindows
 from neuron_explainer.analysis.collation.config import CollateConfig
 from neuron_explainer.analysis.collation.examples import bytes_per_unit
 from neuron_explainer.analysis.collation.passes import Findings
-from neuron_explainer.analysis.collation.places import duplicates_of
+from neuron_explainer.analysis.collation.places import Places, duplicates_of
 from neuron_explainer.analysis.collation.reservoirs import histogram_bin
+from neuron_explainer.analysis.collation.seen import PairsSeen
 from neuron_explainer.analysis.records import HISTOGRAM_EDGES, ExampleTable
 from neuron_explainer.errors import InputError
 from tests.analysis.collated import (
@@ -101,6 +102,17 @@ def test_other_settings(corpus: TokenCorpus, changes: dict[str, Any]) -> None:
     config = replace(SMALL, **changes)
     values = random_values(len(corpus.tokens), 4, seed=1)
     windows = windows_of(corpus)
+    check(collate(windows, values, config), windows, values, config)
+
+
+@pytest.mark.parametrize("per_interval", [1, 2])
+def test_strata_of_many_octaves(corpus: TokenCorpus, per_interval: int) -> None:
+    """Most of the bins share a reservoir, whose limit counts for the lowest intervals."""
+    config = replace(SMALL, per_interval=per_interval, intervals=8)
+    rng = np.random.default_rng(1)
+    values = (2.0 ** rng.normal(0, 3, size=(len(corpus.tokens), 8))).astype(np.float32)
+    values[rng.random(values.shape) < 0.7] = 0
+    windows = TokenWindows(corpus, 4, 5, bos=BOS)
     check(collate(windows, values, config), windows, values, config)
 
 
@@ -245,3 +257,27 @@ def test_settings_that_cannot_be() -> None:
             CollateConfig(**settings)
     with pytest.raises(InputError, match="weight_exponent"):
         CollateConfig(weight_exponent=0.0)
+
+
+def test_of_equal_pairs_the_one_of_the_earlier_query_is_the_peak() -> None:
+    windows = TokenWindows(TokenCorpus.of([[1, 2, 3, 4]]), 4, 1, seed=None)
+    places = Places.of(windows.batch(0), duplicates_of(windows), False)
+    values = np.zeros((1, 4, 4, 1), np.float32)
+    values[0, 1, 1] = values[0, 2, 0] = values[0, 2, 1] = 0.5
+    seen = PairsSeen(places, values, 3)
+    peaks = seen.peaks()
+    assert seen.query[peaks.at].tolist() == [1]
+    assert seen.key[peaks.at].tolist() == [1]
+    assert peaks.position.tolist() == [1]
+    entries = seen.show(peaks, 3)
+    assert entries.activations.tolist() == [[0, 0, 0.5, 0.5, 0.5, 0]]
+    assert entries.peak.tolist() == [2]
+
+
+def test_pairs_with_a_separator_are_not_looked_at() -> None:
+    windows = TokenWindows(TokenCorpus.of([[1, BOS, 3, 4]]), 5, 1, bos=BOS, seed=None)
+    places = Places.of(windows.batch(0), duplicates_of(windows), False)
+    seen = PairsSeen(places, np.ones((1, 5, 5, 1), np.float32), 4)
+    assert seen.n_tokens == 6
+    entries = seen.show(seen.peaks(), 4)
+    assert entries.activations.tolist() == [[1, 0, 0, 1, 0, 1, 1, 0, 1, 1]]

@@ -17,6 +17,7 @@ from neuron_explainer.experiments.boards.measures import accuracies, accuracy_by
 from neuron_explainer.experiments.boards.model_files import save_model
 from neuron_explainer.experiments.boards.objects import KINDS, BoardConfig
 from neuron_explainer.experiments.boards.seed_layout import write_seed_layout
+from neuron_explainer.experiments.boards.speed import time_step
 from neuron_explainer.experiments.boards.study import Study
 from neuron_explainer.experiments.boards.training import BoardTrainingConfig
 from neuron_explainer.settings.flags import add_flags, field_docs, from_flags
@@ -85,6 +86,20 @@ def run_export(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
 
 
+def run_speed(args: argparse.Namespace) -> None:
+    """Time a training step beside its matrix products."""
+    rows = []
+    for name in training.MODELS:
+        config = BoardTrainingConfig(name, batch_size=args.batch_size)
+        found = time_step(config, BoardDataset(), args.repeats)
+        minutes = found.step * config.n_epochs * -(-config.boards_per_epoch // args.batch_size) / 60
+        figures = (1e3 * found.step, 1e3 * found.products, found.ratio, found.rate / 1e9, minutes)
+        rows.append([name, *(f"{x:.1f}" for x in figures)])
+    head = ["model", "step ms", "products ms", "ratio", "GFLOP/s", "minutes for the default run"]
+    print(text_table(head, rows, rule=True))
+    print(f"{torch.get_num_threads()} threads")
+
+
 def run_boards(args: argparse.Namespace) -> None:
     """Make a data set of boards and save it; show a board of each kind."""
     dataset = BoardDataset(from_flags(args, BoardConfig))
@@ -142,6 +157,9 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_board_flags(train, leave_out=("seed", "split"))
     _add_looking(command)
+    speed = command("speed", run_speed)
+    speed.add_argument("--batch-size", type=int, default=64, help="boards of a step (default: 64)")
+    speed.add_argument("--repeats", type=int, default=10, help="steps to time (default: 10)")
     boards = command("boards", run_boards)
     boards.add_argument("--out", type=Path, default=None, help="folder (default: nothing is saved)")
     boards.add_argument(

@@ -7,7 +7,7 @@ import numpy as np
 from neuron_explainer.experiments.boards import edits
 from neuron_explainer.experiments.boards.drawing import Board, hide
 from neuron_explainer.experiments.boards.measures import accuracy_by_kind, predict
-from neuron_explainer.experiments.boards.objects import KINDS
+from neuron_explainer.experiments.boards.objects import EMPTY, KINDS
 from neuron_explainer.experiments.boards.probes import probe_everywhere, probe_table
 from neuron_explainer.experiments.boards.recording import record, stream_points
 from neuron_explainer.experiments.boards.speech import draw_from_words, sentences
@@ -66,20 +66,20 @@ def _probes(study: Study, say: Callable[[str], None]) -> None:
 
 
 def _edit(study: Study, say: Callable[[str], None]) -> None:
-    pair = edits.root_pairs(study.dataset, 100, seed=study.seed)
+    pair = edits.root_pairs(study.dataset, 100, hidden=0.35, seed=study.seed)
     place, config = (
         ActivationLocation("resid.torso.post_mlp", study.n_layers - 2),
         study.dataset.config,
     )
-    (result,) = edits.swap_roots(study.model, pair, [place])
+    on_root = pair.before.roots != EMPTY
+    (result,) = edits.swap_roots(study.model, pair, [place], on_root)
     values = edits.values_at(study.model, pair.masked_after, place)
     drawn = edits.draw_with(
-        study.model, pair.masked_before, place, edits.replace_cells(pair.cells, values)
+        study.model, pair.masked_before, place, edits.replace_cells(on_root, values)
     )
-    flipped = ((drawn == pair.after.tokens) | ~pair.cells).all(1)
-    i = int(flipped.argmax())
+    i = int(((drawn == pair.after.tokens) | ~on_root).all(1).argmax())
     say(
-        f"\nAn edit: at {short(place)}, hidden cells get the activations they have with another root:\n"
+        f"\nAn edit: at {short(place)}, the root's cells get the activations of another root's board:\n"
     )
     say(
         side_by_side(
@@ -92,8 +92,8 @@ def _edit(study: Study, say: Callable[[str], None]) -> None:
         )
     )
     say(
-        f"\n{100 * result.flipped:.0f}% of {result.n_boards} boards turn; with the cells' own activations "
-        f"{100 * result.control:.0f}% do."
+        f"\n{100 * result.flipped:.0f}% of {result.n_boards} boards turn in all their hidden cells; with the "
+        f"cells' own activations {100 * result.control:.0f}% do."
     )
 
 

@@ -110,9 +110,13 @@ class EditResult:
     kept: float
     """Share of boards all of whose edited cells show what they showed without the edit."""
     elsewhere: float
-    """Share of all other cells that are still right."""
+    """Share of the cells in which the two things agree that are right."""
     control: float
     """``flipped``, of an edit that should not flip anything."""
+    cells_flipped: float
+    """Share of the hidden cells in which the two things differ that now show the other one."""
+    cells_control: float
+    """The same of the control."""
     n_boards: int
 
 
@@ -125,10 +129,15 @@ def _counted(
     def share(board: Ints, target: Ints) -> float:
         return float(((board == target) | ~differ).all(1)[differ.any(1)].mean())
 
-    elsewhere = float((drawn == old)[~cells].mean())
-    flipped, kept = share(drawn, new), share(drawn, old)
     return EditResult(
-        location(place), flipped, kept, elsewhere, share(control, new), int(differ.any(1).sum())
+        place=location(place),
+        flipped=share(drawn, new),
+        kept=share(drawn, old),
+        elsewhere=float((drawn == old)[old == new].mean()),
+        control=share(control, new),
+        cells_flipped=float((drawn == new)[differ].mean()),
+        cells_control=float((control == new)[differ].mean()),
+        n_boards=int(differ.any(1).sum()),
     )
 
 
@@ -171,16 +180,21 @@ def _masked(before: Boards, after: Boards, cells: Flags, hidden: int) -> Pair:
     return Pair(before, after, masked, masked_after, cells)
 
 
-def swap_roots(model: BoardGPT, pair: Pair, places: Sequence[LocationLike]) -> list[EditResult]:
-    """Replace the hidden cells' activations by those of the board with the other root.
+def swap_roots(
+    model: BoardGPT, pair: Pair, places: Sequence[LocationLike], cells: Flags | None = None
+) -> list[EditResult]:
+    """Replace activations by those of the board with the other root, and look at the hidden cells.
 
-    Control: by their own activations, which must change nothing.
+    Control: the cells' own activations, which must change nothing.
+
+    Args:
+        cells: whose activations are replaced, ``[n, s]``; default: the hidden cells of what differs.
     """
-    results = []
+    results, cells = [], pair.cells if cells is None else cells
     for place in places:
         theirs, own = (values_at(model, m, place) for m in (pair.masked_after, pair.masked_before))
         drawn, control = (
-            draw_with(model, pair.masked_before, place, replace_cells(pair.cells, values))
+            draw_with(model, pair.masked_before, place, replace_cells(cells, values))
             for values in (theirs, own)
         )
         results.append(

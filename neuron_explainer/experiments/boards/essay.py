@@ -5,7 +5,7 @@ import html
 import io
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from neuron_explainer.experiments.boards.study import Picture, Study
 logger = logging.getLogger(__name__)
 
 Draw = Callable[[Study], Picture]
-CHAPTERS: tuple[tuple[str, str, tuple[Draw, ...]], ...] = (
+Chapter = tuple[str, str, Sequence[Draw]]
+CHAPTERS: tuple[Chapter, ...] = (
     (
         "The task",
         "A transformer learns to fill in boards. Nobody tells it that there are objects.",
@@ -86,7 +87,13 @@ nav{font:14px system-ui,sans-serif;columns:2}nav a{color:#4477aa;text-decoration
 """
 
 
-def write_essay(study: Study, out: str | Path, *, progress: Callable[[str], None] = print) -> Path:
+def write_essay(
+    study: Study,
+    out: str | Path,
+    *,
+    chapters: Sequence[Chapter] = CHAPTERS,
+    progress: Callable[[str], None] = print,
+) -> Path:
     """Draw every picture into a folder, as PNG and SVG, and write ``index.html``; the path of the page.
 
     ``numbers.json`` holds the sentence of each picture, ``activations/`` the vectors that it is drawn from.
@@ -94,7 +101,7 @@ def write_essay(study: Study, out: str | Path, *, progress: Callable[[str], None
     folder = Path(out)
     files.make_folder(folder)
     numbers, parts = {}, []
-    for number, (title, lead, draws) in enumerate(CHAPTERS, 1):
+    for number, (title, lead, draws) in enumerate(chapters, 1):
         parts.append(
             f'<h2 id="c{number}">{number}. {html.escape(title)}</h2><p class="lead">{lead}</p>'
         )
@@ -107,7 +114,7 @@ def write_essay(study: Study, out: str | Path, *, progress: Callable[[str], None
     dump_activations(study, folder / "activations")
     page = folder / "index.html"
     with files.atomic_write(page) as temporary:
-        temporary.write_text(_page(study, parts), "utf-8")
+        temporary.write_text(_page(study, chapters, parts), "utf-8")
     return page
 
 
@@ -129,10 +136,10 @@ def _section(picture: Picture, folder: Path) -> str:
     )
 
 
-def _page(study: Study, parts: list[str]) -> str:
+def _page(study: Study, chapters: Sequence[Chapter], parts: list[str]) -> str:
     contents = "".join(
         f'<div><a href="#c{i}">{i}. {html.escape(title)}</a></div>'
-        for i, (title, _, _) in enumerate(CHAPTERS, 1)
+        for i, (title, _, _) in enumerate(chapters, 1)
     )
     sources = "; ".join(f"{name}: {html.escape(text)}" for name, text in study.sources.items())
     return (

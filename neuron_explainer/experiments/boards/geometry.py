@@ -30,8 +30,8 @@ def unit(x: Floats) -> Floats:
 def three_distances(x: Floats) -> dict[str, Floats]:
     """Euclidean distances, those of rows of length 1, and 1 - cosine, ``[c, c]`` each."""
     return {
-        "euclidean": distances(x),
-        "euclidean, unit norm": distances(unit(x)),
+        "Euclidean": distances(x),
+        "Euclidean, unit norm": distances(unit(x)),
         "cosine": 1 - unit(x) @ unit(x).T,
     }
 
@@ -62,21 +62,37 @@ def participation_ratio(x: Floats) -> float:
 
 
 def spreads(
-    recording: Recording, target: Target, chosen: Flags, *, cells: int = 1500, seed: int = 0
+    recording: Recording,
+    target: Target,
+    chosen: Flags,
+    *,
+    same_board: bool = False,
+    cells: int = 1500,
+    seed: int = 0,
 ) -> list[Spread]:
-    """Distances within and between classes at each recorded place, among cells ``chosen`` ``[n, s]``."""
+    """Distances within and between classes at each recorded place, among cells ``chosen`` ``[n, s]``.
+
+    Args:
+        same_board: compare cells of one board only, so that the rest of the board is the same for both.
+        cells: at most so many cells.
+    """
     rng = np.random.default_rng([seed, 31])
     places = np.flatnonzero(chosen)
     if len(places) > cells:
-        places = rng.choice(places, cells, replace=False)
-    labels = recording.labels(target).reshape(-1)[places]
+        boards = rng.permutation(len(chosen))  # whole boards, until there are enough cells
+        enough = int(np.searchsorted(np.cumsum(chosen[boards].sum(1)), cells)) + 1
+        places = np.flatnonzero(chosen & np.isin(np.arange(len(chosen)), boards[:enough])[:, None])
+    labels, board = recording.labels(target).reshape(-1)[places], places // chosen.shape[1]
+    compared = ~np.eye(len(places), dtype=bool)
+    if same_board:
+        compared &= board[:, None] == board[None]
     same = labels[:, None] == labels[None]
-    off_diagonal = ~np.eye(len(places), dtype=bool)
     found = []
     for place, x in recording.activations.items():
         rows = x.reshape(-1, x.shape[-1])[places]
         apart = distances(rows)
-        within, between = apart[same & off_diagonal].mean(), apart[~same].mean()
+        apart[apart < 1e-3 * np.linalg.norm(rows, axis=1).mean()] = 0  # equal up to rounding
+        within, between = apart[same & compared].mean(), apart[~same & compared].mean()
         means = np.stack([rows[labels == label].mean(0) for label in np.unique(labels)])
         found.append(Spread(place, float(within), float(between), participation_ratio(means)))
     return found

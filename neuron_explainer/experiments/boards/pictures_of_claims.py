@@ -86,22 +86,27 @@ def seen_objects(recording: Recording) -> Flags:
 
 
 def convergence(study: Study) -> Picture:
-    """Distances within and between roots along depth, among visible cells."""
+    """Distances within and between the roots of a board along depth."""
     recording = study.stream
     figure, axes = new_figure(7.2, 2.9, 1, 2)
     chosen = {"visible": seen_objects(recording), "hidden": recording.on_objects & recording.hidden}
-    found = {name: spreads(recording, "root", cells) for name, cells in chosen.items()}
+    found = {
+        name: spreads(recording, "root", cells, same_board=True) for name, cells in chosen.items()
+    }
     ticks = [short(s.place) for s in found["visible"]]
     for name, colour in (("visible", "#4477aa"), ("hidden", "#ee6677")):
         ratios = [s.ratio for s in found[name]]
         axes[0, 0].plot(ratios, "o-", ms=3, color=colour, label=f"{name} cells")
         dimensions = [s.dimensions for s in found[name]]
         axes[0, 1].plot(dimensions, "o-", ms=3, color=colour, label=f"{name} cells")
+    axes[0, 0].axhline(1, color="#888888", lw=0.7, ls=":")
+    axes[0, 1].set_ylim(0, 9.2)
+    axes[0, 1].axhline(9, color="#888888", lw=0.7, ls=":")
     for axis in axes[0]:
         axis.set_xticks(range(len(ticks)), ticks, rotation=90, fontsize=6)
         axis.legend(fontsize=7)
     label(axes[0, 0], "", "within / between", "distance within a root ÷ between roots")
-    label(axes[0, 1], "", "participation ratio", "dimensions of the 10 root means")
+    label(axes[0, 1], "", "participation ratio", "dimensions of the 10 root means (of 9)")
     ratios = [s.ratio for s in found["visible"]]
     lowest = int(np.nanargmin(ratios))
     return _picture(
@@ -110,8 +115,9 @@ def convergence(study: Study) -> Picture:
         "Cells of one root have different tokens. In the middle of the network they come "
         "together all the same, "
         "because they are part of the same thing; towards the output they part again, because the model "
-        "has to name a token for each. The ratio is 1 where it makes no difference which root a cell belongs "
-        "to. (At the embedding, hidden cells are all the same vector and have no ratio.)",
+        "has to name a token for each. Compared are cells of one board: two of the same root, and two of "
+        "different roots. The ratio is 1 where it makes no difference which root a cell belongs to. (At the "
+        "embedding, hidden cells are all the same vector and have no ratio.)",
         f"Visible cells: {ratios[0]:.2f} at the embedding, {ratios[lowest]:.2f} at its lowest "
         f"({ticks[lowest]}), {ratios[-1]:.2f} after the last norm.",
         figure,
@@ -161,65 +167,84 @@ def _edit_places(study: Study) -> list[ActivationLocation]:
 
 def manipulation(study: Study) -> Picture:
     """Boards are made to show another root, by another board's activations and along probes."""
-    pair = edits.root_pairs(study.dataset, 300, seed=study.seed)
-    places = _edit_places(study)
-    results = edits.swap_roots(study.model, pair, places)
+    pair = edits.root_pairs(study.dataset, 300, hidden=0.35, seed=study.seed)
+    places, on_root = _edit_places(study), pair.before.roots != EMPTY
+    hidden = edits.swap_roots(study.model, pair, places)
+    whole = edits.swap_roots(study.model, pair, places, on_root)
     figure, axes = new_figure(7.2, 2.9, 1, 2)
-    for name, colour in (("flipped", "#4477aa"), ("kept", "#ee6677"), ("control", "#888888")):
-        axes[0, 0].plot([getattr(r, name) for r in results], "o-", ms=3, color=colour, label=name)
+    for name, results, colour in (
+        ("all cells of the root", whole, "#4477aa"),
+        ("its hidden cells", hidden, "#ee6677"),
+    ):
+        axes[0, 0].plot([r.flipped for r in results], "o-", ms=3, color=colour, label=name)
+    axes[0, 0].plot([r.control for r in whole], ":", color="#888888", label="by themselves")
     axes[0, 0].set_xticks(range(len(places)), [short(p) for p in places], rotation=90, fontsize=6)
     axes[0, 0].legend(fontsize=7)
-    label(axes[0, 0], "", "share of boards", "hidden cells get another root's activations")
-    strengths = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
-    best = 0.0
-    for layer in range(1, study.n_layers):
-        place = ActivationLocation("resid.torso.post_mlp", layer)
-        x, cells = study.recording.at(place), study.recording.on_objects & study.recording.hidden
-        probe = fit(x[cells][:4000], study.recording.roots[cells][:4000])
-        along = edits.swap_along_probe(study.model, pair, place, probe, strengths)
-        best = max(best, *(r.flipped for _, r in along))
-        line = axes[0, 1].plot(
-            strengths, [r.flipped for _, r in along], "o-", ms=3, label=f"block {layer}"
-        )
-        axes[0, 1].plot(strengths, [r.control for _, r in along], ":", color=line[0].get_color())
-    axes[0, 1].legend(fontsize=7)
-    label(
-        axes[0, 1],
-        "strength (1: mirrored)",
-        "share flipped",
-        "moved along the root probe (dotted: random)",
-    )
-    after = [r for r in results if r.place.path == "resid.torso.post_mlp"]
+    label(axes[0, 0], "", "share of boards that flip", "replaced by another root's activations")
+    best = _along_probes(study, pair, axes[0, 1])
+    after = [r for r in whole if r.place.path == "resid.torso.post_mlp"]
     text = ", ".join(f"block {i} {100 * r.flipped:.0f}%" for i, r in enumerate(after))
-    change = edits.largest_change(study.model, pair.masked_before, after[0].place, pair.cells)
+    last = hidden[-1]
+    change = edits.largest_change(study.model, pair.masked_before, last.place, pair.cells)
     return _picture(
         "manipulation",
         "Claim: abstractions cause what is drawn",
-        "About half of a root's cells are hidden. Their activations are replaced by those of the "
-        "same board with "
-        "another root (left), or moved along the directions of the root probe, with no other board at hand "
-        "(right). A board is flipped if every hidden cell in which the roots differ now shows "
-        "the other root, "
-        "although the visible cells still show the first.",
-        f"Flipped after replacement at the end of {text}; by a probe's directions at most {100 * best:.0f}%. "
-        f"Replacement by the cells' own activations changes no logit by more than {change:.1g}.",
+        "A third of a root's cells are hidden. Activations are replaced by those of the same "
+        "board with another "
+        "root (left): of all cells of the root, or of the hidden ones alone, around visible "
+        "cells that still show "
+        "the first root. A board flips if every hidden cell in which the roots differ shows the "
+        "other root. Or "
+        "they are moved along the directions of a root probe, with no other board at hand (right).",
+        f"All cells of the root replaced after {text}; the hidden ones alone after the last block "
+        f"{100 * last.flipped:.0f}%. Moved along a probe's directions, at best "
+        f"{100 * best.cells_flipped:.0f}% of the "
+        f"cells flip (random steps as long: {100 * best.cells_control:.0f}%). Replacement by the cells' own "
+        f"activations changes no logit by more than {change:.1g}.",
         figure,
     )
 
 
+def _along_probes(study: Study, pair: edits.Pair, axis: Any) -> edits.EditResult:
+    """Draw what edits along probes do at several places and strengths; the best result."""
+    strengths, recording = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0), study.recording
+    on_root = pair.before.roots != EMPTY
+    found: list[edits.EditResult] = []
+    for place in _edit_places(study)[2:]:
+        cells = recording.on_objects
+        probe = fit(recording.at(place)[cells][:4000], recording.roots[cells][:4000])
+        along = edits.swap_along_probe(study.model, pair, place, probe, strengths, on_root)
+        line = axis.plot(
+            strengths, [r.cells_flipped for _, r in along], "o-", ms=3, label=short(place)
+        )
+        axis.plot(strengths, [r.cells_control for _, r in along], ":", color=line[0].get_color())
+        found += [result for _, result in along]
+    axis.legend(fontsize=6)
+    label(
+        axis,
+        "strength (1: mirrored)",
+        "share of cells that flip",
+        "along the root probe (dotted: random)",
+    )
+    return max(found, key=lambda result: result.cells_flipped)
+
+
 def manipulation_example(study: Study) -> Picture:
     """One board, edited at one block."""
-    pair = edits.root_pairs(study.dataset, 60, seed=study.seed + 1)
+    pair = edits.root_pairs(study.dataset, 60, hidden=0.35, seed=study.seed + 1)
     place, config = (
         ActivationLocation("resid.torso.post_mlp", study.n_layers - 2),
         study.dataset.config,
     )
-    values = edits.values_at(study.model, pair.masked_after, place)
+    values, on_root = (
+        edits.values_at(study.model, pair.masked_after, place),
+        pair.before.roots != EMPTY,
+    )
     drawn = edits.draw_with(
-        study.model, pair.masked_before, place, edits.replace_cells(pair.cells, values)
+        study.model, pair.masked_before, place, edits.replace_cells(on_root, values)
     )
     plain = predict(study.model, pair.masked_before)
-    flipped = ((drawn == pair.after.tokens) | ~pair.cells).all(1)
+    flipped = ((drawn == pair.after.tokens) | ~on_root).all(1)
     i = int(np.flatnonzero(flipped)[0]) if flipped.any() else 0
     figure, axes = new_figure(7.6, 1.9, 1, 5)
     shown = [pair.before.tokens, pair.masked_before, plain, pair.after.tokens, drawn]
@@ -229,10 +254,10 @@ def manipulation_example(study: Study) -> Picture:
     return _picture(
         "manipulation_example",
         "One such edit",
-        "The hidden cells get the activations that they have on the other board; the model then "
-        "draws the other "
-        "root in exactly those cells, around the visible cells of the first.",
-        f"{100 * flipped.mean():.0f}% of {len(flipped)} boards turn at this block, cell by cell.",
+        "The cells of the root get the activations that they have on the other board, and the "
+        "model, which sees "
+        "the first board, draws the second.",
+        f"{100 * flipped.mean():.0f}% of {len(flipped)} boards turn into the other one, in all nine cells.",
         figure,
     )
 
@@ -453,7 +478,7 @@ def word_example(study: Study) -> Picture:
     differ = before.tokens != after.tokens
     share = ((drawn == after.tokens) & differ).sum(1) / np.maximum(differ.sum(1), 1)
     i = int(share.argmax())
-    figure, axes = new_figure(7.4, 2.3, 1, 4)
+    figure, axes = new_figure(7.4, 3.0, 1, 4)
     plain = draw_from_words(study.lea, said)
     shown = [before.tokens, plain, drawn, after.tokens]
     titles = [
@@ -464,9 +489,8 @@ def word_example(study: Study) -> Picture:
     ]
     for axis, tokens, title in zip(axes[0], shown, titles, strict=True):
         Board(tokens[i], config).draw(axis, title)
-    sentence, theirs = (" ".join(str(word) for word in words[i]) for words in (said, other))
-    label(axes[0, 0], sentence[: len(sentence) // 2] + "\n" + sentence[len(sentence) // 2 :])
-    label(axes[0, 3], theirs[: len(theirs) // 2] + "\n" + theirs[len(theirs) // 2 :])
+    for axis, sentence in ((axes[0, 0], said[i]), (axes[0, 3], other[i])):
+        axis.set_xlabel(_in_lines(sentence), fontsize=6)
     return _picture(
         "word_example",
         "A sentence, and one word changed",
@@ -477,6 +501,12 @@ def word_example(study: Study) -> Picture:
         "boards differ turn.",
         figure,
     )
+
+
+def _in_lines(sentence: Any) -> str:
+    """The numbers of a sentence's words, eight in a line."""
+    words = [str(word) for word in sentence]
+    return "\n".join(" ".join(words[k : k + 8]) for k in range(0, len(words), 8))
 
 
 def masked_speech(study: Study) -> Picture:

@@ -22,6 +22,13 @@ def _picture(name: str, title: str, text: str, number: str, figure: Any) -> Pict
     return Picture(name, title, text, number, figure, _MODULE)
 
 
+def _map(axis: Any, x: Floats, **options: Any) -> Any:
+    """A matrix as colours, without ticks and frame; what ``imshow`` returns."""
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+    return axis.imshow(x, interpolation="nearest", **options)
+
+
 def boards(study: Study) -> Picture:
     """Boards of each kind, masked, and filled in by the model."""
     figure, axes = new_figure(6.6, 6.4, 3, 3)
@@ -112,7 +119,7 @@ def learning(study: Study) -> Picture:
 
 def _matrices(name: str, title: str, text: str, embedding: Floats, ticks: list[str]) -> Picture:
     """An embedding as a matrix, and three kinds of distances between its rows."""
-    figure, axes = new_figure(7.6, 2.7, 1, 4, width_ratios=[1.4, 1, 1, 1])
+    figure, axes = new_figure(9.0, 2.7, 1, 4, width_ratios=[1.5, 1, 1, 1])
     limit = np.abs(embedding).max() or 1.0
     shown = axes[0, 0].imshow(embedding, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     figure.colorbar(shown, ax=axes[0, 0], shrink=0.7).ax.tick_params(labelsize=6)
@@ -165,9 +172,8 @@ def position_maps(study: Study) -> Picture:
     gap = np.full((side, side + 1, side, side + 1), np.nan, dtype=np.float32)
     gap[:, :side, :, :side] = grid
     figure, axes = new_figure(5.4, 5.0)
-    shown = axes[0, 0].imshow(gap.reshape(side * (side + 1), -1), cmap="magma")
+    shown = _map(axes[0, 0], gap.reshape(side * (side + 1), -1), cmap="magma")
     figure.colorbar(shown, ax=axes[0, 0], shrink=0.7).ax.tick_params(labelsize=7)
-    axes[0, 0].set(xticks=[], yticks=[])
     x, y = np.divmod(np.arange(side * side), side)
     on_board = np.hypot(x[:, None] - x, y[:, None] - y)
     off = ~np.eye(side * side, dtype=bool)
@@ -232,8 +238,7 @@ def norms_on_the_board(study: Study) -> Picture:
     Board(masked[0], study.dataset.config).draw(axes[0, 0], "board")
     lengths = [captured[p][0].detach().float().norm(dim=-1).numpy() for p in places]
     for axis, place, length in zip(axes[0, 1:], places, lengths, strict=True):
-        axis.imshow(length.reshape(side, side), cmap="viridis")
-        axis.set(xticks=[], yticks=[])
+        _map(axis, length.reshape(side, side), cmap="viridis")
         label(axis, f"{length.min():.1f} to {length.max():.1f}", title=short(place))
     on_root = found.roots[0] != EMPTY
     last = lengths[-2]
@@ -255,19 +260,18 @@ def distances_across_stages(study: Study) -> Picture:
     captured = study.model.capture(torch.from_numpy(masked), places)
     order = np.argsort(found.roots[0] == EMPTY, kind="stable")
     rows = [captured[p][0].detach().float().numpy()[order] for p in places]
-    figure, axes = new_figure(7.6, 3.9, 2, 5)
-    for axis, place, x in zip(axes.ravel(), places, rows, strict=False):
-        axis.imshow(distances(x), cmap="magma")
-        axis.set(xticks=[], yticks=[])
+    columns = -(-len(places) // 2)
+    figure, axes = new_figure(8.6, 3.9, 2, columns + 1)
+    for axis, place, x in zip(axes[:, :columns].ravel(), places, rows, strict=False):
+        _map(axis, distances(x), cmap="magma")
         label(axis, title=short(place))
     across = np.array([[np.linalg.norm(a - b, axis=1).mean() for b in rows] for a in rows])
-    last = axes.ravel()[len(places)]
+    axes[0, -1].set_axis_off()
+    last = axes[1, -1]
     last.imshow(across, cmap="magma")
     last.set_xticks(range(len(places)), [short(p) for p in places], fontsize=5, rotation=90)
     last.set_yticks(range(len(places)), [short(p) for p in places], fontsize=5)
     label(last, title="from stage to stage")
-    for axis in axes.ravel()[len(places) + 1 :]:
-        axis.set_axis_off()
     steps = [across[i, i + 1] for i in range(len(places) - 1)]
     largest = int(np.argmax(steps[:-1]))
     return _picture(
@@ -298,16 +302,15 @@ def attention(study: Study) -> Picture:
     queries = [int(hidden[0]), int(hidden[-1]), int(background[0])]
     n_heads = study.model.sizes.n_heads
     figure, axes = new_figure(7.6, 3.9, len(queries), study.n_layers * n_heads + 1)
-    for row, query in zip(axes, queries, strict=True):
+    for number, (row, query) in enumerate(zip(axes, queries, strict=True)):
         Board(masked[0], config).draw(row[0])
         _mark(row[0], query, config.board_size)
         for i, axis in enumerate(row[1:]):
             layer, head = divmod(i, n_heads)
             pattern = patterns[layer][0, query, :, head]
-            axis.imshow(pattern.reshape(config.board_size, -1), cmap="viridis", vmin=0)
+            _map(axis, pattern.reshape(config.board_size, -1), cmap="viridis", vmin=0)
             _mark(axis, query, config.board_size, -0.5)
-            axis.set(xticks=[], yticks=[])
-            if row is axes[0]:
+            if number == 0:
                 label(axis, title=f"{layer}.{head}")
     on_root = found.roots[0] != EMPTY
     shares = [
@@ -344,8 +347,7 @@ def attention_grid(study: Study) -> Picture:
             maps = pattern[0, :, :, head].reshape(side, side, side, side).transpose(0, 2, 1, 3)
             gap = np.full((side, side + 1, side, side + 1), np.nan, dtype=np.float32)
             gap[:, :side, :, :side] = maps
-            axes[head, layer].imshow(gap.reshape(side * (side + 1), -1), cmap="viridis")
-            axes[head, layer].set(xticks=[], yticks=[])
+            _map(axes[head, layer], gap.reshape(side * (side + 1), -1), cmap="viridis")
             label(axes[head, layer], title=f"block {layer}, head {head}")
     return _picture(
         "attention_grid",
@@ -374,11 +376,10 @@ def attention_across_boards(study: Study) -> Picture:
         Board(masked[i], config).draw(row[0])
         for layer, axis in enumerate(row[1:]):
             pattern = patterns[layer][i, query].mean(-1)
-            axis.imshow(pattern.reshape(config.board_size, -1), cmap="viridis", vmin=0)
+            _map(axis, pattern.reshape(config.board_size, -1), cmap="viridis", vmin=0)
             _mark(axis, query, config.board_size, -0.5)
-            axis.set(xticks=[], yticks=[])
             if i == 0:
-                label(axis, title=f"block {layer}, mean of heads")
+                label(axis, title=f"block {layer}")
             shares.append(pattern[found.roots[i] != EMPTY].sum())
     return _picture(
         "attention_across_boards",

@@ -36,7 +36,7 @@ from neuron_explainer.experiments.boards.training import (
 BOARDS = BoardConfig(board_size=5, root_size=2, root_cells=4, n_roots=3, n_composites=2)
 """5 x 5 cells: a composite of 2 x 2 roots of 2 x 2 cells just fits."""
 GPT = BoardTrainingConfig(
-    epochs=3, boards_per_epoch=20, batch_size=8, pace=400, evaluate_every=0, checkpoint_every=1
+    epochs=3, boards_per_epoch=10, batch_size=4, pace=400, evaluate_every=0, checkpoint_every=1
 )
 LEA_CONFIG = replace(GPT, model="lea", pace=1000)
 BOTH = pytest.mark.parametrize("config", [GPT, LEA_CONFIG], ids=["gpt", "lea"])
@@ -122,7 +122,7 @@ def test_a_step_is_adamw_with_decay_on_matrices_alone(dataset: BoardDataset) -> 
     assert all(p.dim() == 2 for p in groups[0]["params"])
     assert {id(p) for p in groups[1]["params"]} >= {id(model.tok_embed.weight), id(model.pos_embed)}
     assert (groups[0]["lr"], groups[0]["betas"]) == (1e-3, (0.9, 0.95))
-    batch = BoardBatches(dataset, CURRICULA["gpt"], 20, 8, 0).batch(0)
+    batch = BoardBatches(dataset, CURRICULA["gpt"], 10, 4, 0).batch(0)
     logits = model(batch.masked).detach()
     right = -F.log_softmax(logits, -1).gather(-1, batch.tokens[..., None]).mean()
     assert float(board_loss(logits, batch.tokens)) == pytest.approx(float(right))
@@ -131,7 +131,7 @@ def test_a_step_is_adamw_with_decay_on_matrices_alone(dataset: BoardDataset) -> 
         board_loss(model(batch.masked), batch.tokens), [model.unembed.weight]
     )
     step = trainer.learn(batch, 0)
-    assert step.n_tokens == 8 * 25
+    assert step.n_tokens == 4 * 25
     expected = before * (1 - 1e-3 * 0.01) - 1e-3 * grad / (grad.abs() + 1e-8)
     torch.testing.assert_close(model.unembed.weight.detach(), expected)
 
@@ -141,7 +141,7 @@ def test_leas_loss_is_the_sum_of_its_parts(dataset: BoardDataset) -> None:
     model = make_model(config, dataset)
     assert isinstance(model, LEA)
     trainer = BoardTrainer(model, config, dataset)
-    batch = BoardBatches(dataset, CURRICULA["lea"], 20, 8, 0).batch(0)
+    batch = BoardBatches(dataset, CURRICULA["lea"], 10, 4, 0).batch(0)
     for epoch, weight in ((100, 0.0), (625, 0.5), (2000, 1.0)):
         with torch.no_grad():
             output = model(batch.masked)
@@ -193,11 +193,17 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(
     assert load_run(tmp_path / "run").config["training"]["epochs_done"] == 1
     assert_same(quiet(config, dataset, tmp_path / "run"), whole)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [3, 6, 9]
+    assert [(line["step"], line["epoch"]) for line in lines] == [(3, 0), (6, 1), (9, 2)]
     assert_same(load_run(tmp_path / "run").model, whole)
-    # and a finished run goes on when more epochs are asked for
-    longer = replace(config, epochs=4)
-    assert_same(quiet(longer, dataset, tmp_path / "run"), quiet(longer, dataset))
+
+
+def test_a_finished_run_goes_on_when_more_epochs_are_asked_for(
+    dataset: BoardDataset, tmp_path: Path
+) -> None:
+    config = replace(GPT, epochs=1, pace=1000)
+    quiet(config, dataset, tmp_path)
+    longer = replace(config, epochs=2)
+    assert_same(quiet(longer, dataset, tmp_path), quiet(longer, dataset))
 
 
 def test_a_run_is_not_resumed_with_other_boards_or_another_model(
