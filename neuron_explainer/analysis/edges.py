@@ -33,9 +33,8 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.analysis.node_parts import Freeze, frozen_hooks
-from neuron_explainer.analysis.sweeps import optional_module
 from neuron_explainer.analysis.targets import Metric, Reading, Target, as_target
-from neuron_explainer.errors import InputError, did_you_mean
+from neuron_explainer.errors import InputError, did_you_mean, optional_module
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.language_model import LanguageModel, Prompts
 from neuron_explainer.models.locations import ActivationLocation
@@ -47,7 +46,7 @@ __all__ = ["EdgeGraph", "EdgeScores", "edge_attribution"]
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
-_INPUTS = (
+QKV_WEIGHTS = (
     WeightLocationType.ATTN_TO_QUERY,
     WeightLocationType.ATTN_TO_KEY,
     WeightLocationType.ATTN_TO_VALUE,
@@ -307,7 +306,7 @@ class EdgeScores:
 
     def to_dataframe(self) -> Any:
         """One row an edge (needs pandas)."""
-        pandas = optional_module("pandas")
+        pandas = optional_module("pandas", "a data frame")
         rows = [
             {
                 "edge": self.graph.name(i, j),
@@ -448,7 +447,7 @@ def _through_weights(model: Transformer, layer: int, gradients: dict[str, Tensor
     """``[3 * h, p, s, d]``: gradients with respect to the norm's output, for each input of each head."""
     scale = list(model.layers)[layer].attn.qk_scale
     parts = []
-    for letter, kind, factor in zip("qkv", _INPUTS, (scale, scale, 1.0), strict=True):
+    for letter, kind, factor in zip("qkv", QKV_WEIGHTS, (scale, scale, 1.0), strict=True):
         weight = model.weight(kind, layer).detach()  # [h, d, d_head]
         gradient = gradients[f"{layer}/attn.{letter}"] * factor
         parts.append(torch.einsum("pshc,hdc->hpsd", gradient, weight))
