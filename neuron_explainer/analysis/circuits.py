@@ -100,12 +100,9 @@ class Circuit:
     @property
     def nodes(self) -> list[str]:
         """The names of the embedding, heads and MLPs that an edge leaves or enters."""
-        touched = self.kept.any(axis=1)
-        for j in self.kept.any(axis=0).nonzero()[0].tolist():
-            node = self.graph.node_of(j)
-            if node is not None:
-                touched[node] = True
-        return [self.graph.sources[i] for i in touched.nonzero()[0]]
+        places = np.argwhere(self.kept).tolist()
+        touched = {i for i, _ in places} | {self.graph.node_of(j) for _, j in places}
+        return [name for i, name in enumerate(self.graph.sources) if i in touched]
 
     def __len__(self) -> int:
         return int(self.kept.sum())
@@ -422,12 +419,14 @@ class FaithfulnessCurve:
     @property
     def random_cpr(self) -> Floats:
         """``[seeds]``: ``cpr`` of random edges."""
-        return _area(self.fractions, self.random)
+        found: Floats = _area(self.fractions, self.random)
+        return found
 
     @property
     def random_cmd(self) -> Floats:
         """``[seeds]``: ``cmd`` of random edges."""
-        return _area(self.fractions, np.abs(1 - self.random))
+        found: Floats = _area(self.fractions, np.abs(1 - self.random))
+        return found
 
     def to_dataframe(self) -> Any:
         """One row a fraction (needs pandas)."""
