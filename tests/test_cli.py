@@ -400,7 +400,7 @@ def test_help_begins_with_a_command_that_works(
     assert name == "neuron-explainer"
     args = parser.parse_args(argv)
     assert args.verb == verb
-    if verb in ("sample", "latents", "ablate", "models", "cache", "convert"):
+    if verb in ("sample", "latents", "ablate", "inspect", "page", "models", "cache", "convert"):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("NEURON_EXPLAINER_CACHE", str(tmp_path / "cache"))
         run(capsys, *argv)

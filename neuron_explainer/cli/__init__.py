@@ -13,8 +13,10 @@ from typing import Any
 
 from neuron_explainer import __version__, demo
 from neuron_explainer.cli import (
+    collating,
     factors,
     importing,
+    inspecting,
     intervening,
     learning,
     looking,
@@ -198,6 +200,8 @@ def _register_looking(verbs: Any) -> None:
     about = "a tour in seconds, offline, with the calls it makes"
     add_verb(verbs, "demo", about, run_demo, show_demo, example="neuron-explainer demo")
     looking.register(verbs)
+    collating.register(verbs)
+    inspecting.register(verbs)
 
 
 def _register_learning(verbs: Any) -> None:

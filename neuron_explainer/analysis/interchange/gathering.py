@@ -29,7 +29,8 @@ from neuron_explainer.analysis.records import (
     UnitStatistics,
     group_number,
 )
-from neuron_explainer.analysis.store_format import SUFFIX, Label, encodable, write_store
+from neuron_explainer.analysis.store_format import Label, encodable, write_store
+from neuron_explainer.analysis.store_names import SUFFIX
 from neuron_explainer.analysis.token_store import TOKENS_FOLDER, TokenStore
 from neuron_explainer.errors import CheckpointError, InputError
 
