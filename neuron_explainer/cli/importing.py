@@ -2,9 +2,11 @@
 
 import argparse
 import re
+from pathlib import Path
 from typing import Any
 
 from neuron_explainer.cli.common import Result, add_verb, say
+from neuron_explainer.errors import InputError
 
 
 def register(verbs: Any) -> None:
@@ -36,7 +38,8 @@ def _register_import(verbs: Any) -> None:
     )
     verb.add_argument(
         "source",
-        help="name of a published set, or folder or URL of records ({layer}/{unit}.json), or one record",
+        help="name of a published set; folder or URL of records ({layer}/{unit}.json), or one record; "
+        "SAEDashboard's batch-N.json or a folder of them; folder of an export of Neuronpedia",
     )
     verb.add_argument("--out", required=True, metavar="FOLDER", help="for the stores")
     verb.add_argument("--layers", type=numbers, metavar="NUMBERS", help="such as 0-2,7")
@@ -56,14 +59,22 @@ def run_import(args: argparse.Namespace) -> Result:
     from neuron_explainer.analysis.interchange.collated_sets import import_records
     from neuron_explainer.analysis.store import ExampleStore
 
-    paths = import_records(
-        args.source,
-        args.out,
-        layers=args.layers,
-        units=args.units,
-        location=args.location,
-        explanations=args.explanations,
-    )
+    if _is_dashboard(args.source):
+        from neuron_explainer.analysis.interchange.dashboards import import_dashboards
+
+        for flag in ("layers", "units", "explanations"):
+            if getattr(args, flag) is not None:
+                raise InputError(f"--{flag} is for records of OpenAI's; of these, all are taken.")
+        paths = import_dashboards(args.source, args.out, location=args.location)
+    else:
+        paths = import_records(
+            args.source,
+            args.out,
+            layers=args.layers,
+            units=args.units,
+            location=args.location,
+            explanations=args.explanations,
+        )
     found = []
     for path in paths:
         with ExampleStore(path) as store:
@@ -79,6 +90,15 @@ def run_import(args: argparse.Namespace) -> Result:
                 }
             )
     return {"source": args.source, "stores": found}
+
+
+def _is_dashboard(source: str) -> bool:
+    """Whether a source is a batch of SAEDashboard, a folder of batches, or an export of Neuronpedia."""
+    name = source.rpartition("/")[2]
+    if name.startswith("batch-") and name.endswith(".json"):
+        return True
+    path = Path(source)
+    return (path / "features").is_dir() or any(path.glob("batch-*.json"))
 
 
 def show_import(result: Result) -> None:

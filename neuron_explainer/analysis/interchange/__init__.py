@@ -15,6 +15,16 @@ if TYPE_CHECKING:
         neuron_record,
         write_records,
     )
+    from neuron_explainer.analysis.interchange.dashboards import (
+        dashboard_batch,
+        dashboard_feature,
+        import_dashboards,
+        neuronpedia_rows,
+        read_dashboards,
+        read_neuronpedia,
+        write_dashboard,
+        write_neuronpedia,
+    )
     from neuron_explainer.analysis.interchange.neuron_records import (
         NeuronRecord,
         read_explanations,
@@ -24,6 +34,16 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "collated_sets": ("PUBLISHED", "import_records", "neuron_record", "write_records"),
+    "dashboards": (
+        "dashboard_batch",
+        "dashboard_feature",
+        "import_dashboards",
+        "neuronpedia_rows",
+        "read_dashboards",
+        "read_neuronpedia",
+        "write_dashboard",
+        "write_neuronpedia",
+    ),
     "neuron_records": (
         "NeuronRecord",
         "read_explanations",
@@ -34,11 +54,19 @@ _MODULES = {
 __all__ = [
     "PUBLISHED",
     "NeuronRecord",
+    "dashboard_batch",
+    "dashboard_feature",
+    "import_dashboards",
     "import_records",
     "neuron_record",
+    "neuronpedia_rows",
+    "read_dashboards",
     "read_explanations",
     "read_neuron_record",
+    "read_neuronpedia",
+    "write_dashboard",
     "write_neuron_record",
+    "write_neuronpedia",
     "write_records",
 ]
 
