@@ -28,6 +28,7 @@ setup(
             "assets/**/*.safetensors",
             "assets/**/*.tiktoken",
             "assets/**/*.npz",
+            "assets/**/*.jsonl",
         ]
     },
     install_requires=[

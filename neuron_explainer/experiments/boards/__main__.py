@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from neuron_explainer import files
 from neuron_explainer.errors import InputError, NeuronExplainerError
 from neuron_explainer.experiments.boards import demo, training
 from neuron_explainer.experiments.boards.dataset import PARTS, BoardDataset
@@ -83,6 +84,9 @@ def run_export(args: argparse.Namespace) -> None:
     save_model(
         stored.model, args.out, stored.dataset, record, dtype=dtype, overwrite=args.overwrite
     )
+    if log := training.thinned_log(args.run):
+        with files.atomic_write(args.out / "log.jsonl") as temporary:
+            temporary.write_text(log, "utf-8")
     print(f"wrote {args.out}")
 
 
