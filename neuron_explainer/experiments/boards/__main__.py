@@ -80,7 +80,9 @@ def run_export(args: argparse.Namespace) -> None:
     stored = training.load_run(args.run)
     dtype = getattr(torch, args.dtype)
     figures = accuracies(stored.model.to(dtype).float(), stored.dataset)
-    record = {"training": stored.config["training"], "accuracies": figures}
+    own = stored.config["training"]
+    record = {"training": {**own, "epochs_done": own.get("epochs_done", own["epochs"])}}
+    record["accuracies"] = figures
     save_model(
         stored.model, args.out, stored.dataset, record, dtype=dtype, overwrite=args.overwrite
     )

@@ -72,9 +72,17 @@ def probes(study: Study) -> Picture:
         "logistic regression) reads the root, the position in the root, and the composite from cells of "
         "objects, and the background from all cells; it is tested on boards that it has not seen. At the "
         "embedding all hidden cells are the same vector, so probes are at chance there.",
-        f"After the last block: {text}.",
+        f"After the last block: {text}. At its best: {_best(results)}.",
         figure,
     )
+
+
+def _best(results: list[ProbeResult]) -> str:
+    """Where each feature is read best."""
+    best = {
+        t: max((r for r in results if r.target == t), key=lambda r: r.accuracy) for t in _PROBED
+    }
+    return ", ".join(f"{t} {100 * r.accuracy:.1f}% at {short(r.place)}" for t, r in best.items())
 
 
 # ---- claim 2: transient convergence to low-dimensional manifolds -----------------------------------

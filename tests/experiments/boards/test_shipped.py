@@ -32,9 +32,9 @@ from neuron_explainer.experiments.boards.study import Study
 from neuron_explainer.models.locations import ActivationLocation
 
 # What is asked for, below what was measured on these models (README.md).
-CELLS, HIDDEN_OBJECT_CELLS, CONSTITUENTS = 0.99, 0.9, 0.7
-PROBES = {"root": 0.8, "cell": 0.7}
-CONVERGENCE, FLIPPED = 0.9, 0.75
+CELLS, HIDDEN_OBJECT_CELLS, CONSTITUENTS = 0.99, 0.9, 0.9
+PROBES = {"root": 0.85, "cell": 0.75}
+CONVERGENCE, FLIPPED = 0.88, 0.85
 FROM_WORDS, WORDS_USED = 0.88, 20
 INFORMATION = {"root": 0.1, "row": 0.2, "column": 0.2, "background": 0.5}
 
