@@ -1,6 +1,7 @@
 """Tables of figures: ``python -m benchmarks NAME ... [--peers [NAME=PYTHON ...]]``."""
 
 import argparse
+import dataclasses
 import importlib
 import sys
 import tempfile
@@ -65,6 +66,9 @@ def main(argv: list[str] | None = None) -> None:
                 for race in importlib.import_module(f"benchmarks.{name}").races(setup):
                     if args.only not in race.title:
                         continue
+                    if args.entries is not None:
+                        chosen = [entry for entry in race.entries if entry.shown in args.entries]
+                        race = dataclasses.replace(race, entries=chosen)
                     print(table(race, harness.run(race)), flush=True)
             elif name in LEARNING:
                 module = importlib.import_module(f"benchmarks.{name}")
@@ -102,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each (default: 5)")
     parser.add_argument("--only", default="", help="races whose headings have this text in them")
+    parser.add_argument(
+        "--entries", nargs="+", metavar="LABEL", help="only these lines of each race's table"
+    )
     parser.add_argument(
         "--quick",
         action="store_true",

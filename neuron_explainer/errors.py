@@ -6,9 +6,11 @@ A message names the thing, what was expected and what was found, and suggests th
 
 import contextlib
 import difflib
+import importlib
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 class NeuronExplainerError(ValueError):
@@ -41,6 +43,26 @@ class DistributedError(NeuronExplainerError):
 
 class MissingExtraError(NeuronExplainerError, ImportError):
     """An optional dependency is needed for this call and is not installed."""
+
+
+def optional_module(module: str, wanted_for: str, package: str = "") -> Any:
+    """A module of an optional library, imported now because it is needed now.
+
+    Args:
+        module: its full name.
+        wanted_for: what needs it, for the error.
+        package: what to install, if that is not the first part of ``module``.
+
+    Raises:
+        MissingExtraError: it is not installed; the message says how to install it.
+    """
+    package = package or module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{wanted_for}: the package {package} is needed and not installed: pip install {package}"
+        ) from error
 
 
 _LONGEST_SHOWN = 100

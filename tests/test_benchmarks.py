@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import __main__, child, forward, harness, import_time, parity, sample
+from benchmarks import __main__, child, harness, import_time, parity, sample
 from benchmarks.contestants import BRIDGE_4, FLOOR, OURS, PLAIN, ours, plain
 from benchmarks.harness import Contestant, Entry, Harness, Race, Result
 from benchmarks.workloads import Prepared, Setup
@@ -125,11 +125,10 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert line == "| b (so) | 3000 | 2000-8000 | 2.000 | 7 | - |"
 
 
-def test_the_command_prints_tables(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(forward, "MODELS", [OURS, BRIDGE_4])
-    __main__.main(["forward", "--rounds", "1", "--quick", "--peers", "transformer-lens-4=no-such"])
+def test_the_command_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    peers = ["--peers", "transformer-lens-4=no-such"]
+    entries = ["--entries", OURS.name, BRIDGE_4.name]
+    __main__.main(["forward", "--rounds", "1", "--quick", *peers, *entries])
     out = capsys.readouterr().out
     assert out.count("| neuron_explainer | ") == 2
     assert "its interpreter does not start" in out

@@ -80,6 +80,35 @@ def closed_port() -> str:
         return gone.base
 
 
+TELLING = """
+import tqdm
+
+class Bar:
+    def __init__(self, **_):
+        self.n = self.total = 0
+
+    def update(self, count):
+        self.n += count
+        print(self.n, flush=True)
+
+    def close(self):
+        pass
+
+tqdm.tqdm = Bar
+"""
+"""Code for a child that says how many bytes it has written, over all files."""
+
+
+def until_written(process: subprocess.Popen[str], n_bytes: int) -> None:
+    """Wait until a :data:`TELLING` child has written so many bytes."""
+    assert process.stdout is not None
+    while True:
+        line = process.stdout.readline()
+        assert line, "the process ended early"
+        if int(line) >= n_bytes:
+            return
+
+
 def until(condition: Callable[[], bool], seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -308,8 +337,8 @@ def test_kill_in_the_middle_then_restart(
     server: BlobServer, cache: Path, child: Callable[..., subprocess.Popen[str]]
 ) -> None:
     url = server.put("/x", DATA, Fault(stall_after=600_000))
-    process = child("files.fetch(sys.argv[1])", url)
-    until(lambda: bool(partials(cache)) and partials(cache)[0].stat().st_size >= 524_288)
+    process = child(TELLING + "files.fetch(sys.argv[1])", url)
+    until_written(process, 524_288)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not stored(cache)
@@ -751,8 +780,8 @@ def test_ctrl_c_stops_every_thread_and_loses_nothing(
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "files.options.backoff_seconds = 100\nfiles.fetch_all(sys.argv[1:], threads=2)"
     )
-    process = child(code, *urls)
-    until(lambda: sum(p.stat().st_size >= 524_288 for p in partials(cache)) == 2)
+    process = child(TELLING + code, *urls)
+    until_written(process, 2 * 524_288)
     process.send_signal(signal.SIGINT)
     server.release.set()
     _, err = process.communicate(timeout=30)

@@ -174,7 +174,9 @@ def test_names_that_are_no_text(name: str, wrong: Any) -> None:
         NAMED[name](wrong)
 
 
-@pytest.mark.parametrize("wrong", ["float32", 1, torch.int64, object()], ids=str)
+@pytest.mark.parametrize(
+    "wrong", ["float32", 1, torch.int64, object()], ids=["a name", "a number", "int64", "an object"]
+)
 def test_dtypes_that_are_none(wrong: Any, tmp_path: Path) -> None:
     autoencoder("relu").save(tmp_path / "ae")
     for take in (

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from neuron_explainer import files
-from neuron_explainer.errors import InputError, MissingExtraError, SourceError, did_you_mean
+from neuron_explainer.errors import InputError, SourceError, did_you_mean, optional_module
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def huggingface_documents(
         streaming: read over the network as needed, and store nothing.
         options: for ``load_dataset``, such as ``name=`` or ``revision=``.
     """
-    datasets = _extra("datasets", "datasets of Hugging Face")
+    datasets = optional_module("datasets", "datasets of Hugging Face")
     try:
         rows = datasets.load_dataset(dataset, split=split, streaming=streaming, **options)
     except (OSError, ValueError, KeyError) as error:
@@ -250,7 +250,7 @@ def _json_rows(file: IO[str], path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _read_parquet(path: Path, how: _How) -> Iterator[str]:
-    parquet = _extra("pyarrow.parquet", f"{path} (Parquet)")
+    parquet = optional_module("pyarrow.parquet", f"{path} (Parquet)")
     arrow = import_module("pyarrow")
     try:
         with parquet.ParquetFile(path) as file:
@@ -327,7 +327,7 @@ def _open_text(path: Path, how: _How, newline: str | None = None) -> IO[str]:
     raw: Any = (
         gzip.GzipFile(path)
         if suffix == ".gz"
-        else _ZstandardFile(path, _extra("zstandard", f"{path} (Zstandard)"))
+        else _ZstandardFile(path, optional_module("zstandard", f"{path} (Zstandard)"))
     )
     limited = io.BufferedReader(_Limited(raw, path, how.inflated_bytes))
     return io.TextIOWrapper(limited, encoding="utf-8-sig", newline=newline)
@@ -443,13 +443,3 @@ def check_pattern(split: str) -> None:
         re.compile(split)
     except re.error as error:
         raise InputError(f"split={split!r} is not a regular expression: {error}.") from None
-
-
-def _extra(module: str, wanted_for: str) -> Any:
-    try:
-        return import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise MissingExtraError(
-            f"{wanted_for} needs the package {package}, which is not installed: pip install {package}"
-        ) from error

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from neuron_explainer import files
 from neuron_explainer.analysis.matching import Rows, Side, rows_of
-from neuron_explainer.errors import InputError, MissingExtraError
+from neuron_explainer.errors import InputError, MissingExtraError, optional_module
 
 Method = Literal["umap", "pca"]
 N_NEIGHBOURS = 15
@@ -71,11 +71,7 @@ def decoder_map(
     alive = rows.any(dim=1)
     if int(alive.sum()) < 3:
         raise InputError(f"a map needs 3 directions or more, found {int(alive.sum())}.")
-    umap = _import_umap() if method != "pca" else None
-    if umap is None and method == "umap":
-        raise MissingExtraError(
-            "method='umap' needs the package umap-learn, which is not installed: pip install umap-learn"
-        )
+    umap = None if method == "pca" else _umap_or_none(required=method == "umap")
     chosen: Method = "pca" if umap is None else "umap"
     kept = None if cache is None else Path(cache) / f"map-{_key(rows, chosen, seed)}.safetensors"
     if kept is not None and (found := _read(kept, len(rows))) is not None:
@@ -94,12 +90,13 @@ def decoder_map(
     return found
 
 
-def _import_umap() -> Any:
+def _umap_or_none(required: bool) -> Any:
     try:
-        import umap
-    except ImportError:
+        return optional_module("umap", "method='umap'", "umap-learn")
+    except MissingExtraError:
+        if required:
+            raise
         return None
-    return umap
 
 
 def _umap(umap: Any, unit: Tensor, seed: int) -> npt.NDArray[np.float32]:

@@ -45,9 +45,9 @@ from neuron_explainer.analysis.node_parts import (
     flat,
     wanted_places,
 )
-from neuron_explainer.analysis.sweeps import optional_module, sweep
+from neuron_explainer.analysis.sweeps import sweep
 from neuron_explainer.analysis.targets import Metric, Target, as_target, token_texts
-from neuron_explainer.errors import InputError, did_you_mean
+from neuron_explainer.errors import InputError, did_you_mean, optional_module
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.interventions import ablate, add, align
@@ -93,7 +93,7 @@ class NodeTable:
 
     def to_dataframe(self) -> Any:
         """One row a node (needs pandas)."""
-        pandas = optional_module("pandas")
+        pandas = optional_module("pandas", "a data frame")
         rows = [
             {
                 "location": node.location,

@@ -42,10 +42,13 @@ def token_string(piece: bytes) -> str:
     Line ends and tabs are written as ↵ ␍ ⇥, the spaces of a token of spaces as ·, bytes that are part of a
     character as ⟨E2⟩, and control characters as Python writes them.
     """
-    text = piece.decode(errors="neuron_explainer.bytes").translate(_GLYPHS)
-    if not text.strip(" "):
-        text = "·" * len(text)
-    return escaped(text)
+    text = piece.decode(errors="neuron_explainer.bytes")
+    return visible(text) if text.strip(" ") else "·" * len(text)
+
+
+def visible(text: str) -> str:
+    """Text with its line ends and tabs as ↵ ␍ ⇥, and control characters as Python writes them."""
+    return escaped(text.translate(_GLYPHS))
 
 
 class Shown(NamedTuple):

@@ -6,7 +6,6 @@ it as HTML, and ``record.to_html(path)`` writes a page of one file that needs no
 Shape legend: ``s`` tokens of an example.
 """
 
-import html
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -328,10 +327,10 @@ class LatentRecord:
         """A fragment for notebooks: no script, no style sheet, at most 30 kB."""
         head = (
             '<div style="font-family:system-ui,sans-serif;max-width:60rem;line-height:1.6">'
-            f'<div style="font-size:1.25em;font-weight:600">{_safe(_capital(self.title))}</div>'
+            f'<div style="font-size:1.25em;font-weight:600">{page.safe(_capital(self.title))}</div>'
         )
         for label, _ in self._short_labels(1):
-            head += f"<div>“{_safe(label)}”</div>"
+            head += f"<div>“{page.safe(label)}”</div>"
         facts = " · ".join(f"{name} <b>{value}</b>" for name, value, _ in self.facts())
         head += f'<div style="opacity:.75;font-variant-numeric:tabular-nums">{facts}</div>'
         head += highlights.svg_histogram(self.histogram)
@@ -340,7 +339,9 @@ class LatentRecord:
         room = _LARGEST_FRAGMENT - len(head.encode())
         sections = self._sections(_NOTEBOOK_ROW, room, 5, 160, inline=True)
         title = '<div style="margin-top:.75em;font-weight:600">{}</div>'
-        return head + "".join(title.format(_safe(s.title)) + s.body for s in sections) + "</div>"
+        return (
+            head + "".join(title.format(page.safe(s.title)) + s.body for s in sections) + "</div>"
+        )
 
     def html(self, more: Sequence[page.Section] = ()) -> str:
         """The page as one HTML file of at most 60 kB, without script.
@@ -443,7 +444,3 @@ def _short(value: Any) -> str:
     if re.fullmatch("[0-9a-f]{32,}", text):
         return f"{text[:12]}…"
     return text[:200]
-
-
-def _safe(text: str) -> str:
-    return html.escape(escaped(text))

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from neuron_explainer import files
 from neuron_explainer.analysis.effects import nodes
-from neuron_explainer.analysis.sweeps import optional_module
 from neuron_explainer.analysis.targets import Metric, token_texts
-from neuron_explainer.errors import CheckpointError, InputError
+from neuron_explainer.errors import CheckpointError, InputError, optional_module
 from neuron_explainer.kernels.products import linear
 from neuron_explainer.models.checkpoints.tensor_files import torch_load
 from neuron_explainer.models.hooks import TransformerHooks
@@ -71,7 +70,7 @@ class Lens:
 
     def to_dataframe(self) -> Any:
         """One row a point and position (needs pandas)."""
-        pandas = optional_module("pandas")
+        pandas = optional_module("pandas", "a data frame")
         rows = [
             {
                 "point": point,
@@ -88,7 +87,7 @@ class Lens:
 
     def plot(self) -> Any:
         """A table of the likeliest tokens, coloured by probability (matplotlib's figure)."""
-        pyplot = optional_module("matplotlib.pyplot")
+        pyplot = optional_module("matplotlib.pyplot", "a plot")
         probs = self.top_probs[:, :, 0]
         width = max(4.0, 0.8 * len(self.tokens) + 2)
         figure, axes = pyplot.subplots(

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neuron_explainer.errors import InputError, MissingExtraError
+from neuron_explainer.errors import InputError, optional_module
 from neuron_explainer.kernels.top_k import top_k
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.models.autoencoders.pruned import PrunedAutoencoder, get_decoder_weight
+from neuron_explainer.models.autoencoders.pruned import PrunedAutoencoder
 
 Side = Literal["decoder", "encoder"]
 Rows = Autoencoder | Tensor
@@ -45,7 +45,7 @@ def rows_of(directions: Rows, side: Side = "decoder") -> Tensor:
     if isinstance(directions, Tensor):
         rows = directions
     elif side == "decoder":
-        rows = get_decoder_weight(directions)
+        rows = directions.directions
     elif isinstance(directions, PrunedAutoencoder):
         weight = directions.small.encoder.weight
         rows = weight.new_zeros(directions.n_latents, weight.shape[1])
@@ -295,12 +295,7 @@ def _settled(indices: Tensor, values: Tensor) -> tuple[Ints, Floats]:
 def _assigned(
     rows: Tensor, others: Tensor, measure: Measure, chunk_bytes: int
 ) -> tuple[Ints, Floats]:
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise MissingExtraError(
-            "one_to_one needs the package scipy, which is not installed: pip install scipy"
-        ) from error
+    optimize = optional_module("scipy.optimize", "one_to_one")
     alive_a, alive_b = (x.any(dim=1).nonzero().flatten() for x in (rows, others))
     if len(alive_a) * len(alive_b) > _MOST_PAIRS:
         raise InputError(
@@ -309,7 +304,7 @@ def _assigned(
         )
     parts = _cosines(rows[alive_a], others[alive_b], measure, chunk_bytes)
     cosines = torch.cat([each for _, each in parts]).cpu().numpy()
-    first, second = linear_sum_assignment(cosines, maximize=True)
+    first, second = optimize.linear_sum_assignment(cosines, maximize=True)
     partner = np.full(len(rows), -1, dtype=np.int64)
     value = np.full(len(rows), np.nan, dtype=np.float32)
     places = alive_a.cpu().numpy()[first]

@@ -21,7 +21,6 @@ from neuron_explainer.errors import InputError, did_you_mean
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
 from neuron_explainer.models.autoencoders.latents import Latents
-from neuron_explainer.models.autoencoders.pruned import get_decoder_weight
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.language_model import Activations, LanguageModel
 from neuron_explainer.models.locations import SITES, ActivationLocation
@@ -140,7 +139,7 @@ class Pass:
         self.model, self.tokens, self.goal = model, tokens, goal
         self.stream = ActivationLocation.parse(goal.stream)
         before = [place for place in _places(model, wanted) if is_before(place, self.stream)]
-        hooks = _leaf_at_embedding() + _frozen(freeze, goal.norm) + goal.hooks
+        hooks = _leaf_at_embedding() + frozen_hooks(freeze, goal.norm) + goal.hooks
         places = [*before, self.stream, ActivationLocation("resid.post_emb")]
         with torch.enable_grad():
             self.found = model.capture(tokens, [*places, *goal.places], hooks=hooks)
@@ -191,7 +190,8 @@ _FROZEN: dict[Freeze, tuple[str, ...]] = {
 }
 
 
-def _frozen(freeze: Sequence[Freeze], norm: str) -> TransformerHooks:
+def frozen_hooks(freeze: Sequence[Freeze], norm: str) -> TransformerHooks:
+    """Hooks that stop gradients as ``freeze`` says; ``norm`` is the one in front of the goal."""
     hooks = TransformerHooks()
     if unknown := [name for name in freeze if name not in _FROZEN]:
         raise InputError(
@@ -318,7 +318,7 @@ def _latents(run: Pass, place: ActivationLocation, autoencoder: Autoencoder) -> 
     row, slot = (code.latents.values != 0).nonzero(as_tuple=True)
     a, unit = code.latents.values[row, slot].double(), code.latents.indices[row, slot]
     # On the scale of the input: an autoencoder that normalises multiplies by a number for each token.
-    per_one = get_decoder_weight(autoencoder)[unit].double()
+    per_one = autoencoder.directions[unit].double()
     per_one = per_one * _scale(code, autoencoder, len(x))[row, None]
     to_stream = _into_stream(run.model, place)
     gradient, writes = run.gradient(place).flatten(1), to_stream(per_one)
@@ -353,7 +353,7 @@ def _one_each(latents: Latents, value: float) -> Latents:
 
 def _scale(code: Any, autoencoder: Autoencoder, n_tokens: int) -> Tensor:
     """``[s]``: what decoding multiplies a decoder row by."""
-    row = get_decoder_weight(autoencoder)[0].double()
+    row = autoencoder.directions[0].double()
     zero = _one_each(code.latents, 0.0)
     change = (code.decode(_one_each(code.latents, 1.0)) - code.decode(zero)).double()
     scale: Tensor = change @ row / row.square().sum()

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from neuron_explainer.analysis.highlights import LEVELS, STRONG, alpha
 from neuron_explainer.tables import escaped
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1d21; --soft: #5d636e; --line: #e3e5e9; --ground: #fff;
   --pale: #f6f7f8; --p: 235 115 0; --n: 60 130 240; --weak: #1b1d21; --strong: #1b1d21; }
@@ -49,6 +48,12 @@ b { font-weight: inherit; border-radius: .125rem; padding: .125rem 0; }
 .peak { font-weight: 650; } .query { box-shadow: inset 0 0 0 1.5px var(--ink); font-weight: 650; }
 table { border-collapse: collapse; } th { font-weight: 400; color: var(--soft); font-size: .8125rem; }
 td, th { text-align: right; padding: .25rem 1.5rem .25rem 0; border-bottom: 1px solid var(--line); }
+.tokens { display: flex; flex-wrap: wrap; gap: 1rem 4rem; font-size: .875rem; }
+.tokens > div { flex: 0 1 27rem; } .tokens h3 { font-size: .875rem; margin: 0; font-weight: 400; }
+.tokens code { white-space: pre-wrap; } .tokens td, .tokens th { padding: .1rem 1rem .1rem 0; }
+.tokens td:nth-child(odd), .tokens th:nth-child(odd) { text-align: left; }
+.tokens td:nth-child(2) { padding-right: 2.5rem; } .tokens table { margin-bottom: .5rem; }
+.tokens small { color: var(--soft); }
 .legend { margin: 1rem 0 0; }
 .scale { margin-right: .75rem; display: inline-flex; align-items: center; gap: .5rem; }
 .scale b { width: 1.1rem; height: .9rem; border-radius: 0; padding: 0; } .scale span { display: inline-flex; }
@@ -88,17 +93,31 @@ class Head(NamedTuple):
     """What the colours mean."""
 
 
+def html_file(title: str, style: str, body: str, *, pictures: bool = False) -> str:
+    """A page as one file that loads and runs nothing, whatever its body holds.
+
+    Args:
+        title: its name, as text.
+        style: its style sheet.
+        body: HTML.
+        pictures: whether there are pictures in it, as data.
+    """
+    policy = f"default-src 'none'; {'img-src data:; ' * pictures}style-src 'unsafe-inline'"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{safe(title)}</title>\n<style>{style}</style></head>\n"
+        f"<body>{body}</body></html>\n"
+    )
+
+
 def document(head: Head, sections: Sequence[Section], footer: Sequence[str]) -> str:
     """A page as one HTML file."""
     body = "".join(map(_section, sections))
-    notes = "".join(f"<div>{_safe(line)}</div>" for line in footer)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_safe(head.title)}</title>\n<style>{_STYLE}{_levels()}</style></head>\n"
-        f"<body><main>{_head(head)}{body}<footer>{notes}</footer></main></body></html>\n"
-    )
+    notes = "".join(f"<div>{safe(line)}</div>" for line in footer)
+    main = f"<main>{_head(head)}{body}<footer>{notes}</footer></main>"
+    return html_file(head.title, f"{_STYLE}{_levels()}", main)
 
 
 def _levels() -> str:
@@ -115,14 +134,14 @@ def _levels() -> str:
 
 
 def _head(head: Head) -> str:
-    badges = "".join(f'<span class="badge">{_safe(badge)}</span>' for badge in head.badges)
+    badges = "".join(f'<span class="badge">{safe(badge)}</span>' for badge in head.badges)
     labels = "".join(
-        f'<p class="label">{_safe(text)}<span class="by">{_safe(source)}</span></p>'
+        f'<p class="label">{safe(text)}<span class="by">{safe(source)}</span></p>'
         for text, source in head.labels
     )
     facts = "".join(
-        f"<div><dt>{_safe(name)}</dt><dd>{_safe(value)}"
-        + (f"<small>{_safe(remark)}</small>" if remark else "")
+        f"<div><dt>{safe(name)}</dt><dd>{safe(value)}"
+        + (f"<small>{safe(remark)}</small>" if remark else "")
         + "</dd></div>"
         for name, value, remark in head.facts
     )
@@ -133,7 +152,7 @@ def _head(head: Head) -> str:
             "logarithmic</figcaption></figure>"
         )
     return (
-        f'<header><p class="kicker">{_safe(head.kicker)}</p><h1>{_safe(head.title)}{badges}</h1>'
+        f'<header><p class="kicker">{safe(head.kicker)}</p><h1>{safe(head.title)}{badges}</h1>'
         f'{labels}</header><div class="overview">{figure}<dl>{facts}</dl></div>' + _scale(head)
     )
 
@@ -142,11 +161,11 @@ def _scale(head: Head) -> str:
     """What the colours mean."""
     if not head.histogram and not head.signed:
         return ""
-    parts = ["0", _swatches("p", range(1, LEVELS + 1)), _safe(head.scale)]
+    parts = ["0", _swatches("p", range(1, LEVELS + 1)), safe(head.scale)]
     if head.signed:
-        parts[:1] = [f"−{_safe(head.scale)}", _swatches("n", range(LEVELS, 0, -1)), "0"]
+        parts[:1] = [f"−{safe(head.scale)}", _swatches("n", range(LEVELS, 0, -1)), "0"]
     scale = f'<span class="scale">{"".join(parts)}</span>'
-    return f'<p class="kicker legend">{scale}{_safe(head.legend)}</p>'
+    return f'<p class="kicker legend">{scale}{safe(head.legend)}</p>'
 
 
 def _swatches(sign: str, levels: range) -> str:
@@ -154,9 +173,10 @@ def _swatches(sign: str, levels: range) -> str:
 
 
 def _section(section: Section) -> str:
-    note = f"<small>{_safe(section.note)}</small>" if section.note else ""
-    return f"<section><h2>{_safe(section.title)}{note}</h2>{section.body}</section>"
+    note = f"<small>{safe(section.note)}</small>" if section.note else ""
+    return f"<section><h2>{safe(section.title)}{note}</h2>{section.body}</section>"
 
 
-def _safe(text: str) -> str:
+def safe(text: str) -> str:
+    """Text of any origin as HTML: escaped, and control characters are written as Python writes them."""
     return html.escape(escaped(text))

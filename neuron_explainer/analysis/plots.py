@@ -4,14 +4,13 @@ The same numbers give the same bytes.
 """
 
 import base64
-import importlib
 import io
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from neuron_explainer.errors import MissingExtraError
+from neuron_explainer.errors import optional_module
 from neuron_explainer.evaluation.metrics import DensityHistogram
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
@@ -27,12 +26,7 @@ _FEW_POINTS = 25
 
 def check_matplotlib() -> None:
     """Raise MissingExtraError if matplotlib is not installed."""
-    try:
-        importlib.import_module("matplotlib")
-    except ImportError:
-        raise MissingExtraError(
-            "a report's pictures need matplotlib, which is not installed: pip install matplotlib"
-        ) from None
+    optional_module("matplotlib", "pictures")
 
 
 def curve(lines: Lines, x_label: str, y_label: str) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from neuron_explainer import files
 from neuron_explainer.analysis.directions import Directions
+from neuron_explainer.analysis.page import html_file
 from neuron_explainer.analysis.plots import (
     COLOURS,
     Lines,
@@ -33,7 +34,6 @@ from neuron_explainer.evaluation.figures import Evaluation
 from neuron_explainer.evaluation.geometry import WeightGeometry
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoders.nonlinearities import TopK
-from neuron_explainer.models.autoencoders.pruned import get_decoder_weight
 from neuron_explainer.models.model_context import ModelContext
 
 _STYLE = """
@@ -54,9 +54,6 @@ figcaption, .note { font-size: 13px; color: #555; }
 .name { margin-right: 1.2em; }
 details { margin: 1em 0; } summary { cursor: pointer; font-weight: 600; }
 """
-
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-"""For the browser: whatever the page holds, it may load and run nothing."""
 
 _AXIS = ("tokens", "step")
 """What curves are drawn over: the first of these that every line of the log has."""
@@ -135,7 +132,9 @@ def write_report(
         _all_figures(subjects),
         _settings(subjects, settings or {}),
     ]
-    page = _page(title, _introduction(lines, measured_on), sections)
+    introduction = html.escape(_introduction(lines, measured_on))
+    head = f'<h1>{html.escape(title)}</h1>\n<p class="note">{introduction}</p>\n'
+    page = html_file(title, _STYLE, head + "".join(sections), pictures=True)
     with files.atomic_write(path) as temporary:
         temporary.write_text(page, "utf-8")
 
@@ -154,20 +153,6 @@ def _introduction(lines: Sequence[Mapping[str, Any]], measured_on: str) -> str:
         trained, steps = (f"{lines[-1][name]:,.0f}" for name in _AXIS)
         found = f"Trained on {trained} tokens in {steps} steps. {found}"
     return found
-
-
-def _page(title: str, introduction: str, sections: Iterable[str]) -> str:
-    heading = html.escape(title)
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>{heading}</title>
-<style>{_STYLE}</style>
-<h1>{heading}</h1>
-<p class="note">{html.escape(introduction)}</p>
-{"".join(sections)}</html>
-"""
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
@@ -343,7 +328,7 @@ def _strongest(
     autoencoder: Autoencoder, evaluation: Evaluation, context: ModelContext | None
 ) -> str:
     """The latents that write most, and which tokens they promote."""
-    norms = get_decoder_weight(autoencoder).detach().double().norm(dim=1).cpu()  # [l]
+    norms = autoencoder.directions.detach().double().norm(dim=1).cpu()  # [l]
     written = evaluation.mean_square * norms.square()  # [l]
     share = written / written.sum()
     order = share.argsort(descending=True, stable=True)[:_STRONGEST].tolist()

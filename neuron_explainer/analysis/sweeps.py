@@ -17,7 +17,6 @@ Shape legend: ``p`` prompts, ``c`` interventions of a batch, ``n`` its rows (``c
 are recomputed, ``d`` model width, ``v`` vocabulary.
 """
 
-import importlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.analysis.targets import Metric, Reading, Target, as_target
-from neuron_explainer.errors import InputError, MissingExtraError
+from neuron_explainer.errors import InputError, optional_module
 from neuron_explainer.kernels.products import linear
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
 from neuron_explainer.models.autoencoders.latents import Latents
@@ -258,7 +257,7 @@ class Sweep:
 
     def to_dataframe(self) -> Any:
         """One row an intervention and prompt (needs pandas)."""
-        pandas = optional_module("pandas")
+        pandas = optional_module("pandas", "a data frame")
         cells = list(itertools.product(*self.dims.values()))
         n_prompts = len(self.baseline)
         table: dict[str, list[Any]] = {
@@ -279,7 +278,7 @@ class Sweep:
         Returns:
             matplotlib's figure (needs the extra ``plots``).
         """
-        pyplot = optional_module("matplotlib.pyplot")
+        pyplot = optional_module("matplotlib.pyplot", "a plot")
         mean, names = self.mean, list(self.dims)
         if mean.ndim > 2:
             raise InputError(f"a plot shows one or two dimensions, found {names}.")
@@ -304,23 +303,16 @@ class Sweep:
 
     def __repr__(self) -> str:
         shape = ", ".join(f"{len(labels)} {name}s" for name, labels in self.dims.items())
+        n_prompts = len(self.baseline)
+        prompts = "1 prompt" if n_prompts == 1 else f"{n_prompts} prompts"
         lines = [
-            f"Sweep({shape}, {len(self.baseline)} prompts; {self.metric}, "
+            f"Sweep({shape}, {prompts}; {self.metric}, "
             f"unchanged {self.baseline.mean():.4g}; largest changes, mean over prompts:"
         ]
         for cell, effect in self.top(5):
             at = ", ".join(f"{name} {label}" for name, label in zip(self.dims, cell, strict=True))
             lines.append(f"  {at}: {effect:+.4g}")
         return "\n".join(lines) + ")"
-
-
-def optional_module(module: str) -> Any:
-    """A module of an optional library, imported when it is needed."""
-    library = module.partition(".")[0]
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise MissingExtraError(f"this needs {library}: pip install {library}") from None
 
 
 # --- running ---

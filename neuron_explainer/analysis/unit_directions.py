@@ -26,10 +26,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from neuron_explainer.analysis.collation.units import can_be_negative
 from neuron_explainer.errors import InputError, LocationError
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.models.autoencoders.pruned import get_decoder_weight
+from neuron_explainer.models.autoencoders.nonlinearities import as_nonlinearity
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.weight_names import WeightLocationType
@@ -122,7 +121,8 @@ class Units:
         channels; not neurons, which most nonlinearities keep near 0 there."""
         if self.autoencoder is None:
             return self._kind != "neuron"
-        return can_be_negative(self.autoencoder)
+        nonlinearity = as_nonlinearity(self.autoencoder.activation)
+        return nonlinearity.can_be_negative(self.autoencoder.encoder.weight)
 
     def index(self, unit: UnitLike) -> int:
         """The number of a unit; an InputError with the range if there is no such unit."""
@@ -140,7 +140,7 @@ class Units:
         chosen: slice | list[int] = units if isinstance(units, slice) else list(units)
         if self.autoencoder is None:
             return self._matrix_or_identity(chosen)
-        rows = get_decoder_weight(self.autoencoder).detach()[chosen]
+        rows = self.autoencoder.directions.detach()[chosen]
         rows = rows.to(self.context.device, torch.float32)
         return rows if self._matrix is None else rows @ self._matrix
 

@@ -1,7 +1,6 @@
 """What a run reports: a progress bar, one line of JSON for each logged step, other loggers on request."""
 
 import contextlib
-import importlib
 import json
 import os
 import time
@@ -11,7 +10,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 from neuron_explainer import files
 from neuron_explainer.dictionaries.runs import RunFolder
-from neuron_explainer.errors import InputError, MissingExtraError, did_you_mean
+from neuron_explainer.errors import InputError, did_you_mean, optional_module
 from neuron_explainer.progress import progress_bar
 
 Metrics = Mapping[str, Mapping[str, float]]
@@ -89,7 +88,7 @@ class TensorBoard:
     """Scalars for TensorBoard, in the run's folder."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        module = _import("torch.utils.tensorboard", "tensorboard")
+        module = optional_module("torch.utils.tensorboard", "logging to tensorboard", "tensorboard")
         # purge_step hides events of steps that the resumed run takes again.
         self._writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
@@ -105,7 +104,7 @@ class Wandb:
     """Scalars for Weights & Biases; a resumed run continues the run whose id is in its folder."""
 
     def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
-        module = _import("wandb", "wandb")
+        module = optional_module("wandb", "logging to wandb")
         record = folder / "wandb.json"
         identity = files.read_json(record)["id"] if record.exists() else None
         self._run = module.init(
@@ -208,15 +207,6 @@ def _flat(common: Mapping[str, float], metrics: Metrics) -> dict[str, float]:
         prefix = f"{dictionary}/" if len(metrics) > 1 else ""
         flat |= {prefix + name: value for name, value in values.items()}
     return flat
-
-
-def _import(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise MissingExtraError(
-            f"logging to {package} needs the package {package!r}: pip install {package}"
-        ) from None
 
 
 def _step_of(line: bytes) -> float:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from neuron_explainer.errors import MissingExtraError, SourceError
+from neuron_explainer.errors import SourceError, optional_module
 from neuron_explainer.files.cache import ABSENT, Partial, Version, install, why_unusable
 from neuron_explainer.files.names import (
     CACHE_VARIABLE,
@@ -159,12 +159,9 @@ def _http_target(remote: Remote) -> tuple[str, dict[str, str]]:
     headers = {"Accept-Encoding": "identity"}
     if not remote.url.startswith("hf:"):
         return remote.url, headers
-    try:
-        from huggingface_hub import constants, get_token, hf_hub_url
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{remote.source} needs huggingface_hub: pip install huggingface_hub"
-        ) from error
+    optional_module("huggingface_hub", remote.source)
+    from huggingface_hub import constants, get_token, hf_hub_url
+
     if constants.HF_HUB_OFFLINE:
         raise SourceError("HF_HUB_OFFLINE is set")
     owner, name, path = remote.url.removeprefix("hf://").split("/", 2)

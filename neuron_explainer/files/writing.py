@@ -27,7 +27,7 @@ from neuron_explainer.errors import (
     in_way,
     shown,
 )
-from neuron_explainer.files.steps import Guard, guard, plain_write, step
+from neuron_explainer.files.steps import Kind, plain_write, step, watch_steps
 
 if sys.platform != "win32":
     import fcntl  # no locks there, and so nothing is cleared away
@@ -183,26 +183,78 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
 
 
 @contextlib.contextmanager
-def write_once(path: str | Path, advice: str) -> Iterator[Path]:
+def write_once(
+    path: str | Path, advice: str, possible: Callable[[Path], bool] = lambda there: True
+) -> Iterator[Path]:
     """Where to write what ``path`` is to hold; fine if it holds just that already.
 
     So a command can be given again that was killed between its last write and its answer. InputError if
-    something else is there, and ``advice`` says then what to do.
+    something else is there, and ``advice`` says then what to do. ``possible(path)`` tells at a glance
+    whether what is there may be the same; if not, the error comes before the block, that is, before any
+    work.
     """
     target = _target(path)
     if not target.exists() or (target.is_dir() and not os.listdir(target)):
         yield target
         return
+    refusal = InputError(f"{path} is there; {advice}.")
+    if not possible(target):
+        raise refusal
     with explain_refusal(target), _temporary_beside(target, os.mkdir) as temporary:
-        made = temporary / target.name
+        # A folder has the same depth as the target, so that relative paths in its files are the same.
+        made = temporary if target.is_dir() else temporary / target.name
         yield made
         wanted = [file for file in (made, *made.rglob("*")) if file.is_file()]
-        if not all(_same_file(file, target / file.relative_to(made)) for file in wanted):
-            raise InputError(f"{path} is there; {advice}.")
+        if not wanted or not all(
+            _same_file(file, target / file.relative_to(made)) for file in wanted
+        ):
+            raise refusal
 
 
 def _same_file(one: Path, other: Path) -> bool:
     return other.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+class Guard:
+    """Knows a folder again, whatever has its name now. See :func:`guard`."""
+
+    def __init__(self, folder: Path, name: Path) -> None:
+        self.folder, self._name = Path(os.path.realpath(folder)), name
+        self._identity = self._now()
+        self._kept: list[Path] = []
+
+    def keep(self, path: Path) -> None:
+        """A file that has to stay: if it goes, the folder was emptied."""
+        self._kept.append(path)
+
+    def check(self) -> None:
+        """SourceError if the folder was renamed, replaced or emptied."""
+        if self._now() != self._identity or not all(map(os.path.exists, self._kept)):
+            raise SourceError(
+                f"{self._name} was renamed, replaced or emptied while it was being written to. What was "
+                "written is where the folder is now; put it back, and give the same command again."
+            )
+
+    def watch(self, kind: Kind, path: Path) -> None:
+        """Check before a step in the folder."""
+        if Path(os.path.realpath(path)).is_relative_to(self.folder):
+            self.check()
+
+    def _now(self) -> tuple[int, int] | None:
+        try:
+            status = os.stat(self.folder)
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
+
+
+@contextlib.contextmanager
+def guard(folder: Path, name: Path | None = None) -> Iterator[Guard]:
+    """In this block, every step in ``folder`` is an error if the folder is another one than now: the later
+    part of a result must not lie apart from the earlier part. The error calls it ``name``."""
+    found = Guard(folder, name or folder)
+    with watch_steps(found.watch):
+        yield found
 
 
 @contextlib.contextmanager
@@ -281,22 +333,28 @@ def _hold(path: Path, stack: contextlib.ExitStack) -> bool:
     return path.exists()
 
 
+_BESIDE = re.compile(r"\.(.+)\.[0-9a-f]{12}\.(tmp|old)", re.DOTALL)
+
+
 def _remove_abandoned(target: Path) -> None:
     """Delete the temporary files and folders that killed processes left for ``target``, and put an old
     folder back that has lost its name to no new one."""
     # safetensors renames a file of its own to ours, and our lock is not on that file.
     if sys.platform == "win32" or target.suffix == ".safetensors":
         return
-    begin = f".{target.name[:100]}."
-    for path in [p for p in target.parent.iterdir() if p.name.startswith(begin)]:
-        ending = re.fullmatch(r"[0-9a-f]{12}\.(tmp|old)", path.name.removeprefix(begin))
-        if ending is None:
+    for path in [*target.parent.iterdir()]:
+        name, endings = path.name, []
+        # More than once: what write_once compares is itself written to a temporary folder first.
+        while found := _BESIDE.fullmatch(name):
+            name = found[1]
+            endings.append(found[2])
+        if not endings or name != target.name[:100]:
             continue
         with contextlib.suppress(OSError):  # already gone, locked by its process, or no locks here
             handle = os.open(path, os.O_RDONLY)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if ending[1] == "old" and not target.exists():
+                if endings == ["old"] and not target.exists():
                     os.rename(path, target)
                 else:
                     _discard(path)
@@ -324,7 +382,7 @@ def _discard(path: Path) -> None:
 
 
 # Our own names, and the names of the temporary files that safetensors makes beside its target.
-_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.(tmp|old)|\.tmp[A-Za-z0-9]{6}", re.DOTALL)
+_LEFTOVER = re.compile(rf"{_BESIDE.pattern}|\.tmp[A-Za-z0-9]{{6}}", re.DOTALL)
 
 
 def is_leftover(name: str) -> bool:
@@ -379,6 +437,11 @@ def check_writable(path: str | Path) -> None:
     with explain_refusal(target):
         step("make", target)
         tempfile.TemporaryFile(dir=target.parent).close()
+
+
+def check_replaceable(path: str | Path, *, overwrite: bool) -> None:
+    """An error, before any work, if :func:`atomic_folder` would refuse to write ``path``."""
+    _check_replaceable(_target(path), overwrite)
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from neuron_explainer.errors import InputError, LocationError
 from neuron_explainer.models.autoencoder import Autoencoder, InputNormalization
-from neuron_explainer.models.autoencoders.pruned import get_decoder_weight, omit_dead_latents
+from neuron_explainer.models.autoencoders.pruned import omit_dead_latents
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.hooks import AtLayers, AutoencoderHooks, Hook, TransformerHooks
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
@@ -432,6 +432,6 @@ def get_autoencoder_output_weight_by_layer_index(
 ) -> dict[LayerIndex, Tensor]:
     """Return :attr:`Autoencoder.directions` of every layer."""
     return {
-        layer: get_decoder_weight(autoencoder_context.get_autoencoder(layer))
+        layer: autoencoder_context.get_autoencoder(layer).directions
         for layer in autoencoder_context._paths
     }

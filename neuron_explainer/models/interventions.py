@@ -39,7 +39,6 @@ from torch import Tensor
 from neuron_explainer.errors import HookError, InputError
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderContext, MultiAutoencoderContext
-from neuron_explainer.models.autoencoders.pruned import get_decoder_weight
 from neuron_explainer.models.hooks import DescribedHook, TransformerHooks
 from neuron_explainer.models.language_model import Activations, LanguageModel, Prompts
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
@@ -503,7 +502,7 @@ def _direction(direction: Direction, location: LocationLike) -> Tensor:
         autoencoder, latent = direction
         if not 0 <= latent < autoencoder.n_latents:
             raise InputError(f"latents are 0 to {autoencoder.n_latents - 1}, found {latent}.")
-        direction = get_decoder_weight(autoencoder)[latent].detach()
+        direction = autoencoder.directions[latent].detach()
     vector = _finite(direction, "direction")
     if vector.dim() != 1 or not bool(vector.any()):
         raise InputError(

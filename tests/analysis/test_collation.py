@@ -10,9 +10,10 @@ from neuron_explainer.activations.corpus import TokenCorpus
 from neuron_explainer.activations.windows import TokenWindows
 from neuron_explainer.analysis.collation.config import CollateConfig
 from neuron_explainer.analysis.collation.examples import bytes_per_unit
-from neuron_explainer.analysis.collation.passes import Findings
-from neuron_explainer.analysis.collation.places import duplicates_of
+from neuron_explainer.analysis.collation.findings import Findings
+from neuron_explainer.analysis.collation.places import Places, duplicates_of
 from neuron_explainer.analysis.collation.reservoirs import histogram_bin
+from neuron_explainer.analysis.collation.seen import PairsSeen
 from neuron_explainer.analysis.records import HISTOGRAM_EDGES, ExampleTable
 from neuron_explainer.errors import InputError
 from tests.analysis.collated import (
@@ -256,3 +257,27 @@ def test_settings_that_cannot_be() -> None:
             CollateConfig(**settings)
     with pytest.raises(InputError, match="weight_exponent"):
         CollateConfig(weight_exponent=0.0)
+
+
+def test_of_equal_pairs_the_one_of_the_earlier_query_is_the_peak() -> None:
+    windows = TokenWindows(TokenCorpus.of([[1, 2, 3, 4]]), 4, 1, seed=None)
+    places = Places.of(windows.batch(0), duplicates_of(windows), False)
+    values = np.zeros((1, 4, 4, 1), np.float32)
+    values[0, 1, 1] = values[0, 2, 0] = values[0, 2, 1] = 0.5
+    seen = PairsSeen(places, values, 3)
+    peaks = seen.peaks()
+    assert seen.query[peaks.at].tolist() == [1]
+    assert seen.key[peaks.at].tolist() == [1]
+    assert peaks.position.tolist() == [1]
+    entries = seen.show(peaks, 3)
+    assert entries.activations.tolist() == [[0, 0, 0.5, 0.5, 0.5, 0]]
+    assert entries.peak.tolist() == [2]
+
+
+def test_pairs_with_a_separator_are_not_looked_at() -> None:
+    windows = TokenWindows(TokenCorpus.of([[1, BOS, 3, 4]]), 5, 1, bos=BOS, seed=None)
+    places = Places.of(windows.batch(0), duplicates_of(windows), False)
+    seen = PairsSeen(places, np.ones((1, 5, 5, 1), np.float32), 4)
+    assert seen.n_tokens == 6
+    entries = seen.show(seen.peaks(), 4)
+    assert entries.activations.tolist() == [[1, 0, 0, 1, 0, 1, 1, 0, 1, 1]]

@@ -31,8 +31,8 @@ from neuron_explainer.analysis.factors import (
 )
 from neuron_explainer.analysis.factors.collect import PARTIAL_FOLDER, hash_of
 from neuron_explainer.analysis.factors.examples import EXAMPLES_FILE
-from neuron_explainer.analysis.factors.pages import blended, opacities, page_name, sentence_html
-from neuron_explainer.analysis.factors.pieces import pieces, visible
+from neuron_explainer.analysis.factors.pages import opacities, page_name, sentence_html
+from neuron_explainer.analysis.factors.pieces import pieces
 from neuron_explainer.analysis.factors.saliency import (
     explain,
     key_of,
@@ -41,6 +41,7 @@ from neuron_explainer.analysis.factors.saliency import (
     weighted_ridge,
 )
 from neuron_explainer.analysis.factors.strongest import Entries, Strongest
+from neuron_explainer.analysis.highlights import visible
 from neuron_explainer.errors import CheckpointError, InputError, SourceError
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoders.latents import Latents
@@ -610,10 +611,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_colours_blend_by_the_published_rule() -> None:
-    assert blended(1.0) == (255, 50, 0)
-    assert blended(-1.0) == (50, 255, 0)
-    assert blended(0.5) == (255, 152, 128)
+def test_colours_are_as_strong_as_the_published_rule_says() -> None:
     assert opacities([0.2, -0.4, 9.0, 0.1], 2) == pytest.approx([0.5, -1.0, 1.0, 0.25])
     assert opacities([0.2, -0.4, -9.0], 2) == pytest.approx([0.5, -1.0, -1.0])
     assert opacities([0.001, -0.002], 5) == pytest.approx([0.1, -0.2])  # the floor of 0.01

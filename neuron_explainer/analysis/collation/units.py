@@ -90,7 +90,8 @@ class Latents(Watched):
         self.name, self.autoencoder = name, autoencoder
         self.location, self.sources = str(source), (source,)
         self.n_units = autoencoder.n_latents
-        self.signed = can_be_negative(autoencoder)
+        nonlinearity = as_nonlinearity(autoencoder.activation)
+        self.signed = nonlinearity.can_be_negative(autoencoder.encoder.weight)
         self._sha256 = weights_sha256(autoencoder)
 
     @property
@@ -263,19 +264,6 @@ def _rows(x: Tensor, places: Places) -> Tensor:
     if len(places) == len(rows):
         return rows
     return rows[torch.from_numpy(places.cell).to(rows.device)]
-
-
-def can_be_negative(autoencoder: Autoencoder) -> bool:
-    """Whether latents can be below 0, found out by trying."""
-    nonlinearity = as_nonlinearity(autoencoder.activation)
-    if nonlinearity.needs_dictionary:
-        return False  # a non-negative code
-    weight = autoencoder.encoder.weight
-    probes = torch.tensor([-10.0, -1.0, -0.1], device=weight.device, dtype=weight.dtype)
-    if nonlinearity.top_k is not None:
-        return bool((nonlinearity.after_top_k(probes) < 0).any())
-    with torch.no_grad():
-        return bool((nonlinearity(probes[:, None].expand(-1, len(weight))) < 0).any())
 
 
 def weights_sha256(module: nn.Module) -> str:

@@ -18,18 +18,17 @@ from pathlib import Path
 from neuron_explainer import files
 from neuron_explainer.analysis.factors.examples import FactorExample, FactorExamples
 from neuron_explainer.analysis.factors.importance import Importance
-from neuron_explainer.analysis.factors.pieces import pieces, visible
+from neuron_explainer.analysis.factors.pieces import pieces
 from neuron_explainer.analysis.factors.saliency import Saliency, key_of
+from neuron_explainer.analysis.highlights import visible
+from neuron_explainer.analysis.page import html_file
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.model_context import ModelContext
 
-POSITIVE, NEGATIVE = (255, 50, 0), (50, 255, 0)
 FLOOR = 0.01
 _WORDS = 8
 _PART = '<span class="byte" title="a part of the next character">·</span>'
 """What stands for a token that is a part of a character, which a later token completes."""
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""For the browser: whatever the page holds, it may load and run nothing."""
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --text: #1d2126; --quiet: #5c6670; --line: #e2e6ea;
@@ -131,19 +130,6 @@ def _write(path: Path, text: str) -> None:
         temporary.write_text(text, "utf-8")
 
 
-def _page(title: str, body: str) -> str:
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>{html.escape(title)}</title>
-<style>{_STYLE}</style>
-{body}
-</html>
-"""
-
-
 # ---- a factor --------------------------------------------------------------------------------------
 
 Key = tuple[int, ActivationLocation, int]
@@ -173,7 +159,7 @@ def factor_page(
 <figure class="curve">{_curve(found, factor)}</figure>
 {_key(has_weights)}
 {"".join(layers)}"""
-    return _page(f"Factor {factor}", body)
+    return html_file(f"Factor {factor}", _STYLE, body)
 
 
 def _about(examples: FactorExamples) -> str:
@@ -268,13 +254,6 @@ def opacities(weights: Sequence[float], target: int) -> list[float]:
     return [weight / largest for weight in cut]
 
 
-def blended(opacity: float) -> tuple[int, int, int]:
-    """The colour, on a white page, of a token with this opacity."""
-    colour = POSITIVE if opacity > 0 else NEGATIVE
-    red, green, blue = (round(255 + (channel - 255) * abs(opacity)) for channel in colour)
-    return red, green, blue
-
-
 def _curve(found: Importance, factor: int) -> str:
     """The importance curve as SVG: a point for each layer, the peak marked."""
     width, height, left, bottom, top = 640, 190, 44, 26, 22
@@ -342,7 +321,7 @@ silent if it is active nowhere. Below are {len(factors):,} of them.</p>
 <table><tr><th class="number">Factor</th><th>Level</th><th>Peak</th><th class="number">Importance</th>
 <th class="spark">By layer</th><th>Strongest words at the peak</th></tr>
 {rows}</table>"""
-    return _page("Transformer factors", body)
+    return html_file("Transformer factors", _STYLE, body)
 
 
 def _row(context: ModelContext, examples: FactorExamples, found: Importance, factor: int) -> str:

@@ -27,23 +27,3 @@ def pieces(context: ModelContext, tokens: Sequence[int]) -> list[str]:
         found.append(complete[len(done) :])
         done = complete
     return found
-
-
-def visible(text: str) -> str:
-    r"""A piece with its invisible characters shown: ``↵`` for a line break, ``\x1b`` for a control character.
-
-    Marks that turn the direction of a line are shown as well, because they would mix up the pieces.
-    """
-    return "".join(map(_visible, text))
-
-
-_TURNING = {*range(0x200E, 0x2010), *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
-
-
-def _visible(character: str) -> str:
-    if character == "\n":
-        return "↵"
-    code = ord(character)
-    if code < 32 or 127 <= code < 160 or code in (*_TURNING, 0x2028, 0x2029):
-        return repr(character)[1:-1]
-    return character

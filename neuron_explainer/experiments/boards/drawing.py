@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from neuron_explainer.errors import InputError, MissingExtraError
+from neuron_explainer.errors import InputError, optional_module
 from neuron_explainer.experiments.boards.objects import EMPTY, BoardConfig, Ints, Kind
 
 Flags = NDArray[np.bool_]
@@ -79,13 +79,8 @@ class Board(NamedTuple):
     def draw(self, axes: Any = None, title: str = "") -> Any:
         """Draw the board with matplotlib, on ``axes`` or on a figure of its own; returns the axes."""
         if axes is None:
-            try:
-                import matplotlib.pyplot as plt
-            except ImportError:
-                raise MissingExtraError(
-                    "pictures of boards need matplotlib: pip install 'neuron_explainer[boards]'"
-                ) from None
-            _, axes = plt.subplots(figsize=(2.6, 2.6))
+            pyplot = optional_module("matplotlib.pyplot", "pictures of boards")
+            _, axes = pyplot.subplots(figsize=(2.6, 2.6))
         side = self.config.board_size
         axes.set(xlim=(0, side), ylim=(side, 0), aspect="equal", xticks=[], yticks=[])
         axes.spines[:].set_visible(False)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from neuron_explainer.errors import InputError, MissingExtraError
+from neuron_explainer.errors import InputError, optional_module
 from neuron_explainer.experiments.boards.drawing import Flags
 from neuron_explainer.experiments.boards.objects import EMPTY, Ints
 from neuron_explainer.experiments.boards.recording import Floats, Recording, Target
@@ -52,13 +52,10 @@ def fit(x: Floats, labels: Ints, *, penalty: float = 1.0, iterations: int = 300)
         penalty: strength of the L2 penalty on weights of standardised activations.
         iterations: of L-BFGS at most; an accuracy measured earlier is a lower bound.
     """
-    try:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-    except ImportError:
-        raise MissingExtraError(
-            "probes need scikit-learn: pip install 'neuron_explainer[boards]'"
-        ) from None
+    optional_module("sklearn", "probes", "scikit-learn")
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     if len(np.unique(labels)) < 2:
         raise InputError(f"a probe needs two classes or more, found {np.unique(labels).tolist()}.")
     x = x.astype(np.float64)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from neuron_explainer.errors import InputError, MissingExtraError
+from neuron_explainer.errors import InputError, optional_module
 from neuron_explainer.experiments.boards.dataset import BoardDataset
 from neuron_explainer.experiments.boards.drawing import Boards
 from neuron_explainer.experiments.boards.gpt import BoardGPT
@@ -134,13 +134,9 @@ class Study:
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> Any:
     """A figure of its own and its axes, ``[rows, columns]``; sizes in inches."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError(
-            "figures need matplotlib: pip install 'neuron_explainer[boards]'"
-        ) from None
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = optional_module("matplotlib.figure", "figures").Figure(
+        figsize=(width, height), layout="constrained"
+    )
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for each in axes.ravel():
         each.spines[["top", "right"]].set_visible(False)

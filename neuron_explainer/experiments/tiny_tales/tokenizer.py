@@ -10,7 +10,7 @@ from pathlib import Path
 import tiktoken
 
 from neuron_explainer import files
-from neuron_explainer.errors import MissingExtraError, SourceError
+from neuron_explainer.errors import SourceError, optional_module
 from neuron_explainer.models.tokenizer_files import (
     BYTE_OF_LETTER,
     GPT2_PATTERN,
@@ -35,12 +35,9 @@ def train_tokenizer(
     texts: Iterable[str], vocabulary_size: int = VOCABULARY_SIZE
 ) -> dict[bytes, int]:
     """Learn BPE merges; returns tiktoken's ``mergeable_ranks`` (bytes of a token -> its id)."""
-    try:
-        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    except ImportError as error:
-        raise MissingExtraError(
-            "training a tokenizer needs the package 'tokenizers': pip install tokenizers"
-        ) from error
+    optional_module("tokenizers", "training a tokenizer")
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     trainer = trainers.BpeTrainer(

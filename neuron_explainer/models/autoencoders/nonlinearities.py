@@ -98,6 +98,17 @@ class Nonlinearity(nn.Module):
         found: Tensor = self(pre_act)
         return found
 
+    def can_be_negative(self, weight: Tensor) -> bool:
+        """Whether latents can be below 0, found out by trying it with the dtype, device and number of
+        latents of the encoder's ``weight`` ``[l, n]``."""
+        if self.needs_dictionary:
+            return False  # a non-negative code
+        probes = torch.tensor([-10.0, -1.0, -0.1], device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():
+            if self.top_k is not None:
+                return bool((self.after_top_k(probes) < 0).any())
+            return bool((self(probes[:, None].expand(-1, len(weight))) < 0).any())
+
     def check(self, n_latents: int) -> None:
         """Raise InputError unless this can be applied to ``n_latents`` latents."""
         for field in self.per_latent:

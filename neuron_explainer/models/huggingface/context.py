@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_explainer.errors import InputError, MissingExtraError, SourceError
+from neuron_explainer.errors import InputError, SourceError, optional_module
 from neuron_explainer.models.devices import Device, get_default_device
 from neuron_explainer.models.huggingface.families import Architecture, Tap, sizes_of
 from neuron_explainer.models.huggingface.model import HuggingFaceModel
@@ -26,17 +26,6 @@ from neuron_explainer.models.weight_names import (
 )
 
 __all__ = ["Architecture", "HuggingFaceModelContext", "Tap"]
-
-
-def _import_transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtraError(
-            "models of Hugging Face need the package transformers, which is not installed: "
-            "pip install transformers"
-        ) from error
-    return transformers
 
 
 class HuggingFaceModelContext(ModelContext):
@@ -106,7 +95,8 @@ class HuggingFaceModelContext(ModelContext):
         return context
 
     def _load(self, auto_class: str, **options: Any) -> Any:
-        loader = getattr(_import_transformers(), auto_class)
+        transformers = optional_module("transformers", "models of Hugging Face")
+        loader = getattr(transformers, auto_class)
         try:
             return loader.from_pretrained(self.model_name, **self._options, **options)
         except (OSError, ValueError, KeyError, ImportError) as error:
