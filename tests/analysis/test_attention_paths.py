@@ -69,7 +69,7 @@ def test_pairs_and_biases_sum_to_the_pre_activation(
         # Biases by themselves, not what is left over.
         bias = autoencoder.latent_bias[5] - autoencoder.pre_bias @ row + torch.zeros(len(x))
         if path == "resid.torso.delta_attn":
-            of_output = list(MODEL.layers)[1].attn.out_proj.bias
+            of_output: Tensor = list(MODEL.layers)[1].attn.out_proj.bias
             of_output = of_output - of_output.mean() * (normalization in ("center", "layer_norm"))
             bias = bias + of_output @ row / scale[:, 0]
     np.testing.assert_allclose(found.pre_activation, pre, atol=1e-10)
@@ -213,7 +213,8 @@ def test_head_loadings_between_latents(context: Make) -> None:
     step = 1e-6
 
     def read(post_act: Tensor) -> Tensor:
-        return contexts.get_autoencoder(1).encode_pre_act(post_act)[5, 4]
+        found: Tensor = contexts.get_autoencoder(1).encode_pre_act(post_act)[5, 4]
+        return found
 
     slope = measured(source, "1/mlp.post_act", read, step * write) / step
     assert to_latent.total == pytest.approx(slope, abs=1e-6)
