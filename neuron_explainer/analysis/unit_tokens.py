@@ -4,6 +4,7 @@ A store of examples can be read without its model. Where the model can be had to
 beside the examples on the page of a unit, as text and as HTML.
 """
 
+import html
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -46,15 +47,15 @@ class UnitTokens:
         return "\n\n".join(parts)
 
     def sections(self) -> list[Section]:
-        """Both lists as parts of a page."""
-        found = []
-        if self.logits is not None:
-            table = lists_as_html(_LOGITS, self.logits.top, self.logits.bottom)
-            found.append(_section("Next tokens", table, self.logits.note))
-        if self.inputs is not None:
-            table = lists_as_html(_INPUTS, self.inputs.top, self.inputs.bottom)
-            found.append(_section("Input tokens", table, self.inputs.note))
-        return found
+        """Both lists side by side, as a part of a page; none if both are missing."""
+        lists = ("Next tokens", _LOGITS, self.logits), ("Input tokens", _INPUTS, self.inputs)
+        body = "".join(
+            f"<div><h3>{title}</h3>{lists_as_html(heads, found.top, found.bottom)}"
+            f"<small>{html.escape(found.note)}</small></div>"
+            for title, heads, found in lists
+            if found is not None
+        )
+        return [Section("Tokens", f'<div class="tokens">{body}</div>')] if body else []
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -108,7 +109,3 @@ def unit_tokens(
 
 def _indented(table: str) -> str:
     return "\n".join(f"  {line}" for line in table.splitlines())
-
-
-def _section(title: str, table: str, note: str) -> Section:
-    return Section(title, f'<div class="tokens">{table}</div>', note)
