@@ -81,14 +81,18 @@ def run_export(args: argparse.Namespace) -> None:
     stored = training.load_run(args.run)
     dtype = getattr(torch, args.dtype)
     figures = accuracies(stored.model.to(dtype).float(), stored.dataset)
-    record = {"training": stored.config["training"], "accuracies": figures}
+    own = stored.config["training"]
+    record = {"training": {**own, "epochs_done": own.get("epochs_done", own["epochs"])}}
+    record["accuracies"] = figures
     write = functools.partial(save_model, stored.model, dtype=dtype, overwrite=args.overwrite)
     if args.overwrite:
         write(args.out, stored.dataset, record)
     else:
-        advice = "give --overwrite to replace it"
-        with files.write_once(args.out, advice) as folder:
+        with files.write_once(args.out, "give --overwrite to replace it") as folder:
             write(folder, stored.dataset, record)
+    if log := training.thinned_log(args.run):
+        with files.atomic_write(args.out / "log.jsonl") as temporary:
+            temporary.write_text(log, "utf-8")
     print(f"wrote {args.out}")
 
 
