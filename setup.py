@@ -27,6 +27,8 @@ setup(
             "assets/**/*.json",
             "assets/**/*.safetensors",
             "assets/**/*.tiktoken",
+            "assets/**/*.store",
+            "assets/**/*.bin",
             "assets/**/*.npz",
         ]
     },

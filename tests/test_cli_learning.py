@@ -27,8 +27,10 @@ from neuron_explainer.activations import (
 from neuron_explainer.cli import measuring
 from neuron_explainer.dictionaries import TopKConfig, TrainConfig, train, train_many
 from neuron_explainer.dictionaries.runs import RunFolder
+from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation.passage import PASSAGE
 from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.autoencoders.convert import convert
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.transformer import Transformer
 
@@ -304,6 +306,18 @@ def test_files_that_are_there_stay(capsys: pytest.CaptureFixture[str]) -> None:
     message = fail(capsys, "sentences", "s.csv", "--autoencoder", "run", "--csv-out", "s.csv")
     assert "s.csv is there; choose another --csv-out" in message
     assert Path("s.csv").read_bytes() == before
+    Path("there").mkdir()
+    Path("there", "notes.txt").touch()
+    Path("t.csv").touch()
+    # What is to be read is not there: whoever looks at it first says that instead.
+    for argv in (
+        ("convert", "nothing", "there", "--format", "native"),
+        ("convert", "nothing", "t.csv", "--format", "native"),
+        ("sentences", "s.csv", "--autoencoder", "nothing", "--csv-out", "t.csv"),
+    ):
+        assert "is there; " in fail(capsys, *argv)
+    with pytest.raises(InputError, match="exists and is not empty"):
+        convert("nothing", "there", "native")
     Path("cut.csv").write_text("sentence\nHello, comma\n", "utf-8")
     assert "must stand in quotes" in fail(capsys, "sentences", "cut.csv", "--autoencoder", "run")
 

@@ -139,7 +139,7 @@ class Pass:
         self.model, self.tokens, self.goal = model, tokens, goal
         self.stream = ActivationLocation.parse(goal.stream)
         before = [place for place in _places(model, wanted) if is_before(place, self.stream)]
-        hooks = _leaf_at_embedding() + _frozen(freeze, goal.norm) + goal.hooks
+        hooks = _leaf_at_embedding() + frozen_hooks(freeze, goal.norm) + goal.hooks
         places = [*before, self.stream, ActivationLocation("resid.post_emb")]
         with torch.enable_grad():
             self.found = model.capture(tokens, [*places, *goal.places], hooks=hooks)
@@ -190,7 +190,8 @@ _FROZEN: dict[Freeze, tuple[str, ...]] = {
 }
 
 
-def _frozen(freeze: Sequence[Freeze], norm: str) -> TransformerHooks:
+def frozen_hooks(freeze: Sequence[Freeze], norm: str) -> TransformerHooks:
+    """Hooks that stop gradients as ``freeze`` says; ``norm`` is the one in front of the goal."""
     hooks = TransformerHooks()
     if unknown := [name for name in freeze if name not in _FROZEN]:
         raise InputError(

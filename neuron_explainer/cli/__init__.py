@@ -12,7 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from neuron_explainer import __version__, demo
-from neuron_explainer.cli import factors, intervening, learning, looking, measuring, stored_files
+from neuron_explainer.cli import (
+    collating,
+    factors,
+    importing,
+    inspecting,
+    intervening,
+    learning,
+    looking,
+    measuring,
+    stored_files,
+)
 from neuron_explainer.cli.common import (
     Parser,
     Result,
@@ -177,7 +187,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, VerbParser]]:
         ("intervene", intervening.register),
         ("learn", _register_learning),
         ("measure", measuring.register),
-        ("files", stored_files.register),
+        ("files", _register_files),
     ):
         register(verbs)
         new = {name: verb for name, verb in verbs.choices.items() if name not in found}
@@ -190,11 +200,18 @@ def _register_looking(verbs: Any) -> None:
     about = "a tour in seconds, offline, with the calls it makes"
     add_verb(verbs, "demo", about, run_demo, show_demo, example="neuron-explainer demo")
     looking.register(verbs)
+    collating.register(verbs)
+    inspecting.register(verbs)
 
 
 def _register_learning(verbs: Any) -> None:
     learning.register(verbs)
     factors.register(verbs)
+
+
+def _register_files(verbs: Any) -> None:
+    stored_files.register(verbs)
+    importing.register(verbs)
 
 
 def run_demo(args: argparse.Namespace) -> Result:

@@ -15,8 +15,8 @@ from neuron_explainer.activations.windows import TokenWindows
 from neuron_explainer.analysis.collation.coactivation import TogetherActive, sample_limit
 from neuron_explainer.analysis.collation.config import CollateConfig
 from neuron_explainer.analysis.collation.examples import Examples
+from neuron_explainer.analysis.collation.findings import Findings
 from neuron_explainer.analysis.collation.moments import Totals
-from neuron_explainer.analysis.collation.passes import Findings
 from neuron_explainer.analysis.collation.places import Places, duplicates_of
 from neuron_explainer.analysis.collation.seen import DenseSeen, Seen, SparseSeen
 from neuron_explainer.analysis.records import (

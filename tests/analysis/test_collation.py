@@ -10,7 +10,7 @@ from neuron_explainer.activations.corpus import TokenCorpus
 from neuron_explainer.activations.windows import TokenWindows
 from neuron_explainer.analysis.collation.config import CollateConfig
 from neuron_explainer.analysis.collation.examples import bytes_per_unit
-from neuron_explainer.analysis.collation.passes import Findings
+from neuron_explainer.analysis.collation.findings import Findings
 from neuron_explainer.analysis.collation.places import Places, duplicates_of
 from neuron_explainer.analysis.collation.reservoirs import histogram_bin
 from neuron_explainer.analysis.collation.seen import PairsSeen

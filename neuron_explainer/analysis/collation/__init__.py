@@ -6,7 +6,7 @@ what a batch shows     seen.py
 figures                moments.py
 examples               reservoirs.py, examples.py
 pairs of units         coactivation.py
-one pass               passes.py
+one pass               findings.py, passes.py
 interrupted runs       partial.py
 the public function    collate.py
 """
