@@ -119,7 +119,7 @@ def test_strata_of_many_octaves(corpus: TokenCorpus, per_interval: int) -> None:
 
 
 @pytest.mark.parametrize("groups", [{}, {"top": 1, "uniform": 0, "weighted": 0}])
-def test_an_interval_with_contexts_is_not_empty(groups: dict[str, int]) -> None:
+def test_an_interval_with_contexts_is_not_empty(groups: dict[str, Any]) -> None:
     """Most values lie just below the topmost interval, in the bin that it cuts through.
 
     An interval that holds a bin in which there is any value has an example, and so has the topmost one.
