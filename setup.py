@@ -30,6 +30,7 @@ setup(
             "assets/**/*.store",
             "assets/**/*.bin",
             "assets/**/*.npz",
+            "assets/**/*.jsonl",
         ]
     },
     install_requires=[

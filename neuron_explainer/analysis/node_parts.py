@@ -320,7 +320,7 @@ def _latents(run: Pass, place: ActivationLocation, autoencoder: Autoencoder) -> 
     # On the scale of the input: an autoencoder that normalises multiplies by a number for each token.
     per_one = autoencoder.directions[unit].double()
     per_one = per_one * _scale(code, autoencoder, len(x))[row, None]
-    to_stream = _into_stream(run.model, place)
+    to_stream = into_stream(run.model, place)
     gradient, writes = run.gradient(place).flatten(1), to_stream(per_one)
     position = row.cpu().numpy()
     measures = {
@@ -360,7 +360,7 @@ def _scale(code: Any, autoencoder: Autoencoder, n_tokens: int) -> Tensor:
     return scale
 
 
-def _into_stream(model: LanguageModel, place: ActivationLocation) -> Callable[[Tensor], Tensor]:
+def into_stream(model: LanguageModel, place: ActivationLocation) -> Callable[[Tensor], Tensor]:
     """From vectors ``[…, n]`` at a place to what they write into the residual stream ``[…, d]``."""
     if place.path == "mlp.post_act":
         weight = model.weight(WeightLocationType.MLP_TO_RESIDUAL, place.layer).detach().double()
