@@ -84,6 +84,7 @@ def collect_examples(
     partial = _Partial(files.local_path(folder), work.describe())
     with partial.claimed():
         if partial.holds_something and (done := work.finished(partial.folder)):
+            files.remove_abandoned(partial.unfinished)  # by a process killed as its last step
             return done
         partial.check()
         work.run(partial.load(work), per_shard, partial, progress)
