@@ -681,19 +681,20 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("objective", ["batch_topk", pytest.param("relu", marks=pytest.mark.slow)])
-def test_a_command_that_is_killed_goes_on_to_the_same_weights(objective: str) -> None:
+def test_a_command_that_is_killed_goes_on_to_the_same_weights(
+    objective: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """SIGKILL of the whole of it: model, buffer, steps, checkpoints."""
     argv = ["train", "books", "--location", PLACES[0]]
-    argv += ["--objective", objective, "--steps", "60", "--batch-size", "64", "--n-latents", "300"]
+    argv += ["--objective", objective, "--steps", "30", "--batch-size", "64", "--n-latents", "64"]
     argv += [*WINDOWS, "--buffer-tokens", "400", "--checkpoint-every", "7", "--log-every", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    whole = [sys.executable, "-m", "neuron_explainer", *argv]
-    subprocess.run([*whole, "--out", "whole"], env=environment, check=True, capture_output=True)
+    run(capsys, *argv, "--out", "whole")
     for steps in (5, 24):  # before the first checkpoint; between two, after a start from none
         dying = [sys.executable, "-c", DYING, str(steps), *argv, "--out", "killed"]
         process = subprocess.run(dying, env=environment, capture_output=True, check=False)
         assert process.returncode == -signal.SIGKILL, process.stderr
-    subprocess.run([*whole, "--out", "killed"], env=environment, check=True, capture_output=True)
+    run(capsys, *argv, "--out", "killed")
     weights = [
         Path(run, "autoencoder", "autoencoder.safetensors").read_bytes()
         for run in ("whole", "killed")

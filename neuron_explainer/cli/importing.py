@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from neuron_explainer.errors import InputError
 def register(verbs: Any) -> None:
     """Declare the verbs and their options."""
     _register_import(verbs)
+    _register_export(verbs)
 
 
 def numbers(text: str) -> list[int]:
@@ -110,3 +112,77 @@ def show_import(result: Result) -> None:
         )
     first = result["stores"][0]
     say(f"Look at one with: neuron-explainer inspect {first['path']} {first['first']}")
+
+
+LEFT_OUT = {
+    "neuron-records": "the groups weighted and bottom, strata but quantiles, histogram, labels and partners",
+    "saedashboard": "the groups bottom, uniform, weighted and inactive, moments, labels and partners",
+    "neuronpedia": "the groups bottom, uniform, weighted and inactive, moments and partners",
+    "parquet": "",
+}
+"""By format, what of a store it has no place for."""
+
+
+def _register_export(verbs: Any) -> None:
+    verb = add_verb(
+        verbs,
+        "export-records",
+        "write a store of examples in another program's format",
+        run_export,
+        show_export,
+        example="neuron-explainer export-records gpt2-small-5 --format neuronpedia --out for-neuronpedia",
+    )
+    verb.add_argument("store", help="file NAME.store, or the folder of one")
+    verb.add_argument("--format", required=True, choices=list(LEFT_OUT), help="to write")
+    verb.add_argument("--out", required=True, metavar="FOLDER", help="for the files")
+    verb.add_argument("--units", type=numbers, metavar="NUMBERS", help="such as 0-99; default: all")
+    verb.add_argument("--model", default="", metavar="NAME", help="Neuronpedia's name of the model")
+
+
+def run_export(args: argparse.Namespace) -> Result:
+    """Write the units of a store that have examples, in the format of another program."""
+    from neuron_explainer.analysis.store import ExampleStore
+
+    with ExampleStore.open(args.store) as store:
+        units = store.alive.tolist() if args.units is None else args.units
+        pages = [store[unit] for unit in units]
+        paths = _export(args.format, pages, args.out, args.model)
+    return {
+        "store": str(store.path),
+        "format": args.format,
+        "units": len(pages),
+        "files": [str(path) for path in paths],
+        "left_out": LEFT_OUT[args.format],
+    }
+
+
+def _export(form: str, pages: list[Any], folder: str, model: str) -> list[Path]:
+    if form == "neuron-records":
+        from neuron_explainer.analysis.interchange.collated_sets import write_records
+
+        return write_records(pages, folder)
+    if form == "parquet":
+        from neuron_explainer.analysis.interchange.parquet import write_parquet
+
+        return list(write_parquet(pages, folder))
+    from neuron_explainer.analysis.interchange import dashboards
+
+    if form == "neuronpedia":
+        rows = dashboards.neuronpedia_rows(pages, model=model)
+        return dashboards.write_neuronpedia(rows, folder)
+    batch = dashboards.dashboard_batch(pages, model=model)
+    size = dashboards.BATCH
+    return [
+        dashboards.write_dashboard(
+            replace(batch, features=batch.features[begin : begin + size]),
+            Path(folder, f"batch-{begin // size}.json"),
+        )
+        for begin in range(0, len(batch.features), size)
+    ]
+
+
+def show_export(result: Result) -> None:
+    """Print where the files are, and what they have no place for."""
+    say(f"{result['units']} units in {len(result['files'])} files, such as {result['files'][0]}")
+    if result["left_out"]:
+        say(f"left out, because the format has no place for it: {result['left_out']}")

@@ -25,12 +25,14 @@ if TYPE_CHECKING:
         write_dashboard,
         write_neuronpedia,
     )
+    from neuron_explainer.analysis.interchange.delphi import LatentCache, cache_latents
     from neuron_explainer.analysis.interchange.neuron_records import (
         NeuronRecord,
         read_explanations,
         read_neuron_record,
         write_neuron_record,
     )
+    from neuron_explainer.analysis.interchange.parquet import write_parquet
 
 _MODULES = {
     "collated_sets": ("PUBLISHED", "import_records", "neuron_record", "write_records"),
@@ -44,6 +46,8 @@ _MODULES = {
         "write_dashboard",
         "write_neuronpedia",
     ),
+    "delphi": ("LatentCache", "cache_latents"),
+    "parquet": ("write_parquet",),
     "neuron_records": (
         "NeuronRecord",
         "read_explanations",
@@ -53,7 +57,9 @@ _MODULES = {
 }
 __all__ = [
     "PUBLISHED",
+    "LatentCache",
     "NeuronRecord",
+    "cache_latents",
     "dashboard_batch",
     "dashboard_feature",
     "import_dashboards",
@@ -67,6 +73,7 @@ __all__ = [
     "write_dashboard",
     "write_neuron_record",
     "write_neuronpedia",
+    "write_parquet",
     "write_records",
 ]
 
