@@ -290,6 +290,12 @@ class BruteForce:
         for i in range(n):
             drawn = [p for p in members if interval(p.value) == i and f32(p.u) <= limits[i]]
             drawn.sort(key=lambda p: (f32(p.u), p.position))
+            if not drawn:  # the earliest of all that is kept
+                others = [
+                    p for name in ("top", "uniform", "weighted") for _, p, _ in self.group(name)
+                ]
+                inside = [p for p in members + others if interval(p.value) == i]
+                drawn = sorted(inside, key=lambda p: p.position)[:1]
             found += [(i, p, f32(p.u)) for p in drawn[:k]]
         return found
 
