@@ -28,7 +28,9 @@ def windows_of(batch: int = 3, seed: int | None = 0) -> TokenWindows:
 
 def query(table: ExampleTable, pairs: bool) -> np.ndarray:
     peak = table.peak.astype(int)
-    return table.start + ((np.sqrt(8 * peak + 1).astype(int) - 1) // 2 if pairs else peak)
+    row = (np.sqrt(8 * peak + 1).astype(int) - 1) // 2 if pairs else peak
+    found: np.ndarray = table.start + row
+    return found
 
 
 @pytest.mark.parametrize("n", [1, 4, 100])

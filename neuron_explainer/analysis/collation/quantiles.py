@@ -4,7 +4,7 @@ Shape legend: ``u`` chosen units, ``n`` quantiles, ``m`` peaks.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -48,6 +48,10 @@ class _Peaks:
     batch: Ints
     quantile: Ints
 
+    def rows(self, which: Ints) -> "_Peaks":
+        """Some of the peaks."""
+        return _Peaks(**{field.name: getattr(self, field.name)[which] for field in fields(self)})
+
 
 def exact_quantiles(
     context: ModelContext,
@@ -60,7 +64,7 @@ def exact_quantiles(
 ) -> dict[str, Quantiles]:
     """Sort the contexts of some units by their peaks, and draw examples from quantiles of equal count.
 
-    All peaks above 0 of the chosen units are held in memory (28 bytes each), so this is for some units, not
+    All peaks above 0 of the chosen units are held in memory (36 bytes each), so this is for some units, not
     for all. The corpus is read once, and the batches of the examples drawn once more. The result is exact
     and does not depend on how the windows are batched or ordered.
 
@@ -148,8 +152,7 @@ def _draw(peaks: _Peaks, hashes: Words, n: int, most: int) -> tuple[_Peaks, Floa
     label = peaks.unit * n + peaks.quantile
     order = np.lexsort((peaks.position, key, label))
     order = order[ranks(label[order]) < most]
-    columns = (peaks.unit, peaks.value, peaks.position, peaks.batch, peaks.quantile)
-    return _Peaks(*(column[order] for column in columns)), key[order]
+    return peaks.rows(order), key[order]
 
 
 def _show(collation: Collation, drawn: list[tuple[_Peaks, Floats]]) -> list[ExampleTable]:
