@@ -151,8 +151,8 @@ def own_transformer(model: LanguageModel) -> Transformer:
     """The model, if each head's inputs can be told apart in it; an InputError otherwise."""
     if not isinstance(model, Transformer):
         raise InputError(
-            f"edges need neuron_explainer's own Transformer, found {model.name}: convert the model, or "
-            "open a GPT-2 by its name with load_model."
+            f"this needs neuron_explainer's own Transformer, found {model.name}; a GPT-2 is opened as one "
+            "by Transformer.load or open_model."
         )
     return model
 

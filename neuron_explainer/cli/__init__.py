@@ -225,6 +225,7 @@ def show_demo(result: Result) -> None:
     """How long the tour took, and where to go from here."""
     say(
         f"\nAll of this ran here, offline, in {sum(s['seconds'] for s in result['steps']):.1f} s. "
-        "Next: neuron-explainer latents 'your text', neuron-explainer ablate 'your text' "
+        "Next: neuron-explainer latents 'your text', neuron-explainer inspect "
+        "tiny-tales/ae-resid-delta-mlp/2 1234, neuron-explainer ablate 'your text' "
         "--location 2/mlp.post_act, neuron-explainer models, and the README."
     )
