@@ -273,6 +273,12 @@ def test_a_model_of_hugging_face_in_every_verb(
     assert (shown["model"], shown["location"]) == (on_hub, place)
     shown = json.loads(run(capsys, "ablate", text, "--autoencoder", "run", "--unit", "3", "--json"))
     assert shown["model"] == on_hub
+    collate = ["collate", "books", "--autoencoder", "run", "--context-length", "16"]
+    run(capsys, *collate, "--location", "1/attn.qk_probs", "--out", "stores")
+    assert "raises" in run(capsys, "inspect", "stores/1.resid.torso.delta_mlp", "3")
+    shown = json.loads(run(capsys, "inspect", "stores/1.attn.qk_probs.heads", "3", "--json"))
+    assert shown["provenance"]["model"] == on_hub
+    assert set(shown["tokens"]["missing"]) == {"Next tokens", "Input tokens"}
     run(capsys, "prune", "run", "--out", "lean", "--min-max-activation", "0")
     run(capsys, "report", "run")
     Path("s.csv").write_text(f"sentence\n{text}\n", "utf-8")

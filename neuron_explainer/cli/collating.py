@@ -63,8 +63,8 @@ def register(verbs: Any) -> None:
         nargs="+",
         default=[],
         metavar="PLACE",
-        help="look at units of the model: mlp.post_act (neurons), resid.… (channels), attn.write_norm or "
-        "attn.qk_probs (heads); 2/mlp.post_act for one layer",
+        help="look at units of the model: mlp.post_act (neurons), resid.… (channels), attn.qk_probs or "
+        "attn.write_norm (heads; the second for models of this library); 2/mlp.post_act for one layer",
     )
     collate.add_argument(
         "--out",

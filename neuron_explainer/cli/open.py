@@ -71,6 +71,11 @@ class Named(NamedTuple):
     stated: "Mapping[str, Any]" = MappingProxyType({})
     """What is known of it that its files do not say, as arguments of ``Autoencoder.load``."""
 
+    @property
+    def label(self) -> str:
+        """The last part of its path: what tells it from the others of a run."""
+        return Path(self.path).name or self.path
+
 
 class Autoencoders(NamedTuple):
     """What an AUTOENCODER argument stands for: one autoencoder or several, loaded when asked for."""

@@ -8,5 +8,6 @@ examples               reservoirs.py, examples.py
 pairs of units         coactivation.py
 one pass               findings.py, passes.py
 interrupted runs       partial.py
+quantiles              quantiles.py
 the public function    collate.py
 """

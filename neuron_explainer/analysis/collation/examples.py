@@ -171,35 +171,11 @@ class Examples:
         for name in list(self.reservoirs):
             reservoir = self.reservoirs.pop(name)
             tables += [
-                self._table(name, u, entries) for u, entries in reservoir.blocks(_UNITS_AT_ONCE)
+                example_table(name, u, entries) for u, entries in reservoir.blocks(_UNITS_AT_ONCE)
             ]
         if not tables:
-            tables = [self._table("top", np.empty(0, np.int64), _no_entries(self.width))]
+            tables = [example_table("top", np.empty(0, np.int64), Entries.none(self.width))]
         return ExampleTable.concatenate(tables), limits
-
-    def _table(
-        self, group: str, unit: Ints, entries: Entries, interval: Ints | None = None
-    ) -> ExampleTable:
-        interval = np.zeros(len(unit), np.int64) if interval is None else interval
-        order = np.lexsort((entries.position, -entries.key, interval, unit))
-        unit, interval, entries = unit[order], interval[order], entries.rows(order)
-        key = entries.key.astype(np.float64)
-        if group in ("top", "bottom"):
-            key = entries.value.astype(np.float64)
-        elif group != "weighted":
-            key = -key
-        return ExampleTable(
-            unit=unit.astype(np.int32),
-            group=np.full(len(unit), group_number(group), np.uint8),
-            interval=interval.astype(np.uint8),
-            rank=_ranks(unit * (int(interval.max(initial=0)) + 1) + interval).astype(np.uint16),
-            start=entries.position - entries.offset,
-            length=entries.length,
-            peak=entries.peak,
-            value=entries.value,
-            activations=entries.activations,
-            key=key,
-        )
 
     def _strata_table(self, strata: Strata) -> tuple[ExampleTable, Doubles]:
         """The first few of each interval, among those that its limit lets in.
@@ -211,13 +187,13 @@ class Examples:
         """
         n, most = self.config.intervals, self.config.per_interval
         limits = strata.limits(n)
-        tables = [self._table("stratum", np.empty(0, np.int64), _no_entries(self.width))]
+        tables = [example_table("stratum", np.empty(0, np.int64), Entries.none(self.width))]
         for begin in range(0, self.n_units, _UNITS_AT_ONCE):
             units = np.arange(begin, min(begin + _UNITS_AT_ONCE, self.n_units))
             index, entries = strata.take(units)
             interval = interval_of(entries.value, strata.largest[units[index]], n)
             let_in = -entries.key.astype(np.float64) <= limits[units[index], interval]
-            table = self._table(
+            table = example_table(
                 "stratum", units[index[let_in]], entries.rows(let_in), interval[let_in]
             )
             last = table.rank == most - 1
@@ -243,7 +219,33 @@ class Examples:
         order = order[np.diff(label[order], prepend=-1) != 0]
         some = entries.rows(order)
         some.key = -uniform(self.hashes[unit[order]], some.position).astype(np.float32)
-        return self._table("stratum", unit[order], some, interval[order])
+        return example_table("stratum", unit[order], some, interval[order])
+
+
+def example_table(
+    group: str, unit: Ints, entries: Entries, interval: Ints | None = None
+) -> ExampleTable:
+    """The table of the entries ``[m]`` of some units ``[m]``; ``interval`` ``[m]`` is 0 by default."""
+    interval = np.zeros(len(unit), np.int64) if interval is None else interval
+    order = np.lexsort((entries.position, -entries.key, interval, unit))
+    unit, interval, entries = unit[order], interval[order], entries.rows(order)
+    key = entries.key.astype(np.float64)
+    if group in ("top", "bottom"):
+        key = entries.value.astype(np.float64)
+    elif group != "weighted":
+        key = -key
+    return ExampleTable(
+        unit=unit.astype(np.int32),
+        group=np.full(len(unit), group_number(group), np.uint8),
+        interval=interval.astype(np.uint8),
+        rank=ranks(unit * (int(interval.max(initial=0)) + 1) + interval).astype(np.uint16),
+        start=entries.position - entries.offset,
+        length=entries.length,
+        peak=entries.peak,
+        value=entries.value,
+        activations=entries.activations,
+        key=key,
+    )
 
 
 def _weighted(u: Doubles, value: Floats, exponent: float) -> Floats:
@@ -253,15 +255,11 @@ def _weighted(u: Doubles, value: Floats, exponent: float) -> Floats:
     return np.maximum(key, _MOST_NEGATIVE).astype(np.float32)
 
 
-def _ranks(label: Ints) -> Ints:
+def ranks(label: Ints) -> Ints:
     """The place of each entry among those with the same label, which follow each other."""
     starts = np.flatnonzero(np.diff(label, prepend=-1))
     ranks: Ints = np.arange(len(label)) - np.repeat(starts, np.diff(starts, append=len(label)))
     return ranks
-
-
-def _no_entries(width: int) -> Entries:
-    return Reservoir(1, 1, width).take(np.array([0]))[1]
 
 
 def bytes_per_unit(

@@ -100,6 +100,11 @@ class Entries:
         return Entries(*(getattr(self, field.name)[which] for field in fields(self)))
 
     @classmethod
+    def none(cls, width: int) -> "Entries":
+        """No entries, with ``width`` activations each."""
+        return Reservoir(1, 1, width).take(np.array([0]))[1]
+
+    @classmethod
     def concatenate(cls, parts: "list[Entries]") -> "Entries":
         """The entries of all parts, one part after the other."""
         return cls(*(np.concatenate([getattr(e, f.name) for e in parts]) for f in fields(cls)))

@@ -32,7 +32,7 @@ from neuron_explainer.analysis.interchange.objects import (
     read_json_value,
     read_lines,
     read_object,
-    write_text,
+    write_lines,
 )
 from neuron_explainer.analysis.latent_record import Example, LatentRecord
 from neuron_explainer.analysis.records import HISTOGRAM_EDGES
@@ -251,7 +251,7 @@ def _check_lengths(tokens: Sequence[str], values: Sequence[float], where: str) -
 
 def write_dashboard(batch: DashboardBatch, path: str | Path) -> Path:
     """Write a file ``batch-N.json``, as SAEDashboard does."""
-    return write_text(path, [dumps(batch, compact=False, ascii_only=True)])
+    return write_lines(path, [dumps(batch, compact=False, ascii_only=True)])
 
 
 def read_neuronpedia(folder: str | Path) -> NeuronpediaRows:
@@ -293,7 +293,7 @@ def write_neuronpedia(rows: NeuronpediaRows, folder: str | Path) -> list[Path]:
         for number, begin in enumerate(range(0, len(each), BATCH)):
             path = Path(folder, name, f"batch-{number}.jsonl.gz")
             lines = [dumps(row) + "\n" for row in each[begin : begin + BATCH]]
-            found.append(write_text(path, lines))
+            found.append(write_lines(path, lines))
     return found
 
 

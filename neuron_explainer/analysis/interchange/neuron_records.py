@@ -25,7 +25,7 @@ from neuron_explainer.analysis.interchange.objects import (
     read_json_value,
     read_lines,
     read_object,
-    write_text,
+    write_lines,
 )
 from neuron_explainer.errors import CheckpointError, shown
 
@@ -264,7 +264,7 @@ def write_neuron_record(record: NeuronRecord, folder: str | Path) -> Path:
     unit = record.neuron_id
     path = Path(folder, str(unit.layer_index), f"{unit.neuron_index}.json")
     _check_record(record, str(path))
-    return write_text(path, [dumps_record(record)])
+    return write_lines(path, [dumps_record(record)])
 
 
 def read_explanations(source: str | Path) -> list[Explanations]:

@@ -264,7 +264,7 @@ def read_lines(source: str | Path, whole: bool = False) -> Iterator[tuple[Any, s
         raise SourceError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def write_text(path: str | Path, lines: Iterator[str] | list[str]) -> Path:
+def write_lines(path: str | Path, lines: Iterator[str] | list[str]) -> Path:
     """Write lines of text, as ``.gz`` if the name says so; the file appears whole or not at all."""
     with files.atomic_write(path) as temporary:
         if str(path).endswith(".gz"):
