@@ -132,6 +132,7 @@ def test_cards_of_a_store_and_back(tmp_path):
     store = made_up_store(tmp_path / "first", window=9)
     batch = dashboard_batch(store, model="gpt2-small")
     assert batch.source == "6-resid.torso.post_mlp"
+    assert dashboard_batch([replace(store[1], name="ae/x")]).sae_set == "ae-x"
     path = write_dashboard(batch, tmp_path / "cards" / "batch-0.json")
     (again,) = imported(path.parent, tmp_path / "second", location="resid.torso.post_mlp")
     assert again.location == store.location

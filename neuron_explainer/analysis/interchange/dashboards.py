@@ -531,7 +531,7 @@ def dashboard_batch(
     return DashboardBatch(
         model or str(first.provenance.get("model", "")),
         int(layer) if layer.isdecimal() else 0,
-        name or first.name.removeprefix(f"{layer}-").removeprefix(f"{layer}."),
+        name or first.name.removeprefix(f"{layer}-").removeprefix(f"{layer}.").replace("/", "-"),
         None,
         [dashboard_feature(each) for each in pages],
     )
