@@ -27,7 +27,10 @@ setup(
             "assets/**/*.json",
             "assets/**/*.safetensors",
             "assets/**/*.tiktoken",
+            "assets/**/*.store",
+            "assets/**/*.bin",
             "assets/**/*.npz",
+            "assets/**/*.jsonl",
         ]
     },
     install_requires=[

@@ -5,7 +5,8 @@ import zipfile
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "neuron_explainer"
-DATA = {".json", ".safetensors", ".tiktoken", ".py", ".typed", ".html", ".js", ".css"}
+DATA = {".json", ".safetensors", ".tiktoken", ".store", ".bin", ".npz"}
+DATA |= {".py", ".typed", ".html", ".js", ".css"}
 
 
 def main(wheel: str) -> None:

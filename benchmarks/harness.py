@@ -31,6 +31,7 @@ import json
 import math
 import os
 import select
+import signal
 import statistics
 import subprocess
 import sys
@@ -193,9 +194,14 @@ class Process:
         return answer
 
     def _last_words(self) -> str:
+        """How the process ended, and the last line that it wrote to stderr."""
+        status = self._child.wait()
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else ""
+        last = f" Its last line: {lines[-1]}" if lines else ""
+        if status == -signal.SIGKILL:
+            return f"It was killed; where memory is short, the system does that.{last}"
+        return f"Exit status {status}.{last}"
 
     def close(self) -> None:
         """End the process."""

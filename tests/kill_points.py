@@ -192,8 +192,7 @@ class Laboratory:
         assert "Traceback" not in ended.said, (point, ended)
         if ended.status == 2:
             last = ended.said.strip().splitlines()[-1]
-            words = "No space left|renamed, replaced or emptied|cannot (write|make|remove)|no room"
-            assert re.search(words, last), (point, ended)
+            assert _OF_THE_HARM.search(last), (point, ended)
 
     def _put_back(self, point: Point) -> None:
         out, elsewhere = self.work / self.command.out, self.work / "elsewhere"
@@ -224,6 +223,9 @@ def _leave_half(kind: Kind, path: Path) -> None:
             shutil.rmtree(half) if half.is_dir() else half.unlink()
 
 
+_OF_THE_HARM = re.compile(
+    "No space left|no room|renamed, replaced or emptied|cannot (write|make|remove)|there is no file"
+)
 _CLOCK = re.compile(rb'("(tokens_per_second|seconds\w*|date)": )[^,}\n]+')
 
 

@@ -1,6 +1,8 @@
 """The benchmarks run: a small smoke of each, no time is judged."""
 
+import dataclasses
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import __main__, child, harness, import_time, parity, sample
+from benchmarks import __main__, child, collate, harness, import_time, parity, sample
 from benchmarks.contestants import BRIDGE_4, FLOOR, OURS, PLAIN, ours, plain
 from benchmarks.harness import Contestant, Entry, Harness, Race, Result
 from benchmarks.workloads import Prepared, Setup
@@ -71,6 +73,24 @@ def test_who_is_missing_is_listed_with_the_reason(running: Harness) -> None:
     assert old_.error.startswith("not installed (version")
     assert lacking.error == "not offered"
     assert "| absent | - | - | - | - | not installed |" in harness.table(race, running.run(race))
+
+
+def test_how_a_process_ended_is_said() -> None:
+    killed = harness.Process(OURS, sys.executable, 1)
+    killed._child.kill()
+    with pytest.raises(harness.ContestantError, match="It was killed; where memory is short"):
+        killed.ask("hello", module="ours", distribution="", major="", threads=1)
+    killed.close()
+
+
+def test_collating_is_compared_with_its_forward_pass(running: Harness, setup: Setup) -> None:
+    race = collate.races(setup)[1]
+    chosen = [entry for entry in race.entries if not entry.contestant.optional]
+    floor, ours = results = running.run(dataclasses.replace(race, entries=chosen, rounds=1))
+    assert not any(result.error for result in results), results
+    assert ours.note == "512 latents were active"
+    assert len(floor.seconds) == len(ours.seconds) == 1
+    assert [entry.contestant.name for entry in race.entries[2:]] == ["SAEDashboard"]
 
 
 def test_peers_take_part_only_when_asked_for() -> None:

@@ -127,7 +127,10 @@ def test_cache_verbs(capsys: pytest.CaptureFixture[str], tmp_path, monkeypatch) 
         (["latents", "x", "--layer", "9"], ["9"]),
         (["ablate", "x", "--location", "9/mlp.post_act"], ["layers 0 to"]),
         (["ablate", "x", "--location", "1/mlp.post_akt"], ["mlp.post_akt", "mlp.post_act"]),
-        (["ablate", "x", "--location", "1/mlp.post_act", "--unit", "99999"], ["--unit", "99999"]),
+        (
+            ["ablate", "x", "--location", "1/mlp.post_act", "--unit", "99999"],
+            ["no neuron 99999", "0 to"],
+        ),
     ],
 )
 def test_errors_are_one_line_and_name_the_thing(
@@ -270,6 +273,12 @@ def test_a_model_of_hugging_face_in_every_verb(
     assert (shown["model"], shown["location"]) == (on_hub, place)
     shown = json.loads(run(capsys, "ablate", text, "--autoencoder", "run", "--unit", "3", "--json"))
     assert shown["model"] == on_hub
+    collate = ["collate", "books", "--autoencoder", "run", "--context-length", "16"]
+    run(capsys, *collate, "--location", "1/attn.qk_probs", "--out", "stores")
+    assert "raises" in run(capsys, "inspect", "stores/1.resid.torso.delta_mlp", "3")
+    shown = json.loads(run(capsys, "inspect", "stores/1.attn.qk_probs.heads", "3", "--json"))
+    assert shown["provenance"]["model"] == on_hub
+    assert set(shown["tokens"]["missing"]) == {"Next tokens", "Input tokens"}
     run(capsys, "prune", "run", "--out", "lean", "--min-max-activation", "0")
     run(capsys, "report", "run")
     Path("s.csv").write_text(f"sentence\n{text}\n", "utf-8")
@@ -346,8 +355,8 @@ def test_a_unit_where_there_are_heads_is_a_head(
         found = json.loads(run(capsys, *argv, unit))
         assert found["ablated"] == f"{name} of 2/attn.v_out = 0.0"
         assert found["kl_divergence"] == pytest.approx(kl(edit), abs=2e-6)
-    assert "--unit 99: there is no head 99" in fail(capsys, *argv, "99")
-    assert "--unit 3.99: there is no channel 99 of head 3" in fail(capsys, *argv, "3.99")
+    assert "2/attn.v_out has no head 99: the numbers are 0 to" in fail(capsys, *argv, "99")
+    assert "2/attn.v_out has no channel 3.99: the numbers are 0 to" in fail(capsys, *argv, "3.99")
     assert "3.17 for a channel of a head" in fail(capsys, *argv, "3.x")
 
 
@@ -400,7 +409,7 @@ def test_help_begins_with_a_command_that_works(
     assert name == "neuron-explainer"
     args = parser.parse_args(argv)
     assert args.verb == verb
-    if verb in ("sample", "latents", "ablate", "models", "cache", "convert"):
+    if verb in ("sample", "latents", "ablate", "inspect", "page", "models", "cache", "convert"):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("NEURON_EXPLAINER_CACHE", str(tmp_path / "cache"))
         run(capsys, *argv)

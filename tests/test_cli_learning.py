@@ -27,8 +27,10 @@ from neuron_explainer.activations import (
 from neuron_explainer.cli import measuring
 from neuron_explainer.dictionaries import TopKConfig, TrainConfig, train, train_many
 from neuron_explainer.dictionaries.runs import RunFolder
+from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation.passage import PASSAGE
 from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.autoencoders.convert import convert
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.transformer import Transformer
 
@@ -304,6 +306,18 @@ def test_files_that_are_there_stay(capsys: pytest.CaptureFixture[str]) -> None:
     message = fail(capsys, "sentences", "s.csv", "--autoencoder", "run", "--csv-out", "s.csv")
     assert "s.csv is there; choose another --csv-out" in message
     assert Path("s.csv").read_bytes() == before
+    Path("there").mkdir()
+    Path("there", "notes.txt").touch()
+    Path("t.csv").touch()
+    # What is to be read is not there: whoever looks at it first says that instead.
+    for argv in (
+        ("convert", "nothing", "there", "--format", "native"),
+        ("convert", "nothing", "t.csv", "--format", "native"),
+        ("sentences", "s.csv", "--autoencoder", "nothing", "--csv-out", "t.csv"),
+    ):
+        assert "is there; " in fail(capsys, *argv)
+    with pytest.raises(InputError, match="exists and is not empty"):
+        convert("nothing", "there", "native")
     Path("cut.csv").write_text("sentence\nHello, comma\n", "utf-8")
     assert "must stand in quotes" in fail(capsys, "sentences", "cut.csv", "--autoencoder", "run")
 
@@ -667,19 +681,20 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("objective", ["batch_topk", pytest.param("relu", marks=pytest.mark.slow)])
-def test_a_command_that_is_killed_goes_on_to_the_same_weights(objective: str) -> None:
+def test_a_command_that_is_killed_goes_on_to_the_same_weights(
+    objective: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """SIGKILL of the whole of it: model, buffer, steps, checkpoints."""
     argv = ["train", "books", "--location", PLACES[0]]
-    argv += ["--objective", objective, "--steps", "60", "--batch-size", "64", "--n-latents", "300"]
+    argv += ["--objective", objective, "--steps", "30", "--batch-size", "64", "--n-latents", "64"]
     argv += [*WINDOWS, "--buffer-tokens", "400", "--checkpoint-every", "7", "--log-every", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    whole = [sys.executable, "-m", "neuron_explainer", *argv]
-    subprocess.run([*whole, "--out", "whole"], env=environment, check=True, capture_output=True)
+    run(capsys, *argv, "--out", "whole")
     for steps in (5, 24):  # before the first checkpoint; between two, after a start from none
         dying = [sys.executable, "-c", DYING, str(steps), *argv, "--out", "killed"]
         process = subprocess.run(dying, env=environment, capture_output=True, check=False)
         assert process.returncode == -signal.SIGKILL, process.stderr
-    subprocess.run([*whole, "--out", "killed"], env=environment, check=True, capture_output=True)
+    run(capsys, *argv, "--out", "killed")
     weights = [
         Path(run, "autoencoder", "autoencoder.safetensors").read_bytes()
         for run in ("whole", "killed")

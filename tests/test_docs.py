@@ -1,6 +1,8 @@
 """What the documents say is run: snippets, examples, commands, and the numbers that code knows."""
 
+import ast
 import io
+import json
 import re
 import runpy
 import shlex
@@ -32,6 +34,7 @@ def blocks(language: str) -> list[str]:
 
 SNIPPETS = blocks("python")
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 COMMANDS = [
     commands
     for block in blocks("sh")[1:]
@@ -97,8 +100,8 @@ def test_readme_snippets_on_the_embedded_model(snippet: str) -> None:
 
 
 def test_readme_snippets_were_found() -> None:
-    assert len(SNIPPETS) == 9
-    assert [len(commands) for commands in COMMANDS] == [5, 3, 8]
+    assert len(SNIPPETS) == 10
+    assert [len(commands) for commands in COMMANDS] == [5, 6, 3, 8]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
@@ -109,6 +112,31 @@ def test_examples_run(
     monkeypatch.setattr(sys, "argv", [str(path)])
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run(
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Cell by cell, with what a notebook shows of the last expression of each."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell.get("outputs") for cell in cells)
+    names: dict[str, Any] = {}
+    for number, source in enumerate(code):
+        tree = ast.parse(source)
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, f"{path.name}, cell {number}", "exec"), names)
+        if isinstance(last, ast.Expr):
+            value = eval(compile(ast.Expression(last.value), path.name, "eval"), names)
+            shown = getattr(value, "_repr_html_", value.__repr__)()
+            assert shown or capsys.readouterr().out
+    assert len(code) >= 5
 
 
 @pytest.mark.parametrize("commands", COMMANDS, ids=lambda commands: commands[0].split()[1])

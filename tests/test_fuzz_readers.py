@@ -35,6 +35,9 @@ from neuron_explainer.activations import (
     tokenize,
     write_token_file,
 )
+from neuron_explainer.analysis.interchange.collated_sets import import_records
+from neuron_explainer.analysis.interchange.dashboards import import_dashboards, write_neuronpedia
+from neuron_explainer.analysis.interchange.neuron_records import read_explanations
 from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.analysis.store_format import Label
 from neuron_explainer.dictionaries import TopKConfig, TrainConfig, read_config, train
@@ -44,6 +47,7 @@ from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.transformer import Transformer
 from tests.analysis.examples import VOCABULARY, make_coactivation, make_collected, make_corpus
+from tests.analysis.test_dashboards import rows
 from tests.conftest import make_model
 from tests.models.test_formats_bad import SOURCES
 
@@ -194,6 +198,43 @@ READERS: dict[str, Reader] = {
     "jsonl.gz": Reader(written("a.jsonl.gz", gzip.compress(JSONL.encode(), mtime=0)), documents),
     "csv": Reader(lambda folder: table(folder, ",", "a.csv"), documents),
     "tsv": Reader(lambda folder: table(folder, "\t", "a.tsv"), documents),
+}
+
+
+PEERS = Path(__file__).parent / "fixtures" / "peers"
+
+
+def copied_from(*names: str) -> Callable[[Path], Path]:
+    """Files of fixtures, in a folder of their own."""
+
+    def make(folder: Path) -> Path:
+        for name in names:
+            target = folder / "set" / Path(*Path(name).parts[1:])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(PEERS / name, target)
+        return folder / "set"
+
+    return make
+
+
+def export(folder: Path) -> Path:
+    write_neuronpedia(rows(), folder / "export")
+    return folder / "export"
+
+
+RECORDS = [f"neuron-records/{name}" for name in ("0/0.json", "1/2.json", "explanations/0/1.jsonl")]
+READERS |= {
+    "neuron records": Reader(
+        copied_from(*RECORDS[:2]), lambda p: import_records(p, p.parent / "out")
+    ),
+    "explanations": Reader(
+        copied_from(RECORDS[2]),
+        lambda p: [read_explanations(each) for each in sorted(p.rglob("*.jsonl"))],
+    ),
+    "sae-dashboard": Reader(
+        copied_from("sae-dashboard/batch-0.json"), lambda p: import_dashboards(p, p.parent / "out")
+    ),
+    "neuronpedia": Reader(export, lambda p: import_dashboards(p, p.parent / "out")),
 }
 
 

@@ -49,6 +49,7 @@ FLOORS = [
     [
         "locations",
         "checks",
+        "initial_weights",
         "config",
         "tokenizers",
         "sampling",
@@ -62,6 +63,9 @@ FLOORS = [
     + [f"autoencoders.{part}" for part in ("nonlinearities", "latents", "fista")],
     ["checkpoints"],
     [
+        "hook_signatures",
+        "hook_lists",
+        "autoencoder_hooks",
         "hooks",
         "kv_cache",
         "simplify",

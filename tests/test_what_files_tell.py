@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from neuron_explainer import cli, files
-from neuron_explainer.activations import ActivationStore, open_token_file, origins, write_token_file
+from neuron_explainer.activations import ActivationStore, open_token_file, write_token_file
 from neuron_explainer.activations.documents import read_documents
 from neuron_explainer.dictionaries.runs import Run
 from neuron_explainer.evaluation.passage import PASSAGE
+from neuron_explainer.files import origins
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.model_context import StandardModelContext
 from neuron_explainer.models.transformer import Transformer
@@ -38,6 +39,9 @@ def work(home: Path) -> None:
     for format in ("native", "saelens", "dictionary_learning", "sparsify"):
         argv = [str(home / "live"), str(home / format), "--format", format, "--json"]
         assert cli.main(["convert", *argv]) == 0
+    deep = [str(home / "pruned"), str(home / "further" / "down" / "native"), "--format", "native"]
+    for _ in range(2):  # the second time it is there already
+        assert cli.main(["convert", *deep, "--json"]) == 0
     argv = [str(home / "s.csv"), "--autoencoder", str(home / "run")]
     assert cli.main(["sentences", *argv, "--csv-out", str(home / "out.csv"), "--json"]) == 0
     write_token_file(home / "tokens", read_documents(books), StandardModelContext(model, "cpu"))
@@ -76,7 +80,7 @@ def test_what_is_needed_to_go_on_is_found(
     lab.rename(moved)
     try:
         with contextlib.chdir(tmp_path):
-            for name in ("run", "live", "pruned", "tuned"):
+            for name in ("run", "live", "pruned", "tuned", "further/down/native"):
                 argv = ["evaluate", f"moved/deeper/{name}", *MEASURE, "--json"]
                 assert cli.main(argv) == 0, capsys.readouterr().err
             again = ["train", "moved/deeper/books", "--model", "moved/deeper/model"]

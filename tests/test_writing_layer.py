@@ -216,8 +216,23 @@ def test_write_once_takes_what_is_there_already(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="out is there; choose another --out"):
         write("two")
     assert files.read_json(tmp_path / "out" / "config.json") == {"text": "one"}
+    with (
+        pytest.raises(InputError, match="out is there; give another"),
+        files.write_once(tmp_path / "out", "give another", lambda there: "x" in there.name),
+    ):
+        raise AssertionError("no work is begun")
     assert sorted(os.listdir(tmp_path)) == ["out"]
     assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_what_is_left_of_a_comparison_is_removed(tmp_path: Path) -> None:
+    """What write_once compares is itself written to a temporary folder first."""
+    (tmp_path / ".out.0123456789ab.tmp").mkdir()
+    (tmp_path / "..out.0123456789ab.tmp.ba9876543210.tmp").mkdir()
+    (tmp_path / "..other.0123456789ab.tmp.ba9876543210.tmp").mkdir()
+    with files.atomic_folder(tmp_path / "out") as temporary:
+        files.write_json(temporary / "config.json", {})
+    assert sorted(os.listdir(tmp_path)) == ["..other.0123456789ab.tmp.ba9876543210.tmp", "out"]
 
 
 def test_a_file_that_cannot_be_removed_is_one_error(tmp_path: Path) -> None:

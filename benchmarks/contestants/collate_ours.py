@@ -9,7 +9,8 @@ from benchmarks.workloads import Prepared
 from neuron_explainer.activations.corpus import TokenCorpus
 from neuron_explainer.activations.windows import TokenWindows
 from neuron_explainer.analysis.collation.config import CollateConfig
-from neuron_explainer.analysis.collation.passes import Collation, Findings
+from neuron_explainer.analysis.collation.findings import Findings
+from neuron_explainer.analysis.collation.passes import Collation
 from neuron_explainer.analysis.collation.places import Places
 from neuron_explainer.analysis.collation.units import Latents, watched
 from neuron_explainer.models.autoencoder import Autoencoder, TopK

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 
 from neuron_explainer import files
-from neuron_explainer.activations import origins
 from neuron_explainer.activations.buffer import ShuffleBuffer
 from neuron_explainer.activations.chunks import ActivationBatch, ActivationSource
 from neuron_explainer.activations.corpus import TokenCorpus, start_token, tokenize
@@ -27,6 +26,7 @@ from neuron_explainer.activations.store import ActivationStore, StoreSource
 from neuron_explainer.activations.token_files import open_token_file
 from neuron_explainer.activations.windows import TokenWindows
 from neuron_explainer.errors import InputError, LocationError, SourceError, did_you_mean
+from neuron_explainer.files import origins
 from neuron_explainer.models.locations import ActivationLocation, LocationLike, parse_locations
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.settings.fields import check_types

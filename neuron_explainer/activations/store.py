@@ -25,7 +25,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from neuron_explainer import files
-from neuron_explainer.activations import origins
 from neuron_explainer.activations.chunks import ActivationBatch
 from neuron_explainer.activations.corpus import Ints, permutation
 from neuron_explainer.activations.harvest import (
@@ -37,6 +36,7 @@ from neuron_explainer.activations.harvest import (
 from neuron_explainer.activations.token_files import MANIFEST_FILE, read_manifest
 from neuron_explainer.activations.windows import TokenWindows, check_rank, check_same_settings
 from neuron_explainer.errors import CheckpointError, InputError, shown
+from neuron_explainer.files import origins
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.progress import progress_bar
 from neuron_explainer.settings.fields import read_fields

@@ -9,9 +9,18 @@ if TYPE_CHECKING:
     from neuron_explainer.analysis.collation.collate import collate, collect
     from neuron_explainer.analysis.collation.config import CollateConfig
     from neuron_explainer.analysis.collation.merging import merge_stores
+    from neuron_explainer.analysis.collation.quantiles import exact_quantiles
     from neuron_explainer.analysis.store import ExampleStore, open_stores
 
-__all__ = ["CollateConfig", "ExampleStore", "collate", "collect", "merge_stores", "open_stores"]
+__all__ = [
+    "CollateConfig",
+    "ExampleStore",
+    "collate",
+    "collect",
+    "exact_quantiles",
+    "merge_stores",
+    "open_stores",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -27,6 +36,10 @@ def __getattr__(name: str) -> Any:
         from neuron_explainer.analysis.collation.merging import merge_stores
 
         return merge_stores
+    if name == "exact_quantiles":
+        from neuron_explainer.analysis.collation.quantiles import exact_quantiles
+
+        return exact_quantiles
     if name in __all__:
         from neuron_explainer.analysis.collation import collate
 

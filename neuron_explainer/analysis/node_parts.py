@@ -139,7 +139,7 @@ class Pass:
         self.model, self.tokens, self.goal = model, tokens, goal
         self.stream = ActivationLocation.parse(goal.stream)
         before = [place for place in _places(model, wanted) if is_before(place, self.stream)]
-        hooks = _leaf_at_embedding() + _frozen(freeze, goal.norm) + goal.hooks
+        hooks = _leaf_at_embedding() + frozen_hooks(freeze, goal.norm) + goal.hooks
         places = [*before, self.stream, ActivationLocation("resid.post_emb")]
         with torch.enable_grad():
             self.found = model.capture(tokens, [*places, *goal.places], hooks=hooks)
@@ -190,7 +190,8 @@ _FROZEN: dict[Freeze, tuple[str, ...]] = {
 }
 
 
-def _frozen(freeze: Sequence[Freeze], norm: str) -> TransformerHooks:
+def frozen_hooks(freeze: Sequence[Freeze], norm: str) -> TransformerHooks:
+    """Hooks that stop gradients as ``freeze`` says; ``norm`` is the one in front of the goal."""
     hooks = TransformerHooks()
     if unknown := [name for name in freeze if name not in _FROZEN]:
         raise InputError(
@@ -319,7 +320,7 @@ def _latents(run: Pass, place: ActivationLocation, autoencoder: Autoencoder) -> 
     # On the scale of the input: an autoencoder that normalises multiplies by a number for each token.
     per_one = autoencoder.directions[unit].double()
     per_one = per_one * _scale(code, autoencoder, len(x))[row, None]
-    to_stream = _into_stream(run.model, place)
+    to_stream = into_stream(run.model, place)
     gradient, writes = run.gradient(place).flatten(1), to_stream(per_one)
     position = row.cpu().numpy()
     measures = {
@@ -360,7 +361,7 @@ def _scale(code: Any, autoencoder: Autoencoder, n_tokens: int) -> Tensor:
     return change[:, 0].double()
 
 
-def _into_stream(model: LanguageModel, place: ActivationLocation) -> Callable[[Tensor], Tensor]:
+def into_stream(model: LanguageModel, place: ActivationLocation) -> Callable[[Tensor], Tensor]:
     """From vectors ``[…, n]`` at a place to what they write into the residual stream ``[…, d]``."""
     if place.path == "mlp.post_act":
         weight = model.weight(WeightLocationType.MLP_TO_RESIDUAL, place.layer).detach().double()

@@ -48,6 +48,12 @@ b { font-weight: inherit; border-radius: .125rem; padding: .125rem 0; }
 .peak { font-weight: 650; } .query { box-shadow: inset 0 0 0 1.5px var(--ink); font-weight: 650; }
 table { border-collapse: collapse; } th { font-weight: 400; color: var(--soft); font-size: .8125rem; }
 td, th { text-align: right; padding: .25rem 1.5rem .25rem 0; border-bottom: 1px solid var(--line); }
+.tokens { display: flex; flex-wrap: wrap; gap: 1rem 4rem; font-size: .875rem; }
+.tokens > div { flex: 0 1 27rem; } .tokens h3 { font-size: .875rem; margin: 0; font-weight: 400; }
+.tokens code { white-space: pre-wrap; } .tokens td, .tokens th { padding: .1rem 1rem .1rem 0; }
+.tokens td:nth-child(odd), .tokens th:nth-child(odd) { text-align: left; }
+.tokens td:nth-child(2) { padding-right: 2.5rem; } .tokens table { margin-bottom: .5rem; }
+.tokens small { color: var(--soft); }
 .legend { margin: 1rem 0 0; }
 .scale { margin-right: .75rem; display: inline-flex; align-items: center; gap: .5rem; }
 .scale b { width: 1.1rem; height: .9rem; border-radius: 0; padding: 0; } .scale span { display: inline-flex; }

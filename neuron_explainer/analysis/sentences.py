@@ -232,6 +232,16 @@ def to_csv(summaries: Iterable[SentenceSummary], code: Code = "mean_of_codes") -
     return out.getvalue()
 
 
+def is_table_of(path: str | Path, texts: Sequence[str]) -> bool:
+    """Whether a file looks like a CSV table of these sentences; numbers are not compared."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            found = {row.get(COLUMNS[0]) for row in csv.DictReader(file, strict=True)}
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return False
+    return found == set(texts)
+
+
 def to_json(summaries: Iterable[SentenceSummary], code: Code = "mean_of_codes") -> str:
     """The table's rows as a list of objects."""
     return json.dumps(rows_of(summaries, code), indent=1, ensure_ascii=False) + "\n"

@@ -38,15 +38,14 @@ from neuron_explainer.analysis.records import (
 from neuron_explainer.analysis.store_file import StoreFile
 from neuron_explainer.analysis.store_format import (
     MOMENTS,
-    SUFFIX,
     Label,
     UnitRow,
     all_from_active,
-    file_name,
     fts_query,
     hashed_keys,
     write_store,
 )
+from neuron_explainer.analysis.store_names import SUFFIX, file_name, find_stores
 from neuron_explainer.analysis.token_store import TOKENS_FOLDER, TokenStore
 from neuron_explainer.analysis.workspace import WORKSPACE_FILE, Workspace, workspace_path
 from neuron_explainer.errors import (
@@ -97,10 +96,11 @@ class ExampleStore:
         """Open a store.
 
         Args:
-            path: a file ``NAME.store``, or the folder of one store or several.
+            path: a file ``NAME.store``, the folder of one store or several, or the name of one that comes
+                with the package, ``"tiny-tales/ae-resid-delta-mlp/2"``.
             name: which store of a folder; it is not needed if there is only one.
         """
-        path = files.local_path(path)
+        path = find_stores(path)
         if not path.is_dir():
             return cls(path)
         found = _stores_in(path)
@@ -527,8 +527,8 @@ class ExampleStore:
 
 
 def open_stores(folder: str | Path) -> dict[str, ExampleStore]:
-    """All stores of a folder, by name."""
-    return {name: ExampleStore(path) for name, path in _stores_in(files.local_path(folder)).items()}
+    """All stores of a folder, by name; ``"tiny-tales"`` is the folder of those of the embedded model."""
+    return {name: ExampleStore(path) for name, path in _stores_in(find_stores(folder)).items()}
 
 
 def _stores_in(folder: Path) -> dict[str, Path]:

@@ -36,7 +36,6 @@ with the number of the unit (``i8``).
 import itertools
 import json
 import math
-import re
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -61,7 +60,6 @@ from neuron_explainer.analysis.records import (
 from neuron_explainer.analysis.token_store import TokenStore
 from neuron_explainer.errors import InputError, SourceError, shown
 
-SUFFIX = ".store"
 FORMAT_VERSION = 1
 KIND = "example_store"
 APPLICATION_ID = 0x4E455853  # "NEXS": SQLite keeps it in the file's header
@@ -94,11 +92,6 @@ class Label(NamedTuple):
     source: str = ""
     """Who says so: a person, a method, a data set."""
     score: float | None = None
-
-
-def file_name(name: str) -> str:
-    """The name of a store's file: of ``2/mlp.post_act``, ``2.mlp.post_act.store``."""
-    return (re.sub(r"[^\w.+-]", "_", name.replace("/", ".")).lstrip(".") or "_") + SUFFIX
 
 
 # --- writing ---

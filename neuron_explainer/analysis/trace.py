@@ -77,9 +77,9 @@ def trace(
     elif through is not None:
         raise InputError(f"through={through!r} is for heads and pairs; {node} has one input.")
     elif node.kind == "neuron":
-        goal = _goal_of_neuron(node)
+        goal = goal_of_neuron(node)
     elif node.kind == "latent":
-        goal = _goal_of_latent(node, autoencoders)
+        goal = goal_of_latent(node, autoencoders)
     else:
         raise InputError(
             f"{node}: a {node.kind} cannot be traced; give a neuron, latent, head or pair."
@@ -106,7 +106,8 @@ def _before_mlp(layer: int) -> dict[str, Any]:
     return {"stream": f"{layer}/resid.torso.post_attn", "norm": f"{layer}/resid.torso.ln_mlp"}
 
 
-def _goal_of_neuron(node: Node) -> Goal:
+def goal_of_neuron(node: Node) -> Goal:
+    """A neuron's pre-activation."""
     layer = _layer(node)
     place = f"{layer}/mlp.pre_act"
 
@@ -118,7 +119,8 @@ def _goal_of_neuron(node: Node) -> Goal:
     return Goal(name, value, (place,), **before, position=node.position, constant_at=place)
 
 
-def _goal_of_latent(node: Node, autoencoders: Sequence[AutoencoderContext]) -> Goal:
+def goal_of_latent(node: Node, autoencoders: Sequence[AutoencoderContext]) -> Goal:
+    """A latent's pre-activation."""
     place = ActivationLocation.parse(node.location)
     context = next((c for c in autoencoders if c.location == place.at(None)), None)
     if context is None:

@@ -1,9 +1,10 @@
 """What a user says about units: labels, bookmarks and scores, in a small file beside the stores.
 
-The file is ``workspace.sqlite`` in the folder of the stores. Where that folder cannot be written to, it
-is in the user's folder for data (``$NEURON_EXPLAINER_DATA``, or else what the system provides), never in the
-cache. Entries belong to a *subject*, the hash of the autoencoder or of the model and the location, and a
-unit of it: collating again, or moving the store, keeps them. Several programs may write at once.
+The file is ``workspace.sqlite`` in the folder of the stores. Where that folder cannot be written to, or
+belongs to this package, it is in the user's folder for data (``$NEURON_EXPLAINER_DATA``, or else what the
+system provides), never in the cache. Entries belong to a *subject*, the hash of the autoencoder or of the
+model and the location, and a unit of it: collating again, or moving the store, keeps them. Several programs
+may write at once.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 from neuron_explainer import files
 from neuron_explainer.analysis.store_format import Label, encodable, fts_query
+from neuron_explainer.analysis.store_names import is_built_in
 from neuron_explainer.errors import CheckpointError, InputError, SourceError, shown
 
 WORKSPACE_FILE = "workspace.sqlite"
@@ -65,7 +67,8 @@ def data_dir() -> Path:
 def workspace_path(folder: str | Path) -> Path:
     """Where the workspace of the stores in a folder is."""
     beside = files.local_path(folder) / WORKSPACE_FILE
-    return data_dir() / WORKSPACE_FILE if _why_not_writable(beside) else beside
+    elsewhere = is_built_in(beside.parent) or _why_not_writable(beside)
+    return data_dir() / WORKSPACE_FILE if elsewhere else beside
 
 
 def _why_not_writable(path: Path) -> str:

@@ -12,7 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from neuron_explainer import __version__, demo
-from neuron_explainer.cli import factors, intervening, learning, looking, measuring, stored_files
+from neuron_explainer.cli import (
+    collating,
+    factors,
+    importing,
+    inspecting,
+    intervening,
+    learning,
+    looking,
+    measuring,
+    stored_files,
+)
 from neuron_explainer.cli.common import (
     Parser,
     Result,
@@ -177,7 +187,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, VerbParser]]:
         ("intervene", intervening.register),
         ("learn", _register_learning),
         ("measure", measuring.register),
-        ("files", stored_files.register),
+        ("files", _register_files),
     ):
         register(verbs)
         new = {name: verb for name, verb in verbs.choices.items() if name not in found}
@@ -190,11 +200,18 @@ def _register_looking(verbs: Any) -> None:
     about = "a tour in seconds, offline, with the calls it makes"
     add_verb(verbs, "demo", about, run_demo, show_demo, example="neuron-explainer demo")
     looking.register(verbs)
+    collating.register(verbs)
+    inspecting.register(verbs)
 
 
 def _register_learning(verbs: Any) -> None:
     learning.register(verbs)
     factors.register(verbs)
+
+
+def _register_files(verbs: Any) -> None:
+    stored_files.register(verbs)
+    importing.register(verbs)
 
 
 def run_demo(args: argparse.Namespace) -> Result:
@@ -208,6 +225,7 @@ def show_demo(result: Result) -> None:
     """How long the tour took, and where to go from here."""
     say(
         f"\nAll of this ran here, offline, in {sum(s['seconds'] for s in result['steps']):.1f} s. "
-        "Next: neuron-explainer latents 'your text', neuron-explainer ablate 'your text' "
+        "Next: neuron-explainer latents 'your text', neuron-explainer inspect "
+        "tiny-tales/ae-resid-delta-mlp/2 1234, neuron-explainer ablate 'your text' "
         "--location 2/mlp.post_act, neuron-explainer models, and the README."
     )

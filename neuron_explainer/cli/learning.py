@@ -320,7 +320,7 @@ def _settings(args: argparse.Namespace) -> TrainRequest:
 
 def _of_run(values: Result, file: str) -> Result:
     """The settings in a file, which may be the ``config.json`` of a run."""
-    from neuron_explainer.activations import origins
+    from neuron_explainer.files import origins
 
     if values.get("kind") != "dictionary_training":
         return values

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from neuron_explainer.cli.common import Result, add_verb, can_be_shown, option, positive, say
 from neuron_explainer.cli.open import find_autoencoders, fitted, model_options, open_model
-from neuron_explainer.errors import InputError, LocationError
+from neuron_explainer.errors import InputError
 from neuron_explainer.tables import escaped, text_table
 
 if TYPE_CHECKING:
@@ -274,7 +274,7 @@ def _activation_hooks(
     args: argparse.Namespace, context: "ModelContext"
 ) -> "tuple[TransformerHooks, str]":
     """Hooks that set a unit of ``--location``, or all of it, and a description."""
-    from neuron_explainer.models.hooks import TransformerHooks
+    from neuron_explainer.models.interventions import set_to
     from neuron_explainer.models.locations import ActivationLocation
 
     location = ActivationLocation.parse(args.location)
@@ -283,21 +283,9 @@ def _activation_hooks(
             raise InputError(f"--location says layer {location.layer}, --layer {args.layer}.")
         location = location.at(args.layer)
     location.expand(context.n_layers)  # a layer outside the model is an error
-    unit = None if args.unit is None else location.site.unit(args.unit)
-
-    def ablate(x: "Tensor") -> "Tensor":
-        if unit is None:
-            return x.fill_(args.value)
-        try:
-            unit.check(x.shape)
-        except LocationError as error:
-            raise InputError(f"--unit {args.unit}: {error}") from None
-        x[unit.where] = args.value
-        return x
-
-    name = "everything" if unit is None else unit.name
-    hooks = TransformerHooks().append_at(location, ablate)
-    return hooks, f"{name} of {location} = {args.value}"
+    name = "everything" if args.unit is None else location.site.unit(args.unit).name
+    unit = int(args.unit) if args.unit is not None and args.unit.isdecimal() else args.unit
+    return set_to(location, args.value, unit), f"{name} of {location} = {args.value}"
 
 
 def _latent_hooks(args: argparse.Namespace) -> "tuple[ModelContext, TransformerHooks, str]":

@@ -1,7 +1,9 @@
 """Measuring and improving dictionaries: evaluate, prune, finetune, report, sentences."""
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ from neuron_explainer.errors import InputError
 
 if TYPE_CHECKING:
     from neuron_explainer.analysis.report import Reported
+    from neuron_explainer.analysis.sentences import SentenceSummary
     from neuron_explainer.dictionaries.runs import Run
     from neuron_explainer.evaluation.figures import Evaluation
 
@@ -413,18 +416,29 @@ def run_sentences(args: argparse.Namespace) -> Result:
     if args.csv_out:
         files.check_writable(args.csv_out)
     texts = sentences.read_sentences(args.csv, args.column)
+    with contextlib.ExitStack() as stack:
+        out = None
+        if args.csv_out:
+            possible = functools.partial(sentences.is_table_of, texts=texts)
+            once = files.write_once(args.csv_out, "choose another --csv-out", possible)
+            out = stack.enter_context(once)
+        table = _sentences_table(args, texts)
+        if out is not None:
+            with files.atomic_write(out) as path:
+                path.write_text(sentences.to_csv(table, args.code), "utf-8")
+    result: Result = {"csv": args.csv, "sentences": [dataclasses.asdict(each) for each in table]}
+    return result if args.json else {**result, "table": sentences.to_table(table, args.code)}
+
+
+def _sentences_table(args: argparse.Namespace, texts: list[str]) -> "list[SentenceSummary]":
+    from neuron_explainer.analysis import sentences
+
     found = find_autoencoders(args.autoencoder, args.model, args.location)
     found = found if args.layer is None else found.at(None, args.layer)
     loaded = found.load()
     context = open_model(args.model or found.model_of(loaded), args.device)
     autoencoders = by_location(loaded)
-    table = sentences.summarize_sentences(context, texts, autoencoders, bos=args.bos)
-    if args.csv_out:
-        advice = "choose another --csv-out"
-        with files.write_once(args.csv_out, advice) as out, files.atomic_write(out) as path:
-            path.write_text(sentences.to_csv(table, args.code), "utf-8")
-    result: Result = {"csv": args.csv, "sentences": [dataclasses.asdict(each) for each in table]}
-    return result if args.json else {**result, "table": sentences.to_table(table, args.code)}
+    return sentences.summarize_sentences(context, texts, autoencoders, bos=args.bos)
 
 
 def show_sentences(result: Result) -> None:

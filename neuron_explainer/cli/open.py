@@ -71,6 +71,11 @@ class Named(NamedTuple):
     stated: "Mapping[str, Any]" = MappingProxyType({})
     """What is known of it that its files do not say, as arguments of ``Autoencoder.load``."""
 
+    @property
+    def label(self) -> str:
+        """The last part of its path: what tells it from the others of a run."""
+        return Path(self.path).name or self.path
+
 
 class Autoencoders(NamedTuple):
     """What an AUTOENCODER argument stands for: one autoencoder or several, loaded when asked for."""
@@ -186,12 +191,10 @@ def _at_path(path: str, location: str | None) -> Autoencoders:
 
 def _record_of(path: str, autoencoder: "Autoencoder") -> Result:
     """What the autoencoder itself, or the run whose folder it is in, tells of its training."""
-    from neuron_explainer.activations import origins
     from neuron_explainer.dictionaries.runs import Run
 
-    if "record" in autoencoder.metadata:
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        return origins.from_folder(autoencoder.metadata["record"], folder)
+    if isinstance(record := autoencoder.metadata.get("record"), dict):
+        return record
     run = None if files.is_remote(path) else Run.containing(path)
     return {} if run is None else run.record
 
@@ -373,10 +376,8 @@ class Opened:
 
     def save(self, autoencoder: "Autoencoder", args: argparse.Namespace) -> None:
         """Save what was made of an autoencoder in ``--out``, with the record of its training."""
-        from neuron_explainer.activations import origins
-
         if self.record:
-            autoencoder.metadata["record"] = origins.for_folder(self.record, args.out)
+            autoencoder.metadata["record"] = self.record
         autoencoder.metadata["command"] = _digest(args)
         with files.write_once(args.out, "choose another --out") as folder:
             autoencoder.save(folder)

@@ -1,13 +1,17 @@
 """Files: convert an autoencoder, keep the cache of downloads in order."""
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import typing
+from pathlib import Path
 from typing import Any
 
 from neuron_explainer import files
 from neuron_explainer.cli.common import Result, add_verb, say
 from neuron_explainer.cli.open import autoencoder_source
+from neuron_explainer.errors import NeuronExplainerError
 from neuron_explainer.settings.flags import add_flag, own_docs
 
 
@@ -66,16 +70,28 @@ def run_convert(args: argparse.Namespace) -> Result:
     from neuron_explainer.models.checkpoints.autoencoders import Stated
 
     given = vars(args)
-    source, known = autoencoder_source(args.source, args.layer)
-    stated = typing.cast(
-        Stated, known | {name: given[name] for name in Stated.__annotations__ if name in given}
-    )
-    if args.overwrite:
-        convert(source, args.destination, args.format, overwrite=True, **stated)
-    else:
-        with files.write_once(args.destination, "give --overwrite to replace it") as folder:
-            convert(source, folder, args.format, **stated)
+    with contextlib.ExitStack() as stack:
+        destination = args.destination
+        if not args.overwrite:
+            possible = functools.partial(_is_of_format, form=args.format)
+            once = files.write_once(destination, "give --overwrite to replace it", possible)
+            destination = stack.enter_context(once)
+        source, known = autoencoder_source(args.source, args.layer)
+        stated = typing.cast(
+            Stated, known | {name: given[name] for name in Stated.__annotations__ if name in given}
+        )
+        convert(source, destination, args.format, overwrite=args.overwrite, **stated)
     return {"source": args.source, "destination": args.destination, "format": args.format}
+
+
+def _is_of_format(folder: Path, form: str) -> bool:
+    """Whether a folder holds an autoencoder of a format."""
+    from neuron_explainer.models.checkpoints.autoencoders import format_of
+
+    try:
+        return format_of(folder) == form
+    except NeuronExplainerError:
+        return False
 
 
 def show_convert(result: Result) -> None:

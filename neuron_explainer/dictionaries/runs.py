@@ -28,9 +28,9 @@ import safetensors.torch
 from torch import Tensor
 
 from neuron_explainer import files
-from neuron_explainer.activations import origins
 from neuron_explainer.dictionaries.distributed import SINGLE_PROCESS, World
 from neuron_explainer.errors import CheckpointError, InputError
+from neuron_explainer.files import origins
 from neuron_explainer.files.writing import Guard
 
 logger = logging.getLogger(__name__)
@@ -295,12 +295,15 @@ class RunFolder(Run):
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The newest state that all processes can read; None if there is no checkpoint.
 
-        What killed processes left half written in the folder is removed.
+        What killed processes left in the folder is removed: what is half written, and checkpoints that
+        were to be removed.
         """
         found = self._world.on_rank_zero(self._tidied)
         for name in found:
             state = self._read(self._checkpoints / name)
             if self._world.all_true(state is not None):
+                if name == found[0]:  # else one that is kept cannot be read
+                    self._world.on_rank_zero(self._remove_old)
                 return state
         if found:
             raise CheckpointError(

@@ -183,22 +183,32 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
 
 
 @contextlib.contextmanager
-def write_once(path: str | Path, advice: str) -> Iterator[Path]:
+def write_once(
+    path: str | Path, advice: str, possible: Callable[[Path], bool] = lambda there: True
+) -> Iterator[Path]:
     """Where to write what ``path`` is to hold; fine if it holds just that already.
 
     So a command can be given again that was killed between its last write and its answer. InputError if
-    something else is there, and ``advice`` says then what to do.
+    something else is there, and ``advice`` says then what to do. ``possible(path)`` tells at a glance
+    whether what is there may be the same; if not, the error comes before the block, that is, before any
+    work.
     """
     target = _target(path)
     if not target.exists() or (target.is_dir() and not os.listdir(target)):
         yield target
         return
+    refusal = InputError(f"{path} is there; {advice}.")
+    if not possible(target):
+        raise refusal
     with explain_refusal(target), _temporary_beside(target, os.mkdir) as temporary:
-        made = temporary / target.name
+        # A folder has the same depth as the target, so that relative paths in its files are the same.
+        made = temporary if target.is_dir() else temporary / target.name
         yield made
         wanted = [file for file in (made, *made.rglob("*")) if file.is_file()]
-        if not all(_same_file(file, target / file.relative_to(made)) for file in wanted):
-            raise InputError(f"{path} is there; {advice}.")
+        if not wanted or not all(
+            _same_file(file, target / file.relative_to(made)) for file in wanted
+        ):
+            raise refusal
 
 
 def _same_file(one: Path, other: Path) -> bool:
@@ -323,22 +333,28 @@ def _hold(path: Path, stack: contextlib.ExitStack) -> bool:
     return path.exists()
 
 
+_BESIDE = re.compile(r"\.(.+)\.[0-9a-f]{12}\.(tmp|old)", re.DOTALL)
+
+
 def _remove_abandoned(target: Path) -> None:
     """Delete the temporary files and folders that killed processes left for ``target``, and put an old
     folder back that has lost its name to no new one."""
     # safetensors renames a file of its own to ours, and our lock is not on that file.
     if sys.platform == "win32" or target.suffix == ".safetensors":
         return
-    begin = f".{target.name[:100]}."
-    for path in [p for p in target.parent.iterdir() if p.name.startswith(begin)]:
-        ending = re.fullmatch(r"[0-9a-f]{12}\.(tmp|old)", path.name.removeprefix(begin))
-        if ending is None:
+    for path in [*target.parent.iterdir()]:
+        name, endings = path.name, []
+        # More than once: what write_once compares is itself written to a temporary folder first.
+        while found := _BESIDE.fullmatch(name):
+            name = found[1]
+            endings.append(found[2])
+        if not endings or name != target.name[:100]:
             continue
         with contextlib.suppress(OSError):  # already gone, locked by its process, or no locks here
             handle = os.open(path, os.O_RDONLY)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if ending[1] == "old" and not target.exists():
+                if endings == ["old"] and not target.exists():
                     os.rename(path, target)
                 else:
                     _discard(path)
@@ -366,7 +382,7 @@ def _discard(path: Path) -> None:
 
 
 # Our own names, and the names of the temporary files that safetensors makes beside its target.
-_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.(tmp|old)|\.tmp[A-Za-z0-9]{6}", re.DOTALL)
+_LEFTOVER = re.compile(rf"{_BESIDE.pattern}|\.tmp[A-Za-z0-9]{{6}}", re.DOTALL)
 
 
 def is_leftover(name: str) -> bool:
@@ -421,6 +437,11 @@ def check_writable(path: str | Path) -> None:
     with explain_refusal(target):
         step("make", target)
         tempfile.TemporaryFile(dir=target.parent).close()
+
+
+def check_replaceable(path: str | Path, *, overwrite: bool) -> None:
+    """An error, before any work, if :func:`atomic_folder` would refuse to write ``path``."""
+    _check_replaceable(_target(path), overwrite)
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:

@@ -11,7 +11,7 @@ head, ``d`` model width, ``f`` MLP width, ``v`` vocabulary, ``1`` a single numbe
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, SupportsIndex, cast
 
@@ -73,14 +73,6 @@ class Unit(NamedTuple):
     """Such as ``"head 3"``."""
     where: tuple[Any, ...]
     """``x[where]`` is the unit's part of a tensor of the site."""
-
-    def check(self, x_shape: Sequence[int]) -> None:
-        """Refuse a unit that a tensor of this shape does not have."""
-        for number, length in zip(reversed(self.where[1:]), reversed(x_shape), strict=False):
-            if isinstance(number, int) and number >= length:
-                raise LocationError(
-                    f"there is no {self.name} here: the highest number is {length - 1}, found {number}."
-                )
 
 
 _UNITS = {"f": "neuron", "d": "channel", "h": "head", "v": "token"}

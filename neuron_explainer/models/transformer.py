@@ -16,7 +16,6 @@ earlier calls and of this one), ``h`` head, ``d`` model width, ``f`` MLP width, 
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Self
@@ -30,7 +29,6 @@ from neuron_explainer.errors import InputError
 from neuron_explainer.kernels.products import linear, linears, weight_copies
 from neuron_explainer.models import tokenizers
 from neuron_explainer.models.checkpointed import Checkpointed
-from neuron_explainer.models.checks import check_seed
 from neuron_explainer.models.config import SerializableDataclass, TransformerConfig
 from neuron_explainer.models.devices import Device, default_device
 from neuron_explainer.models.hooks import (
@@ -40,6 +38,7 @@ from neuron_explainer.models.hooks import (
     NormalizationHooks,
     TransformerHooks,
 )
+from neuron_explainer.models.initial_weights import draw_weights, uninitialised_embedding
 from neuron_explainer.models.kv_cache import HiddenState, KeyValueCache, check_state
 from neuron_explainer.models.language_model import Activations, Prompts, Sample, Step
 from neuron_explainer.models.locations import ActivationLocation
@@ -382,12 +381,6 @@ class TransformerLayer(nn.Module):
         apply_layernorm_foldin(self.ln_2, [self.mlp.in_layer])
 
 
-def _uninitialised_embedding(n_rows: int, width: int, **at: Any) -> nn.Embedding:
-    # With a weight given, or torch would draw normal values, for which on "meta" it imports its
-    # compiler: a second.
-    return nn.Embedding(n_rows, width, _weight=torch.empty(n_rows, width, **at))
-
-
 class Transformer(Checkpointed):
     """A decoder-only transformer: embedding, layers, final norm, unembedding.
 
@@ -415,13 +408,12 @@ class Transformer(Checkpointed):
     ) -> None:
         super().__init__()
         self.cfg, self.recompute, self.tokenizer = cfg, recompute, tokenizer
-        self.sizes = cfg.sizes
+        self.sizes, self.metadata = cfg.sizes, {}
         self._enc: tiktoken.Encoding | None = None
-        self.metadata = {}
         # On "meta", because torch's own initial values would only cost time and random numbers.
         at: dict[str, Any] = {"device": "meta", "dtype": dtype}
-        self.tok_embed = _uninitialised_embedding(cfg.n_vocab, cfg.d_model, **at)
-        self.pos_embed = _uninitialised_embedding(cfg.ctx_window, cfg.d_model, **at)
+        self.tok_embed = uninitialised_embedding(cfg.n_vocab, cfg.d_model, **at)
+        self.pos_embed = uninitialised_embedding(cfg.ctx_window, cfg.d_model, **at)
         self.xf_layers = nn.ModuleList(
             TransformerLayer(cfg, layer, **at) for layer in range(cfg.n_layers)
         )
@@ -430,22 +422,7 @@ class Transformer(Checkpointed):
         device = torch.get_default_device() if device is None else torch.device(device)
         if device.type != "meta":
             self.to_empty(device=device)
-            self._initialise(seed)
-
-    @torch.no_grad()
-    def _initialise(self, seed: int | None) -> None:
-        """GPT-2's initial weights: 0.02, positions 0.01, smaller where a layer adds to the stream."""
-        if seed is not None:
-            check_seed(seed)
-        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() < 2:  # biases, and the gains of norms
-                parameter.fill_(1.0 if "ln" in name and name.endswith("weight") else 0.0)
-                continue
-            std = 0.01 if name == "pos_embed.weight" else 0.02
-            if name.endswith(("out_proj.weight", "out_layer.weight")):
-                std /= math.sqrt(2 * self.cfg.n_layers)
-            parameter.normal_(0, std, generator=generator)
+            draw_weights(self, cfg.n_layers, seed)
 
     @property
     def layers(self) -> Iterator[TransformerLayer]:
@@ -589,8 +566,7 @@ class Transformer(Checkpointed):
         hooks: TransformerHooks,
     ) -> None:
         X, H, pad, _ = self.run_embed(tokens, None, pad, hooks)
-        n_layers = self.cfg.n_layers
-        needed = max((p.depth(n_layers) + p.site.per_layer for p in wanted), default=0)
+        needed = max((p.depth(self.n_layers) + p.site.per_layer for p in wanted), default=0)
         X, H = self.run_torso(X, H, pad, hooks, needed)
         if any(p.site.stage == "final" for p in wanted):
             X, H = self.run_ln_f(X, H, hooks)

@@ -15,8 +15,8 @@ from neuron_explainer.activations.windows import TokenWindows
 from neuron_explainer.analysis.collation.coactivation import TogetherActive, sample_limit
 from neuron_explainer.analysis.collation.config import CollateConfig
 from neuron_explainer.analysis.collation.examples import Examples
+from neuron_explainer.analysis.collation.findings import Findings
 from neuron_explainer.analysis.collation.moments import Totals
-from neuron_explainer.analysis.collation.passes import Findings
 from neuron_explainer.analysis.collation.places import Places, duplicates_of
 from neuron_explainer.analysis.collation.seen import DenseSeen, Seen, SparseSeen
 from neuron_explainer.analysis.records import (
@@ -290,6 +290,12 @@ class BruteForce:
         for i in range(n):
             drawn = [p for p in members if interval(p.value) == i and f32(p.u) <= limits[i]]
             drawn.sort(key=lambda p: (f32(p.u), p.position))
+            if not drawn:  # the earliest of all that is kept
+                others = [
+                    p for name in ("top", "uniform", "weighted") for _, p, _ in self.group(name)
+                ]
+                inside = [p for p in members + others if interval(p.value) == i]
+                drawn = sorted(inside, key=lambda p: p.position)[:1]
             found += [(i, p, f32(p.u)) for p in drawn[:k]]
         return found
 

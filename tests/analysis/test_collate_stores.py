@@ -199,6 +199,12 @@ def test_merged_collations_are_of_both_texts(context: ModelContext, name: str) -
     all_a, all_b = (collect(context, what, windows_of(seed), everything)[name] for seed in (0, 1))
     offset = len(windows_of().corpus.tokens)
     found = merge(a, b, offset)
+    assert found.coactivation is None
+    assert found.settings.get("left_out") == (None if a.kind == "head" else ["coactivation"])
+    last = np.where(
+        b.statistics.last_active < 0, a.statistics.last_active, b.statistics.last_active + offset
+    )
+    assert np.array_equal(found.statistics.last_active, last)
     assert found.statistics.n_tokens == a.statistics.n_tokens + b.statistics.n_tokens
     total = a.statistics.histogram + b.statistics.histogram
     assert np.array_equal(found.statistics.histogram, total)
@@ -245,8 +251,13 @@ def check_strata(found: Collected, unit: int, parts: list[tuple[Collected, int]]
         )
         own = strata.rows(strata.interval == i)
         got = list(zip(own.key.tolist(), own.start.tolist(), strict=True))
-        assert got == inside[: CONFIG.per_interval]
         assert len(inside) <= CONFIG.per_interval
+        if inside or not got:
+            assert got == inside
+        else:  # not drawn: the interval would be empty without it
+            assert [key for key, _ in got] == [1.0]
+            assert got[0][1] in [start for _, start, _ in rows]
+    assert largest == 0 or 0 in strata.interval
 
 
 def test_stores_are_merged_with_their_texts(context: ModelContext, tmp_path: Path) -> None:

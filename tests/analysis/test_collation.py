@@ -10,7 +10,7 @@ from neuron_explainer.activations.corpus import TokenCorpus
 from neuron_explainer.activations.windows import TokenWindows
 from neuron_explainer.analysis.collation.config import CollateConfig
 from neuron_explainer.analysis.collation.examples import bytes_per_unit
-from neuron_explainer.analysis.collation.passes import Findings
+from neuron_explainer.analysis.collation.findings import Findings
 from neuron_explainer.analysis.collation.places import Places, duplicates_of
 from neuron_explainer.analysis.collation.reservoirs import histogram_bin
 from neuron_explainer.analysis.collation.seen import PairsSeen
@@ -18,7 +18,9 @@ from neuron_explainer.analysis.records import HISTOGRAM_EDGES, ExampleTable
 from neuron_explainer.errors import InputError
 from tests.analysis.collated import (
     BOS,
+    BruteForce,
     check,
+    check_examples,
     collate,
     contexts_of,
     corpus_of,
@@ -114,6 +116,38 @@ def test_strata_of_many_octaves(corpus: TokenCorpus, per_interval: int) -> None:
     values[rng.random(values.shape) < 0.7] = 0
     windows = TokenWindows(corpus, 4, 5, bos=BOS)
     check(collate(windows, values, config), windows, values, config)
+
+
+@pytest.mark.parametrize("groups", [{}, {"top": 1, "uniform": 0, "weighted": 0}])
+def test_an_interval_with_contexts_is_not_empty(groups: dict[str, Any]) -> None:
+    """Most values lie just below the topmost interval, in the bin that it cuts through.
+
+    An interval that holds a bin in which there is any value has an example, and so has the topmost one.
+    """
+    config = replace(
+        SMALL, intervals=5, per_interval=1, inactive=0, coactivation_tokens=0, **groups
+    )
+    corpus = corpus_of([4] * 150)
+    rng = np.random.default_rng(0)
+    values = rng.uniform(0.71, 0.79, size=(600, 12)).astype(np.float32)
+    rare = rng.random(values.shape) < 0.02
+    values[rare] = rng.uniform(0.01, 0.83, size=int(rare.sum()))
+    values[rng.integers(0, 600, 12), np.arange(12)] = 1.0
+    windows = TokenWindows(corpus, 4, 20, concat=False, seed=None)
+    table = collate(windows, values, config).examples.result()[0]
+    for unit in range(12):
+        brute = BruteForce(windows, values[:, unit], unit, config, False)
+        check_examples(table, unit, brute)
+        found = table.of_unit(unit, "stratum").interval.tolist()
+        assert 0 in found
+        peaks = np.array([p.value for p in brute.peaks()])
+        for i in range(5):
+            inside = peaks[(peaks <= (5 - i) / 5) & (peaks > (4 - i) / 5)]
+            bins = np.searchsorted(HISTOGRAM_EDGES, inside, side="right")
+            whole = (HISTOGRAM_EDGES[bins - 1] > (4 - i) / 5) & (
+                HISTOGRAM_EDGES[bins] <= (5 - i) / 5
+            )
+            assert i in found or not whole.any()
 
 
 def test_values_of_all_sizes(corpus: TokenCorpus) -> None:

@@ -61,6 +61,15 @@ def test_one_with_a_probability_in_proportion_to_its_weight(kind: str, exponent:
     assert chi_square(counts, VALUES ** (3 - exponent)) > 3 * CHI_SQUARE
 
 
+def test_weighted_keys_of_tiny_values_are_finite_and_kept() -> None:
+    value = np.array([1e-45, 1e-30, 1.0], np.float32)
+    key = _weighted(np.array([0.5, 0.5, 0.5]), value, 2.0)
+    assert np.isfinite(key).all()
+    reservoir = Reservoir(1, 3, 1)
+    reservoir.offer(np.zeros(3, np.int64), key, np.arange(3))
+    assert sorted(reservoir.entries.position[0].tolist()) == [0, 1, 2]
+
+
 def test_the_hash_is_the_one_of_the_docstring() -> None:
     rng = np.random.default_rng(0)
     seeds, units, positions = rng.integers(0, 2**62, (3, 50))

@@ -60,7 +60,7 @@ def test_every_field_has_a_docstring() -> None:
             "anneal_start = 5 is not less than the 5 steps",
         ),
         *(
-            ({"steps": 5, "decoder_norm": "free", "objective": objective}, "rows would grow")
+            ({"steps": 5, "decoder_norm": "free", "objective": objective}, "directions would grow")
             for objective in (ReLUConfig(), PAnnealConfig(), GatedConfig())
         ),
         ({"steps": 5, "decay": "none", "decay_steps": 2}, "needs decay"),

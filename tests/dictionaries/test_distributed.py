@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from neuron_explainer import cli
 from neuron_explainer.dictionaries import ReLUConfig, TopKConfig, train
 from neuron_explainer.dictionaries.dictionary import LearnedDictionary
 from neuron_explainer.dictionaries.distributed import World
@@ -225,7 +226,7 @@ def test_rows_are_drawn_as_if_at_once() -> None:
     assert torch.equal(torch.cat([part.encoder for part in parts]), whole.encoder)
 
 
-def test_train_under_torchrun(tmp_path: Path) -> None:
+def test_train_under_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From text to autoencoder: what two processes find is what one finds, and one of them speaks."""
     words = ["once", "upon", "a", "time", "a", "girl", "had", "a", "dog", "and", "it", "sang"]
     text = " ".join(words[i * i % len(words)] for i in range(4000))
@@ -238,17 +239,20 @@ def test_train_under_torchrun(tmp_path: Path) -> None:
     torchrun = (
         "-m torch.distributed.run --standalone --nproc-per-node 2 -m tests.dictionaries.left "
     )
-    found = []
-    for name, launcher in (("one", "-m neuron_explainer "), ("two", torchrun)):
-        run = subprocess.run(
-            [sys.executable, *f"{launcher}{train_options} --out {tmp_path / name}".split()],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert run.returncode == 0, run.stderr
-        assert json.loads(run.stdout)["steps"] == 8
-        found.append(Autoencoder.load(tmp_path / name / "autoencoder").encoder.weight.detach())
+    assert cli.main(f"{train_options} --out {tmp_path / 'one'}".split()) == 0
+    run = subprocess.run(
+        [sys.executable, *f"{torchrun}{train_options} --out {tmp_path / 'two'}".split()],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    for said_by_one_process in (capsys.readouterr().out, run.stdout):
+        assert json.loads(said_by_one_process)["steps"] == 8
+    found = [
+        Autoencoder.load(tmp_path / name / "autoencoder").encoder.weight.detach()
+        for name in ("one", "two")
+    ]
     assert float((found[0] - found[1]).abs().max()) < 1e-5

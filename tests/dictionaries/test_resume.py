@@ -69,17 +69,16 @@ def assert_same(folder: Path, undisturbed: Path, what: str) -> None:
     assert ends[0]["metrics"] == log(folder)[-1]["dictionaries"], what
 
 
-def test_killed_at_any_moment(undisturbed: Path, tmp_path: Path) -> None:
-    rng = random.Random(0)
-    points: list[tuple[str, int]] = [
-        *(("step", rng.randint(1, killed_run.STEPS)) for _ in range(5)),
-        *(("write", rng.randint(1, killed_run.STEPS)) for _ in range(2)),
-        *(("rename", rng.randint(1, killed_run.STEPS)) for _ in range(2)),
-        *(("tidy", rng.randint(15, killed_run.STEPS)) for _ in range(2)),
-        ("results", killed_run.STEPS),
-        *(("outside", rng.randint(10, 200)) for _ in range(2)),
-    ]
-    assert len(points) == 14
+@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_killed_at_any_moment(times: int, undisturbed: Path, tmp_path: Path) -> None:
+    rng = random.Random(times)
+    points: list[tuple[str, int]] = [("results", killed_run.STEPS)]
+    for _ in range(times):
+        points += [
+            *((moment, rng.randint(1, killed_run.STEPS)) for moment in ("step", "write", "rename")),
+            ("tidy", rng.randint(15, killed_run.STEPS)),
+            ("outside", rng.randint(10, 200)),
+        ]
     run = subprocess.run(
         [sys.executable, "-m", "tests.dictionaries.killed_run", str(tmp_path), json.dumps(points)],
         cwd=ROOT,

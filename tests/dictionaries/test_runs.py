@@ -1,6 +1,7 @@
 """Reading the folder of a run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,15 @@ ROWS = [torch.randn(16, 8, generator=torch.Generator().manual_seed(seed)) for se
 RECORD = {"model": "tiny-tales", "source": "books"}
 
 
-def config(location: str | None = None) -> TrainConfig:
+def config(location: str | None = None, keep: int = 3) -> TrainConfig:
     return TrainConfig(
-        TopKConfig(k=2), n_latents=12, steps=4, batch_size=16, checkpoint_every=2, location=location
+        TopKConfig(k=2),
+        n_latents=12,
+        steps=4,
+        batch_size=16,
+        checkpoint_every=2,
+        keep_checkpoints=keep,
+        location=location,
     )
 
 
@@ -82,3 +89,19 @@ def test_leftovers_are_no_results_and_go_when_the_run_is_resumed(several: Path) 
     train_many(configs, ROWS, several, progress=False, record=RECORD)
     assert not [path for path in left if path.exists()]
     assert not list(several.rglob("*.tmp"))
+
+
+def test_checkpoints_that_a_killed_process_was_to_remove_go_when_the_run_is_resumed(
+    tmp_path: Path,
+) -> None:
+    train(config(), ROWS, tmp_path, progress=False)
+    (tmp_path / "finished.json").unlink()
+    newest = tmp_path / "checkpoints" / "00000004" / "state.json"
+    content = newest.read_bytes()
+    newest.write_bytes(content[:-9])
+    train(config(keep=1), ROWS, tmp_path, progress=False)  # writes the damaged one again
+    assert [folder.name for folder in Run.open(tmp_path).checkpoints] == ["00000004"]
+    shutil.copytree(newest.parent, newest.parent.parent / "00000002")
+    (tmp_path / "finished.json").unlink()
+    train(config(keep=1), ROWS, tmp_path, progress=False)
+    assert [folder.name for folder in Run.open(tmp_path).checkpoints] == ["00000004"]

@@ -1,6 +1,7 @@
 """The training of the embedded model: data, arithmetic, resuming, figures. Tiny sizes."""
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 import neuron_explainer
 from neuron_explainer.activations import TokenCorpus
+from neuron_explainer.analysis import ExampleStore, open_stores
 from neuron_explainer.errors import InputError, SourceError
 from neuron_explainer.evaluation import measure
 from neuron_explainer.evaluation.figures import Losses
@@ -20,6 +22,7 @@ from neuron_explainer.experiments.tiny_tales import (
     evaluation,
     model_training,
     reach,
+    stores,
 )
 from neuron_explainer.experiments.tiny_tales.__main__ import main
 from neuron_explainer.experiments.tiny_tales.autoencoder_training import (
@@ -426,8 +429,10 @@ ASSETS = Path(neuron_explainer.__file__).parent / "assets" / "tiny-tales"
 
 
 def test_stored_assets_are_complete_and_small() -> None:
-    stored = list(ASSETS.rglob("*"))
-    assert sum(path.stat().st_size for path in stored if path.is_file()) <= 40_000_000
+    sizes = {path: path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()}
+    of_stores = sum(size for path, size in sizes.items() if path.is_relative_to(ASSETS / "stores"))
+    assert of_stores <= 10_000_000
+    assert sum(sizes.values()) - of_stores <= 40_000_000
     model = Transformer.load(ASSETS, device="cpu")
     assert model.dtype == torch.float16
     assert model.metadata["training"]["held_out_books"] == list(HELD_OUT_BOOKS)
@@ -452,3 +457,66 @@ def test_stored_autoencoders_have_recorded_figures() -> None:
         assert float(autoencoder.latents_activation_frequency.sum()) == pytest.approx(
             figures["l0"], rel=0.05
         )
+
+
+# --- stores over text that the model wrote ---
+
+
+def test_stored_examples_are_those_of_the_stored_model_and_autoencoders() -> None:
+    context = StandardModelContext("tiny-tales", device="cpu")
+    model = context.get_or_create_model()
+    assert len(open_stores("tiny-tales")) == 12 + 4
+    autoencoders = evaluation.load_autoencoders(ASSETS / "autoencoders")
+    for place, (_, autoencoder) in autoencoders.items():
+        short = place.path.removeprefix("resid.torso.").replace("_", "-").replace(".", "-")
+        prefix = "ae-" if place.path == "mlp.post_act" else "ae-resid-"
+        store = ExampleStore.open(f"tiny-tales/{prefix}{short}/{place.layer}")
+        assert store.location == str(place)
+        assert store.tokens.corpus.name == "text written by tiny-tales (temperature 0.9, seed 0)"
+        store.check_autoencoder(autoencoder.float())
+        store.verify()
+    store.check_model(context)
+    store = ExampleStore.open("tiny-tales/ae-resid-delta-mlp/2")
+    record = store[1234]
+    assert [example.group for example in record.all_examples] == ["top"] * 5 + ["uniform"] * 3
+    assert all(len(example.tokens) <= 32 for example in record.all_examples)
+    first, place = record.top[0], ActivationLocation.parse(store.location)
+    document = store.tokens.corpus.document(first.document).tolist()
+    x = model.capture([[model.enc.eot_token, *document]], place)[place][0].detach()
+    autoencoder = autoencoders[place][1].float()
+    values = autoencoder.encode(x)[1:, 1234].detach()
+    assert float(values.max()) == pytest.approx(first.value, rel=1e-4)
+    assert int(values.argmax()) == first.position + first.peak
+    neurons = ExampleStore.open("tiny-tales/3/mlp.post_act.neurons")
+    assert [example.group for example in neurons[5].all_examples] == ["top"] * 8
+
+
+def test_store_writes_text_and_collates_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.tiktoken"):
+        shutil.copy(ASSETS / name, tmp_path / name)
+    kept = "autoencoders/resid.torso.delta_attn/0"
+    shutil.copytree(ASSETS / kept, tmp_path / kept)
+    argv = ["store", "--model", str(tmp_path), "--documents", "3", "--length", "9", "--seed", "4"]
+    main(argv)
+    assert "27 tokens" in capsys.readouterr().out
+    found = open_stores(tmp_path / "stores")
+    assert len(found) == 1 + 4
+    store = found["ae-resid-delta-attn.0"]
+    assert store.provenance["autoencoder"] == "ae-resid-delta-attn/0"
+    corpus = store.tokens.corpus
+    context = StandardModelContext("tiny-tales", device="cpu")
+    again = stores.written_corpus(context, 3, 9, 4)
+    assert again.tokens.tolist() == corpus.tokens.tolist()
+    more = stores.written_corpus(context, 3, 9, 4, batch_size=2)
+    assert more.n_tokens == 27
+    written = {name: each.path.read_bytes() for name, each in found.items()}
+    for name in written:
+        if name.endswith("neurons"):
+            (tmp_path / "stores" / f"{name}.store").unlink()
+    main(argv)  # it goes on with the neurons, as after an interruption
+    for name, each in open_stores(tmp_path / "stores").items():
+        assert each.path.read_bytes() == written[name]
+    with pytest.raises(InputError, match="documents must be"):
+        stores.written_corpus(context, 0, 9, 4)

@@ -6,7 +6,8 @@ what a batch shows     seen.py
 figures                moments.py
 examples               reservoirs.py, examples.py
 pairs of units         coactivation.py
-one pass               passes.py
+one pass               findings.py, passes.py
 interrupted runs       partial.py
+quantiles              quantiles.py
 the public function    collate.py
 """

@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +16,13 @@ from neuron_explainer import files
 from neuron_explainer.activations.windows import TokenWindows, check_same_settings
 from neuron_explainer.analysis.collation import partial
 from neuron_explainer.analysis.collation.config import CollateConfig
+from neuron_explainer.analysis.collation.findings import Findings
 from neuron_explainer.analysis.collation.partial import Progress, State
-from neuron_explainer.analysis.collation.passes import Collation, Findings
+from neuron_explainer.analysis.collation.passes import Collation
 from neuron_explainer.analysis.collation.units import Watched, What, watched, weights_sha256
 from neuron_explainer.analysis.records import Collected
-from neuron_explainer.analysis.store_format import file_name, write_store
+from neuron_explainer.analysis.store_format import write_store
+from neuron_explainer.analysis.store_names import file_name
 from neuron_explainer.analysis.token_store import TOKENS_FOLDER, TokenStore
 from neuron_explainer.errors import CheckpointError, InputError, SourceError
 from neuron_explainer.interrupts import interrupts_wait
@@ -70,6 +72,7 @@ def collate(
     out: str | Path,
     config: CollateConfig | None = None,
     *,
+    origins: Mapping[str, Mapping[str, str]] | None = None,
     progress: bool = True,
     save_every_s: float = 600.0,
 ) -> dict[str, Path]:
@@ -91,6 +94,8 @@ def collate(
             count in the figures, and give no examples.
         out: the folder for the stores. It may hold stores of other units on the same corpus.
         config: how many examples to keep, and more.
+        origins: what the provenance of each dictionary or location is to say too, by name, and under the
+            name ``""`` that of all: ``model`` and ``autoencoder``, by which the command line opens them.
         progress: show a progress bar.
         save_every_s: seconds between two saves.
 
@@ -99,6 +104,7 @@ def collate(
     """
     config = CollateConfig() if config is None else config
     run = _Run(context, watched(context, what, config), windows, files.local_path(out), config)
+    run.origins = dict(origins or {})
     with run.opened():
         run.read(progress, save_every_s)
         return run.write()
@@ -161,6 +167,7 @@ class _Run:
         self.stores = {place.name: out / file_name(place.name) for place in places}
         if len(set(self.stores.values())) < len(places):
             raise InputError(f"two of {', '.join(self.stores)} would have the same file name.")
+        self.origins: dict[str, Mapping[str, str]] = {}
         self.progress: Progress = {}
         self.absorbed: dict[str, Path] = {}
         self.found: list[Findings] = []
@@ -305,7 +312,9 @@ class _Run:
             found = self.collation.findings(place)
             for state in there:
                 state.load(index, found)
-            collected = self.collation.result(place, found, self.provenance)
+            noted = {**self.origins.get("", {}), **self.origins.get(place.name, {})}
+            provenance = {**self.provenance, **noted}
+            collected = self.collation.result(place, found, provenance)
             del found
             assert self.tokens is not None
             write_store(self.stores[place.name], collected, self.tokens)

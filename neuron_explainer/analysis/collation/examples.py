@@ -32,6 +32,9 @@ from neuron_explainer.analysis.records import (
 _APART = 10
 """Bins of values that are kept apart for the strata: two and a half octaves below the largest value, so that
 the lowest of five intervals is the first that shares the reservoir of all lower values."""
+_POSITIVE = ("top", "uniform", "weighted")
+"""The groups of reservoirs whose examples have a positive value."""
+_UNITS_AT_ONCE = 2048
 _MOST_NEGATIVE = np.finfo(np.float32).min
 
 
@@ -128,7 +131,9 @@ class Examples:
         """The names of the groups that are kept."""
         return [*self.reservoirs, *(["stratum"] if self.strata is not None else [])]
 
-    def blocks(self, group: str, units_at_once: int = 2048) -> Iterator[tuple[Ints, Entries]]:
+    def blocks(
+        self, group: str, units_at_once: int = _UNITS_AT_ONCE
+    ) -> Iterator[tuple[Ints, Entries]]:
         """The entries of a group, some units at a time: the unit of each, and the entries."""
         if group == "stratum":
             assert self.strata is not None
@@ -165,54 +170,82 @@ class Examples:
             self.strata = None
         for name in list(self.reservoirs):
             reservoir = self.reservoirs.pop(name)
-            tables += [self._table(name, u, entries) for u, entries in reservoir.blocks(2048)]
+            tables += [
+                example_table(name, u, entries) for u, entries in reservoir.blocks(_UNITS_AT_ONCE)
+            ]
         if not tables:
-            tables = [self._table("top", np.empty(0, np.int64), _no_entries(self.width))]
+            tables = [example_table("top", np.empty(0, np.int64), Entries.none(self.width))]
         return ExampleTable.concatenate(tables), limits
 
-    def _table(
-        self, group: str, unit: Ints, entries: Entries, interval: Ints | None = None
-    ) -> ExampleTable:
-        interval = np.zeros(len(unit), np.int64) if interval is None else interval
-        order = np.lexsort((entries.position, -entries.key, interval, unit))
-        unit, interval, entries = unit[order], interval[order], entries.rows(order)
-        key = entries.key.astype(np.float64)
-        if group in ("top", "bottom"):
-            key = entries.value.astype(np.float64)
-        elif group != "weighted":
-            key = -key
-        return ExampleTable(
-            unit=unit.astype(np.int32),
-            group=np.full(len(unit), group_number(group), np.uint8),
-            interval=interval.astype(np.uint8),
-            rank=_ranks(unit * (int(interval.max(initial=0)) + 1) + interval).astype(np.uint16),
-            start=entries.position - entries.offset,
-            length=entries.length,
-            peak=entries.peak,
-            value=entries.value,
-            activations=entries.activations,
-            key=key,
-        )
-
     def _strata_table(self, strata: Strata) -> tuple[ExampleTable, Doubles]:
-        """The first few of each interval, among those that its limit lets in."""
+        """The first few of each interval, among those that its limit lets in.
+
+        An interval in which nothing is drawn gets the earliest of all entries of the unit that are in it,
+        those of other groups included: an interval may be narrower than a bin, and then the entries that
+        the bin keeps may all lie outside. Because the entry of the largest value is kept, the topmost
+        interval is never empty.
+        """
         n, most = self.config.intervals, self.config.per_interval
         limits = strata.limits(n)
-        tables = []
-        for unit, entries in strata.blocks(2048):
-            interval = interval_of(entries.value, strata.largest[unit], n)
-            let_in = -entries.key.astype(np.float64) <= limits[unit, interval]
-            table = self._table("stratum", unit[let_in], entries.rows(let_in), interval[let_in])
+        tables = [example_table("stratum", np.empty(0, np.int64), Entries.none(self.width))]
+        for begin in range(0, self.n_units, _UNITS_AT_ONCE):
+            units = np.arange(begin, min(begin + _UNITS_AT_ONCE, self.n_units))
+            index, entries = strata.take(units)
+            interval = interval_of(entries.value, strata.largest[units[index]], n)
+            let_in = -entries.key.astype(np.float64) <= limits[units[index], interval]
+            table = example_table(
+                "stratum", units[index[let_in]], entries.rows(let_in), interval[let_in]
+            )
             last = table.rank == most - 1
             more = table.rank >= most
             cut = np.zeros(limits.shape, bool)
             cut[table.unit[more], table.interval[more]] = True
             where = table.unit[last], table.interval[last]
             limits[where] = np.where(cut[where], table.key[last], limits[where])
-            tables.append(table.rows(~more))
-        if not tables:
-            return self._table("stratum", np.empty(0, np.int64), _no_entries(self.width)), limits
+            tables += [table.rows(~more), self._earliest_elsewhere(strata, units, table)]
         return ExampleTable.concatenate(tables), limits
+
+    def _earliest_elsewhere(self, strata: Strata, units: Ints, drawn: ExampleTable) -> ExampleTable:
+        """One example for each interval of these units of which none is in ``drawn``, if one is kept."""
+        reservoirs = [self.reservoirs[name] for name in _POSITIVE if name in self.reservoirs]
+        taken = [strata.take(units), *(reservoir.take(units) for reservoir in reservoirs)]
+        unit = units[np.concatenate([index for index, _ in taken])]
+        entries = Entries.concatenate([each for _, each in taken])
+        interval = interval_of(entries.value, strata.largest[unit], self.config.intervals)
+        label = unit * self.config.intervals + interval
+        there = drawn.unit.astype(np.int64) * self.config.intervals + drawn.interval
+        order = np.lexsort((entries.position, label))
+        order = order[~np.isin(label[order], there)]
+        order = order[np.diff(label[order], prepend=-1) != 0]
+        some = entries.rows(order)
+        some.key = -uniform(self.hashes[unit[order]], some.position).astype(np.float32)
+        return example_table("stratum", unit[order], some, interval[order])
+
+
+def example_table(
+    group: str, unit: Ints, entries: Entries, interval: Ints | None = None
+) -> ExampleTable:
+    """The table of the entries ``[m]`` of some units ``[m]``; ``interval`` ``[m]`` is 0 by default."""
+    interval = np.zeros(len(unit), np.int64) if interval is None else interval
+    order = np.lexsort((entries.position, -entries.key, interval, unit))
+    unit, interval, entries = unit[order], interval[order], entries.rows(order)
+    key = entries.key.astype(np.float64)
+    if group in ("top", "bottom"):
+        key = entries.value.astype(np.float64)
+    elif group != "weighted":
+        key = -key
+    return ExampleTable(
+        unit=unit.astype(np.int32),
+        group=np.full(len(unit), group_number(group), np.uint8),
+        interval=interval.astype(np.uint8),
+        rank=ranks(unit * (int(interval.max(initial=0)) + 1) + interval).astype(np.uint16),
+        start=entries.position - entries.offset,
+        length=entries.length,
+        peak=entries.peak,
+        value=entries.value,
+        activations=entries.activations,
+        key=key,
+    )
 
 
 def _weighted(u: Doubles, value: Floats, exponent: float) -> Floats:
@@ -222,15 +255,11 @@ def _weighted(u: Doubles, value: Floats, exponent: float) -> Floats:
     return np.maximum(key, _MOST_NEGATIVE).astype(np.float32)
 
 
-def _ranks(label: Ints) -> Ints:
+def ranks(label: Ints) -> Ints:
     """The place of each entry among those with the same label, which follow each other."""
     starts = np.flatnonzero(np.diff(label, prepend=-1))
     ranks: Ints = np.arange(len(label)) - np.repeat(starts, np.diff(starts, append=len(label)))
     return ranks
-
-
-def _no_entries(width: int) -> Entries:
-    return Reservoir(1, 1, width).take(np.array([0]))[1]
 
 
 def bytes_per_unit(

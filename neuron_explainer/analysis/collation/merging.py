@@ -34,8 +34,11 @@ def merge(first: Collected, second: Collected, offset: int) -> Collected:
 
     Counts, extremes and sums are those of both texts, and so are the examples of every group. An interval
     of the group "stratum" gets a uniform sample of its contexts in both texts, which may have fewer examples
-    than one pass would have found. A context of one text that repeats one of the other is not recognised.
+    than one pass would have found. If that is empty, it gets the earliest example of any group that is in
+    the interval, with the key 1. A context of one text that repeats one of the other is not recognised.
+
     Pairs of units that are active together are left out: their samples of tokens cannot be merged exactly.
+    ``settings["left_out"]`` of the result says so if one of the two had them.
 
     Args:
         first: a collation.
@@ -56,12 +59,16 @@ def merge(first: Collected, second: Collected, offset: int) -> Collected:
     if config["intervals"] and config["per_interval"]:
         strata, limits = _merge_strata(first, replace(second, examples=b))
         tables.append(strata)
+    settings = {**first.settings, "key_seed": None, "merged": _list(first, second, "settings")}
+    left_out = [each.settings.get("left_out") for each in (first, second)]
+    if any(left_out) or first.coactivation is not None or second.coactivation is not None:
+        settings["left_out"] = ["coactivation"]
     return replace(
         first,
         statistics=statistics,
         examples=ExampleTable.concatenate(tables),
         coactivation=None,
-        settings={**first.settings, "key_seed": None, "merged": _list(first, second, "settings")},
+        settings=settings,
         provenance={**first.provenance, "merged": _list(first, second, "provenance")},
         stratum_limits=limits,
     )
@@ -118,11 +125,16 @@ def _merge_statistics(a: UnitStatistics, b: UnitStatistics, offset: int) -> Unit
 def _order(table: ExampleTable, group: str, interval: Ints, heads: bool) -> Ints:
     """The examples of a group by unit and interval, in the order of their ranks."""
     key = -table.key if group in ("top", "weighted") else table.key
-    peak = table.peak.astype(np.int64)
-    if heads:  # the query of the pair
-        peak = (np.sqrt(8 * peak + 1).astype(np.int64) - 1) // 2
-    order: Ints = np.lexsort((table.start + peak, key, interval, table.unit))
+    order: Ints = np.lexsort((_position(table, heads), key, interval, table.unit))
     return order
+
+
+def _position(table: ExampleTable, heads: bool) -> Ints:
+    """Corpus position of each example's peak; of a pair of tokens, that of the query."""
+    peak = table.peak.astype(np.int64)
+    if heads:
+        peak = (np.sqrt(8 * peak + 1).astype(np.int64) - 1) // 2
+    return table.start + peak
 
 
 def _first_of(
@@ -180,7 +192,30 @@ def _merge_strata(first: Collected, second: Collected) -> tuple[ExampleTable, Do
     cut[table.unit[more], table.interval[more]] = True
     where = table.unit[last], table.interval[last]
     limits[where] = np.where(cut[where], table.key[last], limits[where])
-    return table.rows(~more), limits
+    earliest = _earliest_elsewhere([each.examples for each in parts], largest, n, table, heads)
+    return ExampleTable.concatenate([table.rows(~more), earliest]), limits
+
+
+def _earliest_elsewhere(
+    tables: list[ExampleTable], largest: Floats, n_intervals: int, drawn: ExampleTable, heads: bool
+) -> ExampleTable:
+    """One example for each interval of which none is in ``drawn``: the earliest one in any group."""
+    groups = [group_number(name) for name in ("top", "stratum", "uniform", "weighted")]
+    both = ExampleTable.concatenate([t.rows(np.isin(t.group, groups)) for t in tables])
+    interval = interval_of(both.value, largest[both.unit], n_intervals)
+    label = both.unit.astype(np.int64) * n_intervals + interval
+    there = drawn.unit.astype(np.int64) * n_intervals + drawn.interval
+    order = np.lexsort((_position(both, heads), label))
+    order = order[~np.isin(label[order], there)]
+    order = order[np.diff(label[order], prepend=-1) != 0]
+    some = both.rows(order)
+    return replace(
+        some,
+        group=np.full(len(order), group_number("stratum"), np.uint8),
+        interval=interval[order].astype(np.uint8),
+        rank=np.zeros(len(order), np.uint16),
+        key=np.ones(len(order)),  # not drawn: above every limit but inf
+    )
 
 
 def _largest(collected: Collected) -> Floats:

@@ -20,8 +20,8 @@ import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
 from neuron_explainer import files
+from neuron_explainer.analysis.collation.findings import Findings
 from neuron_explainer.analysis.collation.moments import PartSums, Totals
-from neuron_explainer.analysis.collation.passes import Findings
 from neuron_explainer.analysis.collation.reservoirs import Entries
 from neuron_explainer.analysis.records import Ints
 from neuron_explainer.errors import CheckpointError, SourceError

@@ -5,7 +5,7 @@ in their order, and any number of parts in any order.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
@@ -17,6 +17,7 @@ from neuron_explainer.activations.windows import TokenWindows
 from neuron_explainer.analysis.collation.coactivation import TogetherActive, sample_limit
 from neuron_explainer.analysis.collation.config import CollateConfig
 from neuron_explainer.analysis.collation.examples import Examples
+from neuron_explainer.analysis.collation.findings import Findings
 from neuron_explainer.analysis.collation.moments import Totals
 from neuron_explainer.analysis.collation.places import Places, duplicates_of
 from neuron_explainer.analysis.collation.seen import Seen
@@ -24,27 +25,6 @@ from neuron_explainer.analysis.collation.units import Watched
 from neuron_explainer.analysis.records import Collected
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.model_context import ModelContext
-
-
-@dataclass(eq=False)
-class Findings:
-    """What has been found out about the units of one place."""
-
-    totals: Totals
-    examples: Examples
-    together: TogetherActive | None
-
-    def add(self, seen: Seen, part: int) -> None:
-        """Add a batch."""
-        self.totals.add(seen, part)
-        self.examples.add(seen)
-        if self.together is not None:
-            self.together.add(seen)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory, without the sample of tokens for pairs of units."""
-        return self.totals.nbytes + self.examples.nbytes
 
 
 class Collation:

@@ -99,6 +99,16 @@ class Entries:
         """Some of the entries."""
         return Entries(*(getattr(self, field.name)[which] for field in fields(self)))
 
+    @classmethod
+    def none(cls, width: int) -> "Entries":
+        """No entries, with ``width`` activations each."""
+        return Reservoir(1, 1, width).take(np.array([0]))[1]
+
+    @classmethod
+    def concatenate(cls, parts: "list[Entries]") -> "Entries":
+        """The entries of all parts, one part after the other."""
+        return cls(*(np.concatenate([getattr(e, f.name) for e in parts]) for f in fields(cls)))
+
 
 class Reservoir:
     """The ``k`` first entries of each row.
@@ -277,6 +287,13 @@ class Strata:
         """All entries, some units at a time: the unit of each entry, and the entries."""
         for rows, entries in self.reservoir.blocks(units_at_once * (self.n_apart + 1)):
             yield rows // (self.n_apart + 1), entries
+
+    def take(self, unit: Ints) -> tuple[Ints, Entries]:
+        """The entries of some units: the index in ``unit`` of each, and the entries."""
+        n_rows = self.n_apart + 1
+        rows = (unit[:, None] * n_rows + np.arange(n_rows)).ravel()
+        index, entries = self.reservoir.take(rows)
+        return index // n_rows, entries
 
     def limits(self, n_intervals: int) -> Doubles:
         """``[u, n_intervals]``: up to which ``u`` all entries of an interval have been kept; inf: all.

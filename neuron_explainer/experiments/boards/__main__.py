@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from neuron_explainer import files
 from neuron_explainer.errors import InputError, NeuronExplainerError
 from neuron_explainer.experiments.boards import demo, training
 from neuron_explainer.experiments.boards.dataset import PARTS, BoardDataset
@@ -79,10 +80,15 @@ def run_export(args: argparse.Namespace) -> None:
     stored = training.load_run(args.run)
     dtype = getattr(torch, args.dtype)
     figures = accuracies(stored.model.to(dtype).float(), stored.dataset)
-    record = {"training": stored.config["training"], "accuracies": figures}
+    own = stored.config["training"]
+    record = {"training": {**own, "epochs_done": own.get("epochs_done", own["epochs"])}}
+    record["accuracies"] = figures
     save_model(
         stored.model, args.out, stored.dataset, record, dtype=dtype, overwrite=args.overwrite
     )
+    if log := training.thinned_log(args.run):
+        with files.atomic_write(args.out / "log.jsonl") as temporary:
+            temporary.write_text(log, "utf-8")
     print(f"wrote {args.out}")
 
 

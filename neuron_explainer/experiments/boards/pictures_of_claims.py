@@ -72,9 +72,17 @@ def probes(study: Study) -> Picture:
         "logistic regression) reads the root, the position in the root, and the composite from cells of "
         "objects, and the background from all cells; it is tested on boards that it has not seen. At the "
         "embedding all hidden cells are the same vector, so probes are at chance there.",
-        f"After the last block: {text}.",
+        f"After the last block: {text}. At its best: {_best(results)}.",
         figure,
     )
+
+
+def _best(results: list[ProbeResult]) -> str:
+    """Where each feature is read best."""
+    best = {
+        t: max((r for r in results if r.target == t), key=lambda r: r.accuracy) for t in _PROBED
+    }
+    return ", ".join(f"{t} {100 * r.accuracy:.1f}% at {short(r.place)}" for t, r in best.items())
 
 
 # ---- claim 2: transient convergence to low-dimensional manifolds -----------------------------------
@@ -125,34 +133,50 @@ def convergence(study: Study) -> Picture:
 
 
 def planes(study: Study) -> Picture:
-    """The first two principal directions of object cells along depth, coloured by root and by position."""
+    """Object cells on planes along depth: of their principal directions, of roots, and of positions."""
     recording = study.stream
     places = [p for p in recording.activations if p.path != "resid.torso.post_attn"]
-    chosen = recording.on_objects
-    figure, axes = new_figure(7.6, 3.4, 2, len(places))
+    chosen, rng = recording.on_objects, np.random.default_rng(study.seed)
+    order = rng.permutation(int(chosen.sum()))
+    learned, kept = order[1200:], order[:1200]
+    figure, axes = new_figure(7.6, 5.0, 3, len(places))
     shares = []
-    rng = np.random.default_rng(study.seed)
     for column, place in enumerate(places):
         x = recording.at(place)[chosen]
-        kept = rng.permutation(len(x))[:1200]
         found = plane(x[kept])
         shares.append(found.shares.sum())
-        for axis, target in zip(axes[:, column], _SHOWN, strict=True):
-            labels = recording.labels(target)[chosen][kept]
-            axis.scatter(*found.points.T, c=labels, s=1.5, cmap="tab10", lw=0)
-            axis.set(xticks=[], yticks=[])
+        _scatter(axes[0, column], found.points, recording.roots[chosen][kept])
         label(axes[0, column], title=short(place))
-    label(axes[0, 0], y="colour: root", title=short(places[0]))
-    label(axes[1, 0], y="colour: position")
+        for axis, target in zip(axes[1:, column], _SHOWN, strict=True):
+            labels = recording.labels(target)[chosen]
+            means = plane(
+                np.stack([x[learned][labels[learned] == y].mean(0) for y in np.unique(labels)])
+            )
+            _scatter(axis, (x[kept] - means.mean) @ means.directions.T, labels[kept])
+    for axis, text in zip(
+        axes[:, 0], ("principal plane", "plane of the roots", "plane of positions"), strict=True
+    ):
+        axis.set_ylabel(text, fontsize=8)
     text = ", ".join(f"{short(p)} {100 * s:.0f}%" for p, s in zip(places, shares, strict=True))
     return _picture(
         "planes",
         "Planes to look at",
-        "Cells of objects, visible and hidden, on the first two principal directions of each stage; the same "
-        "points are coloured by root (above) and by position in the root (below).",
-        f"Share of the variance in these planes: {text}.",
+        "Cells of objects, visible and hidden. Above: on the first two principal directions of "
+        "each stage, coloured "
+        "by root. Middle: on the principal plane of the ten root means, coloured by root. Below: "
+        "on that of the "
+        "nine means of positions in the root, coloured by position. The means are of other cells "
+        "than those that "
+        "are shown.",
+        f"Share of the variance in the principal planes: {text}.",
         figure,
     )
+
+
+def _scatter(axis: Any, points: Any, labels: Any) -> None:
+    """Points of a plane, coloured by class, without ticks."""
+    axis.scatter(*points.T, c=labels, s=2.5, cmap="tab10", lw=0)
+    axis.set(xticks=[], yticks=[])
 
 
 # ---- claim 3: manipulating abstractions changes the prediction -------------------------------------

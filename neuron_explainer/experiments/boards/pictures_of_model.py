@@ -102,7 +102,7 @@ def learning(study: Study) -> Picture:
                 axis.plot(steps, errors, lw=0.8, label=key.replace("_", " "))
         axis.set_yscale("log")
         axis.legend(fontsize=7)
-        label(axis, "step", "share of hidden cells that are wrong", name)
+        label(axis, "step", "hidden cells that are wrong", name)
     if not names:
         axes[0, 0].text(0.5, 0.5, "these models came without a log", ha="center", fontsize=9)
     last = ", ".join(f"{name}: {study.log(name)[-1]['error_hidden']:.4f}" for name in names)
@@ -111,7 +111,8 @@ def learning(study: Study) -> Picture:
         "The course of training",
         "Masking grows with the epochs, and the mix of boards shifts from single ones to all "
         "kinds, so that the "
-        f"task becomes harder while the model learns. The models: {study.sources}.",
+        "task becomes harder while the model learns. "
+        + " ".join(f"{name}: {source}." for name, source in study.sources.items()),
         f"Errors on hidden cells at the end of the logs: {last or 'no logs'}.",
         figure,
     )

@@ -86,10 +86,11 @@ class Study:
         logs: dict[str, Path] = {}
         for name, (folder, stored) in chosen.items():
             own = stored.config.get("training", {})
-            where = "the package" if folder == shipped(name) else folder.name
-            sources[name] = (
-                f"{where}, {own.get('epochs', '?')} epochs at pace {own.get('pace', '?')}"
-            )
+            where = "the package's model" if folder == shipped(name) else folder.name
+            done, pace = own.get("epochs_done", own.get("epochs", 0)), own.get("pace", 1)
+            sources[name] = f"{where}, {done:g} epochs of {own.get('boards_per_epoch')} boards"
+            if pace != 1:
+                sources[name] += f", the curriculum at {pace:g} times its pace"
             for log in (folder / "log.jsonl", folder.parent / "log.jsonl"):
                 if log.is_file():
                     logs.setdefault(name, log)

@@ -384,6 +384,16 @@ def load_run(folder: str | Path) -> StoredModel:
     return StoredModel(model, dataset, record_of(training, state["step"] / per_epoch))
 
 
+def thinned_log(folder: str | Path, lines: int = 200) -> str:
+    """The log of a run, or every so many lines of it; empty if it has none."""
+    path = Path(folder) / "log.jsonl"
+    if not path.is_file():
+        return ""
+    found = path.read_text("utf-8").splitlines()
+    step = -(-len(found) // lines)
+    return "".join(f"{line}\n" for line in found[step - 1 :: step])
+
+
 def record_of(config: BoardTrainingConfig, epochs_done: float | None = None) -> dict[str, Any]:
     """What a model's ``config.json`` says about its training."""
     done = config.n_epochs if epochs_done is None else epochs_done

@@ -17,6 +17,7 @@ from neuron_explainer.experiments.tiny_tales import (
     evaluation,
     model_training,
     reach,
+    stores,
 )
 from neuron_explainer.experiments.tiny_tales.data import (
     HELD_OUT_BOOKS,
@@ -40,7 +41,7 @@ from neuron_explainer.models.model_context import StandardModelContext
 from neuron_explainer.models.transformer import Transformer, TransformerConfig
 
 MODEL_NAME = "tiny-tales"
-AUTOENCODERS = "autoencoders"
+AUTOENCODERS, STORES = "autoencoders", "stores"
 
 
 def model_config(n_vocab: int) -> TransformerConfig:
@@ -164,6 +165,22 @@ def run_reach(args: argparse.Namespace) -> None:
     print(reach.table(found))
 
 
+def run_store(args: argparse.Namespace) -> None:
+    """Let a stored model write text, and collate examples of its latents and neurons over this text; the
+    same command continues."""
+    context, model = _opened(args.model)
+    length = min(args.length, model.cfg.ctx_window - 1)
+    corpus = stores.written_corpus(context, args.documents, length, args.seed, progress=True)
+    found = stores.make_stores(
+        context, args.model / AUTOENCODERS, corpus, args.model / STORES, progress=True
+    )
+    for name, path in found.items():
+        print(f"{name}: {path.stat().st_size / 1e6:.2f} MB")
+    tokens = sum(path.stat().st_size for path in (args.model / STORES / "tokens").iterdir())
+    total = tokens + sum(path.stat().st_size for path in found.values())
+    print(f"{corpus.n_tokens:,} tokens; {total / 1e6:.2f} MB in all")
+
+
 def _opened(folder: Path) -> tuple[StandardModelContext, Transformer]:
     """The stored model, in float32."""
     context = StandardModelContext(str(folder), device=torch.device("cpu"), dtype=torch.float32)
@@ -195,6 +212,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--seed": {"type": int, "help": "random seed" + _DEFAULT},
     "--batch-size": {"type": int, "help": "activations per step" + _DEFAULT},
     "--windows": {"type": int, "help": "windows to measure on" + _DEFAULT},
+    "--documents": {"type": int, "help": "texts to write" + _DEFAULT},
+    "--length": {"type": int, "help": "tokens of a text" + _DEFAULT},
     "--locations": {
         "nargs": "+",
         "help": "only these, such as mlp.post_act or 0/mlp.post_act; each process can train some of them "
@@ -211,7 +230,7 @@ def parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Any, *needed: str, **defaults: Any) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        for flag in ("--corpus", *needed):
+        for flag in needed:
             sub.add_argument(flag, required=True, **_OPTIONS[flag])
         for option, value in defaults.items():
             flag = f"--{option.replace('_', '-')}"
@@ -219,15 +238,16 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run_command=run)
         return sub
 
-    command("tokenizer", run_tokenizer, "--run")
-    command("train", run_train, "--run", steps=3800, decay_steps=1000, seed=0)
+    command("tokenizer", run_tokenizer, "--corpus", "--run")
+    command("train", run_train, "--corpus", "--run", steps=3800, decay_steps=1000, seed=0)
     training = {"steps": 8000, "decay_steps": 3200, "seed": 1, "batch_size": _BATCH}
-    command("autoencoders", run_autoencoders, "--run", **training, locations=_PATHS)
-    evaluate = command("evaluate", run_evaluate, "--model", locations=_PATHS)
+    command("autoencoders", run_autoencoders, "--corpus", "--run", **training, locations=_PATHS)
+    evaluate = command("evaluate", run_evaluate, "--corpus", "--model", locations=_PATHS)
     part = evaluate.add_mutually_exclusive_group()
     part.add_argument("--model-only", action="store_true", help="leave the autoencoders out")
     part.add_argument("--autoencoders-only", action="store_true", help="leave the model out")
-    command("reach", run_reach, "--model", windows=16)
+    command("reach", run_reach, "--corpus", "--model", windows=16)
+    command("store", run_store, "--model", documents=1024, length=127, seed=0)
     return main
 
 

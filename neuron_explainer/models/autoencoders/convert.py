@@ -7,6 +7,7 @@ from typing import Any, Unpack
 
 import torch
 
+from neuron_explainer import files
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.checkpoints.autoencoders import (
     Exported,
@@ -63,6 +64,7 @@ def convert(
 
     ``stated`` is what the files at ``src`` do not say, see :meth:`Autoencoder.load`.
     """
+    files.check_replaceable(dst, overwrite=overwrite)
     dtype = _common_dtype(read_autoencoder(src, stated).state_dict)
     autoencoder = Autoencoder.load(src, dtype=dtype, **stated)
     save_as(autoencoder, dst, format, overwrite=overwrite)

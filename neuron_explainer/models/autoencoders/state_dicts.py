@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from neuron_explainer import files
 from neuron_explainer.errors import CheckpointError, InputError
+from neuron_explainer.files.origins import metadata_for_folder
 from neuron_explainer.models.autoencoders.facts import Facts, check_names
 from neuron_explainer.models.autoencoders.nonlinearities import (
     ACTIVATIONS_CLASSES,
@@ -184,7 +185,7 @@ class StoredAutoencoder(nn.Module):
         dtype = dtype or self.dtype
         named = [*self.named_parameters(), *self.named_buffers()]
         tensors = tensors_to_save(named, dtype, self._name())
-        config = config_to_save(self, dtype)
+        config = config_to_save(self, dtype, folder)
         with files.atomic_folder(folder, overwrite=overwrite) as temporary:
             files.write_json(temporary / "config.json", config)
             with files.plain_write(temporary / WEIGHTS_FILE) as path:
@@ -421,11 +422,12 @@ def tensors_to_save(
     return tensors
 
 
-def config_to_save(it: StoredAutoencoder, dtype: torch.dtype) -> dict[str, Any]:
-    """The content of ``config.json``."""
+def config_to_save(it: StoredAutoencoder, dtype: torch.dtype, folder: str | Path) -> dict[str, Any]:
+    """The content of ``config.json`` in ``folder``."""
     fields = it.nonlinearity.plain_fields()
     try:
-        metadata = json.loads(json.dumps(it.metadata, allow_nan=False))
+        stored = metadata_for_folder(it.metadata, folder)
+        metadata = json.loads(json.dumps(stored, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise InputError(f"{it._name()}: metadata cannot be JSON: {error}.") from None
     config = {

@@ -267,6 +267,7 @@ def test_flags_of_the_papers_program(tmp_path: Path, capsys: pytest.CaptureFixtu
     main(["evaluate", str(tmp_path / "r-0")])
     assert "composite" in capsys.readouterr().out
     main(["export", str(tmp_path / "r-0"), "--out", str(tmp_path / "m"), "--dtype", "float16"])
+    assert len((tmp_path / "m" / "log.jsonl").read_text().splitlines()) == 1
     assert "test_single_cells" in files.read_json(tmp_path / "m" / "config.json")["accuracies"]
 
 

@@ -51,6 +51,7 @@ __all__ = [
     "Format",
     "LoadedAutoencoder",
     "Stated",
+    "format_of",
     "read_autoencoder",
     "write_autoencoder",
 ]
@@ -86,6 +87,11 @@ def read_autoencoder(path: str | Path, stated: Stated) -> LoadedAutoencoder:
     source, form = open_source(path, FORMATS)
     _check_stated(path, form, stated)
     return form.read(source, stated)
+
+
+def format_of(folder: str | Path) -> str:
+    """The name of the format that a folder is of."""
+    return open_source(folder, FORMATS)[1].name
 
 
 def _check_stated(where: str | Path, found: Format, stated: Stated) -> None:

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from neuron_explainer import files
 from neuron_explainer.errors import CheckpointError, LocationError
+from neuron_explainer.files.origins import metadata_from_folder
 from neuron_explainer.models.checkpoints.autoencoders.format import (
     Format,
     LoadedAutoencoder,
@@ -74,8 +76,13 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
         location=_location(fields["location"], config_file),
         output_location=_location(fields.get("output_location"), config_file),
         model_name=fields["model_name"],
-        metadata=fields["metadata"],
+        metadata=_with_full_paths(fields["metadata"], source),
     )
+
+
+def _with_full_paths(metadata: dict[str, Any], source: Source) -> dict[str, Any]:
+    folder = Path(source.beside(CONFIG_FILE)).parent
+    return metadata if files.is_remote(source.path) else metadata_from_folder(metadata, folder)
 
 
 def _check_sizes(where: str | Path, fields: _Config, tensors: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from neuron_explainer import files
+from neuron_explainer.files.names import is_remote
 
 _PATHS = ("model", "source")
 _HUB = "hf:"  # may stand before the path of a model's folder
@@ -21,7 +21,7 @@ _HUB = "hf:"  # may stand before the path of a model's folder
 def full_path(reference: str) -> str:
     """The name of a model or text; of a local file or folder its absolute path."""
     prefix, path = _split(reference)
-    here = os.path.exists(path) and not (prefix == "" and files.is_remote(path))
+    here = os.path.exists(path) and not (prefix == "" and is_remote(path))
     return prefix + os.path.realpath(path) if here else reference
 
 
@@ -33,6 +33,26 @@ def for_folder(record: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
 def from_folder(record: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
     """The record that a file in ``folder`` holds, with absolute paths."""
     return _mapped(record, partial(_absolute, os.path.realpath(folder)))
+
+
+def metadata_for_folder(metadata: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
+    """The metadata of an autoencoder, with its ``record`` if any, as a file in ``folder`` holds it."""
+    return _with_record(metadata, for_folder, folder)
+
+
+def metadata_from_folder(metadata: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
+    """The metadata that a file in ``folder`` holds, with absolute paths in its record."""
+    return _with_record(metadata, from_folder, folder)
+
+
+def _with_record(
+    metadata: Mapping[str, Any],
+    change: Callable[[Mapping[str, Any], str | Path], dict[str, Any]],
+    folder: str | Path,
+) -> dict[str, Any]:
+    record = metadata.get("record")
+    changed = {"record": change(record, folder)} if isinstance(record, Mapping) else {}
+    return {**metadata, **changed}
 
 
 def _mapped(record: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:

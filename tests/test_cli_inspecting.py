@@ -1,0 +1,289 @@
+"""collate, inspect and page: what they print, as text and as JSON, and how they fail."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from neuron_explainer import cli
+from neuron_explainer.activations import TokenWindows, start_token, tokenize
+from neuron_explainer.analysis import CollateConfig, ExampleStore, collate
+from neuron_explainer.analysis.directions import top_logits
+from neuron_explainer.evaluation.passage import PASSAGE
+from neuron_explainer.models.autoencoder import Autoencoder, TopK
+from neuron_explainer.models.model_context import ModelContext
+from neuron_explainer.models.model_registry import make_autoencoder_context
+from tests.test_cli import fail, run
+
+TEXT = "The king gave his daughter a golden"
+NAME = "2.resid.torso.delta_mlp"
+PLACE = "2/resid.torso.delta_mlp"
+SMALL = ["--context-length", "32", "--windows-per-forward", "8", "--window", "16"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stores of latents, neurons and heads over a short text."""
+    folder = tmp_path_factory.mktemp("inspect")
+    books = folder / "books"
+    books.mkdir()
+    for number, paragraph in enumerate(PASSAGE.split("\n\n")):
+        (books / f"{number}.txt").write_text(paragraph, "utf-8")
+    argv = ["collate", str(books), "--autoencoder", "ae-resid-delta-mlp", "--layer", "2"]
+    argv += ["--location", "1/mlp.post_act", "1/attn.write_norm", *SMALL]
+    assert cli.main([*argv, "--out", str(folder / "stores"), "--json"]) == 0
+    return folder
+
+
+@pytest.fixture
+def store(folder: Path) -> ExampleStore:
+    return ExampleStore.open(folder / "stores" / f"{NAME}.store")
+
+
+@pytest.fixture
+def path(folder: Path) -> str:
+    return str(folder / "stores" / NAME)
+
+
+# --- collate ---
+
+
+def test_collate_is_the_librarys(folder: Path, store: ExampleStore, tmp_path: Path) -> None:
+    context = ModelContext.from_model_type("tiny-tales")
+    saes = make_autoencoder_context("tiny-tales", "ae-resid-delta-mlp", device=context.device)
+    texts = [(folder / "books" / f"{i}.txt").read_text("utf-8") for i in range(7)]
+    corpus, start = tokenize(texts, context), start_token(context)
+    windows = TokenWindows(corpus, 32, 8, bos=start, seed=None)
+    what = {PLACE: saes.get_autoencoder(2).float()}
+    made = collate(
+        context, what, windows, tmp_path / "out", CollateConfig(window=16), progress=False
+    )
+    expected = ExampleStore.open(made[PLACE])
+    assert store.provenance["autoencoder_sha256"] == expected.provenance["autoencoder_sha256"]
+    for unit in store.sort("max", limit=5).tolist():
+        assert repr(store[unit]) == repr(expected[unit])
+    assert store.provenance["autoencoder"] == "ae-resid-delta-mlp/2"
+    assert store.provenance["model"] == "tiny-tales"
+
+
+def test_collate_says_what_it_read_and_what_is_next(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    place, out = "0/mlp.post_act", str(tmp_path / "out")
+    argv = ["collate", str(folder / "books"), "--location", place, "--out", out, *SMALL]
+    said = run(capsys, *argv, "--no-pack", "--top", "2")
+    assert re.search(r"\d+ documents, 699 tokens of ", said)
+    assert "768 neurons" in said
+    next_one = said.splitlines()[-1].removeprefix("Next: neuron-explainer ")
+    assert "768" in run(capsys, *next_one.split())
+    assert "collated already" in fail(capsys, *argv)
+    store = ExampleStore.open(out)
+    assert len(store[3].top) <= 2
+    # Each row holds one piece of a document: what stands before it does not matter.
+    assert store.settings["windows"]["concat"] is False
+
+
+def test_an_interrupted_collation_continues(
+    capsys: pytest.CaptureFixture[str], folder: Path, path: str, tmp_path: Path, monkeypatch
+) -> None:
+    out = str(tmp_path / "out")
+    argv = ["collate", str(folder / "books"), "--autoencoder", "ae-resid-delta-mlp", "--layer", "2"]
+    argv += ["--out", out, *SMALL]
+    batch = TokenWindows.batch
+
+    def stopped(self: TokenWindows, number: int) -> object:
+        if number == 2:
+            raise KeyboardInterrupt
+        return batch(self, number)
+
+    monkeypatch.setattr(TokenWindows, "batch", stopped)
+    assert cli.main(argv) == 130
+    assert "the same command continues" in capsys.readouterr().err
+    monkeypatch.setattr(TokenWindows, "batch", batch)
+    run(capsys, *argv)
+    whole, resumed = ExampleStore.open(path), ExampleStore.open(out)
+    for unit in whole.alive[:20].tolist():
+        assert repr(whole[unit]) == repr(resumed[unit])
+
+
+# --- inspect ---
+
+
+def test_inspect_a_unit(capsys: pytest.CaptureFixture[str], store: ExampleStore, path: str) -> None:
+    unit = int(store.sort("max", limit=1)[0])
+    said = run(capsys, "inspect", path, str(unit))
+    assert said.startswith(store[unit].text(5))
+    assert "raises" in said
+    assert "excited most by" in said
+    found = json.loads(run(capsys, "inspect", path, str(unit), "--json"))
+    first = store[unit].top[0]
+    assert found["examples"][0]["tokens"] == first.strings
+    assert found["examples"][0]["value"] == pytest.approx(first.value)
+    assert found["statistics"]["count"] == store[unit].statistics.count
+    context = ModelContext.from_model_type("tiny-tales")
+    saes = make_autoencoder_context("tiny-tales", "ae-resid-delta-mlp", device=context.device)
+    expected = top_logits(context, saes.get_autoencoder(2).float(), unit)
+    assert [each["token"] for each in found["tokens"]["logits"]["top"]] == [
+        each.token for each in expected.top
+    ]
+    short = json.loads(run(capsys, "inspect", path, str(unit), "--no-model", "--json"))
+    assert short["tokens"] is None
+
+
+def test_inspect_needs_no_model(path: str) -> None:
+    argv = ["inspect", path, "1234", "--no-model"]
+    script = (
+        f"import sys; from neuron_explainer import cli; cli.main({argv}); "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_colours_only_where_they_are_wanted(
+    capsys: pytest.CaptureFixture[str], store: ExampleStore, path: str, monkeypatch
+) -> None:
+    argv = ["inspect", path, str(int(store.sort("max", limit=1)[0])), "--no-model"]
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert "\x1b" not in run(capsys, *argv)  # not a terminal
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert "\x1b[1;4;38;5;16;48;5;208m" in run(capsys, *argv)
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        with monkeypatch.context() as other:
+            other.setenv(name, value)
+            assert "\x1b" not in run(capsys, *argv)
+    text = store[int(argv[2])].top[0].text
+    assert "\x1b" in run(capsys, "inspect", path, argv[2], "--on", text)
+
+
+def test_lists_of_units(capsys: pytest.CaptureFixture[str], store: ExampleStore, path: str) -> None:
+    found = json.loads(run(capsys, "inspect", path, "--sort", "density", "--top", "3", "--json"))
+    assert [each["unit"] for each in found["units"]] == store.sort("density", limit=3).tolist()
+    argv = ["inspect", path, "--sort", "skewness", "--ascending", "--json"]
+    found = json.loads(run(capsys, *argv))
+    expected = store.sort("skewness", descending=False, limit=20, among=store.alive)
+    assert [each["unit"] for each in found["units"]] == expected.tolist()
+    assert "skewness" in found["units"][0]
+    said = run(capsys, "inspect", path)
+    assert f"{len(store.dead):,}" in said
+    unit = int(store.sort("max", limit=1)[0])
+    assert f"'{store[unit].top[0].strings[store[unit].top[0].peak]}'" in said
+    assert f"Next: neuron-explainer inspect {path} {unit}" in said
+    listed = run(capsys, "inspect", str(Path(path).parent))
+    assert {"1/attn.write_norm.heads", "1/mlp.post_act.neurons", PLACE} <= set(listed.split())
+
+
+def test_labels(capsys: pytest.CaptureFixture[str], path: str, store: ExampleStore) -> None:
+    said = run(capsys, "inspect", path, "7", "--label", "royal \x1b[2J titles", "--no-model")
+    assert "“royal \\x1b[2J titles”" in said
+    assert "\x1b" not in said
+    found = json.loads(run(capsys, "inspect", path, "--search", "roy", "--json"))
+    assert [(each["unit"], each["source"]) for each in found["found"]] == [(7, "user")]
+    assert "7" in run(capsys, "inspect", path, "--search", "titles")
+    assert "no label" in run(capsys, "inspect", path, "--search", "peasants")
+    run(capsys, "inspect", path, "7", "--label", "", "--no-model")
+    assert "no label" in run(capsys, "inspect", path, "--search", "royal")
+
+
+def test_units_on_a_text(
+    capsys: pytest.CaptureFixture[str], store: ExampleStore, path: str
+) -> None:
+    context = ModelContext.from_model_type("tiny-tales")
+    saes = make_autoencoder_context("tiny-tales", "ae-resid-delta-mlp", device=context.device)
+    with torch.no_grad():
+        x = context.get_or_create_model().capture([TEXT], PLACE)[PLACE][0]
+        latents = saes.get_autoencoder(2).float().encode(x)
+    unit = int(latents[3].argmax())
+    store.workspace.set_label(unit, "what is told")
+    found = json.loads(run(capsys, "inspect", path, "--on", TEXT, "--top", "2", "--json"))
+    assert "".join(each["token"] for each in found["tokens"]) == TEXT
+    for each, row in zip(found["tokens"], latents, strict=True):
+        values, units = row.topk(2)
+        assert [u["unit"] for u in each["units"]] == units.tolist()
+        assert [u["activation"] for u in each["units"]] == pytest.approx(values.tolist(), abs=1e-4)
+    assert "what is told" in run(capsys, "inspect", path, "--on", TEXT)
+    lines = run(capsys, "inspect", path, str(unit), "--on", TEXT).splitlines()
+    assert "[[" in lines[0]
+    neurons = str(Path(path).with_name("1.mlp.post_act.neurons"))
+    found = json.loads(run(capsys, "inspect", neurons, "--on", TEXT, "--json"))
+    assert found["kind"] == "neuron"
+    store.workspace.set_label(unit, "")
+
+
+def test_errors(
+    capsys: pytest.CaptureFixture[str], path: str, folder: Path, tmp_path: Path
+) -> None:
+    heads = str(Path(path).with_name("1.attn.write_norm.heads"))
+    for argv, said in (
+        ([path, "2560"], "0 to 2559"),
+        ([path, "7", "--sort", "max"], "leave UNIT out"),
+        ([path, "--sort", "max", "--search", "x"], "one of --search, --sort"),
+        ([path, "--sort", "densty"], "Did you mean 'density'"),
+        ([path, "--label", "x"], "give its number"),
+        ([path, "--ascending"], "needs --sort"),
+        ([heads, "--on", "x"], "one for each pair"),
+        ([str(folder / "stores"), "7"], "give one of these names"),
+        ([str(tmp_path / "nothing"), "7"], "no store of examples"),
+        (["tiny-tails/ae", "7"], "tiny-tales comes with the package"),
+        ([path, "--on", "x", "--model", "nothing"], "nothing"),
+    ):
+        assert said in fail(capsys, "inspect", *argv), argv
+    argv = ["collate", str(folder / "books"), "--out", str(tmp_path / "o")]
+    assert "--autoencoder, --location" in fail(capsys, *argv)
+    Autoencoder(8, 192, TopK(2)).save(tmp_path / "ae")
+    said = fail(capsys, *argv, "--autoencoder", str(tmp_path / "ae"))
+    assert "does not say where in the model it belongs" in said
+
+
+def test_another_autoencoder_is_refused_and_a_moved_one_is_found(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    for name in "ab":
+        Autoencoder(16, 192, TopK(2), location="0/resid.torso.delta_mlp").save(tmp_path / name)
+    out = str(tmp_path / "out")
+    argv = ["collate", str(folder / "books"), "--autoencoder", str(tmp_path / "a"), "--out", out]
+    run(capsys, *argv, *SMALL)
+    assert "raises" in run(capsys, "inspect", out, "3")
+    other = ["--autoencoder", str(tmp_path / "b")]
+    assert "another autoencoder" in fail(capsys, "inspect", out, "--on", TEXT, *other)
+    (tmp_path / "a").rename(tmp_path / "c")
+    said = run(capsys, "inspect", out, "3")
+    assert "are left out" in said
+    assert "raises" not in said
+    assert "raises" in run(capsys, "inspect", out, "3", "--autoencoder", str(tmp_path / "c"))
+
+
+# --- page ---
+
+
+def test_page(
+    capsys: pytest.CaptureFixture[str], store: ExampleStore, path: str, tmp_path: Path
+) -> None:
+    units = [(path, int(store.sort("max", limit=1)[0])), (path, int(store.dead[0]))]
+    units += [(str(Path(path).with_name(f"1.{name}")), 3) for name in ("mlp.post_act.neurons",)]
+    units += [(str(Path(path).with_name("1.attn.write_norm.heads")), 3)]
+    for name, unit in units:
+        file = tmp_path / f"{unit}.html"
+        said = run(capsys, "page", name, str(unit), "--out", str(file))
+        page = file.read_text("utf-8")
+        assert f"{len(page.encode()) / 1000:.1f} kB" in said
+        assert len(page.encode()) <= 60_000
+        assert "<script" not in page
+        assert not re.search(r"""(src|href)\s*=|url\(|@import""", page)
+        heads = "heads" in name
+        assert ("Next tokens" in page) is not heads
+        assert ("are left out" in said) is heads
+    assert "2559" in fail(capsys, "page", path, "2560", "--out", str(tmp_path / "x.html"))
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_numbers_of_json_are_plain(capsys: pytest.CaptureFixture[str], path: str) -> None:
+    found = json.loads(run(capsys, "inspect", path, "--json"))
+    assert found["n_units"] == 2560
+    assert np.isfinite(found["units"][0]["max"])
