@@ -7,7 +7,7 @@ Shape legend: ``s`` positions, ``k`` attended positions, ``h`` heads, ``u`` unit
 ``n`` nodes, ``w`` width of a node (1, or the width of a vector).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -392,7 +392,7 @@ def all_parts(
             if not is_before(ActivationLocation(delta, layer), run.stream):
                 continue
             context = autoencoders.get(is_mlp)
-            covered: Sequence[LayerIndex] = () if context is None else context.layer_indices
+            covered: Collection[LayerIndex] = () if context is None else context.layer_indices
             number = layer if layer in covered else None  # None: one that serves all layers
             if context is not None and number in covered:
                 place = context.location.at(layer)
