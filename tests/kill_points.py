@@ -67,12 +67,13 @@ class Laboratory:
     Args:
         command: which one.
         inputs: folder that is copied for each run.
-        scratch: an empty folder.
+        scratch: a folder for what is written.
     """
 
     def __init__(self, command: Command, inputs: Path, scratch: Path) -> None:
         self.command, self.inputs = command, inputs
         self.work, self.trace, self.said = scratch / "work", scratch / "trace", scratch / "said"
+        self.trace.unlink(missing_ok=True)
         self.fresh()
         self._undisturbed()
         self.expected = contents(self.work)

@@ -6,6 +6,8 @@ nothing else in the folder. Every step of every verb: ``-m slow``. By default so
 
 import contextlib
 import os
+import signal
+import sqlite3
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,11 +16,15 @@ from typing import Any, get_args
 import pytest
 
 from neuron_explainer import cli, files
-from neuron_explainer.activations import read_documents
+from neuron_explainer.activations import DataConfig, open_windows, read_documents
 from neuron_explainer.activations.token_files import write_token_file
+from neuron_explainer.analysis import CollateConfig, collate
+from neuron_explainer.analysis.store import ExampleStore
+from neuron_explainer.analysis.workspace import Workspace
 from neuron_explainer.dictionaries import TopKConfig, train
 from neuron_explainer.dictionaries.distributed import Split, open_world
 from neuron_explainer.evaluation.passage import PASSAGE
+from neuron_explainer.experiments.boards import __main__ as boards
 from neuron_explainer.experiments.tiny_tales import __main__ as tiny_tales
 from neuron_explainer.experiments.tiny_tales.data import HELD_OUT_BOOKS
 from neuron_explainer.experiments.tiny_tales.tokenizer import TOKENIZER_FILE, save_tokenizer
@@ -47,6 +53,11 @@ def verb(name: str, *argv: str, out: str = "out", **options: Any) -> Command:
     return Command(name, lambda: cli.main([*argv, "--json"]), out, **options)
 
 
+def verbs(name: str, *argvs: list[str], out: str = "out", **options: Any) -> Command:
+    """Several commands, one after the other, as a script would give them."""
+    return Command(name, lambda: max(cli.main([*argv, "--json"]) for argv in argvs), out, **options)
+
+
 def objective(name: str, *more: str) -> Command:
     """Its results are written by other code; the rest of the run is that of the others."""
     argv = ["train", "store", "--location", PLACE, "--objective", name, *SMALL, *more]
@@ -63,6 +74,34 @@ def function(name: str, run: Any, out: str = "out", **options: Any) -> Command:
 
 def context() -> ModelContext:
     return StandardModelContext("model", "cpu")
+
+
+def collate_and_show() -> None:
+    """Stores of examples, and a page about a unit."""
+    data = DataConfig(context_length=24, windows_per_forward=32)
+    windows = open_windows(context(), "books", data, part="all")
+    config = CollateConfig(top=2, intervals=2, per_interval=1, uniform=1, window=6, parts=2)
+    places = [PLACE, "0/attn.qk_probs"]
+    stores = collate(context(), places, windows, "out", config, progress=False, save_every_s=0.0)
+    with ExampleStore.open(next(iter(stores.values()))) as store:
+        store[int(store.alive[0])].to_html("page/unit.html")
+
+
+def learn_boards() -> int:
+    """A data set of boards, a model that learns them, and the model in a folder of its own."""
+    sizes = ["--board-size", "5", "--root-size", "2", "--root-cells", "4", "--n-roots", "3"]
+    sizes += ["--n-composites", "2"]
+    learn = ["--epochs", "1", "--boards-per-epoch", "8", "--batch-size", "8", "--pace", "400"]
+    learn += ["--evaluate-every", "0", "--checkpoint-every", "1", "--run", "out/run"]
+    try:
+        boards.main(["boards", *sizes, "--out", "out/boards"])
+        boards.main(["boards", *sizes, "--out", "out/theirs", "--seed-layout"])
+        boards.main(["train", *sizes, *learn])
+        boards.main(["export", "out/run", "--out", "out/model"])
+    except SystemExit as error:
+        print(error)
+        return 2
+    return 0
 
 
 def learn_sparse_codes() -> None:
@@ -123,13 +162,44 @@ PRUNE = verb(
     *("prune", "prune", "run/autoencoder", *MEASURE, "--min-max-activation", "0"),
     *("--min-decoder-norm", "0", "--out", "out/pruned"),
 )
+COLLATE = function("collate", collate_and_show, harms=("kill", "moved"))
+FACTORS = verbs(
+    "factors",
+    [
+        *("factors", "collate", "run", "--text", "books", "--sentence-length", "30"),
+        *(
+            "--windows-per-forward",
+            "8",
+            "--n-examples",
+            "3",
+            "--shard-size",
+            "16",
+            "--out",
+            "out/e",
+        ),
+    ],
+    ["factors", "importance", "out/e", "--csv", "out/i.csv"],
+    [
+        *("factors", "saliency", "out/e", "--num-factors", "2", "--num-sentences", "1"),
+        *("--num-samples", "10"),
+    ],
+    ["factors", "records", "out/e", "--out", "out/r.jsonl"],
+    ["factors", "pages", "out/e", "--factor", "0", "1", "--out", "out/p"],
+    harms=("kill",),
+)
+BOARDS = Command("boards", learn_boards, "out", harms=("kill",))
 COMMANDS = [
     HARVEST,
     TRAIN,
     SPARSE,
     PRUNE,
-    verb(
-        *("train two", "train", *OF_BOOKS, "--location", PLACE, "0/mlp.post_act", *LEARN),
+    COLLATE,
+    FACTORS,
+    BOARDS,
+    verbs(
+        "train two",
+        ["harvest", *OF_BOOKS[:-2], "--location", PLACE, "0/mlp.post_act", "--out", "out/store"],
+        ["train", "out/store", *LEARN[:-1], "out/run"],
         harms=("kill", "full disk"),
     ),
     objective("topk", "--k", "4"),
@@ -138,7 +208,7 @@ COMMANDS = [
     objective("jumprelu"),
     objective("gated"),
     objective("p_anneal"),
-    objective("matryoshka", "--k", "4", "--group-sizes", "8", "12"),
+    objective("matryoshka", "--k", "4", "--group-fractions", "0.4", "0.6"),
     verb(
         *("transcoder", "train", *OF_BOOKS, "--location", "1/mlp.post_act", "--transcoder"),
         *("--output-location", "1/resid.torso.delta_mlp", *LEARN),
@@ -224,10 +294,12 @@ SOME: list[tuple[Command, Harm, list[int]]] = [
     (SPARSE, "replaced", [20]),
     (PRUNE, "kill", [-1]),
     (PRUNE, "moved", [5]),
+    (COLLATE, "kill", [-16]),
+    (FACTORS, "kill", [3]),
 ]
 
 
-@pytest.mark.parametrize("command", [HARVEST, TRAIN, SPARSE, PRUNE], ids=named)
+@pytest.mark.parametrize("command", list({one.name: one for one, *_ in SOME}.values()), ids=named)
 def test_some_steps(command: Command, inputs: Path, scratch: Path) -> None:
     laboratory = Laboratory(command, inputs, scratch)
     for one, harm, numbers in SOME:
@@ -238,6 +310,44 @@ def test_some_steps(command: Command, inputs: Path, scratch: Path) -> None:
 def test_evaluating_writes_nothing(inputs: Path, scratch: Path) -> None:
     evaluate = verb("evaluate", "evaluate", "run", *MEASURE)
     assert not Laboratory(evaluate, inputs, scratch).points
+
+
+class Dying(sqlite3.Connection):
+    """Kills the process before one of its statements."""
+
+    left = 0
+
+    def execute(self, *args: Any) -> sqlite3.Cursor:
+        Dying.left -= 1
+        if Dying.left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().execute(*args)
+
+
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 6])
+def test_labels_are_whole_whatever_statement_a_process_is_killed_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    for number in range(0, 100, every):
+        path = tmp_path / f"{number}.sqlite"
+        child = os.fork()
+        if child == 0:
+            Dying.left = number
+            monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Dying))
+            workspace = Workspace(path, "subject", 8)
+            workspace.set_label(1, "a first label")
+            workspace.set_label(1, "a second label")
+            os._exit(0)
+        ended = os.waitpid(child, 0)[1]
+        with contextlib.closing(Workspace(path, "subject", 8)) as workspace:
+            there = [label.text for label in workspace.labels()]
+            assert there in ([], ["a first label"], ["a second label"])
+            assert [label.text for label in workspace.search("label")] == there
+            workspace.set_label(1, "a third label")
+            assert [label.text for label in workspace.search("label")] == ["a third label"]
+        if ended == 0:
+            break
+    assert number > 15
 
 
 # ---- every step ------------------------------------------------------------------------------------
@@ -266,13 +376,14 @@ def test_every_step(command: Command, inputs: Path, scratch: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_step_of_a_download(tmp_path: Path, scratch: Path, server: BlobServer) -> None:
+def test_every_step_of_a_download(
+    tmp_path: Path, scratch: Path, server: BlobServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = server.put("/file.bin", bytes(range(256)) * 40)
     fetch = of_cache(partial(files.fetch, url, progress=False))
     check_all(function("download", fetch, harms=("kill", "full disk")), tmp_path, scratch)
-    with contextlib.chdir(tmp_path):
-        (tmp_path / "cache").mkdir(mode=0o700)
-        assert files.fetch(url, progress=False)
+    monkeypatch.setenv("NEURON_EXPLAINER_CACHE", str(tmp_path / "cache"))
+    files.fetch(url, progress=False)
     again: Any = {"harms": ("kill",), "refuses_again": True}
     remove = function("remove", of_cache(partial(files.remove_from_cache, url)), **again)
     check_all(remove, tmp_path, scratch)

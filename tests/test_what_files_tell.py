@@ -33,7 +33,6 @@ def work(home: Path) -> None:
         ("pruned", "prune", str(home / "run" / "autoencoder"), *MEASURE, *pruned),
         ("tuned", "finetune", str(home / "live"), *MEASURE, "--batch-size", "32"),
         ("run/report.html", "report", str(home / "run"), *MEASURE),
-        ("live/report.html", "report", str(home / "live"), *MEASURE),
     ):
         assert cli.main([*argv, "--out", str(home / name), "--json"]) == 0
     for format in ("native", "saelens", "dictionary_learning", "sparsify"):

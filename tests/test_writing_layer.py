@@ -25,6 +25,8 @@ WRITERS = {
     *("savez_compressed", "savefig", "to_csv_file", "memmap", "truncate", "SummaryWriter"),
 }
 """Calls that write a file, whatever they are called on; what ``save`` and ``open`` do depends on more."""
+METHODS = {"write_text", "write_bytes", "tofile", "truncate"}
+"""Those of them that are always called on something; a function of this name is a module's own."""
 _OF_A_MODULE = {("torch", "save"), ("np", "save"), ("sqlite3", "connect")}
 CHANGERS = {
     *("rename", "unlink", "mkdir", "makedirs", "rmdir", "removedirs", "touch", "symlink_to"),
@@ -94,6 +96,7 @@ def writes(path: Path) -> Iterator[tuple[str, int]]:
     for call, framed in calls(ast.parse(path.read_text("utf-8"))):
         owner, name = _name(call.func)
         wrote = name in WRITERS or (owner, name) in _OF_A_MODULE
+        wrote &= isinstance(call.func, ast.Attribute) or name not in METHODS
         wrote |= name == "open" and _opens_to_write(call)
         changed = name in CHANGERS or (owner, name) == ("os", "replace")
         if owner != "files" and (changed or (wrote and not framed)):

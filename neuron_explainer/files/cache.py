@@ -82,7 +82,10 @@ def why_unusable(remote: Remote) -> str | None:
         return None
     if remote.size not in (None, record.size) or remote.sha256 not in (None, record.sha256):
         return f"{path} is another version than the one asked for"
-    return damage(path, record)
+    problem = damage(path, record)
+    if problem is None:
+        Partial(remote).forget()
+    return problem
 
 
 def damage(path: Path, record: Record, *, rehash: bool = False) -> str | None:
@@ -141,6 +144,12 @@ class Partial:
     def discard(self) -> None:
         remove(self.path)
         remove(self.info)
+
+    def forget(self) -> None:
+        """Remove what a process left that was killed when the file had just got its name."""
+        if self.info.exists() and not self.path.exists():
+            with contextlib.suppress(SourceError):  # a cache that is only read
+                remove(self.info)
 
     def append(self, chunks: Iterator[bytes], received: Callable[[int], None]) -> None:
         """Write the chunks and sync them to disk; ``received`` is called with the size of each."""
@@ -277,10 +286,14 @@ def remove_from_cache(source_or_pattern: str) -> list[CacheEntry]:
     entries = list_cache()
     wanted = [entry for entry in entries if _matches(entry, source_or_pattern)]
     if not wanted:
+        _remove_empty_folders(
+            cache_dir() / "files"
+        )  # of a process that was killed as its last step
         near = did_you_mean(source_or_pattern, (entry.source for entry in entries))
         raise SourceError(f"nothing in {cache_dir()} matches {source_or_pattern!r}.{near}")
     for entry in wanted:
         _remove(entry)
+    _remove_empty_folders(cache_dir() / "files")
     return wanted
 
 
@@ -306,12 +319,15 @@ def _remove(entry: CacheEntry) -> None:
             for name in ("record.json", "partial", "partial.json"):
                 remove(state / name)
     remove(entry.path)
-    for folder in entry.path.parents:
-        if folder in (root / "files", root / "state", root) or not folder.is_relative_to(root):
-            break
-        with contextlib.suppress(OSError):  # not empty
-            step("remove", folder)
-            folder.rmdir()
+
+
+def _remove_empty_folders(folder: Path) -> None:
+    """Remove the folders below that hold no file."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        with contextlib.suppress(OSError):  # a download has put something there
+            if path.is_dir() and not any(path.iterdir()):
+                step("remove", path)
+                path.rmdir()
 
 
 def _states_of(entry: CacheEntry, root: Path) -> Iterator[Path]:

@@ -309,7 +309,7 @@ def _temporary_beside(target: Path, make: Callable[[Path], None]) -> Iterator[Pa
 
     Unlocked ones for the same target are deleted: the processes that made them are gone.
     """
-    _remove_abandoned(target)
+    remove_abandoned(target)
     with contextlib.ExitStack() as stack:
         while True:
             temporary = _name_beside(target, "tmp")
@@ -336,7 +336,7 @@ def _hold(path: Path, stack: contextlib.ExitStack) -> bool:
 _BESIDE = re.compile(r"\.(.+)\.[0-9a-f]{12}\.(tmp|old)", re.DOTALL)
 
 
-def _remove_abandoned(target: Path) -> None:
+def remove_abandoned(target: Path) -> None:
     """Delete the temporary files and folders that killed processes left for ``target``, and put an old
     folder back that has lost its name to no new one."""
     # safetensors renames a file of its own to ours, and our lock is not on that file.
@@ -363,14 +363,25 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there; SourceError if it cannot be removed."""
+    """Remove a file or a folder, if it is there; SourceError if it cannot be removed.
+
+    A folder first gets the name of a temporary one: a process that is killed meanwhile leaves no part of
+    the folder under its own name.
+    """
+    if not os.path.lexists(path):
+        return
     try:
-        if os.path.lexists(path):
+        if not path.is_dir() or path.is_symlink():
             step("remove", path)
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
             path.unlink(missing_ok=True)
+            return
+        gone = path
+        if not is_leftover(path.name):
+            gone = _name_beside(path, "tmp")
+            step("rename", path)
+            os.rename(path, gone)
+        step("remove", gone)
+        shutil.rmtree(gone)
     except OSError as error:
         raise SourceError(f"cannot remove {path}: {error.strerror}") from error
 

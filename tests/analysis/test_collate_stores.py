@@ -118,9 +118,14 @@ def test_other_units_of_the_same_text_go_to_the_same_folder(
     for place in WHAT:
         collate(context, place, windows_of(), tmp_path, CONFIG, progress=False)
     assert len(open_stores(tmp_path)) == 2
-    with pytest.raises(InputError, match="this has been collated already"):
-        collate(context, WHAT[0], windows_of(), tmp_path, CONFIG, progress=False)
     before = {path: path.read_bytes() for path in tmp_path.glob("*.store")}
+    # Given again, it is there; with other settings, or more to do, it is refused.
+    assert set(before) == set(
+        collate(context, WHAT, windows_of(), tmp_path, CONFIG, progress=False).values()
+    )
+    for what, config in ((WHAT[0], replace(CONFIG, top=4)), ([WHAT[0], "1/mlp.post_act"], CONFIG)):
+        with pytest.raises(InputError, match="this has been collated already"):
+            collate(context, what, windows_of(), tmp_path, config, progress=False)
     with pytest.raises((InputError, CheckpointError), match=r"token|text|corpus"):
         collate(context, "1/mlp.post_act", windows_of(1), tmp_path, CONFIG, progress=False)
     assert before == {path: path.read_bytes() for path in tmp_path.glob("*.store")}
@@ -151,7 +156,7 @@ def test_an_interrupted_run_goes_on_and_other_settings_are_refused(
         collate(context, WHAT[:1], windows_of(), tmp_path / "out", CONFIG, progress=False)
     with (
         FileLock(tmp_path / "out" / "partial" / ".lock"),
-        pytest.raises(InputError, match="another process is collating"),
+        pytest.raises(InputError, match="another process writes to it"),
     ):
         collate(context, WHAT, windows_of(), tmp_path / "out", CONFIG, progress=False)
     collate(context, WHAT, windows_of(), tmp_path / "out", CONFIG, progress=False)

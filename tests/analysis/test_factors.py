@@ -210,8 +210,12 @@ def test_an_interrupted_pass_continues(
                 assert other.rms == found.rms
                 assert other.n_tokens == corpus.n_tokens
     assert not (tmp_path / "part" / PARTIAL_FOLDER).exists()
+    there = collect(tmp_path / "part")  # already
+    assert {name: each.settings for name, each in there.items()} == {
+        name: each.settings for name, each in whole.items()
+    }
     with pytest.raises(InputError, match="is not empty"):
-        collect(tmp_path / "part")
+        collect(tmp_path / "part", n_examples=7)
 
 
 def test_a_folder_that_was_not_finished_or_is_in_use(
@@ -236,7 +240,7 @@ def test_a_folder_that_was_not_finished_or_is_in_use(
     (tmp_path / "busy").mkdir()
     with (
         filelock.FileLock(tmp_path / "busy" / ".lock"),
-        pytest.raises(InputError, match="another process collates there"),
+        pytest.raises(InputError, match="another process writes to it"),
     ):
         collect_examples(context, subject, sentences, tmp_path / "busy")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 from torch import nn
 
 from neuron_explainer import files
@@ -21,10 +20,12 @@ from neuron_explainer.analysis.collation.partial import Progress, State
 from neuron_explainer.analysis.collation.passes import Collation
 from neuron_explainer.analysis.collation.units import Watched, What, watched, weights_sha256
 from neuron_explainer.analysis.records import Collected
+from neuron_explainer.analysis.store_file import StoreFile
 from neuron_explainer.analysis.store_format import write_store
 from neuron_explainer.analysis.store_names import file_name
 from neuron_explainer.analysis.token_store import TOKENS_FOLDER, TokenStore
 from neuron_explainer.errors import CheckpointError, InputError, SourceError
+from neuron_explainer.files.writing import Guard
 from neuron_explainer.interrupts import interrupts_wait
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.progress import progress_bar
@@ -106,8 +107,10 @@ def collate(
     run = _Run(context, watched(context, what, config), windows, files.local_path(out), config)
     run.origins = dict(origins or {})
     with run.opened():
-        run.read(progress, save_every_s)
-        return run.write()
+        if not run.is_finished:
+            run.read(progress, save_every_s)
+            run.write()
+    return run.stores
 
 
 class _World(NamedTuple):
@@ -172,6 +175,7 @@ class _Run:
         self.absorbed: dict[str, Path] = {}
         self.found: list[Findings] = []
         self.tokens: TokenStore | None = None
+        self.guards: list[Guard] = []
 
     # ---- the folder --------------------------------------------------------------------------------
 
@@ -182,15 +186,20 @@ class _Run:
             self.world.on_rank_zero(lambda: self._open(stack))
             yield
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether all stores are there, and no process is at work on them."""
+        return all(map(Path.exists, self.stores.values())) and not self.folder.exists()
+
     def _open(self, stack: ExitStack) -> None:
         self._check_out()
-        files.make_folder(self.folder)
-        lock = self.folder / ".lock"
-        try:
-            with files.explain_refusal(lock):
-                stack.enter_context(FileLock(lock, timeout=0))
-        except Timeout:
-            raise InputError(f"another process is collating to {self.out}.") from None
+        if self.is_finished:
+            files.remove_abandoned(self.folder)  # of a process that was killed as its last step
+            return
+        self.guards = [
+            stack.enter_context(files.claim(self.folder, "collation")),
+            stack.enter_context(files.guard(self.out)),
+        ]
         path = self.folder / "config.json"
         if path.exists():
             there = files.read_json(path)
@@ -218,11 +227,25 @@ class _Run:
             raise InputError(
                 f"{self.out} holds {foreign[0]!r}, which is not of a collation; choose another folder."
             )
-        there = [path for path in self.stores.values() if path.exists()]
-        if there and not (self.folder / "config.json").exists():
+        there = [place for place in self.places if self.stores[place.name].exists()]
+        begun = (self.folder / "config.json").exists()
+        if there and not begun and not all(map(self._is_written, self.places)):
             raise InputError(
-                f"{there[0]} exists: this has been collated already. Choose another folder, or delete it."
+                f"{self.stores[there[0].name]} exists: this has been collated already. Choose another "
+                "folder, or delete it."
             )
+
+    def _is_written(self, place: Watched) -> bool:
+        """Whether the store of a place is there, and says that it is what this call would write."""
+        if not (path := self.stores[place.name]).exists():
+            return False
+        store = StoreFile(path)
+        store.close()
+        meta, wanted = store.meta, {**self.provenance, **place.provenance()}
+        del wanted["versions"]  # an earlier version's store is as good
+        found = {name: meta["provenance"].get(name) for name in wanted}
+        settings = {name: meta["settings"].get(name) for name in self.collation.settings()}
+        return bool(found == wanted and settings == self.collation.settings())
 
     def _settings(self) -> dict[str, Any]:
         """What an interrupted collation must have had in common with this one."""
@@ -298,13 +321,14 @@ class _Run:
 
     # ---- writing -----------------------------------------------------------------------------------
 
-    def write(self) -> dict[str, Path]:
+    def write(self) -> None:
         """In the first process, merge what all have found and write the stores; the others wait."""
         if self.world.rank > 0:
             while self.folder.exists():
                 time.sleep(_POLL_S)
-            return self.stores
+            return
         while (there := self._everything()) is None:
+            self._check_in_place()
             time.sleep(_POLL_S)
         for index, place in enumerate(self.places):
             if self.stores[place.name].exists():  # written before an interruption
@@ -319,7 +343,10 @@ class _Run:
             assert self.tokens is not None
             write_store(self.stores[place.name], collected, self.tokens)
         files.remove(self.folder)
-        return self.stores
+
+    def _check_in_place(self) -> None:
+        for guard in self.guards:
+            guard.check()
 
     def _everything(self) -> list[State] | None:
         """The states of all processes, if these have read the whole corpus."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import numpy.typing as npt
 import safetensors
@@ -22,7 +21,7 @@ from torch import Tensor
 from neuron_explainer import files
 from neuron_explainer.activations.chunks import ActivationBatch
 from neuron_explainer.activations.harvest import Harvester
-from neuron_explainer.analysis.factors.examples import FactorExamples, sentence_table
+from neuron_explainer.analysis.factors.examples import CONFIG_FILE, FactorExamples, sentence_table
 from neuron_explainer.analysis.factors.sentences import Sentences
 from neuron_explainer.analysis.factors.strongest import Entries, Strongest
 from neuron_explainer.errors import CheckpointError, InputError
@@ -84,10 +83,14 @@ def collect_examples(
         return work.finish()
     partial = _Partial(files.local_path(folder), work.describe())
     with partial.claimed():
+        if partial.holds_something and (done := work.finished(partial.folder)):
+            files.remove_abandoned(partial.unfinished)  # by a process killed as its last step
+            return done
+        partial.check()
         work.run(partial.load(work), per_shard, partial, progress)
         found = work.finish()
         for name, examples in found.items():
-            examples.save(partial.folder if len(found) == 1 else partial.folder / file_name(name))
+            examples.save(work.place_of(name, partial.folder))
         partial.remove()
     return found
 
@@ -190,11 +193,43 @@ class _Pass:
         """The examples of every dictionary."""
         return {name: self._examples(name) for name in self.dictionaries}
 
+    def place_of(self, name: str, folder: Path) -> Path:
+        """Where the examples of a dictionary are, in the folder of the pass."""
+        return folder if len(self.dictionaries) == 1 else folder / file_name(name)
+
+    def finished(self, folder: Path) -> dict[str, FactorExamples]:
+        """What this very pass has written to a folder before; empty if anything is missing or different."""
+        found = {}
+        for name, subject in self.dictionaries.items():
+            place = self.place_of(name, folder)
+            if not (place / CONFIG_FILE).is_file():
+                return {}
+            each = found[name] = FactorExamples.load(place)
+            same = each.settings == self._settings(name) and each.n_examples == self.n_examples
+            if not same or each.locations != list(subject.locations):
+                return {}
+        return found
+
     def _examples(self, name: str) -> FactorExamples:
         subject, corpus = self.dictionaries[name], self.sentences.corpus
         entries = {place: self.strongest[name, place].merge() for place in subject.locations}
         n_tokens = max(1, self.n_tokens)
-        settings = {
+        return FactorExamples(
+            entries,
+            sentence_table(
+                (each.position for each in entries.values()), corpus.starts, corpus.tokens
+            ),
+            subject.autoencoder.n_latents,
+            self.n_examples,
+            self.n_tokens,
+            {place: float(np.sqrt(self.squares[place] / n_tokens)) for place in entries},
+            self._settings(name),
+        )
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        """What is recorded with the examples of a dictionary."""
+        subject, corpus = self.dictionaries[name], self.sentences.corpus
+        return {
             "model": self.context.reference,
             "n_layers": self.context.n_layers,
             "dictionary": {
@@ -211,17 +246,6 @@ class _Pass:
             "bos": self.sentences.bos,
             **self.settings,
         }
-        return FactorExamples(
-            entries,
-            sentence_table(
-                (each.position for each in entries.values()), corpus.starts, corpus.tokens
-            ),
-            subject.autoencoder.n_latents,
-            self.n_examples,
-            self.n_tokens,
-            {place: float(np.sqrt(self.squares[place] / n_tokens)) for place in entries},
-            settings,
-        )
 
 
 class _Partial:
@@ -233,25 +257,26 @@ class _Partial:
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keep other processes out of the folder, which must be empty or that of an unfinished pass."""
-        folder = self.folder
-        if folder.is_file():
-            raise InputError(f"{folder} is a file; the examples need a folder.")
-        files.make_folder(folder)
-        lock = filelock.FileLock(folder / _LOCK_FILE)
-        try:
-            with files.explain_refusal(folder / _LOCK_FILE):
-                lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise InputError(f"{folder} is in use: another process collates there.") from None
-        try:
-            if not self.unfinished.is_dir() and files.list_folder(folder, but=_LOCK_FILE):
-                raise InputError(
-                    f"{folder} is not empty; give a new folder, or that of an interrupted pass."
-                )
+        """Keep other processes out of the folder."""
+        if self.folder.is_file():
+            raise InputError(f"{self.folder} is a file; the examples need a folder.")
+        with files.claim(self.folder, "folder"):
             yield
-        finally:
-            lock.release()
+
+    @property
+    def holds_something(self) -> bool:
+        """Whether there is something in the folder, but no unfinished pass."""
+        names = files.list_folder(self.folder, but=_LOCK_FILE)
+        return not self.unfinished.is_dir() and not all(map(files.is_leftover, names))
+
+    def check(self) -> None:
+        """Refuse a folder that is neither empty nor that of an unfinished pass."""
+        if self.holds_something:
+            raise InputError(
+                f"{self.folder} is not empty; give a new folder, or that of an interrupted pass."
+            )
+        for folder in (self.folder, *self.folder.iterdir()):  # those of several dictionaries
+            files.remove_leftovers(folder)
 
     def load(self, work: _Pass) -> int:
         """Continue the pass that was interrupted here; the number of batches that it has done."""

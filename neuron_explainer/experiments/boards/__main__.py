@@ -1,6 +1,7 @@
 """The commands of the board experiments; see README.md beside this file."""
 
 import argparse
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,12 @@ def run_export(args: argparse.Namespace) -> None:
     own = stored.config["training"]
     record = {"training": {**own, "epochs_done": own.get("epochs_done", own["epochs"])}}
     record["accuracies"] = figures
-    save_model(
-        stored.model, args.out, stored.dataset, record, dtype=dtype, overwrite=args.overwrite
-    )
+    write = functools.partial(save_model, stored.model, dtype=dtype, overwrite=args.overwrite)
+    if args.overwrite:
+        write(args.out, stored.dataset, record)
+    else:
+        with files.write_once(args.out, "give --overwrite to replace it") as folder:
+            write(folder, stored.dataset, record)
     if log := training.thinned_log(args.run):
         with files.atomic_write(args.out / "log.jsonl") as temporary:
             temporary.write_text(log, "utf-8")
@@ -112,7 +116,8 @@ def run_boards(args: argparse.Namespace) -> None:
     if args.seed_layout:
         print(f"wrote {write_seed_layout(dataset, args.out)}")
     elif args.out is not None:
-        dataset.save(args.out)
+        with files.write_once(args.out, "choose another --out") as folder:
+            dataset.save(folder)
         print(f"wrote {args.out}")
     print(dataset)
     rng = np.random.default_rng(dataset.config.seed)
