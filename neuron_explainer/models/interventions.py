@@ -309,7 +309,8 @@ class Edit(DescribedHook):
     @property
     def sets_all(self) -> bool:
         """Whether nothing of what was at the place is left."""
-        return self.sets and self.positions.all and self.units.index is None
+        # Around latents, what the autoencoder does not capture stays.
+        return self.sets and not self.latents and self.positions.all and self.units.index is None
 
     def check(self, sizes: Mapping[Dimension, int], end: int | None) -> None:
         if end is not None:

@@ -2,7 +2,7 @@
 
 import errno
 import math
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from neuron_explainer.analysis.records import Collected
 from neuron_explainer.errors import CheckpointError, InputError, SourceError
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
 from neuron_explainer.models.model_context import ModelContext
+from tests.analysis import collated
 from tests.analysis.byte_models import BOS, byte_corpus, save_byte_context
 from tests.analysis.test_collation import same_examples
 
@@ -263,6 +264,33 @@ def check_strata(found: Collected, unit: int, parts: list[tuple[Collected, int]]
             assert [key for key, _ in got] == [1.0]
             assert got[0][1] in [start for _, start, _ in rows]
     assert largest == 0 or 0 in strata.interval
+
+
+@pytest.mark.parametrize("factor", [1.005, 0.995, 1.0, 3.0])
+def test_intervals_of_slightly_different_length_are_merged(factor: float) -> None:
+    """What lies in an interval of one text and in its neighbour of both texts is drawn with a limit, too."""
+    everything = replace(CONFIG, uniform=1000, per_interval=1000, coactivation_tokens=0, inactive=0)
+    some = replace(everything, uniform=3, per_interval=2)
+    corpus = collated.corpus_of([4] * 200)
+    windows = TokenWindows(corpus, 4, 50, concat=False, seed=None)
+    rng = np.random.default_rng(0)
+    parts = []
+    for number, scale in enumerate((1.0, factor)):
+        values = (scale * rng.uniform(0.55, 1, size=(800, 12))).astype(np.float32)
+        values[0] = scale
+        for config in (some, everything):
+            found = collated.collate(windows, values, config)
+            examples, limits = found.examples.result()
+            settings = {"config": asdict(config), "key_seed": number}
+            statistics = found.totals.result()
+            parts.append(
+                Collected(
+                    "latent", "0", "0", False, statistics, examples, None, settings, {}, limits
+                )
+            )
+    merged = merge(parts[0], parts[2], 800)
+    for unit in range(12):
+        check_strata(merged, unit, [(parts[1], 0), (parts[3], 800)])
 
 
 def test_stores_are_merged_with_their_texts(context: ModelContext, tmp_path: Path) -> None:
