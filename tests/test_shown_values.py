@@ -47,6 +47,8 @@ def test_the_exact_form() -> None:
     assert repr(found["Latents"]) == (
         "Latents(values=[2, 5, 3] float32, indices=[2, 5, 3] int64, n_latents=12)"
     )
-    assert repr(found["TokenBatch"]).endswith("position=[2, 5] int64, pad=None, bos=None)")
+    assert repr(found["TokenBatch"]).endswith(
+        "position=[2, 5] int64, pad=None, bos=None, corpus_position=None)"
+    )
     assert "activations={3/mlp.post_act: [5, 4] float32}" in repr(found["ActivationBatch"])
     assert "stats=InputStats(mean=[2, 5, 1] float32, std=" in repr(found["Code"])

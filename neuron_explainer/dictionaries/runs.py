@@ -39,14 +39,10 @@ FORMAT_VERSION = 1
 KIND = "dictionary_training"
 SINGLE_NAME = "autoencoder"
 """Name of the dictionary of a run that has only one."""
-FREE_TO_CHANGE = (
-    *("epochs", "log_every", "checkpoint_every", "keep_checkpoints", "device"),
-    *(
-        "model",
-        "source",
-    ),  # of the record: where they are now; names and fingerprints stand beside them
-)
+FREE_TO_CHANGE = ("epochs", "log_every", "checkpoint_every", "keep_checkpoints", "device")
 """Settings that alter no number of what is trained on the way."""
+PLACES = ("model", "source")
+"""Where the text and the model of a record lie now; their names and fingerprints stand beside them."""
 
 
 class Run:
@@ -360,10 +356,17 @@ def _differences(
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in dict.fromkeys([*old, *new]):
             inner = f"{where}.{key}" if where else str(key)
-            if key not in free:
-                yield from _differences(old.get(key), new.get(key), free, inner)
+            values = old.get(key), new.get(key)
+            if key not in free and not _is_place(inner, *values):
+                yield from _differences(*values, free, inner)
     elif old != new:
         yield f"{where}: {old!r} there, {new!r} now"
+
+
+def _is_place(where: str, *values: Any) -> bool:
+    """Whether these are paths in a run's record, and not settings or descriptions of the same name."""
+    *above, key = where.split(".")
+    return key in PLACES and "record" in above and all(isinstance(v, str) for v in values)
 
 
 def _take_tensors(tree: Any, where: str, tensors: dict[str, Tensor]) -> Any:
