@@ -204,3 +204,8 @@ def test_a_key_of_a_pattern_that_is_rounded_to_one() -> None:
     other = {key: torch.tensor([60.0, -60.0, 0.0, 5.0]).view(1, 4, 1, 1)}
     run: Any = _Run(at, dict.fromkeys(at) | {pattern: gradient}, other)  # type: ignore[arg-type]  # plain dicts will do
     assert run.key_by_softmax(0)[:, 0].tolist() == pytest.approx([-0.5, 0.5, 0, 0])
+
+
+def test_masked_scores_have_no_integrated_gradients() -> None:
+    with pytest.raises(InputError, match=r"use attn\.qk_probs"):
+        integrated_gradients(MODEL, [1, 2, 3], lambda x: x[:, 0], "0/attn.qk_logits")
