@@ -248,3 +248,12 @@ def test_a_file_that_cannot_be_removed_is_one_error(tmp_path: Path) -> None:
         pytest.raises(SourceError, match=r"cannot remove .*x: Permission"),
     ):
         files.remove(tmp_path / "x")
+
+
+def test_a_file_is_whole_at_every_step_of_its_replacement(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "x.json", {"n": 1})
+    seen: list[int] = []
+    read = files.read_json
+    with files.watch_steps(lambda kind, path: seen.append(read(tmp_path / "x.json")["n"])):
+        files.write_json(tmp_path / "x.json", {"n": 2})
+    assert seen == [1, 1, 1, 1, 1, 2]

@@ -294,18 +294,29 @@ class _Run:
     def key_by_softmax(self, layer: int) -> Tensor:
         """``[k, h]``: the same with each key patched, summed over the queries that see it.
 
-        One changed logit scales the other probabilities of its row by ``(1 - p') / (1 - p)``.
+        One changed logit scales the other probabilities of its row by ``(1 - p') / (1 - p)``. Where
+        float32 rounds a probability to 0 or 1 the logits still tell, so the pattern is made anew from
+        them in float64, and ``1 - p`` is the sum of the others.
         """
         logits, _ = self._at("attn.qk_logits", layer)
-        pattern, gradient = self._at("attn.qk_probs", layer)
+        _, gradient = self._at("attn.qk_probs", layer)
         query, _ = self._at("attn.q", layer)
         new = torch.einsum("qhc,khc->qkh", query, self._other("attn.k", layer))
-        seen = logits != -torch.inf
-        change = torch.where(seen, new - logits, 0.0)
+        change = torch.where(logits != -torch.inf, new - logits, 0.0)
+        logs = logits.log_softmax(dim=1)
+        pattern = logs.exp()
+        others, weighted = _all_but_each(pattern), _all_but_each(pattern * gradient)
         # Of row q: p'_k = p_k e / (1 - p_k + p_k e), with e = exp(change of the logit).
-        grown = pattern * change.exp()
-        after = torch.where(seen, grown / (1 - pattern + grown), 0.0)
-        rest = (pattern * gradient).sum(dim=1, keepdim=True) - pattern * gradient
-        shrink = torch.where(pattern < 1, (1 - after) / (1 - pattern), 1.0)
-        effect = (after - pattern) * gradient + (shrink - 1) * rest
+        odds = logs + change - others.log()
+        shrink = torch.where(others > 0, (-odds).sigmoid() / others, 1.0)
+        effect = (odds.sigmoid() - pattern) * gradient + (shrink - 1) * weighted
         return effect.sum(dim=0)
+
+
+def _all_but_each(x: Tensor) -> Tensor:
+    """``[q, k, h]``: the sum over the other keys, without a difference of nearly equal numbers."""
+    before = x.cumsum(dim=1).roll(1, dims=1)
+    after = x.flip(1).cumsum(dim=1).roll(1, dims=1).flip(1)
+    before[:, 0] = 0
+    after[:, -1] = 0
+    return before + after

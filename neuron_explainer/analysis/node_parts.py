@@ -7,7 +7,7 @@ Shape legend: ``s`` positions, ``k`` attended positions, ``h`` heads, ``u`` unit
 ``n`` nodes, ``w`` width of a node (1, or the width of a vector).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from neuron_explainer.models.autoencoders.latents import Latents
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.language_model import Activations, LanguageModel
 from neuron_explainer.models.locations import SITES, ActivationLocation
-from neuron_explainer.models.weight_names import WeightLocationType
+from neuron_explainer.models.weight_names import LayerIndex, WeightLocationType
 
 Kind = Literal["embedding", "neuron", "head", "pair", "latent", "error", "bias"]
 Freeze = Literal["final_norm", "norms", "patterns"]
@@ -353,11 +353,12 @@ def _one_each(latents: Latents, value: float) -> Latents:
 
 def _scale(code: Any, autoencoder: Autoencoder, n_tokens: int) -> Tensor:
     """``[s]``: what decoding multiplies a decoder row by."""
-    row = autoencoder.directions[0].double()
-    zero = _one_each(code.latents, 0.0)
-    change = (code.decode(_one_each(code.latents, 1.0)) - code.decode(zero)).double()
-    scale: Tensor = change @ row / row.square().sum()
-    return scale
+    # Not from the decoded change of one latent: a latent that was left out has a row of zeros.
+    zeros = autoencoder.directions.new_zeros(n_tokens, autoencoder.n_outputs)
+    change = autoencoder.denormalize(zeros + 1, code.stats) - autoencoder.denormalize(
+        zeros, code.stats
+    )
+    return change[:, 0].double()
 
 
 def into_stream(model: LanguageModel, place: ActivationLocation) -> Callable[[Tensor], Tensor]:
@@ -391,9 +392,11 @@ def all_parts(
             if not is_before(ActivationLocation(delta, layer), run.stream):
                 continue
             context = autoencoders.get(is_mlp)
-            if context is not None and layer in context.layer_indices:
+            covered: Collection[LayerIndex] = () if context is None else context.layer_indices
+            number = layer if layer in covered else None  # None: one that serves all layers
+            if context is not None and number in covered:
                 place = context.location.at(layer)
-                parts += _latents(run, place, context.get_autoencoder(layer))
+                parts += _latents(run, place, context.get_autoencoder(number))
             elif is_mlp:
                 parts += _neurons(run, layer)
             else:

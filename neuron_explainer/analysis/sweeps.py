@@ -350,7 +350,9 @@ def sweep(
     with bar:
         for batch in run.batches(plans):
             found = run.measure(batch)
-            values[[plan.number for plan in batch]] = found.reshape(len(batch), -1).cpu().numpy()
+            values[[plan.number for plan in batch]] = (
+                found.double().reshape(len(batch), -1).cpu().numpy()
+            )
             bar.update(len(batch))
     baseline = run.baseline.double().cpu().numpy()
     return Sweep(values.reshape(*grid.shape, -1), baseline, dict(grid.dims), run.target.name)

@@ -170,7 +170,7 @@ def loss() -> Target:
     """Mean cross-entropy, in nats, of each prompt's own next tokens."""
 
     def of(reading: Reading) -> Tensor:
-        if reading.tokens.shape[1] < 2:
+        if int((~reading.pad).sum(dim=1).min()) < 2:
             raise InputError("the loss needs prompts of at least two tokens.")
         logs = reading.logits[:, :-1].log_softmax(dim=-1)
         found = -logs.gather(-1, reading.tokens[:, 1:, None])[..., 0]

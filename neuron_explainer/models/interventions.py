@@ -101,6 +101,8 @@ class Positions:
                 given if isinstance(given, Iterable) and not isinstance(given, str) else [given]
             )
             chosen = tuple(operator.index(number) for number in numbers)  # type: ignore[arg-type]
+            if any(isinstance(number, bool) for number in numbers):
+                raise TypeError
         except TypeError:
             raise InputError(
                 "positions must be None, a whole number, several, a slice, 'last', or a bool tensor "
@@ -309,7 +311,8 @@ class Edit(DescribedHook):
     @property
     def sets_all(self) -> bool:
         """Whether nothing of what was at the place is left."""
-        return self.sets and self.positions.all and self.units.index is None
+        # Around latents, what the autoencoder does not capture stays.
+        return self.sets and not self.latents and self.positions.all and self.units.index is None
 
     def check(self, sizes: Mapping[Dimension, int], end: int | None) -> None:
         if end is not None:

@@ -185,3 +185,22 @@ def test_the_largest_are_named() -> None:
 def test_bad_input(run: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         run()
+
+
+def test_a_key_of_a_pattern_that_is_rounded_to_one() -> None:
+    from neuron_explainer.analysis.attribution import _Run
+    from neuron_explainer.models.locations import ActivationLocation
+
+    logits = torch.tensor([0.0, 60.0, 0.0, -torch.inf]).view(1, 1, 4, 1)
+    found = {
+        "qk_logits": logits,
+        "qk_probs": logits.softmax(dim=2),  # exactly 0, 1, 0, 0 in float32 but for 1e-26
+        "q": torch.ones(1, 1, 1, 1),
+    }
+    at = {ActivationLocation(f"attn.{name}", 0): x for name, x in found.items()}
+    gradient = torch.tensor([1.0, 2.0, 4.0, 8.0]).view(1, 1, 4, 1)
+    pattern = ActivationLocation("attn.qk_probs", 0)
+    key = ActivationLocation("attn.k", 0)
+    other = {key: torch.tensor([60.0, -60.0, 0.0, 5.0]).view(1, 4, 1, 1)}
+    run: Any = _Run(at, dict.fromkeys(at) | {pattern: gradient}, other)  # type: ignore[arg-type]  # plain dicts will do
+    assert run.key_by_softmax(0)[:, 0].tolist() == pytest.approx([-0.5, 0.5, 0, 0])

@@ -271,3 +271,20 @@ def test_autoencoders_that_overlap_or_are_no_part_of_the_stream(
         table(autoencoders=both)
     with pytest.raises(InputError, match="one prompt"):
         nodes(MODEL, wrong([[1, 2], [3, 4]]), TARGET)
+
+
+@pytest.mark.parametrize("layers", [(0, 1), (None,)], ids=str)
+def test_a_latent_without_a_direction_and_one_autoencoder_for_all_layers(
+    layers: Any, tmp_path: Path
+) -> None:
+    autoencoder = Autoencoder(64, 16, input_normalization="layer_norm", dtype=torch.float64)
+    with torch.no_grad():
+        autoencoder.decoder.weight[:, 0] = 0
+    autoencoder.save(tmp_path / "a")
+    config = AutoencoderConfig("resid.torso.delta_mlp", dict.fromkeys(layers, tmp_path / "a"))
+    context = AutoencoderContext(config, "cpu", dtype=torch.float64)
+    found = table(measures=["direct"], autoencoders=[context])
+    assert {n.location for n in found.nodes if n.kind == "latent"} == {
+        f"{layer}/resid.torso.delta_mlp" for layer in range(2)
+    }
+    assert found.totals["direct"] == pytest.approx(found.target, abs=1e-9)

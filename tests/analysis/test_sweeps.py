@@ -337,3 +337,11 @@ def test_targets_are_values() -> None:
     target = Target("mine", lambda reading: reading.logits[:, 0])
     assert repr(target) == "Target('mine')"
     assert sweeps.Grid({"a": [1]}, lambda a: ablate("0/mlp.post_act", a)).shape == (1,)
+
+
+def test_half_precision_and_losses_of_single_tokens() -> None:
+    model = make_model(dtype=torch.bfloat16)
+    found = sweep(model, [[1, 2, 3]], heads(model, layers=[0]), third)
+    assert np.abs(found.effect).max() > 0
+    with pytest.raises(InputError, match="at least two tokens"):
+        sweep(MODEL, [[1, 2, 3], [4]], heads(MODEL, layers=[0]), loss())
