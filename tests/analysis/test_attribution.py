@@ -68,10 +68,12 @@ def test_other_targets_and_models() -> None:
 # --- attribution patching ---
 
 
-def brute_force(part: str, layer: int, position: int, head: int) -> float:
-    """The change of the target when one head's part is patched."""
-    place = f"{layer}/attn.{part}"
-    return value(patch_from(place, MODEL.capture([CORRUPT], place), head, position)) - value()
+def brute_force(part: str, cells: list[tuple[int, int, int]]) -> Any:
+    """The change of the target when one head's part is patched, for each layer, position and head."""
+    other, before = MODEL.capture([CORRUPT], f"attn.{part}"), value()
+    return np.array(
+        [value(patch_from(f"{layer}/attn.{part}", other, h, p)) - before for layer, p, h in cells]
+    )
 
 
 @pytest.mark.parametrize("part", ["q", "k", "v", "v_out"])
@@ -79,7 +81,7 @@ def test_scores_order_heads_as_patching_does(part: Any) -> None:
     found = attribution_patching(MODEL, CLEAN, CORRUPT, TARGET)
     estimated = found.scores[part]
     cells = [(layer, p, h) for layer in range(3) for p in range(6) for h in range(4)]
-    measured = np.array([brute_force(part, *cell) for cell in cells])
+    measured = brute_force(part, cells)
     some = np.abs(measured) > 1e-9
     correlation = spearman(np.array([estimated[cell] for cell in cells])[some], measured[some])
     assert correlation > 0.85
