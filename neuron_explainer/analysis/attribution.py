@@ -98,6 +98,11 @@ def integrated_gradients(
     with torch.no_grad():
         clean = model.capture(tokens, place)[place]
     start = _baseline(clean, baseline, place)
+    if not bool((clean - start).isfinite().all()):
+        raise InputError(
+            f"{place} or its baseline holds infinite values or NaN, between which there are no steps. For "
+            "attention scores, use attn.qk_probs."
+        )
     total = torch.zeros_like(clean[0], dtype=torch.float64)
     middles = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
     for some in torch.split(middles, STEPS_AT_ONCE):

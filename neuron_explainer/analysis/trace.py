@@ -31,7 +31,7 @@ from neuron_explainer.models.autoencoder_context import AutoencoderContext
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.language_model import Activations, LanguageModel
 from neuron_explainer.models.locations import ActivationLocation
-from neuron_explainer.models.weight_names import WeightLocationType
+from neuron_explainer.models.weight_names import Dimension, WeightLocationType
 
 __all__ = ["trace"]
 
@@ -72,6 +72,7 @@ def trace(
             raise InputError(
                 f"{node}: positions are 0 to {tokens.shape[1] - 1} in this prompt, found {position}."
             )
+    _check_unit(model, node)
     if node.kind in ("head", "pair"):
         goal = _goal_of_head(model, tokens, node, through, downstream)
     elif through is not None:
@@ -87,6 +88,20 @@ def trace(
     run = Pass(model, tokens, goal, wanted_places(model, attention, kinds), freeze)
     parts = all_parts(run, attention, kinds)
     return table_of(run, parts, choose(parts, measures, top_k), measures)
+
+
+def _check_unit(model: LanguageModel, node: Node) -> None:
+    """Refuse neurons and heads that the model does not have, and pairs of a token and a later one."""
+    if node.attended is not None and node.attended > node.position:
+        raise InputError(f"{node}: a token attends to itself and to earlier ones.")
+    if node.kind not in ("neuron", "head", "pair"):
+        return
+    group = "mlp" if node.kind == "neuron" else "attn"
+    if not ActivationLocation.parse(node.location).path.startswith(f"{group}."):
+        raise InputError(f"{node}: a {node.kind} is at a location of {group}.")
+    width = model.sizes[Dimension.MLP_ACTS if group == "mlp" else Dimension.ATTN_HEADS]
+    if not 0 <= node.unit < width:
+        raise InputError(f"{node}: the numbers are 0 to {width - 1}, found {node.unit}.")
 
 
 def _layer(node: Node) -> int:

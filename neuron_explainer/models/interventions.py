@@ -101,6 +101,8 @@ class Positions:
                 given if isinstance(given, Iterable) and not isinstance(given, str) else [given]
             )
             chosen = tuple(operator.index(number) for number in numbers)  # type: ignore[arg-type]
+            if any(isinstance(number, bool) for number in numbers):
+                raise TypeError
         except TypeError:
             raise InputError(
                 "positions must be None, a whole number, several, a slice, 'last', or a bool tensor "

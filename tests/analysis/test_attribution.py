@@ -68,10 +68,12 @@ def test_other_targets_and_models() -> None:
 # --- attribution patching ---
 
 
-def brute_force(part: str, layer: int, position: int, head: int) -> float:
-    """The change of the target when one head's part is patched."""
-    place = f"{layer}/attn.{part}"
-    return value(patch_from(place, MODEL.capture([CORRUPT], place), head, position)) - value()
+def brute_force(part: str, cells: list[tuple[int, int, int]]) -> Any:
+    """The change of the target when one head's part is patched, for each layer, position and head."""
+    other, before = MODEL.capture([CORRUPT], f"attn.{part}"), value()
+    return np.array(
+        [value(patch_from(f"{layer}/attn.{part}", other, h, p)) - before for layer, p, h in cells]
+    )
 
 
 @pytest.mark.parametrize("part", ["q", "k", "v", "v_out"])
@@ -79,7 +81,7 @@ def test_scores_order_heads_as_patching_does(part: Any) -> None:
     found = attribution_patching(MODEL, CLEAN, CORRUPT, TARGET)
     estimated = found.scores[part]
     cells = [(layer, p, h) for layer in range(3) for p in range(6) for h in range(4)]
-    measured = np.array([brute_force(part, *cell) for cell in cells])
+    measured = brute_force(part, cells)
     some = np.abs(measured) > 1e-9
     correlation = spearman(np.array([estimated[cell] for cell in cells])[some], measured[some])
     assert correlation > 0.85
@@ -204,3 +206,8 @@ def test_a_key_of_a_pattern_that_is_rounded_to_one() -> None:
     other = {key: torch.tensor([60.0, -60.0, 0.0, 5.0]).view(1, 4, 1, 1)}
     run: Any = _Run(at, dict.fromkeys(at) | {pattern: gradient}, other)  # type: ignore[arg-type]  # plain dicts will do
     assert run.key_by_softmax(0)[:, 0].tolist() == pytest.approx([-0.5, 0.5, 0, 0])
+
+
+def test_masked_scores_have_no_integrated_gradients() -> None:
+    with pytest.raises(InputError, match=r"use attn\.qk_probs"):
+        integrated_gradients(MODEL, [1, 2, 3], lambda x: x[:, 0], "0/attn.qk_logits")

@@ -490,7 +490,7 @@ def test_any_changed_byte_is_noticed_or_harmless(copy: Path) -> None:
 
 def test_other_files_are_no_stores(tmp_path: Path) -> None:
     other = tmp_path / "other.store"
-    with pytest.raises(SourceError, match="no file"):
+    with pytest.raises(SourceError, match="there is no store of examples"):
         ExampleStore.open(other)
     with pytest.raises(SourceError, match="no store of examples"):
         ExampleStore.open(tmp_path)

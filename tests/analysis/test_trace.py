@@ -158,3 +158,19 @@ def test_act_grad_of_a_latent_is_the_finite_difference(context: AutoencoderConte
 def test_bad_input(node: Node, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         trace(MODEL, PROMPT, node, **wrong(settings))
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (Node("0/mlp.post_act", "neuron", 48, 2), "0 to 47, found 48"),
+        (Node("0/mlp.post_act", "neuron", -1, 2), "0 to 47, found -1"),
+        (Node("0/attn.qk_probs", "pair", 4, 2, 1), "0 to 3, found 4"),
+        (Node("0/attn.v_out", "neuron", 3, 2), "at a location of mlp"),
+        (Node("0/attn.qk_probs", "pair", 1, 2, 3), "to earlier ones"),
+    ],
+    ids=str,
+)
+def test_units_that_the_model_lacks(node: Node, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        traced(node, through="q" if node.kind == "pair" else None)

@@ -490,3 +490,9 @@ def test_ablating_all_latents_replaces_nothing_but_them(autoencoders: Autoencode
     place = "0/resid.torso.delta_mlp"
     hooks = scale("0/mlp.post_act", 2.0, 3) + ablate(place, autoencoders=autoencoders)
     assert (logits(hooks) - logits(ablate(place, autoencoders=autoencoders))).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("positions", [True, [True, False, True]], ids=str)
+def test_a_list_of_bools_is_no_list_of_positions(positions: Any) -> None:
+    with pytest.raises(InputError, match="bool tensor"):
+        ablate("0/mlp.post_act", 1, positions)
