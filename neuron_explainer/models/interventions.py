@@ -28,6 +28,7 @@ Shape legend: ``b`` batch, ``s`` positions of this call, ``w`` width at a locati
 """
 
 import difflib
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -406,7 +407,7 @@ def scale(
     autoencoders: Autoencoders | None = None,
 ) -> TransformerHooks:
     """Multiply units by ``factor``."""
-    by = float(_finite(factor, "factor"))
+    by = _one_number(factor, "factor")
     return _hooks(
         f"scaling by {by:g}", location, units, positions, lambda x, _: x * by, autoencoders
     )
@@ -424,12 +425,10 @@ def clamp(
     """Keep units at or above ``minimum`` and at or below ``maximum``."""
     if minimum is None and maximum is None:
         raise InputError("clamp needs minimum, maximum or both.")
-    if minimum is not None and maximum is not None and minimum > maximum:
+    low = -math.inf if minimum is None else _one_number(minimum, "minimum")
+    high = math.inf if maximum is None else _one_number(maximum, "maximum")
+    if low > high:
         raise InputError(f"minimum {minimum} is above maximum {maximum}.")
-    low, high = (
-        -torch.inf if minimum is None else minimum,
-        torch.inf if maximum is None else maximum,
-    )
     what = f"clamping to [{low:g}, {high:g}]"
     return _hooks(what, location, units, positions, lambda x, _: x.clamp(low, high), autoencoders)
 
@@ -457,14 +456,14 @@ def steer(
         maximum: for ``unit="max"``.
     """
     vector = _direction(direction, location)
-    by = float(_finite(strength, "strength"))
+    by = _one_number(strength, "strength")
     if unit not in ("raw", "norm", "max"):
         raise InputError(f"unit must be 'raw', 'norm' or 'max', found {unit!r}.")
     if (unit == "max") != (maximum is not None):
         raise InputError("unit='max' and maximum= belong together: give both or neither.")
     if unit == "norm":
         vector = vector / vector.norm()
-    amount = by * float(_finite(1.0 if maximum is None else maximum, "maximum"))
+    amount = by * _one_number(1.0 if maximum is None else maximum, "maximum")
 
     def change(x: Tensor, _: Tensor | None) -> Tensor:
         added = amount * _along(vector, x)
@@ -518,6 +517,13 @@ def _along(vector: Tensor, x: Tensor) -> Tensor:
     if x.shape[-1] != len(vector):
         raise HookError(f"the direction has {len(vector)} entries, the activation {x.shape[-1]}.")
     return vector.to(x.device, x.dtype)
+
+
+def _one_number(value: float | Tensor, name: str) -> float:
+    found = _finite(value, name)
+    if found.numel() != 1:
+        raise InputError(f"{name} must be one number, found a tensor {list(found.shape)}.")
+    return float(found)
 
 
 def _finite(value: float | Tensor, name: str) -> Tensor:
@@ -598,6 +604,14 @@ def _patch(
     chosen = Units.of(place, units, False)
     source = rows if chosen.index is None else rows[chosen.index]
     if index_map is not None:
+        if (
+            not isinstance(index_map, Tensor)
+            or index_map.dtype != torch.long
+            or not index_map.numel()
+        ):
+            raise InputError(
+                "index_map must be an int64 tensor [b, s] or [s], such as align() makes."
+            )
         index_map = index_map if index_map.dim() == 2 else index_map[None]
     pairs = "k" in place.site.shape[2:]
 
@@ -666,6 +680,8 @@ def _by_position(values: Activations | Tensor, place: ActivationLocation) -> tup
             raise InputError(
                 f"values of {place} must be a tensor {list(place.site.shape)}, found {list(x.shape)}."
             )
+    if not x.numel():
+        raise InputError(f"{place}: the other run holds no values, found {list(x.shape)}.")
     if pad is None or not bool(pad.any()):
         return x, torch.full((len(x),), x.shape[1])
     if "k" in place.site.shape[2:]:

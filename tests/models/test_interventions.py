@@ -442,6 +442,21 @@ def wrong(value: Any) -> Any:
         (lambda: patch_from("mlp.post_act", torch.zeros(1, 2, 3)), "of one layer"),
         (lambda: mean_ablate("mlp.post_act", torch.zeros(1, 2, 3)), "name one"),
         (lambda: project_out(STREAM, []), "at least one"),
+        (lambda: scale(STREAM, wrong(torch.ones(3))), "one number"),
+        (lambda: scale(STREAM, wrong("x")), "number or a tensor"),
+        (lambda: steer(STREAM, torch.ones(16), wrong([1, 2])), "one number"),
+        (lambda: clamp(STREAM, torch.nan), "finite"),
+        (lambda: clamp(STREAM, wrong("a")), "number or a tensor"),
+        (lambda: mean_ablate(STREAM, torch.zeros(0, 2, 16)), "holds no values"),
+        (lambda: resample_ablate(STREAM, torch.zeros(0, 2, 16)), "holds no values"),
+        (
+            lambda: patch_from(STREAM, torch.zeros(1, 2, 16), index_map=wrong([0, 1])),
+            "index_map must be",
+        ),
+        (
+            lambda: patch_from(STREAM, torch.zeros(1, 2, 16), index_map=torch.tensor([0.5])),
+            "index_map must be",
+        ),
     ],
 )
 def test_bad_input(build: Any, message: str) -> None:
