@@ -167,8 +167,9 @@ class _Parser(Parser):
         """The verbs, by what one wants to do."""
         lines = [f"usage: {self.prog} VERB ...", "", DESCRIPTION, ""]
         lines += ["Begin with: neuron-explainer demo", ""]
+        width = 2 + max(len(name) for verbs in self.groups.values() for name, _ in verbs)
         for title, verbs in self.groups.items():
-            lines += [title, *(f"  {name:<11}{about}" for name, about in verbs), ""]
+            lines += [title, *(f"  {name:<{width}}{about}" for name, about in verbs), ""]
         lines += [f"{self.prog} VERB --help has an example and the options; --version the version."]
         return "\n".join(lines) + "\n"
 
