@@ -122,11 +122,13 @@ def run_and_die(folder: Path, moment: str, step: int) -> None:
             die()
 
     def watcher(kind: str, path: Path) -> None:
-        a_checkpoint = path.parent.name == "checkpoints" and path.name.isdigit()
+        in_checkpoints = path.parent.name == "checkpoints"
+        a_checkpoint = in_checkpoints and path.name.isdigit()
         moments = {
             "write": kind == "make" and ".state.json" in path.name,
             "rename": kind == "rename" and a_checkpoint,
-            "tidy": kind == "remove" and a_checkpoint,
+            # A folder that is removed has a temporary name by then.
+            "tidy": kind == "remove" and in_checkpoints,
             "results": kind == "make" and ".finished.json" in path.name,
         }
         if reached[0] >= step and moments.get(moment):
