@@ -5,7 +5,7 @@ import zipfile
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "neuron_explainer"
-DATA = {".json", ".safetensors", ".tiktoken", ".store", ".bin", ".npz"}
+DATA = {".json", ".safetensors", ".tiktoken", ".store", ".bin", ".npz", ".jsonl"}
 DATA |= {".py", ".typed", ".html", ".js", ".css"}
 
 
