@@ -108,8 +108,8 @@ class DescribedHook(ABC):
         return None
 
     def edit(self, chosen: Tensor, positions: Tensor | None = None) -> Tensor:
-        """New values ``[…, u]`` of ``only_latents``."""
-        raise NotImplementedError
+        """New values ``[…, u]`` of ``only_latents``, for hooks that name such latents."""
+        raise HookError(f"{self!r} names no latents that it changes apart from the others.")
 
 
 def hook_name(hook: Hook) -> str:

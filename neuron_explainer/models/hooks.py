@@ -32,6 +32,7 @@ from neuron_explainer.models.autoencoder_hooks import AutoencoderHooks, autoenco
 from neuron_explainer.models.hook_lists import (
     KINDS,
     AtLayers,
+    Attached,
     ConditionalHooks,
     DescribedHook,
     FwdBwdHooks,
@@ -212,9 +213,16 @@ class TransformerHooks(_Group):
         new = self.copy()
         lists = dict(new.leaves())
         for path, leaf in other.copy().leaves():
+            mine = lists[path]
+            if not leaf.is_empty() and (mine.bound_kwargs or leaf.bound_kwargs):
+                # Lists inside the list: each keeps the keywords that are bound to it.
+                both = [part for part in (mine.copy(), leaf) if not part.is_empty()]
+                mine.bound_kwargs = {}
+                mine._attached = tuple(Attached(part, None, part) for part in both)
+                continue
             for attached in leaf._attached:
-                if not joined(lists[path], attached.hook):
-                    lists[path]._attached += (attached,)
+                if not joined(mine, attached.hook):
+                    mine._attached += (attached,)
         return new
 
     def check_model(self, sizes: Mapping[Dimension, int], end: int | None) -> None:
@@ -280,6 +288,9 @@ def _described(hook: Hook, layer: int | None = None) -> Iterator[tuple[int | Non
         for at in hook.at_layers:
             for inner in hook._hooks:
                 yield from _described(inner, at)
+    elif isinstance(hook, Hooks) and not isinstance(hook, ConditionalHooks):  # a list in the list
+        for inner in hook._hooks:
+            yield from _described(inner, layer)
     elif isinstance(hook, AutoencoderHooks):
         for _, leaf in hook.leaves():
             yield from ((layer, inner) for inner in leaf._hooks if isinstance(inner, DescribedHook))

@@ -253,6 +253,28 @@ def test_sums_keep_the_order_of_kinds_and_gradients() -> None:
     torch.testing.assert_close(gradient(double + double), 16 * gradient(TransformerHooks()))
 
 
+def test_sums_keep_the_keywords_that_are_bound_to_each_side() -> None:
+    def times(x: Tensor, factor: float) -> Tensor:
+        return x * factor
+
+    def bound(factor: float) -> TransformerHooks:
+        hooks = TransformerHooks()
+        hooks.resid.torso.post_attn.fwd.bind(factor=factor).append(times)
+        return hooks
+
+    x = seen(TransformerHooks(), STREAM)
+    # Of two layers; the second sees what the first left.
+    hooks = TransformerHooks().append_at("0/resid.torso.post_attn", lambda x: x)
+    before = seen(bound(2.0), "0/resid.torso.post_attn")
+    both = bound(2.0) + bound(-3.0)
+    assert torch.equal(seen(both, "0/resid.torso.post_attn"), before * -3.0)
+    assert torch.equal(seen(hooks + bound(2.0), "0/resid.torso.post_attn"), before)
+    assert torch.equal(seen(bound(2.0) + hooks, "0/resid.torso.post_attn"), before)
+    assert torch.equal(seen(bound(1.0) + TransformerHooks(), STREAM), x)
+    with pytest.raises(HookError, match="0 to 15, found 99"):
+        logits(bound(2.0) + ablate(STREAM, 99))
+
+
 def test_a_hook_that_a_later_one_replaces_is_refused() -> None:
     edit = scale("0/mlp.post_act", 2.0, units=1)
     for later in [

@@ -161,11 +161,12 @@ class Reservoir:
                 break
             kept.append(self._replace_last(row[these], key[these], position[these], these))
         if not kept:
-            return tuple(np.empty((3, 0), np.int64))  # type: ignore[return-value]
-        found = tuple(np.concatenate(column) for column in zip(*kept, strict=True))
+            none = np.empty(0, np.int64)
+            return none, none, none
+        rows, slots, numbers = (np.concatenate(column) for column in zip(*kept, strict=True))
         touched = kept[0][0]  # each row once: what is not good enough first is not so later
         self.smallest[touched] = self.entries.key[touched].min(axis=1)
-        return found  # type: ignore[return-value]
+        return rows, slots, numbers
 
     def _replace_last(
         self, row: Ints, key: Floats, position: Ints, candidate: Ints
