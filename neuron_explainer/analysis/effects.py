@@ -46,7 +46,7 @@ from neuron_explainer.analysis.node_parts import (
     wanted_places,
 )
 from neuron_explainer.analysis.sweeps import sweep
-from neuron_explainer.analysis.targets import Metric, Target, as_target, token_texts
+from neuron_explainer.analysis.targets import Metric, Target, token_texts, with_gradient
 from neuron_explainer.errors import InputError, did_you_mean, optional_module
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
 from neuron_explainer.models.hooks import TransformerHooks
@@ -159,8 +159,9 @@ def nodes(
         freeze: what gradients do not flow through.
         bos: begin with the start token.
     """
-    kinds = _check(measures, top_k, prompt_b, attention, autoencoders)
-    target = as_target(target)
+    check_measures(measures, prompt_b)
+    kinds = check_settings(top_k, attention, autoencoders)
+    target = with_gradient(target, "the table of nodes")
     goal = Goal.of_logits(model, target)
     wanted = wanted_places(model, attention, kinds)
     run = Pass(model, one_prompt(model, prompt, bos), goal, wanted, freeze)
@@ -205,14 +206,8 @@ def table_of(
     return NodeTable(found, values, totals, float(run.value.detach()), run.goal.name, tokens)
 
 
-def _check(
-    measures: Sequence[str],
-    top_k: int,
-    prompt_b: object,
-    attention: str,
-    autoencoders: Sequence[AutoencoderContext],
-) -> dict[bool, AutoencoderContext]:
-    """The autoencoders by whether they are of an MLP; an error for settings that do not fit together."""
+def check_measures(measures: Sequence[str], prompt_b: object) -> None:
+    """Refuse measures that are unknown, choose no nodes or lack what they compare with."""
     if unknown := [name for name in measures if name not in MEASURES]:
         raise InputError(
             f"unknown measure {unknown[0]!r}.{did_you_mean(unknown[0], MEASURES)} "
@@ -226,8 +221,14 @@ def _check(
         raise InputError("ablation is shown beside act_grad, its estimate: give both measures.")
     if "patching" in measures and prompt_b is None:
         raise InputError("patching compares with a second prompt: give prompt_b.")
-    if top_k < 1:
-        raise InputError(f"top_k must be at least 1, found {top_k}.")
+
+
+def check_settings(
+    top_k: int, attention: str, autoencoders: Sequence[AutoencoderContext]
+) -> dict[bool, AutoencoderContext]:
+    """The autoencoders by whether they are of an MLP; an error for settings that do not fit together."""
+    if not isinstance(top_k, int) or top_k < 1:
+        raise InputError(f"top_k must be a whole number of at least 1, found {top_k!r}.")
     if attention not in ("heads", "pairs"):
         raise InputError(f"attention must be 'heads' or 'pairs', found {attention!r}.")
     kinds: dict[bool, AutoencoderContext] = {}

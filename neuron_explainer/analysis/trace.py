@@ -15,7 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from neuron_explainer.analysis.effects import MEASURES, NodeTable, choose, one_prompt, table_of
+from neuron_explainer.analysis.effects import (
+    MEASURES,
+    NodeTable,
+    check_settings,
+    choose,
+    one_prompt,
+    table_of,
+)
 from neuron_explainer.analysis.node_parts import (
     MLP_PLACES,
     Freeze,
@@ -25,8 +32,8 @@ from neuron_explainer.analysis.node_parts import (
     all_parts,
     wanted_places,
 )
-from neuron_explainer.analysis.targets import Metric, as_target
-from neuron_explainer.errors import InputError
+from neuron_explainer.analysis.targets import Metric, with_gradient
+from neuron_explainer.errors import InputError, shown
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.language_model import Activations, LanguageModel
@@ -65,7 +72,13 @@ def trace(
     """
     if unknown := [m for m in measures if m not in MEASURES or m in ("ablation", "patching")]:
         raise InputError(f"trace measures write_norm, direct and act_grad; found {unknown[0]!r}.")
-    kinds = {context.location.path in MLP_PLACES: context for context in autoencoders}
+    if not {*measures} - {"activation"}:
+        raise InputError(
+            "give at least one measure that chooses nodes: write_norm, direct, act_grad."
+        )
+    if not isinstance(node, Node):
+        raise InputError(f"trace starts from a Node, found {shown(node)}.")
+    kinds = check_settings(top_k, attention, autoencoders)
     tokens = one_prompt(model, prompt, bos)
     for position in (node.position, node.attended):
         if position is not None and not 0 <= position < tokens.shape[1]:
@@ -142,6 +155,10 @@ def goal_of_latent(node: Node, autoencoders: Sequence[AutoencoderContext]) -> Go
         raise InputError(f"{node}: give its autoencoders, autoencoders=[context].")
     layer = _layer(node)
     autoencoder = context.get_autoencoder(layer)
+    if not 0 <= node.unit < autoencoder.n_latents:
+        raise InputError(
+            f"{node}: the numbers are 0 to {autoencoder.n_latents - 1}, found {node.unit}."
+        )
 
     def value(found: Activations) -> Tensor:
         x = found[place][0, node.position].flatten()
@@ -186,13 +203,11 @@ def _goal_of_write(
         raise InputError(
             f"{node}: through='v' needs a target downstream, which gives the direction."
         )
-    layer = _layer(node)
+    layer, target = _layer(node), with_gradient(downstream, "what is traced")
     delta, pattern, values = (
         f"{layer}/{p}" for p in ("resid.torso.delta_attn", "attn.qk_probs", "attn.v")
     )
-    later = Pass(
-        model, tokens, Goal.of_logits(model, as_target(downstream)), [delta], ("final_norm",)
-    )
+    later = Pass(model, tokens, Goal.of_logits(model, target), [delta], ("final_norm",))
     gradient = later.gradient(delta)[node.position]
     weight = model.weight(WeightLocationType.ATTN_TO_RESIDUAL, layer).detach()[node.unit]
     direction = weight.double() @ gradient  # [d_head]
