@@ -165,6 +165,8 @@ def nodes(
         hooks: interventions under which everything is measured, on both prompts.
     """
     _check_measures(measures, top_k, prompt_b)
+    if "ablation" in measures and hooks is not None:
+        raise InputError("ablation is measured on the unchanged model: leave hooks out.")
     settings: dict[str, Any] = {
         "attention": attention,
         "autoencoders": autoencoders,
@@ -181,12 +183,7 @@ def nodes(
     chosen = choose(first.parts, measures, top_k)
     table = table_of(first.run, first.parts, chosen, measures)
     if "ablation" in measures:
-        if hooks is not None:
-            raise InputError("ablation is measured on the unchanged model: leave hooks out.")
-        measured = _ablated(first.run, chosen, as_target(target), autoencoders)
-        correlation = spearman(table.values["act_grad"], measured) if len(measured) > 2 else None
-        values = {**table.values, "ablation": measured}
-        table = replace(table, values=values, rank_correlation=correlation)
+        table = _with_ablation(table, first.run, chosen, as_target(target), autoencoders)
     if second is not None:
         other = {
             name: np.array([part.measures[f"{name} (second)"][i] for part, i in chosen])
@@ -409,6 +406,20 @@ def _largest(sizes: Floats, k: int) -> Ints:
 
 
 # --- measured ---
+
+
+def _with_ablation(
+    table: NodeTable,
+    run: Pass,
+    chosen: Sequence[tuple[Part, int]],
+    target: Target,
+    contexts: Iterable[AutoencoderContext],
+) -> NodeTable:
+    """The table with the measured effect of each of its nodes."""
+    measured = _ablated(run, chosen, target, contexts)
+    correlation = spearman(table.values["act_grad"], measured) if len(measured) > 2 else None
+    values = {**table.values, "ablation": measured}
+    return replace(table, values=values, rank_correlation=correlation)
 
 
 def _ablated(
