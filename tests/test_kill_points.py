@@ -433,4 +433,3 @@ def test_every_step_of_a_download(
     again: Any = {"harms": ("kill",), "refuses_again": True}
     remove = function("remove", of_cache(partial(files.remove_from_cache, url)), **again)
     check_all(remove, tmp_path, scratch)
-
