@@ -174,3 +174,19 @@ def test_bad_input(node: Node, settings: dict[str, Any], message: str) -> None:
 def test_units_that_the_model_lacks(node: Node, message: str) -> None:
     with pytest.raises(InputError, match=message):
         traced(node, through="q" if node.kind == "pair" else None)
+
+
+def test_a_trace_under_an_intervention_and_of_some_positions() -> None:
+    hooks = scale("0/attn.v_out", 0.5, units=2)
+    found = traced(NEURON, hooks=hooks)
+    assert found.target == pytest.approx(float(captured("1/mlp.pre_act", hooks)[4, 7]), abs=1e-12)
+    assert found.totals["direct"] == pytest.approx(found.target, abs=1e-9)
+    last = Node("2/attn.v_out", "head", 1, 6)
+    changed, plain = (
+        traced(last, through="v", downstream=TARGET, hooks=given) for given in (hooks, None)
+    )
+    assert abs(changed.target - plain.target) > 1e-3
+    # A neuron reads the stream at its own position alone.
+    some = traced(NEURON, hooks=hooks, positions=[4])
+    assert {node.position for node in some.nodes} == {4}
+    assert some.totals["direct"] == pytest.approx(found.target, abs=1e-9)
