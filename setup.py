@@ -31,6 +31,8 @@ setup(
             "assets/**/*.bin",
             "assets/**/*.npz",
             "assets/**/*.jsonl",
+            "server/openapi.json",
+            "viewer/dist/**/*",
         ]
     },
     install_requires=[
@@ -61,6 +63,8 @@ setup(
         # Where training can log to, next to its own log.jsonl.
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
+        # Pages and an API in the browser: neuron-explainer serve.
+        "serve": ["fastapi", "uvicorn", "orjson"],
         # What trains the embedded model's tokenizer; using it needs nothing beyond the core.
         "train": ["tokenizers"],
         "test": [
@@ -77,6 +81,10 @@ setup(
             "pyarrow",
             "datasets",
             "pandas",
+            "fastapi",
+            "uvicorn",
+            "orjson",
+            "httpx2",
             "mypy",
             "ruff",
             "pre_commit",

@@ -31,7 +31,7 @@ ROOMS = [
     ["neuron_explainer.analysis"],
     ["neuron_explainer.dictionaries"],
     ["neuron_explainer.graphs"],
-    ["neuron_explainer.server"],
+    ["neuron_explainer.server", "neuron_explainer.viewer"],
     ["neuron_explainer.experiments"],
     ["neuron_explainer.demo", "neuron_explainer.cli", "neuron_explainer.__main__"],
 ]
@@ -39,6 +39,7 @@ ROOMS = [
 FORBIDDEN = [
     ("neuron_explainer.graphs", "neuron_explainer.dictionaries"),
     ("neuron_explainer.server", "neuron_explainer.dictionaries"),
+    ("neuron_explainer.viewer", "neuron_explainer.dictionaries"),
     ("neuron_explainer.demo", "neuron_explainer.experiments"),
     ("neuron_explainer.cli", "neuron_explainer.experiments"),
 ]
