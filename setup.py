@@ -32,7 +32,7 @@ setup(
             "assets/**/*.npz",
             "assets/**/*.jsonl",
             "server/openapi.json",
-            "viewer/dist/**/*",
+            "viewer/dist/*",
         ]
     },
     install_requires=[
@@ -67,6 +67,8 @@ setup(
         "serve": ["fastapi", "uvicorn", "orjson"],
         # What trains the embedded model's tokenizer; using it needs nothing beyond the core.
         "train": ["tokenizers"],
+        # Tests of the pages in the system's Chromium; axe-core judges their accessibility.
+        "browser": ["playwright", "axe-playwright-python"],
         "test": [
             "pytest",
             "pytest-timeout",

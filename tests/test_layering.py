@@ -31,7 +31,8 @@ ROOMS = [
     ["neuron_explainer.analysis"],
     ["neuron_explainer.dictionaries"],
     ["neuron_explainer.graphs"],
-    ["neuron_explainer.server", "neuron_explainer.viewer"],
+    ["neuron_explainer.server"],
+    ["neuron_explainer.viewer"],
     ["neuron_explainer.experiments"],
     ["neuron_explainer.demo", "neuron_explainer.cli", "neuron_explainer.__main__"],
 ]
