@@ -83,6 +83,11 @@ def create_app(
     rate = ClientRate(limits.compute_per_second)
     name = model if isinstance(model, str) else registry.model
     served = Serving(registry, policy, limits, compute, read_only, rate, name)
+    return _application(served)
+
+
+def _application(served: Serving) -> FastAPI:
+    policy, limits = served.policy, served.limits
     files = pages.read_pages()
     app = FastAPI(
         title="neuron_explainer",
