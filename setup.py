@@ -31,6 +31,7 @@ setup(
             "assets/**/*.bin",
             "assets/**/*.npz",
             "assets/**/*.jsonl",
+            "viewer/dist/*",
         ]
     },
     install_requires=[
@@ -65,6 +66,8 @@ setup(
         "wandb": ["wandb"],
         # What trains the embedded model's tokenizer; using it needs nothing beyond the core.
         "train": ["tokenizers"],
+        # Tests of the pages in the system's Chromium; axe-core judges their accessibility.
+        "browser": ["playwright", "axe-playwright-python"],
         "test": [
             "pytest",
             "pytest-timeout",

@@ -1,0 +1,93 @@
+"""One server and one browser for all tests of the pages.
+
+The server is the command that a user types, on a free port of the loopback interface, with the shipped model
+and stores. The browser is Chromium: the one that ``NEURON_EXPLAINER_CHROMIUM`` names, or one that the system
+has. It reaches nothing but the loopback interface. A test fails if its page asks for anything else, throws
+an error or logs one.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser.running import Server, Watch, watched
+
+HERE = Path(__file__).parent
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+WAIT_MS = 15_000
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark all tests of this folder, so that they run only when they are asked for."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.browser)
+
+
+def find_chromium() -> str | None:
+    """The path of a Chromium of this machine."""
+    if named := os.environ.get("NEURON_EXPLAINER_CHROMIUM"):
+        return named
+    return next(filter(None, map(shutil.which, NAMES)), None)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium without a window; a skip where there is none."""
+    if find_spec("playwright") is None:
+        pytest.skip(
+            'playwright is not installed: pip install -c constraints.txt -e ".[test,browser]"'
+        )
+    path = find_chromium()
+    if path is None:
+        pytest.skip(
+            "no Chromium: install it (Debian: apt-get install chromium), or name one in "
+            "NEURON_EXPLAINER_CHROMIUM"
+        )
+    from playwright.sync_api import sync_playwright
+
+    only_here = "MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", f"--host-resolver-rules={only_here}"]
+        )
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """``neuron-explainer serve`` with the shipped model and stores."""
+    with Server.start() as running:
+        yield running
+
+
+@pytest.fixture
+def open_page(browser: Any, server: Server) -> Iterator[Callable[..., Any]]:
+    """A function that opens a route of the viewer, such as ``#/p``, in a browser context of its own.
+
+    Its settings are those of Playwright's ``new_context``, such as ``color_scheme="dark"``. What a test
+    expects to go wrong, it says to ``page.watch.expect``.
+    """
+    contexts = []
+
+    def open_at(route: str = "", at: Server | None = None, **settings: Any) -> Any:
+        settings = {"viewport": {"width": 1440, "height": 900}, **settings}
+        context = browser.new_context(**settings)
+        context.set_default_timeout(WAIT_MS)
+        watch = Watch()
+        contexts.append((context, watch))
+        page = watched(context.new_page(), watch)
+        page.goto((at or server).url_of(route))
+        return page
+
+    yield open_at
+    for context, _ in contexts:
+        context.close()
+    for _, watch in contexts:
+        watch.check()

@@ -1,0 +1,120 @@
+"""What the tests of the pages start and watch: a server process, and what a page does that it should not."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+READY_S = 60.0
+"""A server that has not printed its URL by then is broken: on an idle machine it takes 2 seconds."""
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+
+
+class Server:
+    """A ``neuron-explainer serve`` process; a context manager that stops it."""
+
+    def __init__(self, process: "subprocess.Popen[str]", url: str, lines: list[str]) -> None:
+        self.process, self.url, self.lines = process, url, lines
+
+    @classmethod
+    def start(cls, *flags: str) -> Self:
+        """Start one on a free port, and wait until it says where it is."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "neuron_explainer", "serve", "--port", "0", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        )
+        found, lines, says = threading.Event(), list[str](), list[str]()
+
+        def read() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:  # to the end: a full pipe would stop the server
+                lines.append(line)
+                if not says and (match := re.search(r"http://\S+", line)):
+                    says.append(match.group())
+                    found.set()
+            found.set()
+
+        threading.Thread(target=read, daemon=True).start()
+        found.wait(READY_S)
+        if not says:
+            process.kill()
+            raise AssertionError(f"the server did not start; it said:\n{''.join(lines)}")
+        return cls(process, says[0], lines)
+
+    @property
+    def origin(self) -> str:
+        """Such as ``http://127.0.0.1:43210``."""
+        parts = urlsplit(self.url)
+        return f"{parts.scheme}://{parts.netloc}"
+
+    def url_of(self, route: str) -> str:
+        """The URL of a route of the viewer, with the token that signs the browser in."""
+        base, _, fragment = self.url.partition("#")
+        if fragment:  # the token stands in the fragment, and the route behind it
+            return f"{base}#{fragment}&route={route.removeprefix('#')}" if route else self.url
+        return base + route
+
+    def kill(self) -> None:
+        """End it at once, as a crash does."""
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, why: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+
+@dataclass
+class Watch:
+    """Errors of a page, and what it asked for outside the loopback interface."""
+
+    errors: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+    expected: list[str] = field(default_factory=list)
+
+    def expect(self, pattern: str) -> None:
+        """An error that this test provokes: a regular expression."""
+        self.expected.append(pattern)
+
+    def check(self) -> None:
+        """Fail if anything was seen that nobody expects."""
+        left = [e for e in self.errors if not any(re.search(p, e) for p in self.expected)]
+        assert not left, "the page has errors:\n" + "\n".join(left)
+        assert not self.outside, f"the page asked for {self.outside}"
+
+
+def watched(page: Any, watch: Watch) -> Any:
+    """The page, with its errors and requests noted in ``watch`` (which is also ``page.watch``)."""
+
+    def on_console(message: Any) -> None:
+        if message.type == "error":
+            watch.errors.append(f"console: {message.text} ({message.location.get('url', '')})")
+
+    def on_request(request: Any) -> None:
+        url = urlsplit(request.url)
+        watch.requests.append(f"{request.method} {url.path}")
+        if url.scheme in ("http", "https", "ws", "wss") and url.hostname not in LOOPBACK:
+            watch.outside.append(request.url)
+
+    page.on("console", on_console)
+    page.on("pageerror", lambda error: watch.errors.append(f"error: {error}"))
+    page.on("request", on_request)
+    page.watch = watch
+    return page
