@@ -31,6 +31,7 @@ setup(
             "assets/**/*.bin",
             "assets/**/*.npz",
             "assets/**/*.jsonl",
+            "viewer/dist/*",
         ]
     },
     install_requires=[

@@ -32,6 +32,7 @@ ROOMS = [
     ["neuron_explainer.dictionaries"],
     ["neuron_explainer.graphs"],
     ["neuron_explainer.server"],
+    ["neuron_explainer.viewer"],
     ["neuron_explainer.experiments"],
     ["neuron_explainer.demo", "neuron_explainer.cli", "neuron_explainer.__main__"],
 ]

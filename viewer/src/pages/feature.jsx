@@ -1,0 +1,2 @@
+export function FeaturePage() { return null; }
+export function ComparePage() { return null; }
