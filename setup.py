@@ -56,6 +56,8 @@ setup(
         "plots": ["matplotlib"],
         # Maps of decoder directions by UMAP, and dictionaries matched one to one (scipy).
         "maps": ["umap-learn", "scipy"],
+        # Latents matched with known features (scipy), and logistic probes.
+        "probes": ["scipy", "scikit-learn"],
         # The probes and figures of the board experiments.
         "boards": ["matplotlib", "scikit-learn"],
         # Figures of units as a table.
