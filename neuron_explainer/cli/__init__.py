@@ -21,6 +21,7 @@ from neuron_explainer.cli import (
     learning,
     looking,
     measuring,
+    serving,
     stored_files,
 )
 from neuron_explainer.cli.common import (
@@ -200,6 +201,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, VerbParser]]:
 def _register_looking(verbs: Any) -> None:
     about = "a tour in seconds, offline, with the calls it makes"
     add_verb(verbs, "demo", about, run_demo, show_demo, example="neuron-explainer demo")
+    serving.register(verbs)
     looking.register(verbs)
     collating.register(verbs)
     inspecting.register(verbs)
