@@ -40,7 +40,6 @@ from neuron_explainer.models.autoencoders.latents import Latents
 
 K = 5
 LR = 3e-3
-SEEDS = (0, 1, 2)
 OBJECTIVES: dict[str, ObjectiveConfig] = {
     "Matryoshka": MatryoshkaConfig(k=K),
     "BatchTopK": BatchTopKConfig(k=K),
@@ -79,9 +78,17 @@ class Sizes:
     steps: int = 1000
     batch_size: int = 1024
     held_out: int = 32_768
+    seeds: tuple[int, ...] = (0, 1, 2)
 
 
-QUICK = Sizes(SyntheticConfig(n_features=60, width=16, n_roots=2, depth=1, rank=4), 16, 20, 64, 500)
+QUICK = Sizes(
+    SyntheticConfig(n_features=60, width=16, n_roots=2, depth=1, rank=4),
+    n_latents=16,
+    steps=20,
+    batch_size=64,
+    held_out=500,
+    seeds=(0, 1),
+)
 Results = dict[str, list[Recovery]]
 
 
@@ -96,7 +103,7 @@ def run(quick: bool = False) -> str:
     held_out = list(source.batches(sizes.held_out, sizes.batch_size, seed=10**6))
     found: Results = {name: [] for name in OBJECTIVES}
     floors: Results = {name: [] for name in ("true features", "random", "permuted decoder")}
-    for seed in SEEDS:
+    for seed in sizes.seeds:
         print(f"recovery: seed {seed}", file=sys.stderr)
         configs = {name: _config(objective, sizes, seed) for name, objective in OBJECTIVES.items()}
         trained = train_many(configs, _batches(source, sizes, seed))
@@ -114,7 +121,7 @@ def run(quick: bool = False) -> str:
     text = (
         f"{sizes.n_latents} latents, {c.n_features:,} features in {c.width} dimensions, "
         f"{sizes.steps * sizes.batch_size:,} tokens, learning rate {LR:g}; mean ± standard deviation of "
-        f"{len(SEEDS)} seeds\n\n{_table(found | floors)}\n{order(found)}"
+        f"{len(sizes.seeds)} seeds\n\n{_table(found | floors)}\n{order(found)}"
     )
     if REVERSED in text and not quick:
         print(text)
