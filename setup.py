@@ -31,6 +31,7 @@ setup(
             "assets/**/*.bin",
             "assets/**/*.npz",
             "assets/**/*.jsonl",
+            "server/openapi.json",
             "viewer/dist/*",
         ]
     },
@@ -64,6 +65,8 @@ setup(
         # Where training can log to, next to its own log.jsonl.
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
+        # Pages and an API in the browser: neuron-explainer serve.
+        "serve": ["fastapi", "uvicorn", "orjson"],
         # What trains the embedded model's tokenizer; using it needs nothing beyond the core.
         "train": ["tokenizers"],
         # Tests of the pages in the system's Chromium; axe-core judges their accessibility.
@@ -82,6 +85,10 @@ setup(
             "pyarrow",
             "datasets",
             "pandas",
+            "fastapi",
+            "uvicorn",
+            "orjson",
+            "httpx2",
             "mypy",
             "ruff",
             "pre_commit",

@@ -22,6 +22,7 @@ from neuron_explainer.cli import (
     looking,
     measuring,
     probing,
+    serving,
     stored_files,
 )
 from neuron_explainer.cli.common import (
@@ -201,6 +202,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, VerbParser]]:
 def _register_looking(verbs: Any) -> None:
     about = "a tour in seconds, offline, with the calls it makes"
     add_verb(verbs, "demo", about, run_demo, show_demo, example="neuron-explainer demo")
+    serving.register(verbs)
     looking.register(verbs)
     collating.register(verbs)
     inspecting.register(verbs)
