@@ -116,20 +116,6 @@ def probe(
         floor=floor,
         method=method,
     )
-    absorbed: list[dict[str, Absorption]] = [{}, {}]
-    if not autoencoder.is_transcoder:
-        absorbed = [
-            absorption(
-                coded,
-                tokens.letters,
-                normalized(each, tokens.x),
-                each.directions,
-                bias=(each.pre_bias if each.post_bias is None else each.post_bias).detach().cpu(),
-                groups=tokens.document,
-                seeds=seeds,
-            )
-            for each, coded in ((autoencoder, latents), (nothing, floor))
-        ]
     return Probed(
         location=str(subject.source),
         n_tokens=len(tokens.x),
@@ -137,8 +123,8 @@ def probe(
         n_latents=autoencoder.n_latents,
         l0=l0,
         probing=probing,
-        absorption=absorbed[0],
-        absorption_floor=absorbed[1],
+        absorption=_absorption(autoencoder, latents, tokens, seeds),
+        absorption_floor=_absorption(nothing, floor, tokens, seeds),
     )
 
 
@@ -186,6 +172,24 @@ def _encoded(autoencoder: Autoencoder, x: Tensor) -> Latents:
         latents = autoencoder.encode_sparse(rows.to(autoencoder.device, autoencoder.dtype))
         found.append(latents._replace(values=latents.values.cpu(), indices=latents.indices.cpu()))
     return Latents.cat(found)
+
+
+def _absorption(
+    autoencoder: Autoencoder, latents: Latents, tokens: LabelledTokens, seeds: Sequence[int]
+) -> dict[str, Absorption]:
+    """Absorption of first letters; nothing for a transcoder, whose latents do not add up to its input."""
+    if autoencoder.is_transcoder:
+        return {}
+    bias = autoencoder.pre_bias if autoencoder.post_bias is None else autoencoder.post_bias
+    return absorption(
+        latents,
+        tokens.letters,
+        normalized(autoencoder, tokens.x),
+        autoencoder.directions,
+        bias=bias.detach().cpu(),
+        groups=tokens.document,
+        seeds=seeds,
+    )
 
 
 def normalized(autoencoder: Autoencoder, x: Tensor) -> Tensor:
