@@ -51,7 +51,7 @@ def _register_evaluate(verbs: Any) -> None:
         data_options,
         "neuron-explainer evaluate ae-resid-delta-mlp --text book.txt",
     )
-    _subject(evaluate, "what was held out in training", several=True, n_tokens=FIRST_LOOK)
+    subject_options(evaluate, "what was held out in training", several=True, n_tokens=FIRST_LOOK)
     option(evaluate, "--ce-every", "measure losses on every n-th batch only, on none if 0", 1, "N")
     evaluate.add_argument(
         "--compat",
@@ -72,7 +72,7 @@ def _register_prune(verbs: Any) -> None:
         data_options,
         "neuron-explainer prune run --location 2/resid.torso.delta_mlp --out pruned",
     )
-    _subject(prune, "what it was trained on", "--out FOLDER")
+    subject_options(prune, "what it was trained on", "--out FOLDER")
     prune.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
     for name, default, kept in (
         ("--min-frequency", 1e-6, "keep latents that fire on this share of tokens"),
@@ -93,7 +93,7 @@ def _register_finetune(verbs: Any) -> None:
         data_options,
         "neuron-explainer finetune pruned --batch-size 256 --out finetuned",
     )
-    _subject(finetune, "what it was trained on", "--out FOLDER")
+    subject_options(finetune, "what it was trained on", "--out FOLDER")
     finetune.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
     option(finetune, "--lr", "learning rate", 1e-3, "X")
     option(finetune, "--batch-size", "tokens", 4096, "N", type=positive)
@@ -109,13 +109,13 @@ def _register_report(verbs: Any) -> None:
         data_options,
         "neuron-explainer report ae-resid-delta-mlp --text book.txt --out report.html",
     )
-    _subject(report, "what was held out in training", n_tokens=FIRST_LOOK)
+    subject_options(report, "what was held out in training", n_tokens=FIRST_LOOK)
     report.add_argument(
         "--out", metavar="FILE", help="file to write (default: report.html in the run's folder)"
     )
 
 
-def _subject(
+def subject_options(
     verb: argparse.ArgumentParser,
     text: str,
     needed: str = "",

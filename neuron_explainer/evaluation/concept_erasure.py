@@ -108,6 +108,7 @@ class TPP:
         }
 
 
+@torch.no_grad()
 def tpp(
     subject: Subject,
     classes: Mapping[str, Tensor],
@@ -207,6 +208,7 @@ class SCR:
         }
 
 
+@torch.no_grad()
 def scr(
     subject: Subject,
     wanted: Tensor,
@@ -309,6 +311,7 @@ class Exchange:
         }
 
 
+@torch.no_grad()
 def exchange(
     subject: Subject,
     attribute: Tensor,
