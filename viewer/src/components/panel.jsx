@@ -39,10 +39,7 @@ export function Panel({ id, title, what, json, python, actions, class: name = ''
   return (
     <section id={`panel-${id}`} data-panel={id} class={`panel ${name}${large ? ' large' : ''}`} aria-labelledby={heading} ref={box}>
       <header class="panel-head">
-        <div class="panel-title">
-          <h2 id={heading}>{title}</h2>
-          {what && <p class="what">{what}</p>}
-        </div>
+        <h2 id={heading}>{title}</h2>
         <div class="tools">
           {actions}
           {json !== undefined && (
@@ -52,6 +49,7 @@ export function Panel({ id, title, what, json, python, actions, class: name = ''
           <Tool icon="link" label={`Copy link to ${title}`} tool="link" onClick={() => copy(linkTo(id), 'Link')} />
           <Tool icon={large ? 'minimise' : 'maximise'} label={large ? `Restore ${title}` : `Maximise ${title}`} tool="large" onClick={() => setLarge(!large)} />
         </div>
+        {what && <p class="what">{what}</p>}
       </header>
       <div class="panel-body">{children}</div>
     </section>

@@ -1,0 +1,88 @@
+"""What all routes of one application share."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Protocol
+
+from fastapi import Depends, Request
+
+from neuron_explainer.server.limits import Limits
+from neuron_explainer.server.registry import Registry
+from neuron_explainer.server.security import ClientRate, Policy
+
+ModelState = Literal["none", "loading", "ready", "failed"]
+
+
+class Compute(Protocol):
+    """What the routes that only read need to know of the model and who runs it."""
+
+    @property
+    def state(self) -> ModelState:
+        """Whether there is a model, and whether it can be asked."""
+
+    @property
+    def error(self) -> str | None:
+        """Why it failed."""
+
+    @property
+    def queue_depth(self) -> int:
+        """How many requests wait."""
+
+    def start(self) -> None:
+        """Begin to load the model; returns at once, and does nothing the second time."""
+
+    def close(self) -> None:
+        """Stop everything that runs."""
+
+    def description(self) -> dict[str, Any]:
+        """The part of ``GET /model`` that only the model knows; empty before it is ready."""
+
+    def dictionary(self, id: str) -> dict[str, Any]:
+        """``has_autoencoder``, ``metrics`` and ``map`` of a dictionary, as far as they are known."""
+
+
+class NoModel:
+    """A server of stores alone."""
+
+    state: ModelState = "none"
+    error: str | None = None
+    queue_depth = 0
+
+    def start(self) -> None:
+        """Nothing is to be loaded."""
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+    def description(self) -> dict[str, Any]:
+        """Nothing is known."""
+        return {}
+
+    def dictionary(self, id: str) -> dict[str, Any]:
+        """Nothing is known."""
+        return {}
+
+
+@dataclass
+class Serving:
+    """The state of one application; ``app.state.serving``."""
+
+    registry: Registry
+    policy: Policy
+    limits: Limits
+    compute: Compute
+    read_only: bool
+    rate: ClientRate
+    model_name: str | None = None
+    started: float = field(default_factory=time.monotonic)
+
+
+async def serving(request: Request) -> Serving:
+    """The state of the application that a request came to."""
+    found = request.app.state.serving
+    assert isinstance(found, Serving)
+    return found
+
+
+Served = Annotated[Serving, Depends(serving)]
+"""Type of a route's parameter that receives the state."""
