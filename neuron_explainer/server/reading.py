@@ -1,7 +1,7 @@
 """Routes that read stores: the model, dictionaries, units and their examples."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -162,7 +162,7 @@ def feature_content(shelf: Shelf, store: ExampleStore, record: LatentRecord) -> 
     place = int(np.searchsorted(alive, unit))
     after = place + int(place < len(alive) and alive[place] == unit)
     partners = [partner.unit for partner in record.partners]
-    names = first_labels(store, partners)
+    names = store.first_labels(partners)
     return {
         "dictionary": shelf.id,
         "unit": unit,
@@ -174,7 +174,11 @@ def feature_content(shelf: Shelf, store: ExampleStore, record: LatentRecord) -> 
         "badges": badges(record),
         "examples": [example_content(example, record) for example in record.all_examples],
         "partners": [
-            {**asdict(partner), "label": names.get(partner.unit)} for partner in record.partners
+            {
+                **asdict(partner),
+                "label": names[partner.unit].text if partner.unit in names else None,
+            }
+            for partner in record.partners
         ],
         "labels": labels_content(store, unit),
         "bookmarked": any(mark.unit == unit for mark in store.workspace.bookmarks()),
@@ -264,12 +268,6 @@ def labels_content(store: ExampleStore, unit: int) -> list[dict[str, Any]]:
         }
         for number, label in enumerate(store.labels(unit))
     ]
-
-
-def first_labels(store: ExampleStore, units: Sequence[int]) -> dict[int, str]:
-    """The first label of each unit that has one."""
-    found = {unit: store.labels(unit) for unit in units}
-    return {unit: labels[0].text for unit, labels in found.items() if labels}
 
 
 @router.get("/dictionaries/{d}/features/{i}/examples", response_model=shapes.Examples, **READ)
