@@ -14,8 +14,9 @@ from starlette.responses import Response
 from neuron_explainer.analysis.store import COLUMNS, ExampleStore
 from neuron_explainer.analysis.workspace import Workspace
 from neuron_explainer.server import shapes
+from neuron_explainer.server.content import open_store, vocabulary
 from neuron_explainer.server.problems import Problem
-from neuron_explainer.server.reading import DictionaryId, open_store, vocabulary
+from neuron_explainer.server.reading import DictionaryId
 from neuron_explainer.server.registry import ID_PATTERN
 from neuron_explainer.server.replies import json_reply
 from neuron_explainer.server.security import READ
@@ -26,8 +27,6 @@ Ints = npt.NDArray[np.int64]
 Number = Annotated[float | None, Query(allow_inf_nan=False)]
 Words = Annotated[str | None, Query(max_length=200)]
 SORTS = ("unit", *COLUMNS, "score")
-_SECONDS = 1.0
-"""That a search by token goes on to dictionaries whose peaks have not been read yet."""
 
 
 @router.get("/dictionaries/{d}/features", response_model=shapes.FeatureRows, **READ)
@@ -215,9 +214,9 @@ def _by_token(
     served: Serving, text: str, ids: Sequence[str], limit: int
 ) -> tuple[list[dict[str, Any]], bool]:
     found: list[tuple[int, dict[str, Any]]] = []
-    end = time.monotonic() + _SECONDS
+    end = time.monotonic() + served.limits.token_search_seconds
     for number, id in enumerate(ids):
-        if number and time.monotonic() > end:
+        if number and time.monotonic() >= end:
             break
         with served.registry.reading(id) as store:
             units = store.units_at_token(text)[:limit]
