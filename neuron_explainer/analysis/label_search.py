@@ -11,8 +11,6 @@ Of a word that thousands of labels hold, the first :data:`CANDIDATES` are looked
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from neuron_explainer.analysis.store_format import encodable
-
 Query = Callable[[str, Sequence[Any]], list[tuple[Any, ...]]]
 CANDIDATES = 2000
 _SHORTEST_BEGINNING = 2
@@ -25,7 +23,8 @@ def fts_query(text: str, *, prefix: bool = True) -> str:
     Each word is quoted, so that nothing in it is read as an operator. Empty if there is no word; with
     ``prefix``, also if the last word is too short to be completed.
     """
-    words = [word.replace('"', '""') for word in encodable(text).replace("\0", " ").split()]
+    text = text.encode(errors="replace").decode()  # half a surrogate pair has no form in SQLite
+    words = [word.replace('"', '""') for word in text.replace("\0", " ").split()]
     words = [word for word in words if any(letter.isalnum() for letter in word)]
     if not words or (prefix and len(words[-1]) < _SHORTEST_BEGINNING):
         return ""
