@@ -16,11 +16,10 @@ from neuron_explainer.analysis.workspace import Workspace
 from neuron_explainer.server import shapes
 from neuron_explainer.server.content import open_store, vocabulary
 from neuron_explainer.server.problems import Problem
-from neuron_explainer.server.reading import DictionaryId
 from neuron_explainer.server.registry import ID_PATTERN
 from neuron_explainer.server.replies import json_reply
 from neuron_explainer.server.security import READ
-from neuron_explainer.server.serving import Served, Serving
+from neuron_explainer.server.serving import DictionaryId, Served, Serving
 
 router = APIRouter()
 Ints = npt.NDArray[np.int64]
