@@ -211,7 +211,7 @@ class ExampleStore:
                 self.n_tokens, **{name: self.column(name)[number].item() for name in COLUMNS}
             ),
             histogram=row.histogram,
-            all_examples=self._examples(row.examples),
+            all_examples=self.examples_of(row.examples),
             partners=self._partners(number, row),
             labels=tuple(self.labels(number)),
             provenance=self.provenance,
@@ -229,8 +229,8 @@ class ExampleStore:
             )
         return number
 
-    def _examples(self, table: ExampleTable) -> tuple[Example, ...]:
-        """The examples of one unit, with their tokens."""
+    def examples_of(self, table: ExampleTable) -> tuple[Example, ...]:
+        """The examples of a table with their tokens, which are those of this store's text."""
         length = table.length.astype(np.int64)
         tokens, documents = self.tokens.windows(table.start, length)
         position = table.start - self.tokens.corpus.starts[documents]
