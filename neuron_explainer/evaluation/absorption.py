@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuron_explainer.errors import InputError
+from neuron_explainer.evaluation.floors import permuted_directions
 from neuron_explainer.evaluation.linear_probes import (
     Split,
     columns_of,
@@ -60,6 +61,8 @@ class Absorption:
     label: str
     full: Spread
     """Share of true positives with full absorption."""
+    floor: Spread
+    """The same with permuted directions, which have nothing to do with the latents."""
     fraction: Spread
     """Mean over true positives of the share of the work that other latents have taken over."""
     n_main: Spread
@@ -166,6 +169,7 @@ class _Run(NamedTuple):
     """What one seed found."""
 
     full: float
+    floor: float
     fraction: float
     probe_f1: float
     main_f1: float
@@ -198,6 +202,8 @@ def _measured(
     main_f1 = quality(some.predict(columns_of(test, main).cpu()), y_test).f1
     rows, unit = split.test[true], F.normalize(probe.direction, dim=0)
     found = absorbed(rows_of(test, true), x[rows], directions, unit, main)
+    permuted = permuted_directions(directions)
+    nothing = absorbed(rows_of(test, true), x[rows], permuted, unit, main)
     by_part = {}
     if parts is not None:
         here = parts.cpu()[rows]
@@ -210,6 +216,7 @@ def _measured(
     absorbers = {int(i): int(counts[i]) for i in order if counts[i]}
     return _Run(
         full=float(found.full.double().mean()),
+        floor=float(nothing.full.double().mean()),
         fraction=float(found.fraction.mean()),
         probe_f1=probe_f1,
         main_f1=main_f1,
@@ -289,6 +296,7 @@ def _result(name: str, runs: Sequence[_Run]) -> Absorption:
     return Absorption(
         label=name,
         full=Spread.of(run.full for run in runs),
+        floor=Spread.of(run.floor for run in runs),
         fraction=Spread.of(run.fraction for run in runs),
         n_main=Spread.of(len(run.main) for run in runs),
         probe_f1=Spread.of(run.probe_f1 for run in runs),
@@ -310,6 +318,7 @@ def absorption_table(
     head = [
         "label",
         "full",
+        "permuted",
         "random",
         "fraction",
         "random",
@@ -331,6 +340,7 @@ def absorption_table(
             [
                 each.label,
                 f"{each.full:.3f}",
+                f"{each.floor:.3f}",
                 floors[0],
                 f"{each.fraction:.3f}",
                 floors[1],

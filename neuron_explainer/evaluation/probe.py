@@ -100,12 +100,12 @@ def probe(
     name = "autoencoder" if place is None else str(place)
     subject = placed({name: autoencoder}, context.get_dim_size(Dimension.LAYERS))[name]
     tokens = labelled(context, subject, batches)
-    latents = _encoded(autoencoder, tokens.x)
+    latents = encoded(autoencoder, tokens.x)
     l0 = float((latents.values != 0).sum()) / len(tokens.x)
     if not l0:
         raise InputError(f"{name}: no latent fires on any of {len(tokens.x):,} tokens.")
     nothing = random_autoencoder(autoencoder, l0)
-    floor = _encoded(nothing, tokens.x)
+    floor = encoded(nothing, tokens.x)
     probing = sparse_probing(
         latents,
         tokens.labels,
@@ -165,7 +165,7 @@ def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _encoded(autoencoder: Autoencoder, x: Tensor) -> Latents:
+def encoded(autoencoder: Autoencoder, x: Tensor) -> Latents:
     """The active latents of ``[t, n]``, on the CPU."""
     found = []
     for rows in torch.split(x, ROWS_AT_ONCE):

@@ -1,20 +1,26 @@
 """Probing an autoencoder on text: planted latents of rules are found, and the command prints its tables."""
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
+from neuron_explainer.activations.data_config import DataConfig, open_windows
 from neuron_explainer.activations.windows import TokenBatch
+from neuron_explainer.analysis.store_names import find_stores
 from neuron_explainer.cli import main
 from neuron_explainer.errors import InputError
+from neuron_explainer.evaluation.concept_erasure import Subject, tpp
 from neuron_explainer.evaluation.linear_probes import fit_probe
 from neuron_explainer.evaluation.placed import placed_at
-from neuron_explainer.evaluation.probe import labelled, normalized, probe
+from neuron_explainer.evaluation.probe import encoded, labelled, normalized, probe
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.model_context import StandardModelContext
+from neuron_explainer.models.model_registry import make_autoencoder_context
+from neuron_explainer.models.open_model import open_model
 from neuron_explainer.models.transformer import Transformer
 
 LOCATION = ActivationLocation.parse("0/resid.torso.post_mlp")
@@ -95,6 +101,25 @@ def test_dead_autoencoders_and_no_tokens_are_refused(
         probe(context, autoencoder, batches)
     with pytest.raises(InputError, match="no batch"):
         probe(context, autoencoder, [])
+
+
+def test_concepts_of_rules_are_erased() -> None:
+    """TPP on token-rule labels, with an autoencoder that was trained."""
+    context = open_model("tiny-tales", "cpu")
+    text = find_stores("tiny-tales") / "tokens"
+    batches = list(islice(open_windows(context, text, DataConfig(), part="all"), 1))
+    autoencoder = make_autoencoder_context(
+        "tiny-tales", "ae-resid-delta-mlp", "cpu"
+    ).get_autoencoder(2)
+    assert autoencoder.location is not None
+    tokens = labelled(context, placed_at(autoencoder.location, autoencoder), batches)
+    subject = Subject(encoded(autoencoder, tokens.x), tokens.x, autoencoder.directions)
+    classes = {name: tokens.labels[name] for name in ("punctuation", "begins a word", "ends in s")}
+    found = tpp(subject, classes, ns=(50,), groups=tokens.document)
+    assert found.accuracy.mean > 0.85
+    assert found.own[50].mean > 0.1
+    assert found.score[50].mean > found.floor[50].mean
+    assert found.score[50].differs_from(found.floor[50])
 
 
 def test_a_transcoder_has_no_absorption(
