@@ -222,7 +222,7 @@ class ExampleStore:
     def first_example(self, unit: int) -> Example | None:
         """The first example of a unit, which is quicker to have than its record; None if there is none."""
         table = self._file.unit(self._checked(unit)).examples
-        return self._examples(table.rows(slice(0, 1)))[0] if len(table) else None
+        return self.examples_of(table.rows(slice(0, 1)))[0] if len(table) else None
 
     def __iter__(self) -> Iterator[LatentRecord]:
         return (self[unit] for unit in range(len(self)))

@@ -292,7 +292,7 @@ def _inspect_quantiles(args: argparse.Namespace, store: "ExampleStore") -> Resul
         store, context, [args.unit], args.quantiles, args.top or 2, autoencoder=autoencoder
     )
     examples = store.examples_of(found.examples)
-    parts = [
+    parts: list[dict[str, Any]] = [
         {
             "contexts": int(found.count[0, number]),
             "smallest": float(found.smallest[0, number]),

@@ -292,10 +292,10 @@ class BruteForce:
             drawn = [p for p in members if interval(p.value) == i and f32(p.u) <= limits[i]]
             drawn.sort(key=lambda p: (f32(p.u), p.position))
             # Places that are left go to others that are kept, by their keys.
-            inside = {p.position: p for p in members + others if interval(p.value) == i}
+            rest = {p.position: p for p in members + others if interval(p.value) == i}
             for p in drawn:
-                del inside[p.position]
-            drawn += sorted(inside.values(), key=lambda p: (f32(p.u), p.position))
+                del rest[p.position]
+            drawn += sorted(rest.values(), key=lambda p: (f32(p.u), p.position))
             found += [(i, p, f32(p.u)) for p in drawn[:k]]
         return found
 
