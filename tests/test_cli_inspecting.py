@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from neuron_explainer import cli
 from neuron_explainer.activations import TokenWindows, start_token, tokenize
 from neuron_explainer.analysis import CollateConfig, ExampleStore, collate
 from neuron_explainer.analysis.directions import top_logits
+from neuron_explainer.analysis.interchange.dashboards import read_dashboards, read_neuronpedia
 from neuron_explainer.evaluation.passage import PASSAGE
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
 from neuron_explainer.models.model_context import ModelContext
@@ -287,3 +289,28 @@ def test_numbers_of_json_are_plain(capsys: pytest.CaptureFixture[str], path: str
     found = json.loads(run(capsys, "inspect", path, "--json"))
     assert found["n_units"] == 2560
     assert np.isfinite(found["units"][0]["max"])
+
+
+def test_exported_cards_have_the_tokens_that_a_latent_promotes(
+    capsys: pytest.CaptureFixture[str], path: str, store: ExampleStore, tmp_path: Path
+) -> None:
+    units = [int(unit) for unit in store.sort("max", limit=2)]
+    chosen = ",".join(map(str, units))
+    context = ModelContext.from_model_type("tiny-tales")
+    saes = make_autoencoder_context("tiny-tales", "ae-resid-delta-mlp", device=context.device)
+    expected = top_logits(context, saes.get_autoencoder(2).float(), units[1])
+    for form in ("saedashboard", "neuronpedia"):
+        argv = ["export-records", path, "--format", form, "--units", chosen]
+        said = run(capsys, *argv, "--out", str(tmp_path / form))
+        assert "promote" not in said
+        if form == "saedashboard":
+            cards: Any = read_dashboards(tmp_path / form)[0].features
+        else:
+            cards = read_neuronpedia(tmp_path / form).features
+        assert cards[1].pos_str == [each.text for each in expected.top]
+        assert cards[1].neg_str == [each.text for each in expected.bottom]
+        assert cards[1].pos_values == pytest.approx([each.value for each in expected.top], rel=1e-4)
+        assert sum(cards[1].logits_hist_data_bar_heights) == sum(expected.counts)
+        said = run(capsys, *argv, "--no-model", "--out", str(tmp_path / "without" / form))
+        assert "tokens that units promote are left out: --no-model" in said
+    assert read_dashboards(tmp_path / "without" / "saedashboard")[0].features[1].pos_str == []

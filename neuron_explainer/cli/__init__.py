@@ -21,6 +21,7 @@ from neuron_explainer.cli import (
     learning,
     looking,
     measuring,
+    probing,
     serving,
     stored_files,
 )
@@ -188,7 +189,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, VerbParser]]:
         ("look", _register_looking),
         ("intervene", intervening.register),
         ("learn", _register_learning),
-        ("measure", measuring.register),
+        ("measure", _register_measuring),
         ("files", _register_files),
     ):
         register(verbs)
@@ -210,6 +211,11 @@ def _register_looking(verbs: Any) -> None:
 def _register_learning(verbs: Any) -> None:
     learning.register(verbs)
     factors.register(verbs)
+
+
+def _register_measuring(verbs: Any) -> None:
+    measuring.register(verbs)
+    probing.register(verbs)
 
 
 def _register_files(verbs: Any) -> None:

@@ -181,7 +181,7 @@ def _tokens_of(
     from neuron_explainer.analysis.unit_tokens import unit_tokens
 
     try:
-        context, autoencoder = _opened(args, store)
+        context, autoencoder = opened(store, args.model, args.autoencoder, args.device)
     except NeuronExplainerError as error:
         return None, str(error)
     what = store.location if autoencoder is None else autoencoder
@@ -189,24 +189,27 @@ def _tokens_of(
     return unit_tokens(context, what, args.unit, location=place), None
 
 
-def _opened(
-    args: argparse.Namespace, store: "ExampleStore"
+def opened(
+    store: "ExampleStore", model: str | None, autoencoder: str | None, device: str | None
 ) -> "tuple[ModelContext, Autoencoder | None]":
-    """The model and, for latents, the autoencoder of a store; an error unless they are the same ones."""
+    """The model and, for latents, the autoencoder of a store; an error unless they are the same ones.
+
+    ``model`` and ``autoencoder`` are names for where they are now; None: where the store says.
+    """
     provenance = store.provenance
-    model = args.model or provenance.get("model")
+    model = model or provenance.get("model")
     if model is None:
         raise InputError(f"{store.path} does not say of which model it is; give --model.")
-    name = args.autoencoder or provenance.get("autoencoder")
+    name = autoencoder or provenance.get("autoencoder")
     if store.kind == "latent" and name is None:
         raise InputError(f"{store.path} does not say where its dictionary is; give --autoencoder.")
-    context = open_model(str(model), args.device)
+    context = open_model(str(model), device)
     store.check_model(context)
     if store.kind != "latent":
         return context, None
-    autoencoder = fitted(_autoencoder(str(name), str(model), store), context.get_or_create_model())
-    store.check_autoencoder(autoencoder)
-    return context, autoencoder
+    made = fitted(_autoencoder(str(name), str(model), store), context.get_or_create_model())
+    store.check_autoencoder(made)
+    return context, made
 
 
 def _autoencoder(name: str, model: str, store: "ExampleStore") -> "Autoencoder":
@@ -389,7 +392,7 @@ def _inspect_on(args: argparse.Namespace, store: "ExampleStore") -> Result:
         raise InputError(
             "--on shows units with one value for each token; heads have one for each pair."
         )
-    context, autoencoder = _opened(args, store)
+    context, autoencoder = opened(store, args.model, args.autoencoder, args.device)
     if args.unit is not None:
         _ = store[args.unit]  # an error if there is no such unit
     values, ids = _values(args, store, context, autoencoder)

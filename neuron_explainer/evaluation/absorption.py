@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuron_explainer.errors import InputError
+from neuron_explainer.evaluation.floors import permuted_directions
 from neuron_explainer.evaluation.linear_probes import (
     Split,
     columns_of,
@@ -60,6 +61,8 @@ class Absorption:
     label: str
     full: Spread
     """Share of true positives with full absorption."""
+    floor: Spread
+    """The same with permuted directions, which have nothing to do with the latents."""
     fraction: Spread
     """Mean over true positives of the share of the work that other latents have taken over."""
     n_main: Spread
@@ -91,6 +94,7 @@ class Absorption:
         }
 
 
+@torch.no_grad()
 def absorption(
     latents: Latents,
     labels: Mapping[str, Tensor],
@@ -130,31 +134,42 @@ def absorption(
     if not seeds:
         raise InputError("at least one seed is needed.")
     centred = activations if bias is None else activations - bias
-    subject = _Subject(latents, centred.cpu().double(), directions.detach().cpu().double())
-    found = {}
-    for name, label in labels.items():
-        runs = []
-        for seed in seeds:
-            split = split_rows(len(label), seed, groups)
-            run = _measured(subject, label.cpu(), split, parts, fewest, least_f1)
-            if run is None:
-                break
-            runs.append(run)
-        else:
-            found[name] = _result(name, runs)
-    return found
+    x, rows = centred.cpu().double(), directions.detach().cpu().double()
+    runs: dict[str, list[_Run]] = {name: [] for name in labels}
+    for number, seed in enumerate(seeds):
+        sides = _Sides.of(latents, x, split_rows(len(x), seed, groups))
+        for name, label in labels.items():
+            if len(runs[name]) < number:
+                continue  # left out with an earlier seed
+            run = _measured(sides, rows, label.cpu(), parts, fewest, least_f1)
+            if run is not None:
+                runs[name].append(run)
+    return {name: _result(name, found) for name, found in runs.items() if len(found) == len(seeds)}
 
 
-class _Subject(NamedTuple):
-    latents: Latents
+class _Sides(NamedTuple):
+    """Tokens to fit on and tokens to test on."""
+
+    split: Split
     x: Tensor
-    directions: Tensor
+    """``[t, n]`` of all tokens."""
+    train: Latents
+    test: Latents
+    products: Tensor
+    """``xᵀ x`` of the training tokens, which is the same for all labels."""
+
+    @classmethod
+    def of(cls, latents: Latents, x: Tensor, split: Split) -> "_Sides":
+        rows = x[split.train]
+        train, test = rows_of(latents, split.train), rows_of(latents, split.test)
+        return cls(split, x, train, test, rows.t() @ rows)
 
 
 class _Run(NamedTuple):
     """What one seed found."""
 
     full: float
+    floor: float
     fraction: float
     probe_f1: float
     main_f1: float
@@ -165,33 +180,30 @@ class _Run(NamedTuple):
 
 
 def _measured(
-    subject: _Subject,
+    sides: _Sides,
+    directions: Tensor,
     label: Tensor,
-    split: Split,
     parts: Tensor | None,
     fewest: int,
     least_f1: float,
 ) -> _Run | None:
+    split, x, train, test, products = sides
     y, y_test = label[split.train], label[split.test]
     if min(int(y.sum()), int(y_test.sum()), int((~y).sum()), int((~y_test).sum())) < fewest:
         return None
-    probe = fit_probe(subject.x[split.train], y, "f1")
-    said = probe.predict(subject.x[split.test])
+    probe = fit_probe(x[split.train], y, "f1", products=products)
+    said = probe.predict(x[split.test])
     probe_f1 = quality(said, y_test).f1
-    rows = split.test[said & y_test]
-    if probe_f1 < least_f1 or not len(rows):
+    true = (said & y_test).nonzero().flatten()
+    if probe_f1 < least_f1 or not len(true):
         return None
-    train, test = (rows_of(subject.latents, side) for side in split)
     main = main_latents(train, y)
     some = fit_probe(columns_of(train, main).cpu(), y, "f1")
     main_f1 = quality(some.predict(columns_of(test, main).cpu()), y_test).f1
-    found = absorbed(
-        rows_of(subject.latents, rows),
-        subject.x[rows],
-        subject.directions,
-        F.normalize(probe.direction, dim=0),
-        main,
-    )
+    rows, unit = split.test[true], F.normalize(probe.direction, dim=0)
+    found = absorbed(rows_of(test, true), x[rows], directions, unit, main)
+    permuted = permuted_directions(directions)
+    nothing = absorbed(rows_of(test, true), x[rows], permuted, unit, main)
     by_part = {}
     if parts is not None:
         here = parts.cpu()[rows]
@@ -204,6 +216,7 @@ def _measured(
     absorbers = {int(i): int(counts[i]) for i in order if counts[i]}
     return _Run(
         full=float(found.full.double().mean()),
+        floor=float(nothing.full.double().mean()),
         fraction=float(found.fraction.mean()),
         probe_f1=probe_f1,
         main_f1=main_f1,
@@ -283,6 +296,7 @@ def _result(name: str, runs: Sequence[_Run]) -> Absorption:
     return Absorption(
         label=name,
         full=Spread.of(run.full for run in runs),
+        floor=Spread.of(run.floor for run in runs),
         fraction=Spread.of(run.fraction for run in runs),
         n_main=Spread.of(len(run.main) for run in runs),
         probe_f1=Spread.of(run.probe_f1 for run in runs),
@@ -304,6 +318,7 @@ def absorption_table(
     head = [
         "label",
         "full",
+        "permuted",
         "random",
         "fraction",
         "random",
@@ -325,6 +340,7 @@ def absorption_table(
             [
                 each.label,
                 f"{each.full:.3f}",
+                f"{each.floor:.3f}",
                 floors[0],
                 f"{each.fraction:.3f}",
                 floors[1],

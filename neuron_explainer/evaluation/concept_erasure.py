@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.errors import InputError
+from neuron_explainer.evaluation.floors import permuted_directions
 from neuron_explainer.evaluation.linear_probes import (
     Probe,
     Split,
@@ -70,11 +71,28 @@ class Subject(NamedTuple):
         """Some of the tokens."""
         return Subject(rows_of(self.latents, rows), self.activations[rows], self.directions)
 
+    def permuted(self, seed: int) -> "Subject":
+        """The same latents with directions that have nothing to do with them, for a floor."""
+        return self._replace(directions=permuted_directions(self.directions, seed))
+
     def without(self, chosen: Tensor) -> Tensor:
         """Activations with some latents switched off, ``[k] -> [t, n]``."""
         off = torch.isin(self.latents.indices, chosen)
         removed = self.latents._replace(values=torch.where(off, self.latents.values, 0.0))
         return self.activations - removed.decode(self.directions)
+
+
+def _to_dict(found: object) -> dict[str, Any]:
+    """The fields of a result, as JSON can hold them."""
+    result: dict[str, Any] = {}
+    for name, value in vars(found).items():
+        if isinstance(value, Spread):
+            result[name] = value.to_dict()
+        elif isinstance(value, Mapping):
+            result[name] = {str(key): spread.to_dict() for key, spread in value.items()}
+        else:
+            result[name] = list(value)
+    return result
 
 
 def effects(subject: Subject, label: Tensor, probe: Probe) -> Tensor:
@@ -90,24 +108,19 @@ class TPP:
     """Fall of the accuracy on the class whose latents are switched off, mean over classes."""
     others: Mapping[int, Spread]
     """Fall of the accuracy on the other classes, mean over pairs."""
+    score: Mapping[int, Spread]
+    """``own - others``"""
+    floor: Mapping[int, Spread]
+    """The score with permuted directions, which have nothing to do with the latents."""
     accuracy: Spread
     """Mean accuracy of the probes with nothing switched off: no class can fall further than to 0.5."""
 
-    @property
-    def score(self) -> dict[int, float]:
-        """``own - others``."""
-        return {n: self.own[n].mean - self.others[n].mean for n in self.own}
-
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON can hold it."""
-        return {
-            "accuracy": self.accuracy.to_dict(),
-            "own": {str(n): s.to_dict() for n, s in self.own.items()},
-            "others": {str(n): s.to_dict() for n, s in self.others.items()},
-            "score": {str(n): s for n, s in self.score.items()},
-        }
+        return _to_dict(self)
 
 
+@torch.no_grad()
 def tpp(
     subject: Subject,
     classes: Mapping[str, Tensor],
@@ -131,14 +144,17 @@ def tpp(
         )
     subject = subject.checked()
     labels = {name: label.cpu() for name, label in classes.items()}
-    runs = []
+    runs, nothing = [], []
     for seed in seeds:
         split = split_rows(len(subject.activations), seed, groups)
         runs.append(_tpp_run(subject, labels, split, ns, seed))
+        nothing.append(_tpp_run(subject.permuted(seed), labels, split, ns, seed))
     return TPP(
-        {n: Spread.of(run.own[n] for run in runs) for n in ns},
-        {n: Spread.of(run.others[n] for run in runs) for n in ns},
-        Spread.of(run.accuracy for run in runs),
+        own={n: Spread.of(run.own[n] for run in runs) for n in ns},
+        others={n: Spread.of(run.others[n] for run in runs) for n in ns},
+        score={n: Spread.of(run.own[n] - run.others[n] for run in runs) for n in ns},
+        floor={n: Spread.of(run.own[n] - run.others[n] for run in nothing) for n in ns},
+        accuracy=Spread.of(run.accuracy for run in runs),
     )
 
 
@@ -193,6 +209,8 @@ class SCR:
     score: Mapping[int, Spread]
     """By number of latents switched off: 1 if the biased probe becomes as good as the unbiased one, 0 if
     nothing changes, below 0 if it becomes worse."""
+    floor: Mapping[int, Spread]
+    """The score with permuted directions."""
     biased: Spread
     """Accuracy on unbiased tokens of the probe fitted where both labels come together."""
     clean: Spread
@@ -200,13 +218,10 @@ class SCR:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON can hold it."""
-        return {
-            "score": {str(n): s.to_dict() for n, s in self.score.items()},
-            "biased": self.biased.to_dict(),
-            "clean": self.clean.to_dict(),
-        }
+        return _to_dict(self)
 
 
+@torch.no_grad()
 def scr(
     subject: Subject,
     wanted: Tensor,
@@ -230,14 +245,16 @@ def scr(
     if not seeds:
         raise InputError("at least one seed is needed.")
     subject, wanted, unwanted = subject.checked(), wanted.cpu(), unwanted.cpu()
-    runs = []
+    runs, nothing = [], []
     for seed in seeds:
         split = split_rows(len(wanted), seed, groups)
         runs.append(_scr_run(subject, wanted, unwanted, split, ns, seed))
+        nothing.append(_scr_run(subject.permuted(seed), wanted, unwanted, split, ns, seed))
     return SCR(
-        {n: Spread.of(run[0][n] for run in runs) for n in ns},
-        Spread.of(run[1] for run in runs),
-        Spread.of(run[2] for run in runs),
+        score={n: Spread.of(run[0][n] for run in runs) for n in ns},
+        floor={n: Spread.of(run[0][n] for run in nothing) for n in ns},
+        biased=Spread.of(run[1] for run in runs),
+        clean=Spread.of(run[2] for run in runs),
     )
 
 
@@ -291,24 +308,19 @@ class Exchange:
     """Share of tokens whose attribute is then that of the other token."""
     isolation: Spread
     """Share of tokens whose other attribute stays as it was."""
+    disentangle: Spread
+    """The mean of cause and isolation: 0.5 if nothing is exchanged, and if everything is."""
+    floor: Spread
+    """The same with permuted directions."""
     chosen: tuple[int, ...]
     """The latents that were exchanged with the first seed."""
 
-    @property
-    def disentangle(self) -> float:
-        """The mean of cause and isolation: 0.5 if nothing is exchanged, and if everything is."""
-        return (self.cause.mean + self.isolation.mean) / 2
-
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON can hold it."""
-        return {
-            "cause": self.cause.to_dict(),
-            "isolation": self.isolation.to_dict(),
-            "disentangle": self.disentangle,
-            "chosen": list(self.chosen),
-        }
+        return _to_dict(self)
 
 
+@torch.no_grad()
 def exchange(
     subject: Subject,
     attribute: Tensor,
@@ -334,12 +346,19 @@ def exchange(
     if not seeds:
         raise InputError("at least one seed is needed.")
     subject, attribute, other = subject.checked(), attribute.cpu(), other.cpu()
-    runs = []
+    runs, nothing = [], []
     for seed in seeds:
         split = split_rows(len(attribute), seed, groups)
-        runs.append(_exchange_run(subject, attribute, other, split, least_share, seed))
-    cause, isolation = Spread.of(run[0] for run in runs), Spread.of(run[1] for run in runs)
-    return Exchange(cause, isolation, tuple(runs[0][2].tolist()))
+        given = attribute, other, split, least_share, seed
+        runs.append(_exchange_run(subject, *given))
+        nothing.append(_exchange_run(subject.permuted(seed), *given))
+    return Exchange(
+        cause=Spread.of(run[0] for run in runs),
+        isolation=Spread.of(run[1] for run in runs),
+        disentangle=Spread.of((run[0] + run[1]) / 2 for run in runs),
+        floor=Spread.of((run[0] + run[1]) / 2 for run in nothing),
+        chosen=tuple(runs[0][2].tolist()),
+    )
 
 
 def _exchange_run(

@@ -41,7 +41,14 @@ class Probe:
         return self.scores(x) > 0
 
 
-def fit_probe(x: Tensor, y: Tensor, aim: Aim = "accuracy", method: Method = "closed_form") -> Probe:
+@torch.no_grad()
+def fit_probe(
+    x: Tensor,
+    y: Tensor,
+    aim: Aim = "accuracy",
+    method: Method = "closed_form",
+    products: Tensor | None = None,
+) -> Probe:
     """Fit a probe to rows ``[t, k]`` with labels ``[t]``, both of which must occur.
 
     Args:
@@ -49,6 +56,7 @@ def fit_probe(x: Tensor, y: Tensor, aim: Aim = "accuracy", method: Method = "clo
         aim: what the threshold is chosen for.
         method: ``"logistic"`` takes the direction from scikit-learn's logistic regression (L2, C = 1), as
             SAEBench does; it needs the package scikit-learn.
+        products: ``xᵀ x`` ``[k, k]`` in float64, where many labels of the same rows are probed.
     """
     x = x.double()
     if y.all() or not y.any():
@@ -56,21 +64,32 @@ def fit_probe(x: Tensor, y: Tensor, aim: Aim = "accuracy", method: Method = "clo
     if method == "logistic":
         direction = _logistic(x, y)
     else:
-        first, second = x[y], x[~y]
-        difference = first.mean(dim=0) - second.mean(dim=0)
-        first, second = first - first.mean(dim=0), second - second.mean(dim=0)
-        # The two classes count alike, however many rows each has.
-        within = first.t() @ first / len(first) + second.t() @ second / len(second)
-        direction = solve_ridge(within, difference)
+        direction = _discriminant(x, y, x.t() @ x if products is None else products)
         length = direction.norm()
         direction = direction / length if length > 0 else direction
     return Probe(direction, best_threshold(x @ direction, y, aim))
 
 
+def _discriminant(x: Tensor, y: Tensor, products: Tensor) -> Tensor:
+    """The direction of linear discriminant analysis, ``[t, k], [t], [k, k] -> [k]``.
+
+    The two classes count alike, however many rows each has. Only the rows of the smaller one are multiplied
+    with each other; the rest of ``products`` is the other one's.
+    """
+    few = y if 2 * int(y.sum()) <= len(y) else ~y
+    rows, n_few, n_many = x[few], int(few.sum()), int((~few).sum())
+    few_products = rows.t() @ rows
+    mean = rows.mean(dim=0)
+    other = (x.sum(dim=0) - rows.sum(dim=0)) / n_many
+    within = few_products / n_few - torch.outer(mean, mean)
+    within += (products - few_products) / n_many - torch.outer(other, other)
+    return solve_ridge(within, mean - other if few is y else other - mean)
+
+
 def solve_ridge(within: Tensor, b: Tensor) -> Tensor:
     """``within⁻¹ b`` for a covariance ``[k, k]``, each column scaled to variance 1 and a little added to it,
     as columns may be constant, or equal."""
-    scale = within.diagonal().sqrt()
+    scale = within.diagonal().clamp(min=0).sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
     scaled = within / torch.outer(scale, scale)
     scaled += _RIDGE * torch.eye(len(scale), dtype=scale.dtype, device=scale.device)

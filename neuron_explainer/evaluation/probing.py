@@ -77,6 +77,7 @@ class SparseProbing:
         }
 
 
+@torch.no_grad()
 def sparse_probing(
     latents: Latents,
     labels: Mapping[str, Tensor],
@@ -228,6 +229,18 @@ def _result(name: str, runs: Sequence[_Run], ks: Sequence[int]) -> SparseProbing
     )
 
 
+def mean_over_labels(found: Mapping[str, SparseProbing], k: int, what: str = "accuracy") -> Spread:
+    """The mean over labels of the accuracy with ``k`` latents, with each seed.
+
+    Args:
+        found: at least one label.
+        k: number of latents.
+        what: ``"accuracy"``, ``"floor"``, ``"shuffled"`` or ``"train_accuracy"``.
+    """
+    by_label = [getattr(each, what)[k].values for each in found.values()]
+    return Spread.of(sum(values) / len(values) for values in zip(*by_label, strict=True))
+
+
 def probing_table(found: Mapping[str, SparseProbing]) -> str:
     """One line for each label and one for their mean: accuracies, and what they are to be compared with."""
     if not found:
@@ -258,4 +271,25 @@ def probing_table(found: Mapping[str, SparseProbing]) -> str:
                 f"{each.n_test:,}",
             ]
         )
+    if len(found) > 1:
+        rows.append(_mean_row(found, ks))
     return text_table(head, rows)
+
+
+def _mean_row(found: Mapping[str, SparseProbing], ks: Sequence[int]) -> list[str]:
+    first, last = ks[0], ks[-1]
+    means = {k: mean_over_labels(found, k) for k in ks}
+    floors = ["-", "-"]
+    if all(each.floor for each in found.values()):
+        floors = [f"{mean_over_labels(found, k, 'floor'):.3f}" for k in (first, last)]
+    dense = [each.dense.values for each in found.values() if each.dense is not None]
+    of_dense = [sum(values) / len(values) for values in zip(*dense, strict=True)]
+    return [
+        f"mean of {len(found)}",
+        *(f"{means[k]:.3f}" for k in ks),
+        *floors,
+        f"{mean_over_labels(found, last, 'shuffled'):.3f}",
+        f"{Spread.of(of_dense):.3f}" if of_dense else "-",
+        f"{means[first].smallest_difference:.3f}",
+        "",
+    ]

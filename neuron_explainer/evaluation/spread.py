@@ -52,13 +52,14 @@ class Spread:
         return abs(self.mean - other.mean) > sds * max(self.sd, other.sd)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values."""
-        return {
+        """All of it as JSON can hold it; None for what is not known."""
+        numbers = {
             "mean": self.mean,
             "sd": self.sd,
             "smallest_difference": self.smallest_difference,
-            "values": list(self.values),
         }
+        known = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+        return {**known, "values": [x if math.isfinite(x) else None for x in self.values]}
 
     def __format__(self, spec: str) -> str:
         spec = spec or ".3f"

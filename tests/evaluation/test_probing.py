@@ -211,5 +211,6 @@ def test_spread() -> None:
     one = Spread.of([4])
     assert not one.differs_from(spread)
     assert f"{one}" == "4.000"
+    assert one.to_dict() == {"mean": 4, "sd": None, "smallest_difference": None, "values": [4]}
     with pytest.raises(InputError, match="at least one"):
         Spread.of([])

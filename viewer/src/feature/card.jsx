@@ -58,14 +58,16 @@ export function FeatureCard({ card, state, onState, linkTo, logits, neighbours, 
       <div class="card-main">
         {first}
         <Examples card={card} state={state} onState={onState} promptLink={promptLink} />
+        <div class="card-pair">
+          <Partners card={card} linkTo={linkTo} />
+          {neighbours && <Neighbours asked={neighbours} card={card} linkTo={linkTo} />}
+        </div>
       </div>
       <div class="card-side">
         <Values card={card} state={state} onState={onState} />
         {labels}
         {logits && <Logits asked={logits} />}
         {logits && <Inputs asked={logits} />}
-        <Partners card={card} linkTo={linkTo} />
-        {neighbours && <Neighbours asked={neighbours} card={card} linkTo={linkTo} />}
       </div>
     </div>
   );
