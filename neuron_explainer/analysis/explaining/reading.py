@@ -288,14 +288,15 @@ class _Pass:
         windows = self._windows()
         duplicates = duplicates_of(windows)
         n_batches = windows.batches_per_epoch
-        step = max(1, -(-windows.corpus.n_tokens // self.most_tokens))
+        share = min(1.0, self.most_tokens / windows.corpus.n_tokens)
+        n_read = max(1, int(share * n_batches))
         self.model = self.context.get_or_create_model()
         self.sources = list(place.sources)
         found: list[tuple[Ints, Ints, Floats]] = []
         projected: list[tuple[Ints, Floats]] = []
         contexts: list[tuple[Ints, Ints]] = []
         directions: torch.Tensor | None = None
-        numbers = range(0, n_batches, step)
+        numbers = [i * n_batches // n_read for i in range(n_read)]
         for number in progress_bar(numbers, desc="reading", unit=" batches", disable=not progress):
             batch = windows.batch(number)
             places = Places.of(batch, duplicates, False)
