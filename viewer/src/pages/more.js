@@ -1,0 +1,2 @@
+// The pages that are loaded when they are first opened.
+export { PromptPage } from './prompt.jsx';
