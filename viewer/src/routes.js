@@ -2,6 +2,7 @@
 import { DictionariesPage, DictionaryPage } from './pages/dictionary.jsx';
 import { ComparePage, FeaturePage } from './pages/feature.jsx';
 import { HomePage } from './pages/home.jsx';
+import { ModelPage } from './pages/model.jsx';
 import { PromptPage } from './pages/prompt.jsx';
 
 /**
@@ -19,6 +20,7 @@ export const PAGES = [
   { path: '', title: 'Start', icon: 'feature', component: HomePage },
   { path: 'f', title: 'Features', icon: 'feature', component: FeaturePage, rail: true, keys: 'g f' },
   { path: 'd', title: 'Dictionaries', icon: 'grid', component: Dictionaries, rail: true, keys: 'g d' },
+  { path: 'm', title: 'Model', icon: 'model', component: ModelPage, rail: true, keys: 'g m' },
   { path: 'p', title: 'Prompt', icon: 'prompt', component: PromptPage, rail: true, keys: 'g p' },
   { path: 'compare', title: 'Compare', icon: 'compare', component: ComparePage, rail: true, keys: 'g c' },
 ];
