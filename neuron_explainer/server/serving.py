@@ -4,10 +4,13 @@ import time
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
 
-from fastapi import Depends, Request
+from fastapi import Depends, Path, Request
 
+from neuron_explainer.analysis.latent_record import LatentRecord
+from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.server.limits import Limits
-from neuron_explainer.server.registry import Registry
+from neuron_explainer.server.problems import Problem
+from neuron_explainer.server.registry import ID_PATTERN, Registry
 from neuron_explainer.server.security import ClientRate, Policy
 
 ModelState = Literal["none", "loading", "ready", "failed"]
@@ -86,3 +89,18 @@ async def serving(request: Request) -> Serving:
 
 Served = Annotated[Serving, Depends(serving)]
 """Type of a route's parameter that receives the state."""
+DictionaryId = Annotated[str, Path(pattern=ID_PATTERN, description="id of a dictionary")]
+Unit = Annotated[int, Path(ge=0, le=2**31 - 1, description="number of a unit")]
+
+
+def record_of(store: ExampleStore, unit: int) -> LatentRecord:
+    """What the store knows of a unit; a 404 if there is none of this number."""
+    if unit >= len(store):
+        raise Problem(
+            404,
+            "index_out_of_range",
+            f"{store.name} has no {store.kind} {unit}: there are 0 to {len(store) - 1}.",
+            loc=("path", "i"),
+            allowed=[f"0 to {len(store) - 1}"],
+        )
+    return store[unit]

@@ -121,6 +121,24 @@ class FeatureRows(BaseModel):
     total: int
     vocab: Vocabulary
     vocab_bytes: Vocabulary
+    python: str
+
+
+class Hit(BaseModel):
+    """A unit that was found."""
+
+    dictionary: str
+    unit: int
+    label: str | None
+    why: str
+    score: float | None
+
+
+class Hits(BaseModel):
+    """What a search found."""
+
+    items: list[Hit]
+    complete: bool
 
 
 class ExampleReply(BaseModel):
