@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "neuron_explainer"
 DATA = {".json", ".safetensors", ".tiktoken", ".store", ".bin", ".npz", ".jsonl"}
-DATA |= {".py", ".typed", ".html", ".js", ".css"}
+DATA |= {".py", ".typed", ".html", ".js", ".css", ".txt"}
 
 
 def main(wheel: str) -> None:

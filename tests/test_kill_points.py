@@ -19,6 +19,9 @@ from neuron_explainer import cli, files
 from neuron_explainer.activations import DataConfig, open_windows, read_documents
 from neuron_explainer.activations.token_files import write_token_file
 from neuron_explainer.analysis import CollateConfig, collate
+from neuron_explainer.analysis.collation.merging import merge_stores
+from neuron_explainer.analysis.decoder_map import decoder_map
+from neuron_explainer.analysis.interchange.delphi import cache_latents
 from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.analysis.workspace import Workspace
 from neuron_explainer.dictionaries import TopKConfig, train
@@ -28,6 +31,7 @@ from neuron_explainer.experiments.boards import __main__ as boards
 from neuron_explainer.experiments.tiny_tales import __main__ as tiny_tales
 from neuron_explainer.experiments.tiny_tales.data import HELD_OUT_BOOKS
 from neuron_explainer.experiments.tiny_tales.tokenizer import TOKENIZER_FILE, save_tokenizer
+from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.checkpoints.transformers.huggingface import save_huggingface
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.model_context import ModelContext, StandardModelContext
@@ -41,6 +45,7 @@ if not hasattr(os, "fork"):
     pytest.skip("needs fork", allow_module_level=True)
 
 PLACE = "1/mlp.post_act"
+PLACE_STORE = "1.mlp.post_act.store"
 WINDOWS = ["--context-length", "24", "--windows-per-forward", "4"]
 SMALL = ["--steps", "2", "--batch-size", "16", "--n-latents", "20", "--lr", "3e-3"]
 OFTEN = ["--checkpoint-every", "1", "--keep-checkpoints", "1", "--log-every", "2"]
@@ -87,6 +92,26 @@ def collate_and_show() -> None:
         store[int(store.alive[0])].to_html("page/unit.html")
 
 
+def exchange() -> int:
+    """Stores in the formats of other programs, and a store of one of those again."""
+    for form in ("neuron-records", "saedashboard", "neuronpedia", "parquet"):
+        argv = ["export-records", f"examples/{PLACE_STORE}", "--format", form, "--units", "0-5"]
+        if status := cli.main([*argv, "--out", f"out/{form}", "--json"]):
+            return status
+    argv = ["import-records", "out/neuron-records", "--location", "mlp.post_act", "--json"]
+    return cli.main([*argv, "--out", "out/stores"])
+
+
+def merge_and_map() -> None:
+    """A store of two texts, the map of a dictionary, and its latents for delphi."""
+    merge_stores(f"examples/{PLACE_STORE}", f"others/{PLACE_STORE}", "out/merged")
+    autoencoder = Autoencoder.load("run/autoencoder")
+    decoder_map(autoencoder, "pca", cache="out/maps")
+    data = DataConfig(context_length=24, windows_per_forward=32)
+    windows = open_windows(context(), "books", data, part="all")
+    cache_latents(context(), autoencoder, windows).write("out/delphi", "layers.1.mlp", n_splits=2)
+
+
 def learn_boards() -> int:
     """A data set of boards, a model that learns them, and the model in a folder of its own."""
     sizes = ["--board-size", "5", "--root-size", "2", "--root-cells", "4", "--n-roots", "3"]
@@ -101,6 +126,12 @@ def learn_boards() -> int:
     except SystemExit as error:
         print(error)
         return 2
+    return 0
+
+
+def draw_boards() -> int:
+    """The page about the models of the package."""
+    boards.main(["figures", "--out", "out"])
     return 0
 
 
@@ -162,7 +193,7 @@ PRUNE = verb(
     *("prune", "prune", "run/autoencoder", *MEASURE, "--min-max-activation", "0"),
     *("--min-decoder-norm", "0", "--out", "out/pruned"),
 )
-COLLATE = function("collate", collate_and_show, harms=("kill", "moved"))
+COLLATE = function("collate", collate_and_show, harms=("kill", "full disk", "moved"))
 FACTORS = verbs(
     "factors",
     [
@@ -188,6 +219,7 @@ FACTORS = verbs(
     harms=("kill",),
 )
 BOARDS = Command("boards", learn_boards, "out", harms=("kill",))
+FIGURES = Command("figures of boards", draw_boards, "out", harms=("kill",))
 COMMANDS = [
     HARVEST,
     TRAIN,
@@ -196,6 +228,8 @@ COMMANDS = [
     COLLATE,
     FACTORS,
     BOARDS,
+    Command("exchange", exchange, "out"),
+    function("merge and map", merge_and_map),
     verbs(
         "train two",
         ["harvest", *OF_BOOKS[:-2], "--location", PLACE, "0/mlp.post_act", "--out", "out/store"],
@@ -229,6 +263,7 @@ COMMANDS = [
     function("model huggingface", partial(save_model, "huggingface")),
     function("model pieces", partial(save_model, "pieces")),
     function("recipe", recipe),
+    FIGURES,
 ]
 WORLDS = [
     Command(f"processes share {split}", partial(distributed, split), "out", harms=("kill",))
@@ -261,6 +296,16 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, text_model: Transformer) ->
     return folder
 
 
+@pytest.fixture(scope="module")
+def stores(inputs: Path) -> Path:
+    """The same, with stores of examples of two texts."""
+    with contextlib.chdir(inputs):
+        for folder, text in (("examples", "books"), ("others", "corpus")):
+            argv = ["collate", text, "--model", "model", *WINDOWS, "--location", PLACE]
+            assert cli.main([*argv, "--top", "2", "--out", folder, "--json"]) == 0
+    return inputs
+
+
 @pytest.fixture
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("scratch")
@@ -288,6 +333,7 @@ SOME: list[tuple[Command, Harm, list[int]]] = [
     (HARVEST, "kill", [9, -3]),
     (HARVEST, "full disk", [5]),
     (HARVEST, "emptied", [12]),
+    (HARVEST, "moved", [20]),
     (TRAIN, "kill", [21, -1]),
     (TRAIN, "full disk", [14]),
     (TRAIN, "moved", [-8]),
@@ -371,8 +417,8 @@ def check_all(command: Command, inputs: Path, scratch: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("command", [*COMMANDS, *WORLDS], ids=named)
-def test_every_step(command: Command, inputs: Path, scratch: Path) -> None:
-    check_all(command, inputs, scratch)
+def test_every_step(command: Command, stores: Path, scratch: Path) -> None:
+    check_all(command, stores, scratch)
 
 
 @pytest.mark.slow

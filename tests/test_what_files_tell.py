@@ -14,6 +14,7 @@ from neuron_explainer.files import origins
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.model_context import StandardModelContext
 from neuron_explainer.models.transformer import Transformer
+from tests.blob_server import BlobServer
 
 PLACE = "1/mlp.post_act"
 USER = "alice-of-the-lab"
@@ -127,3 +128,31 @@ def test_a_record_comes_back_from_its_folder(tmp_path: Path) -> None:
     with contextlib.chdir(tmp_path):
         assert origins.full_path("books") == str(tmp_path / "books")
     assert files.is_remote("hf:OWNER/NAME")
+
+
+@pytest.mark.parametrize(
+    ("folder", "found"),
+    [
+        ("https://host/lab/run/autoencoder", "https://host/lab/books"),
+        ("az://account/lab/run/autoencoder", "az://account/lab/books"),
+        ("https://host/run", "books"),  # it would lie above the server
+    ],
+)
+def test_a_record_that_was_downloaded_names_nothing_on_this_machine(
+    folder: str, found: str
+) -> None:
+    record = origins.from_folder({"source": "../../books", "model": "tiny-tales"}, folder)
+    assert record == {"source": found, "model": "tiny-tales"}
+
+
+def test_an_autoencoder_from_a_server_names_what_lies_beside_it_there(tmp_path: Path) -> None:
+    (tmp_path / "books").mkdir()
+    autoencoder = Autoencoder(6, 4)
+    autoencoder.metadata["record"] = {"source": str(tmp_path / "books"), "model": "tiny-tales"}
+    autoencoder.save(tmp_path / "lab")
+    assert Autoencoder.load(tmp_path / "lab").metadata["record"] == autoencoder.metadata["record"]
+    with BlobServer() as server:
+        for path in (tmp_path / "lab").iterdir():
+            url = server.put(f"/place/lab/{path.name}", path.read_bytes())
+        found = Autoencoder.load(url.rpartition("/")[0])
+    assert found.metadata["record"]["source"] == f"{url.partition('/lab/')[0]}/books"

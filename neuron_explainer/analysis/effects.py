@@ -46,7 +46,7 @@ from neuron_explainer.analysis.node_parts import (
     wanted_places,
 )
 from neuron_explainer.analysis.sweeps import sweep
-from neuron_explainer.analysis.targets import Metric, Target, as_target, token_texts
+from neuron_explainer.analysis.targets import Metric, Target, as_target, token_texts, with_gradient
 from neuron_explainer.errors import InputError, did_you_mean, optional_module
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
 from neuron_explainer.models.hooks import TransformerHooks
@@ -55,7 +55,7 @@ from neuron_explainer.models.language_model import LanguageModel
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.tables import escaped, text_table
 
-__all__ = ["MEASURES", "Freeze", "Kind", "Node", "NodeTable", "nodes"]
+__all__ = ["MEASURES", "Effects", "Freeze", "Kind", "Node", "NodeTable", "TokenEffects", "nodes"]
 
 MEASURES = ("activation", "write_norm", "direct", "act_grad", "patching", "ablation")
 
@@ -143,6 +143,8 @@ def nodes(
     autoencoders: Sequence[AutoencoderContext] = (),
     freeze: Sequence[Freeze] = ("final_norm",),
     bos: bool | int = False,
+    positions: Sequence[int] | None = None,
+    hooks: TransformerHooks | None = None,
 ) -> NodeTable:
     """The nodes that matter most for a target: for each measure the ``top_k`` largest of either sign.
 
@@ -158,25 +160,30 @@ def nodes(
             heads in the layers that they cover.
         freeze: what gradients do not flow through.
         bos: begin with the start token.
+        positions: of which tokens of the prompt the nodes are; None: of all. Only these are encoded by
+            autoencoders, and totals are sums over them.
+        hooks: interventions under which everything is measured, on both prompts.
     """
-    kinds = _check(measures, top_k, prompt_b, attention, autoencoders)
-    target = as_target(target)
-    goal = Goal.of_logits(model, target)
-    wanted = wanted_places(model, attention, kinds)
-    run = Pass(model, one_prompt(model, prompt, bos), goal, wanted, freeze)
-    parts = all_parts(run, attention, kinds)
+    check_measures(measures, top_k, prompt_b)
+    if "ablation" in measures and hooks is not None:
+        raise InputError("ablation is measured on the unchanged model: leave hooks out.")
+    settings: dict[str, Any] = {
+        "attention": attention,
+        "autoencoders": autoencoders,
+        "freeze": freeze,
+        "bos": bos,
+        "hooks": hooks,
+    }
+    first = Effects(model, prompt, target, positions=positions, **settings)
     second = None
     if prompt_b is not None:
-        second = Pass(model, one_prompt(model, prompt_b, bos), goal, wanted, freeze)
-        index_map = align(run.tokens[0].tolist(), second.tokens[0].tolist())
-        _add_patching(parts, all_parts(second, attention, kinds), index_map.numpy())
-    chosen = choose(parts, measures, top_k)
-    table = table_of(run, parts, chosen, measures)
+        second = Effects(model, prompt_b, target, **settings)
+        index_map = align(first.run.tokens[0].tolist(), second.run.tokens[0].tolist())
+        _add_patching(first.parts, second.parts, index_map.numpy())
+    chosen = choose(first.parts, measures, top_k)
+    table = table_of(first.run, first.parts, chosen, measures)
     if "ablation" in measures:
-        measured = _ablated(run, chosen, target, kinds.values())
-        correlation = spearman(table.values["act_grad"], measured) if len(measured) > 2 else None
-        values = {**table.values, "ablation": measured}
-        table = replace(table, values=values, rank_correlation=correlation)
+        table = _with_ablation(table, first.run, chosen, as_target(target), autoencoders)
     if second is not None:
         other = {
             name: np.array([part.measures[f"{name} (second)"][i] for part, i in chosen])
@@ -184,6 +191,110 @@ def nodes(
         }
         table = replace(table, other=other)
     return table
+
+
+@dataclass(frozen=True)
+class TokenEffects:
+    """What each token of a prompt contributes: the sum of ``act_grad`` over the units at its position."""
+
+    embedding: Floats
+    """``[s]``, as are the others."""
+    mlp: Floats
+    """Of the neurons at the position."""
+    attention_from: Floats
+    """Of the heads at the position, which look from it at earlier ones."""
+    attention_to: Floats
+    """Of the same, counted at the position that a head looks at. Both sum to the same."""
+
+
+class Effects:
+    """One pass of a prompt with the gradients of a target: tables and token effects are read from it.
+
+    :func:`nodes` makes one, reads one table and drops it. Who needs several tables, or the values of given
+    nodes, keeps it.
+
+    Args:
+        target: of the logits, or the value of a node (:func:`~neuron_explainer.analysis.trace.goal_of`).
+        positions: of which tokens the nodes are; None: of all. Only these are encoded by autoencoders, and
+            totals are sums over them.
+        hooks: interventions under which everything is measured.
+        of_tokens: also keep what :meth:`of_tokens` needs.
+
+    The other arguments are those of :func:`nodes`.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompt: str | Sequence[int],
+        target: Metric | Goal,
+        *,
+        attention: Literal["heads", "pairs"] = "heads",
+        autoencoders: Sequence[AutoencoderContext] = (),
+        freeze: Sequence[Freeze] = ("final_norm",),
+        bos: bool | int = False,
+        positions: Sequence[int] | None = None,
+        hooks: TransformerHooks | None = None,
+        of_tokens: bool = False,
+    ) -> None:
+        kinds = _by_kind(attention, autoencoders)
+        if not isinstance(target, Goal):
+            sees_logits = hooks is not None and not hooks.logits.is_empty()
+            target = with_gradient(target, "the table of nodes")
+            target = Goal.of_logits(model, target, sees_logits)
+        wanted = wanted_places(model, attention, kinds)
+        if of_tokens:
+            model.require("attn.v")
+            wanted = list(dict.fromkeys([*wanted, "attn.v", "attn.v_out"]))
+        tokens = one_prompt(model, prompt, bos)
+        self.run = Pass(model, tokens, target, wanted, freeze, hooks, positions)
+        self.parts = all_parts(self.run, attention, kinds)
+
+    @property
+    def target(self) -> float:
+        """The target on the prompt."""
+        return float(self.run.value.detach())
+
+    def table(
+        self, measures: Sequence[str] = ("write_norm", "direct", "act_grad"), top_k: int = 10
+    ) -> NodeTable:
+        """The ``top_k`` nodes by each measure, as :func:`nodes` gives them."""
+        check_measures(measures, top_k, None)
+        if "ablation" in measures:
+            raise InputError("ablation takes passes of its own: use nodes().")
+        return table_of(self.run, self.parts, choose(self.parts, measures, top_k), measures)
+
+    def values(self, nodes: Sequence[Node], measure: str) -> Floats:
+        """``[n]``: a measure of given nodes; 0 for latents that are not active, NaN for nodes that this
+        pass does not have."""
+        places = {(str(part.location), part.kind): part for part in self.parts}
+        inside = set(self.run.positions.tolist())
+        found = np.full(len(nodes), np.nan)
+        for number, node in enumerate(nodes):
+            part = places.get((node.location, node.kind))
+            if part is None or node.position not in inside:
+                continue
+            row = part.row_of(node)
+            if row is not None:
+                found[number] = part.measures[measure][row]
+            elif node.kind == "latent":
+                found[number] = 0.0
+        return found
+
+    def of_tokens(self) -> TokenEffects:
+        """What each token contributes, at every position, whatever ``positions`` are."""
+
+        def summed(path: str) -> Tensor:
+            places = [place for place in self.run.gradients if place.path == path]
+            total = torch.zeros(self.run.tokens.shape[1], dtype=torch.float64)
+            for place in places:
+                x, gradient = self.run.found[place][0].detach(), self.run.gradients[place][0]
+                product = x.double() * gradient.double()
+                total += product.flatten(1).sum(dim=1).cpu()
+            return total
+
+        paths = ("resid.post_emb", "mlp.post_act", "attn.v_out", "attn.v")
+        return TokenEffects(*(flat(summed(path)) for path in paths))
 
 
 def one_prompt(model: LanguageModel, prompt: str | Sequence[int], bos: bool | int) -> Tensor:
@@ -205,14 +316,8 @@ def table_of(
     return NodeTable(found, values, totals, float(run.value.detach()), run.goal.name, tokens)
 
 
-def _check(
-    measures: Sequence[str],
-    top_k: int,
-    prompt_b: object,
-    attention: str,
-    autoencoders: Sequence[AutoencoderContext],
-) -> dict[bool, AutoencoderContext]:
-    """The autoencoders by whether they are of an MLP; an error for settings that do not fit together."""
+def check_measures(measures: Sequence[str], top_k: int, prompt_b: object) -> None:
+    """Refuse measures that are unknown, choose no nodes or lack what they compare with."""
     if unknown := [name for name in measures if name not in MEASURES]:
         raise InputError(
             f"unknown measure {unknown[0]!r}.{did_you_mean(unknown[0], MEASURES)} "
@@ -226,8 +331,14 @@ def _check(
         raise InputError("ablation is shown beside act_grad, its estimate: give both measures.")
     if "patching" in measures and prompt_b is None:
         raise InputError("patching compares with a second prompt: give prompt_b.")
-    if top_k < 1:
-        raise InputError(f"top_k must be at least 1, found {top_k}.")
+    if not isinstance(top_k, int) or top_k < 1:
+        raise InputError(f"top_k must be a whole number of at least 1, found {top_k!r}.")
+
+
+def _by_kind(
+    attention: str, autoencoders: Sequence[AutoencoderContext]
+) -> dict[bool, AutoencoderContext]:
+    """The autoencoders by whether they are of an MLP; an error if two cover the same part."""
     if attention not in ("heads", "pairs"):
         raise InputError(f"attention must be 'heads' or 'pairs', found {attention!r}.")
     kinds: dict[bool, AutoencoderContext] = {}
@@ -278,14 +389,39 @@ def choose(parts: Sequence[Part], measures: Sequence[str], top_k: int) -> list[t
         best: list[tuple[float, int, int]] = []
         for number, part in enumerate(parts):
             sizes = np.abs(part.measures[measure])
-            for i in np.argsort(-sizes, kind="stable")[:top_k].tolist():
+            for i in _largest(sizes, top_k).tolist():
                 best.append((-float(sizes[i]), number, i))
         for _, number, i in sorted(best)[:top_k]:
             chosen[number, i] = None
     return [(parts[number], i) for number, i in sorted(chosen)]
 
 
+def _largest(sizes: Floats, k: int) -> Ints:
+    """The places of the ``k`` largest, the largest first; of equal ones the first comes first."""
+    candidates = np.arange(len(sizes))
+    if k < len(sizes):
+        smallest = np.partition(sizes, len(sizes) - k)[len(sizes) - k]
+        if np.isfinite(smallest):
+            candidates = np.flatnonzero(sizes >= smallest)
+    found: Ints = candidates[np.argsort(-sizes[candidates], kind="stable")[:k]]
+    return found
+
+
 # --- measured ---
+
+
+def _with_ablation(
+    table: NodeTable,
+    run: Pass,
+    chosen: Sequence[tuple[Part, int]],
+    target: Target,
+    contexts: Iterable[AutoencoderContext],
+) -> NodeTable:
+    """The table with the measured effect of each of its nodes."""
+    measured = _ablated(run, chosen, target, contexts)
+    correlation = spearman(table.values["act_grad"], measured) if len(measured) > 2 else None
+    values = {**table.values, "ablation": measured}
+    return replace(table, values=values, rank_correlation=correlation)
 
 
 def _ablated(

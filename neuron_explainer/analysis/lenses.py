@@ -22,6 +22,7 @@ from torch import Tensor
 
 from neuron_explainer import files
 from neuron_explainer.analysis.effects import nodes
+from neuron_explainer.analysis.node_parts import checked_positions
 from neuron_explainer.analysis.targets import Metric, token_texts
 from neuron_explainer.errors import CheckpointError, InputError, optional_module
 from neuron_explainer.kernels.products import linear
@@ -38,18 +39,24 @@ Points = Literal["layers", "sublayers"]
 
 
 @torch.no_grad()
-def read_out(model: LanguageModel, tokens: Tensor, stream: Tensor) -> Tensor:
-    """Logits ``[b, s, v]`` that the model's own end gives for a residual stream ``[b, s, d]``."""
+def read_out(
+    model: LanguageModel, tokens: Tensor, stream: Tensor, positions: Sequence[int] | None = None
+) -> Tensor:
+    """Logits ``[b, s, v]`` that the model's own end gives for a residual stream ``[b, s, d]``.
+
+    With ``positions``, at these alone.
+    """
+    read = slice(None) if positions is None else list(positions)
     if isinstance(model, Transformer):
         state = HiddenState(model.n_layers)
         state.positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        x, state = model.run_ln_f(stream, state)
+        x, state = model.run_ln_f(stream[:, read], state)
         return linear(x, model.unembed)
     # Any other model: a whole pass whose last stream is replaced, so that its own end is used as it is.
     last = f"{model.n_layers - 1}/resid.torso.post_mlp"
     hooks = TransformerHooks().append_at(last, lambda x: stream.to(x.dtype))
     logits: Tensor = model(tokens, hooks=hooks)[0]
-    return logits
+    return logits[:, read]
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,9 +66,11 @@ class Lens:
     points: list[str]
     """Such as ``3/resid.torso.post_mlp``, in the order of a pass."""
     tokens: list[str]
-    """The text's tokens."""
+    """The tokens at the positions that are read."""
     top_tokens: list[list[list[str]]]
     """``[p][s][k]``: the likeliest next tokens."""
+    top_ids: npt.NDArray[np.int64]
+    """``[p, s, k]``: the same as ids."""
     top_probs: npt.NDArray[np.float64]
     """``[p, s, k]``: their probabilities."""
     kl: npt.NDArray[np.float64]
@@ -134,6 +143,7 @@ def logit_lens(
     tuned: "TunedLens | None" = None,
     top_k: int = 5,
     bos: bool | int = False,
+    positions: Sequence[int] | None = None,
 ) -> Lens:
     """What the stream predicts after the embedding and after each layer, or after each sublayer.
 
@@ -141,6 +151,7 @@ def logit_lens(
         points: "layers": after the embedding and each layer; "sublayers": also after each attention.
         tuned: maps each layer's stream before it is read; then ``points`` is "layers", and the
             embedding counts as the input of layer 0.
+        positions: where the stream is read; None: at every token. The cost grows with their number.
     """
     if points not in ("layers", "sublayers"):
         raise InputError(f"points must be 'layers' or 'sublayers', found {points!r}.")
@@ -156,21 +167,32 @@ def logit_lens(
         if points == "sublayers":
             names.append(f"{layer}/resid.torso.post_attn")
         names.append(f"{layer}/resid.torso.post_mlp")
-    found = model.capture(tokens, [*names, "logits"])
-    final = found["logits"][0].double().log_softmax(dim=-1)
-    top_tokens, top_probs, kl = [], [], []
+    found = model.capture(tokens, names)
+    read = list(checked_positions(positions, tokens.shape[1]))
+    final = _log_probs(model, tokens, found[names[-1]], read)
+    top_ids, top_probs, kl = [], [], []
     for number, name in enumerate(names):
         stream = found[name]
         if tuned is not None and number < model.n_layers:
             stream = tuned(number, stream)
-        logs = read_out(model, tokens, stream)[0].double().log_softmax(dim=-1)
+        logs = final if name == names[-1] else _log_probs(model, tokens, stream, read)
         top = logs.topk(min(top_k, logs.shape[-1]), dim=-1)
-        top_probs.append(top.values.exp().cpu().numpy())
-        top_tokens.append([token_texts(model, row) for row in top.indices.tolist()])
-        kl.append((final.exp() * (final - logs)).sum(dim=-1).cpu().numpy())
-    texts = token_texts(model, tokens[0].tolist())
+        top_probs.append(top.values.double().exp().cpu().numpy())
+        top_ids.append(top.indices.cpu().numpy())
+        divergence = (final.exp() * (final - logs)).sum(dim=-1, dtype=torch.float64)
+        kl.append(divergence.cpu().numpy())
+    top_tokens = [[token_texts(model, row) for row in rows.tolist()] for rows in top_ids]
+    texts = token_texts(model, tokens[0, read].tolist())
     title = "Logit lens" if tuned is None else "Tuned lens"
-    return Lens(names, texts, top_tokens, np.stack(top_probs), np.stack(kl), title)
+    return Lens(
+        names, texts, top_tokens, np.stack(top_ids), np.stack(top_probs), np.stack(kl), title
+    )
+
+
+def _log_probs(model: LanguageModel, tokens: Tensor, stream: Tensor, read: list[int]) -> Tensor:
+    """``[s, v]`` in at least float32: what the stream ``[1, …, d]`` predicts at the positions ``read``."""
+    logits = read_out(model, tokens, stream, read)[0]
+    return (logits if logits.dtype is torch.float64 else logits.float()).log_softmax(dim=-1)
 
 
 class TunedLens:

@@ -4,10 +4,11 @@ A goal is a number: a target of the logits, or the value of a node inside the mo
 every part, and at the last residual stream before the goal.
 
 Shape legend: ``s`` positions, ``k`` attended positions, ``h`` heads, ``u`` units, ``d`` model width,
-``n`` nodes, ``w`` width of a node (1, or the width of a vector).
+``n`` nodes, ``w`` width of a node (1, or the width of a vector), ``p`` positions of nodes.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,12 +19,14 @@ from torch import Tensor
 
 from neuron_explainer.analysis.targets import Reading, Target
 from neuron_explainer.errors import InputError, did_you_mean
+from neuron_explainer.kernels.products import linear
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
 from neuron_explainer.models.autoencoders.latents import Latents
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.language_model import Activations, LanguageModel
 from neuron_explainer.models.locations import SITES, ActivationLocation
+from neuron_explainer.models.transformer import Transformer
 from neuron_explainer.models.weight_names import LayerIndex, WeightLocationType
 
 Kind = Literal["embedding", "neuron", "head", "pair", "latent", "error", "bias"]
@@ -88,6 +91,13 @@ class Part:
             None if attended < 0 else attended,
         )
 
+    def row_of(self, node: Node) -> int | None:
+        """The place of a node of this kind and location among the ``n``; None if it is not there."""
+        attended = -1 if node.attended is None else node.attended
+        same = (self.unit == node.unit) & (self.position == node.position)
+        found = np.flatnonzero(same & (self.attended == attended))
+        return int(found[0]) if len(found) else None
+
 
 # --- the goal, and one pass with gradients ---
 
@@ -112,21 +122,44 @@ class Goal:
     """The location by which the table calls what the goal has without any stream."""
 
     @classmethod
-    def of_logits(cls, model: LanguageModel, target: Target) -> "Goal":
-        """A target of the last token's logits, or of all."""
+    def of_logits(cls, model: LanguageModel, target: Target, sees_logits: bool = False) -> "Goal":
+        """A target of the last token's logits, or of all.
+
+        Args:
+            sees_logits: whether a hook is attached to the logits, which are then all computed.
+        """
+
+        # The unembedding of one token is far cheaper than that of all.
+        last_only = isinstance(model, Transformer) and not target.every_position and not sees_logits
 
         def value(found: Activations) -> Tensor:
-            logits = found["logits"] if target.every_position else found["logits"][:, -1]
+            logits = found["logits"] if target.every_position else last_logits(model, found)
             zero = torch.zeros(1, dtype=torch.long, device=logits.device)
             pad = torch.zeros_like(found.tokens, dtype=torch.bool)
             return target(Reading(logits, zero, logits.detach(), found.tokens, pad))[0]
 
         stream = f"{model.n_layers - 1}/resid.torso.post_mlp"
-        return cls(target.name, value, ("logits",), stream, "resid.ln_f")
+        place = "resid.post_ln_f" if last_only else "logits"
+        return cls(target.name, value, (place,), stream, "resid.ln_f")
+
+
+def last_logits(model: LanguageModel, found: Activations) -> Tensor:
+    """``[1, v]`` after the last token, from captured logits or from the captured final norm."""
+    if ActivationLocation("logits") in found:
+        return found["logits"][:, -1]
+    assert isinstance(model, Transformer)
+    return linear(found["resid.post_ln_f"][:, -1], model.unembed)
 
 
 class Pass:
-    """The activations of one prompt, and the gradients of a goal with respect to them."""
+    """The activations of one prompt, and the gradients of a goal with respect to them.
+
+    Args:
+        wanted: places, without layers, whose gradients are needed.
+        freeze: what gradients do not flow through.
+        hooks: interventions, which run before everything else at a place.
+        positions: of which tokens the nodes are; None: of all.
+    """
 
     def __init__(
         self,
@@ -135,12 +168,18 @@ class Pass:
         goal: Goal,
         wanted: Sequence[str],
         freeze: Sequence[Freeze],
+        hooks: TransformerHooks | None = None,
+        positions: Sequence[int] | None = None,
     ) -> None:
         self.model, self.tokens, self.goal = model, tokens, goal
+        self.positions = checked_positions(positions, tokens.shape[1])
         self.stream = ActivationLocation.parse(goal.stream)
         before = [place for place in _places(model, wanted) if is_before(place, self.stream)]
-        hooks = _leaf_at_embedding() + frozen_hooks(freeze, goal.norm) + goal.hooks
+        hooks = (hooks or TransformerHooks()) + _leaf_at_embedding()
         places = [*before, self.stream, ActivationLocation("resid.post_emb")]
+        for path in dict.fromkeys(place.path for place in places):
+            hooks.append_at(path, _tracked)
+        hooks = hooks + frozen_hooks(freeze, goal.norm) + goal.hooks
         with torch.enable_grad():
             self.found = model.capture(tokens, [*places, *goal.places], hooks=hooks)
             self.value = goal.value(self.found)
@@ -152,16 +191,50 @@ class Pass:
             place: torch.zeros_like(self.found[place]) if gradient is None else gradient
             for place, gradient in zip(places, gradients, strict=True)
         }
-        self.last_gradient = self.gradient(self.stream)
-        self.last_stream = self.activation(self.stream)
+        self.last_gradient = self.gradients[self.stream][0].double()
+        """``[s, d]`` float64, of every position."""
+        self.last_stream = self.found[self.stream][0].detach().double()
 
     def activation(self, place: str | ActivationLocation) -> Tensor:
-        """``[s, …]`` float64."""
-        return self.found[place][0].detach().double()
+        """``[p, …]`` float64: at the positions of the nodes."""
+        return self._rows(self.found[place][0].detach()).double()
 
     def gradient(self, place: str | ActivationLocation) -> Tensor:
-        """``[s, …]`` float64."""
-        return self.gradients[ActivationLocation.parse(place)][0].double()
+        """``[p, …]`` float64: at the positions of the nodes."""
+        return self._rows(self.gradients[ActivationLocation.parse(place)][0]).double()
+
+    def onto_goal(self, weight: Tensor) -> Tensor:
+        """``[p, u]`` float64: what 1 of each unit adds to the goal past all later layers.
+
+        ``weight`` ``[u, d]`` is what units write to the stream. Most often the goal reads the last stream
+        at one position: only where it does is there anything to multiply.
+        """
+        gradient = self._rows(self.last_gradient)
+        read = gradient.any(dim=1)
+        found = gradient.new_zeros(len(gradient), len(weight))
+        found[read] = (gradient[read].to(weight.dtype) @ weight.T).double()
+        return found
+
+    def _rows(self, x: Tensor) -> Tensor:
+        every = len(self.positions) == len(x)
+        return x if every else x[torch.from_numpy(self.positions).to(x.device)]
+
+
+def checked_positions(positions: Sequence[int] | None, length: int) -> Ints:
+    """Ascending positions ``[p]``, each once; None: all."""
+    if positions is None:
+        return np.arange(length)
+    chosen = sorted({operator.index(position) for position in positions})
+    if not chosen or chosen[0] < 0 or chosen[-1] >= length:
+        raise InputError(
+            f"positions are 0 to {length - 1} in this prompt, found {list(positions)}."
+        )
+    return np.array(chosen, dtype=np.int64)
+
+
+def _tracked(x: Tensor) -> Tensor:
+    """Gradients begin anew behind an intervention that leaves nothing of what came before."""
+    return x if x.requires_grad else x.detach().requires_grad_()
 
 
 def _places(model: LanguageModel, wanted: Sequence[str]) -> list[ActivationLocation]:
@@ -209,8 +282,10 @@ def frozen_hooks(freeze: Sequence[Freeze], norm: str) -> TransformerHooks:
 # --- the parts of a model ---
 
 
-def _grid(*shape: int) -> list[Ints]:
-    return [axis.reshape(-1) for axis in np.indices(shape, dtype=np.int64)]
+def _grid(run: Pass, *shape: int) -> list[Ints]:
+    """The position and the other indices of each node of ``[p, *shape]``."""
+    first, *others = np.indices((len(run.positions), *shape), dtype=np.int64)
+    return [run.positions[first].reshape(-1), *(axis.reshape(-1) for axis in others)]
 
 
 def flat(x: Tensor) -> Floats:
@@ -227,8 +302,7 @@ def _vectors(
     run: Pass, place: ActivationLocation, kind: Kind, value: Tensor, write: Tensor
 ) -> Part:
     """One unit a position, a vector ``[s, n]`` that writes ``[s, d]``; ``activation`` is its length."""
-    position = np.arange(len(value))
-    zeros = np.zeros_like(position)
+    position, zeros = run.positions, np.zeros_like(run.positions)
     measures = {
         "activation": flat(value.norm(dim=-1)),
         "write_norm": flat(write.norm(dim=-1)),
@@ -247,20 +321,26 @@ def _rest(run: Pass, path: str, layer: int, writes: Tensor) -> Part:
 
 def _neurons(run: Pass, layer: int) -> Iterator[Part]:
     place = ActivationLocation("mlp.post_act", layer)
-    weight = run.model.weight(WeightLocationType.MLP_TO_RESIDUAL, layer).detach().double()
+    weight = _weight(run.model, WeightLocationType.MLP_TO_RESIDUAL, layer)
     a = run.activation(place)
-    position, unit = _grid(*a.shape)
+    position, unit = _grid(run, a.shape[1])
     measures = {
         "activation": flat(a),
-        "write_norm": flat(a * weight.norm(dim=-1)),
-        "direct": flat(a * (run.last_gradient @ weight.T)),
+        "write_norm": flat(a * weight.norm(dim=-1).double()),
+        "direct": flat(a * run.onto_goal(weight)),
     }
     none = np.full_like(unit, -1)
     gradient = run.gradient(place)
     yield Part(
         place, "neuron", unit, position, none, a.reshape(-1, 1), gradient.reshape(-1, 1), measures
     )
-    yield _rest(run, "resid.torso.delta_mlp", layer, a @ weight)
+    yield _rest(run, "resid.torso.delta_mlp", layer, (a.to(weight.dtype) @ weight).double())
+
+
+def _weight(model: LanguageModel, kind: WeightLocationType, layer: LayerIndex) -> Tensor:
+    """A weight in at least float32."""
+    weight = model.weight(kind, layer).detach()
+    return weight if weight.dtype is torch.float64 else weight.float()
 
 
 def _heads(run: Pass, layer: int) -> Iterator[Part]:
@@ -268,7 +348,7 @@ def _heads(run: Pass, layer: int) -> Iterator[Part]:
     weight = run.model.weight(WeightLocationType.ATTN_TO_RESIDUAL, layer).detach().double()
     z = run.activation(place)  # [s, h, d_head]
     writes = torch.einsum("shc,hcd->shd", z, weight)
-    position, unit = _grid(*z.shape[:2])
+    position, unit = _grid(run, z.shape[1])
     norm = flat(writes.norm(dim=-1))
     measures = {
         "activation": norm,
@@ -284,10 +364,12 @@ def _heads(run: Pass, layer: int) -> Iterator[Part]:
 def _pairs(run: Pass, layer: int) -> Iterator[Part]:
     place = ActivationLocation("attn.qk_probs", layer)
     weight = run.model.weight(WeightLocationType.ATTN_TO_RESIDUAL, layer).detach().double()
-    pattern, v = run.activation(place), run.activation(ActivationLocation("attn.v", layer))
+    pattern = run.activation(place)
+    v = run.found[ActivationLocation("attn.v", layer)][0].detach().double()
     written = torch.einsum("khc,hcd->khd", v, weight)
-    to_last = torch.einsum("khd,qd->qkh", written, run.last_gradient)
-    position, attended, unit = _grid(*pattern.shape)
+    last_gradient = run.last_gradient[torch.from_numpy(run.positions)]
+    to_last = torch.einsum("khd,qd->qkh", written, last_gradient)
+    position, attended, unit = _grid(run, *pattern.shape[1:])
     seen = attended <= position
     measures = {
         "activation": flat(pattern),
@@ -322,7 +404,7 @@ def _latents(run: Pass, place: ActivationLocation, autoencoder: Autoencoder) -> 
     per_one = per_one * _scale(code, autoencoder, len(x))[row, None]
     to_stream = into_stream(run.model, place)
     gradient, writes = run.gradient(place).flatten(1), to_stream(per_one)
-    position = row.cpu().numpy()
+    position = run.positions[row.cpu().numpy()]
     measures = {
         "activation": flat(a),
         "write_norm": flat(a * writes.norm(dim=-1)),
@@ -383,7 +465,8 @@ MLP_PLACES = ("mlp.post_act", "resid.torso.delta_mlp")
 def all_parts(
     run: Pass, attention: str, autoencoders: Mapping[bool, AutoencoderContext]
 ) -> list[Part]:
-    """Every part before the goal once: their writes sum to the last residual stream before it."""
+    """Every part before the goal once: their writes sum to the last residual stream before it, at the
+    positions of the pass."""
     emb = ActivationLocation("resid.post_emb")
     embedding = run.activation(emb)
     parts = [_vectors(run, emb, "embedding", embedding, embedding)]
@@ -392,11 +475,9 @@ def all_parts(
             if not is_before(ActivationLocation(delta, layer), run.stream):
                 continue
             context = autoencoders.get(is_mlp)
-            covered: Collection[LayerIndex] = () if context is None else context.layer_indices
-            number = layer if layer in covered else None  # None: one that serves all layers
-            if context is not None and number in covered:
+            if context is not None and context.layer_indices & {layer, None}:
                 place = context.location.at(layer)
-                parts += _latents(run, place, context.get_autoencoder(number))
+                parts += _latents(run, place, context.get_autoencoder(layer))
             elif is_mlp:
                 parts += _neurons(run, layer)
             else:

@@ -15,25 +15,29 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from neuron_explainer.analysis.effects import MEASURES, NodeTable, choose, one_prompt, table_of
+from neuron_explainer.analysis.effects import (
+    MEASURES,
+    Effects,
+    NodeTable,
+    check_measures,
+    one_prompt,
+)
 from neuron_explainer.analysis.node_parts import (
     MLP_PLACES,
     Freeze,
     Goal,
     Node,
     Pass,
-    all_parts,
-    wanted_places,
 )
-from neuron_explainer.analysis.targets import Metric, as_target
-from neuron_explainer.errors import InputError
+from neuron_explainer.analysis.targets import Metric, with_gradient
+from neuron_explainer.errors import InputError, shown
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.language_model import Activations, LanguageModel
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.weight_names import Dimension, WeightLocationType
 
-__all__ = ["trace"]
+__all__ = ["goal_of", "trace"]
 
 Through = Literal["q", "k", "qk", "v"]
 
@@ -51,6 +55,8 @@ def trace(
     autoencoders: Sequence[AutoencoderContext] = (),
     freeze: Sequence[Freeze] = ("final_norm",),
     bos: bool | int = False,
+    positions: Sequence[int] | None = None,
+    hooks: TransformerHooks | None = None,
 ) -> NodeTable:
     """The nodes before a node that contribute most to its value.
 
@@ -62,11 +68,44 @@ def trace(
             ``downstream``, with the pattern fixed.
         downstream: the target that gives the direction for ``through="v"``.
         freeze: "final_norm" stands for the norm in front of the node.
+        positions: of which tokens the nodes are; None: of all.
+        hooks: interventions under which everything is measured.
     """
     if unknown := [m for m in measures if m not in MEASURES or m in ("ablation", "patching")]:
         raise InputError(f"trace measures write_norm, direct and act_grad; found {unknown[0]!r}.")
-    kinds = {context.location.path in MLP_PLACES: context for context in autoencoders}
-    tokens = one_prompt(model, prompt, bos)
+    check_measures(measures, top_k, None)
+    tokens = one_prompt(model, prompt, bos)[0].tolist()
+    goal = goal_of(
+        model,
+        tokens,
+        node,
+        through=through,
+        downstream=downstream,
+        autoencoders=autoencoders,
+        hooks=hooks,
+    )
+    settings: dict[str, Any] = {"attention": attention, "autoencoders": autoencoders}
+    settings |= {"freeze": freeze, "positions": positions, "hooks": hooks}
+    return Effects(model, tokens, goal, **settings).table(measures, top_k)
+
+
+def goal_of(
+    model: LanguageModel,
+    prompt: Sequence[int],
+    node: Node,
+    *,
+    through: Through | None = None,
+    downstream: Metric | None = None,
+    autoencoders: Sequence[AutoencoderContext] = (),
+    hooks: TransformerHooks | None = None,
+) -> Goal:
+    """A node's value as a goal, which :class:`~neuron_explainer.analysis.effects.Effects` takes.
+
+    For the arguments see :func:`trace`.
+    """
+    if not isinstance(node, Node):
+        raise InputError(f"expected a Node, found {shown(node)}.")
+    tokens = one_prompt(model, prompt, False)
     for position in (node.position, node.attended):
         if position is not None and not 0 <= position < tokens.shape[1]:
             raise InputError(
@@ -74,20 +113,16 @@ def trace(
             )
     _check_unit(model, node)
     if node.kind in ("head", "pair"):
-        goal = _goal_of_head(model, tokens, node, through, downstream)
-    elif through is not None:
+        return _goal_of_head(model, tokens, node, through, downstream, hooks)
+    if through is not None:
         raise InputError(f"through={through!r} is for heads and pairs; {node} has one input.")
-    elif node.kind == "neuron":
-        goal = goal_of_neuron(node)
-    elif node.kind == "latent":
-        goal = goal_of_latent(node, autoencoders)
-    else:
-        raise InputError(
-            f"{node}: a {node.kind} cannot be traced; give a neuron, latent, head or pair."
-        )
-    run = Pass(model, tokens, goal, wanted_places(model, attention, kinds), freeze)
-    parts = all_parts(run, attention, kinds)
-    return table_of(run, parts, choose(parts, measures, top_k), measures)
+    if node.kind == "neuron":
+        return goal_of_neuron(node)
+    if node.kind == "latent":
+        return goal_of_latent(node, autoencoders)
+    raise InputError(
+        f"{node}: a {node.kind} cannot be traced; give a neuron, latent, head or pair."
+    )
 
 
 def _check_unit(model: LanguageModel, node: Node) -> None:
@@ -142,6 +177,10 @@ def goal_of_latent(node: Node, autoencoders: Sequence[AutoencoderContext]) -> Go
         raise InputError(f"{node}: give its autoencoders, autoencoders=[context].")
     layer = _layer(node)
     autoencoder = context.get_autoencoder(layer)
+    if not 0 <= node.unit < autoencoder.n_latents:
+        raise InputError(
+            f"{node}: the numbers are 0 to {autoencoder.n_latents - 1}, found {node.unit}."
+        )
 
     def value(found: Activations) -> Tensor:
         x = found[place][0, node.position].flatten()
@@ -158,10 +197,11 @@ def _goal_of_head(
     node: Node,
     through: Through | None,
     downstream: Metric | None,
+    interventions: TransformerHooks | None,
 ) -> Goal:
     layer = _layer(node)
     if through == "v":
-        return _goal_of_write(model, tokens, node, downstream)
+        return _goal_of_write(model, tokens, node, downstream, interventions)
     if through not in ("q", "k", "qk"):
         raise InputError(f"{node}: through= must be 'q', 'k', 'qk' or 'v', found {through!r}.")
     if node.attended is None:
@@ -180,7 +220,11 @@ def _goal_of_head(
 
 
 def _goal_of_write(
-    model: LanguageModel, tokens: Tensor, node: Node, downstream: Metric | None
+    model: LanguageModel,
+    tokens: Tensor,
+    node: Node,
+    downstream: Metric | None,
+    interventions: TransformerHooks | None,
 ) -> Goal:
     if downstream is None:
         raise InputError(
@@ -190,9 +234,10 @@ def _goal_of_write(
     delta, pattern, values = (
         f"{layer}/{p}" for p in ("resid.torso.delta_attn", "attn.qk_probs", "attn.v")
     )
-    later = Pass(
-        model, tokens, Goal.of_logits(model, as_target(downstream)), [delta], ("final_norm",)
-    )
+    sees_logits = interventions is not None and not interventions.logits.is_empty()
+    target = with_gradient(downstream, "what is traced")
+    goal = Goal.of_logits(model, target, sees_logits)
+    later = Pass(model, tokens, goal, [delta], ("final_norm",), interventions)
     gradient = later.gradient(delta)[node.position]
     weight = model.weight(WeightLocationType.ATTN_TO_RESIDUAL, layer).detach()[node.unit]
     direction = weight.double() @ gradient  # [d_head]

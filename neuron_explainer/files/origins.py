@@ -7,6 +7,7 @@ side can be moved together. What was trained on a store has the store's own reco
 """
 
 import os
+import posixpath
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,9 @@ def for_folder(record: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
 
 
 def from_folder(record: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
-    """The record that a file in ``folder`` holds, with absolute paths."""
+    """The record that a file in ``folder`` (a path or a URL) holds, with absolute paths or URLs."""
+    if is_remote(folder):
+        return _mapped(record, partial(_remote, str(folder)))
     return _mapped(record, partial(_absolute, os.path.realpath(folder)))
 
 
@@ -85,3 +88,15 @@ def _absolute(folder: str, reference: str) -> str:
     prefix, path = _split(reference)
     is_path = path.startswith(".")
     return prefix + os.path.realpath(os.path.join(folder, path)) if is_path else reference
+
+
+def _remote(folder: str, reference: str) -> str:
+    """The URL of what lies beside a remote folder: a relative path would mean a local file here."""
+    _, path = _split(reference)
+    if not path.startswith("."):
+        return reference
+    mark = "://" if "://" in folder else ":"
+    scheme, _, rest = folder.partition(mark)
+    host, _, place = rest.partition("/")
+    found = posixpath.normpath(posixpath.join(place, path))
+    return posixpath.basename(found) if found.startswith("..") else f"{scheme}{mark}{host}/{found}"

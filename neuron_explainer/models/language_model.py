@@ -10,7 +10,7 @@ import functools
 import logging
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
@@ -423,13 +423,7 @@ class LanguageModel(ABC):
         check_sampling_settings(num_tokens, temperature, top_k, top_p)
         ids = self.prompt_ids(prompts, bos)
         longest = max(map(len, ids))
-        if hooks is not None:
-            self._check_hooks(hooks, longest + num_tokens - 1)
-        if self._context is not None and longest + num_tokens - 1 > self._context:
-            raise InputError(
-                f"the longest prompt has {longest} tokens; with num_tokens={num_tokens} that is more "
-                f"than the context of {self._context} holds (the last token is not read)."
-            )
+        self._check_room(longest, num_tokens, hooks)
         generator = _make_generator(generator, seed, self.device)
         choose = functools.partial(
             sample_from_logits,
@@ -442,6 +436,48 @@ class LanguageModel(ABC):
         with self._generation(len(ids), longest, num_tokens, hooks) as step:
             rows = _generate(step, ids, num_tokens, choose, stops, self.device)
         return Sample.of(rows, lambda: [self._decode(row) for row in rows])
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        num_tokens: int = 5,
+        temperature: float = 1.0,
+        top_p: float | None = None,
+        hooks: TransformerHooks | None = None,
+        *,
+        top_k: int | None = None,
+        seed: int | None = None,
+        bos: bool | int = False,
+    ) -> Iterator[tuple[int, float]]:
+        """The tokens that :meth:`sample` draws for one prompt, each as soon as it is drawn.
+
+        Yields:
+            The token, and the probability that the model gives it (whatever the temperature is).
+        """
+        check_sampling_settings(num_tokens, temperature, top_k, top_p)
+        ids = self.prompt_ids(prompt, bos)
+        if len(ids) > 1:
+            raise InputError(f"stream takes one prompt, found {len(ids)}.")
+        self._check_room(len(ids[0]), num_tokens, hooks)
+        generator = _make_generator(None, seed, self.device)
+        tokens, pad = prep_input_and_pad(ids, "left", self.device)
+        with self._generation(1, len(ids[0]), num_tokens, hooks) as step:
+            for _ in range(num_tokens):
+                logits = step(tokens, pad)
+                chosen = sample_from_logits(logits, temperature, top_k, top_p, generator)
+                yield int(chosen), float(logits.double().softmax(dim=-1)[0, chosen])
+                tokens, pad = chosen[:, None], torch.zeros_like(chosen[:, None], dtype=torch.bool)
+
+    def _check_room(self, longest: int, num_tokens: int, hooks: TransformerHooks | None) -> None:
+        """Refuse a generation that is longer than the context, and hooks for positions beyond it."""
+        if hooks is not None:
+            self._check_hooks(hooks, longest + num_tokens - 1)
+        if self._context is not None and longest + num_tokens - 1 > self._context:
+            raise InputError(
+                f"the longest prompt has {longest} tokens; with num_tokens={num_tokens} that is more "
+                f"than the context of {self._context} holds (the last token is not read)."
+            )
 
 
 class UnmarkedPadsWarning(UserWarning):

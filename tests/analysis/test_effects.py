@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from neuron_explainer.analysis.effects import Node, NodeTable, nodes, spearman
-from neuron_explainer.analysis.targets import Target, logit_difference, loss, probability
+from neuron_explainer.analysis.effects import Effects, Node, NodeTable, nodes, spearman
+from neuron_explainer.analysis.targets import Target, kl, logit_difference, loss, probability
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
 from neuron_explainer.models.autoencoders.nonlinearities import TopK
 from neuron_explainer.models.hooks import TransformerHooks
-from neuron_explainer.models.interventions import add, freeze, scale
+from neuron_explainer.models.interventions import ablate, add, freeze, scale, set_to
 from neuron_explainer.models.transformer import Transformer
 from tests.conftest import make_model
 from tests.models.test_interventions import wrong
@@ -253,6 +253,7 @@ def test_spearman() -> None:
         ({"measures": ["activation"]}, "that chooses nodes"),
         ({"measures": ["patching"]}, "give prompt_b"),
         ({"top_k": 0}, "at least 1"),
+        ({"top_k": 2.5}, "whole number of at least 1, found 2.5"),
         ({"attention": "neurons"}, "'heads' or 'pairs'"),
         ({"freeze": ("norm",)}, "freeze takes final_norm"),
         ({"prompt_b": [20, 21]}, "no token in common"),
@@ -288,3 +289,141 @@ def test_a_latent_without_a_direction_and_one_autoencoder_for_all_layers(
         f"{layer}/resid.torso.delta_mlp" for layer in range(2)
     }
     assert found.totals["direct"] == pytest.approx(found.target, abs=1e-9)
+
+
+# --- some positions, interventions, several tables of one pass ---
+
+
+@pytest.mark.parametrize("attention", ["heads", "pairs"])
+@pytest.mark.parametrize("mlp", [None, "mlp.post_act"])
+def test_nodes_of_some_positions_are_those_of_the_whole_table(
+    attention: Any, mlp: str | None, contexts: dict[str, AutoencoderContext]
+) -> None:
+    given = [] if mlp is None else [contexts[mlp]]
+    settings: dict[str, Any] = {"attention": attention, "autoencoders": given}
+    whole, some = table(**settings), table(**settings, positions=[6, 2])
+    expected = [i for i, node in enumerate(whole.nodes) if node.position in (2, 6)]
+    assert some.nodes == [whole.nodes[i] for i in expected]
+    for measure, values in some.values.items():
+        np.testing.assert_allclose(values, whole.values[measure][expected], atol=1e-12)
+        assert some.totals[measure] == pytest.approx(values.sum(), abs=1e-9)
+    assert some.target == whole.target
+    with pytest.raises(InputError, match="positions are 0 to 6"):
+        table(positions=[7])
+
+
+def test_effects_under_an_intervention_are_those_of_the_changed_model(
+    contexts: dict[str, AutoencoderContext],
+) -> None:
+    latent = ablate(
+        "0/resid.torso.delta_mlp", 3, autoencoders=contexts["resid.torso.delta_mlp"]
+    ) + set_to("0/resid.torso.delta_mlp", 0.3, 5)
+    for hooks in (ablate("0/attn.v_out", 2), latent):
+        found = table(hooks=hooks, freeze=())
+        assert found.target == pytest.approx(value(hooks), abs=1e-12)
+        step, checked = 1e-5, 0
+        for i in found.order("act_grad")[:10]:
+            node = found.nodes[i]
+            if node.kind not in ("neuron", "head"):
+                continue
+            up, down = (
+                scale(node.location, 1 + sign * step, node.unit, node.position) for sign in (1, -1)
+            )
+            slope = (value(hooks + up) - value(hooks + down)) / (2 * step)
+            assert found.values["act_grad"][i] == pytest.approx(slope, abs=1e-7), node
+            checked += 1
+        assert checked > 3
+    found = table(measures=["direct"], hooks=ablate("0/attn.v_out", 2))
+    assert found.totals["direct"] == pytest.approx(found.target, abs=1e-9)
+    alone = next(i for i, node in enumerate(found.nodes) if node.kind == "head" and node.unit == 2)
+    assert found.values["activation"][alone] == 0
+
+
+def test_an_intervention_may_leave_nothing_of_what_came_before() -> None:
+    hooks = set_to("0/resid.torso.post_mlp", 0.1)
+    found = table(hooks=hooks)
+    assert found.target == pytest.approx(value(hooks), abs=1e-12)
+    below = [i for i, node in enumerate(found.nodes) if node.location.startswith("0/")]
+    assert np.abs(found.values["act_grad"][below]).max() == 0
+    logits_set = set_to("logits", 2.0, 6)
+    assert table(hooks=logits_set).target == pytest.approx(value(logits_set), abs=1e-12)
+    with pytest.raises(InputError, match="leave hooks out"):
+        table(measures=["act_grad", "ablation"], hooks=hooks)
+
+
+def test_one_pass_gives_several_tables_and_the_values_of_given_nodes(
+    contexts: dict[str, AutoencoderContext],
+) -> None:
+    given = [contexts["resid.torso.delta_mlp"]]
+    effects = Effects(MODEL, PROMPT, TARGET, autoencoders=given, positions=[4, 5, 6])
+    whole = table(autoencoders=given, positions=[4, 5, 6])
+    assert effects.table(top_k=ALL).nodes == whole.nodes
+    assert (
+        effects.table(["direct"], 3).nodes
+        == table(measures=["direct"], top_k=3, autoencoders=given, positions=[4, 5, 6]).nodes
+    )
+    picked = whole.nodes[::7]
+    for measure in ("activation", "act_grad"):
+        expected = whole.values[measure][::7]
+        np.testing.assert_array_equal(effects.values(picked, measure), expected)
+    active = {(n.location, n.unit, n.position) for n in whole.nodes if n.kind == "latent"}
+    place = "1/resid.torso.delta_mlp"
+    silent = next(u for u in range(64) if (place, u, 4) not in active)
+    others = [Node(place, "latent", silent, 4), Node(place, "latent", silent, 1)]
+    found = effects.values([*others, Node("1/mlp.post_act", "neuron", 0, 4)], "direct")
+    assert found[0] == 0
+    assert np.isnan(found[1:]).all()
+
+
+def test_effects_of_tokens_are_sums_over_the_nodes() -> None:
+    effects = Effects(MODEL, PROMPT, TARGET, positions=[6], of_tokens=True).of_tokens()
+    heads, pairs = table(measures=["act_grad"]), table(measures=["act_grad"], attention="pairs")
+
+    def summed(found: NodeTable, kind: str, by: str) -> list[float]:
+        at = [
+            (getattr(n, by), v)
+            for n, v in zip(found.nodes, found.values["act_grad"], strict=True)
+            if n.kind == kind
+        ]
+        return [sum(v for p, v in at if p == position) for position in range(len(PROMPT))]
+
+    for given, expected in [
+        (effects.embedding, summed(heads, "embedding", "position")),
+        (effects.mlp, summed(heads, "neuron", "position")),
+        (effects.attention_from, summed(heads, "head", "position")),
+        (effects.attention_from, summed(pairs, "pair", "position")),
+        (effects.attention_to, summed(pairs, "pair", "attended")),
+    ]:
+        np.testing.assert_allclose(given, expected, atol=1e-9)
+
+
+def test_a_distance_from_the_unchanged_run_is_no_target() -> None:
+    with pytest.raises(InputError, match="KL divergence is a distance from the unchanged run"):
+        nodes(MODEL, PROMPT, kl())
+
+
+@pytest.mark.parametrize("normalization", ["none", "layer_norm"])
+def test_latents_of_joined_heads(normalization: Any, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    autoencoder = Autoencoder(
+        32, 16, activation=TopK(5), input_normalization=normalization, dtype=torch.float64
+    )
+    with torch.no_grad():
+        for parameter in autoencoder.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, dtype=torch.float64))
+    autoencoder.save(tmp_path / "a")
+    config = AutoencoderConfig("attn.v_out", {0: tmp_path / "a"})
+    context = AutoencoderContext(config, "cpu", dtype=torch.float64)
+    measures = ["direct", "act_grad", "ablation"]
+    found = table(measures=measures, autoencoders=[context], top_k=15)
+    assert found.totals["direct"] == pytest.approx(found.target, abs=1e-9)
+    some = [i for i, node in enumerate(found.nodes) if node.kind == "latent"][:5]
+    for i in some:
+        place, unit, at = found.nodes[i].location, found.nodes[i].unit, found.nodes[i].position
+        x = MODEL.capture([PROMPT], place)[place].flatten(2)
+        code = autoencoder.code(x)
+        without = code.latents.clone()
+        without[0, at, unit] = 0
+        change = (code.decode(without) - code.decode(code.latents)).view(1, len(PROMPT), 4, 4)
+        expected = value() - value(add(place, change))
+        assert found.values["ablation"][i] == pytest.approx(expected, abs=1e-9)

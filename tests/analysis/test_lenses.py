@@ -159,3 +159,13 @@ def test_tables_and_pictures() -> None:
     figure.canvas.draw()
     with pytest.raises(InputError, match="'layers' or 'sublayers'"):
         logit_lens(model, "a", points=wrong("heads"))
+
+
+def test_a_lens_at_some_positions_is_that_part_of_the_whole() -> None:
+    whole, some = logit_lens(MODEL, PROMPT), logit_lens(MODEL, PROMPT, positions=[3, 1])
+    np.testing.assert_allclose(some.top_probs, whole.top_probs[:, [1, 3]], atol=1e-6)
+    np.testing.assert_array_equal(some.top_ids, whole.top_ids[:, [1, 3]])
+    assert some.tokens == [whole.tokens[1], whole.tokens[3]]
+    with torch.no_grad():
+        logits = MODEL(torch.tensor([PROMPT]))[0][0, 3]
+    assert some.top_ids[-1, 1].tolist() == logits.topk(5).indices.tolist()

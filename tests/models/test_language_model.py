@@ -476,3 +476,23 @@ def test_norms_are_float32_whatever_the_model() -> None:
         TOKENS,
         hooks=TransformerHooks().append_at(place, AutoencoderHooks.from_autoencoder(autoencoder)),
     )
+
+
+def test_a_stream_gives_what_sample_draws_with_the_models_probabilities(
+    model: LanguageModel,
+) -> None:
+    prompt = [3, 1, 4]
+    several: list[dict[str, Any]] = [{"seed": 7, "top_p": 0.9}, {"seed": 1, "top_k": 3}]
+    for settings in [*several, {"temperature": 0.0}]:
+        sampled = model.sample(prompt, 4, **settings)["tokens"][0]
+        streamed = list(model.stream(prompt, 4, **settings))
+        assert [token for token, _ in streamed] == sampled
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *sampled]]))[0][0].double()
+        probs = logits.softmax(dim=-1)
+        for step, (token, prob) in enumerate(streamed):
+            assert prob == pytest.approx(float(probs[len(prompt) - 1 + step, token]), rel=1e-4)
+    with pytest.raises(InputError, match="one prompt"):
+        next(model.stream([[1], [2]], 2))  # type: ignore[list-item]
+    with pytest.raises(InputError, match="more than the context"):
+        next(model.stream(prompt, 500))

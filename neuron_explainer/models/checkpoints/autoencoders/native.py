@@ -76,13 +76,13 @@ def read(source: Source, stated: Stated) -> LoadedAutoencoder:
         location=_location(fields["location"], config_file),
         output_location=_location(fields.get("output_location"), config_file),
         model_name=fields["model_name"],
-        metadata=_with_full_paths(fields["metadata"], source),
+        metadata=metadata_from_folder(fields["metadata"], _folder(source)),
     )
 
 
-def _with_full_paths(metadata: dict[str, Any], source: Source) -> dict[str, Any]:
-    folder = Path(source.beside(CONFIG_FILE)).parent
-    return metadata if files.is_remote(source.path) else metadata_from_folder(metadata, folder)
+def _folder(source: Source) -> str | Path:
+    config = source.beside(CONFIG_FILE)
+    return str(config).rpartition("/")[0] if files.is_remote(config) else Path(config).parent
 
 
 def _check_sizes(where: str | Path, fields: _Config, tensors: Mapping[str, Any]) -> None:
