@@ -212,7 +212,7 @@ class ExampleStore:
                 self.n_tokens, **{name: self.column(name)[number].item() for name in COLUMNS}
             ),
             histogram=row.histogram,
-            all_examples=self._examples(row.examples),
+            all_examples=self.examples_of(row.examples),
             partners=self._partners(number, row),
             labels=tuple(self.labels(number)),
             provenance=self.provenance,
@@ -222,7 +222,7 @@ class ExampleStore:
     def first_example(self, unit: int) -> Example | None:
         """The first example of a unit, which is quicker to have than its record; None if there is none."""
         table = self._file.unit(self._checked(unit)).examples
-        return self._examples(table.rows(slice(0, 1)))[0] if len(table) else None
+        return self.examples_of(table.rows(slice(0, 1)))[0] if len(table) else None
 
     def __iter__(self) -> Iterator[LatentRecord]:
         return (self[unit] for unit in range(len(self)))
@@ -235,8 +235,8 @@ class ExampleStore:
             )
         return number
 
-    def _examples(self, table: ExampleTable) -> tuple[Example, ...]:
-        """The examples of one unit, with their tokens."""
+    def examples_of(self, table: ExampleTable) -> tuple[Example, ...]:
+        """The examples of a table with their tokens, which are those of this store's text."""
         length = table.length.astype(np.int64)
         tokens, documents = self.tokens.windows(table.start, length)
         position = table.start - self.tokens.corpus.starts[documents]
@@ -471,6 +471,10 @@ class ExampleStore:
         """What is said about a unit: by the user, then by what came with the store."""
         number = self._checked(unit)
         return [*self._user_labels(number), *self._stored_labels(number)]
+
+    def all_labels(self, *, stored: bool = True) -> list[Label]:
+        """The labels of all units: by the user, then, with ``stored``, those that came with the store."""
+        return [*self._user_labels(), *(self._stored_labels() if stored else ())]
 
     def first_labels(self, units: Sequence[int]) -> dict[int, Label]:
         """The first label of each of these units that has one."""
