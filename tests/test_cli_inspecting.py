@@ -14,8 +14,14 @@ import torch
 from neuron_explainer import cli
 from neuron_explainer.activations import TokenWindows, start_token, tokenize
 from neuron_explainer.analysis import CollateConfig, ExampleStore, collate
+from neuron_explainer.analysis.collation.quantiles import windows_of_store
 from neuron_explainer.analysis.directions import top_logits
-from neuron_explainer.analysis.interchange.dashboards import read_dashboards, read_neuronpedia
+from neuron_explainer.analysis.interchange.dashboards import (
+    import_dashboards,
+    read_dashboards,
+    read_neuronpedia,
+)
+from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation.passage import PASSAGE
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
 from neuron_explainer.models.model_context import ModelContext
@@ -314,3 +320,46 @@ def test_exported_cards_have_the_tokens_that_a_latent_promotes(
         said = run(capsys, *argv, "--no-model", "--out", str(tmp_path / "without" / form))
         assert "tokens that units promote are left out: --no-model" in said
     assert read_dashboards(tmp_path / "without" / "saedashboard")[0].features[1].pos_str == []
+
+
+@pytest.mark.parametrize("name", [NAME, "1.mlp.post_act.neurons", "1.attn.write_norm.heads"])
+def test_quantiles_are_those_of_the_store_and_its_text(
+    capsys: pytest.CaptureFixture[str], folder: Path, name: str
+) -> None:
+    path = str(folder / "stores" / name)
+    store = ExampleStore.open(path)
+    unit = str(int(store.sort("count", limit=1)[0]))
+    argv = ["inspect", path, unit, "--quantiles", "3"]
+    found = json.loads(run(capsys, *argv, "--top", "1000", "--json"))["quantiles"]
+    values = [[e["value"] for e in part["examples"]] for part in found]
+    assert [part["contexts"] for part in found] == [*map(len, values)]
+    assert max(map(len, values)) - min(map(len, values)) <= 1
+    assert [part["largest"] for part in found] == [*map(max, values)]
+    assert [part["smallest"] for part in found] == [*map(min, values)]
+    assert min(values[0]) >= max(values[1]) >= min(values[1]) >= max(values[2])
+    # All of the store's examples are among them. (Passes that look at other places too round differently.)
+    ours = {(e["document"], e["position"]): e for part in found for e in part["examples"]}
+    for example in store[int(unit)].all_examples:
+        again = ours[example.document, example.position]
+        assert (again["ids"], again["peak"]) == (example.tokens.tolist(), example.peak)
+        assert again["value"] == pytest.approx(example.value, rel=1e-4)
+        assert again["activations"] == pytest.approx(example.activations.tolist(), abs=0.01)
+    said = run(capsys, *argv)
+    assert f"quantile 3: {len(values[2]):,} contexts" in said
+    assert said.count("\n  ") == 6  # two examples of each
+
+
+def test_quantiles_need_a_unit_the_model_and_a_collated_store(
+    capsys: pytest.CaptureFixture[str], path: str, tmp_path: Path
+) -> None:
+    peer = Path(__file__).parent / "fixtures" / "peers" / "sae-dashboard" / "batch-0.json"
+    for more, message in [
+        (["--quantiles", "3"], "give its number"),
+        (["3", "--quantiles", "3", "--no-model"], "run the model"),
+        (["3", "--quantiles", "101"], "n must be 1 to 100"),
+        (["3", "--quantiles", "3", "--on", "a"], "no other option"),
+    ]:
+        assert message in fail(capsys, "inspect", path, *more)
+    (imported,) = import_dashboards(peer, tmp_path)
+    with pytest.raises(InputError, match="imported, not collated"):
+        windows_of_store(ExampleStore.open(imported))

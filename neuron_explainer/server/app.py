@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from neuron_explainer import __version__
 from neuron_explainer.analysis.store import ExampleStore
-from neuron_explainer.server import pages, problems, reading
+from neuron_explainer.server import labels, pages, problems, reading, search
 from neuron_explainer.server.limits import Limits
 from neuron_explainer.server.registry import BUDGET, Registry
 from neuron_explainer.server.replies import json_reply
@@ -112,7 +112,8 @@ def _application(served: Serving) -> FastAPI:
 
 def _api() -> APIRouter:
     api = APIRouter(responses=PROBLEMS)
-    api.include_router(reading.router)
+    for router in (reading.router, search.router, labels.router):
+        api.include_router(router)
 
     @api.get("/openapi.json", include_in_schema=False, **READ)
     def openapi(request: Request) -> Response:

@@ -1,6 +1,6 @@
 """What the pages show of a unit, as plain values for JSON; needs neither the extra ``serve`` nor a model."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -37,7 +37,7 @@ def feature_content(shelf: Shelved, store: ExampleStore, record: LatentRecord) -
     place = int(np.searchsorted(alive, unit))
     after = place + int(place < len(alive) and alive[place] == unit)
     partners = [partner.unit for partner in record.partners]
-    names = first_labels(store, partners)
+    names = store.first_labels(partners)
     return {
         "dictionary": shelf.id,
         "unit": unit,
@@ -49,7 +49,11 @@ def feature_content(shelf: Shelved, store: ExampleStore, record: LatentRecord) -
         "badges": badges(record),
         "examples": [example_content(example, record) for example in record.all_examples],
         "partners": [
-            {**asdict(partner), "label": names.get(partner.unit)} for partner in record.partners
+            {
+                **asdict(partner),
+                "label": names[partner.unit].text if partner.unit in names else None,
+            }
+            for partner in record.partners
         ],
         "labels": labels_content(store, unit),
         "bookmarked": any(mark.unit == unit for mark in store.workspace.bookmarks()),
@@ -139,9 +143,3 @@ def labels_content(store: ExampleStore, unit: int) -> list[dict[str, Any]]:
         }
         for number, label in enumerate(store.labels(unit))
     ]
-
-
-def first_labels(store: ExampleStore, units: Sequence[int]) -> dict[int, str]:
-    """The first label of each unit that has one."""
-    found = {unit: store.labels(unit) for unit in units}
-    return {unit: labels[0].text for unit, labels in found.items() if labels}

@@ -37,6 +37,8 @@ class Limits:
     """Requests that may wait for the model."""
     seconds: float = 30.0
     """That the model may work on one request."""
+    token_search_seconds: float = 1.0
+    """That a search by token goes on to dictionaries whose examples have not been read yet."""
     compute_per_second: float = 10.0
     """Requests to the model of one client that is not on this machine."""
 

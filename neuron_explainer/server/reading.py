@@ -5,24 +5,20 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from neuron_explainer import __version__
-from neuron_explainer.analysis.latent_record import LatentRecord
 from neuron_explainer.analysis.records import GROUPS
-from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.server import shapes
 from neuron_explainer.server.content import example_content, feature_content, open_store, vocabulary
 from neuron_explainer.server.problems import Problem
-from neuron_explainer.server.registry import ID_PATTERN, Shelf
+from neuron_explainer.server.registry import Shelf
 from neuron_explainer.server.replies import json_reply
 from neuron_explainer.server.security import PUBLIC, READ
-from neuron_explainer.server.serving import Served, Serving
+from neuron_explainer.server.serving import DictionaryId, Served, Serving, Unit, record_of
 
 router = APIRouter()
-DictionaryId = Annotated[str, Path(pattern=ID_PATTERN, description="id of a dictionary")]
-Unit = Annotated[int, Path(ge=0, le=2**31 - 1, description="number of a unit")]
 FROM_MODEL = (
     *("family", "n_layers", "n_heads", "d_model", "d_ff", "n_ctx", "n_vocab", "dtype", "device"),
     "parameters",
@@ -133,19 +129,6 @@ def feature(request: Request, served: Served, d: DictionaryId, i: Unit) -> Respo
         record = record_of(store, i)
         content = feature_content(shelf, store, record) | _layers_beside(served, shelf)
     return json_reply(request, content)
-
-
-def record_of(store: ExampleStore, unit: int) -> LatentRecord:
-    """What the store knows of a unit; a 404 if there is none of this number."""
-    if unit >= len(store):
-        raise Problem(
-            404,
-            "index_out_of_range",
-            f"{store.name} has no {store.kind} {unit}: there are 0 to {len(store) - 1}.",
-            loc=("path", "i"),
-            allowed=[f"0 to {len(store) - 1}"],
-        )
-    return store[unit]
 
 
 @router.get("/dictionaries/{d}/features/{i}/examples", response_model=shapes.Examples, **READ)

@@ -1,14 +1,19 @@
 """What all routes of one application share."""
 
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
 
-from fastapi import Depends, Request
+from fastapi import Depends, Path, Request
 
+from neuron_explainer.analysis.latent_record import LatentRecord
+from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.server.limits import Limits
-from neuron_explainer.server.registry import Registry
+from neuron_explainer.server.problems import Problem
+from neuron_explainer.server.registry import ID_PATTERN, Registry
 from neuron_explainer.server.security import ClientRate, Policy
+from neuron_explainer.server.sessions import Sessions
 
 ModelState = Literal["none", "loading", "ready", "failed"]
 
@@ -75,6 +80,9 @@ class Serving:
     rate: ClientRate
     model_name: str | None = None
     started: float = field(default_factory=time.monotonic)
+    sessions: Sessions = field(default_factory=Sessions)
+    writing: threading.Lock = field(default_factory=threading.Lock)
+    """Held while labels are compared and changed."""
 
 
 async def serving(request: Request) -> Serving:
@@ -86,3 +94,23 @@ async def serving(request: Request) -> Serving:
 
 Served = Annotated[Serving, Depends(serving)]
 """Type of a route's parameter that receives the state."""
+DictionaryId = Annotated[str, Path(pattern=ID_PATTERN, description="id of a dictionary")]
+Unit = Annotated[int, Path(ge=0, le=2**31 - 1, description="number of a unit")]
+
+
+def record_of(store: ExampleStore, unit: int) -> LatentRecord:
+    """What the store knows of a unit; a 404 if there is none of this number."""
+    check_unit(store, unit)
+    return store[unit]
+
+
+def check_unit(store: ExampleStore, unit: int) -> None:
+    """A 404 if the store has no unit of this number."""
+    if unit >= len(store):
+        raise Problem(
+            404,
+            "index_out_of_range",
+            f"{store.name} has no {store.kind} {unit}: there are 0 to {len(store) - 1}.",
+            loc=("path", "i"),
+            allowed=[f"0 to {len(store) - 1}"],
+        )
