@@ -30,8 +30,9 @@ def store():
 
 def data_of(page):
     """The data of a page, found as a browser finds them: up to the first end of the element."""
-    text = re.search(r'<script type="application/json" id="data">(.*?)</script', page, re.S)
-    return json.loads(text[1])
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script', page, re.S)
+    assert found is not None
+    return json.loads(found[1])
 
 
 def test_a_page_holds_the_record(store):
@@ -67,7 +68,9 @@ def tiny_tales(store):
 
 def test_only_the_scripts_of_a_page_may_run(store):
     page = export.page_of_unit(store, 17)
-    policy = html.unescape(re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1])
+    head = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
+    assert head is not None
+    policy = html.unescape(head[1])
     assert "unsafe" not in policy
     assert "default-src 'none'" in policy
     inline = re.findall(r"<script>(.*?)</script>", page, re.S)
