@@ -65,9 +65,8 @@ def run_export(args: argparse.Namespace) -> Result:
                 logits = None if directions is None else directions.top_logits(units[0])
                 export.write_page(store, units[0], path, logits=logits)
             else:
-                export.write_site(
-                    store, path, units, logits=directions and directions.top_logits_of(units)
-                )
+                promoted = None if directions is None else directions.top_logits_of(units)
+                export.write_site(store, path, units, logits=promoted)
     return {"out": args.out, "units": len(units), "one_file": one_file, "no_tokens": why}
 
 
