@@ -472,6 +472,10 @@ class ExampleStore:
         number = self._checked(unit)
         return [*self._user_labels(number), *self._stored_labels(number)]
 
+    def all_labels(self, *, stored: bool = True) -> list[Label]:
+        """The labels of all units: by the user, then, with ``stored``, those that came with the store."""
+        return [*self._user_labels(), *(self._stored_labels() if stored else ())]
+
     def first_labels(self, units: Sequence[int]) -> dict[int, Label]:
         """The first label of each of these units that has one."""
         found: dict[int, Label] = {}

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from neuron_explainer import __version__
 from neuron_explainer.analysis.store import ExampleStore
-from neuron_explainer.server import pages, problems, reading, search
+from neuron_explainer.server import labels, pages, problems, reading, search
 from neuron_explainer.server.limits import Limits
 from neuron_explainer.server.registry import BUDGET, Registry
 from neuron_explainer.server.replies import json_reply
@@ -99,6 +99,7 @@ def _application(served: Serving) -> FastAPI:
         dependencies=[Depends(admitted)],
         lifespan=_lifespan,
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
     )
     app.state.serving = served
     problems.install(app, lambda headers: secure(headers, policy))
@@ -112,7 +113,7 @@ def _application(served: Serving) -> FastAPI:
 
 def _api() -> APIRouter:
     api = APIRouter(responses=PROBLEMS)
-    for router in (reading.router, search.router):
+    for router in (reading.router, search.router, labels.router):
         api.include_router(router)
 
     @api.get("/openapi.json", include_in_schema=False, **READ)

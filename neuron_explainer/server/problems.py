@@ -15,6 +15,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from neuron_explainer.analysis.store_format import encodable
 from neuron_explainer.errors import (
     CheckpointError,
     InputError,
@@ -85,10 +86,10 @@ def problem_reply(problem: Problem, request_id: str | None = None) -> Response:
         "type": f"urn:neuron-explainer:problem:{problem.code}",
         "title": HTTPStatus(problem.status).phrase,
         "status": problem.status,
-        "detail": problem.detail,
+        "detail": encodable(problem.detail),  # names of files may not be Unicode
         "code": problem.code,
-        "loc": None if problem.loc is None else list(problem.loc),
-        "allowed": None if problem.allowed is None else list(problem.allowed),
+        "loc": None if problem.loc is None else [_plain(part) for part in problem.loc],
+        "allowed": None if problem.allowed is None else [_plain(each) for each in problem.allowed],
         "retry_after": problem.retry_after,
         "request_id": request_id,
     }
@@ -96,6 +97,10 @@ def problem_reply(problem: Problem, request_id: str | None = None) -> Response:
     if problem.retry_after is not None:
         headers = headers | {"Retry-After": str(problem.retry_after)}
     return Response(orjson.dumps(content), problem.status, headers, MEDIA_TYPE)
+
+
+def _plain(part: str | int) -> str | int:
+    return encodable(part)[:500] if isinstance(part, str) else part
 
 
 def as_problem(error: NeuronExplainerError) -> Problem:

@@ -1,5 +1,6 @@
 """What all routes of one application share."""
 
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
@@ -12,6 +13,7 @@ from neuron_explainer.server.limits import Limits
 from neuron_explainer.server.problems import Problem
 from neuron_explainer.server.registry import ID_PATTERN, Registry
 from neuron_explainer.server.security import ClientRate, Policy
+from neuron_explainer.server.sessions import Sessions
 
 ModelState = Literal["none", "loading", "ready", "failed"]
 
@@ -78,6 +80,9 @@ class Serving:
     rate: ClientRate
     model_name: str | None = None
     started: float = field(default_factory=time.monotonic)
+    sessions: Sessions = field(default_factory=Sessions)
+    writing: threading.Lock = field(default_factory=threading.Lock)
+    """Held while labels are compared and changed."""
 
 
 async def serving(request: Request) -> Serving:
@@ -95,6 +100,12 @@ Unit = Annotated[int, Path(ge=0, le=2**31 - 1, description="number of a unit")]
 
 def record_of(store: ExampleStore, unit: int) -> LatentRecord:
     """What the store knows of a unit; a 404 if there is none of this number."""
+    check_unit(store, unit)
+    return store[unit]
+
+
+def check_unit(store: ExampleStore, unit: int) -> None:
+    """A 404 if the store has no unit of this number."""
     if unit >= len(store):
         raise Problem(
             404,
@@ -103,4 +114,3 @@ def record_of(store: ExampleStore, unit: int) -> LatentRecord:
             loc=("path", "i"),
             allowed=[f"0 to {len(store) - 1}"],
         )
-    return store[unit]

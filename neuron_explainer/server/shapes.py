@@ -3,9 +3,9 @@
 Replies are made as plain values and are not checked against these at run time; tests do that.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from neuron_explainer.server.problems import ProblemReply
 
@@ -212,6 +212,78 @@ class Examples(BaseModel):
     next_offset: int | None
     vocab: Vocabulary
     vocab_bytes: Vocabulary
+
+
+class Labels(BaseModel):
+    """The labels of a unit."""
+
+    items: list[LabelReply]
+
+
+class NewLabel(Body):
+    """What somebody says that a unit means."""
+
+    text: Annotated[str, Field(min_length=1, max_length=2000)]
+    source: Annotated[str, Field(max_length=80)] = "user"
+    score: float | None = None
+
+
+class BookmarkReply(BaseModel):
+    """A unit to come back to."""
+
+    dictionary: str
+    unit: int
+    note: str
+    label: str | None
+
+
+class Bookmarks(BaseModel):
+    """All bookmarks."""
+
+    items: list[BookmarkReply]
+
+
+class NewBookmark(Body):
+    """A unit to come back to."""
+
+    dictionary: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
+    unit: Annotated[int, Field(ge=0, le=2**31 - 1)]
+    note: Annotated[str, Field(max_length=2000)] = ""
+
+
+class LineError(BaseModel):
+    """A line that could not be used, and why."""
+
+    line: int
+    detail: str
+
+
+class Imported(BaseModel):
+    """How many labels were taken over."""
+
+    imported: int
+    skipped: int
+    errors: list[LineError]
+    """Of the first lines that were skipped."""
+
+
+class NewSession(Body):
+    """The state of a page, where it is too long for an address."""
+
+    state: dict[str, Any]
+
+
+class SessionId(BaseModel):
+    """What a state is called."""
+
+    id: str
+
+
+class Session(BaseModel):
+    """A state that was kept."""
+
+    id: str
+    state: dict[str, Any]
 
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {

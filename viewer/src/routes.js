@@ -20,6 +20,7 @@ export const PAGES = [
   { path: '', title: 'Start', icon: 'feature', component: HomePage },
   { path: 'f', title: 'Features', icon: 'feature', component: FeaturePage, rail: true, keys: 'g f' },
   { path: 'd', title: 'Dictionaries', icon: 'grid', component: Dictionaries, rail: true, keys: 'g d' },
+  { path: 'm', title: 'Model', icon: 'model', component: later('ModelPage'), rail: true, keys: 'g m' },
   { path: 'p', title: 'Prompt', icon: 'prompt', component: later('PromptPage'), rail: true, keys: 'g p' },
   { path: 'compare', title: 'Compare', icon: 'compare', component: ComparePage, rail: true, keys: 'g c' },
 ];

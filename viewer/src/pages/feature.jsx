@@ -9,7 +9,7 @@ import { Labels } from '../feature/labels.jsx';
 import { TryIt } from '../feature/try.jsx';
 import { count } from '../format.js';
 import { useKeys } from '../keys.js';
-import { go, href, setQuery } from '../router.js';
+import { go, href, route, setQuery } from '../router.js';
 import { MOST_COMPARED, dictionaries, dictionary, inTray, model, modelState, toggleTray } from '../state.js';
 
 export { ComparePage } from './compare.jsx';
@@ -92,7 +92,8 @@ function useSteps(id, card, query) {
   const waiting = useRef(0);
   /** @param {number} direction */
   function step(direction) {
-    if (!card) {
+    // The address may be ahead of what is drawn: a key that is held repeats faster than that.
+    if (!card || route.peek().path[2] !== String(card.unit)) {
       waiting.current += direction;
       return;
     }

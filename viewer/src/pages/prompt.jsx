@@ -113,7 +113,7 @@ function Page({ query }) {
     const kind = node.kind === 'pair' ? 'head' : node.kind;
 
     /** @type {Intervention} */
-    const next = { node: { location: node.location, kind, unit: node.unit, position: everywhere ? null : node.position }, action, value: FIRST_VALUE[action] };
+    const next = { node: { location: node.location, kind, unit: node.unit, position: everywhere ? null : node.position, dictionary: node.dictionary ?? null }, action, value: FIRST_VALUE[action] };
     const others = state.interventions.filter((one) => !sameUnit(one, next));
     const same = state.interventions.find((one) => sameUnit(one, next));
     change(same && same.action === action ? others : [...others, next]);
@@ -122,8 +122,9 @@ function Page({ query }) {
   function traceFrom(node, through) {
     const why = whyNotTraced(node);
     if (why) return notify(why, 'bad');
-    const { location, kind, unit, position } = node;
-    update({ trace: [...state.trace, { node: { location, kind, unit, position, attended: node.attended ?? null }, through }], row: '' }, { push: true });
+    const { location, kind, unit, position, attended = null, dictionary = null } = node;
+    if (position === null) return;
+    update({ trace: [...state.trace, { node: { location, kind, unit, position, attended, dictionary }, through }], row: '' }, { push: true });
     setCurrent('');
   }
   /** @param {Row} one */
@@ -174,12 +175,12 @@ function Page({ query }) {
             tokens={data ? data.prompts[0].ids.map((/** @type {number} */ _, /** @type {number} */ i) => tokenAt(data.prompts[0].ids, data.vocab, i)) : []}
             onChange={change} onUndo={history.past.length ? () => step('past') : null} onRedo={history.future.length ? () => step('future') : null}
           />
-          <Breadcrumb trace={state.trace} target={data?.target_name ?? 'Logit difference'} onTrace={(trace) => update({ trace, row: '' }, { push: true })} />
+          <Breadcrumb trace={state.trace} target={state.a.distractor.length ? 'Logit difference' : 'Logit of the target'} onTrace={(trace) => update({ trace, row: '' }, { push: true })} />
           <Tabs tab={state.tab} onTab={(tab) => update({ tab }, { push: true })} />
           <div id={`tab-${state.tab}`} role="tabpanel" aria-label={TAB_TEXT[state.tab]} tabIndex={-1}>
             {state.tab === 'attention' && <Attention text={state.a.text} nLayers={model.value?.n_layers ?? 1} nHeads={model.value?.n_heads ?? 1} limit={model.value?.limits?.heads ?? 144} chosen={state.head} onChoose={(head) => update({ head })} />}
             {state.tab === 'lens' && <Lens text={state.a.text} most={model.value?.limits?.lens_positions ?? 64} />}
-            {state.tab === 'generate' && <Generate text={state.a.text} sample={state.sample} most={model.value?.limits?.new_tokens ?? 128} interventions={interventionsBody(state)} onSample={(sample) => update({ sample })} />}
+            {state.tab === 'generate' && <Generate text={state.a.text} sample={state.sample} most={model.value?.limits?.new_tokens ?? 128} interventions={interventionsBody(state, true)} onSample={(sample) => update({ sample })} />}
             {state.tab === 'matrix' && data && (
               <Panel id="matrix" title="Tokens × nodes" what="what each unit does at each token" json={data} python={data.python}>
                 {state.position === 'all' ? <Matrix data={data} two={two} onPosition={(position) => update({ position, tab: 'nodes' })} /> : (
@@ -248,7 +249,7 @@ function Settings({ state, n, shown, update }) {
   return (
     <div class="row settings">
       <label>MLP <select value={state.mlp} onChange={(event) => update({ mlp: /** @type {any} */ (event.currentTarget.value), row: '' })}><option value="neuron">neurons</option><option value="latent">latents</option></select></label>
-      <label>Attention <select value={state.attention} onChange={(event) => update({ attention: /** @type {any} */ (event.currentTarget.value), row: '' })}><option value="head">heads</option><option value="latent">latents</option></select></label>
+      <label>Attention <select value={state.attention} onChange={(event) => update({ attention: /** @type {any} */ (event.currentTarget.value), row: '' })}><option value="head">heads</option><option value="pair">pairs of tokens</option><option value="latent">latents</option></select></label>
       <label>at <select value={String(state.position)} onChange={(event) => update({ position: event.currentTarget.value === 'all' ? 'all' : Number(event.currentTarget.value), row: '' })}>
         <option value="-1">the last token</option><option value="all">every token</option>
         {Array.from({ length: n }, (_, i) => <option value={String(i)}>token {i}</option>)}

@@ -15,7 +15,7 @@ export function Verdict({ data, two, changed }) {
   return (
     <div class={`verdict${two ? ' two' : ''}`}>
       {data.prompts.map((/** @type {any} */ one, /** @type {number} */ i) => (
-        <dl key={i} class="facts" data-prompt={'AB'[i]}>
+        <dl key={i} class="figures" data-prompt={'AB'[i]}>
           <div class="main">
             <dt>{one.distractor_ids?.length ? 'Logit difference' : 'Logit of the target'}{two ? ` ${'AB'[i]}` : ''}</dt>
             <dd><b class="tabular" data-value={one.logit_difference}>{fixed(one.logit_difference)}</b>{changed && <span class="soft tabular" data-baseline={one.baseline_logit_difference}> unchanged {fixed(one.baseline_logit_difference)}</span>}</dd>
@@ -30,7 +30,7 @@ export function Verdict({ data, two, changed }) {
         </dl>
       ))}
       {two && (
-        <dl class="facts" data-prompt="diff">
+        <dl class="figures" data-prompt="diff">
           <div class="main"><dt>A − B</dt><dd><b class="tabular" data-value={data.prompts[0].logit_difference - data.prompts[1].logit_difference}>{fixed(data.prompts[0].logit_difference - data.prompts[1].logit_difference)}</b></dd></div>
         </dl>
       )}
@@ -76,7 +76,7 @@ export function Candidates({ data, two, onTarget }) {
                   </>
                 ) : (
                   <>
-                    <td class="num share"><svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true"><rect width={(100 * top.prob) / most} height="8" /></svg>{percentage(top.prob)}</td>
+                    <td class="num share"><svg class="prob-bar" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true"><rect width={(100 * top.prob) / most} height="8" /></svg>{percentage(top.prob)}</td>
                     <td class="num" data-logit={top.logit}>{fixed(top.logit - zero[0], 2)}</td>
                   </>
                 )}

@@ -165,7 +165,7 @@ export function PairTable({ all, head, share = true }) {
   const words = all.ids.map((id) => tokenText(id, all));
   return (
     <div class="scroll-x" tabIndex={0} role="region" aria-label="Which token looks at which">
-      <table class="pairs">
+      <table class="pair-table">
         <thead><tr><th scope="col"><span class="hidden">Token that looks</span></th>{words.map((word) => <th scope="col"><span>{word}</span></th>)}</tr></thead>
         <tbody>
           {words.map((word, q) => (

@@ -28,7 +28,7 @@ export function Detail({ node, request, words, ids, hasB, onChange, onTrace }) {
   return (
     <div class="node-detail">
       <header class="row">
-        <b>{nodeName(node)}</b> <span class="soft">{node.location}, token {node.position}{paired ? ` from ${node.attended}` : ''}</span>
+        <b>{nodeName(node)}</b> <span class="soft">{node.location}, token {node.position ?? `${node.position_b} of B`}{paired ? ` from ${node.attended}` : ''}</span>
         <span class="push" />
         {asked.data?.python && <Tool icon="python" tool="python" label={`Copy ${nodeName(node)} as Python`} onClick={() => copy(asked.data.python, 'Python')} />}
         {page && <a class="button" href={href(page)}>Open {isHead ? 'head' : 'feature'} <kbd>o</kbd></a>}

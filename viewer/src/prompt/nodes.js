@@ -2,8 +2,8 @@
 import { visible } from '../format.js';
 
 /**
- * @typedef {{location: string, layer: number | null, unit: number, kind: string, position: number,
- *   attended?: number | null, dictionary?: string | null, label?: string | null}} Node
+ * @typedef {{location: string, layer: number | null, unit: number, kind: string, position: number | null,
+ *   position_b?: number | null, attended?: number | null, dictionary?: string | null, label?: string | null}} Node
  * @typedef {Record<string, {A: (number | null)[], B?: (number | null)[]}>} Values measure -> one number a node
  * @typedef {{node: Node, key: string, index: number}} Row
  */
@@ -19,8 +19,8 @@ export const MEASURE_TEXT = {
 };
 
 /** The same for the same node, in every reply. @param {Omit<Node, 'layer'>} node */
-export function nodeKey({ location, kind, unit, position, attended }) {
-  return [location, kind, unit, position, attended ?? ''].join('|');
+export function nodeKey({ location, kind, unit, position, position_b: b, attended }) {
+  return [location, kind, unit, position ?? (b === null || b === undefined ? '' : `B${b}`), attended ?? ''].join('|');
 }
 
 /** The layer that a location names; null if it names none. @param {string} location */
@@ -63,8 +63,11 @@ export const TRACED = ['neuron', 'latent', 'head', 'pair'];
 /** Kinds that an intervention can change. */
 export const CHANGED = ['neuron', 'latent', 'head', 'pair'];
 
-/** Why a node cannot be traced; null if it can. @param {Pick<Node, 'kind'>} node */
-export function whyNotTraced({ kind }) {
+const ONLY_IN_B = 'This token stands only in the second prompt; swap the two to look at it.';
+
+/** Why a node cannot be traced; null if it can. @param {Pick<Node, 'kind' | 'position'>} node */
+export function whyNotTraced({ kind, position }) {
+  if (position === null) return ONLY_IN_B;
   if (TRACED.includes(kind)) return null;
   const why = /** @type {Record<string, string>} */ ({
     embedding: 'An embedding is where the stream begins: nothing comes before it.',
@@ -74,8 +77,9 @@ export function whyNotTraced({ kind }) {
   return why[kind] ?? `A ${kind} cannot be traced.`;
 }
 
-/** Why a node cannot be changed; null if it can. @param {Pick<Node, 'kind'>} node */
-export function whyNotChanged({ kind }) {
+/** Why a node cannot be changed; null if it can. @param {Pick<Node, 'kind' | 'position'>} node */
+export function whyNotChanged({ kind, position }) {
+  if (position === null) return ONLY_IN_B;
   return CHANGED.includes(kind) ? null : `Interventions change neurons, latents and heads; this is ${kind === 'embedding' || kind === 'error' ? 'an' : 'a'} ${kind}.`;
 }
 
@@ -133,9 +137,9 @@ export function nextSort(sort, measure, side) {
   return { measure, side, order };
 }
 
-/** A token of a prompt, and where it stands. @param {number[]} ids @param {Record<string, string>} vocab @param {number} position */
+/** A token of a prompt, and where it stands. @param {number[]} ids @param {Record<string, string>} vocab @param {number | null} position */
 export function tokenAt(ids, vocab, position) {
-  const id = ids[position];
+  const id = ids[position ?? -1];
   return id === undefined ? '' : visible(vocab[id] ?? `#${id}`).replace(/^ /, '␣');
 }
 
@@ -152,7 +156,7 @@ export function matrixOf(nodes, values, measure, side, length) {
     let unit = units.get(key);
     if (!unit) units.set(key, (unit = { name: nodeName(node), node, values: Array(length).fill(null) }));
     const value = cell(values, measure, index, side);
-    if (value !== null) unit.values[node.position] = (unit.values[node.position] ?? 0) + value;
+    if (value !== null && node.position !== null) unit.values[node.position] = (unit.values[node.position] ?? 0) + value;
   });
   const size = (/** @type {{values: (number | null)[]}} */ unit) => Math.max(...unit.values.map((x) => Math.abs(x ?? 0)));
   return [...units.values()].sort((a, b) => size(b) - size(a));

@@ -3,11 +3,11 @@ import { nodeKey } from './nodes.js';
 
 /**
  * @typedef {{text: string, target: string[], distractor: string[]}} Prompt
- * @typedef {{location: string, kind: string, unit: number, position: number | null}} Changed
+ * @typedef {{location: string, kind: string, unit: number, position: number | null, dictionary: string | null}} Changed
  * @typedef {'zero' | 'mean' | 'set' | 'scale' | 'add' | 'swap'} Action
  * @typedef {{node: Changed, action: Action, value: number | null}} Intervention
  * @typedef {'q' | 'k' | 'qk' | 'v' | null} Through
- * @typedef {{node: {location: string, kind: string, unit: number, position: number, attended: number | null}, through: Through}} Step
+ * @typedef {{node: {location: string, kind: string, unit: number, position: number, attended: number | null, dictionary: string | null}, through: Through}} Step
  * @typedef {import('./nodes.js').Sort} Sort
  * @typedef {object} State
  * @property {Prompt} a
@@ -71,8 +71,8 @@ export function write(state) {
     ae: state.dictionaries.length ? state.dictionaries.join(',') : null,
     pos: state.position === first.position ? null : String(state.position),
     k: state.k === first.k ? null : String(state.k),
-    iv: json(state.interventions.map(({ node: n, action, value }) => [n.location, n.kind, n.unit, n.position, action, value]), []),
-    tr: json(state.trace.map(({ node: n, through }) => [n.location, n.kind, n.unit, n.position, n.attended, through]), []),
+    iv: json(state.interventions.map(({ node: n, action, value }) => [n.location, n.kind, n.unit, n.position, n.dictionary, action, value]), []),
+    tr: json(state.trace.map(({ node: n, through }) => [n.location, n.kind, n.unit, n.position, n.attended, n.dictionary, through]), []),
     tab: state.tab === first.tab ? null : state.tab,
     by: json([sort.measure, sort.side, sort.order], ['act_grad', 'A', 'size']),
     only: state.filter || null,
@@ -96,8 +96,8 @@ export function read(query) {
   if (query.pos === 'all') state.position = 'all';
   else if (/^\d+$/.test(query.pos ?? '')) state.position = Number(query.pos);
   if (/^\d+$/.test(query.k ?? '')) state.k = Math.max(1, Number(query.k));
-  state.interventions = list(query.iv).map(([location, kind, unit, position, action, value]) => ({ node: { location, kind, unit, position }, action, value }));
-  state.trace = list(query.tr).map(([location, kind, unit, position, attended, through]) => ({ node: { location, kind, unit, position, attended }, through }));
+  state.interventions = list(query.iv).map(([location, kind, unit, position, dictionary, action, value]) => ({ node: { location, kind, unit, position, dictionary }, action, value }));
+  state.trace = list(query.tr).map(([location, kind, unit, position, attended, dictionary, through]) => ({ node: { location, kind, unit, position, attended, dictionary }, through }));
   if (TABS.includes(query.tab)) state.tab = query.tab;
   const by = parsed(query.by);
   if (Array.isArray(by) && by.length === 3) state.sort = { measure: by[0], side: by[1], order: by[2] };
@@ -146,23 +146,33 @@ export function debugBody(state) {
     metrics: ['activation', 'write_norm', 'direct', 'act_grad'],
     position: state.position,
     top_k: state.k,
+    top_logits: 50,
+    loss: true,
     interventions: interventionsBody(state),
     ...(last && { trace: { node: nodeBody(last.node), through: last.through } }),
   };
 }
 
-/** @param {{location: string, kind: string, unit: number, position?: number | null, attended?: number | null}} node */
-export function nodeBody({ location, kind, unit, position, attended }) {
+/** A node as requests name it. @param {{location: string, unit: number, position?: number | null, attended?: number | null, dictionary?: string | null}} node */
+export function nodeBody({ location, unit, position, attended, dictionary }) {
   return {
-    location, kind, unit,
+    location, unit,
     ...(position !== null && position !== undefined && { position }),
     ...(attended !== null && attended !== undefined && { attended }),
+    ...(dictionary && { dictionary }),
   };
 }
 
-/** @param {State} state */
-export function interventionsBody(state) {
-  return state.interventions.map(({ node, action, value }) => ({ node: nodeBody(node), action, ...(value !== null && { value }) }));
+/**
+ * @param {State} state
+ * @param {boolean} [alone] whether the request has one prompt only: then a swap names the text that it takes from
+ */
+export function interventionsBody(state, alone = false) {
+  return state.interventions.map(({ node, action, value }) => ({
+    node: nodeBody(node), action,
+    ...(value !== null && { value }),
+    ...(alone && action === 'swap' && { source: state.b?.text ?? '' }),
+  }));
 }
 
 /** The two prompts change places; interventions and traces are of A, and go with the text that is A then. @param {State} state @returns {State} */
@@ -174,5 +184,5 @@ export function swapped(state) {
 
 /** Whether two interventions are of the same unit and tokens. @param {Intervention} x @param {Intervention} y */
 export function sameUnit(x, y) {
-  return nodeKey({ ...x.node, position: x.node.position ?? -1 }) === nodeKey({ ...y.node, position: y.node.position ?? -1 });
+  return nodeKey(x.node) === nodeKey(y.node);
 }

@@ -82,7 +82,7 @@ export function NodeTable({ data, rows, sort, open, current, two, sides, onSort,
               const { node } = row;
               const page = pageOf(node);
               const name = nodeName(node);
-              const full = `${name} at ${node.position}`;
+              const full = `${name} at ${node.position ?? `${node.position_b} of B`}`;
               const opened = row.key === open;
               return (
                 <Fragment key={row.key}>
@@ -91,7 +91,7 @@ export function NodeTable({ data, rows, sort, open, current, two, sides, onSort,
                       {page ? <a href={href(page)}>{name}</a> : <span>{name}</span>}
                       {node.label && <span class="label">{node.label}</span>}
                     </th>
-                    <td><Place ids={ids} vocab={data.vocab} position={node.position} /></td>
+                    <td>{place(data, node, two)}</td>
                     {pairs && <td>{node.attended !== null && node.attended !== undefined && <Place ids={ids} vocab={data.vocab} position={node.attended} />}</td>}
                     {MEASURES.map((measure) => columns.map((side) => {
                       const value = cell(data.values, measure, row.index, side);
@@ -112,6 +112,18 @@ export function NodeTable({ data, rows, sort, open, current, two, sides, onSort,
       </div>
       {rows.length === 0 && <Empty title={data.nodes.length ? 'No node fits the filter' : 'No nodes'}>{data.nodes.length === 0 && <p>Nothing before this node contributes to it: the trace ends here.</p>}</Empty>}
       {rows.length > shown && <p class="row"><button type="button" onClick={() => setShown(shown + PAGE)}>Show {Math.min(PAGE, rows.length - shown)} more</button><span class="soft">of {rows.length}</span></p>}
+    </>
+  );
+}
+
+/** The token of a node; with two prompts also that of the second where it is another. @param {any} data @param {import('./nodes.js').Node} node @param {boolean} two */
+function place(data, node, two) {
+  const other = two && node.position_b !== null && node.position_b !== undefined ? node.position_b : null;
+  const [a, b] = data.prompts;
+  return (
+    <>
+      {node.position !== null ? <Place ids={a.ids} vocab={data.vocab} position={node.position} /> : <span class="soft">–</span>}
+      {other !== null && (node.position === null || a.ids[node.position] !== b.ids[other] || node.position !== other) && <span class="soft"> / <Place ids={b.ids} vocab={data.vocab} position={other} /></span>}
     </>
   );
 }

@@ -56,7 +56,7 @@ function Line({ one, tokens, hasB, onChange, onRemove }) {
     <li class="row">
       <code>{name}</code>
       <select aria-label={`What happens to ${name}`} value={one.action} onChange={(event) => { const action = /** @type {Intervention['action']} */ (event.currentTarget.value); onChange({ ...one, action, value: FIRST_VALUE[action] }); }}>
-        {ACTIONS.filter((action) => action !== 'swap' || hasB || one.action === 'swap').map((action) => <option value={action}>{ACTION_TEXT[action]}</option>)}
+        {ACTIONS.filter((action) => action === one.action || (action === 'swap' ? hasB : one.node.kind !== 'head' || !['set', 'add'].includes(action))).map((action) => <option value={action}>{ACTION_TEXT[action]}</option>)}
       </select>
       {one.value !== null && (
         <input class="value" inputMode="decimal" aria-label={`Value for ${name}`} aria-invalid={wrong} value={typed} onInput={(event) => setTyped(event.currentTarget.value)} onBlur={commit} onKeyDown={(event) => event.key === 'Enter' && (event.preventDefault(), commit())} />
