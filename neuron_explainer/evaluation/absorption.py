@@ -12,8 +12,9 @@ with s", is absorbed there (Chanin et al. 2024, arXiv:2409.14507). For each labe
    where the main latents are merely weak, and up to :data:`ABSORBERS` others (cosine at least
    :data:`FRACTION_COSINE`) do their work.
 
-The thresholds are SAEBench's. Two things are done otherwise: contributions are measured from the
-autoencoder's bias, which is where its latents start from, and directions need not have length 1.
+The thresholds are SAEBench's. Three things are done otherwise. Contributions are measured from the
+autoencoder's bias, which is where its latents start from. Directions need not have length 1. And the probe is
+a strongly regularised discriminant, see :data:`~neuron_explainer.evaluation.linear_probes.STRONG_RIDGE`.
 
 Shape legend: ``t`` tokens, ``n`` width, ``l`` latents, ``k`` active latents of a token.
 """
@@ -29,6 +30,7 @@ from torch import Tensor
 from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation.floors import permuted_directions
 from neuron_explainer.evaluation.linear_probes import (
+    STRONG_RIDGE,
     Split,
     columns_of,
     fit_probe,
@@ -191,7 +193,7 @@ def _measured(
     y, y_test = label[split.train], label[split.test]
     if min(int(y.sum()), int(y_test.sum()), int((~y).sum()), int((~y_test).sum())) < fewest:
         return None
-    probe = fit_probe(x[split.train], y, "f1", products=products)
+    probe = fit_probe(x[split.train], y, "f1", products=products, ridge=STRONG_RIDGE)
     said = probe.predict(x[split.test])
     probe_f1 = quality(said, y_test).f1
     true = (said & y_test).nonzero().flatten()

@@ -26,6 +26,7 @@ from torch import Tensor
 from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation.floors import permuted_directions
 from neuron_explainer.evaluation.linear_probes import (
+    STRONG_RIDGE,
     Probe,
     Split,
     balanced,
@@ -93,6 +94,10 @@ def _to_dict(found: object) -> dict[str, Any]:
         else:
             result[name] = list(value)
     return result
+
+
+def _fit(x: Tensor, y: Tensor) -> Probe:
+    return fit_probe(x, y, ridge=STRONG_RIDGE)
 
 
 def effects(subject: Subject, label: Tensor, probe: Probe) -> Tensor:
@@ -172,17 +177,18 @@ def _tpp_run(
         train = _drawn(split.train, label, name, seed)
         tests[name] = _drawn(split.test, label, name, seed)
         some = subject.of(train)
-        probes[name] = fit_probe(some.activations, label[train])
+        probes[name] = _fit(some.activations, label[train])
         first[name] = _accuracy(probes[name], subject.activations, label, tests[name])
         effect = effects(some, label[train], probes[name]).clamp(min=0)
         order[name] = effect.argsort(descending=True, stable=True)[: int((effect > 0).sum())]
+    subjects = {name: subject.of(rows) for name, rows in tests.items()}
     own, others = {}, {}
     for n in ns:
         falls: dict[bool, list[float]] = {True: [], False: []}
         for target in labels:
             for name, label in labels.items():
-                some = subject.of(tests[name])
-                predicted = probes[name].predict(some.without(order[target][:n]))
+                x = subjects[name].without(order[target][:n])
+                predicted = probes[name].predict(x)
                 fall = first[name] - quality(predicted, label[tests[name]]).accuracy
                 falls[name == target].append(fall)
         own[n], others[n] = (sum(falls[side]) / len(falls[side]) for side in (True, False))
@@ -271,9 +277,9 @@ def _scr_run(
     clean_rows = _even(split.train, wanted, unwanted, seed)
     test = subject.of(_even(split.test, wanted, unwanted, seed))
     y = wanted[_even(split.test, wanted, unwanted, seed)]
-    biased = fit_probe(subject.activations[biased_rows], wanted[biased_rows])
-    clean = fit_probe(subject.activations[clean_rows], wanted[clean_rows])
-    other = fit_probe(subject.activations[clean_rows], unwanted[clean_rows])
+    biased = _fit(subject.activations[biased_rows], wanted[biased_rows])
+    clean = _fit(subject.activations[clean_rows], wanted[clean_rows])
+    other = _fit(subject.activations[clean_rows], unwanted[clean_rows])
     base = quality(biased.predict(test.activations), y).accuracy
     best = quality(clean.predict(test.activations), y).accuracy
     effect = effects(subject.of(clean_rows), unwanted[clean_rows], other).abs()
