@@ -103,6 +103,7 @@ def _application(served: Serving) -> FastAPI:
         dependencies=[Depends(admitted)],
         lifespan=_lifespan,
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
     )
     app.state.serving = served
     problems.install(app, lambda headers: secure(headers, policy))
