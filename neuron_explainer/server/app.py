@@ -13,6 +13,7 @@ from neuron_explainer import __version__
 from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.server import factors as factor_routes
 from neuron_explainer.server import labels, pages, problems, reading, search
+from neuron_explainer.server.factor_runs import FactorRuns
 from neuron_explainer.server.limits import Limits
 from neuron_explainer.server.registry import BUDGET, Registry
 from neuron_explainer.server.replies import json_reply
@@ -86,7 +87,7 @@ def create_app(
     rate = ClientRate(limits.compute_per_second)
     name = model if isinstance(model, str) else registry.model
     served = Serving(registry, policy, limits, compute, read_only, rate, name)
-    served.factors = factor_routes.FactorRuns(factors)
+    served.factors = FactorRuns(factors)
     return _application(served)
 
 

@@ -3,20 +3,18 @@
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import Depends, Path, Request
 
 from neuron_explainer.analysis.latent_record import LatentRecord
 from neuron_explainer.analysis.store import ExampleStore
+from neuron_explainer.server.factor_runs import FactorRuns
 from neuron_explainer.server.limits import Limits
 from neuron_explainer.server.problems import Problem
 from neuron_explainer.server.registry import ID_PATTERN, Registry
 from neuron_explainer.server.security import ClientRate, Policy
 from neuron_explainer.server.sessions import Sessions
-
-if TYPE_CHECKING:
-    from neuron_explainer.server.factors import FactorRuns
 
 ModelState = Literal["none", "loading", "ready", "failed"]
 
@@ -84,7 +82,7 @@ class Serving:
     model_name: str | None = None
     started: float = field(default_factory=time.monotonic)
     sessions: Sessions = field(default_factory=Sessions)
-    factors: "FactorRuns" = field(init=False)
+    factors: FactorRuns = field(default_factory=FactorRuns)
     writing: threading.Lock = field(default_factory=threading.Lock)
     """Held while labels are compared and changed."""
 
