@@ -12,7 +12,7 @@ from starlette.responses import Response
 from neuron_explainer import __version__
 from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.server import factors as factor_routes
-from neuron_explainer.server import labels, pages, problems, reading, search
+from neuron_explainer.server import labels, legacy, pages, problems, reading, search
 from neuron_explainer.server.factor_runs import FactorRuns
 from neuron_explainer.server.limits import Limits
 from neuron_explainer.server.registry import BUDGET, Registry
@@ -109,6 +109,7 @@ def _application(served: Serving) -> FastAPI:
     app.state.serving = served
     problems.install(app, lambda headers: secure(headers, policy))
     app.include_router(_api(), prefix=API)
+    app.include_router(legacy.router, responses=PROBLEMS)
     app.include_router(pages.pages_router(files))
     sizes = defaultdict(lambda: limits.body_bytes, {f"{API}/labels/import": limits.import_bytes})
     public = frozenset(files) | {f"{API}/health"}
