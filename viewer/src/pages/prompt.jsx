@@ -110,9 +110,10 @@ function Page({ query }) {
     const why = whyNotChanged(node);
     if (why) return notify(why, 'bad');
     const kind = node.kind === 'pair' ? 'head' : node.kind;
+    const location = node.location.replace('attn.qk_probs', 'attn.v_out'); // of a pair, the whole head is changed
 
     /** @type {Intervention} */
-    const next = { node: { location: node.location, kind, unit: node.unit, position: everywhere ? null : node.position, dictionary: node.dictionary ?? null }, action, value: FIRST_VALUE[action] };
+    const next = { node: { location, kind, unit: node.unit, position: everywhere ? null : node.position, dictionary: node.dictionary ?? null }, action, value: FIRST_VALUE[action] };
     const others = state.interventions.filter((one) => !sameUnit(one, next));
     const same = state.interventions.find((one) => sameUnit(one, next));
     change(same && same.action === action ? others : [...others, next]);
