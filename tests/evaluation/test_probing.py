@@ -50,6 +50,7 @@ def test_a_planted_latent_is_found_by_one(found: dict[str, SparseProbing]) -> No
     assert each.accuracy[1].mean >= 0.98
     assert each.dense is not None
     assert each.dense.mean >= 0.98
+    assert each.dense.mean > each.channels[5].mean >= each.channels[1].mean > 0.55
     assert (each.n_train, each.n_test) == pytest.approx((1200, 600), abs=80)
 
 
