@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from neuron_explainer import __version__
 from neuron_explainer.analysis.store import ExampleStore
-from neuron_explainer.server import labels, pages, problems, reading, search
+from neuron_explainer.server import labels, legacy, pages, problems, reading, search
 from neuron_explainer.server.limits import Limits
 from neuron_explainer.server.registry import BUDGET, Registry
 from neuron_explainer.server.replies import json_reply
@@ -99,10 +99,12 @@ def _application(served: Serving) -> FastAPI:
         dependencies=[Depends(admitted)],
         lifespan=_lifespan,
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
     )
     app.state.serving = served
     problems.install(app, lambda headers: secure(headers, policy))
     app.include_router(_api(), prefix=API)
+    app.include_router(legacy.router, responses=PROBLEMS)
     app.include_router(pages.pages_router(files))
     sizes = defaultdict(lambda: limits.body_bytes, {f"{API}/labels/import": limits.import_bytes})
     public = frozenset(files) | {f"{API}/health"}

@@ -4,9 +4,10 @@ import { render as draw } from 'preact';
 import { useState } from 'preact/hooks';
 import { Icon } from './components/icons.jsx';
 import { Notices } from './components/notices.jsx';
-import { HasLinks } from './components/panel.jsx';
+import { HasLinks, Panel } from './components/panel.jsx';
 import { VirtualTable } from './components/table.jsx';
 import { Badges, Facts, FeatureCard, titleOf } from './feature/card.jsx';
+import { LABELS_ARE, LabelList } from './feature/label-list.jsx';
 import { count, number, percentage } from './format.js';
 
 /**
@@ -53,6 +54,7 @@ function Page({ data, onUnit }) {
       <FeatureCard
         card={card} state={state} onState={(patch) => setState((old) => ({ ...old, ...patch }))} linkTo={(_, unit) => links[unit]}
         logits={logits ? there(logits) : undefined}
+        labels={card.labels.length > 0 && <Panel id="labels" title="Explanations" what={LABELS_ARE} json={card.labels}><LabelList labels={card.labels} /></Panel>}
       />
       <Notices />
     </HasLinks.Provider>
