@@ -14,6 +14,7 @@ from typing import Any
 from neuron_explainer import __version__, demo
 from neuron_explainer.cli import (
     collating,
+    explaining,
     factors,
     importing,
     inspecting,
@@ -206,6 +207,7 @@ def _register_looking(verbs: Any) -> None:
     looking.register(verbs)
     collating.register(verbs)
     inspecting.register(verbs)
+    explaining.register(verbs)
 
 
 def _register_learning(verbs: Any) -> None:
