@@ -274,6 +274,7 @@ class _Floors:
         self.seed, self.config, self.reading = seed, config, reading
         self.competitors, self.explain = competitors, explain
         self._random = cache(self._random_score)
+        self._random_explained = cache(self._explain_random)
 
     def scored(
         self, name: str, scorer: Scorer, explanation: Explanation, examples: ExampleSet
@@ -306,17 +307,21 @@ class _Floors:
 
     def _random_score(self, name: str, method: str, unit: int) -> float | None:
         """What the same method and scorer get on a latent of the random autoencoder."""
+        explained = self._random_explained(method, unit)
+        score = None if explained is None else self.scorers[name](*explained)
+        return None if score is None else score.value
+
+    def _explain_random(self, method: str, unit: int) -> tuple[Explanation, ExampleSet] | None:
         assert self.reading is not None
         explain = explainer(method) if method in ("rules", "tokens") else self.explain
         if explain is None:
             return None
+        records = self.reading.random
         try:
-            records = self.reading.random
             examples = ExampleSet.of(records, unit, self.seed, self.config, records)
-            score = self.scorers[name](explain(examples), examples)
+            return explain(examples), examples
         except NeuronExplainerError:  # too few texts
             return None
-        return None if score is None else score.value
 
 
 # --- parts ---
