@@ -49,6 +49,7 @@ function Feature({ id, unit, query }) {
     return (
       <div class="page">
         <Navigation id={id} unit={unit} card={undefined} one={one} steps={steps} query={query} />
+        <h1 class="hidden">Feature {unit}</h1>
         <Failure problem={asked.error} retry={asked.retry} />
       </div>
     );
