@@ -18,7 +18,7 @@ import { FIRST_VALUE, LONGEST, TABS, debugBody, initial, interventionsBody, read
 import { NodeTable } from '../prompt/table.jsx';
 import { Breadcrumb, Tray } from '../prompt/tray.jsx';
 import { go, href } from '../router.js';
-import { model } from '../state.js';
+import { model, modelState } from '../state.js';
 
 /** @typedef {import('../prompt/state.js').State} State */
 /** @typedef {import('../prompt/state.js').Intervention} Intervention */
@@ -48,7 +48,7 @@ export function PromptPage({ query }) {
   const kept = useAsk(query.s ?? null, (signal) => get(url(['sessions', query.s]), { signal }));
   if (query.s && kept.error) return <div class="page"><Answer asked={kept}>{() => null}</Answer></div>;
   if (query.s && !kept.data) return <div class="page"><Loading lines={6} /></div>;
-  return <Page query={query.s ? kept.data.state ?? kept.data : query} />;
+  return <Page query={query.s ? kept.data.state : query} />;
 }
 
 /** The state, and a function that changes it: the address follows. @param {Record<string, string>} query */
@@ -61,10 +61,9 @@ function useState_(query) {
     latest.current = { ...latest.current, ...patch };
     const address = href(['p'], write(latest.current));
     if (address.length <= LONGEST) return go(address, { replace: !push });
-    const id = crypto.randomUUID?.() ?? String(Date.now());
-    const body = Object.fromEntries(Object.entries(write(latest.current)).filter(([, value]) => value !== null));
-    return post(url(['sessions', id]), { state: body }).then(
-      () => go(href(['p'], { s: id }), { replace: !push }),
+    const kept = Object.fromEntries(Object.entries(write(latest.current)).filter(([, value]) => value !== null));
+    return post(url(['sessions']), { state: kept }).then(
+      ({ id }) => go(href(['p'], { s: id }), { replace: !push }),
       (problem) => notify(`The state of this page is too long for a link: ${problem.message}`, 'bad'),
     );
   }
@@ -82,7 +81,8 @@ function Page({ query }) {
   const history = useHistory();
   const empty = !state.a.text;
   const body = debugBody(state);
-  const asked = useAsk(empty ? null : JSON.stringify(body), (signal) => post(url(['debug']), body, { signal }));
+  const ready = modelState.value === 'ready';
+  const asked = useAsk(empty || !ready ? null : JSON.stringify(body), (signal) => post(url(['debug']), body, { signal }));
   const [current, setCurrent] = useState('');
   const data = asked.data;
   const two = state.b !== null && data?.prompts?.length === 2;
@@ -111,9 +111,10 @@ function Page({ query }) {
     const why = whyNotChanged(node);
     if (why) return notify(why, 'bad');
     const kind = node.kind === 'pair' ? 'head' : node.kind;
+    const location = node.location.replace('attn.qk_probs', 'attn.v_out'); // of a pair, the whole head is changed
 
     /** @type {Intervention} */
-    const next = { node: { location: node.location, kind, unit: node.unit, position: everywhere ? null : node.position, dictionary: node.dictionary ?? null }, action, value: FIRST_VALUE[action] };
+    const next = { node: { location, kind, unit: node.unit, position: everywhere ? null : node.position, dictionary: node.dictionary ?? null }, action, value: FIRST_VALUE[action] };
     const others = state.interventions.filter((one) => !sameUnit(one, next));
     const same = state.interventions.find((one) => sameUnit(one, next));
     change(same && same.action === action ? others : [...others, next]);
@@ -167,7 +168,7 @@ function Page({ query }) {
       <section class="panel prompt-head" aria-label="Prompt">
         <Fields a={state.a} b={state.b} busy={asked.loading} onSwap={swap} onRun={(a, b) => { update({ a, b, trace: [], row: '', ...(b === null && { sort: { ...state.sort, side: 'A' } }) }, { push: true }); if (JSON.stringify([a, b]) === JSON.stringify([state.a, state.b])) asked.retry(); }} />
       </section>
-      {empty ? <Welcome onPick={(a) => update({ a }, { push: true })} /> : (
+      {empty ? <Welcome onPick={(a) => update({ a }, { push: true })} /> : !ready && !data ? <NotReady /> : (
         <>
           <Answer asked={asked} lines={3}>{(found) => <Verdict data={found} two={two} changed={changed} />}</Answer>
           <Tray
@@ -259,6 +260,12 @@ function Settings({ state, n, shown, update }) {
       <span class="soft" role="status">{state.filter ? `${shown} shown` : ''}</span>
     </div>
   );
+}
+
+function NotReady() {
+  const state = modelState.value;
+  if (state === 'loading') return <section class="panel panel-body" aria-label="The model"><p class="soft">The model is being loaded; the prompt runs as soon as it is there.</p><Loading lines={8} label="The model is being loaded" /></section>;
+  return <Empty title={state === 'failed' ? 'The model could not be loaded' : 'No model runs here'}><p>{model.value?.error ?? 'The stores can be read. Start the server with a model to run prompts.'}</p></Empty>;
 }
 
 /** @param {{onPick: (a: import('../prompt/state.js').Prompt) => void}} props */
