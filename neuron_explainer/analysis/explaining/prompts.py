@@ -300,7 +300,8 @@ def _shown(kind: str, example: Example, scale: float, marks: tuple[str, str]) ->
 
 
 def _around_peaks(examples: Sequence[Example], raised: Sequence[str]) -> dict[str, str]:
-    peaks, after = [], []
+    peaks: list[str] = []
+    after: list[str] = []
     for each in examples:
         peaks.append(token_text(each.pieces[each.peak]))
         after += map(token_text, each.pieces[each.peak + 1 : each.peak + 2])

@@ -29,6 +29,7 @@ from neuron_explainer.analysis.explaining.methods import (
     explainer,
     rule_of,
 )
+from neuron_explainer.analysis.explaining.spending import StoppedError
 from neuron_explainer.errors import InputError, NeuronExplainerError, did_you_mean
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ def explain_units(
             return Step(unit, 0, 0, known, reused=True)
         try:
             return Step(unit, 0, 0, explain(ExampleSet.of(store, unit, seed, config, reading)))
+        except StoppedError:
+            raise
         except NeuronExplainerError as error:
             return Step(unit, 0, 0, error=str(error))
 
@@ -180,7 +183,7 @@ def score_units(
             for name, scorer in chosen.items():
                 own = digest([request, name])
                 score = store.workspace.explanation_score_of(explanation, own) if save else None
-                if score is None:
+                if score is None or _may_be_better(score):
                     if examples is None:
                         examples = ExampleSet.of(store, unit, seed, config, reading)
                         examples = _without_seen(examples, explanation)
@@ -188,6 +191,8 @@ def score_units(
                     new = new or score is not None
                 if score is not None:
                     found.append(score)
+        except StoppedError:
+            raise
         except NeuronExplainerError as error:
             return Step(unit, 0, 0, explanation, tuple(found), error=str(error))
         why = "" if found else f"{explanation.method} explanations have nothing for these scorers."
@@ -225,6 +230,11 @@ def _by_rule(name: str, explanation: Explanation, examples: ExampleSet) -> Score
     if name == "fuzzing":
         return scorers.fuzzing(examples, predict.marks)
     return scorers.simulation(examples, predict.values)
+
+
+def _may_be_better(score: Score) -> bool:
+    """Whether requests failed that may not fail again; the replies that came are not asked for anew."""
+    return score.counts is not None and score.counts.failed > 0
 
 
 def _chosen(scorers: Sequence[str] | Mapping[str, Scorer]) -> dict[str, Scorer]:
@@ -288,9 +298,11 @@ class _Floors:
         token_set = baseline(by_tokens(examples), examples)
         if token_set is not None and token_set.metric == score.metric:
             score = scorers.against(score, token_set, "token set")
-        others = [scorer(each, examples) for each in self._others(explanation)]
+        # The intruder is looked for without an explanation: another one would get the same.
+        others = [] if name == "intruder" else self._others(explanation)
+        scored = [scorer(each, examples) for each in others]
         score = scorers.with_competitors(
-            score, f"other {examples.kind}", [each.value for each in others if each is not None]
+            score, f"other {examples.kind}", [each.value for each in scored if each is not None]
         )
         if self.reading is None:
             return score
@@ -320,6 +332,8 @@ class _Floors:
         try:
             examples = ExampleSet.of(records, unit, self.seed, self.config, records)
             return explain(examples), examples
+        except StoppedError:
+            raise
         except NeuronExplainerError:  # too few texts
             return None
 
