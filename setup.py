@@ -31,6 +31,7 @@ setup(
             "assets/**/*.bin",
             "assets/**/*.npz",
             "assets/**/*.jsonl",
+            "server/openapi.json",
             "viewer/dist/*",
         ]
     },
@@ -55,6 +56,8 @@ setup(
         "plots": ["matplotlib"],
         # Maps of decoder directions by UMAP, and dictionaries matched one to one (scipy).
         "maps": ["umap-learn", "scipy"],
+        # Latents matched with known features (scipy), and logistic probes.
+        "probes": ["scipy", "scikit-learn"],
         # The probes and figures of the board experiments.
         "boards": ["matplotlib", "scikit-learn"],
         # Figures of units as a table.
@@ -62,6 +65,8 @@ setup(
         # Where training can log to, next to its own log.jsonl.
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
+        # Pages and an API in the browser: neuron-explainer serve.
+        "serve": ["fastapi", "uvicorn", "orjson"],
         # What trains the embedded model's tokenizer; using it needs nothing beyond the core.
         "train": ["tokenizers"],
         # Tests of the pages in the system's Chromium; axe-core judges their accessibility.
@@ -80,6 +85,10 @@ setup(
             "pyarrow",
             "datasets",
             "pandas",
+            "fastapi",
+            "uvicorn",
+            "orjson",
+            "httpx2",
             "mypy",
             "ruff",
             "pre_commit",

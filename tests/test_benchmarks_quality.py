@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import __main__, planted, quality
+from benchmarks import __main__, planted, quality, recovery
 from benchmarks.contestants.quality_runs import Run
 from benchmarks.quality import Comparison, Failure, Found, Library, Sizes, at_l0
 from neuron_explainer.models.autoencoder import Autoencoder
@@ -93,6 +93,28 @@ def test_planted_directions_and_their_count() -> None:
         autoencoder.decoder.weight.copy_(3 * atoms.t())
         autoencoder.decoder.weight[:, :32] = -autoencoder.decoder.weight[:, :32]
     assert planted.recovered(atoms, autoencoder) == pytest.approx(0.75)
+
+
+def test_recovery_prints_its_tables() -> None:
+    text = recovery.run(quick=True)
+    for name in [*recovery.OBJECTIVES, "true features", "random", "permuted decoder"]:
+        assert f"\n| {name} | " in text
+    assert "| true features | 1.000 | 1.000 | 1.000 |" in text
+    assert text.count("BatchTopK ~ JumpReLU") == 1
+
+
+@pytest.mark.parametrize(
+    ("l1", "verdict"),
+    [((0.5, 0.52), "holds"), ((0.68, 0.7), "not told apart"), ((0.9, 0.92), recovery.REVERSED)],
+)
+def test_an_order_holds_only_beyond_two_standard_deviations(
+    l1: tuple[float, float], verdict: str
+) -> None:
+    f1 = dict.fromkeys(recovery.OBJECTIVES, (0.7, 0.72)) | {"ReLU + L1": l1}
+    found: Any = {name: [SimpleNamespace(f1=x) for x in values] for name, values in f1.items()}
+    lines = recovery.order(found).splitlines()
+    (line,) = [line for line in lines if line.startswith("| BatchTopK > ReLU + L1 ")]
+    assert line.endswith(f"| {verdict} |")
 
 
 def test_planted_prints_its_table() -> None:

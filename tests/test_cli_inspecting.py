@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,14 @@ import torch
 from neuron_explainer import cli
 from neuron_explainer.activations import TokenWindows, start_token, tokenize
 from neuron_explainer.analysis import CollateConfig, ExampleStore, collate
+from neuron_explainer.analysis.collation.quantiles import windows_of_store
 from neuron_explainer.analysis.directions import top_logits
+from neuron_explainer.analysis.interchange.dashboards import (
+    import_dashboards,
+    read_dashboards,
+    read_neuronpedia,
+)
+from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation.passage import PASSAGE
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
 from neuron_explainer.models.model_context import ModelContext
@@ -287,3 +295,71 @@ def test_numbers_of_json_are_plain(capsys: pytest.CaptureFixture[str], path: str
     found = json.loads(run(capsys, "inspect", path, "--json"))
     assert found["n_units"] == 2560
     assert np.isfinite(found["units"][0]["max"])
+
+
+def test_exported_cards_have_the_tokens_that_a_latent_promotes(
+    capsys: pytest.CaptureFixture[str], path: str, store: ExampleStore, tmp_path: Path
+) -> None:
+    units = [int(unit) for unit in store.sort("max", limit=2)]
+    chosen = ",".join(map(str, units))
+    context = ModelContext.from_model_type("tiny-tales")
+    saes = make_autoencoder_context("tiny-tales", "ae-resid-delta-mlp", device=context.device)
+    expected = top_logits(context, saes.get_autoencoder(2).float(), units[1])
+    for form in ("saedashboard", "neuronpedia"):
+        argv = ["export-records", path, "--format", form, "--units", chosen]
+        said = run(capsys, *argv, "--out", str(tmp_path / form))
+        assert "promote" not in said
+        if form == "saedashboard":
+            cards: Any = read_dashboards(tmp_path / form)[0].features
+        else:
+            cards = read_neuronpedia(tmp_path / form).features
+        assert cards[1].pos_str == [each.text for each in expected.top]
+        assert cards[1].neg_str == [each.text for each in expected.bottom]
+        assert cards[1].pos_values == pytest.approx([each.value for each in expected.top], rel=1e-4)
+        assert sum(cards[1].logits_hist_data_bar_heights) == sum(expected.counts)
+        said = run(capsys, *argv, "--no-model", "--out", str(tmp_path / "without" / form))
+        assert "tokens that units promote are left out: --no-model" in said
+    assert read_dashboards(tmp_path / "without" / "saedashboard")[0].features[1].pos_str == []
+
+
+@pytest.mark.parametrize("name", [NAME, "1.mlp.post_act.neurons", "1.attn.write_norm.heads"])
+def test_quantiles_are_those_of_the_store_and_its_text(
+    capsys: pytest.CaptureFixture[str], folder: Path, name: str
+) -> None:
+    path = str(folder / "stores" / name)
+    store = ExampleStore.open(path)
+    unit = str(int(store.sort("count", limit=1)[0]))
+    argv = ["inspect", path, unit, "--quantiles", "3"]
+    found = json.loads(run(capsys, *argv, "--top", "1000", "--json"))["quantiles"]
+    values = [[e["value"] for e in part["examples"]] for part in found]
+    assert [part["contexts"] for part in found] == [*map(len, values)]
+    assert max(map(len, values)) - min(map(len, values)) <= 1
+    assert [part["largest"] for part in found] == [*map(max, values)]
+    assert [part["smallest"] for part in found] == [*map(min, values)]
+    assert min(values[0]) >= max(values[1]) >= min(values[1]) >= max(values[2])
+    # All of the store's examples are among them. (Passes that look at other places too round differently.)
+    ours = {(e["document"], e["position"]): e for part in found for e in part["examples"]}
+    for example in store[int(unit)].all_examples:
+        again = ours[example.document, example.position]
+        assert (again["ids"], again["peak"]) == (example.tokens.tolist(), example.peak)
+        assert again["value"] == pytest.approx(example.value, rel=1e-4)
+        assert again["activations"] == pytest.approx(example.activations.tolist(), abs=0.01)
+    said = run(capsys, *argv)
+    assert f"quantile 3: {len(values[2]):,} contexts" in said
+    assert said.count("\n  ") == 6  # two examples of each
+
+
+def test_quantiles_need_a_unit_the_model_and_a_collated_store(
+    capsys: pytest.CaptureFixture[str], path: str, tmp_path: Path
+) -> None:
+    peer = Path(__file__).parent / "fixtures" / "peers" / "sae-dashboard" / "batch-0.json"
+    for more, message in [
+        (["--quantiles", "3"], "give its number"),
+        (["3", "--quantiles", "3", "--no-model"], "run the model"),
+        (["3", "--quantiles", "101"], "n must be 1 to 100"),
+        (["3", "--quantiles", "3", "--on", "a"], "no other option"),
+    ]:
+        assert message in fail(capsys, "inspect", path, *more)
+    (imported,) = import_dashboards(peer, tmp_path)
+    with pytest.raises(InputError, match="imported, not collated"):
+        windows_of_store(ExampleStore.open(imported))

@@ -1,7 +1,8 @@
 // Builds the pages: `node build.mjs` writes ../neuron_explainer/viewer/dist; `--check` compares instead and
 // fails on any byte that differs; `--watch` builds again whenever a source changes.
 //
-// app.js, app.css and index.html are the pages that the server hands out. embed.js and embed.css are the
+// app.js, app.css and index.html are the pages that the server hands out; chunk.js is what app.js shares with
+// more.js, the pages that are loaded when they are first opened. embed.js and embed.css are the
 // feature card alone, for exported files and notebooks: a classic script, because modules do not load from
 // file://, that sets the global `neuronExplainer`.
 import { createHash } from 'node:crypto';
@@ -29,13 +30,17 @@ const common = {
 };
 
 async function bundles() {
-  const app = { ...common, entryPoints: { app: 'src/main.jsx' }, format: 'esm' };
+  const app = { ...common, entryPoints: { app: 'src/main.jsx' }, format: 'esm', splitting: true, chunkNames: '[name]' };
   const embed = { ...common, entryPoints: { embed: 'src/embed.jsx' }, format: 'iife', globalName: 'neuronExplainer' };
   const css = { ...common, entryPoints: { app: 'src/styles/app.css', embed: 'src/styles/embed.css' } };
   const built = await Promise.all([app, embed, css].map((options) => build({ ...options, outdir: 'out' })));
   const files = new Map();
   for (const { outputFiles } of built)
-    for (const file of outputFiles) files.set(file.path.slice(join(here, 'out').length + 1), file.text);
+    for (const file of outputFiles) {
+      const name = file.path.slice(join(here, 'out').length + 1);
+      if (files.has(name)) throw new Error(`two files are called ${name}: only one part can be loaded later`);
+      files.set(name, file.text);
+    }
   return files;
 }
 
@@ -52,12 +57,13 @@ async function licences() {
 
 async function all() {
   const files = await bundles();
-  let page = await readFile(join(here, 'src/index.html'), 'utf8');
-  for (const name of ['app.js', 'app.css']) {
-    const hash = createHash('sha256').update(files.get(name)).digest('hex').slice(0, 12);
-    page = page.replace(`"${name}"`, `"${name}?v=${hash}"`); // a browser keeps no old script with a new page
-  }
-  files.set('index.html', page);
+  files.set('index.html', await readFile(join(here, 'src/index.html'), 'utf8'));
+  // A version in all addresses, so that a browser keeps no old part with a new page.
+  const hash = createHash('sha256');
+  for (const name of [...files.keys()].sort()) hash.update(files.get(name));
+  const version = hash.digest('hex').slice(0, 12);
+  for (const name of ['index.html', 'app.js', 'chunk.js', 'more.js'])
+    files.set(name, files.get(name).replace(/"((?:\.\/)?(?:app|chunk|more)\.(?:js|css))"/g, `"$1?v=${version}"`));
   files.set('THIRD_PARTY_LICENSES.txt', await licences());
   return files;
 }

@@ -48,7 +48,7 @@ def hooks(way: str, found: list[Autoencoder]) -> TransformerHooks | None:
         if way == "ablated":
             place = ActivationLocation(PLACE, layer)
             unit = Units.of(place, LATENT, latents=True)
-            zero = Edit("ablation", place, unit, Positions.of(None), _zeros, latents=True)
+            zero = Edit("ablation", place, unit, Positions.of(None), _zeros)
             inside.latents.append_fwd(zero)
         tree.append_at(PLACE, AtLayers(layer).append(inside))
     return tree

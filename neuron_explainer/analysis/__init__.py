@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from neuron_explainer.analysis.collation.collate import collate, collect
     from neuron_explainer.analysis.collation.config import CollateConfig
     from neuron_explainer.analysis.collation.merging import merge_stores
-    from neuron_explainer.analysis.collation.quantiles import exact_quantiles
+    from neuron_explainer.analysis.collation.quantiles import exact_quantiles, quantiles_of_store
     from neuron_explainer.analysis.store import ExampleStore, open_stores
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "exact_quantiles",
     "merge_stores",
     "open_stores",
+    "quantiles_of_store",
 ]
 
 
@@ -36,10 +37,10 @@ def __getattr__(name: str) -> Any:
         from neuron_explainer.analysis.collation.merging import merge_stores
 
         return merge_stores
-    if name == "exact_quantiles":
-        from neuron_explainer.analysis.collation.quantiles import exact_quantiles
+    if name in ("exact_quantiles", "quantiles_of_store"):
+        from neuron_explainer.analysis.collation import quantiles
 
-        return exact_quantiles
+        return getattr(quantiles, name)
     if name in __all__:
         from neuron_explainer.analysis.collation import collate
 

@@ -17,6 +17,7 @@ output from another prompt (Nanda 2023), with the two repairs of AtP* (Kramár e
 Shape legend: ``s`` positions, ``q`` query, ``k`` key, ``h`` heads, ``c`` width of a head, ``n`` steps.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.analysis.effects import one_prompt
-from neuron_explainer.analysis.targets import Metric, Reading, Target, as_target, token_texts
+from neuron_explainer.analysis.targets import Metric, Reading, Target, token_texts, with_gradient
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.language_model import Activations, LanguageModel
@@ -94,7 +95,8 @@ def integrated_gradients(
         raise InputError(f"{place} is in every layer; name one, such as '0/{place}'.")
     if steps < 1:
         raise InputError(f"steps must be at least 1, found {steps}.")
-    target, tokens = as_target(target), one_prompt(model, prompt, bos)
+    target = with_gradient(target, "integrated gradients")
+    tokens = one_prompt(model, prompt, bos)
     with torch.no_grad():
         clean = model.capture(tokens, place)[place]
     start = _baseline(clean, baseline, place)
@@ -102,6 +104,13 @@ def integrated_gradients(
         raise InputError(
             f"{place} or its baseline holds infinite values or NaN, between which there are no steps. For "
             "attention scores, use attn.qk_probs."
+        )
+    with torch.no_grad():
+        ends = _value(model, tokens, target, place, torch.cat([clean, start])).tolist()
+    if not math.isfinite(ends[0] - ends[1]):
+        raise InputError(
+            f"{target.name} is {ends[0]:g} on the prompt and {ends[1]:g} with {place} at the baseline; both "
+            "must be finite. Where a model divides by what is there, take the baseline 'mean' or a capture."
         )
     total = torch.zeros_like(clean[0], dtype=torch.float64)
     middles = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
@@ -111,10 +120,7 @@ def integrated_gradients(
         _, gradient = _value_and_gradient(model, tokens, target, place, x)
         total += gradient.double().sum(dim=0)
     values = (clean - start)[0].double() * total / steps
-    with torch.no_grad():
-        ends = torch.cat([clean, start])
-        value = _value(model, tokens, target, place, ends)
-    difference = float(value[0] - value[1])
+    difference = ends[0] - ends[1]
     found: Floats = values.cpu().numpy()
     return Integrated(
         str(place), found, difference, target.name, token_texts(model, tokens[0].tolist())
@@ -209,7 +215,7 @@ def attribution_patching(
         qk_fix: compute the softmax anew for queries and keys, instead of their gradients.
         grad_drop: the mean over layers of the sizes without each layer's way back.
     """
-    target = as_target(target)
+    target = with_gradient(target, "attribution patching")
     here, there = one_prompt(model, clean, bos), one_prompt(model, corrupt, bos)
     if here.shape != there.shape:
         raise InputError(

@@ -10,6 +10,7 @@ Shape legend: ``l`` directions, ``n`` width.
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from neuron_explainer.errors import InputError, MissingExtraError, optional_modu
 Method = Literal["umap", "pca"]
 N_NEIGHBOURS = 15
 MIN_DISTANCE = 0.05
+_FEWEST_FOR_SPECTRUM = 3  # a graph of so few points has no third eigenvector to look for
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -104,6 +106,8 @@ def _umap(umap: Any, unit: Tensor, seed: int) -> npt.NDArray[np.float32]:
         n_neighbors=min(N_NEIGHBOURS, len(unit) - 1),
         min_dist=MIN_DISTANCE,
         metric="cosine",
+        disconnection_distance=math.inf,  # else a direction opposite to all others has no place
+        init="spectral" if len(unit) > _FEWEST_FOR_SPECTRUM else "random",
         random_state=seed,
         n_jobs=1,  # with more the seed would not decide the result
     )

@@ -25,7 +25,7 @@ Shape legend: ``m`` units, ``k`` tokens of a list, ``d`` model width, ``v`` voca
 
 import html
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -202,9 +202,10 @@ class Directions:
             if key not in self._kept:
                 if len(self._kept) >= _KEPT_RESULTS:
                     del self._kept[next(iter(self._kept))]  # the oldest
-                self._kept[key] = self._compute(*key)
+                (self._kept[key],) = self._compute([key[0]], k, limits)
             return self._kept[key]
 
+<<<<<<< HEAD
     def beside(self, what: What, *, location: LocationLike | None = None) -> "Directions":
         """The directions of other units of the same model, with the same folded copy of the unembedding."""
         other = Directions(
@@ -224,6 +225,22 @@ class Directions:
         row = vector.to(self._readout.matrix)[None]
         listed = self._logits(row)[:, : self._readout.n_listed]
         return self._readout.list_of(listed, k, 1), self._readout.list_of(listed, k, -1)
+=======
+    def top_logits_of(
+        self, units: Sequence[UnitLike], k: int = 10, *, chunk_bytes: int = _CHUNK_BYTES
+    ) -> Iterator[TopLogits]:
+        """:meth:`top_logits` of many units, which reads the unembedding once for several of them.
+
+        Args:
+            units: an InputError if one of them writes nothing.
+            k: the length of each list; shorter if the vocabulary is.
+            chunk_bytes: size of the logits that are computed together.
+        """
+        chosen = [*map(self.units.index, units)]
+        step = max(1, chunk_bytes // (4 * len(self._readout.order)))
+        for start in range(0, len(chosen), step):
+            yield from self._compute(chosen[start : start + step], k, None)
+>>>>>>> main
 
     def logits(self, units: Sequence[int]) -> Tensor:
         """The logits of some units over the whole vocabulary, ``[m, v]`` float32, in order of ids."""
@@ -286,30 +303,39 @@ class Directions:
         return torch.nn.functional.linear(rows, self._readout.matrix)
 
     @torch.no_grad()
-    def _compute(self, unit: int, k: int, limits: tuple[float, float] | None) -> TopLogits:
-        rows = self.units.rows([unit])
-        if not bool(rows.any()):
-            raise InputError(
-                f"{self.units.name_of(unit)} writes nothing: its direction is zero, as that of a latent that "
-                "was left out of memory."
-            )
+    def _compute(
+        self, units: list[int], k: int, limits: tuple[float, float] | None
+    ) -> list[TopLogits]:
+        rows = self.units.rows(units)
+        for unit, writes in zip(units, rows.any(dim=1).tolist(), strict=True):
+            if not writes:
+                raise InputError(
+                    f"{self.units.name_of(unit)} writes nothing: its direction is zero, as that of a latent "
+                    "that was left out of memory."
+                )
         logits = self._logits(rows)
         listed = logits[:, : self._readout.n_listed]
-        counts, edges = _histogram(logits[0], limits)
-        skewness, kurtosis = _shape(logits.double())
-        return TopLogits(
-            unit=self.units.name_of(unit),
-            top=self._readout.list_of(listed, k, 1),
-            bottom=self._readout.list_of(listed, k, -1),
-            counts=counts,
-            edges=edges,
-            skewness=float(skewness),
-            kurtosis=float(kurtosis),
-            fold=self.fold,
-            direct_path_only=self.units.direct_path_only,
-            signed=self.units.signed,
-            n_left_out=len(self._readout.order) - self._readout.n_listed,
-        )
+        lists = [self._readout.lists_of(listed, k, sign) for sign in (1, -1)]
+        found = []
+        for unit, row, top, bottom in zip(units, logits, *lists, strict=True):
+            counts, edges = _histogram(row, limits)
+            skewness, kurtosis = _shape(row[None].double())
+            found.append(
+                TopLogits(
+                    unit=self.units.name_of(unit),
+                    top=top,
+                    bottom=bottom,
+                    counts=counts,
+                    edges=edges,
+                    skewness=float(skewness),
+                    kurtosis=float(kurtosis),
+                    fold=self.fold,
+                    direct_path_only=self.units.direct_path_only,
+                    signed=self.units.signed,
+                    n_left_out=len(self._readout.order) - self._readout.n_listed,
+                )
+            )
+        return found
 
     @torch.no_grad()
     def _lists(self, units: list[int], k: int) -> tuple[Array, ...]:
@@ -401,10 +427,10 @@ class _Readout:
         values, places = top_k(listed if sign > 0 else -listed, min(k, listed.shape[1]))
         return self.order[places], sign * values
 
-    def list_of(self, listed: Tensor, k: int, sign: int) -> TokenValues:
-        """The same for one unit, ``[1, listed]``, with the texts."""
-        tokens, values = (found[0].tolist() for found in self.largest(listed, k, sign))
-        return tuple(map(TokenValue, tokens, self.texts(tokens), values))
+    def lists_of(self, listed: Tensor, k: int, sign: int) -> list[TokenValues]:
+        """The same with the texts, a list for each unit."""
+        found = zip(*(each.tolist() for each in self.largest(listed, k, sign)), strict=True)
+        return [tuple(map(TokenValue, ids, self.texts(ids), values)) for ids, values in found]
 
 
 def _final_gain(context: ModelContext) -> Tensor:

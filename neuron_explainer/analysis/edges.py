@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.analysis.node_parts import Freeze, frozen_hooks
-from neuron_explainer.analysis.targets import Metric, Reading, Target, as_target
+from neuron_explainer.analysis.targets import Metric, Reading, Target, as_target, with_gradient
 from neuron_explainer.errors import InputError, did_you_mean, optional_module
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.language_model import LanguageModel, Prompts
@@ -353,7 +353,9 @@ def edge_attribution(
         bos: prepend the start token.
         batch_tokens: most tokens in a batch. Memory grows with it: for GPT-2 small about 1.5 MB a token.
     """
-    own, graph, target = own_transformer(model), EdgeGraph.of(model), as_target(target)
+    own, graph = own_transformer(model), EdgeGraph.of(model)
+    # Between the two prompts a distance from the clean one has a gradient; at the clean one it has none.
+    target = with_gradient(target, "EAP") if ig_steps is None else as_target(target)
     hooks = frozen_hooks(freeze, "resid.ln_f")
     if ig_steps is not None and ig_steps < 1:
         raise InputError(f"ig_steps must be at least 1, found {ig_steps}.")

@@ -46,7 +46,7 @@ from neuron_explainer.analysis.node_parts import (
     wanted_places,
 )
 from neuron_explainer.analysis.sweeps import sweep
-from neuron_explainer.analysis.targets import Metric, Target, as_target, token_texts
+from neuron_explainer.analysis.targets import Metric, Target, as_target, token_texts, with_gradient
 from neuron_explainer.errors import InputError, did_you_mean, optional_module
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
 from neuron_explainer.models.hooks import TransformerHooks
@@ -174,7 +174,7 @@ def nodes(
             autoencoders, and totals are sums over them.
         hooks: interventions under which everything is measured, on both prompts.
     """
-    _check_measures(measures, top_k, prompt_b)
+    check_measures(measures, top_k, prompt_b)
     if "ablation" in measures and hooks is not None:
         raise InputError("ablation is measured on the unchanged model: leave hooks out.")
     settings: dict[str, Any] = {
@@ -250,7 +250,8 @@ class Effects:
         kinds = _by_kind(attention, autoencoders)
         if not isinstance(target, Goal):
             sees_logits = hooks is not None and not hooks.logits.is_empty()
-            target = Goal.of_logits(model, as_target(target), sees_logits)
+            target = with_gradient(target, "the table of nodes")
+            target = Goal.of_logits(model, target, sees_logits)
         wanted = wanted_places(model, attention, kinds)
         if of_tokens:
             model.require("attn.v")
@@ -268,7 +269,7 @@ class Effects:
         self, measures: Sequence[str] = ("write_norm", "direct", "act_grad"), top_k: int = 10
     ) -> NodeTable:
         """The ``top_k`` nodes by each measure, as :func:`nodes` gives them."""
-        _check_measures(measures, top_k, None)
+        check_measures(measures, top_k, None)
         if "ablation" in measures:
             raise InputError("ablation takes passes of its own: use nodes().")
         return table_of(self.run, self.parts, choose(self.parts, measures, top_k), measures)
@@ -379,7 +380,8 @@ def table_of(
     return NodeTable(found, values, totals, float(run.value.detach()), run.goal.name, tokens)
 
 
-def _check_measures(measures: Sequence[str], top_k: int, prompt_b: object) -> None:
+def check_measures(measures: Sequence[str], top_k: int, prompt_b: object) -> None:
+    """Refuse measures that are unknown, choose no nodes or lack what they compare with."""
     if unknown := [name for name in measures if name not in MEASURES]:
         raise InputError(
             f"unknown measure {unknown[0]!r}.{did_you_mean(unknown[0], MEASURES)} "
@@ -393,8 +395,8 @@ def _check_measures(measures: Sequence[str], top_k: int, prompt_b: object) -> No
         raise InputError("ablation is shown beside act_grad, its estimate: give both measures.")
     if "patching" in measures and prompt_b is None:
         raise InputError("patching compares with a second prompt: give prompt_b.")
-    if top_k < 1:
-        raise InputError(f"top_k must be at least 1, found {top_k}.")
+    if not isinstance(top_k, int) or top_k < 1:
+        raise InputError(f"top_k must be a whole number of at least 1, found {top_k!r}.")
 
 
 def _by_kind(

@@ -8,7 +8,7 @@ Shape legend: ``s`` tokens of an example.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +39,7 @@ _NOTES = {
     "stratum": "equal ranges of values from 0 to the largest, the highest range first",
     "uniform": "of all contexts where it is active",
 }
+_RANDOM = ("uniform", "weighted")
 _NOTEBOOK_ROW = (
     '<div style="display:flex"><div style="flex:0 0 4.5em;opacity:.75;font-variant-numeric:tabular-nums">'
     '{value}</div> <div style="white-space:pre-wrap">{text}</div></div>'
@@ -296,9 +297,10 @@ class LatentRecord:
             lines.append(f"This {self.kind} was never active.")
         if bars := highlights.text_histogram(self.histogram):
             lines += ["", f"values  {bars}"]
-        for group in GROUPS:
-            examples = [e for e in self.examples(group) if n is None or e.rank < n]
+        for group, examples, n_above in self._by_group(n):
             lines += self._text_group(group, examples, colour, width)
+            if n_above:
+                lines += [f"  {_shown_above(n_above, len(examples))}"]
         if self.partners:
             lines += ["", "Active together with"]
             lines += [
@@ -307,11 +309,30 @@ class LatentRecord:
             ]
         return "\n".join(lines)
 
+    def _by_group(self, n: int | None) -> Iterator[tuple[str, list[Example], int]]:
+        """The groups that have examples, the first ``n`` examples of each (of each interval), and how many of
+        these are left out because an earlier group has them.
+
+        Random examples are often among those of the ranges of values, because both are drawn by the same
+        keys.
+        """
+        seen: set[tuple[int, int]] = set()
+        for group in GROUPS:
+            examples = [e for e in self.examples(group) if n is None or e.rank < n]
+            new = examples
+            if group in _RANDOM:
+                new = [e for e in examples if (e.start, e.peak) not in seen]
+            seen |= {(e.start, e.peak) for e in new}
+            if examples:
+                yield group, new, len(examples) - len(new)
+
     def _text_group(
         self, group: str, examples: Sequence[Example], colour: bool, width: int
     ) -> list[str]:
-        lines = ["", TITLES[group]] if examples else []
+        lines = ["", TITLES[group]]
         for example in examples:
+            if limits := self._range(example):
+                lines.append(f"  from {limits}")
             value = highlights.number(example.value)
             shown, before, behind = example.shown(self.scale, max(width - 24, 20))
             text = highlights.text_line(shown, colour=colour, pairs=example.pairs)
@@ -382,17 +403,17 @@ class LatentRecord:
         found: list[page.Section] = []
         missing = 0
         room -= 300  # for the last line
-        for group in GROUPS:
+        for group, examples, n_above in self._by_group(n):
             rows = ""
             room -= 200  # for the title
-            for example in self.examples(group):
-                if n is not None and example.rank >= n:
-                    continue
+            for example in examples:
                 shown, before, behind = example.shown(self.scale, width)
                 if not before and not (shown[0].level or shown[0].marked):
                     shown[0] = shown[0]._replace(text=shown[0].text.lstrip(" "))
                 text = highlights.html_tokens(shown, inline=inline, pairs=example.pairs)
-                new = self._range(example) * (not inline) + row.format(
+                limits = "" if inline else self._range(example)
+                new = f'<li class="range"><span></span>{limits}</li>' if limits else ""
+                new += row.format(
                     value=highlights.number(example.value),
                     text=f"{'…' * before}{text}{'…' * behind}",
                     document=example.document,
@@ -402,21 +423,22 @@ class LatentRecord:
                     missing += 1
                 else:
                     rows += new
-            if rows:
-                body = rows if inline else f"<ol>{rows}</ol>"
-                found.append(page.Section(TITLES[group], body, _NOTES.get(group, "")))
+            if rows or (n_above and not inline):
+                notes = [_NOTES.get(group, ""), _shown_above(n_above, len(examples))]
+                body = rows if inline or not rows else f"<ol>{rows}</ol>"
+                found.append(page.Section(TITLES[group], body, "; ".join(filter(None, notes))))
         if missing:
             found.append(page.Section(_MISSING, f"<p>{missing} are left out here.</p>"))
         return found
 
     def _range(self, example: Example) -> str:
-        """The line before the first example of a range of values."""
+        """The limits of a range of values, for the line before its first example; else an empty text."""
         if not self.intervals or example.group != "stratum" or example.rank:
             return ""
         high = 1 - example.interval / self.intervals
         low = high - 1 / self.intervals
         limits = (highlights.number(share * self.statistics.max) for share in (max(low, 0), high))
-        return f'<li class="range"><span></span>{" to ".join(limits)}</li>'
+        return " to ".join(limits)
 
     def _partners_table(self) -> page.Section:
         rows = "".join(
@@ -430,6 +452,15 @@ class LatentRecord:
         return page.Section(
             "Active together with", f"<table>{head}{rows}</table>", "counted on a sample of tokens"
         )
+
+
+def _shown_above(n_above: int, n_new: int) -> str:
+    """That some random examples are not repeated."""
+    if not n_above:
+        return ""
+    if not n_new:
+        return "all are shown above"
+    return f"{n_above} more {'is' if n_above == 1 else 'are'} shown above"
 
 
 def _capital(text: str) -> str:

@@ -8,7 +8,7 @@ Shape legend: ``s`` positions, ``k`` attended positions, ``h`` heads, ``u`` unit
 """
 
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -475,11 +475,9 @@ def all_parts(
             if not is_before(ActivationLocation(delta, layer), run.stream):
                 continue
             context = autoencoders.get(is_mlp)
-            covered: Collection[LayerIndex] = () if context is None else context.layer_indices
-            number = layer if layer in covered else None  # None: one that serves all layers
-            if context is not None and number in covered:
+            if context is not None and context.layer_indices & {layer, None}:
                 place = context.location.at(layer)
-                parts += _latents(run, place, context.get_autoencoder(number))
+                parts += _latents(run, place, context.get_autoencoder(layer))
             elif is_mlp:
                 parts += _neurons(run, layer)
             else:

@@ -281,8 +281,7 @@ class Collected:
     stratum_limits: Doubles | None = None
     """``[u, intervals]``: the group "stratum" has every context of the interval whose key is at most this
     (inf: every context). Two collations can be merged exactly because of it. An example whose key is above
-    the limit was not drawn: it is the only one of its interval, which would be empty without it. None if the
-    limits are not known."""
+    the limit is not of this sample: it fills the interval up. None if the limits are not known."""
 
     @property
     def n_units(self) -> int:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from neuron_explainer import files
 from neuron_explainer.activations.corpus import TokenCorpus
+from neuron_explainer.analysis.label_search import CANDIDATES, find_labels
 from neuron_explainer.analysis.latent_record import (
     DENSE,
     Example,
@@ -41,7 +42,6 @@ from neuron_explainer.analysis.store_format import (
     Label,
     UnitRow,
     all_from_active,
-    fts_query,
     hashed_keys,
     write_store,
 )
@@ -70,6 +70,7 @@ COLUMNS = (
 )
 """The figures of units by which a store sorts and filters; those of
 :class:`~neuron_explainer.analysis.latent_record.UnitFigures`."""
+_PEAKS = 3  # examples by whose tokens units are found
 
 
 class ExampleStore:
@@ -211,12 +212,17 @@ class ExampleStore:
                 self.n_tokens, **{name: self.column(name)[number].item() for name in COLUMNS}
             ),
             histogram=row.histogram,
-            all_examples=self._examples(row.examples),
+            all_examples=self.examples_of(row.examples),
             partners=self._partners(number, row),
             labels=tuple(self.labels(number)),
             provenance=self.provenance,
             intervals=int(dict(self.settings.get("config", {})).get("intervals", 0)),
         )
+
+    def first_example(self, unit: int) -> Example | None:
+        """The first example of a unit, which is quicker to have than its record; None if there is none."""
+        table = self._file.unit(self._checked(unit)).examples
+        return self.examples_of(table.rows(slice(0, 1)))[0] if len(table) else None
 
     def __iter__(self) -> Iterator[LatentRecord]:
         return (self[unit] for unit in range(len(self)))
@@ -229,8 +235,8 @@ class ExampleStore:
             )
         return number
 
-    def _examples(self, table: ExampleTable) -> tuple[Example, ...]:
-        """The examples of one unit, with their tokens."""
+    def examples_of(self, table: ExampleTable) -> tuple[Example, ...]:
+        """The examples of a table with their tokens, which are those of this store's text."""
         length = table.length.astype(np.int64)
         tokens, documents = self.tokens.windows(table.start, length)
         position = table.start - self.tokens.corpus.starts[documents]
@@ -431,6 +437,34 @@ class ExampleStore:
         columns = {name: self.column(name) for name in COLUMNS} | {"label": label}
         return pandas.DataFrame(columns, index=pandas.RangeIndex(len(self), name="unit"))
 
+    @cached_property
+    def peak_tokens(self) -> Ints:
+        """``[u, 3]``: the tokens at the peaks of each unit's first examples; -1 where there are fewer.
+
+        The first use reads the row of every unit, which takes a second for 20,000 units or so.
+        """
+        found = np.full((len(self), _PEAKS), -1, np.int64)
+        for unit, positions in enumerate(self._file.all_peaks(_PEAKS)):
+            found[unit, : len(positions)] = positions
+        there = found >= 0
+        self.tokens.check_unchanged()
+        found[there] = self.tokens.corpus.tokens[found[there]]
+        return found
+
+    def peaks_at_token(self, text: str) -> Ints:
+        """``[u]``: how many of each unit's first three examples have their peak at a token.
+
+        The token is the one that writes this text, or this word with other spaces and capitals.
+        """
+        counts: Ints = np.isin(self.peak_tokens, self.tokens.tokens_like(text)).sum(1)
+        return counts
+
+    def units_at_token(self, text: str) -> Ints:
+        """The units with such peaks, those with the most first; see :meth:`peaks_at_token`."""
+        counts = self.peaks_at_token(text)
+        units = np.flatnonzero(counts)
+        return units[np.argsort(-counts[units], kind="stable")]
+
     # --- labels ---
 
     def labels(self, unit: int) -> list[Label]:
@@ -438,23 +472,71 @@ class ExampleStore:
         number = self._checked(unit)
         return [*self._user_labels(number), *self._stored_labels(number)]
 
-    def search(self, text: str, limit: int = 50) -> list[Label]:
-        """Labels that hold all these words, the last one perhaps as the beginning of a word; best first.
+    def all_labels(self, *, stored: bool = True) -> list[Label]:
+        """The labels of all units: by the user, then, with ``stored``, those that came with the store."""
+        return [*self._user_labels(), *(self._stored_labels() if stored else ())]
 
-        Labels of the user come before those that came with the store.
+    def first_labels(self, units: Sequence[int]) -> dict[int, Label]:
+        """The first label of each of these units that has one."""
+        found: dict[int, Label] = {}
+        for place in self.workspaces:
+            for label in place.labels_of(units):
+                found.setdefault(label.unit, label)
+        if self._file.has_labels:
+            for unit in units:
+                if unit not in found and (stored := self._stored_labels(unit)):
+                    found[unit] = stored[0]
+        return found
+
+    def label_scores(self) -> npt.NDArray[np.float64]:
+        """``[u]``: the best score of any label of each unit; NaN where there is none."""
+        found = np.full(len(self), np.nan)
+        for label in [*self._user_labels(), *self._stored_labels()]:
+            if label.score is not None:
+                found[label.unit] = np.fmax(found[label.unit], label.score)
+        return found
+
+    def search(self, text: str, limit: int = 50) -> list[Label]:
+        """Labels that hold all these words, the last one perhaps as the beginning of a word.
+
+        Labels of the user come before those that came with the store, and short ones before long ones.
         """
-        found = [label for place in self._workspaces for label in place.search(text, limit)]
-        if self._file.has_labels and (query := fts_query(text)):
-            rows = self._file.query(
-                "SELECT unit, labels.text, source, score FROM labels_fts JOIN labels "
-                "ON id = labels_fts.rowid WHERE labels_fts MATCH ? ORDER BY rank LIMIT ?",
-                (query, limit),
+        found = [label for place in self.workspaces for label in place.search(text, limit)]
+        stored = self.search_stored(text, limit)
+        if len(stored) < limit:
+            stored += self.search_stored(text, limit, prefix=True)
+        return list(dict.fromkeys([*found, *stored]))[:limit]
+
+    def units_with_label(self, text: str) -> Ints:
+        """The units that have a label with these words, in order."""
+        most = 1 << 20
+        found = [label for place in self.workspaces for label in place.search(text, most, most)]
+        found += self.search_stored(text, most, candidates=most)
+        found += self.search_stored(text, most, candidates=most, prefix=True)
+        return np.unique(np.array([label.unit for label in found], np.int64))
+
+    def search_stored(
+        self, text: str, limit: int, *, prefix: bool = False, candidates: int = CANDIDATES
+    ) -> list[Label]:
+        """:meth:`search` among the labels that came with the store.
+
+        Args:
+            text: what somebody typed.
+            limit: how many.
+            prefix: the last word may be the beginning of a word, in place of a whole one.
+            candidates: how many labels are looked at.
+        """
+        if not self._file.has_labels:
+            return []
+        return [
+            Label(*row)
+            for row in find_labels(
+                self._file.query, text, limit, prefix=prefix, candidates=candidates
             )
-            found += [Label(*row) for row in rows]
-        return found[:limit]
+        ]
 
     def _user_labels(self, unit: int | None = None) -> list[Label]:
-        return [label for place in self._workspaces for label in place.labels(unit)]
+        return [label for place in self.workspaces for label in place.labels(unit)]
 
     def _stored_labels(self, unit: int | None = None) -> list[Label]:
         if not self._file.has_labels:
@@ -469,7 +551,7 @@ class ExampleStore:
         return Workspace(workspace_path(self.path.parent), self.subject, len(self))
 
     @cached_property
-    def _workspaces(self) -> list[Workspace]:
+    def workspaces(self) -> list[Workspace]:
         """The user's, and the one beside the store if that cannot be written."""
         beside = self.path.parent / WORKSPACE_FILE
         if self.workspace.path == beside or not beside.exists():
@@ -509,7 +591,7 @@ class ExampleStore:
         """Close the file."""
         self._file.close()
         known = vars(self)  # what was never asked for is not looked up now
-        for place in (known.get("workspace"), *known.get("_workspaces", ())):
+        for place in (known.get("workspace"), *known.get("workspaces", ())):
             if place is not None:
                 place.close()
 

@@ -25,6 +25,7 @@ from neuron_explainer.analysis.store_format import (
     UnitRow,
     content_sha256,
     decode_unit,
+    peak_positions,
     unit_crc,
 )
 from neuron_explainer.analysis.token_store import mark_of
@@ -139,16 +140,34 @@ class StoreFile:
                 raise CheckpointError(f"{self.path}: damaged: rows of units are missing.")
             yield from (self._decoded(*row) for row in rows)
 
+    def all_peaks(self, most: int) -> Iterator[npt.NDArray[np.int64]]:
+        """Of each unit, corpus positions of the peaks of its first examples; see ``peak_positions``."""
+        for begin in range(0, self.meta["n_units"], 256):
+            sql = "SELECT unit, crc, data FROM units WHERE unit >= ? AND unit < ? ORDER BY unit"
+            for unit, crc, data in self.query(sql, (begin, begin + 256)):
+                raw = self._checked(unit, crc, data)
+                try:
+                    yield peak_positions(raw, self.meta, most)
+                except (ValueError, IndexError):  # numpy's, where the parts do not add up
+                    raise self._not_decoded(unit) from None
+
     def _decoded(self, unit: int, crc: int, data: bytes) -> UnitRow:
+        raw = self._checked(unit, crc, data)
+        try:
+            return decode_unit(raw, unit, self.meta)
+        except (ValueError, IndexError):  # numpy's, where the parts do not add up
+            raise self._not_decoded(unit) from None
+
+    def _checked(self, unit: int, crc: int, data: bytes) -> bytes:
+        """The content of a unit's row, whose checksum is right."""
         if unit_crc(unit, data) != crc:
             raise CheckpointError(
                 f"{self.path}: damaged or changed: the checksum of unit {unit} differs."
             )
-        raw = _decompressed(data, None, self.path)
-        try:
-            return decode_unit(raw, unit, self.meta)
-        except (ValueError, IndexError):  # numpy's, where the parts do not add up
-            raise CheckpointError(f"{self.path}: damaged: unit {unit} cannot be decoded.") from None
+        return _decompressed(data, None, self.path)
+
+    def _not_decoded(self, unit: int) -> CheckpointError:
+        return CheckpointError(f"{self.path}: damaged: unit {unit} cannot be decoded.")
 
     def verify(self) -> None:
         """Read everything and compare it with the hash that was written."""

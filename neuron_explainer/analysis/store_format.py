@@ -60,6 +60,8 @@ from neuron_explainer.analysis.records import (
 from neuron_explainer.analysis.token_store import TokenStore
 from neuron_explainer.errors import InputError, SourceError, shown
 
+Ints = npt.NDArray[np.int64]
+
 FORMAT_VERSION = 1
 KIND = "example_store"
 APPLICATION_ID = 0x4E455853  # "NEXS": SQLite keeps it in the file's header
@@ -561,11 +563,32 @@ def decode_unit(raw: bytes, unit: int, meta: Mapping[str, Any]) -> UnitRow:
     return UnitRow(histogram, table, partner.astype(np.int32), both.astype(np.int64))
 
 
-def fts_query(text: str) -> str:
-    """A text that somebody typed as a query of FTS5: all words, the last one as the beginning of a word.
+def peak_positions(raw: bytes, meta: Mapping[str, Any], most: int) -> Ints:
+    """Corpus positions of the peaks of a unit's first examples, without decoding the rest of its row.
 
-    Each word is quoted, so that nothing in it is read as an operator. Empty if there is no word.
+    Args:
+        raw: the content of a row of ``units``, decompressed.
+        meta: that of the store.
+        most: how many examples; those of the groups "bottom" and "inactive" do not count.
+
+    Returns:
+        positions ``[n]``; of heads, of the tokens that look.
     """
-    words = [word.replace('"', '""') for word in encodable(text).replace("\0", " ").split()]
-    words = [word for word in words if any(letter.isalnum() for letter in word)]
-    return " ".join(f'"{word}"' for word in words) + ("*" if words else "")
+    parts = np.frombuffer(raw, "u1", 10).reshape(2, 5)
+    n, _, n_bins, _, _ = (parts[0].astype(int) * 256 + parts[1]).tolist()
+    place = 10 + 4 * n_bins
+    group = np.frombuffer(raw, "u1", n, place)
+
+    def planes(dtype: str, begin: int) -> npt.NDArray[Any]:
+        size = np.dtype(dtype).itemsize
+        found = np.frombuffer(raw, "u1", size * n, begin).reshape(size, n)
+        values: npt.NDArray[Any] = found[::-1].T.copy().view(dtype).reshape(n)
+        return values.astype(np.int64)
+
+    peak = planes("<u2", place + 4 * n)
+    start = planes(meta["start_dtype"], place + 6 * n + n * -(-int(meta["width"]) // 8))
+    if meta["unit"] == "head":
+        peak = ((np.sqrt(8 * peak + 1) - 1) // 2).astype(np.int64)
+    left_out = (group == GROUPS.index("bottom")) | (group == GROUPS.index("inactive"))
+    positions: Ints = (start + peak)[~left_out][:most]
+    return positions

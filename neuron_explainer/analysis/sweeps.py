@@ -191,7 +191,8 @@ def active_latents(
         change = torch.where(now != 0, value - now, 0.0)
         # Decoding is affine: the difference is that of one row, on the scale of the input.
         difference = code.decode(zero._replace(values=change)) - code.decode(zero)
-        return add(place, difference.to(x.dtype), positions=now[..., 0] != 0)
+        shape = found[place].shape  # heads apart
+        return add(place, difference.to(x.dtype).view(shape), positions=now[..., 0] != 0)
 
     return Grid({"latent": active}, build)
 

@@ -46,6 +46,9 @@ class Target:
     """``[n]`` from a :class:`Reading`."""
     every_position: bool = False
     """Whether it reads the logits of every position, which cost a product each, or of the last alone."""
+    compares: bool = False
+    """Whether it is a distance from the unchanged run. There it is 0 and has no gradient, so it can be
+    measured under changes, but not attributed by gradients."""
 
     def __call__(self, reading: Reading) -> Tensor:
         """``[n]``; an error if the function returns anything else."""
@@ -163,7 +166,7 @@ def kl(every_position: bool = False) -> Target:
         divergence = (p.exp() * (p - q)).sum(dim=-1)
         return _mean_of_tokens(divergence, ~reading.pad) if every_position else divergence
 
-    return Target("KL divergence", of, every_position)
+    return Target("KL divergence", of, every_position, compares=True)
 
 
 def loss() -> Target:
@@ -192,6 +195,18 @@ def _words(tokens: object) -> str:
 
 Metric = Target | Callable[[Tensor], Tensor]
 """A target, or a function of the last logits ``[n, v]`` that returns ``[n]``."""
+
+
+def with_gradient(metric: Metric, what: str) -> Target:
+    """A target for ``what``, which reads gradients at the unchanged run; an InputError if it has none."""
+    target = as_target(metric)
+    if target.compares:
+        raise InputError(
+            f"{target.name} is a distance from the unchanged run, where it is 0 and has no gradient: {what} "
+            "would hold only zeros. Take a target such as logit_difference or loss, or measure changes "
+            "with sweep."
+        )
+    return target
 
 
 def as_target(metric: Metric) -> Target:

@@ -10,6 +10,7 @@ then the bytes of all tokens; token ``i`` is ``bytes[offset[i] : offset[i + 1]]`
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,6 +170,21 @@ class TokenStore:
             )
         ends = self.offsets[numbers + 1].tolist()
         return [self.text[a:b] for a, b in zip(self.offsets[numbers].tolist(), ends, strict=True)]
+
+    @cached_property
+    def words(self) -> dict[str, list[int]]:
+        """Tokens by what they write, without spaces around it and without capitals."""
+        found: dict[str, list[int]] = {}
+        for number, piece in enumerate(self.pieces(np.arange(len(self.offsets) - 1))):
+            found.setdefault(piece.decode(errors="replace").strip().casefold(), []).append(number)
+        return found
+
+    def tokens_like(self, text: str) -> list[int]:
+        """The tokens that write a text: exactly this one, or this word with other spaces and capitals."""
+        near = self.words.get(text.strip().casefold(), [])
+        exact = text.encode(errors="replace")
+        same = [n for n, piece in zip(near, self.pieces(near), strict=True) if piece == exact]
+        return same if same and text != text.strip() else near
 
     def check_unchanged(self) -> None:
         """An error if a file is not the one that was written, or has changed since it was opened."""

@@ -15,7 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from neuron_explainer.analysis.effects import MEASURES, Effects, NodeTable, one_prompt
+from neuron_explainer.analysis.effects import (
+    MEASURES,
+    Effects,
+    NodeTable,
+    check_measures,
+    one_prompt,
+)
 from neuron_explainer.analysis.node_parts import (
     MLP_PLACES,
     Freeze,
@@ -23,8 +29,8 @@ from neuron_explainer.analysis.node_parts import (
     Node,
     Pass,
 )
-from neuron_explainer.analysis.targets import Metric, as_target
-from neuron_explainer.errors import InputError
+from neuron_explainer.analysis.targets import Metric, with_gradient
+from neuron_explainer.errors import InputError, shown
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.language_model import Activations, LanguageModel
@@ -67,6 +73,7 @@ def trace(
     """
     if unknown := [m for m in measures if m not in MEASURES or m in ("ablation", "patching")]:
         raise InputError(f"trace measures write_norm, direct and act_grad; found {unknown[0]!r}.")
+    check_measures(measures, top_k, None)
     tokens = one_prompt(model, prompt, bos)[0].tolist()
     goal = goal_of(
         model,
@@ -96,6 +103,8 @@ def goal_of(
 
     For the arguments see :func:`trace`.
     """
+    if not isinstance(node, Node):
+        raise InputError(f"expected a Node, found {shown(node)}.")
     tokens = one_prompt(model, prompt, False)
     for position in (node.position, node.attended):
         if position is not None and not 0 <= position < tokens.shape[1]:
@@ -168,6 +177,10 @@ def goal_of_latent(node: Node, autoencoders: Sequence[AutoencoderContext]) -> Go
         raise InputError(f"{node}: give its autoencoders, autoencoders=[context].")
     layer = _layer(node)
     autoencoder = context.get_autoencoder(layer)
+    if not 0 <= node.unit < autoencoder.n_latents:
+        raise InputError(
+            f"{node}: the numbers are 0 to {autoencoder.n_latents - 1}, found {node.unit}."
+        )
 
     def value(found: Activations) -> Tensor:
         x = found[place][0, node.position].flatten()
@@ -222,7 +235,8 @@ def _goal_of_write(
         f"{layer}/{p}" for p in ("resid.torso.delta_attn", "attn.qk_probs", "attn.v")
     )
     sees_logits = interventions is not None and not interventions.logits.is_empty()
-    goal = Goal.of_logits(model, as_target(downstream), sees_logits)
+    target = with_gradient(downstream, "what is traced")
+    goal = Goal.of_logits(model, target, sees_logits)
     later = Pass(model, tokens, goal, [delta], ("final_norm",), interventions)
     gradient = later.gradient(delta)[node.position]
     weight = model.weight(WeightLocationType.ATTN_TO_RESIDUAL, layer).detach()[node.unit]

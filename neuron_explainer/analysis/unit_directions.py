@@ -144,6 +144,11 @@ class Units:
         rows = rows.to(self.context.device, torch.float32)
         return rows if self._matrix is None else rows @ self._matrix
 
+    def write(self, units: Sequence[int]) -> list[bool]:
+        """Whether each unit writes anything: not latents left out of memory, whose rows are zeros."""
+        found: list[bool] = self.rows(units).any(dim=1).tolist()
+        return found
+
     # --- parts ---
 
     @property

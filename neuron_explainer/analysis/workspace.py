@@ -14,12 +14,13 @@ import os
 import sqlite3
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from neuron_explainer import files
-from neuron_explainer.analysis.store_format import Label, encodable, fts_query
+from neuron_explainer.analysis.label_search import CANDIDATES, find_labels
+from neuron_explainer.analysis.store_format import Label, encodable
 from neuron_explainer.analysis.store_names import is_built_in
 from neuron_explainer.errors import CheckpointError, InputError, SourceError, shown
 
@@ -28,6 +29,7 @@ DATA_VARIABLE = "NEURON_EXPLAINER_DATA"
 _VERSION = 1
 _APPLICATION_ID = 0x4E455857  # "NEXW"
 _WAIT = 10.0  # seconds for another writer
+_MOST_VALUES = 900  # in one statement; older versions of SQLite take 999
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS labels (
     id INTEGER PRIMARY KEY, subject TEXT NOT NULL, unit INTEGER NOT NULL, source TEXT NOT NULL,
@@ -110,28 +112,44 @@ class Workspace:
             source: who says so.
             score: how well the text predicts the unit, by the source's own measure.
         """
-        self._check(unit, score)
-        text = encodable(text).strip()
+        self.set_labels([Label(unit, text, source, score)])
+
+    def set_labels(self, labels: Iterable[Label]) -> int:
+        """:meth:`set_label` for many: all of them are written, or nothing.
+
+        Returns:
+            how many there were.
+        """
+        checked = []
+        for label in labels:
+            self._check(label.unit, label.score)
+            text, source = encodable(label.text).strip(), encodable(label.source)
+            checked.append(label._replace(text=text, source=source))
         with self._writing() as connection:
-            old = connection.execute(
-                "SELECT id, text FROM labels WHERE subject = ? AND unit = ? AND source = ?",
-                (self.subject, unit, source),
-            ).fetchall()
-            for number, before in old:
-                connection.execute(
-                    "INSERT INTO labels_fts (labels_fts, rowid, text) VALUES ('delete', ?, ?)",
-                    (number, before),
-                )
-                connection.execute("DELETE FROM labels WHERE id = ?", (number,))
-            if text:
-                number = connection.execute(
-                    "INSERT INTO labels (subject, unit, source, text, score, changed) "
-                    "VALUES (?, ?, ?, ?, ?, ?)",
-                    (self.subject, unit, source, text, score, _now()),
-                ).lastrowid
-                connection.execute(
-                    "INSERT INTO labels_fts (rowid, text) VALUES (?, ?)", (number, text)
-                )
+            for label in checked:
+                self._replace_label(connection, label)
+        return len(checked)
+
+    def _replace_label(self, connection: sqlite3.Connection, label: Label) -> None:
+        old = connection.execute(
+            "SELECT id, text FROM labels WHERE subject = ? AND unit = ? AND source = ?",
+            (self.subject, label.unit, label.source),
+        ).fetchall()
+        for number, before in old:
+            connection.execute(
+                "INSERT INTO labels_fts (labels_fts, rowid, text) VALUES ('delete', ?, ?)",
+                (number, before),
+            )
+            connection.execute("DELETE FROM labels WHERE id = ?", (number,))
+        if label.text:
+            number = connection.execute(
+                "INSERT INTO labels (subject, unit, source, text, score, changed) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                (self.subject, label.unit, label.source, label.text, label.score, _now()),
+            ).lastrowid
+            connection.execute(
+                "INSERT INTO labels_fts (rowid, text) VALUES (?, ?)", (number, label.text)
+            )
 
     def labels(self, unit: int | None = None) -> list[Label]:
         """The labels of a unit, latest first, or of all units."""
@@ -143,16 +161,47 @@ class Workspace:
         )
         return [Label(*row) for row in rows]
 
-    def search(self, text: str, limit: int = 50) -> list[Label]:
-        """Labels that hold all these words, or words that begin with the last one; best first."""
-        if not (query := fts_query(text)):
-            return []
-        rows = self._read(
-            "SELECT unit, labels.text, source, score FROM labels_fts JOIN labels ON id = labels_fts.rowid "
-            "WHERE subject = ? AND labels_fts MATCH ? ORDER BY rank LIMIT ?",
-            (query, limit),
-        )
-        return [Label(*row) for row in rows]
+    def labels_of(self, units: Sequence[int]) -> list[Label]:
+        """The labels of some units, latest first for each."""
+        found: list[Label] = []
+        for begin in range(0, len(units), _MOST_VALUES):
+            part = [int(unit) for unit in units[begin : begin + _MOST_VALUES]]
+            rows = self._read(
+                "SELECT unit, text, source, score FROM labels WHERE subject = ? AND unit IN "
+                f"({', '.join('?' * len(part))}) ORDER BY unit, changed DESC, id DESC",
+                part,
+            )
+            found += [Label(*row) for row in rows]
+        return found
+
+    def search(self, text: str, limit: int = 50, candidates: int = CANDIDATES) -> list[Label]:
+        """Labels that hold all these words, short ones first; then those of longer words, as typed so far.
+
+        Args:
+            text: what somebody typed.
+            limit: how many.
+            candidates: how many labels are looked at.
+        """
+        found: dict[Label, None] = {}
+        for prefix in (False, True):
+            if len(found) < limit:
+                rows = find_labels(
+                    self._rows,
+                    text,
+                    limit,
+                    prefix=prefix,
+                    candidates=candidates,
+                    where="AND subject = ?",
+                    values=(self.subject,),
+                )
+                found.update(dict.fromkeys(Label(*row) for row in rows))
+        return list(found)[:limit]
+
+    def search_all(self, text: str, limit: int, *, prefix: bool) -> list[tuple[str, Label]]:
+        """:meth:`search` among the labels of all subjects of the file: subject and label."""
+        columns = "subject, unit, text, source, score"
+        rows = find_labels(self._rows, text, limit, prefix=prefix, columns=columns)
+        return [(str(row[0]), Label(*row[1:])) for row in rows]
 
     # --- bookmarks and scores ---
 
@@ -203,11 +252,15 @@ class Workspace:
 
     def _read(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Rows of a query whose first value is the subject; none if there is no file."""
+        return self._rows(sql, (self.subject, *values))
+
+    def _rows(self, sql: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """Rows of a query; none if there is no file."""
         with self._lock:
             if self._connection is None and not self.path.exists():
                 return []
             with self._explained():
-                return self._open().execute(sql, (self.subject, *values)).fetchall()
+                return self._open().execute(sql, tuple(values)).fetchall()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:

@@ -21,6 +21,8 @@ from neuron_explainer.cli import (
     learning,
     looking,
     measuring,
+    probing,
+    serving,
     stored_files,
 )
 from neuron_explainer.cli.common import (
@@ -187,7 +189,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, VerbParser]]:
         ("look", _register_looking),
         ("intervene", intervening.register),
         ("learn", _register_learning),
-        ("measure", measuring.register),
+        ("measure", _register_measuring),
         ("files", _register_files),
     ):
         register(verbs)
@@ -200,6 +202,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, VerbParser]]:
 def _register_looking(verbs: Any) -> None:
     about = "a tour in seconds, offline, with the calls it makes"
     add_verb(verbs, "demo", about, run_demo, show_demo, example="neuron-explainer demo")
+    serving.register(verbs)
     looking.register(verbs)
     collating.register(verbs)
     inspecting.register(verbs)
@@ -208,6 +211,11 @@ def _register_looking(verbs: Any) -> None:
 def _register_learning(verbs: Any) -> None:
     learning.register(verbs)
     factors.register(verbs)
+
+
+def _register_measuring(verbs: Any) -> None:
+    measuring.register(verbs)
+    probing.register(verbs)
 
 
 def _register_files(verbs: Any) -> None:

@@ -4,10 +4,14 @@ import argparse
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neuron_explainer.cli.common import Result, add_verb, say
-from neuron_explainer.errors import InputError
+from neuron_explainer.errors import InputError, NeuronExplainerError
+
+if TYPE_CHECKING:
+    from neuron_explainer.analysis.directions import Directions
+    from neuron_explainer.analysis.store import ExampleStore
 
 
 def register(verbs: Any) -> None:
@@ -114,6 +118,7 @@ def show_import(result: Result) -> None:
     say(f"Look at one with: neuron-explainer inspect {first['path']} {first['first']}")
 
 
+_WITH_LOGITS = ("saedashboard", "neuronpedia")
 LEFT_OUT = {
     "neuron-records": "the groups weighted and bottom, strata but quantiles, histogram, labels and partners",
     "saedashboard": "the groups bottom, uniform, weighted and inactive, moments, labels and partners",
@@ -137,6 +142,11 @@ def _register_export(verbs: Any) -> None:
     verb.add_argument("--out", required=True, metavar="FOLDER", help="for the files")
     verb.add_argument("--units", type=numbers, metavar="NUMBERS", help="such as 0-99; default: all")
     verb.add_argument("--model", default="", metavar="NAME", help="Neuronpedia's name of the model")
+    verb.add_argument(
+        "--no-model",
+        action="store_true",
+        help="do not open the model: cards of saedashboard and neuronpedia have no tokens that units promote",
+    )
 
 
 def run_export(args: argparse.Namespace) -> Result:
@@ -146,17 +156,42 @@ def run_export(args: argparse.Namespace) -> Result:
     with ExampleStore.open(args.store) as store:
         units = store.alive.tolist() if args.units is None else args.units
         pages = [store[unit] for unit in units]
-        paths = _export(args.format, pages, args.out, args.model)
+        directions, why = None, None
+        if args.format in _WITH_LOGITS:
+            directions, why = _directions(store, args.no_model)
+        paths = _export(args.format, pages, args.out, args.model, directions)
     return {
         "store": str(store.path),
         "format": args.format,
         "units": len(pages),
         "files": [str(path) for path in paths],
         "left_out": LEFT_OUT[args.format],
+        "no_tokens": why,
     }
 
 
-def _export(form: str, pages: list[Any], folder: str, model: str) -> list[Path]:
+def _directions(
+    store: "ExampleStore", without_model: bool
+) -> "tuple[Directions | None, str | None]":
+    """What the store's units do to the logits, or why that is not known."""
+    if without_model:
+        return None, "--no-model"
+    from neuron_explainer.analysis.directions import Directions
+    from neuron_explainer.cli.inspecting import opened
+
+    try:
+        context, autoencoder = opened(store, None, None, None)
+        if autoencoder is None:
+            return Directions(context, store.location), None
+        place = None if autoencoder.is_transcoder else store.location
+        return Directions(context, autoencoder, location=place), None
+    except NeuronExplainerError as error:
+        return None, str(error)
+
+
+def _export(
+    form: str, pages: list[Any], folder: str, model: str, directions: "Directions | None"
+) -> list[Path]:
     if form == "neuron-records":
         from neuron_explainer.analysis.interchange.collated_sets import write_records
 
@@ -168,9 +203,9 @@ def _export(form: str, pages: list[Any], folder: str, model: str) -> list[Path]:
     from neuron_explainer.analysis.interchange import dashboards
 
     if form == "neuronpedia":
-        rows = dashboards.neuronpedia_rows(pages, model=model)
+        rows = dashboards.neuronpedia_rows(pages, model=model, directions=directions)
         return dashboards.write_neuronpedia(rows, folder)
-    batch = dashboards.dashboard_batch(pages, model=model)
+    batch = dashboards.dashboard_batch(pages, model=model, directions=directions)
     size = dashboards.BATCH
     return [
         dashboards.write_dashboard(
@@ -186,3 +221,5 @@ def show_export(result: Result) -> None:
     say(f"{result['units']} units in {len(result['files'])} files, such as {result['files'][0]}")
     if result["left_out"]:
         say(f"left out, because the format has no place for it: {result['left_out']}")
+    if result["no_tokens"] is not None:
+        say(f"tokens that units promote are left out: {result['no_tokens']}")

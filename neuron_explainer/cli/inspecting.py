@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from neuron_explainer.analysis.latent_record import LatentRecord
+    from neuron_explainer.analysis.latent_record import Example, LatentRecord
     from neuron_explainer.analysis.store import ExampleStore
     from neuron_explainer.analysis.unit_tokens import UnitTokens
     from neuron_explainer.models.autoencoder import Autoencoder
@@ -61,13 +61,21 @@ def _register_inspect(verbs: Any) -> None:
         "--bos", action="store_true", help="put the start token before the text of --on"
     )
     inspect.add_argument(
+        "--quantiles",
+        type=positive,
+        metavar="N",
+        help="sort all contexts of UNIT by their largest value and show N parts of equal count; reads the "
+        "store's text with the model again",
+    )
+    inspect.add_argument(
         "--label", metavar="TEXT", help="say what UNIT means; an empty text takes that back"
     )
     inspect.add_argument(
         "--top",
         type=positive,
         metavar="N",
-        help="lines of a list (default: 20), examples of each kind (5), units of a token (5)",
+        help="lines of a list (default: 20), examples of each kind (5), of each quantile (2), units of a "
+        "token (5)",
     )
     _model_of_store_options(inspect)
 
@@ -121,6 +129,8 @@ def run_inspect(args: argparse.Namespace) -> Result:
         store.workspace.set_label(args.unit, args.label)
     if args.on is not None:
         return _inspect_on(args, store)
+    if args.quantiles is not None:
+        return _inspect_quantiles(args, store)
     if args.unit is not None:
         return _inspect_unit(args, store)
     if args.search is not None:
@@ -137,6 +147,10 @@ def _check_combination(args: argparse.Namespace, wanted: list[str]) -> None:
         raise InputError("--label says what a unit means: give its number, and no other option.")
     if args.ascending and args.sort is None:
         raise InputError("--ascending needs --sort.")
+    if args.quantiles is not None and (args.unit is None or wanted or args.label is not None):
+        raise InputError("--quantiles are of one unit: give its number, and no other option.")
+    if args.quantiles is not None and args.no_model:
+        raise InputError("--quantiles run the model; leave --no-model out.")
 
 
 def show_inspect(result: Result) -> None:
@@ -181,7 +195,7 @@ def _tokens_of(
     from neuron_explainer.analysis.unit_tokens import unit_tokens
 
     try:
-        context, autoencoder = _opened(args, store)
+        context, autoencoder = opened(store, args.model, args.autoencoder, args.device)
     except NeuronExplainerError as error:
         return None, str(error)
     what = store.location if autoencoder is None else autoencoder
@@ -189,24 +203,27 @@ def _tokens_of(
     return unit_tokens(context, what, args.unit, location=place), None
 
 
-def _opened(
-    args: argparse.Namespace, store: "ExampleStore"
+def opened(
+    store: "ExampleStore", model: str | None, autoencoder: str | None, device: str | None
 ) -> "tuple[ModelContext, Autoencoder | None]":
-    """The model and, for latents, the autoencoder of a store; an error unless they are the same ones."""
+    """The model and, for latents, the autoencoder of a store; an error unless they are the same ones.
+
+    ``model`` and ``autoencoder`` are names for where they are now; None: where the store says.
+    """
     provenance = store.provenance
-    model = args.model or provenance.get("model")
+    model = model or provenance.get("model")
     if model is None:
         raise InputError(f"{store.path} does not say of which model it is; give --model.")
-    name = args.autoencoder or provenance.get("autoencoder")
+    name = autoencoder or provenance.get("autoencoder")
     if store.kind == "latent" and name is None:
         raise InputError(f"{store.path} does not say where its dictionary is; give --autoencoder.")
-    context = open_model(str(model), args.device)
+    context = open_model(str(model), device)
     store.check_model(context)
     if store.kind != "latent":
         return context, None
-    autoencoder = fitted(_autoencoder(str(name), str(model), store), context.get_or_create_model())
-    store.check_autoencoder(autoencoder)
-    return context, autoencoder
+    made = fitted(_autoencoder(str(name), str(model), store), context.get_or_create_model())
+    store.check_autoencoder(made)
+    return context, made
 
 
 def _autoencoder(name: str, model: str, store: "ExampleStore") -> "Autoencoder":
@@ -235,23 +252,24 @@ def _record_as_dict(record: "LatentRecord") -> Result:
         "labels": [label._asdict() for label in record.labels],
         "statistics": asdict(record.statistics),
         "histogram": {"edges": list(HISTOGRAM_EDGES), "counts": record.histogram.tolist()},
-        "examples": [
-            {
-                "group": example.group,
-                "interval": example.interval,
-                "rank": example.rank,
-                "value": example.value,
-                "document": example.document,
-                "position": example.position,
-                "peak": example.peak,
-                "ids": example.tokens.tolist(),
-                "tokens": example.strings,
-                "activations": example.activations.tolist(),
-            }
-            for example in record.all_examples
-        ],
+        "examples": [*map(_example_as_dict, record.all_examples)],
         "partners": [asdict(partner) for partner in record.partners],
         "provenance": dict(record.provenance),
+    }
+
+
+def _example_as_dict(example: "Example") -> Result:
+    return {
+        "group": example.group,
+        "interval": example.interval,
+        "rank": example.rank,
+        "value": example.value,
+        "document": example.document,
+        "position": example.position,
+        "peak": example.peak,
+        "ids": example.tokens.tolist(),
+        "tokens": example.strings,
+        "activations": example.activations.tolist(),
     }
 
 
@@ -260,6 +278,44 @@ def _of_what(store: "ExampleStore") -> str:
     model = store.provenance.get("model")
     of = f" of {model}" if model else ""
     return f"{store.location}{of}, {store.n_tokens:,} tokens of {store.tokens.corpus.name}"
+
+
+# --- quantiles ---
+
+
+def _inspect_quantiles(args: argparse.Namespace, store: "ExampleStore") -> Result:
+    from neuron_explainer.analysis.collation.quantiles import quantiles_of_store
+
+    record = store[args.unit]  # an error if there is no such unit
+    context, autoencoder = opened(store, args.model, args.autoencoder, args.device)
+    found = quantiles_of_store(
+        store, context, [args.unit], args.quantiles, args.top or 2, autoencoder=autoencoder
+    )
+    examples = store.examples_of(found.examples)
+    parts: list[dict[str, Any]] = [
+        {
+            "contexts": int(found.count[0, number]),
+            "smallest": float(found.smallest[0, number]),
+            "largest": float(found.largest[0, number]),
+            "examples": [_example_as_dict(each) for each in examples if each.interval == number],
+        }
+        for number in range(args.quantiles)
+    ]
+
+    def show(result: Result) -> None:
+        from neuron_explainer.analysis.highlights import number
+
+        say(f"{record.title}: {int(found.count.sum()):,} contexts where it is active")
+        for count, part in enumerate(parts, 1):
+            limits = f"{number(part['smallest'])} to {number(part['largest'])}"
+            say(f"\nquantile {count}: {part['contexts']:,} contexts, {limits}")
+            for example in examples:
+                if example.interval == count - 1:
+                    say(f"  {example!r}")
+        say(f"\n{_of_what(store)}")
+
+    args.show = show
+    return {"name": store.name, "unit": args.unit, "quantiles": parts}
 
 
 # --- lists of units ---
@@ -389,7 +445,7 @@ def _inspect_on(args: argparse.Namespace, store: "ExampleStore") -> Result:
         raise InputError(
             "--on shows units with one value for each token; heads have one for each pair."
         )
-    context, autoencoder = _opened(args, store)
+    context, autoencoder = opened(store, args.model, args.autoencoder, args.device)
     if args.unit is not None:
         _ = store[args.unit]  # an error if there is no such unit
     values, ids = _values(args, store, context, autoencoder)

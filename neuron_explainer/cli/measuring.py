@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ def _register_evaluate(verbs: Any) -> None:
         data_options,
         "neuron-explainer evaluate ae-resid-delta-mlp --text book.txt",
     )
-    _subject(evaluate, "what was held out in training", several=True, n_tokens=FIRST_LOOK)
+    subject_options(evaluate, "what was held out in training", several=True, n_tokens=FIRST_LOOK)
     option(evaluate, "--ce-every", "measure losses on every n-th batch only, on none if 0", 1, "N")
     evaluate.add_argument(
         "--compat",
@@ -59,6 +60,11 @@ def _register_evaluate(verbs: Any) -> None:
         default=[],
         choices=["saelens_legacy", "dictionary_learning", "sparsify", "openai"],
         help="a peer's figures too, by its own definitions",
+    )
+    evaluate.add_argument(
+        "--saebench",
+        metavar="FOLDER",
+        help="write the figures there too, as result files of SAEBench's core evaluation",
     )
 
 
@@ -72,7 +78,7 @@ def _register_prune(verbs: Any) -> None:
         data_options,
         "neuron-explainer prune run --location 2/resid.torso.delta_mlp --out pruned",
     )
-    _subject(prune, "what it was trained on", "--out FOLDER")
+    subject_options(prune, "what it was trained on", "--out FOLDER")
     prune.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
     for name, default, kept in (
         ("--min-frequency", 1e-6, "keep latents that fire on this share of tokens"),
@@ -93,7 +99,7 @@ def _register_finetune(verbs: Any) -> None:
         data_options,
         "neuron-explainer finetune pruned --batch-size 256 --out finetuned",
     )
-    _subject(finetune, "what it was trained on", "--out FOLDER")
+    subject_options(finetune, "what it was trained on", "--out FOLDER")
     finetune.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
     option(finetune, "--lr", "learning rate", 1e-3, "X")
     option(finetune, "--batch-size", "tokens", 4096, "N", type=positive)
@@ -109,13 +115,13 @@ def _register_report(verbs: Any) -> None:
         data_options,
         "neuron-explainer report ae-resid-delta-mlp --text book.txt --out report.html",
     )
-    _subject(report, "what was held out in training", n_tokens=FIRST_LOOK)
+    subject_options(report, "what was held out in training", n_tokens=FIRST_LOOK)
     report.add_argument(
         "--out", metavar="FILE", help="file to write (default: report.html in the run's folder)"
     )
 
 
-def _subject(
+def subject_options(
     verb: argparse.ArgumentParser,
     text: str,
     needed: str = "",
@@ -205,8 +211,12 @@ def run_evaluate(args: argparse.Namespace) -> Result:
     """Measure autoencoders on text that they were not trained on."""
     from neuron_explainer.evaluation.figures import evaluation_table
 
+    compat = list(args.compat)
+    if args.saebench is not None:
+        files.check_writable(args.saebench)
+        compat = list(dict.fromkeys([*compat, "saelens_legacy"]))
     opened = Opened(args, "held_out")
-    found = _evaluate(opened, args.ce_every, args.compat, progress=not args.json)
+    found = _evaluate(opened, args.ce_every, compat, progress=not args.json)
     result: Result = {
         "autoencoder": opened.name,
         "text": opened.text,
@@ -214,10 +224,32 @@ def run_evaluate(args: argparse.Namespace) -> Result:
         "measured_on": opened.measured_on(next(iter(found.values())).n_tokens),
         "evaluations": {name: evaluation.to_dict() for name, evaluation in found.items()},
     }
+    if args.saebench is not None:
+        result["saebench"] = _write_saebench(opened, found, Path(args.saebench))
     if not args.json:
         tables = [evaluation.table() for evaluation in found.values()]
         result["table"] = tables[0] if len(tables) == 1 else evaluation_table(found)
     return result
+
+
+def _write_saebench(opened: Opened, found: "dict[str, Evaluation]", folder: Path) -> list[str]:
+    """Write one file for each autoencoder, over one of the same name; returns their paths."""
+    from neuron_explainer.evaluation.saebench_json import write_saebench
+
+    folder.mkdir(parents=True, exist_ok=True)
+    autoencoders = by_location(opened.autoencoders)
+    paths = []
+    for name, evaluation in found.items():
+        path = folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '.', name).lstrip('.')}_eval_results.json"
+        settings = {
+            "text": opened.text,
+            "part": opened.part,
+            "model_name": opened.context.short_name,
+            "exclude_special_tokens_from_reconstruction": not opened.config.keep_bos,
+        }
+        write_saebench(path, evaluation, autoencoders[name], name=name, settings=settings)
+        paths.append(str(path))
+    return paths
 
 
 def _evaluate(
@@ -240,6 +272,8 @@ def show_evaluate(result: Result) -> None:
     """All figures of one autoencoder, or a table of the main figures of several."""
     say(f"{result['autoencoder']}: measured on {result['measured_on']}")
     say(result["table"])
+    for path in result.get("saebench", ()):
+        say(f"Written: {path}")
     if len(result["evaluations"]) > 1:
         say("All figures, and compat ones: --json")
     if " " not in result["autoencoder"]:

@@ -45,7 +45,7 @@ class WeightGeometry:
         if not autoencoder.is_transcoder and len(autoencoder.encoder.weight) == len(decoder):
             encoder = F.normalize(autoencoder.encoder.weight.float())[alive]
             aligned = (encoder * directions).sum(dim=1).cpu()
-        return cls(norm[alive].cpu(), aligned, _nearest(directions, sample, seed).cpu())
+        return cls(norm[alive].cpu(), aligned, nearest_cosines(directions, sample, seed).cpu())
 
     def sample_note(self, n_latents: int) -> str:
         """What to add to a caption if the nearest cosine is known for a sample only; else empty."""
@@ -53,8 +53,8 @@ class WeightGeometry:
         return "" if m >= len(self.decoder_norm) else f" ({m:,} of {n_latents:,} latents)"
 
 
-def _nearest(directions: Tensor, sample: int, seed: int) -> Tensor:
-    """The largest cosine of a sample of directions with any other one, ``[l, o] -> [m]``."""
+def nearest_cosines(directions: Tensor, sample: int, seed: int = 0) -> Tensor:
+    """The largest cosine of a sample of unit directions with any other one, ``[l, o] -> [m]``."""
     if len(directions) < 2:
         return directions.new_zeros(0)
     order = torch.randperm(len(directions), generator=torch.Generator().manual_seed(seed))

@@ -154,15 +154,31 @@ class ReconstructionStats:
         subtracting the squared mean from the mean of squares loses all digits where the mean is
         large."""
         mean = x.mean(dim=0)
-        sums = _Sums.of(x, recons, mean, self._known_mean)
-        n_tokens = self.n_tokens + len(x)
+        self._add_sums(mean, _Sums.of(x, recons, mean, self._known_mean), len(x))
+
+    def _add_sums(self, mean: Tensor, sums: _Sums, count: int) -> None:
+        n_tokens = self.n_tokens + count
         if self._sums is not None and self._mean is not None:
             delta = mean.to(self._mean.device) - self._mean
-            shift = delta.square().sum() * (self.n_tokens * len(x) / n_tokens)
+            shift = delta.square().sum() * (self.n_tokens * count / n_tokens)
             sums = replace(sums, deviation=sums.deviation.to(delta.device) + shift)
-            mean = self._mean + delta * (len(x) / n_tokens)
+            mean = self._mean + delta * (count / n_tokens)
             sums = self._sums.plus(sums)
         self._mean, self._sums, self.n_tokens = mean, sums, n_tokens
+
+    def merge(self, other: Self) -> Self:
+        """Add the tokens that another process, or another pass, has counted."""
+        if other._mean is not None and other._sums is not None:
+            if self._mean is not None:
+                _check_same_width("x", len(self._mean), len(other._mean))
+            self._add_sums(other._mean, other._sums, other.n_tokens)
+        if other._latents is not None:
+            if self._latents is not None:
+                width = len(other._latents.fired)
+                _check_same_width("latents", len(self._latents.fired), width)
+            mine = self._latents
+            self._latents = other._latents if mine is None else mine.plus(other._latents)
+        return self
 
     def _add_latents(
         self, latents: Tensor | Latents, shape: torch.Size, pad: Tensor | None

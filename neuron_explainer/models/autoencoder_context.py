@@ -168,6 +168,11 @@ class AutoencoderContext:
         return self.autoencoder_config.paths
 
     @property
+    def _serves_all(self) -> bool:
+        """Whether one autoencoder serves every layer."""
+        return None in self._paths and self.location.site.per_layer
+
+    @property
     def num_autoencoder_directions(self) -> int:
         """The number of latents of each autoencoder, including those left out of memory. Loads one
         autoencoder to find out."""
@@ -179,7 +184,7 @@ class AutoencoderContext:
 
     def chosen_layers(self, layers: Layers = None) -> list[LayerIndex]:
         """The layers that ``layers`` names, each once: one layer, several, or None for all that have an
-        autoencoder. An InputError names a layer that has none."""
+        autoencoder (``[None]`` if one serves all). An InputError names a layer that has none."""
         if layers is None:
             return list(self._paths)
         # A str is Iterable too: its letters are no layers, and are refused below.
@@ -187,7 +192,7 @@ class AutoencoderContext:
         chosen: dict[LayerIndex, None] = {}
         for layer in given:
             whole = layer is None or (isinstance(layer, int) and not isinstance(layer, bool))
-            if not whole or layer not in self._paths:
+            if not whole or not (layer in self._paths or self._serves_all):
                 raise InputError(
                     f"there is no autoencoder of {self.location} in layer {layer!r}. "
                     f"Layers: {', '.join(map(str, self._paths))}."
@@ -199,7 +204,7 @@ class AutoencoderContext:
         """The autoencoder of a layer, in eval mode and without gradients for its weights."""
         paths = self._paths
         (layer_index,) = self.chosen_layers([layer_index])
-        path = paths[layer_index]
+        path = paths[None if self._serves_all else layer_index]
         with self._lock:
             if path not in self._loaded:
                 # One file may serve several layers; then it is loaded once, and names no layer.
@@ -241,13 +246,16 @@ class AutoencoderContext:
         """
         size = _sizes_of(model)
         width = self.location.site.width(size)
+        has_heads = self.location.site.shape[-1] == "d_head"
+        joined = width * size(Dimension.ATTN_HEADS) if has_heads else width
         for layer in self.chosen_layers(layers):
             self.location.at(layer).expand(size(Dimension.LAYERS))
             autoencoder = self.get_autoencoder(layer)
-            if autoencoder.n_inputs != width:
+            if autoencoder.n_inputs not in (width, joined):
                 raise InputError(
                     f"the autoencoder of {self.location.at(layer)} takes inputs of width "
-                    f"{autoencoder.n_inputs}, this model has width {width} there."
+                    f"{autoencoder.n_inputs}, this model has width {width} there"
+                    f"{f', {joined} with its heads joined' if has_heads else ''}."
                 )
 
     def verify(

@@ -36,6 +36,9 @@ class CodeOfInput(Protocol):
 class CodingAutoencoder(Protocol):
     """What :meth:`AutoencoderHooks.from_autoencoder` needs of an autoencoder."""
 
+    @property
+    def n_inputs(self) -> int: ...
+
     def encode(self, x: Tensor) -> Tensor: ...
 
     def decode(self, latents: Tensor, stats: Any = None) -> Tensor: ...
@@ -114,6 +117,9 @@ class AutoencoderHooks(HookCollection):
         return False
 
     def _run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Tensor:
+        if self._joins_heads(x):
+            return self._run(x.flatten(2), args, kwargs, where).view_as(x)
+
         def at(site: FwdBwdHooks, value: Tensor, name: str) -> Tensor:
             return site._run(value, args, kwargs, f"{where} > {name}")
 
@@ -131,6 +137,11 @@ class AutoencoderHooks(HookCollection):
         elif not self.error.is_empty():
             at(self.error, x - result, "error")  # to be looked at: it goes nowhere
         return checked(result, x, where, "AutoencoderHooks", kwargs.get("layer"))
+
+    def _joins_heads(self, x: Tensor) -> bool:
+        """Whether the autoencoder takes heads ``[b, s, h, d_head]`` side by side."""
+        width = None if self._autoencoder is None else self._autoencoder.n_inputs
+        return x.dim() == 4 and x.shape[-1] != width and x.shape[2] * x.shape[3] == width
 
     def _fast(
         self, x: Tensor, at: Callable[[FwdBwdHooks, Tensor, str], Tensor], kwargs: dict[str, Any]

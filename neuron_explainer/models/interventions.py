@@ -32,6 +32,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -43,7 +44,7 @@ from neuron_explainer.models.autoencoder_context import AutoencoderContext, Mult
 from neuron_explainer.models.hooks import DescribedHook, TransformerHooks
 from neuron_explainer.models.language_model import Activations, LanguageModel, Prompts
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
-from neuron_explainer.models.weight_names import Dimension, LayerIndex
+from neuron_explainer.models.weight_names import Dimension
 
 __all__ = [
     "Edit",
@@ -212,12 +213,14 @@ class Units:
     """``x[index]`` are the chosen units; None: all."""
     highest: tuple[int, ...] = ()
     """The highest number along each unit axis (``[w]``, or ``[h]`` or ``[h, d_head]``)."""
+    latents: bool = False
+    """Whether the units are latents of an autoencoder."""
 
     @classmethod
     def of(cls, place: ActivationLocation, given: UnitsLike, latents: bool) -> "Units":
         """From any form that interventions take."""
         if given is None:
-            return cls("all latents" if latents else "all units", None)
+            return cls("all latents" if latents else "all units", None, latents=latents)
         several: list[Any] = [given]
         if isinstance(given, Sequence) and not isinstance(given, str):
             several = list(given)
@@ -243,12 +246,27 @@ class Units:
             f"{word}{'s' * (len(numbers) > 1)} {text}",
             index,
             tuple(max(axis) for axis in zip(*numbers, strict=True)),
+            latents,
         )
 
-    def check_widths(self, widths: Sequence[int], place: ActivationLocation) -> None:
+    def n_axes(self, place: ActivationLocation) -> int:
+        """How many of the location's last axes tell units apart: heads and their channels, or one."""
+        return 2 if place.site.shape[-1] == "d_head" and not self.latents else 1
+
+    def chosen_axes(
+        self, axes: Sequence[int | None], place: ActivationLocation
+    ) -> list[int | None]:
+        """The shape after ``[b, s]`` of the chosen units, from that of the location."""
+        if self.index is None:
+            return list(axes)
+        n_axes = self.n_axes(place)
+        rest = [axes[-1]] if n_axes > len(self.highest) else []  # heads keep their channels
+        return [*axes[: len(axes) - n_axes], len(self.index[1]), *rest]
+
+    def check_widths(self, widths: Sequence[int | None], place: ActivationLocation) -> None:
         """Refuse units beyond the lengths of a location's unit axes."""
         for number, width in zip(self.highest, widths, strict=False):
-            if number >= width:
+            if width is not None and number >= width:
                 raise HookError(
                     f"{place} has no {self.name}: the numbers are 0 to {width - 1}, found {number}."
                 )
@@ -280,10 +298,10 @@ class Edit(DescribedHook):
     units: Units
     positions: Positions
     change: Change
-    latents: bool = False
-    """Whether the units are latents of an autoencoder spliced in at ``place``."""
     sets: bool = False
     """Whether the new values do not depend on the old ones."""
+    needs: tuple[int | None, ...] = ()
+    """The shape after ``[b, s]`` that the chosen units must have for the new values; None: any length."""
 
     def __call__(
         self, x: Tensor, layer: int | None = None, positions: Tensor | None = None
@@ -306,6 +324,11 @@ class Edit(DescribedHook):
         return new.expand_as(chosen)
 
     @property
+    def latents(self) -> bool:
+        """Whether the units are latents of an autoencoder spliced in at ``place``."""
+        return self.units.latents
+
+    @property
     def only_latents(self) -> Tensor | None:
         return None if self.units.index is None or not self.latents else self.units.index[-1]
 
@@ -319,17 +342,36 @@ class Edit(DescribedHook):
         if end is not None:
             self.positions.check_end(end)
         if not self.latents:
-            self.units.check_widths(_unit_widths(self.place, sizes), self.place)
+            axes = _axes(self.place, sizes)
+            self.units.check_widths(axes[-self.units.n_axes(self.place) :], self.place)
+            self.check_needs(axes)
+
+    def check_needs(self, axes: Sequence[int | None]) -> None:
+        """Refuse values that do not fit the units; ``axes`` is the location's shape after ``[b, s]``."""
+        there = self.units.chosen_axes(axes, self.place)
+        fits = len(self.needs) == len(there) and all(
+            None in (need, length) or need == length
+            for need, length in zip(self.needs, there, strict=True)
+        )
+        if self.needs and not fits:
+            raise HookError(
+                f"{self.what} at {self.place}: the values are {_words(self.needs)} for each token, "
+                f"expected {_words(there)}."
+            )
 
     def __repr__(self) -> str:
         return f"{self.what} of {self.units.name} at {self.positions}"
 
 
-def _unit_widths(place: ActivationLocation, sizes: Mapping[Dimension, int]) -> list[int]:
-    width = place.site.width(sizes.__getitem__)
-    if place.site.shape[-1] != "d_head":
-        return [width]
-    return [sizes[Dimension.ATTN_HEADS], width]
+def _axes(place: ActivationLocation, sizes: Mapping[Dimension, int]) -> list[int | None]:
+    """The lengths of a location's axes after ``[b, s]``; None for the attended positions."""
+    lengths = {"1": 1, "k": None, "h": sizes[Dimension.ATTN_HEADS]}
+    *before, _ = place.site.shape[2:]
+    return [*(lengths[axis] for axis in before), place.site.width(sizes.__getitem__)]
+
+
+def _words(axes: Sequence[int | None]) -> str:
+    return f"[{', '.join('any' if length is None else str(length) for length in axes)}]"
 
 
 def _hooks(
@@ -340,11 +382,11 @@ def _hooks(
     change: Change,
     autoencoders: Autoencoders | None = None,
     sets: bool = False,
+    needs: tuple[int | None, ...] = (),
 ) -> TransformerHooks:
     place = ActivationLocation.parse(location)
-    latents = autoencoders is not None
-    chosen = Units.of(place, units, latents)
-    edit = Edit(what, place, chosen, Positions.of(positions), change, latents, sets)
+    chosen = Units.of(place, units, autoencoders is not None)
+    edit = Edit(what, place, chosen, Positions.of(positions), change, sets, needs)
     if autoencoders is None:
         return TransformerHooks().append_at(place, edit)
     context = autoencoders
@@ -354,13 +396,11 @@ def _hooks(
         raise InputError(
             f"the autoencoders are of {context.location}, the intervention is at {place}."
         )
-    layers: list[LayerIndex] = list(context.layer_indices)
-    if place.layer is not None:
-        layers = [place.layer if place.layer in layers else None]
+    layers = context.chosen_layers(place.layer)
     for layer in layers:
-        chosen.check_widths([context.get_autoencoder(layer).n_latents], place)
-    if layers == [None] and place.layer is not None:  # one autoencoder that serves all layers
-        return TransformerHooks().append_at(place, context.splice(None, [edit]))
+        n_latents = context.get_autoencoder(layer).n_latents
+        chosen.check_widths([n_latents], place)
+        edit.check_needs([n_latents])
     return context.hooks(edit, layers=layers)
 
 
@@ -375,8 +415,12 @@ def ablate(
     autoencoders: Autoencoders | None = None,
 ) -> TransformerHooks:
     """Set units to zero. For the arguments see the module's docstring."""
-    zeros: Change = lambda x, _: torch.zeros_like(x)  # noqa: E731 -- shorter than a def for one expression
-    return _hooks("zero ablation", location, units, positions, zeros, autoencoders, sets=True)
+    return _hooks("zero ablation", location, units, positions, _zeros, autoencoders, sets=True)
+
+
+# What changes do is said by functions of this module, so that interventions can be pickled.
+def _zeros(x: Tensor, _: Tensor | None) -> Tensor:
+    return torch.zeros_like(x)
 
 
 def set_to(
@@ -390,12 +434,28 @@ def set_to(
     """Set units to ``value``: a number, or a tensor that broadcasts to ``[b, s, u]`` (heads:
     ``[b, s, u, d_head]``)."""
     constant = _finite(value, "value")
-
-    def change(x: Tensor, _: Tensor | None) -> Tensor:
-        return constant.to(x.device, x.dtype).expand_as(x)
-
+    place = ActivationLocation.parse(location)
+    n_axes = 3 if autoencoders is not None else len(place.site.shape)
+    if constant.dim() > n_axes:
+        raise InputError(
+            f"{place}: a value has at most the {n_axes} axes of what it sets, found "
+            f"{list(constant.shape)}."
+        )
+    padded = [1] * (n_axes - constant.dim()) + list(constant.shape)
+    needs = tuple(None if length == 1 else length for length in padded[2:])
     what = f"set to {float(constant):g}" if constant.numel() == 1 else "set to a given tensor"
-    return _hooks(what, location, units, positions, change, autoencoders, sets=True)
+    change = partial(_constant, value=constant)
+    return _hooks(what, place, units, positions, change, autoencoders, sets=True, needs=needs)
+
+
+def _constant(x: Tensor, _: Tensor | None, value: Tensor) -> Tensor:
+    try:
+        return value.to(x.device, x.dtype).expand_as(x)
+    except RuntimeError:
+        raise HookError(
+            f"a value of shape {list(value.shape)} does not broadcast to {list(x.shape)}, the units at "
+            "these rows and positions."
+        ) from None
 
 
 def scale(
@@ -408,9 +468,12 @@ def scale(
 ) -> TransformerHooks:
     """Multiply units by ``factor``."""
     by = _one_number(factor, "factor")
-    return _hooks(
-        f"scaling by {by:g}", location, units, positions, lambda x, _: x * by, autoencoders
-    )
+    change = partial(_scaled, factor=by)
+    return _hooks(f"scaling by {by:g}", location, units, positions, change, autoencoders)
+
+
+def _scaled(x: Tensor, _: Tensor | None, factor: float) -> Tensor:
+    return x * factor
 
 
 def clamp(
@@ -430,7 +493,12 @@ def clamp(
     if low > high:
         raise InputError(f"minimum {minimum} is above maximum {maximum}.")
     what = f"clamping to [{low:g}, {high:g}]"
-    return _hooks(what, location, units, positions, lambda x, _: x.clamp(low, high), autoencoders)
+    change = partial(_clamped, low=low, high=high)
+    return _hooks(what, location, units, positions, change, autoencoders)
+
+
+def _clamped(x: Tensor, _: Tensor | None, low: float, high: float) -> Tensor:
+    return x.clamp(low, high)
 
 
 # --- directions ---
@@ -464,13 +532,20 @@ def steer(
     if unit == "norm":
         vector = vector / vector.norm()
     amount = by * _one_number(1.0 if maximum is None else maximum, "maximum")
-
-    def change(x: Tensor, _: Tensor | None) -> Tensor:
-        added = amount * _along(vector, x)
-        return x + (added * x.norm(dim=-1, keepdim=True) if unit == "norm" else added)
-
+    change = partial(_steered, vector=vector, amount=amount, by_norm=unit == "norm")
     words = {"raw": "", "norm": " times the norm", "max": f" times {maximum}"}[unit]
-    return _hooks(f"steering by {by:g}{words}", location, None, positions, change)
+    needs = _needs_width(location, len(vector))
+    return _hooks(f"steering by {by:g}{words}", location, None, positions, change, needs=needs)
+
+
+def _steered(x: Tensor, _: Tensor | None, vector: Tensor, amount: float, by_norm: bool) -> Tensor:
+    added = amount * vector.to(x.device, x.dtype)
+    return x + (added * x.norm(dim=-1, keepdim=True) if by_norm else added)
+
+
+def _needs_width(location: LocationLike, width: int) -> tuple[int | None, ...]:
+    """What a direction needs: activations of its width."""
+    return (*[None] * (len(ActivationLocation.parse(location).site.shape) - 3), width)
 
 
 def project_out(
@@ -487,16 +562,16 @@ def project_out(
         raise InputError("project_out needs at least one direction.")
     rows = torch.stack([_direction(direction, location) for direction in given])
     basis, sizes, _ = torch.linalg.svd(rows.double().T, full_matrices=False)  # [w, n]
-    basis = basis[:, sizes > sizes[0] * 1e-7]
+    change = partial(_projected, basis=basis[:, sizes > sizes[0] * 1e-7])
+    what, needs = f"projecting out {len(given)} directions", _needs_width(location, len(basis))
+    return _hooks(what, location, None, positions, change, needs=needs)
 
-    def change(x: Tensor, _: Tensor | None) -> Tensor:
-        span: Tensor = basis.to(x.device, torch.promote_types(x.dtype, torch.float32))
-        _along(span[:, 0], x)  # the width is checked
-        wide = x.to(span.dtype)
-        rest: Tensor = wide - (wide @ span) @ span.T
-        return rest
 
-    return _hooks(f"projecting out {len(given)} directions", location, None, positions, change)
+def _projected(x: Tensor, _: Tensor | None, basis: Tensor) -> Tensor:
+    span: Tensor = basis.to(x.device, torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(span.dtype)
+    rest: Tensor = wide - (wide @ span) @ span.T
+    return rest
 
 
 def _direction(direction: Direction, location: LocationLike) -> Tensor:
@@ -511,12 +586,6 @@ def _direction(direction: Direction, location: LocationLike) -> Tensor:
             f"{location}: a direction is a vector [w] that is not all zero, found {list(vector.shape)}."
         )
     return vector
-
-
-def _along(vector: Tensor, x: Tensor) -> Tensor:
-    if x.shape[-1] != len(vector):
-        raise HookError(f"the direction has {len(vector)} entries, the activation {x.shape[-1]}.")
-    return vector.to(x.device, x.dtype)
 
 
 def _one_number(value: float | Tensor, name: str) -> float:
@@ -601,8 +670,7 @@ def _patch(
         hooks = [_patch(what, key, values, units, positions, index_map) for key in found]
         return sum(hooks[1:], hooks[0])
     rows, lengths = _by_position(values, place)
-    chosen = Units.of(place, units, False)
-    source = rows if chosen.index is None else rows[chosen.index]
+    source = _chosen_of(rows, place, units)
     if index_map is not None:
         if (
             not isinstance(index_map, Tensor)
@@ -613,31 +681,51 @@ def _patch(
                 "index_map must be an int64 tensor [b, s] or [s], such as align() makes."
             )
         index_map = index_map if index_map.dim() == 2 else index_map[None]
+    change = partial(
+        _patched, what=what, place=place, source=source, lengths=lengths, index_map=index_map
+    )
+    return _hooks(what, place, units, positions, change, needs=_needs_of(source, place))
+
+
+def _patched(
+    x: Tensor,
+    at: Tensor | None,
+    what: str,
+    place: ActivationLocation,
+    source: Tensor,
+    lengths: Tensor,
+    index_map: Tensor | None,
+) -> Tensor:
+    """The values of ``source`` ``[r, t, …]`` at the positions ``[b, s]``, set or added."""
+    if at is None:
+        raise HookError(f"{what} at {place}: the positions of the tokens are not known here.")
     pairs = "k" in place.site.shape[2:]
+    if pairs:
+        _check_pairs(at, place)
+    _check_rows(len(source), at.shape[0], place)
+    there = at if index_map is None else _mapped(index_map.to(at.device), at)
+    known = (there >= 0) & (there < lengths.to(at.device)[:, None].expand(len(at), -1))
+    row = torch.arange(len(at), device=at.device)[:, None] % len(source)
+    taken = source.to(x.device)[row, there.clamp(0, source.shape[1] - 1)]
+    if pairs:
+        # Keys that the other run did not have yet are not attended to from its positions.
+        short = x.shape[2] - taken.shape[2]
+        taken = taken[:, :, : x.shape[2]] if short <= 0 else _padded_keys(taken, short)
+    taken = x + taken.to(x.dtype) if what == "adding" else taken.to(x.dtype)
+    return torch.where(known.view(*known.shape, *[1] * (x.dim() - 2)), taken, x)
 
-    def change(x: Tensor, at: Tensor | None) -> Tensor:
-        if at is None:
-            raise HookError(f"{what} at {place}: the positions of the tokens are not known here.")
-        if pairs:
-            _check_pairs(at, place)
-        _check_rows(len(source), at.shape[0], place)
-        there = at if index_map is None else _mapped(index_map.to(at.device), at)
-        known = (there >= 0) & (there < lengths.to(at.device)[:, None].expand(len(at), -1))
-        row = torch.arange(len(at), device=at.device)[:, None] % len(source)
-        taken = source.to(x.device)[row, there.clamp(0, source.shape[1] - 1)]
-        if pairs:
-            # Keys that the other run did not have yet are not attended to from its positions.
-            short = x.shape[2] - taken.shape[2]
-            taken = taken[:, :, : x.shape[2]] if short <= 0 else _padded_keys(taken, short)
-        if taken.shape != x.shape:
-            raise HookError(
-                f"{what} at {place}: the other run holds {list(taken.shape[2:])} for each token, "
-                f"expected {list(x.shape[2:])}."
-            )
-        taken = x + taken.to(x.dtype) if what == "adding" else taken.to(x.dtype)
-        return torch.where(known.view(*known.shape, *[1] * (x.dim() - 2)), taken, x)
 
-    return _hooks(what, place, units, positions, change)
+def _needs_of(values: Tensor, place: ActivationLocation) -> tuple[int | None, ...]:
+    """What values ``[…, …, u]`` by row and position need: units of their shape, with any keys."""
+    axes = zip(place.site.shape[2:], values.shape[2:], strict=False)
+    return tuple(None if axis == "k" else length for axis, length in axes)
+
+
+def _chosen_of(rows: Tensor, place: ActivationLocation, units: UnitsLike) -> Tensor:
+    """The chosen units of another run's values ``[r, t, …]``."""
+    chosen = Units.of(place, units, False)
+    chosen.check_widths(rows.shape[-chosen.n_axes(place) :], place)
+    return rows if chosen.index is None else rows[chosen.index]
 
 
 def _padded_keys(taken: Tensor, short: int) -> Tensor:
@@ -724,22 +812,21 @@ def mean_ablate(
     """
     place = _one_place(location)
     rows, lengths = _by_position(reference, place)
-    chosen = Units.of(place, units, False)
-    source = (rows if chosen.index is None else rows[chosen.index]).double()
+    source = _chosen_of(rows, place, units).double()
     known = torch.arange(source.shape[1])[None] < lengths[:, None]
     weight = known.to(source.device, source.dtype).view(*known.shape, *[1] * (source.dim() - 2))
     total = (source * weight).sum(dim=0)
     means = total / weight.sum(dim=0) if per_position else total.sum(dim=0) / weight.sum()
+    by_position = partial(_mean_at, means=means, place=place)
+    change = by_position if per_position else partial(_constant, value=means)
+    needs = _needs_of(source, place)
+    return _hooks("mean ablation", place, units, positions, change, sets=True, needs=needs)
 
-    def change(x: Tensor, at: Tensor | None) -> Tensor:
-        mean = means.to(x.device, x.dtype)
-        if not per_position:
-            return mean.expand_as(x)
-        if at is None or int(at.max()) >= len(mean):
-            raise HookError(f"mean ablation at {place}: no row of the reference is so long.")
-        return mean[at]
 
-    return _hooks("mean ablation", place, units, positions, change, sets=True)
+def _mean_at(x: Tensor, at: Tensor | None, means: Tensor, place: ActivationLocation) -> Tensor:
+    if at is None or int(at.max()) >= len(means):
+        raise HookError(f"mean ablation at {place}: no row of the reference is so long.")
+    return means.to(x.device, x.dtype)[at]
 
 
 def resample_ablate(
@@ -757,22 +844,23 @@ def resample_ablate(
     """
     place = _one_place(location)
     rows, lengths = _by_position(reference, place)
-    chosen = Units.of(place, units, False)
-    source = rows if chosen.index is None else rows[chosen.index]
+    source = _chosen_of(rows, place, units)
     known = torch.arange(source.shape[1])[None] < lengths[:, None]
     tokens = source[known.to(source.device)]  # [n, …]
-    drawn: list[int] = []
+    what, needs = f"resample ablation (seed {seed})", _needs_of(source, place)
+    change = partial(_resampled, tokens=tokens, seed=seed, place=place)
+    return _hooks(what, place, units, positions, change, sets=True, needs=needs)
+
+
+def _resampled(
+    x: Tensor, at: Tensor | None, tokens: Tensor, seed: int, place: ActivationLocation
+) -> Tensor:
+    if at is None:
+        raise HookError(f"resample ablation at {place}: the positions are not known here.")
     generator = torch.Generator().manual_seed(seed)
-
-    def change(x: Tensor, at: Tensor | None) -> Tensor:
-        if at is None:
-            raise HookError(f"resample ablation at {place}: the positions are not known here.")
-        while len(drawn) <= int(at.max()):  # one draw a position, in the order of positions
-            drawn.append(int(torch.randint(len(tokens), (1,), generator=generator)))
-        return tokens[torch.tensor(drawn)[at.cpu()]].to(x.device, x.dtype)
-
-    what = f"resample ablation (seed {seed})"
-    return _hooks(what, place, units, positions, change, sets=True)
+    # One draw a position, in the order of positions: the first are the same however many follow.
+    drawn = torch.randint(len(tokens), (int(at.max()) + 1,), generator=generator)
+    return tokens[drawn[at.cpu()]].to(x.device, x.dtype)
 
 
 def _one_place(location: LocationLike) -> ActivationLocation:

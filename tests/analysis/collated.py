@@ -286,16 +286,16 @@ class BruteForce:
             lower = 0.0 if number == top - apart or number < 1 else HISTOGRAM_EDGES[number - 1]
             for i in range(interval(upper), interval(lower) + 1):
                 limits[i] = min(limits[i], f32(inside[k - 1].u))
+        others = [p for name in ("top", "uniform", "weighted") for _, p, _ in self.group(name)]
         found = []
         for i in range(n):
             drawn = [p for p in members if interval(p.value) == i and f32(p.u) <= limits[i]]
             drawn.sort(key=lambda p: (f32(p.u), p.position))
-            if not drawn:  # the earliest of all that is kept
-                others = [
-                    p for name in ("top", "uniform", "weighted") for _, p, _ in self.group(name)
-                ]
-                inside = [p for p in members + others if interval(p.value) == i]
-                drawn = sorted(inside, key=lambda p: p.position)[:1]
+            # Places that are left go to others that are kept, by their keys.
+            rest = {p.position: p for p in members + others if interval(p.value) == i}
+            for p in drawn:
+                del rest[p.position]
+            drawn += sorted(rest.values(), key=lambda p: (f32(p.u), p.position))
             found += [(i, p, f32(p.u)) for p in drawn[:k]]
         return found
 

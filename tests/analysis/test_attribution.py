@@ -8,7 +8,7 @@ import torch
 
 from neuron_explainer.analysis.attribution import attribution_patching, integrated_gradients
 from neuron_explainer.analysis.effects import spearman
-from neuron_explainer.analysis.targets import logit_difference, loss
+from neuron_explainer.analysis.targets import kl, logit_difference, loss
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.interventions import patch_from
@@ -211,3 +211,18 @@ def test_a_key_of_a_pattern_that_is_rounded_to_one() -> None:
 def test_masked_scores_have_no_integrated_gradients() -> None:
     with pytest.raises(InputError, match=r"use attn\.qk_probs"):
         integrated_gradients(MODEL, [1, 2, 3], lambda x: x[:, 0], "0/attn.qk_logits")
+
+
+@pytest.mark.parametrize("place", ["0/attn.qk_softmax_denominator", "resid.ln_f.scale"])
+def test_what_a_model_divides_by_has_no_zero_baseline(place: str) -> None:
+    with pytest.raises(InputError, match="take the baseline 'mean'"):
+        integrated_gradients(MODEL, CLEAN, TARGET, place)
+    found = integrated_gradients(MODEL, CLEAN, TARGET, place, baseline="mean", steps=64)
+    assert abs(found.error) < 1e-4
+
+
+def test_a_distance_from_the_unchanged_run_has_no_gradient_there() -> None:
+    with pytest.raises(InputError, match="a distance from the unchanged run"):
+        integrated_gradients(MODEL, CLEAN, kl(), "0/mlp.post_act")
+    with pytest.raises(InputError, match="attribution patching would hold only zeros"):
+        attribution_patching(MODEL, CLEAN, CORRUPT, kl())

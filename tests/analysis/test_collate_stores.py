@@ -22,7 +22,7 @@ from neuron_explainer.analysis import (
     open_stores,
 )
 from neuron_explainer.analysis.collation.merging import merge
-from neuron_explainer.analysis.records import Collected
+from neuron_explainer.analysis.records import Collected, ExampleTable
 from neuron_explainer.errors import CheckpointError, InputError, SourceError
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
 from neuron_explainer.models.model_context import ModelContext
@@ -258,12 +258,24 @@ def check_strata(found: Collected, unit: int, parts: list[tuple[Collected, int]]
         own = strata.rows(strata.interval == i)
         got = list(zip(own.key.tolist(), own.start.tolist(), strict=True))
         assert len(inside) <= CONFIG.per_interval
-        if inside or not got:
-            assert got == inside
-        else:  # not drawn: the interval would be empty without it
-            assert [key for key, _ in got] == [1.0]
-            assert got[0][1] in [start for _, start, _ in rows]
+        assert got[: len(inside)] == inside
+        filled = got[len(inside) :]
+        assert all(key > found.stratum_limits[unit, i] for key, _ in filled)
+        assert {start for _, start in filled} <= {start for _, start, _ in rows}
+        # As many as are wanted, if so many are known.
+        known = {
+            start
+            for group in ("top", "uniform", "weighted")
+            for start, value in _places(found.examples.of_unit(unit, group))
+            if min(math.floor((1 - value / largest) * CONFIG.intervals), CONFIG.intervals - 1) == i
+        }
+        assert len({start for _, start in got}) == len(got)
+        assert CONFIG.per_interval >= len(got) >= min(len(known), CONFIG.per_interval)
     assert largest == 0 or 0 in strata.interval
+
+
+def _places(table: ExampleTable) -> list[tuple[int, float]]:
+    return list(zip(table.start.tolist(), table.value.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("factor", [1.005, 0.995, 1.0, 3.0])

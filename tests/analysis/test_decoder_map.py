@@ -88,6 +88,8 @@ def test_umap_is_used_where_it_is_installed(
         kept.write_bytes(kept.read_bytes()[:40])  # damaged
     decoder_map(rows(), cache=tmp_path, seed=3)
     assert len(fake.calls) == 4
+    decoder_map(torch.eye(3))
+    assert [call["init"] for call in fake.calls[-2:]] == ["spectral", "random"]
 
 
 def test_an_autoencoder_has_a_map() -> None:
@@ -101,3 +103,13 @@ def test_umap_itself() -> None:
     pytest.importorskip("umap")
     a, b = (decoder_map(rows(), "umap", seed=1).coordinates for _ in range(2))
     np.testing.assert_array_equal(a, b)
+    apart = np.linalg.norm(a[:, None] - a[None], axis=-1)
+    assert apart[:20, :20].max() < apart[:20, 20:].min()
+
+
+@pytest.mark.parametrize(
+    "few", [torch.eye(3), torch.tensor([[1.0], [2.0], [-1.0], [3.0]])], ids=["three", "opposite"]
+)
+def test_umap_of_few_directions_and_of_opposite_ones(few: torch.Tensor) -> None:
+    pytest.importorskip("umap")
+    assert np.isfinite(decoder_map(few, "umap").coordinates).all()

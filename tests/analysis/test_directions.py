@@ -319,6 +319,15 @@ def test_all_lists_at_once_are_those_of_each(contexts) -> None:
     assert np.isnan(table.skewness[6])
     with pytest.raises(InputError, match="writes nothing"):
         directions.top_logits(6)
+    several = list(directions.top_logits_of([5, "0", 39], 4, chunk_bytes=4 * V * 2))
+    for found, unit in zip(several, (5, 0, 39), strict=True):
+        one = directions.top_logits(unit, 4)
+        assert found.unit == one.unit
+        assert [t.token for t in found.top] == [t.token for t in one.top]
+        assert found.edges == pytest.approx(one.edges, rel=1e-5)
+        assert (sum(found.counts), found.note) == (V, one.note)
+    with pytest.raises(InputError, match=r"latent 6 of 1/mlp\.post_act writes nothing"):
+        list(directions.top_logits_of([5, 6]))
     some = directions.table(4, [13, 5])
     assert some.units.tolist() == [13, 5]
     assert some.top_tokens.tolist() == table.top_tokens[[13, 5]].tolist()

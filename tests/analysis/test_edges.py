@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from neuron_explainer.analysis.attention_paths import head_loadings
+from neuron_explainer.analysis.circuits import Circuit, CircuitRunner
 from neuron_explainer.analysis.edges import EdgeGraph, EdgeScores, edge_attribution
-from neuron_explainer.analysis.effects import nodes
+from neuron_explainer.analysis.effects import Node, nodes
 from neuron_explainer.analysis.targets import kl, logit_difference, loss
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.hooks import TransformerHooks
@@ -16,6 +18,7 @@ from neuron_explainer.models.interventions import freeze
 from tests.analysis.slow_paths import Sources, slow_pass, whole_input
 from tests.conftest import make_model
 from tests.models.test_interventions import wrong
+from tests.models.test_language_model import make
 
 MODEL = make_model(dtype=torch.float64)
 CLEAN = [[3, 1, 4, 1, 5], [2, 7, 1, 8]]
@@ -189,6 +192,7 @@ def test_top_and_repr() -> None:
     ("settings", "message"),
     [
         ({"ig_steps": 0}, "ig_steps must be at least 1, found 0"),
+        ({"target": kl()}, "EAP would hold only zeros"),
         ({"freeze": ["norm"]}, "Did you mean 'norms'"),
         ({"batch_tokens": 0}, "batch_tokens must be at least 1"),
         ({"corrupt": CORRUPT[:1]}, "one corrupt prompt for each of 2, found 1"),
@@ -201,9 +205,19 @@ def test_bad_input(settings: dict[str, Any], message: str) -> None:
         edge_attribution(MODEL, **wrong(given))
 
 
-def test_other_models_are_refused() -> None:
-    class Other:
-        name = "a model of another library"
-
-    with pytest.raises(InputError, match="own Transformer, found a model of another library"):
-        edge_attribution(wrong(Other()), CLEAN, CORRUPT, TARGET)
+def test_models_of_hugging_face_are_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make("gpt2")
+    ends = Node("0/mlp.post_act", "neuron", 1, 1), Node("1/mlp.post_act", "neuron", 1, 2)
+    monkeypatch.setattr(type(model), "__call__", lambda *_: pytest.fail("the model ran"))
+    for run in (
+        lambda: edge_attribution(model, CLEAN, CORRUPT, TARGET),
+        lambda: CircuitRunner(model, CLEAN, CORRUPT, TARGET),
+        lambda: Circuit.of(model, ["input->logits"]),
+        lambda: head_loadings(model, CLEAN[0], *ends),
+    ):
+        with pytest.raises(
+            InputError, match="this needs neuron_explainer's own Transformer, found"
+        ):
+            run()

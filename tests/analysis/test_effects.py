@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.analysis.effects import Effects, Node, NodeTable, nodes, spearman
-from neuron_explainer.analysis.targets import Target, logit_difference, loss, probability
+from neuron_explainer.analysis.targets import Target, kl, logit_difference, loss, probability
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
@@ -253,6 +253,7 @@ def test_spearman() -> None:
         ({"measures": ["activation"]}, "that chooses nodes"),
         ({"measures": ["patching"]}, "give prompt_b"),
         ({"top_k": 0}, "at least 1"),
+        ({"top_k": 2.5}, "whole number of at least 1, found 2.5"),
         ({"attention": "neurons"}, "'heads' or 'pairs'"),
         ({"freeze": ("norm",)}, "freeze takes final_norm"),
         ({"prompt_b": [20, 21]}, "no token in common"),
@@ -394,3 +395,35 @@ def test_effects_of_tokens_are_sums_over_the_nodes() -> None:
         (effects.attention_to, summed(pairs, "pair", "attended")),
     ]:
         np.testing.assert_allclose(given, expected, atol=1e-9)
+
+
+def test_a_distance_from_the_unchanged_run_is_no_target() -> None:
+    with pytest.raises(InputError, match="KL divergence is a distance from the unchanged run"):
+        nodes(MODEL, PROMPT, kl())
+
+
+@pytest.mark.parametrize("normalization", ["none", "layer_norm"])
+def test_latents_of_joined_heads(normalization: Any, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    autoencoder = Autoencoder(
+        32, 16, activation=TopK(5), input_normalization=normalization, dtype=torch.float64
+    )
+    with torch.no_grad():
+        for parameter in autoencoder.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, dtype=torch.float64))
+    autoencoder.save(tmp_path / "a")
+    config = AutoencoderConfig("attn.v_out", {0: tmp_path / "a"})
+    context = AutoencoderContext(config, "cpu", dtype=torch.float64)
+    measures = ["direct", "act_grad", "ablation"]
+    found = table(measures=measures, autoencoders=[context], top_k=15)
+    assert found.totals["direct"] == pytest.approx(found.target, abs=1e-9)
+    some = [i for i, node in enumerate(found.nodes) if node.kind == "latent"][:5]
+    for i in some:
+        place, unit, at = found.nodes[i].location, found.nodes[i].unit, found.nodes[i].position
+        x = MODEL.capture([PROMPT], place)[place].flatten(2)
+        code = autoencoder.code(x)
+        without = code.latents.clone()
+        without[0, at, unit] = 0
+        change = (code.decode(without) - code.decode(code.latents)).view(1, len(PROMPT), 4, 4)
+        expected = value() - value(add(place, change))
+        assert found.values["ablation"][i] == pytest.approx(expected, abs=1e-9)

@@ -2,6 +2,7 @@
 
 import html.parser
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +227,38 @@ def test_pages_stay_small(tmp_path: Path) -> None:
     assert "are left out here" in path.read_text("utf-8")
     assert Checker(path.read_text("utf-8")).open == []
     assert len(repr(record)) < 5_000
+
+
+def test_random_examples_that_are_shown_above_are_not_repeated() -> None:
+    def at(start: int, group: str, rank: int = 0) -> Example:
+        return replace(make_example(TEXT, values_of(king=8.0), group=group, rank=rank), start=start)
+
+    above = [at(0, "top"), at(50, "top", 7), at(0, "stratum"), at(9, "stratum", 1)]
+    some = make_record(*above, at(9, "uniform"), at(20, "uniform", 1), at(20, "weighted"))
+    lines = some.text(5).splitlines()
+    assert len([line for line in lines if "[ king]" in line]) == 4
+    assert lines[lines.index("Random examples") + 2] == "  1 more is shown above"
+    assert lines[lines.index("Random examples, larger values more often") + 1] == (
+        "  all are shown above"
+    )
+    page = some.html()
+    assert page.count("document 7") == 5
+    assert "<small>of all contexts where it is active; 1 more is shown above</small>" in page
+    assert "<small>all are shown above</small>" in page
+    assert Checker(page).open == []
+    # What is not shown for lack of room is shown in a later group.
+    assert "all are" not in make_record(at(50, "top", 7), at(50, "uniform")).text(5)
+    assert "larger values" not in some._repr_html_()
+
+
+def test_ranges_of_values_are_named() -> None:
+    example = make_example(TEXT, values_of(king=8.0), group="stratum")
+    record = make_record(example, replace(example, interval=2, value=3.0, start=1), intervals=4)
+    lines = record.text().splitlines()
+    assert "  from 6.00 to 8.00" in lines
+    assert "  from 2.00 to 4.00" in lines
+    assert '<li class="range"><span></span>6.00 to 8.00</li>' in record.html()
+    assert "from 6.00" not in make_record(example).text()
 
 
 def test_empty_records() -> None:

@@ -345,3 +345,27 @@ def test_half_precision_and_losses_of_single_tokens() -> None:
     assert np.abs(found.effect).max() > 0
     with pytest.raises(InputError, match="at least two tokens"):
         sweep(MODEL, [[1, 2, 3], [4]], heads(MODEL, layers=[0]), loss())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("location", "layers"), [("attn.v_out", (1,)), ("resid.torso.delta_mlp", (None,))], ids=str
+)
+def test_active_latents_of_joined_heads_and_of_one_autoencoder_for_all_layers(
+    location: str, layers: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(4)
+    autoencoder = Autoencoder(40, 16, activation=TopK(4), input_normalization="layer_norm")
+    with torch.no_grad():
+        for parameter in autoencoder.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    autoencoder.save(tmp_path / "a")
+    config = AutoencoderConfig(location, dict.fromkeys(layers, tmp_path / "a"))
+    context = AutoencoderContext(config, "cpu")
+    grid = active_latents(MODEL, RAGGED, context, 1)
+    latents = list(grid.dims["latent"])
+    spliced = [ablate(f"1/{location}", latent, autoencoders=context) for latent in latents]
+    found = sweep(MODEL, RAGGED, grid, third)
+    assert np.abs(found.effect).max() > 1e-3
+    assert_equal(found.values, reference(MODEL, RAGGED, spliced, third))
+    assert_equal(sweep(MODEL, RAGGED, spliced, third).values, found.values)

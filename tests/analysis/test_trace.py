@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.analysis.effects import Node, NodeTable
-from neuron_explainer.analysis.targets import logit_difference
+from neuron_explainer.analysis.targets import kl, logit_difference
 from neuron_explainer.analysis.trace import trace
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.autoencoder import Autoencoder
@@ -153,6 +153,12 @@ def test_act_grad_of_a_latent_is_the_finite_difference(context: AutoencoderConte
         (Node("mlp.post_act", "neuron", 3, 2), {}, "must name a layer"),
         (Node("1/mlp.post_act", "neuron", 3, 9), {}, "0 to 6 in this prompt, found 9"),
         (NEURON, {"measures": ["ablation"]}, "found 'ablation'"),
+        (NEURON, {"measures": ["activation"]}, "that chooses nodes"),
+        (NEURON, {"measures": []}, "that chooses nodes"),
+        (NEURON, {"top_k": 0}, "at least 1, found 0"),
+        (NEURON, {"attention": "neurons"}, "'heads' or 'pairs'"),
+        (wrong("1/mlp.post_act neuron 3 at 2"), {}, "expected a Node"),
+        (HEAD, {"through": "v", "downstream": kl()}, "a distance from the unchanged run"),
     ],
 )
 def test_bad_input(node: Node, settings: dict[str, Any], message: str) -> None:
@@ -190,3 +196,25 @@ def test_a_trace_under_an_intervention_and_of_some_positions() -> None:
     some = traced(NEURON, hooks=hooks, positions=[4])
     assert {node.position for node in some.nodes} == {4}
     assert some.totals["direct"] == pytest.approx(found.target, abs=1e-9)
+
+
+@pytest.mark.parametrize("latent", [64, -1])
+def test_latents_that_the_autoencoder_lacks(context: AutoencoderContext, latent: int) -> None:
+    node = Node("1/resid.torso.delta_mlp", "latent", latent, 2)
+    with pytest.raises(InputError, match=f"0 to 63, found {latent}"):
+        traced(node, autoencoders=[context])
+
+
+def test_one_autoencoder_for_all_layers(context: AutoencoderContext) -> None:
+    (path,) = {*context.autoencoder_config.paths.values()}
+    config = AutoencoderConfig(context.location, {None: path})
+    one = AutoencoderContext(config, "cpu", dtype=torch.float64)
+    node = Node("1/resid.torso.delta_mlp", "latent", 3, 2)
+    found, expected = (traced(node, autoencoders=[each]) for each in (one, context))
+    assert found.nodes == expected.nodes
+    assert found.target == expected.target
+
+
+def test_two_autoencoders_of_one_part_of_the_stream(context: AutoencoderContext) -> None:
+    with pytest.raises(InputError, match="same part of the stream"):
+        traced(NEURON, autoencoders=[context, context])

@@ -73,13 +73,15 @@ def test_batches_may_be_cut_anywhere(cuts, mean, random):
     edges = [0, *sorted(cuts), 60]
     parts = list(itertools.pairwise(edges))
     random.shuffle(parts)
-    stats = ReconstructionStats()
+    stats, merged = ReconstructionStats(), ReconstructionStats()
     for a, b in parts:
         stats.update(x[a:b], recons[a:b], latents[a:b])
-    assert stats.n_tokens == 60
-    assert stats.fvu.item() == pytest.approx(whole.fvu.item(), rel=1e-9)
-    assert stats.mse.item() == pytest.approx(whole.mse.item(), rel=1e-12)
-    assert torch.equal(stats.frequency, whole.frequency)
+        merged.merge(ReconstructionStats().update(x[a:b], recons[a:b], latents[a:b]))
+    for found in (stats, merged):
+        assert found.n_tokens == 60
+        assert found.fvu.item() == pytest.approx(whole.fvu.item(), rel=1e-9)
+        assert found.mse.item() == pytest.approx(whole.mse.item(), rel=1e-12)
+        assert torch.equal(found.frequency, whole.frequency)
     assert whole.fvu.item() == pytest.approx(numpy_fvu(x, recons), rel=1e-9)
 
 

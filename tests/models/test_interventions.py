@@ -1,5 +1,6 @@
 """Interventions against plain edits of tensors, one experiment at a time."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_steering_units() -> None:
         steer(STREAM, torch.full((16,), torch.nan), 1.0)
     with pytest.raises(InputError, match="belong together"):
         steer(STREAM, direction, 1.0, unit="max")
-    with pytest.raises(HookError, match="5 entries, the activation 16"):
+    with pytest.raises(HookError, match=r"values are \[5\] for each token, expected \[16\]"):
         logits(steer(STREAM, torch.ones(5), 1.0))
 
 
@@ -533,3 +534,146 @@ def test_ablating_all_latents_replaces_nothing_but_them(autoencoders: Autoencode
 def test_a_list_of_bools_is_no_list_of_positions(positions: Any) -> None:
     with pytest.raises(InputError, match="bool tensor"):
         ablate("0/mlp.post_act", 1, positions)
+
+
+# --- joined heads, and one autoencoder for all layers ---
+
+
+def _saved(folder: Path, n_inputs: int, **settings: Any) -> Path:
+    torch.manual_seed(7)
+    autoencoder = Autoencoder(24, n_inputs, activation=TopK(4), dtype=torch.float64, **settings)
+    with torch.no_grad():
+        for parameter in autoencoder.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, dtype=torch.float64))
+    autoencoder.save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("normalization", ["none", "layer_norm"])
+def test_latents_of_joined_heads(tmp_path: Path, normalization: Any) -> None:
+    path = _saved(tmp_path / "a", 16, input_normalization=normalization)
+    config = AutoencoderConfig("attn.v_out", {0: path})
+    context = AutoencoderContext(config, "cpu", dtype=torch.float64)
+    context.check_model(MODEL)
+    place, autoencoder = "0/attn.v_out", context.get_autoencoder(0)
+    x = seen(TransformerHooks(), place)
+    code = autoencoder.code(x.flatten(2))
+    latent = int(code.latents.sum(dim=(0, 1)).argmax())
+    without = code.latents.clone()
+    without[:, 2, latent] = 0
+    expected = x + (code.decode(without) - code.decode(code.latents)).view_as(x)
+    found = seen(ablate(place, latent, 2, autoencoders=context), place)
+    torch.testing.assert_close(found, expected)
+    spliced = seen(context.hooks(add_error=False), place)
+    torch.testing.assert_close(spliced, autoencoder.reconstruct(x.flatten(2)).view_as(x))
+    by_hand = context.hooks(lambda latents: latents * 0, add_error=False)
+    nothing = code.decode(torch.zeros_like(code.latents)).view_as(x)
+    torch.testing.assert_close(seen(by_hand, place), nothing)
+
+
+def test_an_autoencoder_of_each_head_and_one_of_another_width(tmp_path: Path) -> None:
+    each, other = (
+        AutoencoderContext(
+            AutoencoderConfig("attn.v_out", {0: _saved(tmp_path / str(width), width)}),
+            "cpu",
+            dtype=torch.float64,
+        )
+        for width in (4, 8)
+    )
+    each.check_model(MODEL)
+    x = seen(TransformerHooks(), "0/attn.v_out")
+    found = seen(each.hooks(add_error=False), "0/attn.v_out")
+    torch.testing.assert_close(found, each.get_autoencoder(0).reconstruct(x))
+    with pytest.raises(InputError, match="width 4 there, 16 with its heads joined"):
+        other.check_model(MODEL)
+
+
+def test_one_autoencoder_serves_all_layers(tmp_path: Path) -> None:
+    path = _saved(tmp_path / "a", 16)
+    one, several = (
+        AutoencoderContext(
+            AutoencoderConfig("resid.torso.delta_mlp", dict.fromkeys(layers, path)),
+            "cpu",
+            dtype=torch.float64,
+        )
+        for layers in ((None,), (0, 1))
+    )
+    assert one.get_autoencoder(1) is one.get_autoencoder(None)
+    for location in ("resid.torso.delta_mlp", "1/resid.torso.delta_mlp"):
+        hooks, expected = (ablate(location, 3, autoencoders=each) for each in (one, several))
+        assert torch.equal(logits(hooks), logits(expected))
+    chosen, expected = (each.hooks(add_error=False, layers=[1]) for each in (one, several))
+    assert torch.equal(logits(chosen), logits(expected))
+    with pytest.raises(HookError, match="layer 2, which the model lacks"):
+        logits(one.hooks(layers=[2]))
+    with pytest.raises(InputError, match="in layer True"):
+        one.get_autoencoder(wrong(True))
+
+
+# --- pickling, and values of another shape ---
+
+_RUN = MODEL.capture(TOKENS, [STREAM, "0/attn.v_out", "1/attn.qk_probs"])
+_MASK = torch.tensor([[True, False, True]])
+
+
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        ablate("0/attn.v_out", [1, 3], "last"),
+        set_to(STREAM, torch.arange(16.0), positions=slice(1, 5, 2)),
+        scale(STREAM, 1.5, [2, 3], _MASK),
+        clamp(STREAM, -0.1, 0.1),
+        steer(STREAM, torch.arange(16.0), 0.3, [0, 4], unit="norm"),
+        project_out(STREAM, [torch.arange(16.0), torch.ones(16)]),
+        patch_from("0/attn.v_out", _RUN, "1.2", index_map=torch.arange(8).flip(0)),
+        freeze("1/attn.qk_probs", _RUN),
+        mean_ablate(STREAM, _RUN, [1], per_position=True),
+        resample_ablate(STREAM, _RUN, [1], seed=3),
+    ],
+    ids=str,
+)
+def test_they_can_be_pickled(hooks: TransformerHooks) -> None:
+    again = pickle.loads(pickle.dumps(hooks))
+    assert str(again) == str(hooks)
+    assert torch.equal(logits(again), logits(hooks))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: set_to(STREAM, torch.ones(15)), r"the values are \[15\] for each token, expected"),
+        (lambda: set_to(STREAM, torch.ones(3), [1, 2]), r"\[3\] for each token, expected \[2\]"),
+        (lambda: set_to("0/attn.v_out", torch.ones(2, 1, 3), 1), r"\[any, 3\] .* \[1, 4\]"),
+        (lambda: set_to("0/attn.v_out", torch.ones(2), ["1.3", "0.2", "0.1"]), r"expected \[3\]"),
+        (lambda: set_to("0/attn.qk_probs", torch.ones(5)), r"\[any, 5\] .* \[any, 4\]"),
+        (lambda: steer(STREAM, torch.ones(5), 1.0), r"\[5\] for each token, expected \[16\]"),
+        (lambda: project_out("0/attn.v_out", torch.ones(16)), r"expected \[4, 4\]"),
+        (lambda: patch_from(STREAM, torch.ones(3, 8, 15)), r"\[15\] .* \[16\]"),
+        (lambda: mean_ablate(STREAM, torch.ones(3, 8, 1)), r"\[1\] .* \[16\]"),
+        (lambda: resample_ablate(STREAM, torch.ones(3, 8, 17)), r"\[17\] .* \[16\]"),
+        (lambda: freeze("0/attn.qk_probs", torch.ones(3, 8, 8, 5)), r"\[any, 5\] .* \[any, 4\]"),
+        (lambda: patch_from(STREAM, torch.ones(3, 8, 9), 12), "0 to 8, found 12"),
+        (lambda: mean_ablate("0/attn.v_out", torch.ones(3, 8, 2, 4), 3), "0 to 1, found 3"),
+        (lambda: resample_ablate("0/attn.v_out", torch.ones(3, 8, 4, 2), "3.3"), "0 to 1, found 3"),
+    ],
+)
+def test_values_of_another_shape_are_refused_before_the_pass(build: Any, message: str) -> None:
+    def never(x: Tensor) -> Tensor:
+        raise AssertionError("the pass ran")
+
+    with pytest.raises(HookError, match=message):
+        logits(build() + TransformerHooks().append_at("resid.post_emb", never))
+
+
+def test_values_of_other_rows_and_of_latents(autoencoders: AutoencoderContext) -> None:
+    with pytest.raises(InputError, match="at most the 3 axes"):
+        set_to(STREAM, torch.ones(1, 1, 1, 16))
+    with pytest.raises(HookError, match=r"shape \[2, 1, 16\] does not broadcast to \[3, 8, 16\]"):
+        logits(set_to(STREAM, torch.ones(2, 1, 16)))
+    place = "0/resid.torso.delta_mlp"
+    with pytest.raises(HookError, match=r"\[3\] for each token, expected \[2\]"):
+        set_to(place, torch.ones(3), [4, 5], autoencoders=autoencoders)
+    both = set_to(place, torch.tensor([1.0, 2.0]), [4, 5], autoencoders=autoencoders)
+    apart = set_to(place, 1.0, 4, autoencoders=autoencoders)
+    apart += set_to(place, 2.0, 5, autoencoders=autoencoders)
+    torch.testing.assert_close(logits(both), logits(apart))

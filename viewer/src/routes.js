@@ -1,7 +1,9 @@
-// The pages. A page is a component in pages/ and a line here: its address is `#/{path}/…`.
+// The pages. A page is a component in pages/ and a line here: its address is `#/{path}/…`. What a newcomer sees
+// first is part of the first download; the others stand in pages/more.js and are loaded when they are opened.
 import { DictionariesPage, DictionaryPage } from './pages/dictionary.jsx';
 import { ComparePage, FeaturePage } from './pages/feature.jsx';
 import { HomePage } from './pages/home.jsx';
+import { later } from './pages/later.jsx';
 
 /**
  * @typedef {object} Page
@@ -18,6 +20,8 @@ export const PAGES = [
   { path: '', title: 'Start', icon: 'feature', component: HomePage },
   { path: 'f', title: 'Features', icon: 'feature', component: FeaturePage, rail: true, keys: 'g f' },
   { path: 'd', title: 'Dictionaries', icon: 'grid', component: Dictionaries, rail: true, keys: 'g d' },
+  { path: 'm', title: 'Model', icon: 'model', component: later('ModelPage'), rail: true, keys: 'g m' },
+  { path: 'p', title: 'Prompt', icon: 'prompt', component: later('PromptPage'), rail: true, keys: 'g p' },
   { path: 'compare', title: 'Compare', icon: 'compare', component: ComparePage, rail: true, keys: 'g c' },
 ];
 

@@ -178,48 +178,46 @@ class Examples:
         return ExampleTable.concatenate(tables), limits
 
     def _strata_table(self, strata: Strata) -> tuple[ExampleTable, Doubles]:
-        """The first few of each interval, among those that its limit lets in.
+        """The first few of each interval by their keys, and up to which key these are a uniform sample.
 
-        An interval in which nothing is drawn gets the earliest of all entries of the unit that are in it,
-        those of other groups included: an interval may be narrower than a bin, and then the entries that
-        the bin keeps may all lie outside. Because the entry of the largest value is kept, the topmost
-        interval is never empty.
+        Of a bin that an interval's end cuts through, the entries with the smallest keys may lie on the other
+        side. So fewer than wanted may be known to be the first of an interval: those that its limit lets in.
+        The other places go to the next ones among all entries that are kept of the unit, those of other
+        groups included; their keys are above the limit. Because the entry of the largest value is kept, the
+        topmost interval is never empty.
         """
         n, most = self.config.intervals, self.config.per_interval
         limits = strata.limits(n)
         tables = [example_table("stratum", np.empty(0, np.int64), Entries.none(self.width))]
         for begin in range(0, self.n_units, _UNITS_AT_ONCE):
             units = np.arange(begin, min(begin + _UNITS_AT_ONCE, self.n_units))
-            index, entries = strata.take(units)
-            interval = interval_of(entries.value, strata.largest[units[index]], n)
-            let_in = -entries.key.astype(np.float64) <= limits[units[index], interval]
-            table = example_table(
-                "stratum", units[index[let_in]], entries.rows(let_in), interval[let_in]
-            )
-            last = table.rank == most - 1
-            more = table.rank >= most
+            unit, entries = self._kept(strata, units)
+            interval = interval_of(entries.value, strata.largest[unit], n)
+            table = example_table("stratum", unit, entries, interval)
+            let_in = table.key <= limits[table.unit, table.interval]
             cut = np.zeros(limits.shape, bool)
-            cut[table.unit[more], table.interval[more]] = True
-            where = table.unit[last], table.interval[last]
-            limits[where] = np.where(cut[where], table.key[last], limits[where])
-            tables += [table.rows(~more), self._earliest_elsewhere(strata, units, table)]
+            more = table.rows(let_in & (table.rank >= most))
+            cut[more.unit, more.interval] = True
+            last = table.rows(table.rank == most - 1)
+            where = last.unit, last.interval
+            limits[where] = np.where(cut[where], last.key, limits[where])
+            tables.append(table.rows(table.rank < most))
         return ExampleTable.concatenate(tables), limits
 
-    def _earliest_elsewhere(self, strata: Strata, units: Ints, drawn: ExampleTable) -> ExampleTable:
-        """One example for each interval of these units of which none is in ``drawn``, if one is kept."""
+    def _kept(self, strata: Strata, units: Ints) -> tuple[Ints, Entries]:
+        """The entries of some units in the strata and in other groups with positive values, each once and
+        with the key of a uniform sample; the unit of each."""
         reservoirs = [self.reservoirs[name] for name in _POSITIVE if name in self.reservoirs]
         taken = [strata.take(units), *(reservoir.take(units) for reservoir in reservoirs)]
         unit = units[np.concatenate([index for index, _ in taken])]
         entries = Entries.concatenate([each for _, each in taken])
-        interval = interval_of(entries.value, strata.largest[unit], self.config.intervals)
-        label = unit * self.config.intervals + interval
-        there = drawn.unit.astype(np.int64) * self.config.intervals + drawn.interval
-        order = np.lexsort((entries.position, label))
-        order = order[~np.isin(label[order], there)]
-        order = order[np.diff(label[order], prepend=-1) != 0]
-        some = entries.rows(order)
-        some.key = -uniform(self.hashes[unit[order]], some.position).astype(np.float32)
-        return example_table("stratum", unit[order], some, interval[order])
+        order = np.lexsort((entries.position, unit))
+        new = np.diff(unit[order], prepend=-1) != 0
+        new |= np.diff(entries.position[order], prepend=-1) != 0
+        order = order[new]
+        unit, entries = unit[order], entries.rows(order)
+        entries.key = -uniform(self.hashes[unit], entries.position).astype(np.float32)
+        return unit, entries
 
 
 def example_table(

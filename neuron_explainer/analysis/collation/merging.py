@@ -34,8 +34,8 @@ def merge(first: Collected, second: Collected, offset: int) -> Collected:
 
     Counts, extremes and sums are those of both texts, and so are the examples of every group. An interval
     of the group "stratum" gets a uniform sample of its contexts in both texts, which may have fewer examples
-    than one pass would have found. If that is empty, it gets the earliest example of any group that is in
-    the interval, with the key 1. A context of one text that repeats one of the other is not recognised.
+    than one pass would have found. Other examples of any group that are in the interval fill it up; their
+    keys are above its limit. A context of one text that repeats one of the other is not recognised.
 
     Pairs of units that are active together are left out: their samples of tokens cannot be merged exactly.
     ``settings["left_out"]`` of the result says so if one of the two had them.
@@ -180,42 +180,36 @@ def _merge_strata(first: Collected, second: Collected) -> tuple[ExampleTable, Do
         for new in range(n):
             inside = there & (begin <= new) & (new <= end)
             limits[inside, new] = np.minimum(limits[inside, new], limit[inside])
-    number = group_number("stratum")
-    both = ExampleTable.concatenate([e.examples.rows(e.examples.group == number) for e in parts])
-    interval = interval_of(both.value, largest[both.unit], n)
-    let_in = both.key <= limits[both.unit, interval]
     heads = first.kind == "head"
-    table = _ranked(both.rows(let_in), "stratum", interval[let_in], count + 1, heads)
-    more = table.rank == count
-    last = table.rank == count - 1
+    both = _kept([each.examples for each in parts], heads)
+    interval = interval_of(both.value, largest[both.unit], n)
+    table = _ranked(both, "stratum", interval, len(both), heads)
+    let_in = table.key <= limits[table.unit, table.interval]
     cut = np.zeros(limits.shape, bool)
-    cut[table.unit[more], table.interval[more]] = True
-    where = table.unit[last], table.interval[last]
-    limits[where] = np.where(cut[where], table.key[last], limits[where])
-    earliest = _earliest_elsewhere([each.examples for each in parts], largest, n, table, heads)
-    return ExampleTable.concatenate([table.rows(~more), earliest]), limits
+    more = table.rows(let_in & (table.rank >= count))
+    cut[more.unit, more.interval] = True
+    last = table.rows(table.rank == count - 1)
+    where = last.unit, last.interval
+    limits[where] = np.where(cut[where], last.key, limits[where])
+    return table.rows(table.rank < count), limits
 
 
-def _earliest_elsewhere(
-    tables: list[ExampleTable], largest: Floats, n_intervals: int, drawn: ExampleTable, heads: bool
-) -> ExampleTable:
-    """One example for each interval of which none is in ``drawn``: the earliest one in any group."""
-    groups = [group_number(name) for name in ("top", "stratum", "uniform", "weighted")]
-    both = ExampleTable.concatenate([t.rows(np.isin(t.group, groups)) for t in tables])
-    interval = interval_of(both.value, largest[both.unit], n_intervals)
-    label = both.unit.astype(np.int64) * n_intervals + interval
-    there = drawn.unit.astype(np.int64) * n_intervals + drawn.interval
-    order = np.lexsort((_position(both, heads), label))
-    order = order[~np.isin(label[order], there)]
-    order = order[np.diff(label[order], prepend=-1) != 0]
-    some = both.rows(order)
-    return replace(
-        some,
-        group=np.full(len(order), group_number("stratum"), np.uint8),
-        interval=interval[order].astype(np.uint8),
-        rank=np.zeros(len(order), np.uint16),
-        key=np.ones(len(order)),  # not drawn: above every limit but inf
-    )
+def _kept(tables: list[ExampleTable], heads: bool) -> ExampleTable:
+    """The examples of all groups with positive values, each once and as one of a stratum.
+
+    Those of a uniform sample have the keys of strata. The others get the key 1, which no limit lets in but
+    that of an interval of which all examples are known.
+    """
+    positive = [group_number(name) for name in ("stratum", "uniform", "top", "weighted")]
+    both = ExampleTable.concatenate([t.rows(np.isin(t.group, positive)) for t in tables])
+    key = np.where(np.isin(both.group, positive[:2]), both.key, 1.0)
+    stratum = np.full(len(both), group_number("stratum"), np.uint8)
+    both = replace(both, key=key, group=stratum)
+    position = _position(both, heads)
+    order = np.lexsort((key, position, both.unit))
+    new = np.diff(both.unit[order].astype(np.int64), prepend=-1) != 0
+    new |= np.diff(position[order], prepend=-1) != 0
+    return both.rows(order[new])
 
 
 def _largest(collected: Collected) -> Floats:

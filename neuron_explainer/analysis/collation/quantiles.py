@@ -1,4 +1,4 @@
-"""Equal-count quantiles of chosen units: :func:`exact_quantiles`.
+"""Equal-count quantiles of chosen units: :func:`exact_quantiles`, :func:`quantiles_of_store`.
 
 Shape legend: ``u`` chosen units, ``n`` quantiles, ``m`` peaks.
 """
@@ -16,7 +16,9 @@ from neuron_explainer.analysis.collation.reservoirs import Entries, Words, unifo
 from neuron_explainer.analysis.collation.seen import Seen
 from neuron_explainer.analysis.collation.units import Watched, What, watched
 from neuron_explainer.analysis.records import ExampleTable, Floats, Ints
+from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.errors import InputError
+from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.model_context import ModelContext
 
 
@@ -102,6 +104,60 @@ def exact_quantiles(
         place.name: _summary(chosen[place.name], each, n, table)
         for place, each, table in zip(places, peaks, tables, strict=True)
     }
+
+
+def quantiles_of_store(
+    store: ExampleStore,
+    context: ModelContext,
+    units: Sequence[int],
+    n: int = 10,
+    per_quantile: int = 5,
+    *,
+    autoencoder: Autoencoder | None = None,
+) -> Quantiles:
+    """:func:`exact_quantiles` of units of a store, from the text that the store holds.
+
+    The text is cut, and examples are drawn, with the settings of the collation.
+
+    Args:
+        store: a store that a collation wrote; of merged and imported ones it is not known how their text
+            was cut.
+        context: the model of the store.
+        units: numbers of units.
+        n: number of quantiles.
+        per_quantile: number of examples drawn from each; ``store.examples_of(found.examples)`` shows them.
+        autoencoder: for latents: the autoencoder of the store.
+    """
+    windows = windows_of_store(store)
+    store.check_model(context)
+    what: What = store.location
+    if store.kind == "latent":
+        if autoencoder is None:
+            raise InputError(f"{store.name} is of latents: give the autoencoder.")
+        store.check_autoencoder(autoencoder)
+        what = {store.name: autoencoder}
+    config = CollateConfig(**store.settings["config"])
+    chosen = {store.name: units}
+    return exact_quantiles(context, what, windows, chosen, n, per_quantile, config)[store.name]
+
+
+def windows_of_store(store: ExampleStore) -> TokenWindows:
+    """The windows that a collation has read, from its store."""
+    cut = store.settings.get("windows")
+    if not isinstance(cut, Mapping):
+        raise InputError(
+            f"{store.path} does not say how its text was cut into windows: it was imported, not collated."
+        )
+    how = {name: cut[name] for name in ("concat", "bos", "seed")}
+    windows = TokenWindows(store.tokens.corpus, cut["context_length"], cut["batch_size"], **how)
+    found = windows.describe()
+    for name in ("fingerprint", "source_fingerprint", "n_documents"):
+        if found[name] != cut[name]:
+            raise InputError(
+                f"{store.path} was collated on another text than the one beside it, or it is of several "
+                f"texts: {name} is {cut[name]} and {found[name]}."
+            )
+    return windows
 
 
 def _chosen(places: list[Watched], units: Mapping[str, Sequence[int]]) -> dict[str, Ints]:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from neuron_explainer.settings import read_fields
 
-Source = Literal["active", "random", "hard"]
-"""What a text of an example set is: one where the unit is active, a random one where it is not, or one
-where it is not active but a unit like it is."""
+Source = Literal["active", "random", "hard", "marked wrong"]
+"""What a text is: one where the unit is active, a random one where it is not, one where it is not active but
+a unit like it is, or (in fuzzing) an active one with marks at the wrong tokens."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class Cost:
             self.completion_tokens + other.completion_tokens,
             self.price + other.price,
         )
+
+
+FREE = Cost()
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Explanation:
     """The ids of the examples that it was made from, see :class:`LabelledExample`."""
     payload: dict[str, Any] = field(default_factory=dict)
     """What a program can apply: ``{"rule": …}``, ``{"tokens": […]}``; empty if there are only words."""
-    cost: Cost = Cost()
+    cost: Cost = FREE
 
     @property
     def key(self) -> str:
@@ -162,7 +165,7 @@ class Score:
     seed: int = 0
     answers: tuple[Answer, ...] = ()
     """What was said about each text, in the order of the test examples."""
-    cost: Cost = Cost()
+    cost: Cost = FREE
 
     @property
     def floor(self) -> Floor | None:

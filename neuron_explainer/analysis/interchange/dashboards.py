@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -38,6 +38,9 @@ from neuron_explainer.analysis.latent_record import Example, LatentRecord
 from neuron_explainer.analysis.records import HISTOGRAM_EDGES
 from neuron_explainer.analysis.store_format import Label
 from neuron_explainer.errors import CheckpointError, InputError, SourceError, shown
+
+if TYPE_CHECKING:  # they import torch, which reading and writing needs not
+    from neuron_explainer.analysis.directions import Directions, TopLogits
 
 T = TypeVar("T")
 BATCH = 512
@@ -464,14 +467,19 @@ def _activation_of(row: ActivationRow) -> DashboardActivation:
 # --- from stores ---
 
 
-def dashboard_feature(record: LatentRecord) -> DashboardFeature:
+def dashboard_feature(record: LatentRecord, logits: "TopLogits | None" = None) -> DashboardFeature:
     """SAEDashboard's card of a unit of a store.
 
     It has the histogram, the share of active tokens and the examples of the groups "top" and "stratum"; the
-    format has no place for the others, and a store has no tables of logits, correlations and alignments: set
-    ``pos_str``, ``pos_values`` and so on where they are known. A prompt counts as the most tokens that an
-    example shows. The bars are the bins of
+    format has no place for the others, and a store has no tables of correlations and alignments. A prompt
+    counts as the most tokens that an example shows. The bars of activations are the bins of
     :data:`~neuron_explainer.analysis.records.HISTOGRAM_EDGES`, four an octave, not equally wide ones.
+
+    Args:
+        record: a unit of a store.
+        logits: what the unit does to the logits; without it the card has no tokens that the unit promotes.
+            As :mod:`~neuron_explainer.analysis.directions` says, the final norm's gain is folded and the
+            mean over the vocabulary is 0, and tokens that training hardly touched are not listed.
     """
     if record.kind == "head":
         raise InputError(
@@ -492,7 +500,21 @@ def dashboard_feature(record: LatentRecord) -> DashboardFeature:
         activations=[
             _dashboard_activation(each, record) for each in record.all_examples if _has_place(each)
         ],
+        **({} if logits is None else _tables_of_logits(logits)),
     )
+
+
+def _tables_of_logits(logits: "TopLogits") -> dict[str, Any]:
+    """The tokens that a unit promotes and suppresses, and the histogram, as both formats name them."""
+    edges = np.asarray(logits.edges)
+    return {
+        "pos_str": [each.text for each in logits.top],
+        "pos_values": [each.value for each in logits.top],
+        "neg_str": [each.text for each in logits.bottom],
+        "neg_values": [each.value for each in logits.bottom],
+        "logits_hist_data_bar_heights": list(logits.counts),
+        "logits_hist_data_bar_values": ((edges[1:] + edges[:-1]) / 2).tolist(),
+    }
 
 
 def _has_place(example: Example) -> bool:
@@ -513,8 +535,22 @@ def _dashboard_activation(example: Example, record: LatentRecord) -> DashboardAc
     return DashboardActivation(*limits, tokens, example.activations.tolist(), example.peak)
 
 
+_OF_LOGITS = (
+    "pos_str",
+    "pos_values",
+    "neg_str",
+    "neg_values",
+    "logits_hist_data_bar_heights",
+    "logits_hist_data_bar_values",
+)
+
+
 def dashboard_batch(
-    records: Iterable[LatentRecord], *, model: str = "", name: str = ""
+    records: Iterable[LatentRecord],
+    *,
+    model: str = "",
+    name: str = "",
+    directions: "Directions | None" = None,
 ) -> DashboardBatch:
     """The units of a store that have examples, as SAEDashboard's batch.
 
@@ -522,6 +558,7 @@ def dashboard_batch(
         records: a store, or some of its records.
         model: Neuronpedia's name of the model; by default the one in the store.
         name: the name of the set; by default the store's.
+        directions: of the store's autoencoder or location, from which each card gets its tokens.
     """
     pages = [each for each in records if each.all_examples]
     if not pages:
@@ -533,16 +570,34 @@ def dashboard_batch(
         int(layer) if layer.isdecimal() else 0,
         name or first.name.removeprefix(f"{layer}-").removeprefix(f"{layer}.").replace("/", "-"),
         None,
-        [dashboard_feature(each) for each in pages],
+        [*map(dashboard_feature, pages, _logits_of(pages, directions))],
     )
 
 
+def _logits_of(
+    pages: Sequence[LatentRecord], directions: "Directions | None"
+) -> "list[TopLogits | None]":
+    """What each unit does to the logits; None where it writes nothing, or without ``directions``."""
+    found: list[TopLogits | None] = [None] * len(pages)
+    if directions is not None:
+        units = [page.unit for page in pages]
+        write = [number for number, writes in enumerate(directions.units.write(units)) if writes]
+        made = directions.top_logits_of([units[number] for number in write])
+        for number, logits in zip(write, made, strict=True):
+            found[number] = logits
+    return found
+
+
 def neuronpedia_rows(
-    records: Iterable[LatentRecord], *, model: str = "", name: str = ""
+    records: Iterable[LatentRecord],
+    *,
+    model: str = "",
+    name: str = "",
+    directions: "Directions | None" = None,
 ) -> NeuronpediaRows:
     """The same units as Neuronpedia's rows, with labels as explanations; see :func:`dashboard_batch`."""
     pages = [each for each in records if each.all_examples]
-    batch = dashboard_batch(pages, model=model, name=name)
+    batch = dashboard_batch(pages, model=model, name=name, directions=directions)
     rows = NeuronpediaRows([], [], [])
     for page, feature in zip(pages, batch.features, strict=True):
         who: Any = {
@@ -557,6 +612,7 @@ def neuronpedia_rows(
                 frac_nonzero=feature.frac_nonzero,
                 freq_hist_data_bar_heights=feature.freq_hist_data_bar_heights,
                 freq_hist_data_bar_values=feature.freq_hist_data_bar_values,
+                **{name: getattr(feature, name) for name in _OF_LOGITS},
             )
         )
         for each in feature.activations:

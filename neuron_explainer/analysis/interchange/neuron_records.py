@@ -269,12 +269,13 @@ def write_neuron_record(record: NeuronRecord, folder: str | Path) -> Path:
 
 def read_explanations(source: str | Path) -> list[Explanations]:
     """The explanations in a file of JSON lines, or at a URL: one object for each unit."""
-    found: list[Explanations] = []
-    for value, where in read_lines(source):
-        kind: type[Explanations] = NeuronSimulationResults
-        if isinstance(value, dict):
-            heads = {"attention_id", "attention_head_id"} & value.keys()
-            if heads or value.get("dataclass_name") == "AttentionSimulationResults":
-                kind = AttentionSimulationResults
-        found.append(read_object(kind, value, where))
-    return found
+    return [explanations_of(value, where) for value, where in read_lines(source)]
+
+
+def explanations_of(value: Any, where: str) -> Explanations:
+    """The explanations of a unit from the value of a line; errors name ``where`` it stands."""
+    if isinstance(value, dict):
+        heads = {"attention_id", "attention_head_id"} & value.keys()
+        if heads or value.get("dataclass_name") == "AttentionSimulationResults":
+            return read_object(AttentionSimulationResults, value, where)
+    return read_object(NeuronSimulationResults, value, where)

@@ -63,7 +63,7 @@ def edit_of(make_edit: Callable[..., TransformerHooks], *args: Any) -> Any:
     assert isinstance(found, AtLayers)
     (edit,) = found._hooks
     assert isinstance(edit, Edit)
-    return replace(edit, latents=True)
+    return replace(edit, units=replace(edit.units, latents=True))
 
 
 @pytest.mark.parametrize("kind", ["topk", "relu", "jumprelu"])

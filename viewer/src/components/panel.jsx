@@ -1,7 +1,11 @@
 // A part of a page: a title, one line that says what it is, and the tools that every part has.
-import { useEffect, useId, useRef, useState } from 'preact/hooks';
+import { createContext } from 'preact';
+import { useContext, useEffect, useId, useRef, useState } from 'preact/hooks';
 import { Icon } from './icons.jsx';
 import { copy } from './notice.js';
+
+/** Whether this page has an address that is worth copying. */
+export const HasLinks = createContext(true);
 
 /**
  * @typedef {object} PanelProps
@@ -19,6 +23,7 @@ import { copy } from './notice.js';
 export function Panel({ id, title, what, json, python, actions, class: name = '', children }) {
   const [large, setLarge] = useState(false);
   const heading = useId();
+  const links = useContext(HasLinks);
   const box = useRef(/** @type {HTMLElement | null} */ (null));
   useEffect(() => {
     if (!large) return;
@@ -39,19 +44,17 @@ export function Panel({ id, title, what, json, python, actions, class: name = ''
   return (
     <section id={`panel-${id}`} data-panel={id} class={`panel ${name}${large ? ' large' : ''}`} aria-labelledby={heading} ref={box}>
       <header class="panel-head">
-        <div class="panel-title">
-          <h2 id={heading}>{title}</h2>
-          {what && <p class="what">{what}</p>}
-        </div>
+        <h2 id={heading}>{title}</h2>
         <div class="tools">
           {actions}
           {json !== undefined && (
             <Tool icon="json" label={`Copy JSON of ${title}`} tool="json" onClick={() => copy(JSON.stringify(typeof json === 'function' ? json() : json, null, 1), 'JSON')} />
           )}
           {python && <Tool icon="python" label={`Copy ${title} as Python`} tool="python" onClick={() => copy(python, 'Python')} />}
-          <Tool icon="link" label={`Copy link to ${title}`} tool="link" onClick={() => copy(linkTo(id), 'Link')} />
+          {links && <Tool icon="link" label={`Copy link to ${title}`} tool="link" onClick={() => copy(linkTo(id), 'Link')} />}
           <Tool icon={large ? 'minimise' : 'maximise'} label={large ? `Restore ${title}` : `Maximise ${title}`} tool="large" onClick={() => setLarge(!large)} />
         </div>
+        {what && <p class="what">{what}</p>}
       </header>
       <div class="panel-body">{children}</div>
     </section>

@@ -51,10 +51,11 @@ function strongest(values, from, to) {
  * @property {(token: number) => void} [onPick] what happens when a token is chosen
  * @property {number} [picked] the token that was chosen
  * @property {(token: number) => string[]} [more] further lines beside a token
+ * @property {boolean} [still] no stop of the keyboard: for lists with a link to all of it
  */
 
 /** @param {TokensProps} props */
-export function Tokens({ ids, words, acts, values, scale, peak, label, from = 0, to = ids.length, onPick, picked, more }) {
+export function Tokens({ ids, words, acts, values, scale, peak, label, from = 0, to = ids.length, onPick, picked, more, still = false }) {
   const all = useMemo(() => pieces(ids, words), [ids, words]);
   const filled = useMemo(() => values ?? dense(acts ?? [], ids.length), [values, acts, ids]);
   const at = useRef(-1);
@@ -87,7 +88,7 @@ export function Tokens({ ids, words, acts, values, scale, peak, label, from = 0,
     <div
       class={`tokens${onPick ? ' pick' : ''}`}
       role="group"
-      tabIndex={0}
+      tabIndex={still ? undefined : 0}
       aria-label={label}
       onMouseOver={(event) => indexOf(event) >= 0 && tip(event.currentTarget, indexOf(event))}
       onMouseLeave={hideTip}

@@ -1,7 +1,7 @@
 // `#/`: straight to a feature, because a page with something on it says more than a welcome.
 import { useEffect } from 'preact/hooks';
 import { url, useGet } from '../api.js';
-import { Empty, Failure, Loading } from '../components/states.jsx';
+import { Empty, Loading } from '../components/states.jsx';
 import { go, href } from '../router.js';
 import { dictionaries, model } from '../state.js';
 
@@ -10,11 +10,10 @@ export function HomePage() {
   // The last layer's latents have the most to say; of these, one that is active seldom and strongly.
   const first = all.filter((one) => one.kind === 'latent').at(-1) ?? all[0];
   const asked = useGet(first ? url(['dictionaries', first.id, 'features'], { sort: 'max', order: 'desc', alive: true, density_max: 0.01, limit: 1 }) : null);
-  const unit = asked.data?.items[0]?.unit ?? (asked.data ? 0 : null);
+  const unit = asked.data?.items[0]?.unit ?? (asked.data || asked.error ? 0 : null);
   useEffect(() => {
     if (first && unit !== null) go(href(['f', first.id, unit]), { replace: true });
   }, [first, unit]);
-  if (asked.error) return <div class="page"><Failure problem={asked.error} retry={asked.retry} /></div>;
   if (model.value && !first)
     return (
       <div class="page">

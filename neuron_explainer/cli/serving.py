@@ -1,0 +1,201 @@
+"""Looking in the browser: serve."""
+
+import argparse
+import contextlib
+import logging
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from neuron_explainer import files
+from neuron_explainer.cli.common import Result, add_verb, option, say
+from neuron_explainer.errors import InputError, SourceError, optional_module
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+DEFAULT_STORE = "tiny-tales"
+DEFAULT_PORT = 8321
+_SECONDS_TO_FINISH = 5
+
+
+def register(verbs: Any) -> None:
+    """Declare the verb and its options."""
+    serve = add_verb(
+        verbs,
+        "serve",
+        "pages of a model and its dictionaries, in the browser",
+        run_serve,
+        show_serve,
+        example="neuron-explainer serve",
+    )
+    serve.add_argument(
+        "--store",
+        action="append",
+        metavar="PATH",
+        help=f"a store or a folder of stores; may be given several times (default: {DEFAULT_STORE})",
+    )
+    serve.add_argument("--model", metavar="NAME", help="the model (default: the one of the stores)")
+    serve.add_argument(
+        "--autoencoder", action="append", metavar="NAME", help="may be given several times"
+    )
+    serve.add_argument("--no-model", action="store_true", help="show the stores only")
+    option(serve, "--host", "address to listen on", "127.0.0.1")
+    option(serve, "--port", "0: any free one", DEFAULT_PORT)
+    token = serve.add_mutually_exclusive_group()
+    token.add_argument("--token", help="what clients must send (default: a random one)")
+    token.add_argument("--token-file", metavar="PATH", help="a file that holds the token")
+    serve.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name of this server",
+    )
+    serve.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="another web page that may use the API, such as https://lab.example",
+    )
+    option(serve, "--base-path", "path under which a proxy shows this server", "")
+    option(serve, "--frame-ancestors", "who may show the pages in a frame", "'self'")
+    serve.add_argument("--read-only", action="store_true", help="labels cannot be changed")
+    serve.add_argument("--open", action="store_true", help="open the page in the browser")
+    serve.add_argument(
+        "--verbose", action="store_true", help="a line for each request, without its text"
+    )
+
+
+def run_serve(args: argparse.Namespace) -> Result:
+    """Serve pages until Ctrl-C."""
+    optional_module("fastapi", "serve", "'neuron_explainer[serve]'")
+    uvicorn = optional_module("uvicorn", "serve", "'neuron_explainer[serve]'")
+    token = _token(args)
+    listening = _listen(args.host, args.port)
+    with contextlib.ExitStack() as stack:
+        for each in listening:
+            stack.enter_context(each)
+        port = listening[0].getsockname()[1]
+        app = _app(args, token)
+        if args.verbose:
+            logging.getLogger("neuron_explainer").setLevel(logging.DEBUG)
+        config = uvicorn.Config(
+            app,
+            lifespan="on",
+            access_log=False,  # it would hold the queries
+            log_config=None,
+            server_header=False,
+            proxy_headers=False,  # anyone can send these
+            timeout_graceful_shutdown=_SECONDS_TO_FINISH,
+            h11_max_incomplete_event_size=64 << 10,
+            http="h11",
+            ws="none",
+        )
+        url = _url(args, app, port)
+        say(f"Looking at {_contents(app)}.\n\n    {url}\n\nCtrl-C ends it.")
+        sys.stdout.flush()  # whoever reads this through a pipe waits for the address
+        if args.open:
+            import webbrowser
+
+            webbrowser.open(url)
+        uvicorn.Server(config).run(sockets=listening)
+    return {"stopped": True}
+
+
+def show_serve(result: Result) -> None:
+    """Say that it has ended."""
+    say("Stopped.")
+
+
+# --- what the options mean ---
+
+
+def _token(args: argparse.Namespace) -> str | None:
+    """The token that was given; None: the server makes one. Other machines need one that was chosen."""
+    from neuron_explainer.server.security import is_loopback
+
+    if args.token_file:
+        path = files.local_path(args.token_file)
+        files.check_regular(path)
+        try:
+            token: str | None = path.read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SourceError(f"cannot read the token from {path}: {error}") from error
+    else:
+        token = args.token
+    if token is None and not is_loopback(args.host):
+        raise InputError(
+            f"--host {args.host} shows this server to other machines: whoever has the token can read all "
+            "stores and labels, change labels (but with --read-only) and run the model. Choose the token "
+            "yourself, with --token-file PATH or --token TOKEN, and put a proxy with TLS in front: the "
+            "token is sent as it is."
+        )
+    return token
+
+
+def _listen(host: str, port: int) -> list[socket.socket]:
+    """Listen on an address; on that of this machine, in both versions of the protocol."""
+    if not 0 <= port <= 65535:
+        raise InputError(f"expected a port from 0 to 65535, found {port}.")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = [_bound(family, str(address[0]), port)]
+    except OSError as error:
+        raise SourceError(
+            f"cannot listen on {host}, port {port}: {error.strerror or error}. --port 0 takes any free port."
+        ) from error
+    if host == "127.0.0.1":
+        with contextlib.suppress(OSError):  # a machine without IPv6
+            found.append(_bound(socket.AF_INET6, "::1", found[0].getsockname()[1]))
+    return found
+
+
+def _bound(family: int, host: str, port: int) -> socket.socket:
+    found = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        found.bind((host, port))
+        found.listen(128)
+    except BaseException:
+        found.close()
+        raise
+    return found
+
+
+def _app(args: argparse.Namespace, token: str | None) -> "FastAPI":
+    from neuron_explainer.server.app import create_app
+    from neuron_explainer.server.registry import Registry
+
+    registry = Registry(args.store or [DEFAULT_STORE])
+    return create_app(
+        registry,
+        None if args.no_model else args.model or registry.model,
+        args.autoencoder or (),
+        token=token,
+        base_path=args.base_path,
+        read_only=args.read_only,
+        hosts=[args.host, *args.allow_host],
+        any_address=args.host in ("0.0.0.0", "::"),
+        origins=args.allow_origin,
+        frame_ancestors=args.frame_ancestors,
+    )
+
+
+def _url(args: argparse.Namespace, app: "FastAPI", port: int) -> str:
+    policy = app.state.serving.policy
+    host = "127.0.0.1" if args.host in ("0.0.0.0", "::", "localhost") else args.host
+    host = f"[{host}]" if ":" in host else host
+    return f"http://{host}:{port}{policy.base_path}/?token={quote(policy.token, safe='')}"
+
+
+def _contents(app: "FastAPI") -> str:
+    served = app.state.serving
+    n = len(served.registry)
+    units = sum(shelf.n for shelf in served.registry)
+    what = "1 dictionary" if n == 1 else f"{n} dictionaries"
+    return f"{what}, {units:,} units" + (f", of {served.model_name}" if served.model_name else "")

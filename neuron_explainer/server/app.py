@@ -1,0 +1,147 @@
+"""The application: stores, pages and a model behind one guard."""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from starlette.responses import Response
+
+from neuron_explainer import __version__
+from neuron_explainer.analysis.store import ExampleStore
+from neuron_explainer.server import labels, pages, problems, reading, search
+from neuron_explainer.server.limits import Limits
+from neuron_explainer.server.registry import BUDGET, Registry
+from neuron_explainer.server.replies import json_reply
+from neuron_explainer.server.security import (
+    READ,
+    ClientRate,
+    Guard,
+    admitted,
+    make_policy,
+    secure,
+    set_cookie,
+)
+from neuron_explainer.server.serving import Compute, NoModel, Serving
+from neuron_explainer.server.shapes import PROBLEMS
+
+API = "/api/v1"
+ABOUT = "Stores of examples, and their model. Reads are GETs with an ETag; computing is POST."
+
+
+def create_app(
+    stores: Registry | Iterable[str | Path | ExampleStore] = ("tiny-tales",),
+    model: Any = None,
+    autoencoders: Sequence[Any] = (),
+    *,
+    token: str | None = None,
+    base_path: str = "",
+    read_only: bool = False,
+    hosts: Iterable[str] = (),
+    any_address: bool = False,
+    origins: Iterable[str] = (),
+    frame_ancestors: str = "'self'",
+    limits: Limits | None = None,
+    store_budget: int = BUDGET,
+    compute: Compute | None = None,
+) -> FastAPI:
+    """An application that shows stores of examples, and computes with a model.
+
+    It can be mounted in another application: the token, the check of the Host header and the path of the
+    cookie stay as they are.
+
+    Args:
+        stores: files or folders of stores, or names of those of the package.
+        model: a name for a model that gets a process of its own, or a ``ModelContext`` that is used in
+            this one; None: stores only.
+        autoencoders: names, folders or files of autoencoders of this model.
+        token: what clients must send; None: a random one, ``app.state.serving.policy.token``.
+        base_path: the path under which a proxy shows the application, such as ``"/viewer"``.
+        read_only: refuse to change labels and bookmarks.
+        hosts: names under which the server is reached, beside ``localhost`` and its addresses.
+        any_address: answer under every IP address; needed where the server listens on all of them.
+        origins: exact origins of other web pages that may use the API.
+        frame_ancestors: who may show the pages in a frame, as in a Content-Security-Policy.
+        limits: sizes and counts of requests.
+        store_budget: bytes of memory for the figures of open stores.
+        compute: who runs the model, in place of ``model``.
+    """
+    limits = limits or Limits()
+    policy = make_policy(
+        token,
+        hosts=hosts,
+        any_address=any_address,
+        origins=origins,
+        base_path=base_path,
+        frame_ancestors=frame_ancestors,
+    )
+    registry = stores if isinstance(stores, Registry) else Registry(stores, budget=store_budget)
+    if compute is None:
+        compute = _compute(model, autoencoders, registry, limits)
+    rate = ClientRate(limits.compute_per_second)
+    name = model if isinstance(model, str) else registry.model
+    served = Serving(registry, policy, limits, compute, read_only, rate, name)
+    return _application(served)
+
+
+def _application(served: Serving) -> FastAPI:
+    policy, limits = served.policy, served.limits
+    files = pages.read_pages()
+    app = FastAPI(
+        title="neuron_explainer",
+        version=__version__,
+        description=ABOUT,
+        openapi_url=None,  # GET /api/v1/openapi.json, with the token
+        docs_url=None,  # these pages load scripts from elsewhere
+        redoc_url=None,
+        dependencies=[Depends(admitted)],
+        lifespan=_lifespan,
+        redirect_slashes=False,
+    )
+    app.state.serving = served
+    problems.install(app, lambda headers: secure(headers, policy))
+    app.include_router(_api(), prefix=API)
+    app.include_router(pages.pages_router(files))
+    sizes = defaultdict(lambda: limits.body_bytes, {f"{API}/labels/import": limits.import_bytes})
+    public = frozenset(files) | {f"{API}/health"}
+    app.add_middleware(Guard, policy=policy, public=public, sizes=sizes, seconds=limits.seconds)
+    return app
+
+
+def _api() -> APIRouter:
+    api = APIRouter(responses=PROBLEMS)
+    for router in (reading.router, search.router, labels.router):
+        api.include_router(router)
+
+    @api.get("/openapi.json", include_in_schema=False, **READ)
+    def openapi(request: Request) -> Response:
+        return json_reply(request, request.app.openapi())
+
+    @api.post("/login", status_code=204, **READ)
+    async def login(request: Request) -> Response:
+        """A cookie for a page that knows the token from the fragment of its address."""
+        reply = Response(status_code=204)
+        set_cookie(reply, request.scope, request.app.state.serving.policy)
+        return reply
+
+    return api
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    served: Serving = app.state.serving
+    served.compute.start()
+    try:
+        yield
+    finally:
+        served.compute.close()
+        served.registry.close()
+
+
+def _compute(
+    model: Any, autoencoders: Sequence[Any], registry: Registry, limits: Limits
+) -> Compute:
+    """Who runs the model."""
+    return NoModel()
