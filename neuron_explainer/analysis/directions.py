@@ -205,7 +205,6 @@ class Directions:
                 (self._kept[key],) = self._compute([key[0]], k, limits)
             return self._kept[key]
 
-<<<<<<< HEAD
     def beside(self, what: What, *, location: LocationLike | None = None) -> "Directions":
         """The directions of other units of the same model, with the same folded copy of the unembedding."""
         other = Directions(
@@ -224,8 +223,9 @@ class Directions:
         """The tokens that any vector ``[d]`` in the stream raises most, and those that it lowers most."""
         row = vector.to(self._readout.matrix)[None]
         listed = self._logits(row)[:, : self._readout.n_listed]
-        return self._readout.list_of(listed, k, 1), self._readout.list_of(listed, k, -1)
-=======
+        (up,), (down,) = (self._readout.lists_of(listed, k, sign) for sign in (1, -1))
+        return up, down
+
     def top_logits_of(
         self, units: Sequence[UnitLike], k: int = 10, *, chunk_bytes: int = _CHUNK_BYTES
     ) -> Iterator[TopLogits]:
@@ -240,7 +240,6 @@ class Directions:
         step = max(1, chunk_bytes // (4 * len(self._readout.order)))
         for start in range(0, len(chosen), step):
             yield from self._compute(chosen[start : start + step], k, None)
->>>>>>> main
 
     def logits(self, units: Sequence[int]) -> Tensor:
         """The logits of some units over the whole vocabulary, ``[m, v]`` float32, in order of ids."""

@@ -299,12 +299,12 @@ class Effects:
         found = np.full(len(nodes), np.nan)
         for number, node in enumerate(nodes):
             part = None if node is None else places.get((node.location, node.kind))
-            if node is None or part is None or node.position not in inside:
+            if node is None or part is None:
                 continue
             row = part.row_of(node)
             if row is not None:
                 found[number] = part.measures[measure][row]
-            elif node.kind == "latent":
+            elif node.kind == "latent" and node.position in inside:
                 found[number] = 0.0
         return found
 

@@ -126,7 +126,7 @@ class AutoencoderContext:
 
     @classmethod
     def of(cls, autoencoders: Iterable[Autoencoder]) -> Self:
-        """The context of autoencoders in memory, which record where they belong: one site, each layer once."""
+        """The context of autoencoders in memory, which record where they belong: one site, other layers."""
         by_layer: dict[LayerIndex, Autoencoder] = {}
         paths: set[ActivationLocation] = set()
         for autoencoder in autoencoders:

@@ -34,8 +34,8 @@ from neuron_explainer.server.compute.setup import Setup
 
 log = logging.getLogger(__name__)
 State = Literal["none", "loading", "ready", "failed"]
-GRACE = 5.0
-"""Seconds after its time is over in which a request may end itself."""
+TRIES = 3
+"""How often a process may end while it loads the model before it is given up."""
 _OPERATIONS = "neuron_explainer.server.compute.operations"
 _LOOKS = 0.5  # seconds between looks at whether a request runs too long
 _OUT_OF_MEMORY = ("not enough memory", "out of memory", "can't allocate memory")
@@ -51,7 +51,6 @@ class _Job:
     number: int
     deliver: Callable[[str, Any], None]
     """Called with "part", "done" or "refused" and what belongs to it, from another thread."""
-    started: float | None = None
 
 
 class Worker:
@@ -62,6 +61,7 @@ class Worker:
         in_thread: run in a thread of this process instead of a process of its own.
         queue_size: how many requests may wait; more are refused (429).
         pause: seconds before a process that died is started again; doubled each time it dies young.
+        grace: seconds after its time is over in which a request may end itself before its process is ended.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class Worker:
         in_thread: bool = False,
         queue_size: int = 8,
         pause: float = 0.5,
+        grace: float = 5.0,
     ) -> None:
         self.setup, self.in_thread, self.queue_size = setup, in_thread, queue_size
         self.state: State = "none" if setup is None else "loading"
@@ -79,12 +80,13 @@ class Worker:
         self.facts: dict[str, Any] = {}
         self.restarts = 0
         self._sources = {} if setup is None else {each.id: each for each in setup.dictionaries}
-        self._pause = pause
+        self._pause, self._grace = pause, grace
         self._lock = threading.RLock()
         self._sending = threading.Lock()
         self._jobs: dict[int, _Job] = {}
         self._numbers = itertools.count()
         self._took: deque[float] = deque([1.0], maxlen=16)  # seconds of the last requests
+        self._running_since = 0.0  # when the request that came first began to run
         self._connection: Any = None
         self._process: Any = None
         self._closing = threading.Event()
@@ -104,7 +106,7 @@ class Worker:
         found = self._sources.get(id)
         if found is None:
             return {}
-        has_autoencoder = found.autoencoder is not None
+        has_autoencoder = found.kind == "latent" and found.autoencoder is not None
         return {"has_autoencoder": has_autoencoder, "map": has_autoencoder}
 
     @property
@@ -181,6 +183,8 @@ class Worker:
                     f"{len(self._jobs)} requests wait for the model already; try again later.",
                     retry_after=max(1, math.ceil(wait)),
                 )
+            if not self._jobs:
+                self._running_since = time.monotonic()
             job = _Job(next(self._numbers), deliver)
             self._jobs[job.number] = job
         self._send(("run", job.number, operation, request))
@@ -213,16 +217,21 @@ class Worker:
     # --- the process ---
 
     def _supervise(self) -> None:
-        pause = self._pause
+        pause, never_ready = self._pause, 0
         while not self._closing.is_set():
             born = time.monotonic()
             self._connection, theirs = multiprocessing.Pipe()
             self._begin(theirs)
             why = self._read(self._connection)
+            was_ready = self.state == "ready"
             self._process_ended(why)
             if self._closing.is_set() or self.in_thread:
                 return
             self.restarts += 1
+            never_ready = never_ready + 1 if time.monotonic() - born < 60 and not was_ready else 0
+            if never_ready == TRIES:
+                self.state, self.error = "failed", f"its process ended {TRIES} times while loading"
+                return
             pause = self._pause if time.monotonic() - born > 60 else min(30.0, 2 * pause)
             log.warning("The model's process ended (%s); it is started again.", why.code)
             self._closing.wait(pause)
@@ -268,26 +277,27 @@ class Worker:
         if kind == "state":
             self.state, facts = payload
             self.error = facts if self.state == "failed" else None
-            self.facts = facts if self.state == "ready" else {}
+            self.facts = {}
+            if self.state == "ready":
+                self.facts, sources = facts
+                self._sources = {source.id: source for source in sources}
             return
         with self._lock:
             job = self._jobs.get(number) if number is not None else None
             if job is None:
                 return
-            if kind == "started":
-                job.started = time.monotonic()
-                return
             if kind != "part":
                 del self._jobs[job.number]
-                if job.started is not None:
-                    self._took.append(time.monotonic() - job.started)
+                now = time.monotonic()
+                self._took.append(now - self._running_since)
+                self._running_since = now
         job.deliver(kind, payload)
 
     def _is_stuck(self) -> bool:
         assert self.setup is not None
-        latest = time.monotonic() - self.setup.seconds - GRACE
-        with self._lock:
-            return any(job.started and job.started < latest for job in self._jobs.values())
+        with self._lock:  # requests run in the order in which they came
+            took = time.monotonic() - self._running_since
+            return bool(self._jobs) and took > self.setup.seconds + self._grace
 
     def _process_ended(self, why: Refusal) -> None:
         with self._lock:
@@ -344,11 +354,12 @@ def run(connection: Connection, setup: Setup) -> None:
             while inbox.get() is not None:
                 pass
             return
-        connection.send(("state", None, ("ready", session.facts())))
+        connection.send(
+            ("state", None, ("ready", (session.facts(), list(session.sources.values()))))
+        )
         while (message := inbox.get()) is not None:
             number, operation, request = message
             guard = Guard(setup.seconds, number, cancelled)
-            connection.send(("started", number, None))
             for kind, payload in _answers(operations, session, operation, request, guard):
                 connection.send((kind, number, payload))
             cancelled.discard(number)

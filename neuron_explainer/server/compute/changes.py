@@ -280,9 +280,7 @@ def _of_a_run_of_latents(
     place, unit = repr(str(change.place)), change.unit
     autoencoder = session.names.autoencoder(script, change.dictionary)
     ids = prompt if change.action == "mean" else str(change.source)
-    values = (
-        f"{autoencoder}.encode(model.capture([{ids}], {place})[{place}].flatten(2))[0, :, {unit}]"
-    )
+    values = f"{autoencoder}.encode(model.capture([{ids}], {place})[{place}].flatten(2))[0, :, {unit}].detach()"
     if change.action == "mean":
         mean = f"float({values}.mean())"
         return f"set_to({place}, {mean}, {unit}, {change.position}{of_latents})"
@@ -291,7 +289,7 @@ def _of_a_run_of_latents(
     places = "[p for p, other in enumerate(index_map.tolist()) if other >= 0]"
     if change.position is not None:
         places = str([change.position])
-    value = f"{values}.detach()[index_map.clamp(min=0)].view(1, -1, 1)"
+    value = f"{values}[index_map.clamp(min=0)].view(1, -1, 1)"
     return f"set_to({place}, {value}, {unit}, {places}{of_latents})"
 
 

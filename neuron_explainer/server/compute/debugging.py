@@ -302,14 +302,19 @@ def _dictionaries(session: Session, sites: Sequence[str], wanted: list[str] | No
             session.source(id, ("body", "dictionaries", number))
     ids = list(session.sources) if wanted is None else wanted
     several = [session.sources[id] for id in ids]
-    several = [each for each in several if each.autoencoder is not None and each.site in sites]
+    several = [each for each in several if each.kind == "latent" and each.site in sites]
+    several = [each for each in several if each.autoencoder is not None]
     if not several:
         raise Refusal(
             422,
             "no_dictionary",
             f"There is no dictionary of {' or '.join(sites)} to show latents of.",
             loc=("body", "dictionaries"),
-            allowed=[each.id for each in session.sources.values() if each.site in sites],
+            allowed=[
+                each.id
+                for each in session.sources.values()
+                if each.site in sites and each.kind == "latent"
+            ],
         )
     found: dict[int | None, str] = {}
     for each in several:

@@ -1,7 +1,9 @@
 """What a model's process keeps between requests: the model, autoencoders within a budget, results."""
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from neuron_explainer import files
 from neuron_explainer.analysis.directions import Directions
-from neuron_explainer.errors import NeuronExplainerError, nearest, shown
+from neuron_explainer.errors import InputError, NeuronExplainerError, nearest, shown
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
 from neuron_explainer.models.hooks import TransformerHooks
@@ -42,6 +44,8 @@ class Session:
         self.context: ModelContext = given if is_open else open_model(given, setup.device)
         self.model = self.context.get_or_create_model()
         self.sources = {source.id: source for source in setup.dictionaries}
+        for name in setup.autoencoders:
+            self._add(name)
         self.names = Names(self.context.reference, self.sources)
         """How scripts name the model and the dictionaries."""
         self.guard: Callable[[], None] = lambda: None
@@ -119,6 +123,21 @@ class Session:
             )
         return found
 
+    def _add(self, name: str) -> None:
+        """Make dictionaries of an autoencoder, or of those of a name of the registry."""
+        for path, location in _places_of(name, self.context):
+            same = [
+                source
+                for source in self.sources.values()
+                if source.kind == "latent" and source.location == location
+            ]
+            orphan = next((source for source in same if source.autoencoder is None), None)
+            if orphan is not None:
+                self.sources[orphan.id] = replace(orphan, autoencoder=path)
+            elif not any(source.autoencoder == path for source in same):
+                id = re.sub(r"[^A-Za-z0-9._-]", "-", f"{Path(name).name}.{location}")[-128:]
+                self.sources[id] = DictionarySource(id, location, "latent", path, None)
+
     # --- prompts and tokens ---
 
     def ids(self, prompt: str | list[int], loc: Sequence[str | int]) -> list[int]:
@@ -164,11 +183,13 @@ class Session:
     def autoencoder(self, id: str, loc: Iterable[str | int] = ("dictionary",)) -> Autoencoder:
         """A dictionary's autoencoder; loaded if it is not in memory."""
         source = self.source(id, loc)
-        if source.autoencoder is None:
+        if source.kind != "latent" or source.autoencoder is None:
             raise Refusal(
                 422,
                 "no_autoencoder",
-                f"{id} holds units of the model itself: it has no autoencoder.",
+                f"{id}: no autoencoder is at hand; start the server with --autoencoder."
+                if source.kind == "latent"
+                else f"{id} holds units of the model itself: it has no autoencoder.",
                 loc=loc,
             )
         return self.autoencoders([id], loc)[0]
@@ -250,7 +271,7 @@ class Session:
 
     def _owner(self, id: str) -> Autoencoder | str:
         source = self.source(id, ("d",))
-        return source.location if source.autoencoder is None else self.autoencoder(id, ("d",))
+        return source.location if source.kind != "latent" else self.autoencoder(id, ("d",))
 
     # --- results ---
 
@@ -273,6 +294,23 @@ class Session:
 
         watch = TransformerHooks().append_at("resid.torso.post_mlp", look)
         return watch if hooks is None else hooks + watch
+
+
+def _places_of(name: str, context: ModelContext) -> list[tuple[str, str]]:
+    """How a source names each autoencoder, and the location of each."""
+    if files.is_remote(name) or Path(name).exists():
+        path = name if files.is_remote(name) else str(Path(name).absolute())
+        location = Autoencoder.load(path, strict=False).location
+        if location is None:
+            raise InputError(f"{name} does not say where its inputs come from.")
+        return [(path, str(location))]
+    registered = make_autoencoder_context(context.reference, name.partition("/")[0], "cpu")
+    family, _, wanted = name.partition("/")
+    return [
+        (family if layer is None else f"{family}/{layer}", str(registered.location.at(layer)))
+        for layer in sorted(registered.layer_indices, key=str)
+        if wanted in ("", str(layer))
+    ]
 
 
 def _encoding_of(context: ModelContext) -> Any:

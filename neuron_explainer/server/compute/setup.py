@@ -6,14 +6,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DictionarySource:
-    """Units that have an id: the latents of an autoencoder, or neurons of the model."""
+    """Units that have an id: the latents of an autoencoder, or units of the model such as neurons."""
 
     id: str
     location: str
     """Such as ``2/resid.torso.delta_mlp``."""
+    kind: str = "latent"
+    """"latent", or the kind of the model's own units."""
     autoencoder: str | None = None
-    """An absolute path or a URL; or a name of the registry, with or without ``/LAYER``. None: the model's
-    own units at the location."""
+    """Of latents: an absolute path or a URL; or a name of the registry, with or without ``/LAYER``."""
     model: str | None = None
     """The model that they belong to, where it is known."""
 
@@ -44,6 +45,9 @@ class Setup:
     """What :func:`~neuron_explainer.models.open_model.open_model` takes; or, for a worker in a thread of
     this process, a ``ModelContext``."""
     dictionaries: tuple[DictionarySource, ...] = ()
+    autoencoders: tuple[str, ...] = ()
+    """More of them, as a :class:`DictionarySource` names them. Those at the location of a dictionary of
+    latents that does not name its own are taken for it; the others get ids of their own."""
     device: str | None = None
     budget: int = 4 << 30
     """Bytes of memory for autoencoders; those used longest ago are dropped."""

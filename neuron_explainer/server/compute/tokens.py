@@ -32,7 +32,7 @@ def activations(session: Session, request: dict[str, Any]) -> dict[str, Any]:
     """
     texts, units, k = request["texts"], request.get("units"), request.get("top_k") or 1
     source = session.source(request["dictionary"], ("body", "dictionary"))
-    autoencoder = None if source.autoencoder is None else session.autoencoder(source.id)
+    autoencoder = session.autoencoder(source.id) if source.kind == "latent" else None
     texts_ids = [session.ids(text, ("body", "texts", i)) for i, text in enumerate(texts)]
     rows = []
     for ids in texts_ids:
@@ -113,7 +113,7 @@ def _script(
     script = session.names.script()
     script.add(f"texts = {texts_ids}", f"place = {source.location!r}")
     values = "model.capture([ids], place)[place][0].flatten(1)"
-    if source.autoencoder is not None:
+    if source.kind == "latent":
         script.add(f"autoencoder = {session.names.autoencoder(script, id)}")
         values = f"autoencoder.encode({values})"
     script.add(f"values = [{values}.detach() for ids in texts]  # a row for each token")
