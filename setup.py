@@ -70,8 +70,11 @@ setup(
         # What trains the embedded model's tokenizer; using it needs nothing beyond the core.
         "train": ["tokenizers"],
         # Tests of the pages in the system's Chromium; axe-core judges their accessibility.
+        # The card of a unit as a widget that shows others on a click; without it notebooks show a still page.
+        "notebook": ["anywidget"],
         "browser": ["playwright", "axe-playwright-python"],
         "test": [
+            "anywidget",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",

@@ -24,6 +24,7 @@ from neuron_explainer.analysis.interchange.dashboards import (
 from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation.passage import PASSAGE
 from neuron_explainer.models.autoencoder import Autoencoder, TopK
+from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.model_registry import make_autoencoder_context
 from tests.test_cli import fail, run
@@ -363,3 +364,84 @@ def test_quantiles_need_a_unit_the_model_and_a_collated_store(
     (imported,) = import_dashboards(peer, tmp_path)
     with pytest.raises(InputError, match="imported, not collated"):
         windows_of_store(ExampleStore.open(imported))
+
+
+# --- collate: several texts, other dictionaries, several processes ---
+
+
+def test_several_texts_are_read_one_after_the_other(
+    capsys: pytest.CaptureFixture[str], folder: Path, store: ExampleStore, tmp_path: Path
+) -> None:
+    books = [str(folder / "books" / f"{number}.txt") for number in range(7)]
+    argv = ["--autoencoder", "ae-resid-delta-mlp", "--layer", "2"]
+    argv += ["--location", "1/mlp.post_act", "1/attn.write_norm", *SMALL]
+    said = run(capsys, "collate", *books, *argv, "--out", str(tmp_path / "all"))
+    assert f"7 documents, 699 tokens of {', '.join(books)}" in said
+    found = ExampleStore.open(tmp_path / "all" / f"{NAME}.store")
+    assert found.tokens.corpus.name == " + ".join(f"{number}.txt" for number in range(7))
+    for unit in store.sort("max", limit=5).tolist():
+        assert repr(found[unit]) == repr(store[unit])
+    some = ["--corpus-tokens", "150", "--out", str(tmp_path / "some"), "--json"]
+    assert json.loads(run(capsys, "collate", *books, *argv, *some))["n_documents"] == 2
+    assert "no file or folder" in fail(capsys, "collate", books[0], "gone", *argv, *some)
+
+
+@pytest.mark.parametrize("kind", ["transcoder", "signed"])
+def test_transcoders_and_signed_latents(
+    kind: str, capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    if kind == "signed":
+        made = Autoencoder(40, 192, activation=TopK(36, postact_fn=torch.nn.Identity()))
+        made.location = ActivationLocation.parse(PLACE)
+    else:
+        made = Autoencoder(40, 192, activation=TopK(4), n_outputs=192)
+        made.location = ActivationLocation.parse("2/resid.torso.post_ln_mlp")
+        made.output_location = ActivationLocation.parse(PLACE)
+    with torch.no_grad():
+        made.encoder.weight.add_(torch.randn(made.encoder.weight.shape))
+        made.decoder.weight.add_(torch.randn(made.decoder.weight.shape))
+    made.save(tmp_path / "a")
+    made = Autoencoder.load(tmp_path / "a")
+    out = str(tmp_path / "stores")
+    argv = ["collate", str(folder / "books"), "--autoencoder", str(tmp_path / "a"), *SMALL]
+    run(capsys, *argv, "--out", out)
+    store = ExampleStore.open(out)
+    assert (store.location, store.signed) == (str(made.location), kind == "signed")
+    by = "min" if kind == "signed" else "max"
+    unit = int(store.sort(by, descending=by == "max", limit=1)[0])
+    record = store[unit]
+    assert bool(record.examples("bottom")) == (kind == "signed")
+    said = run(capsys, "inspect", out, str(unit))
+    assert said.startswith(record.text(5))
+    assert "raises" in said  # by what it writes, at its output
+    assert "excited most by" in said or "Input tokens" in said
+    context = ModelContext.from_model_type("tiny-tales")
+    expected = top_logits(context, made, unit)
+    found = json.loads(run(capsys, "inspect", out, str(unit), "--json"))["tokens"]["logits"]
+    assert [e["token"] for e in found["top"]] == [e.token for e in expected.top]
+    page = tmp_path / "page.html"
+    run(capsys, "page", out, str(unit), "--out", str(page))
+    assert ("Most negative values" in page.read_text("utf-8")) == (kind == "signed")
+    text = record.examples("bottom" if kind == "signed" else "top")[0].text
+    assert str(unit) in run(capsys, "inspect", out, str(unit), "--on", text)
+
+
+@pytest.mark.slow
+def test_collate_under_torchrun(folder: Path, tmp_path: Path) -> None:
+    command = (
+        f"-m torch.distributed.run --standalone --nproc-per-node 2 -m neuron_explainer collate "
+        f"{folder}/books --autoencoder ae-resid-delta-mlp --layer 2 --device cpu "
+        "--location 1/mlp.post_act 1/attn.write_norm "
+        f"--out {tmp_path}/two --json"
+    )
+    done = subprocess.run(
+        [sys.executable, *command.split(), *SMALL],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["n_tokens"] == 699  # printed once
+    for path in (tmp_path / "two").glob("*.store"):
+        assert path.read_bytes() == (folder / "stores" / path.name).read_bytes()
+    assert len(list((tmp_path / "two").glob("*.store"))) == 3

@@ -6,6 +6,7 @@ Shape legend: ``n`` tokens, ``m`` documents.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -73,6 +74,27 @@ class TokenCorpus:
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         numbers = np.arange(len(pieces))
         return cls(np.concatenate(pieces), starts, numbers, name, origin=origin or {})
+
+    @classmethod
+    def joined(cls, corpora: Sequence["TokenCorpus"]) -> "TokenCorpus":
+        """The documents of several whole corpora, one corpus after the other."""
+        if len(corpora) == 1:
+            return corpora[0]
+        for each in corpora:
+            if len(each) != len(each.starts) - 1:
+                raise InputError(f"{each.name}: join whole corpora, and split them then.")
+        vocabularies = {each.vocabulary for each in corpora}
+        if not vocabularies or len(vocabularies - {None}) > 1:
+            raise InputError(f"expected corpora of one tokenizer, found {len(corpora)} corpora.")
+        ends = np.cumsum([0, *(len(each.tokens) for each in corpora)])
+        starts = [each.starts[:-1] + end for each, end in zip(corpora, ends, strict=False)]
+        return cls(
+            np.concatenate([each.tokens for each in corpora]),
+            np.concatenate([*starts, ends[-1:]]).astype(np.int64),
+            np.arange(sum(map(len, corpora))),
+            " + ".join(Path(each.name).name for each in corpora),
+            max((v for v in vocabularies if v is not None), default=None),
+        )
 
     @property
     def lengths(self) -> Ints:

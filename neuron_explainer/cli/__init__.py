@@ -14,6 +14,7 @@ from typing import Any
 from neuron_explainer import __version__, demo
 from neuron_explainer.cli import (
     collating,
+    exporting,
     factors,
     importing,
     inspecting,
@@ -203,6 +204,7 @@ def _register_looking(verbs: Any) -> None:
     about = "a tour in seconds, offline, with the calls it makes"
     add_verb(verbs, "demo", about, run_demo, show_demo, example="neuron-explainer demo")
     serving.register(verbs)
+    exporting.register(verbs)
     looking.register(verbs)
     collating.register(verbs)
     inspecting.register(verbs)

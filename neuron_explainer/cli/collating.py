@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +45,14 @@ def register(verbs: Any) -> None:
         "neuron-explainer collate books --autoencoder ae-resid-delta-mlp --layer 2 --out stores",
     )
     collate.usage = (
-        "%(prog)s TEXT [--autoencoder NAME ...] [--location PLACE ...] --out STORES [options]"
+        "%(prog)s TEXT ... [--autoencoder NAME ...] [--location PLACE ...] --out STORES [options]"
     )
-    collate.add_argument("text", metavar="TEXT", help="file or folder, as for harvest")
+    collate.add_argument(
+        "text",
+        nargs="+",
+        metavar="TEXT",
+        help="file or folder, as for harvest; several are read one after the other",
+    )
     model_options(collate, "the one that the autoencoders are for, else tiny-tales")
     collate.add_argument(
         "--autoencoder",
@@ -126,7 +132,7 @@ def _collate(args: argparse.Namespace) -> Result:
     return {
         "folder": args.out,
         "model": context.reference,
-        "text": args.text,
+        "text": ", ".join(args.text),
         "n_documents": len(windows.corpus),
         "n_tokens": windows.corpus.n_tokens,
         "stores": [
@@ -187,12 +193,25 @@ def _name(given: str, entry: Named) -> str:
 
 
 def _windows(args: argparse.Namespace, context: "ModelContext") -> "TokenWindows":
-    """The whole text, in its order."""
-    from neuron_explainer.activations import DataConfig, TokenWindows, open_corpus, start_token
+    """All texts, in the order in which they are given."""
+    from neuron_explainer.activations import (
+        DataConfig,
+        TokenCorpus,
+        TokenWindows,
+        open_corpus,
+        start_token,
+    )
     from neuron_explainer.settings.flags import from_flags
 
     data = from_flags(args, DataConfig, {"hold_out": 0.0}, "flags")
-    corpus = open_corpus(context, args.text, data)
+    corpora: list[TokenCorpus] = []
+    for text in args.text:
+        read = sum(each.n_tokens for each in corpora)
+        if data.corpus_tokens is not None and read >= data.corpus_tokens:
+            break
+        left = None if data.corpus_tokens is None else data.corpus_tokens - read
+        corpora.append(open_corpus(context, text, replace(data, corpus_tokens=left)))
+    corpus = TokenCorpus.joined(corpora)
     if not data.pack:  # else what is longer than a window would be left out
         corpus = corpus.cut(data.context_length - data.bos)
     return TokenWindows(

@@ -158,7 +158,7 @@ def run_export(args: argparse.Namespace) -> Result:
         pages = [store[unit] for unit in units]
         directions, why = None, None
         if args.format in _WITH_LOGITS:
-            directions, why = _directions(store, args.no_model)
+            directions, why = directions_of(store, args.no_model)
         paths = _export(args.format, pages, args.out, args.model, directions)
     return {
         "store": str(store.path),
@@ -170,7 +170,7 @@ def run_export(args: argparse.Namespace) -> Result:
     }
 
 
-def _directions(
+def directions_of(
     store: "ExampleStore", without_model: bool
 ) -> "tuple[Directions | None, str | None]":
     """What the store's units do to the logits, or why that is not known."""

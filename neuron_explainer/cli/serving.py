@@ -40,6 +40,13 @@ def register(verbs: Any) -> None:
     serve.add_argument(
         "--autoencoder", action="append", metavar="NAME", help="may be given several times"
     )
+    serve.add_argument(
+        "--factors",
+        action="append",
+        default=[],
+        metavar="EXAMPLES",
+        help="a folder that factors collate wrote; may be given several times",
+    )
     serve.add_argument("--no-model", action="store_true", help="show the stores only")
     option(serve, "--host", "address to listen on", "127.0.0.1")
     option(serve, "--port", "0: any free one", DEFAULT_PORT)
@@ -154,7 +161,9 @@ def _listen(host: str, port: int) -> list[socket.socket]:
 
 
 def _bound(family: int, host: str, port: int) -> socket.socket:
-    found = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends small parts at once (TCP_NODELAY) only where the protocol is named; without that
+    # every answer waits 40 ms for an acknowledgement of its header.
+    found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
@@ -179,6 +188,7 @@ def _app(args: argparse.Namespace, token: str | None) -> "FastAPI":
         token=token,
         base_path=args.base_path,
         read_only=args.read_only,
+        factors=args.factors,
         hosts=[args.host, *args.allow_host],
         any_address=args.host in ("0.0.0.0", "::"),
         origins=args.allow_origin,

@@ -12,8 +12,9 @@ with s", is absorbed there (Chanin et al. 2024, arXiv:2409.14507). For each labe
    where the main latents are merely weak, and up to :data:`ABSORBERS` others (cosine at least
    :data:`FRACTION_COSINE`) do their work.
 
-The thresholds are SAEBench's. Two things are done otherwise: contributions are measured from the
-autoencoder's bias, which is where its latents start from, and directions need not have length 1.
+The thresholds are SAEBench's. Three things are done otherwise. Contributions are measured from the
+autoencoder's bias, which is where its latents start from. Directions need not have length 1. And the probe is
+a strongly regularised discriminant, see :data:`~neuron_explainer.evaluation.linear_probes.STRONG_RIDGE`.
 
 Shape legend: ``t`` tokens, ``n`` width, ``l`` latents, ``k`` active latents of a token.
 """
@@ -29,12 +30,16 @@ from torch import Tensor
 from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation.floors import permuted_directions
 from neuron_explainer.evaluation.linear_probes import (
+    STRONG_RIDGE,
     Split,
+    check_labels,
+    check_rows,
     columns_of,
     fit_probe,
     mean_difference,
     quality,
     rows_of,
+    sparse,
     split_rows,
 )
 from neuron_explainer.evaluation.spread import Spread
@@ -96,7 +101,7 @@ class Absorption:
 
 @torch.no_grad()
 def absorption(
-    latents: Latents,
+    latents: Latents | Tensor,
     labels: Mapping[str, Tensor],
     activations: Tensor,
     directions: Tensor,
@@ -111,7 +116,7 @@ def absorption(
     """Measure absorption for each of several labels.
 
     Args:
-        latents: of all tokens, ``[t, l]``.
+        latents: of all tokens, ``[t, l]``, sparse or dense.
         labels: for each name whether a token has the label, ``[t]`` bool; such as its first letter.
         activations: what the latents are of, ``[t, n]``.
         directions: what the latents write, ``[l, n]``.
@@ -126,6 +131,10 @@ def absorption(
     Returns:
         ``{label: figures}`` for the labels that are not left out.
     """
+    latents = sparse(latents)
+    n_tokens = len(latents.values)
+    check_rows(n_tokens, {"activations": activations, "groups": groups, "parts": parts})
+    check_labels(n_tokens, labels)
     if directions.shape != (latents.n_latents, activations.shape[1]):
         raise InputError(
             f"expected directions {[latents.n_latents, activations.shape[1]]}, found "
@@ -191,7 +200,7 @@ def _measured(
     y, y_test = label[split.train], label[split.test]
     if min(int(y.sum()), int(y_test.sum()), int((~y).sum()), int((~y_test).sum())) < fewest:
         return None
-    probe = fit_probe(x[split.train], y, "f1", products=products)
+    probe = fit_probe(x[split.train], y, "f1", products=products, ridge=STRONG_RIDGE)
     said = probe.predict(x[split.test])
     probe_f1 = quality(said, y_test).f1
     true = (said & y_test).nonzero().flatten()
@@ -258,6 +267,7 @@ class Absorbed(NamedTuple):
     """``[t]``: the latent that contributes most along the probe's direction."""
 
 
+@torch.no_grad()
 def absorbed(
     latents: Latents, x: Tensor, directions: Tensor, probe: Tensor, main: Tensor
 ) -> Absorbed:

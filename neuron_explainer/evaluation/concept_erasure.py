@@ -26,14 +26,18 @@ from torch import Tensor
 from neuron_explainer.errors import InputError
 from neuron_explainer.evaluation.floors import permuted_directions
 from neuron_explainer.evaluation.linear_probes import (
+    STRONG_RIDGE,
     Probe,
     Split,
     balanced,
+    check_labels,
+    check_rows,
     fit_probe,
     mean_difference,
     quality,
     rows_of,
     solve_ridge,
+    sparse,
     split_rows,
 )
 from neuron_explainer.evaluation.spread import Spread
@@ -50,7 +54,7 @@ class Subject(NamedTuple):
     """Tokens, their latents, and what these write."""
 
     latents: Latents
-    """``[t, l]``"""
+    """``[t, l]``; :meth:`Latents.of` makes them of dense ones."""
     activations: Tensor
     """``[t, n]``"""
     directions: Tensor
@@ -58,7 +62,7 @@ class Subject(NamedTuple):
 
     def checked(self) -> "Subject":
         """The same in float64 on the CPU; an error if the shapes do not fit."""
-        latents, x, directions = self
+        latents, x, directions = sparse(self.latents), self.activations, self.directions
         if len(latents.values) != len(x) or directions.shape != (latents.n_latents, x.shape[1]):
             raise InputError(
                 f"expected latents of {len(x)} tokens and directions {[latents.n_latents, x.shape[1]]}, "
@@ -93,6 +97,10 @@ def _to_dict(found: object) -> dict[str, Any]:
         else:
             result[name] = list(value)
     return result
+
+
+def _fit(x: Tensor, y: Tensor) -> Probe:
+    return fit_probe(x, y, ridge=STRONG_RIDGE)
 
 
 def effects(subject: Subject, label: Tensor, probe: Probe) -> Tensor:
@@ -143,6 +151,7 @@ def tpp(
             f"TPP needs two classes and one seed at least, found {len(classes)} and {len(seeds)}."
         )
     subject = subject.checked()
+    check_labels(len(subject.activations), classes)
     labels = {name: label.cpu() for name, label in classes.items()}
     runs, nothing = [], []
     for seed in seeds:
@@ -172,17 +181,18 @@ def _tpp_run(
         train = _drawn(split.train, label, name, seed)
         tests[name] = _drawn(split.test, label, name, seed)
         some = subject.of(train)
-        probes[name] = fit_probe(some.activations, label[train])
+        probes[name] = _fit(some.activations, label[train])
         first[name] = _accuracy(probes[name], subject.activations, label, tests[name])
         effect = effects(some, label[train], probes[name]).clamp(min=0)
         order[name] = effect.argsort(descending=True, stable=True)[: int((effect > 0).sum())]
+    subjects = {name: subject.of(rows) for name, rows in tests.items()}
     own, others = {}, {}
     for n in ns:
         falls: dict[bool, list[float]] = {True: [], False: []}
         for target in labels:
             for name, label in labels.items():
-                some = subject.of(tests[name])
-                predicted = probes[name].predict(some.without(order[target][:n]))
+                x = subjects[name].without(order[target][:n])
+                predicted = probes[name].predict(x)
                 fall = first[name] - quality(predicted, label[tests[name]]).accuracy
                 falls[name == target].append(fall)
         own[n], others[n] = (sum(falls[side]) / len(falls[side]) for side in (True, False))
@@ -244,7 +254,9 @@ def scr(
     """
     if not seeds:
         raise InputError("at least one seed is needed.")
-    subject, wanted, unwanted = subject.checked(), wanted.cpu(), unwanted.cpu()
+    subject = subject.checked()
+    check_labels(len(subject.activations), {"wanted": wanted, "unwanted": unwanted})
+    wanted, unwanted = wanted.cpu(), unwanted.cpu()
     runs, nothing = [], []
     for seed in seeds:
         split = split_rows(len(wanted), seed, groups)
@@ -271,9 +283,9 @@ def _scr_run(
     clean_rows = _even(split.train, wanted, unwanted, seed)
     test = subject.of(_even(split.test, wanted, unwanted, seed))
     y = wanted[_even(split.test, wanted, unwanted, seed)]
-    biased = fit_probe(subject.activations[biased_rows], wanted[biased_rows])
-    clean = fit_probe(subject.activations[clean_rows], wanted[clean_rows])
-    other = fit_probe(subject.activations[clean_rows], unwanted[clean_rows])
+    biased = _fit(subject.activations[biased_rows], wanted[biased_rows])
+    clean = _fit(subject.activations[clean_rows], wanted[clean_rows])
+    other = _fit(subject.activations[clean_rows], unwanted[clean_rows])
     base = quality(biased.predict(test.activations), y).accuracy
     best = quality(clean.predict(test.activations), y).accuracy
     effect = effects(subject.of(clean_rows), unwanted[clean_rows], other).abs()
@@ -345,7 +357,9 @@ def exchange(
     """
     if not seeds:
         raise InputError("at least one seed is needed.")
-    subject, attribute, other = subject.checked(), attribute.cpu(), other.cpu()
+    subject = subject.checked()
+    check_rows(len(subject.activations), {"attribute": attribute, "other": other})
+    attribute, other = attribute.cpu(), other.cpu()
     runs, nothing = [], []
     for seed in seeds:
         split = split_rows(len(attribute), seed, groups)

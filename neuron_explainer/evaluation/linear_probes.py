@@ -6,6 +6,7 @@ the probe was fitted on. Nothing is trained step by step, so a probe is the same
 Shape legend: ``t`` rows (tokens), ``k`` columns, ``l`` latents.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -14,14 +15,22 @@ from torch import Tensor
 
 from neuron_explainer.errors import InputError, optional_module
 from neuron_explainer.models.autoencoders.latents import Latents
-from neuron_explainer.models.checks import check_seed
+from neuron_explainer.models.checks import check_seed, check_tensor
 
 Aim = Literal["accuracy", "f1"]
 """What a threshold is chosen for: the mean of the accuracies on the two classes, or F1."""
 Method = Literal["closed_form", "logistic"]
 
-_RIDGE = 1e-3
-"""What is added to the columns' variances, which are 1."""
+RIDGE = 1e-3
+"""What is added to the columns' variances, which are 1, as columns may be constant, or equal."""
+STRONG_RIDGE = 1.0
+"""The same for probes whose direction counts, not only their answers.
+
+The direction that tells best may be one along which activations hardly vary: then whatever moves them moves
+the answer, also directions that have nothing to do with the label. In the embedded model, with latents'
+directions permuted, 17 % of the tokens of layer 0 were "absorbed" and TPP was 0.05 (50 latents); with this,
+2 % and 0.01, for 0.04 less F1 and 0.01 less accuracy of the probes.
+"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ def fit_probe(
     aim: Aim = "accuracy",
     method: Method = "closed_form",
     products: Tensor | None = None,
+    ridge: float = RIDGE,
 ) -> Probe:
     """Fit a probe to rows ``[t, k]`` with labels ``[t]``, both of which must occur.
 
@@ -57,20 +67,24 @@ def fit_probe(
         method: ``"logistic"`` takes the direction from scikit-learn's logistic regression (L2, C = 1), as
             SAEBench does; it needs the package scikit-learn.
         products: ``xᵀ x`` ``[k, k]`` in float64, where many labels of the same rows are probed.
+        ridge: what is added to the columns' variances, which are 1. The larger it is, the nearer is the
+            direction to the difference of the classes' means.
     """
     x = x.double()
     if y.all() or not y.any():
         raise InputError("a probe needs rows with the label and rows without it.")
+    if not x.isfinite().all():
+        raise InputError(f"rows {list(x.shape)} to be probed hold NaN or infinity.")
     if method == "logistic":
         direction = _logistic(x, y)
     else:
-        direction = _discriminant(x, y, x.t() @ x if products is None else products)
+        direction = _discriminant(x, y, x.t() @ x if products is None else products, ridge)
         length = direction.norm()
         direction = direction / length if length > 0 else direction
     return Probe(direction, best_threshold(x @ direction, y, aim))
 
 
-def _discriminant(x: Tensor, y: Tensor, products: Tensor) -> Tensor:
+def _discriminant(x: Tensor, y: Tensor, products: Tensor, ridge: float) -> Tensor:
     """The direction of linear discriminant analysis, ``[t, k], [t], [k, k] -> [k]``.
 
     The two classes count alike, however many rows each has. Only the rows of the smaller one are multiplied
@@ -83,16 +97,15 @@ def _discriminant(x: Tensor, y: Tensor, products: Tensor) -> Tensor:
     other = (x.sum(dim=0) - rows.sum(dim=0)) / n_many
     within = few_products / n_few - torch.outer(mean, mean)
     within += (products - few_products) / n_many - torch.outer(other, other)
-    return solve_ridge(within, mean - other if few is y else other - mean)
+    return solve_ridge(within, mean - other if few is y else other - mean, ridge)
 
 
-def solve_ridge(within: Tensor, b: Tensor) -> Tensor:
-    """``within⁻¹ b`` for a covariance ``[k, k]``, each column scaled to variance 1 and a little added to it,
-    as columns may be constant, or equal."""
+def solve_ridge(within: Tensor, b: Tensor, ridge: float = RIDGE) -> Tensor:
+    """``within⁻¹ b`` for a covariance ``[k, k]``, each column scaled to variance 1 and ``ridge`` added."""
     scale = within.diagonal().clamp(min=0).sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
     scaled = within / torch.outer(scale, scale)
-    scaled += _RIDGE * torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
+    scaled += ridge * torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
     columns = scale if b.ndim == 1 else scale[:, None]
     found: Tensor = torch.linalg.solve(scaled, b / columns) / columns
     return found
@@ -169,7 +182,8 @@ def split_rows(
     names, members = torch.unique(groups, return_inverse=True)
     if len(names) < 2:
         raise InputError(
-            f"rows of two groups (documents) at least are needed to set some apart, found {len(names)}."
+            f"rows of two groups (documents, windows) at least are needed to set some apart, found "
+            f"{len(names)}; give more text."
         )
     generator = torch.Generator().manual_seed(seed)
     n_test = min(max(1, round(test_share * len(names))), len(names) - 1)
@@ -189,6 +203,39 @@ def balanced(rows: Tensor, y: Tensor, most: int, seed: int) -> Tensor:
     n = min(most // 2, *map(len, sides))
     drawn = [side[torch.randperm(len(side), generator=generator)[:n]] for side in sides]
     return torch.cat(drawn)
+
+
+def sparse(latents: Latents | Tensor) -> Latents:
+    """Latents ``[t, l]`` as they are used here; an error if they have another shape."""
+    if not isinstance(latents, Latents):
+        check_tensor(latents, "latents")
+        latents = Latents.of(latents)
+    if latents.values.ndim != 2:
+        shape = [*latents.values.shape[:-1], latents.n_latents]
+        raise InputError(f"expected latents [t, l], found {shape}.")
+    return latents
+
+
+def check_rows(n_tokens: int, given: Mapping[str, Tensor | None]) -> None:
+    """Raise InputError unless all that is given are tensors with a row for each token."""
+    for name, rows in given.items():
+        if rows is None:
+            continue
+        check_tensor(rows, name)
+        if rows.ndim == 0 or len(rows) != n_tokens:
+            raise InputError(
+                f"{name}: expected {n_tokens} rows, as latents have, found {list(rows.shape)}."
+            )
+
+
+def check_labels(n_tokens: int, labels: Mapping[str, Tensor]) -> None:
+    """Raise InputError unless each label says of each token, by a bool, whether it has it."""
+    check_rows(n_tokens, labels)
+    for name, label in labels.items():
+        if label.dtype != torch.bool or label.ndim != 1:
+            raise InputError(
+                f"{name}: expected a bool for each token, found {list(label.shape)} of {label.dtype}."
+            )
 
 
 def rows_of(latents: Latents, rows: Tensor) -> Latents:

@@ -28,6 +28,8 @@ from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.weight_names import Dimension
 
 ROWS_AT_ONCE = 4096
+FEWEST_DOCUMENTS = 20
+"""With fewer documents than this, windows take their place: of one document none can be set apart."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Probed:
     location: str
     n_tokens: int
     n_documents: int
+    split_by: str
+    """``"documents"`` or, of a text with few, ``"windows"``: none of these is on both sides of a split."""
     n_latents: int
     l0: float
     probing: Mapping[str, SparseProbing] = field(repr=False)
@@ -64,7 +68,7 @@ class Probed:
                 f"{self.location}: {self.n_tokens:,} tokens of {self.n_documents:,} documents, "
                 f"{self.n_latents:,} latents, L0 {self.l0:.1f}",
                 "",
-                "k-sparse probing: accuracy on other documents, ± standard deviation; 0.5 is chance",
+                f"k-sparse probing: accuracy on other {self.split_by}, ± standard deviation; 0.5 is chance",
                 probing_table(self.probing),
                 "",
                 "absorption of first letters: share of tokens on which a letter's latents are silent and "
@@ -90,7 +94,7 @@ def probe(
     Args:
         context: the model that it was trained on.
         autoencoder: is not changed.
-        batches: token batches of at least two documents.
+        batches: token batches; of at least two windows.
         location: where its inputs come from, if the autoencoder does not say.
         ks: how many latents a probe may use.
         seeds: each draws other documents to test on.
@@ -106,6 +110,9 @@ def probe(
         raise InputError(f"{name}: no latent fires on any of {len(tokens.x):,} tokens.")
     nothing = random_autoencoder(autoencoder, l0)
     floor = encoded(nothing, tokens.x)
+    n_documents = len(torch.unique(tokens.document))
+    by_document = n_documents >= FEWEST_DOCUMENTS
+    tokens = tokens if by_document else tokens._replace(document=tokens.window)
     probing = sparse_probing(
         latents,
         tokens.labels,
@@ -119,7 +126,8 @@ def probe(
     return Probed(
         location=str(subject.source),
         n_tokens=len(tokens.x),
-        n_documents=len(torch.unique(tokens.document)),
+        n_documents=n_documents,
+        split_by="documents" if by_document else "windows",
         n_latents=autoencoder.n_latents,
         l0=l0,
         probing=probing,
@@ -139,6 +147,8 @@ class LabelledTokens(NamedTuple):
     """``[t]`` bool each."""
     document: Tensor
     """``[t]``: numbers of documents."""
+    window: Tensor
+    """``[t]``: numbers of windows."""
 
 
 @torch.no_grad()
@@ -147,18 +157,22 @@ def labelled(
 ) -> LabelledTokens:
     """Run the model and label the tokens; only those whose next token is known count."""
     model = context.get_or_create_model()
-    x, document, labels = list[Tensor](), list[Tensor](), list[dict[str, Tensor]]()
-    letters = list[dict[str, Tensor]]()
+    x, document, window = list[Tensor](), list[Tensor](), list[Tensor]()
+    labels, letters, n_windows = list[dict[str, Tensor]](), list[dict[str, Tensor]](), 0
     for batch in batches:
         found = label_tokens(context, batch)
         passes = SplicedPasses(model, batch.tokens, batch.pad, [subject.source], logits=False)
         x.append(passes.activation(subject.source)[found.known.to(passes.tokens.device)].cpu())
         document.append(batch.document.cpu()[found.known])
+        number = torch.arange(n_windows, n_windows + len(batch.tokens))[:, None]
+        window.append(number.expand_as(found.known)[found.known])
+        n_windows += len(batch.tokens)
         labels.append({name: each[found.known] for name, each in found.labels.items()})
         letters.append({name: each[found.known] for name, each in found.letters.items()})
     if not x:
         raise InputError("no batch of tokens was given.")
-    return LabelledTokens(torch.cat(x), _joined(labels), _joined(letters), torch.cat(document))
+    rows, documents, windows = (torch.cat(parts) for parts in (x, document, window))
+    return LabelledTokens(rows, _joined(labels), _joined(letters), documents, windows)
 
 
 def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -117,7 +117,7 @@ def checked_host(found: SplitResult, shown: str) -> str:
         )
     if not found.hostname:
         raise SourceError(f"{shown}: a URL without a host")
-    if found.scheme == "http" and not _is_loopback(found.hostname):
+    if found.scheme == "http" and not is_loopback(found.hostname):
         raise SourceError(
             f"{shown}: plain http can be changed on its way and is accepted from this machine "
             "only; use https"
@@ -125,7 +125,8 @@ def checked_host(found: SplitResult, shown: str) -> str:
     return found.netloc.lower()
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine: ``localhost``, or an address of its loopback network."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"

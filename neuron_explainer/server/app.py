@@ -11,8 +11,10 @@ from starlette.responses import Response
 
 from neuron_explainer import __version__
 from neuron_explainer.analysis.store import ExampleStore
-from neuron_explainer.server import computing, labels, pages, problems, reading, search
+from neuron_explainer.server import computing, labels, legacy, pages, problems, reading, search
+from neuron_explainer.server import factors as factor_routes
 from neuron_explainer.server.compute.setup import DictionarySource, Setup
+from neuron_explainer.server.factor_runs import FactorRuns
 from neuron_explainer.server.limits import Limits
 from neuron_explainer.server.registry import BUDGET, Registry
 from neuron_explainer.server.replies import json_reply
@@ -47,6 +49,7 @@ def create_app(
     frame_ancestors: str = "'self'",
     limits: Limits | None = None,
     store_budget: int = BUDGET,
+    factors: Sequence[str | Path] = (),
     compute: Compute | None = None,
 ) -> FastAPI:
     """An application that shows stores of examples, and computes with a model.
@@ -68,6 +71,7 @@ def create_app(
         frame_ancestors: who may show the pages in a frame, as in a Content-Security-Policy.
         limits: sizes and counts of requests.
         store_budget: bytes of memory for the figures of open stores.
+        factors: folders of transformer factors' examples, as ``factors collate`` writes them.
         compute: who runs the model, in place of ``model``.
     """
     limits = limits or Limits()
@@ -85,6 +89,7 @@ def create_app(
     rate = ClientRate(limits.compute_per_second)
     name = model if isinstance(model, str) else registry.model
     served = Serving(registry, policy, limits, compute, read_only, rate, name)
+    served.factors = FactorRuns(factors)
     return _application(served)
 
 
@@ -101,10 +106,12 @@ def _application(served: Serving) -> FastAPI:
         dependencies=[Depends(admitted)],
         lifespan=_lifespan,
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
     )
     app.state.serving = served
     problems.install(app, lambda headers: secure(headers, policy))
     app.include_router(_api(), prefix=API)
+    app.include_router(legacy.router, responses=PROBLEMS)
     app.include_router(pages.pages_router(files))
     sizes = defaultdict(lambda: limits.body_bytes, {f"{API}/labels/import": limits.import_bytes})
     public = frozenset(files) | {f"{API}/health"}
@@ -114,7 +121,8 @@ def _application(served: Serving) -> FastAPI:
 
 def _api() -> APIRouter:
     api = APIRouter(responses=PROBLEMS)
-    for router in (reading.router, search.router, labels.router, computing.router):
+    reads = (reading.router, search.router, labels.router, factor_routes.router)
+    for router in (*reads, computing.router):
         api.include_router(router)
 
     @api.get("/openapi.json", include_in_schema=False, **READ)

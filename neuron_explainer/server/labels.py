@@ -154,7 +154,7 @@ def export_labels(
 
 
 def _lines(served: Serving, format: str, dictionary: str | None, stored: bool) -> Iterator[bytes]:
-    for shelf in served.registry:
+    for shelf in served.registry.available():
         if dictionary in (None, shelf.id):
             with served.registry.reading(shelf.id) as store:
                 found = store.all_labels(stored=stored)
@@ -180,7 +180,7 @@ def _neuronpedia_line(model: str, id: str, label: Label) -> bytes:
 def bookmarks(request: Request, served: Served) -> Response:
     """All units that are bookmarked."""
     items: list[dict[str, Any]] = []
-    for shelf in served.registry:
+    for shelf in served.registry.available():
         with served.registry.reading(shelf.id) as store:
             found = [mark for mark in store.workspace.bookmarks() if mark.unit < len(store)]
             names = store.first_labels([mark.unit for mark in found])

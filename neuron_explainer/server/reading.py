@@ -50,7 +50,7 @@ def model(request: Request, served: Served) -> Response:
         "heads": [],
         "python": _open_model(served),
         **known,
-        "dictionaries": [dictionary_row(served, shelf) for shelf in served.registry],
+        "dictionaries": [dictionary_row(served, shelf) for shelf in served.registry.available()],
         "limits": asdict(served.limits),
         "capabilities": ["read", *known.get("capabilities", ())],
         "read_only": served.read_only,
@@ -68,8 +68,7 @@ def _open_model(served: Serving) -> str:
 
 def dictionary_row(served: Serving, shelf: Shelf) -> dict[str, Any]:
     """What a list of dictionaries says about one."""
-    with served.registry.reading(shelf.id) as store:
-        n_alive, n_dense = len(store.alive), len(store.dense())
+    n_alive, n_dense = served.registry.counts(shelf)
     known = served.compute.dictionary(shelf.id)
     return {
         "id": shelf.id,
@@ -82,7 +81,7 @@ def dictionary_row(served: Serving, shelf: Shelf) -> dict[str, Any]:
         "n_alive": n_alive,
         "n_dead": shelf.n - n_alive,
         "n_dense": n_dense,
-        "signed": store.signed,
+        "signed": shelf.signed,
         "has_autoencoder": bool(known.get("has_autoencoder", False)),
         "metrics": known.get("metrics"),
     }

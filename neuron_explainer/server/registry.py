@@ -6,6 +6,7 @@ store that is replaced on disk is opened again at the next request.
 """
 
 import contextlib
+import logging
 import re
 import threading
 from collections import OrderedDict
@@ -26,6 +27,7 @@ from neuron_explainer.errors import (
 )
 from neuron_explainer.server.problems import Problem
 
+log = logging.getLogger(__name__)
 ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 ID_PATTERN = f"^{ID.pattern}$"
 BUDGET = 512 << 20
@@ -42,11 +44,14 @@ class Shelf:
     kind: str
     location: str
     n: int
+    signed: bool
     model: str | None
     autoencoder: str | None
     """What the store says its units belong to."""
     store: ExampleStore | None = None
     mark: tuple[int, ...] = ()
+    counts: tuple[int, int] | None = None
+    """How many units are alive, and how many are dense; None before somebody asks."""
     readers: dict[int, int] = field(default_factory=dict)
     """How many requests read which opened store; one that was replaced is closed after the last."""
 
@@ -105,6 +110,7 @@ class Registry:
             store.kind,
             store.location,
             len(store),
+            store.signed,
             _text(found.get("model")),
             _text(found.get("autoencoder")),
             store,
@@ -156,6 +162,24 @@ class Registry:
             None,
         )
 
+    def available(self) -> list[Shelf]:
+        """The dictionaries whose stores can be opened; the log says what is wrong with the others."""
+        found = []
+        for shelf in self:
+            try:
+                with self.reading(shelf.id):
+                    found.append(shelf)
+            except Problem as problem:
+                log.warning("%s", problem)
+        return found
+
+    def counts(self, shelf: Shelf) -> tuple[int, int]:
+        """How many units of a dictionary are alive, and how many are dense."""
+        with self.reading(shelf.id) as store:
+            if shelf.counts is None:
+                shelf.counts = len(store.alive), len(store.dense())
+        return shelf.counts
+
     # --- reading ---
 
     @contextlib.contextmanager
@@ -198,7 +222,8 @@ class Registry:
             ) from error
         store = shelf.store
         shelf.name, shelf.kind, shelf.location = store.name, store.kind, store.location
-        shelf.n = len(store)
+        shelf.signed = store.signed
+        shelf.n, shelf.counts = len(store), None
 
     def _give_back(self, shelf: Shelf, store: ExampleStore) -> None:
         with self._lock:

@@ -162,11 +162,9 @@ def search(
 
     ``complete`` is false if a search by token had no time for all dictionaries; ask again.
     """
-    ids = (
-        [shelf.id for shelf in served.registry]
-        if dictionary is None
-        else [served.registry[dictionary].id]
-    )
+    everywhere = dictionary is None
+    shelves = served.registry.available() if everywhere else [served.registry[str(dictionary)]]
+    ids = [shelf.id for shelf in shelves]
     complete = True
     if mode == "label":
         items = _by_label(served, q, ids, limit)

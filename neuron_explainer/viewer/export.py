@@ -51,21 +51,15 @@ class _Place:
 
 
 def unit_data(
-    store: ExampleStore,
-    unit: int,
-    *,
-    logits: "TopLogits | None" = None,
-    links: Mapping[str, str] | None = None,
+    store: ExampleStore, record: LatentRecord, *, logits: "TopLogits | None" = None
 ) -> dict[str, Any]:
     """What a page or a widget shows of a unit, as plain values.
 
     Args:
         store: where it is.
-        unit: its number.
+        record: what the store knows of it.
         logits: what it promotes, see :class:`~neuron_explainer.analysis.directions.Directions`.
-        links: the addresses of other units, by their numbers as text, and of the list of all, ``index``.
     """
-    record = store[unit]
     card = feature_content(_Place(store.name, str(store.path)), store, record)
     del card["bookmarked"]
     for example in card["examples"]:
@@ -74,7 +68,7 @@ def unit_data(
         "card": _short(card),
         "logits": None if logits is None else _logits(store, logits),
         "name": store.name,
-        "links": dict(links or {}),
+        "links": {},
     }
 
 
@@ -117,10 +111,11 @@ def page_of_unit(store: ExampleStore, unit: int, *, logits: "TopLogits | None" =
 
     To keep to that, long examples are cut to the tokens around their peaks.
     """
-    data = unit_data(store, unit, logits=logits)
+    record = store[unit]
+    data = unit_data(store, record, logits=logits)
     found = ""
     for width in _WIDTHS:
-        found = _whole_page(_title(store[unit]), _cut(data, width))
+        found = _whole_page(_title(record), _cut(data, width))
         if len(found.encode()) <= LARGEST_PAGE:
             break
     return found
@@ -237,12 +232,13 @@ def write_site(
             (temporary / name).write_text(_dist(name), "utf-8")
         rows = []
         for unit in chosen:
+            record = store[unit]
             found = None if promoted is None else next(promoted)
-            data = unit_data(store, unit, logits=found)
+            data = unit_data(store, record, logits=found)
             data["links"] = {"index": "index.html"} | _links_of(data["card"], names)
-            page = _page_of_site(_title(store[unit]), data)
+            page = _page_of_site(_title(record), data)
             (temporary / names[str(unit)]).write_text(page, "utf-8")
-            rows.append(_row(store[unit]))
+            rows.append(_row(record))
         index = _page_of_site(store.name, {"index": _index(store, rows)})
         (temporary / "index.html").write_text(index, "utf-8")
     return Path(folder)

@@ -18,36 +18,44 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 class Server:
     """A ``neuron-explainer serve`` process; a context manager that stops it."""
 
-    def __init__(self, process: "subprocess.Popen[str]", url: str, lines: list[str]) -> None:
-        self.process, self.url, self.lines = process, url, lines
+    def __init__(
+        self,
+        process: "subprocess.Popen[str]",
+        url: str,
+        lines: list[str],
+        reader: threading.Thread,
+    ) -> None:
+        self.process, self.url, self.lines, self.reader = process, url, lines, reader
 
     @classmethod
-    def start(cls, *flags: str) -> Self:
+    def start(cls, *flags: str, **environment: str) -> Self:
         """Start one on a free port, and wait until it says where it is."""
         process = subprocess.Popen(
             [sys.executable, "-m", "neuron_explainer", "serve", "--port", "0", *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment},
         )
         found, lines, says = threading.Event(), list[str](), list[str]()
 
         def read() -> None:
             assert process.stdout is not None
-            for line in process.stdout:  # to the end: a full pipe would stop the server
-                lines.append(line)
-                if not says and (match := re.search(r"http://\S+", line)):
-                    says.append(match.group())
-                    found.set()
+            with process.stdout as output:
+                for line in output:  # to the end: a full pipe would stop the server
+                    lines.append(line)
+                    if not says and (match := re.search(r"http://\S+", line)):
+                        says.append(match.group())
+                        found.set()
             found.set()
 
-        threading.Thread(target=read, daemon=True).start()
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
         found.wait(READY_S)
         if not says:
             process.kill()
             raise AssertionError(f"the server did not start; it said:\n{''.join(lines)}")
-        return cls(process, says[0], lines)
+        return cls(process, says[0], lines, reader)
 
     @property
     def origin(self) -> str:
@@ -55,12 +63,9 @@ class Server:
         parts = urlsplit(self.url)
         return f"{parts.scheme}://{parts.netloc}"
 
-    def url_of(self, route: str) -> str:
-        """The URL of a route of the viewer, with the token that signs the browser in."""
-        base, _, fragment = self.url.partition("#")
-        if fragment:  # the token stands in the fragment, and the route behind it
-            return f"{base}#{fragment}&route={route.removeprefix('#')}" if route else self.url
-        return base + route
+    def url_of(self, route: str = "") -> str:
+        """The URL of a route of the viewer, such as ``#/p``, with the token that signs the browser in."""
+        return self.url + route
 
     def kill(self) -> None:
         """End it at once, as a crash does."""
@@ -78,6 +83,7 @@ class Server:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
             self.kill()
+        self.reader.join(10)
 
 
 @dataclass

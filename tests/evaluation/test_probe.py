@@ -1,6 +1,7 @@
 """Probing an autoencoder on text: planted latents of rules are found, and the command prints its tables."""
 
 import json
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -81,6 +82,18 @@ def test_no_document_is_on_both_sides_and_the_seed_decides(
     single = TokenBatch(first.tokens[:1], first.document[:1], first.position[:1])
     with pytest.raises(InputError, match="two groups"):
         probe(context, autoencoder, [single])
+
+
+def test_a_single_document_is_split_by_windows(
+    context: StandardModelContext, batches: list[TokenBatch]
+) -> None:
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(24, 16, location=LOCATION)
+    one = [replace(batch, document=torch.zeros_like(batch.document)) for batch in batches]
+    found, apart = (probe(context, autoencoder, each, seeds=(0,)) for each in (one, batches))
+    assert (found.n_documents, found.split_by, apart.split_by) == (1, "windows", "documents")
+    # Here each window is a document, so that the splits are the same.
+    assert found.to_dict()["probing"] == apart.to_dict()["probing"]
 
 
 def test_directions_add_up_to_normalised_activations() -> None:

@@ -1,5 +1,7 @@
 """k-sparse probes find planted latents, are at chance where there is nothing, and never look at test rows."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -50,6 +52,7 @@ def test_a_planted_latent_is_found_by_one(found: dict[str, SparseProbing]) -> No
     assert each.accuracy[1].mean >= 0.98
     assert each.dense is not None
     assert each.dense.mean >= 0.98
+    assert each.dense.mean > each.channels[5].mean >= each.channels[1].mean > 0.55
     assert (each.n_train, each.n_test) == pytest.approx((1200, 600), abs=80)
 
 
@@ -127,8 +130,30 @@ def test_documents_are_on_one_side() -> None:
         split_rows(5, 0, torch.zeros(5))
 
 
+def test_dense_latents_are_sparse_ones() -> None:
+    latents, _, label, _ = planted()
+    one, other = (
+        sparse_probing(each, {"planted": label}, seeds=(0,))["planted"].to_dict()
+        for each in (latents, latents.dense())
+    )
+    assert one == other
+
+
 def test_what_does_not_fit_is_refused() -> None:
     latents, x, label, _ = planted()
+    with pytest.raises(
+        InputError, match=r"planted: expected a bool .* found \[3000\] of torch.int64"
+    ):
+        sparse_probing(latents, {"planted": label.long()})
+    wrong: Any = label.numpy()
+    with pytest.raises(InputError, match="planted must be a tensor"):
+        sparse_probing(latents, {"planted": wrong})
+    with pytest.raises(InputError, match=r"expected latents \[t, l\], found \[30, 100, 40\]"):
+        sparse_probing(latents.dense().view(30, 100, 40), {"planted": label})
+    bad = x.clone()
+    bad[:, 3] = torch.nan
+    with pytest.raises(InputError, match="NaN or infinity"):
+        sparse_probing(latents, {"planted": label}, bad)
     with pytest.raises(InputError, match="planted: expected 3000 rows"):
         sparse_probing(latents, {"planted": label[1:]})
     with pytest.raises(InputError, match="ks must be"):
@@ -172,6 +197,34 @@ def test_the_discriminant_finds_a_direction_among_correlated_columns() -> None:
         atol=0.02,
         rtol=0,
     )
+
+
+def test_the_direction_is_that_of_linear_discriminant_analysis() -> None:
+    """As scikit-learn finds it, where both classes have as many rows."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(6, 6, generator=generator)
+    y = torch.arange(400) % 2 == 0
+    x = torch.randn(400, 6, generator=generator) @ mix + y[:, None] * torch.randn(
+        6, generator=generator
+    )
+    theirs = LinearDiscriminantAnalysis(solver="lsqr").fit(x.double().numpy(), y.numpy()).coef_[0]
+    ours = fit_probe(x, y, ridge=1e-9).direction
+    cosine = torch.cosine_similarity(ours, torch.from_numpy(theirs), dim=0)
+    assert float(cosine) == pytest.approx(1, abs=1e-6)
+    # One class rarer than the other: the products of all rows give the same as those of each class.
+    rare = torch.arange(400) % 10 == 0
+    for label in (rare, ~rare):
+        rows = x.double()
+        given = fit_probe(x, label, products=rows.t() @ rows)
+        first, second = (torch.cov(rows[side].t(), correction=0) for side in (label, ~label))
+        within = first + second
+        scale = within.diagonal().sqrt()
+        scaled = within / torch.outer(scale, scale) + 1e-3 * torch.eye(6)
+        difference = rows[label].mean(0) - rows[~label].mean(0)
+        expected = torch.linalg.solve(scaled, difference / scale) / scale
+        torch.testing.assert_close(given.direction, expected / expected.norm())
 
 
 def test_a_random_autoencoder_has_the_same_shape_and_its_own_directions() -> None:

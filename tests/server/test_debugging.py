@@ -107,8 +107,8 @@ def test_two_prompts_have_the_same_nodes_and_an_edit_script(session: Session) ->
         if node["position_b"] is None:
             assert np.isnan(value)
             continue
-        key = Node(node["location"], node["kind"], node["unit"], node["position_b"])
-        assert_same(value, float(there.values["act_grad"][by_node[key]]))
+        counterpart = Node(node["location"], node["kind"], node["unit"], node["position_b"])
+        assert_same(value, float(there.values["act_grad"][by_node[counterpart]]))
         both += node["position"] is not None
     assert both > 3
     swapped = debug(session, prompts=[SECOND, PROMPT], position="all")
@@ -127,10 +127,11 @@ def test_two_prompts_have_the_same_nodes_and_an_edit_script(session: Session) ->
 
 def test_a_trace_is_that_of_the_library(session: Session) -> None:
     node = {"location": "1/attn.qk_probs", "unit": 3, "position": 6, "attended": 2}
-    for through in ("q", "k", "qk"):
+    ways: list[Any] = ["q", "k", "qk"]
+    for through in ways:
         reply = debug(session, trace={"node": node, "through": through}, position="all")
         pair = Node("1/attn.qk_probs", "pair", 3, 6, 2)
-        expected = trace(session.model, TEXT, pair, METRICS, 4, through=through)  # type: ignore[arg-type]
+        expected = trace(session.model, TEXT, pair, METRICS, 4, through=through)
         assert_same(reply["prompts"][0]["goal_value"], expected.target)
         assert_same(reply["values"]["direct"]["A"], expected.values["direct"])
         assert reply["goal"] == expected.target_name

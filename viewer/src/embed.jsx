@@ -4,10 +4,11 @@ import { render as draw } from 'preact';
 import { useState } from 'preact/hooks';
 import { Icon } from './components/icons.jsx';
 import { Notices } from './components/notices.jsx';
-import { HasLinks } from './components/panel.jsx';
+import { HasLinks, Panel } from './components/panel.jsx';
 import { VirtualTable } from './components/table.jsx';
 import { Badges, Facts, FeatureCard, titleOf } from './feature/card.jsx';
-import { count, number, percentage } from './format.js';
+import { LABELS_ARE, LabelList } from './feature/label-list.jsx';
+import { count, number, percentage, visible } from './format.js';
 
 /**
  * @typedef {object} Exported
@@ -47,12 +48,13 @@ function Page({ data, onUnit }) {
           {step(card.next_alive, 'right', 'Next one that is alive')}
         </p>
         <h1>{titleOf(card)}<Badges badges={card.badges} /></h1>
-        <p class="feature-label">{label ? label.text : <span class="soft">no label yet</span>}</p>
+        <p class="feature-label">{label ? visible(label.text) : <span class="soft">no label yet</span>}</p>
         <Facts card={card} />
       </header>
       <FeatureCard
         card={card} state={state} onState={(patch) => setState((old) => ({ ...old, ...patch }))} linkTo={(_, unit) => links[unit]}
         logits={logits ? there(logits) : undefined}
+        labels={card.labels.length > 0 && <Panel id="labels" title="Explanations" what={LABELS_ARE} json={card.labels}><LabelList labels={card.labels} /></Panel>}
       />
       <Notices />
     </HasLinks.Provider>
@@ -81,7 +83,7 @@ function List({ index }) {
             onSort={(id) => setSort({ by: id, order: sort.by === id && sort.order === 'desc' ? 'asc' : 'desc' })}
             columns={[
               { id: 'unit', title: index.kind, width: '72px', sorts: true, cell: (row) => <a href={`${row[0]}.html`}>{row[0]}</a> },
-              { id: 'text', title: 'label, or where it is strongest', width: 'minmax(0, 1fr)', cell: (row) => <span class="one-line">{row[4]}</span> },
+              { id: 'text', title: 'label, or where it is strongest', width: 'minmax(0, 1fr)', cell: (row) => <span class="one-line">{visible(row[4])}</span> },
               { id: 'density', title: 'active', width: '72px', num: true, sorts: true, cell: (row) => percentage(row[1]) },
               { id: 'max', title: 'largest', width: '72px', num: true, sorts: true, cell: (row) => number(row[2]) },
               { id: 'mean', title: 'mean', width: '72px', num: true, sorts: true, cell: (row) => number(row[3]) },

@@ -280,7 +280,8 @@ def _of_a_run_of_latents(
     place, unit = repr(str(change.place)), change.unit
     autoencoder = session.names.autoencoder(script, change.dictionary)
     ids = prompt if change.action == "mean" else str(change.source)
-    values = f"{autoencoder}.encode(model.capture([{ids}], {place})[{place}].flatten(2))[0, :, {unit}].detach()"
+    run = f"model.capture([{ids}], {place})[{place}].flatten(2)"
+    values = f"{autoencoder}.encode({run})[0, :, {unit}].detach()"
     if change.action == "mean":
         mean = f"float({values}.mean())"
         return f"set_to({place}, {mean}, {unit}, {change.position}{of_latents})"

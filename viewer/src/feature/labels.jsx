@@ -5,8 +5,8 @@ import { Icon } from '../components/icons.jsx';
 import { notify } from '../components/notice.js';
 import { Panel } from '../components/panel.jsx';
 import { Empty, Failure } from '../components/states.jsx';
-import { fixed } from '../format.js';
 import { model } from '../state.js';
+import { LABELS_ARE, LabelList } from './label-list.jsx';
 
 const MINE = 'user';
 
@@ -51,7 +51,7 @@ export function Labels({ id, card, onChange }) {
   }
   return (
     <Panel
-      id="labels" title="Explanations" what="what it means, who says so, and how well that predicts its activations" json={card.labels} python={card.python}
+      id="labels" title="Explanations" what={LABELS_ARE} json={card.labels} python={card.python}
       actions={editable && text === null && (
         <button type="button" class="tool" data-edit-label aria-label="Edit your label" title="Edit your label (e)" onClick={begin}><Icon name="pencil" /></button>
       )}
@@ -75,14 +75,7 @@ export function Labels({ id, card, onChange }) {
       )}
       {problem && <Failure problem={problem} retry={problem.status === 412 ? () => { onChange(); begin(); } : undefined} />}
       {card.labels.length === 0 && text === null && <Empty title="Nobody has said what it means"><p>{editable ? 'The pencil above, or the key e, lets you say it.' : 'This server takes no labels.'}</p></Empty>}
-      <ul class="labels">
-        {card.labels.map((label) => (
-          <li key={label.id}>
-            <p>{label.text}</p>
-            <p class="small soft row"><span>{label.source}</span>{label.score !== null && <span class="score" title="score of its method">{fixed(label.score, 3)}</span>}</p>
-          </li>
-        ))}
-      </ul>
+      <LabelList labels={card.labels} />
     </Panel>
   );
 }
