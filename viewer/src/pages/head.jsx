@@ -43,7 +43,7 @@ export function HeadPage({ path, query }) {
         </span>
       </header>
       <Text text={text} onText={(next) => go(href(['h', layer, head], { text: next }), { replace: true })} />
-      {modelState.value === 'none' ? <Empty title="No model runs here"><p>Start the server with a model to see where its heads look.</p></Empty> : text === '' ? <Empty title="No text" /> : <Views key={`${layer}.${head}`} layer={layer} head={head} text={text} prompt={href(['p'], { a: text, tab: 'attention', head: `${layer}.${head}` })} />}
+      {modelState.value === 'loading' ? <Loading lines={10} label="The model is being loaded" /> : modelState.value !== 'ready' ? <Empty title="No model runs here"><p>Start the server with a model to see where its heads look.</p></Empty> : text === '' ? <Empty title="No text" /> : <Views key={`${layer}.${head}`} layer={layer} head={head} text={text} prompt={href(['p'], { a: text, tab: 'attention', head: `${layer}.${head}` })} />}
       {stores.length > 0 && <p class="soft">Examples of a corpus: {stores.map((one) => <a href={href(['f', one.id, head])}>{one.name}</a>)}</p>}
     </div>
   );
