@@ -46,7 +46,7 @@ def test_a_feature_without_a_mouse(open_page: OpenPage) -> None:
     expect(page.get_by_role("dialog")).to_have_count(0)
     page.keyboard.press("/")
     page.keyboard.type("king")
-    expect(page.get_by_role("option").first).to_be_visible()
+    expect(page.get_by_role("listbox").get_by_role("option").first).to_be_visible()
     page.keyboard.press("Escape")
 
 
@@ -63,6 +63,8 @@ def test_a_prompt_without_a_mouse(open_page: OpenPage) -> None:
     expect(page.locator(ROWS).first).to_be_visible()
     expect(page.locator("[aria-busy=true]")).to_have_count(0)
     page.keyboard.press("Escape")
+    while not page.locator(f"{ROWS}.current[data-key*='|neuron|']").count():
+        page.keyboard.press("j")
     page.keyboard.press("j")
     page.keyboard.press("k")
     page.keyboard.press("a")

@@ -14,9 +14,11 @@ OpenPage = Callable[..., Any]
 WITHOUT = {
     "limits",  # of this server, which the library does not have
     "dictionary-grid",  # a list of links
-    "bookmarks",
+    "bookmarks",  # notes of the user, as are the next two
     "labels",
-    "run-tales",
+    "label-files",
+    "try",  # nothing has been asked there yet
+    "fires",
 }
 
 
