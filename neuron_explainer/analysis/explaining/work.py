@@ -165,48 +165,65 @@ def score_units(
     config = SetConfig() if config is None else config
     chosen = _chosen(scorers)
     known = dict(explanations) if explanations is not None else _latest(store, units, method)
+    floors = _Floors(store, chosen, known, seed, config, reading, competitors, explain)
     by = {"scorers": "rules" if not isinstance(scorers, Mapping) else "functions"}
     # The floors depend on the other explanations.
-    others = sorted(explanation.key for explanation in known.values())
-    more = {**by, **(identity or {}), "competitors": competitors, "others": digest(others)}
-    request = request_of("score", more, seed, config, reading)
-    floors = _Floors(store, chosen, known, seed, config, reading, competitors, explain)
+    others = digest(
+        sorted(explanation.key for explanation in known.values()) if competitors else []
+    )
+    more = {**by, **(identity or {}), "competitors": competitors, "others": others}
+    scoring = _Scoring(store, floors, request_of("score", more, seed, config, reading), save)
+    yield from _steps(scoring.step, units, workers, scoring.keep if save else None)
 
-    def one(unit: int) -> Step:
-        explanation = known.get(unit)
+
+@dataclass(frozen=True)
+class _Scoring:
+    """What :func:`score_units` does with each unit."""
+
+    store: "ExampleStore"
+    floors: "_Floors"
+    request: str
+    save: bool
+
+    def step(self, unit: int) -> Step:
+        """The scores of a unit's explanation, made now or before."""
+        explanation = self.floors.explanations.get(unit)
         if explanation is None:
-            why = f"there is no explanation of {store.kind} {unit}; explain it first."
+            why = f"there is no explanation of {self.store.kind} {unit}; explain it first."
             return Step(unit, 0, 0, error=why)
-        found, new = [], False
+        found: list[Score] = []
+        new = False
+        examples: ExampleSet | None = None
         try:
-            examples = None
-            for name, scorer in chosen.items():
-                own = digest([request, name])
-                score = store.workspace.explanation_score_of(explanation, own) if save else None
+            for name in self.floors.scorers:
+                score = self._known(explanation, name)
                 if score is None or _may_be_better(score):
-                    if examples is None:
-                        examples = ExampleSet.of(store, unit, seed, config, reading)
-                        examples = _without_seen(examples, explanation)
-                    score = floors.scored(name, scorer, explanation, examples)
+                    examples = examples or _without_seen(self.floors.examples(unit), explanation)
+                    score = self.floors.scored(name, explanation, examples)
                     new = new or score is not None
                 if score is not None:
                     found.append(score)
         except StoppedError:
             raise
         except NeuronExplainerError as error:
-            return Step(unit, 0, 0, explanation, tuple(found), error=str(error))
+            return Step(unit, 0, 0, explanation, tuple(found), str(error))
         why = "" if found else f"{explanation.method} explanations have nothing for these scorers."
         return Step(unit, 0, 0, explanation, tuple(found), why, reused=not new)
 
-    def keep(steps: list[Step]) -> None:
-        store.workspace.save_explanation_scores(
-            (step.explanation, score, digest([request, score.name]))
+    def keep(self, steps: list[Step]) -> None:
+        """Write what is new to the workspace."""
+        self.store.workspace.save_explanation_scores(
+            (step.explanation, score, digest([self.request, score.name]))
             for step in steps
             if step.explanation is not None and not step.reused
             for score in step.scores
         )
 
-    yield from _steps(one, units, workers, keep if save else None)
+    def _known(self, explanation: Explanation, name: str) -> Score | None:
+        if not self.save:
+            return None
+        request = digest([self.request, name])
+        return self.store.workspace.explanation_score_of(explanation, request)
 
 
 def rule_scorer(name: str) -> Scorer:
@@ -286,13 +303,17 @@ class _Floors:
         self._random = cache(self._random_score)
         self._random_explained = cache(self._explain_random)
 
-    def scored(
-        self, name: str, scorer: Scorer, explanation: Explanation, examples: ExampleSet
-    ) -> Score | None:
+    def examples(self, unit: int) -> ExampleSet:
+        """The texts of a unit."""
+        return ExampleSet.of(self.store, unit, self.seed, self.config, self.reading)
+
+    def scored(self, name: str, explanation: Explanation, examples: ExampleSet) -> Score | None:
         """The score of an explanation beside what its competitors get."""
+        scorer = self.scorers[name]
         score = scorer(explanation, examples)
         if score is None:
             return None
+        score = replace(score, name=name)
         # The token set needs no judge, whoever judges the explanation.
         baseline = rule_scorer(name) if name in RULE_SCORERS else rule_scorer("detection")
         token_set = baseline(by_tokens(examples), examples)
