@@ -17,7 +17,6 @@ from neuron_explainer.analysis.explaining.prompts import HASHES
 from neuron_explainer.analysis.explaining.scorers import JudgedBy, embedding
 from neuron_explainer.analysis.explaining.spending import Limits, Price
 from neuron_explainer.analysis.explaining.transcript import TRANSCRIPT_FILE, Transcript
-from neuron_explainer.analysis.explaining.work import rule_scorer
 from neuron_explainer.cli.common import Result, say
 from neuron_explainer.errors import InputError
 from neuron_explainer.settings.flags import add_flags, from_flags
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from neuron_explainer.analysis.directions import Directions
     from neuron_explainer.analysis.store import ExampleStore
 
+Scorer = Callable[[Explanation, ExampleSet], Score | None]
 _RAISED = 10  # tokens that a latent promotes
 
 
@@ -146,14 +146,19 @@ class Asked:
         return explain_with(self.judge, kind, raised)
 
     def scorers(
-        self, names: Sequence[str]
-    ) -> Mapping[str, Callable[[Explanation, ExampleSet], Score | None]]:
-        """The functions that score; those that no judge is asked for use rules or hashed words."""
+        self, names: Sequence[str], by_rule: Callable[[str], Scorer]
+    ) -> Mapping[str, Scorer]:
+        """The functions that score.
+
+        Args:
+            names: of the scorers.
+            by_rule: the scorer of a name that no judge is asked for.
+        """
         judged = score_with(self.judge, [name for name in names if name in SCORERS], self.asking)
         return {
             name: judged[name]
             if name in judged
-            else (self._embedding if self.embeds is not None else rule_scorer(name))
+            else (self._embedding if self.embeds is not None else by_rule(name))
             for name in names
         }
 

@@ -173,13 +173,13 @@ def _scored(
     explanations: "Mapping[int, Explanation] | None",
     explain: "Explain | None",
 ) -> "list[Step]":
-    from neuron_explainer.analysis.explaining.work import score_units
+    from neuron_explainer.analysis.explaining.work import rule_scorer, score_units
 
     names = _scorers_of(args, asked)
     scored = score_units(
         store,
         units,
-        names if asked is None else asked.scorers(names),
+        names if asked is None else asked.scorers(names, rule_scorer),
         method=args.method,
         explanations=explanations,
         seed=args.seed,
