@@ -10,6 +10,7 @@ import torch
 
 from neuron_explainer.analysis.directions import Directions
 from neuron_explainer.models.interventions import ablate, steer
+from neuron_explainer.models.transformer import Transformer
 from neuron_explainer.server.compute.operations import Session
 from neuron_explainer.server.compute.refusals import Refusal
 from neuron_explainer.server.compute.setup import DictionarySource, Setup
@@ -53,8 +54,8 @@ def test_activations_are_those_of_the_encoder(dictionary: str, session: Session)
             for position, value in unit["acts"]:
                 dense[position] = value
             assert_same(dense.tolist(), expected[:, unit["unit"]].tolist())
-    dense = [each[:, [3, 7]].tolist() for each in values]
-    assert_same(result_of(reply)["values"], dense)
+    chosen = [each[:, [3, 7]].tolist() for each in values]
+    assert_same(result_of(reply)["values"], chosen)
     reply = ask(session, "activations", **request, top_k=4)
     found = result_of(reply)["values"]
     for row, expected, by_script in zip(reply["texts"], values, found, strict=True):
@@ -90,7 +91,8 @@ def test_one_head_in_detail(session: Session) -> None:
     assert_same(reply["pattern"], [row[: i + 1] for i, row in enumerate(pattern.tolist())])
     pair = reply["pairs"][0]
     v = captured(session, "1/attn.v")[pair["attended"], 2]
-    layer = list(session.model.layers)[1]  # type: ignore[attr-defined]  # a Transformer
+    assert isinstance(session.model, Transformer)
+    layer = list(session.model.layers)[1]
     write = layer.attn.out_proj.weight.detach().view(16, 4, 4)[:, 2] @ v
     weight = float(pattern[pair["position"], pair["attended"]])
     assert_same([pair["pattern"], pair["write_norm"]], [weight, weight * float(write.norm())])
@@ -135,9 +137,7 @@ def test_texts_go_on_side_by_side(changes: list[Any], session: Session) -> None:
     tokens, end = parts(session, "generate", **request), ask(session, "generate", **request)
     names = ["baseline", "changed"] if changes else ["baseline"]
     assert [each["stream"] for each in tokens] == names * 6
-    hooks = None
-    if changes:
-        hooks = ablate("0/attn.v_out", 1)
+    hooks = ablate("0/attn.v_out", 1)
     if len(changes) == 2:
         hooks = hooks + steer("1/resid.torso.delta_mlp", (session.autoencoder("mlp.1"), 5), 40.0)
     settings: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "seed": 3}
