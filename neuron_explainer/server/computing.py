@@ -14,7 +14,7 @@ from neuron_explainer.server.compute.refusals import Refusal
 from neuron_explainer.server.problems import Problem, problem_reply
 from neuron_explainer.server.registry import ID_PATTERN
 from neuron_explainer.server.replies import bytes_reply, dumps, json_reply
-from neuron_explainer.server.security import COMPUTE, READ
+from neuron_explainer.server.security import COMPUTE
 from neuron_explainer.server.serving import DictionaryId, Served, Serving, Unit
 from neuron_explainer.server.shapes import Body
 from neuron_explainer.server.worker import Worker
@@ -308,7 +308,7 @@ async def _read(
     return json_reply(request, found)
 
 
-@router.get("/dictionaries/{d}/features/{i}/logits", **READ)
+@router.get("/dictionaries/{d}/features/{i}/logits", **COMPUTE)
 async def logits(
     request: Request, served: Served, d: DictionaryId, i: Unit, k: Listed = 10
 ) -> Response:
@@ -316,7 +316,7 @@ async def logits(
     return await _read(request, served, "logits", d, unit=i, k=k)
 
 
-@router.get("/dictionaries/{d}/features/{i}/neighbours", **READ)
+@router.get("/dictionaries/{d}/features/{i}/neighbours", **COMPUTE)
 async def neighbours(
     request: Request, served: Served, d: DictionaryId, i: Unit, k: Listed = 10
 ) -> Response:
@@ -324,7 +324,7 @@ async def neighbours(
     return await _read(request, served, "neighbours", d, unit=i, k=k)
 
 
-@router.get("/dictionaries/{d}/map", **READ)
+@router.get("/dictionaries/{d}/map", **COMPUTE)
 async def dictionary_map(request: Request, served: Served, d: DictionaryId) -> Response:
     """Every latent as a point in the plane."""
     return await _read(request, served, "map", d)
