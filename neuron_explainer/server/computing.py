@@ -107,7 +107,7 @@ class TraceRequest(Body):
     """A node whose value takes the place of the prediction."""
 
     node: NodeRequest
-    through: Literal["q", "k", "v", "qk"] | None = None
+    through: Literal["q", "k", "qk", "v"] | None = None
 
 
 class DebugRequest(Body):
