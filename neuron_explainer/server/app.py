@@ -11,8 +11,8 @@ from starlette.responses import Response
 
 from neuron_explainer import __version__
 from neuron_explainer.analysis.store import ExampleStore
+from neuron_explainer.server import exporting, labels, legacy, pages, problems, reading, search
 from neuron_explainer.server import factors as factor_routes
-from neuron_explainer.server import labels, legacy, pages, problems, reading, search
 from neuron_explainer.server.factor_runs import FactorRuns
 from neuron_explainer.server.limits import Limits
 from neuron_explainer.server.registry import BUDGET, Registry
@@ -119,7 +119,13 @@ def _application(served: Serving) -> FastAPI:
 
 def _api() -> APIRouter:
     api = APIRouter(responses=PROBLEMS)
-    for router in (reading.router, search.router, labels.router, factor_routes.router):
+    for router in (
+        reading.router,
+        search.router,
+        labels.router,
+        exporting.router,
+        factor_routes.router,
+    ):
         api.include_router(router)
 
     @api.get("/openapi.json", include_in_schema=False, **READ)
