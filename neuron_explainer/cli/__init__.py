@@ -14,6 +14,7 @@ from typing import Any
 from neuron_explainer import __version__, demo
 from neuron_explainer.cli import (
     collating,
+    explaining,
     exporting,
     factors,
     importing,
@@ -208,6 +209,7 @@ def _register_looking(verbs: Any) -> None:
     looking.register(verbs)
     collating.register(verbs)
     inspecting.register(verbs)
+    explaining.register(verbs)
 
 
 def _register_learning(verbs: Any) -> None:

@@ -29,7 +29,8 @@ def unit_page(request: Request, served: Served, d: DictionaryId, i: Unit) -> Res
     """A unit as one HTML file without script, as ``neuron-explainer page`` writes it."""
     with served.registry.reading(d) as store:
         body = record_of(store, i).html().encode()
-    return bytes_reply(request, body, "text/html; charset=utf-8", **_attachment(f"{d}-{i}.html"))
+    name = f"{d}-{i}.html"
+    return bytes_reply(request, body, "text/html; charset=utf-8", headers=_attachment(name))
 
 
 @router.get("/{d}/{i}.json", response_class=Response, **READ)
@@ -38,7 +39,7 @@ def unit_json(request: Request, served: Served, d: DictionaryId, i: Unit) -> Res
     shelf = served.registry[d]
     with served.registry.reading(d) as store:
         body = dumps(feature_content(shelf, store, record_of(store, i)))
-    return bytes_reply(request, body, "application/json", **_attachment(f"{d}-{i}.json"))
+    return bytes_reply(request, body, "application/json", headers=_attachment(f"{d}-{i}.json"))
 
 
 @router.get("/{d}.csv", response_class=Response, **READ)

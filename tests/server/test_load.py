@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.server.clients import API, app_with, client_of
 from tests.server.stores import N_UNITS
 
-CLIENTS, TURNS = 8, 15
+CLIENTS, TURNS = 6, 9
 
 
 def test_many_clients_read_and_write(stores: Path) -> None:

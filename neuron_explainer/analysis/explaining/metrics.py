@@ -79,6 +79,11 @@ def pearson(a: npt.ArrayLike, b: npt.ArrayLike) -> float | None:
     return None if math.isnan(found) else found
 
 
+def pearson_within(pairs: Sequence[tuple[Doubles, Doubles]]) -> Doubles:
+    """``[n]``: the correlation within each text; NaN where one side is constant."""
+    return _correlation(_sums(pairs))
+
+
 # --- intervals ---
 
 
@@ -204,14 +209,16 @@ def _wins(a: Doubles, b: Doubles) -> Doubles:
 
 def _sums(pairs: Sequence[tuple[Doubles, Doubles]]) -> Doubles:
     """``[n, 6]``: for each text the number of tokens and the sums of a, p, aa, pp and ap."""
+    some = [pair for pair in pairs if len(pair[0])]
+    if not some:
+        return np.zeros((len(pairs), 6))
+    a, p = (np.concatenate(side) for side in zip(*some, strict=True))
     # Centred on the mean of all: sums of squares would lose digits where it is far from 0.
-    mean_a = np.concatenate([a for a, _ in pairs]).mean() if pairs else 0.0
-    mean_p = np.concatenate([p for _, p in pairs]).mean() if pairs else 0.0
-    rows = []
-    for true, predicted in pairs:
-        a, p = true - mean_a, predicted - mean_p
-        rows.append([len(a), a.sum(), p.sum(), a @ a, p @ p, a @ p])
-    return np.array(rows)
+    a, p = a - a.mean(), p - p.mean()
+    length = np.array([len(true) for true, _ in some])
+    columns = np.stack([np.ones(len(a)), a, p, a * a, p * p, a * p])
+    found: Doubles = np.add.reduceat(columns, np.cumsum(length) - length, axis=1).T
+    return found
 
 
 def _correlation(sums: Doubles) -> Doubles:
