@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from neuron_explainer.cli.common import Result, add_verb, option, positive, say
@@ -13,14 +13,19 @@ from neuron_explainer.tables import text_table
 if TYPE_CHECKING:
     from neuron_explainer.analysis.directions import Directions
     from neuron_explainer.analysis.explaining.examples import SetConfig
-    from neuron_explainer.analysis.explaining.explanation import Score
+    from neuron_explainer.analysis.explaining.explanation import Explanation, Score
+    from neuron_explainer.analysis.explaining.methods import Explain
     from neuron_explainer.analysis.explaining.reading import Reading
     from neuron_explainer.analysis.explaining.work import Step
     from neuron_explainer.analysis.store import ExampleStore
+    from neuron_explainer.cli.asking import Asked
 
 SAMPLE = 200
 METHODS = ("rules", "tokens", "logits")
+PROMPTS = ("marked", "marked-logits", "contrastive", "token-pairs")
 SCORERS = ("detection", "fuzzing", "simulation", "embedding")
+JUDGED = ("max-token", "intruder")
+"""Scorers that only a language model can answer."""
 _LONGEST = 60  # characters of an explanation in a table
 
 
@@ -32,15 +37,17 @@ def register(verbs: Any) -> None:
         "what latents respond to, and how good that is",
         run_explain,
         show_explain,
+        _declare_judge,
         example="neuron-explainer explain tiny-tales/ae-resid-delta-mlp/2 --sample 50",
     )
     _common_options(explain)
     explain.add_argument(
         "--method",
-        choices=METHODS,
-        default="rules",
+        choices=[*METHODS, *PROMPTS],
         help="rules: tokens, n-grams, parts of words, places; tokens: the most active tokens; logits: what "
-        "the latent promotes (default: rules)",
+        "the latent promotes (default: rules). With --endpoint, what the language model is shown: marked: "
+        "texts with active tokens marked; marked-logits: and what the latent promotes; contrastive: and "
+        "texts that are alike where it is silent; token-pairs: tokens with their values (default: marked)",
     )
     explain.add_argument("--no-score", action="store_true", help="explain only")
     score = add_verb(
@@ -49,12 +56,19 @@ def register(verbs: Any) -> None:
         "what explanations are worth, beside floors",
         run_score,
         show_explain,
+        _declare_judge,
         example="neuron-explainer score tiny-tales/ae-resid-delta-mlp/2",
     )
     _common_options(score)
     score.add_argument(
         "--method", metavar="NAME", help="explanations of this method (default: the latest ones)"
     )
+
+
+def _declare_judge(verb: argparse.ArgumentParser) -> None:
+    from neuron_explainer.cli.asking import judge_options
+
+    judge_options(verb)
 
 
 def _common_options(verb: argparse.ArgumentParser) -> None:
@@ -70,10 +84,10 @@ def _common_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--scorers",
         nargs="+",
-        choices=SCORERS,
-        default=list(SCORERS),
+        choices=[*SCORERS, *JUDGED],
         metavar="NAME",
-        help=f"some of {', '.join(SCORERS)} (default: all)",
+        help=f"some of {', '.join(SCORERS)} (default: these); with --endpoint a language model answers all "
+        f"but embedding, and also {' and '.join(JUDGED)} (default: detection, fuzzing, embedding)",
     )
     option(verb, "--seed", "seed of the choice of texts and units", 0, "N")
     option(verb, "--train", "active texts to explain from", 40, "N", positive)
@@ -92,63 +106,106 @@ def _common_options(verb: argparse.ArgumentParser) -> None:
 
 
 def run_explain(args: argparse.Namespace) -> Result:
-    """Explain latents without a language model, score the explanations on texts that they were not made
-    from, and print each score beside what trivial and random competitors get. The store's text is read
-    again with the model, to know where a latent is not active; --no-model uses what the store keeps. What
-    is done is kept in the workspace: the same command continues."""
-    from neuron_explainer.analysis.explaining.work import explain_units, score_units
+    """Explain latents, score the explanations on texts that they were not made from, and print each score
+    beside what trivial and random competitors get. Without --endpoint no language model is asked, and
+    nothing leaves this machine. The store's text is read again with the model, to know where a latent is
+    not active; --no-model uses what the store keeps. What is done is kept in the workspace: the same
+    command continues."""
+    from neuron_explainer.analysis.explaining.work import explain_units
 
     store, config, units = _chosen(args)
-    if args.dry_run:
+    asked = _asked(args, store)
+    args.method = args.method or ("rules" if asked is None else "marked")
+    if args.dry_run and asked is None:
         args.show = show_plan
         return _plan(args, store, units)
-    reading, directions, why = _model_parts(args, store, units, args.method == "logits")
+    logits = args.method in ("logits", "marked-logits")
+    reading, directions, why = _model_parts(args, store, units, logits)
+    by_model = asked is not None and args.method in PROMPTS
+    explain = asked.explain(args.method, directions) if asked is not None and by_model else None
     explained = explain_units(
         store,
         units,
-        args.method,
+        explain or args.method,
         seed=args.seed,
         config=config,
         reading=reading,
         directions=directions,
+        identity=asked.explaining(args.method) if asked is not None and by_model else None,
+        save=not args.dry_run,
+        workers=1 if asked is None else asked.workers,
     )
     steps = _watched(explained, args, "explaining", len(units))
     found = {s.unit: s.explanation for s in steps if s.explanation is not None}
     if found and not args.no_score:
-        scored = score_units(
-            store,
-            list(found),
-            _scorers_of(args),
-            explanations=found,
-            seed=args.seed,
-            config=config,
-            reading=reading,
-        )
-        by_unit = {step.unit: step for step in _watched(scored, args, "scoring", len(found))}
+        scored = _scored(args, store, list(found), config, reading, asked, found, explain)
+        by_unit = {step.unit: step for step in scored}
         steps = [by_unit.get(step.unit, step) for step in steps]
-    return _result(args, store, steps, reading, why)
+    return _result(args, store, steps, reading, why, asked)
 
 
 def run_score(args: argparse.Namespace) -> Result:
     """Score explanations that are in the store's workspace, on texts that they were not made from, and
     print each score beside what trivial and random competitors get."""
-    from neuron_explainer.analysis.explaining.work import score_units
-
     store, config, units = _chosen(args, explained=True)
-    if args.dry_run:
+    asked = _asked(args, store)
+    if args.dry_run and asked is None:
         args.show = show_plan
         return _plan(args, store, units)
     reading, _, why = _model_parts(args, store, units, False)
+    return _result(
+        args,
+        store,
+        _scored(args, store, units, config, reading, asked, None, None),
+        reading,
+        why,
+        asked,
+    )
+
+
+def _scored(
+    args: argparse.Namespace,
+    store: "ExampleStore",
+    units: Sequence[int],
+    config: "SetConfig",
+    reading: "Reading | None",
+    asked: "Asked | None",
+    explanations: "Mapping[int, Explanation] | None",
+    explain: "Explain | None",
+) -> "list[Step]":
+    from neuron_explainer.analysis.explaining.work import rule_scorer, score_units
+
+    names = _scorers_of(args, asked)
     scored = score_units(
         store,
         units,
-        _scorers_of(args),
+        names if asked is None else asked.scorers(names, rule_scorer),
         method=args.method,
+        explanations=explanations,
         seed=args.seed,
         config=config,
         reading=reading,
+        identity=None if asked is None else asked.scoring(names),
+        save=not args.dry_run,
+        workers=1 if asked is None else asked.workers,
+        competitors=None if asked is None else asked.options.competitors,
+        explain=explain,
     )
-    return _result(args, store, _watched(scored, args, "scoring", len(units)), reading, why)
+    return _watched(scored, args, "scoring", len(units))
+
+
+def _asked(args: argparse.Namespace, store: "ExampleStore") -> "Asked | None":
+    """The endpoint that is asked; None if none is, and then nothing may need one."""
+    from neuron_explainer.cli.asking import asked_of
+
+    asked = asked_of(args, store)
+    needs = [args.method] if args.method in PROMPTS and args.verb == "explain" else []
+    needs += [name for name in args.scorers or () if name in JUDGED]
+    if asked is None and needs:
+        raise InputError(
+            f"{' and '.join(needs)}: a language model is asked; give --endpoint URL and --judge NAME."
+        )
+    return asked
 
 
 def _chosen(
@@ -186,7 +243,7 @@ def _model_parts(
     """What the model is needed for, or why it was not asked."""
     if args.no_model:
         if logits:
-            raise InputError("--method logits reads the model; leave --no-model out.")
+            raise InputError(f"--method {args.method} reads the model; leave --no-model out.")
         return None, None, "--no-model"
     try:
         context, autoencoder = opened(store, args.model, args.autoencoder, args.device)
@@ -214,8 +271,11 @@ def _model_parts(
     return reading, Directions(context, autoencoder, location=target), ""
 
 
-def _scorers_of(args: argparse.Namespace) -> list[str]:
-    return list(dict.fromkeys(args.scorers))
+def _scorers_of(args: argparse.Namespace, asked: "Asked | None") -> list[str]:
+    if args.scorers is not None:
+        return list(dict.fromkeys(args.scorers))
+    # A model is asked about each text of a simulation by itself: that is for those who want it.
+    return [name for name in SCORERS if asked is None or name != "simulation"]
 
 
 def _watched(steps: "Iterator[Step]", args: argparse.Namespace, what: str, n: int) -> "list[Step]":
@@ -270,8 +330,12 @@ def _result(
     steps: "Sequence[Step]",
     reading: "Reading | None",
     why: str,
+    asked: "Asked | None" = None,
 ) -> Result:
     from neuron_explainer.analysis.explaining.explanation import as_dict
+
+    if asked is not None and args.dry_run:
+        args.show = show_asking
 
     units = []
     for step in steps:
@@ -294,6 +358,7 @@ def _result(
         "summary": _summary([score for step in steps for score in step.scores]),
         "units": units,
         "top": args.top,
+        "asked": None if asked is None else asked.result(),
     }
 
 
@@ -348,10 +413,24 @@ def show_explain(result: Result) -> None:
             f"\nThe model was not asked ({result['no_model']}): random texts are taken to be inactive, and "
             "there is no random autoencoder."
         )
+    if result["asked"] is not None:
+        _show_asked(result)
     done = [each for each in result["units"] if each["explanation"]]
     if done:
         say(f"\nkept in {result['workspace']}")
         say(f"Next: neuron-explainer inspect {result['given']} {done[0]['unit']}")
+
+
+def show_asking(result: Result) -> None:
+    """What would be asked of the endpoint."""
+    say(f"{result['n_units']:,} units of {result['store']}")
+    _show_asked(result)
+
+
+def _show_asked(result: Result) -> None:
+    from neuron_explainer.cli.asking import show_asked
+
+    show_asked(result["asked"])
 
 
 def _show_units(result: Result) -> None:

@@ -29,6 +29,7 @@ from neuron_explainer.analysis.explaining.methods import (
     explainer,
     rule_of,
 )
+from neuron_explainer.analysis.explaining.spending import StoppedError
 from neuron_explainer.errors import InputError, NeuronExplainerError, did_you_mean
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ def explain_units(
             return Step(unit, 0, 0, known, reused=True)
         try:
             return Step(unit, 0, 0, explain(ExampleSet.of(store, unit, seed, config, reading)))
+        except StoppedError:
+            raise
         except NeuronExplainerError as error:
             return Step(unit, 0, 0, error=str(error))
 
@@ -165,7 +168,9 @@ def score_units(
     floors = _Floors(store, chosen, known, seed, config, reading, competitors, explain)
     by = {"scorers": "rules" if not isinstance(scorers, Mapping) else "functions"}
     # The floors depend on the other explanations.
-    others = digest(sorted(explanation.key for explanation in known.values()))
+    others = digest(
+        sorted(explanation.key for explanation in known.values()) if competitors else []
+    )
     more = {**by, **(identity or {}), "competitors": competitors, "others": others}
     scoring = _Scoring(store, floors, request_of("score", more, seed, config, reading), save)
     yield from _steps(scoring.step, units, workers, scoring.keep if save else None)
@@ -192,12 +197,14 @@ class _Scoring:
         try:
             for name in self.floors.scorers:
                 score = self._known(explanation, name)
-                if score is None:
+                if score is None or _may_be_better(score):
                     examples = examples or _without_seen(self.floors.examples(unit), explanation)
                     score = self.floors.scored(name, explanation, examples)
                     new = new or score is not None
                 if score is not None:
                     found.append(score)
+        except StoppedError:
+            raise
         except NeuronExplainerError as error:
             return Step(unit, 0, 0, explanation, tuple(found), str(error))
         why = "" if found else f"{explanation.method} explanations have nothing for these scorers."
@@ -240,6 +247,11 @@ def _by_rule(name: str, explanation: Explanation, examples: ExampleSet) -> Score
     if name == "fuzzing":
         return scorers.fuzzing(examples, predict.marks)
     return scorers.simulation(examples, predict.values)
+
+
+def _may_be_better(score: Score) -> bool:
+    """Whether requests failed that may not fail again; the replies that came are not asked for anew."""
+    return score.counts is not None and score.counts.failed > 0
 
 
 def _chosen(scorers: Sequence[str] | Mapping[str, Scorer]) -> dict[str, Scorer]:
@@ -307,9 +319,11 @@ class _Floors:
         token_set = baseline(by_tokens(examples), examples)
         if token_set is not None and token_set.metric == score.metric:
             score = scorers.against(score, token_set, "token set")
-        others = [scorer(each, examples) for each in self._others(explanation)]
+        # The intruder is looked for without an explanation: another one would get the same.
+        others = [] if name == "intruder" else self._others(explanation)
+        scored = [scorer(each, examples) for each in others]
         score = scorers.with_competitors(
-            score, f"other {examples.kind}", [each.value for each in others if each is not None]
+            score, f"other {examples.kind}", [each.value for each in scored if each is not None]
         )
         if self.reading is None:
             return score
@@ -339,6 +353,8 @@ class _Floors:
         try:
             examples = ExampleSet.of(records, unit, self.seed, self.config, records)
             return explain(examples), examples
+        except StoppedError:
+            raise
         except NeuronExplainerError:  # too few texts
             return None
 
