@@ -6,7 +6,11 @@ batches with three seeds, at about L0 = 5 (5.5 of the 256 most frequent features
 coefficients of the penalties were searched for this L0. Published (L0 = 25 of the full size), by F1:
 Matryoshka, then BatchTopK and JumpReLU alike, then L1.
 
-Below the objectives stand what is not learned: the 256 most frequent features themselves with their true
+"absorbed": of the tokens on which the root of a tree of features is active, the share on which its latents
+are silent because latents of its children do their work (:mod:`neuron_explainer.evaluation.absorption`); mean
+over the roots.
+
+Below the objectives stands what is not learned: the 256 most frequent features themselves with their true
 values, a random autoencoder, and a trained one whose directions were permuted.
 """
 
@@ -14,6 +18,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from neuron_explainer.dictionaries import (
@@ -28,14 +33,17 @@ from neuron_explainer.dictionaries import (
     TrainConfig,
     train_many,
 )
+from neuron_explainer.evaluation.absorption import absorption
 from neuron_explainer.evaluation.floors import permuted_directions, random_autoencoder
-from neuron_explainer.evaluation.recovery import Recovery, RecoveryStats, measure_recovery
+from neuron_explainer.evaluation.probe import encoded
+from neuron_explainer.evaluation.recovery import RecoveryStats, measure_recovery
 from neuron_explainer.evaluation.spread import Spread
 from neuron_explainer.evaluation.synthetic import (
     SyntheticActivations,
     SyntheticBatch,
     SyntheticConfig,
 )
+from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoders.latents import Latents
 
 K = 5
@@ -65,7 +73,7 @@ COLUMNS = {
     "variance explained": "explained_variance",
     "L0": "l0",
     "dead": "dead_share",
-    "‖x̂‖ / ‖x‖": "norm_ratio",
+    "absorbed": "absorbed",
 }
 
 
@@ -89,7 +97,8 @@ QUICK = Sizes(
     held_out=500,
     seeds=(0, 1),
 )
-Results = dict[str, list[Recovery]]
+Results = dict[str, list[dict[str, float]]]
+"""By objective, the figures with each seed."""
 
 
 def run(quick: bool = False) -> str:
@@ -108,15 +117,13 @@ def run(quick: bool = False) -> str:
         configs = {name: _config(objective, sizes, seed) for name, objective in OBJECTIVES.items()}
         trained = train_many(configs, _batches(source, sizes, seed))
         for name, autoencoder in trained.items():
-            found[name].append(measure_recovery(autoencoder, held_out, source.directions))
+            found[name].append(_measured(autoencoder, held_out, source))
         autoencoder = trained["BatchTopK"]
         moved = permuted_directions(autoencoder.directions.detach(), seed)
         nothing = random_autoencoder(autoencoder, K, seed)
         floors["true features"].append(_truth(source, held_out, sizes.n_latents))
-        floors["random"].append(measure_recovery(nothing, held_out, source.directions))
-        floors["permuted decoder"].append(
-            measure_recovery(autoencoder, held_out, source.directions, directions=moved)
-        )
+        floors["random"].append(_measured(nothing, held_out, source))
+        floors["permuted decoder"].append(_measured(autoencoder, held_out, source, moved))
     c = sizes.data
     text = (
         f"{sizes.n_latents} latents, {c.n_features:,} features in {c.width} dimensions, "
@@ -146,25 +153,57 @@ def _batches(source: SyntheticActivations, sizes: Sizes, seed: int) -> Iterator[
         yield batch.x
 
 
-def _truth(source: SyntheticActivations, batches: list[SyntheticBatch], n_latents: int) -> Recovery:
+def _measured(
+    autoencoder: Autoencoder,
+    batches: list[SyntheticBatch],
+    source: SyntheticActivations,
+    directions: Tensor | None = None,
+) -> dict[str, float]:
+    """The figures of an autoencoder, or of its latents with other directions."""
+    recovery = measure_recovery(autoencoder, batches, source.directions, directions=directions)
+    latents = Latents.cat([encoded(autoencoder, batch.x) for batch in batches])
+    rows = autoencoder.directions if directions is None else directions
+    absorbed = _absorbed(latents, rows, autoencoder.pre_bias.detach(), batches, source)
+    return recovery.figures() | {"absorbed": absorbed}
+
+
+def _absorbed(
+    latents: Latents,
+    directions: Tensor,
+    bias: Tensor,
+    batches: list[SyntheticBatch],
+    source: SyntheticActivations,
+) -> float:
+    """Mean share of full absorption of the roots."""
+    features = torch.cat([batch.features for batch in batches])
+    roots = range(source.config.n_roots)
+    labels = {str(root): features[:, root] > 0 for root in roots}
+    x = torch.cat([batch.x for batch in batches])
+    found = absorption(latents, labels, x, directions, bias=bias, seeds=(0,))
+    shares = [each.full.mean for each in found.values()]
+    return sum(shares) / len(shares) if shares else float("nan")
+
+
+def _truth(
+    source: SyntheticActivations, batches: list[SyntheticBatch], n_latents: int
+) -> dict[str, float]:
     """The most frequent features with their true values, as if they were an autoencoder's latents."""
     rows = source.directions[:n_latents]
     stats = RecoveryStats(rows, source.directions)
-    for batch in batches:
-        latents = Latents.of(batch.features[:, :n_latents])
+    parts = [Latents.of(batch.features[:, :n_latents]) for batch in batches]
+    for batch, latents in zip(batches, parts, strict=True):
         stats.update(batch, latents, latents.decode(rows) + source.bias)
-    return stats.result()
+    absorbed = _absorbed(Latents.cat(parts), rows, source.bias, batches, source)
+    return stats.result().figures() | {"absorbed": absorbed}
 
 
-def _table(found: Mapping[str, list[Recovery]]) -> str:
+def _table(found: Mapping[str, list[dict[str, float]]]) -> str:
     lines = [
         f"| objective | {' | '.join(COLUMNS)} |",
         f"|---|{'--:|' * len(COLUMNS)}",
     ]
     for name, results in found.items():
-        spreads = [
-            Spread.of(each.figures()[column] for each in results) for column in COLUMNS.values()
-        ]
+        spreads = [Spread.of(each[column] for each in results) for column in COLUMNS.values()]
         cells = [
             f"{spread:.3f}" if spread.sd >= 5e-5 else f"{spread.mean:.3f}" for spread in spreads
         ]
@@ -172,9 +211,9 @@ def _table(found: Mapping[str, list[Recovery]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def order(found: Mapping[str, list[Recovery]]) -> str:
+def order(found: Mapping[str, list[dict[str, float]]]) -> str:
     """What the seeds say about the published order."""
-    f1 = {name: Spread.of(each.f1 for each in results) for name, results in found.items()}
+    f1 = {name: Spread.of(each["f1"] for each in results) for name, results in found.items()}
     lines = ["| published by F1 | gap | in standard deviations | verdict |", "|---|--:|--:|---|"]
     for better, worse in HIGHER:
         gap = f1[better].mean - f1[worse].mean

@@ -111,7 +111,7 @@ def test_an_order_holds_only_beyond_two_standard_deviations(
     l1: tuple[float, float], verdict: str
 ) -> None:
     f1 = dict.fromkeys(recovery.OBJECTIVES, (0.7, 0.72)) | {"ReLU + L1": l1}
-    found: Any = {name: [SimpleNamespace(f1=x) for x in values] for name, values in f1.items()}
+    found: Any = {name: [{"f1": x} for x in values] for name, values in f1.items()}
     lines = recovery.order(found).splitlines()
     (line,) = [line for line in lines if line.startswith("| BatchTopK > ReLU + L1 ")]
     assert line.endswith(f"| {verdict} |")

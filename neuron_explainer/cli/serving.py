@@ -40,6 +40,13 @@ def register(verbs: Any) -> None:
     serve.add_argument(
         "--autoencoder", action="append", metavar="NAME", help="may be given several times"
     )
+    serve.add_argument(
+        "--factors",
+        action="append",
+        default=[],
+        metavar="EXAMPLES",
+        help="a folder that factors collate wrote; may be given several times",
+    )
     serve.add_argument("--no-model", action="store_true", help="show the stores only")
     option(serve, "--host", "address to listen on", "127.0.0.1")
     option(serve, "--port", "0: any free one", DEFAULT_PORT)
@@ -179,6 +186,7 @@ def _app(args: argparse.Namespace, token: str | None) -> "FastAPI":
         token=token,
         base_path=args.base_path,
         read_only=args.read_only,
+        factors=args.factors,
         hosts=[args.host, *args.allow_host],
         any_address=args.host in ("0.0.0.0", "::"),
         origins=args.allow_origin,

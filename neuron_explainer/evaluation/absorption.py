@@ -260,6 +260,7 @@ class Absorbed(NamedTuple):
     """``[t]``: the latent that contributes most along the probe's direction."""
 
 
+@torch.no_grad()
 def absorbed(
     latents: Latents, x: Tensor, directions: Tensor, probe: Tensor, main: Tensor
 ) -> Absorbed:

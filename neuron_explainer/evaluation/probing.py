@@ -5,8 +5,9 @@ of these is fitted; both on training rows only. The accuracy is that on other do
 with the label as without it, so that 0.5 is chance (Gurnee et al. 2023, arXiv:2305.01610; SAEBench, Karvonen
 et al. 2025, arXiv:2503.09532).
 
-Beside it stand a probe of the activations themselves, which is what there is to find; the same with shuffled
-labels, which must be at chance; and, if one is given, an autoencoder that has learned nothing.
+Beside it stand a probe of the activations themselves, which is what there is to find; one of as many
+channels of the activations; the same with shuffled labels, which must be at chance; and, if one is given, an
+autoencoder that has learned nothing.
 
 Shape legend: ``t`` tokens, ``n`` width, ``l`` latents, ``k`` chosen latents.
 """
@@ -56,6 +57,9 @@ class SparseProbing:
     """By ``k``: the same with shuffled labels. Far from 0.5, something leaks from test to train."""
     dense: Spread | None
     """A probe of the activations; None if they were not given."""
+    channels: Mapping[int, Spread]
+    """By ``k``: a probe of at most ``k`` channels of the activations, chosen as latents are; empty without
+    activations."""
     chosen: tuple[int, ...] = field(repr=False)
     """The latents chosen with the first seed, most different first."""
     floor: Mapping[int, Spread] = field(default_factory=dict)
@@ -65,7 +69,7 @@ class SparseProbing:
         """All of it as JSON can hold it."""
         spreads = {
             name: {str(k): spread.to_dict() for k, spread in getattr(self, name).items()}
-            for name in ("accuracy", "train_accuracy", "shuffled", "floor")
+            for name in ("accuracy", "train_accuracy", "shuffled", "channels", "floor")
         }
         return {
             "label": self.label,
@@ -153,6 +157,7 @@ class _Run:
     shuffled: dict[int, float]
     floor: dict[int, float]
     dense: float | None
+    channels: dict[int, float]
     chosen: tuple[int, ...]
 
 
@@ -178,12 +183,18 @@ def _probe(
     if floor is not None:
         sides = rows_of(floor, train), rows_of(floor, test)
         nothing = _by_k(sides, y, y_test, ks, method)[1]
-    dense = None
+    dense, channels = None, dict[int, float]()
     if activations is not None:
         x = activations.cpu()
+        channels = _by_k((_as_latents(x[train]), _as_latents(x[test])), y, y_test, ks, method)[1]
         dense = quality(fit_probe(x[train], y, method=method).predict(x[test]), y_test).accuracy
     counts = len(train), len(test)
-    return _Run(*counts, accuracy, train_accuracy, shuffled, nothing, dense, chosen)
+    return _Run(*counts, accuracy, train_accuracy, shuffled, nothing, dense, channels, chosen)
+
+
+def _as_latents(x: Tensor) -> Latents:
+    """Channels ``[t, n]`` in the place of latents."""
+    return Latents(x, torch.arange(x.shape[1]).expand(x.shape), x.shape[1])
 
 
 def _by_k(
@@ -224,6 +235,7 @@ def _result(name: str, runs: Sequence[_Run], ks: Sequence[int]) -> SparseProbing
         train_accuracy=spread("train_accuracy"),
         shuffled=spread("shuffled"),
         dense=Spread.of(dense) if dense else None,
+        channels=spread("channels") if first.channels else {},
         chosen=first.chosen,
         floor=spread("floor") if first.floor else {},
     )
@@ -235,7 +247,7 @@ def mean_over_labels(found: Mapping[str, SparseProbing], k: int, what: str = "ac
     Args:
         found: at least one label.
         k: number of latents.
-        what: ``"accuracy"``, ``"floor"``, ``"shuffled"`` or ``"train_accuracy"``.
+        what: ``"accuracy"``, ``"floor"``, ``"channels"``, ``"shuffled"`` or ``"train_accuracy"``.
     """
     by_label = [getattr(each, what)[k].values for each in found.values()]
     return Spread.of(sum(values) / len(values) for values in zip(*by_label, strict=True))
@@ -252,6 +264,7 @@ def probing_table(found: Mapping[str, SparseProbing]) -> str:
         *(f"k = {k}" for k in ks),
         f"random, k = {first}",
         f"random, k = {last}",
+        f"channels, k = {last}",
         f"shuffled, k = {last}",
         "activations",
         f"tells apart, k = {first}",
@@ -265,6 +278,7 @@ def probing_table(found: Mapping[str, SparseProbing]) -> str:
                 each.label,
                 *(f"{each.accuracy[k]:.3f}" for k in ks),
                 *floors,
+                f"{each.channels[last]:.3f}" if each.channels else "-",
                 f"{each.shuffled[last]:.3f}",
                 "-" if each.dense is None else f"{each.dense:.3f}",
                 f"{each.accuracy[first].smallest_difference:.3f}",
@@ -288,6 +302,7 @@ def _mean_row(found: Mapping[str, SparseProbing], ks: Sequence[int]) -> list[str
         f"mean of {len(found)}",
         *(f"{means[k]:.3f}" for k in ks),
         *floors,
+        f"{mean_over_labels(found, last, 'channels'):.3f}" if of_dense else "-",
         f"{mean_over_labels(found, last, 'shuffled'):.3f}",
         f"{Spread.of(of_dense):.3f}" if of_dense else "-",
         f"{means[first].smallest_difference:.3f}",

@@ -11,7 +11,9 @@ from starlette.responses import Response
 
 from neuron_explainer import __version__
 from neuron_explainer.analysis.store import ExampleStore
+from neuron_explainer.server import factors as factor_routes
 from neuron_explainer.server import labels, legacy, pages, problems, reading, search
+from neuron_explainer.server.factor_runs import FactorRuns
 from neuron_explainer.server.limits import Limits
 from neuron_explainer.server.registry import BUDGET, Registry
 from neuron_explainer.server.replies import json_reply
@@ -45,6 +47,7 @@ def create_app(
     frame_ancestors: str = "'self'",
     limits: Limits | None = None,
     store_budget: int = BUDGET,
+    factors: Sequence[str | Path] = (),
     compute: Compute | None = None,
 ) -> FastAPI:
     """An application that shows stores of examples, and computes with a model.
@@ -66,6 +69,7 @@ def create_app(
         frame_ancestors: who may show the pages in a frame, as in a Content-Security-Policy.
         limits: sizes and counts of requests.
         store_budget: bytes of memory for the figures of open stores.
+        factors: folders of transformer factors' examples, as ``factors collate`` writes them.
         compute: who runs the model, in place of ``model``.
     """
     limits = limits or Limits()
@@ -83,6 +87,7 @@ def create_app(
     rate = ClientRate(limits.compute_per_second)
     name = model if isinstance(model, str) else registry.model
     served = Serving(registry, policy, limits, compute, read_only, rate, name)
+    served.factors = FactorRuns(factors)
     return _application(served)
 
 
@@ -114,7 +119,7 @@ def _application(served: Serving) -> FastAPI:
 
 def _api() -> APIRouter:
     api = APIRouter(responses=PROBLEMS)
-    for router in (reading.router, search.router, labels.router):
+    for router in (reading.router, search.router, labels.router, factor_routes.router):
         api.include_router(router)
 
     @api.get("/openapi.json", include_in_schema=False, **READ)

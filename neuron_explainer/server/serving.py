@@ -9,6 +9,7 @@ from fastapi import Depends, Path, Request
 
 from neuron_explainer.analysis.latent_record import LatentRecord
 from neuron_explainer.analysis.store import ExampleStore
+from neuron_explainer.server.factor_runs import FactorRuns
 from neuron_explainer.server.limits import Limits
 from neuron_explainer.server.problems import Problem
 from neuron_explainer.server.registry import ID_PATTERN, Registry
@@ -81,6 +82,7 @@ class Serving:
     model_name: str | None = None
     started: float = field(default_factory=time.monotonic)
     sessions: Sessions = field(default_factory=Sessions)
+    factors: FactorRuns = field(default_factory=FactorRuns)
     writing: threading.Lock = field(default_factory=threading.Lock)
     """Held while labels are compared and changed."""
 

@@ -286,6 +286,75 @@ class Session(BaseModel):
     state: dict[str, Any]
 
 
+class FactorRow(BaseModel):
+    """A transformer factor in a table."""
+
+    factor: int
+    level: Literal["low", "mid", "high", "silent"]
+    importance: list[float]
+    """In each layer."""
+    words: list[int]
+    """The tokens on which it is strongest."""
+
+
+class FactorRun(BaseModel):
+    """A folder of factors' examples."""
+
+    id: str
+    name: str
+    model: str
+    text: str
+    n_factors: int
+    n_tokens: int
+    locations: list[str]
+    levels: dict[str, int]
+    factors: list[FactorRow]
+    python: str
+
+
+class FactorRunList(BaseModel):
+    """All folders of factors."""
+
+    runs: list[FactorRun]
+    vocab: Vocabulary
+    vocab_bytes: Vocabulary
+
+
+class FactorSentence(BaseModel):
+    """A sentence in which a factor is strong at a token, ``index``."""
+
+    score: float
+    ids: list[int]
+    index: int
+    position: int
+    saliency: list[float] | None
+    """What keeping each token up to ``index`` adds to the factor."""
+    r2: float | None
+
+
+class FactorLayer(BaseModel):
+    """A factor in one layer."""
+
+    location: str
+    examples: list[FactorSentence]
+
+
+class Factor(BaseModel):
+    """A transformer factor."""
+
+    run: str
+    factor: int
+    level: Literal["low", "mid", "high", "silent"]
+    locations: list[str]
+    importance: list[float]
+    layers: list[FactorLayer]
+    previous: int | None
+    next: int | None
+    vocab: Vocabulary
+    vocab_bytes: Vocabulary
+    python: str
+
+
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": ProblemReply, "description": text}
     for status, text in {

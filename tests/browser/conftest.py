@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
+from neuron_explainer.analysis.workspace import DATA_VARIABLE
 from tests.browser.running import Server, Watch, watched
+from tests.server.factor_files import write_factors
 
 HERE = Path(__file__).parent
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -61,9 +63,14 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    """``neuron-explainer serve`` with the shipped model and stores."""
-    with Server.start() as running:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """``neuron-explainer serve`` with the shipped model and stores, and factors.
+
+    Labels, bookmarks and sessions go to a folder of their own.
+    """
+    folder = tmp_path_factory.mktemp("server")
+    factors = write_factors(folder / "tales")
+    with Server.start("--factors", str(factors), **{DATA_VARIABLE: str(folder)}) as running:
         yield running
 
 

@@ -28,14 +28,14 @@ class Server:
         self.process, self.url, self.lines, self.reader = process, url, lines, reader
 
     @classmethod
-    def start(cls, *flags: str) -> Self:
+    def start(cls, *flags: str, **environment: str) -> Self:
         """Start one on a free port, and wait until it says where it is."""
         process = subprocess.Popen(
             [sys.executable, "-m", "neuron_explainer", "serve", "--port", "0", *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment},
         )
         found, lines, says = threading.Event(), list[str](), list[str]()
 

@@ -98,6 +98,44 @@ def test_where_no_latent_stands_for_the_parent_all_is_absorbed(hierarchy: Hierar
     assert found.fraction.mean() >= 0.9
 
 
+def test_absorption_equals_a_plain_loop() -> None:
+    """SAEBench's definition, written down token by token."""
+    generator = torch.Generator().manual_seed(0)
+    n_tokens, n_latents, width, main = 3000, 12, 6, [2, 5]
+    values = torch.rand(n_tokens, n_latents, generator=generator).double()
+    values *= torch.rand(n_tokens, n_latents, generator=generator) < 0.25
+    directions = torch.randn(n_latents, width, generator=generator).double()
+    probe = torch.nn.functional.normalize(directions[2] + directions[5] + directions[7], dim=0)
+    x = values @ directions + 0.3 * torch.randn(n_tokens, width, generator=generator)
+    found = absorbed(Latents.of(values), x, directions, probe, torch.tensor(main))
+    cosine = [float(torch.cosine_similarity(row, probe, dim=0)) for row in directions]
+    counts = {"full": 0, "some": 0, "all": 0}
+    for token in range(n_tokens):
+        whole = float(x[token] @ probe)
+        does = [float(values[token, i] * (directions[i] @ probe)) for i in range(n_latents)]
+        active = [i for i in range(n_latents) if values[token, i] != 0]
+        full = False
+        if active and whole > 0 and all(values[token, i] < 1e-8 for i in main):
+            top = max(active, key=lambda i: does[i])
+            full = cosine[top] >= 0.025 and does[top] / whole >= 0.4
+        by_main = sum(does[i] for i in main)
+        others = [does[i] for i in active if i not in main and cosine[i] >= 0.1 and does[i] > 0]
+        by_others = sum(sorted(others, reverse=True)[:3])
+        if whole <= 0 or by_main >= whole or by_others / whole < 0.4:
+            fraction = 0.0
+        elif by_main <= 0:
+            fraction = 1.0
+        else:
+            taken = min(by_others, whole - by_main)
+            fraction = taken / (taken + by_main)
+        assert bool(found.full[token]) == full
+        assert float(found.fraction[token]) == pytest.approx(fraction, abs=1e-9)
+        counts["full"] += full
+        counts["some"] += 0 < fraction < 1
+        counts["all"] += fraction == 1
+    assert min(counts.values()) > 20
+
+
 def test_a_weak_main_latent_counts_by_its_fraction(hierarchy: Hierarchy) -> None:
     """The parent's latent gives a third of what there is, and the child the rest."""
     rows = (hierarchy.parent & (hierarchy.child == 0)).nonzero().flatten()

@@ -50,6 +50,7 @@ def test_a_planted_latent_is_found_by_one(found: dict[str, SparseProbing]) -> No
     assert each.accuracy[1].mean >= 0.98
     assert each.dense is not None
     assert each.dense.mean >= 0.98
+    assert each.dense.mean > each.channels[5].mean >= each.channels[1].mean > 0.55
     assert (each.n_train, each.n_test) == pytest.approx((1200, 600), abs=80)
 
 
@@ -172,6 +173,34 @@ def test_the_discriminant_finds_a_direction_among_correlated_columns() -> None:
         atol=0.02,
         rtol=0,
     )
+
+
+def test_the_direction_is_that_of_linear_discriminant_analysis() -> None:
+    """As scikit-learn finds it, where both classes have as many rows."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(6, 6, generator=generator)
+    y = torch.arange(400) % 2 == 0
+    x = torch.randn(400, 6, generator=generator) @ mix + y[:, None] * torch.randn(
+        6, generator=generator
+    )
+    theirs = LinearDiscriminantAnalysis(solver="lsqr").fit(x.double().numpy(), y.numpy()).coef_[0]
+    ours = fit_probe(x, y, ridge=1e-9).direction
+    cosine = torch.cosine_similarity(ours, torch.from_numpy(theirs), dim=0)
+    assert float(cosine) == pytest.approx(1, abs=1e-6)
+    # One class rarer than the other: the products of all rows give the same as those of each class.
+    rare = torch.arange(400) % 10 == 0
+    for label in (rare, ~rare):
+        rows = x.double()
+        given = fit_probe(x, label, products=rows.t() @ rows)
+        first, second = (torch.cov(rows[side].t(), correction=0) for side in (label, ~label))
+        within = first + second
+        scale = within.diagonal().sqrt()
+        scaled = within / torch.outer(scale, scale) + 1e-3 * torch.eye(6)
+        difference = rows[label].mean(0) - rows[~label].mean(0)
+        expected = torch.linalg.solve(scaled, difference / scale) / scale
+        torch.testing.assert_close(given.direction, expected / expected.norm())
 
 
 def test_a_random_autoencoder_has_the_same_shape_and_its_own_directions() -> None:

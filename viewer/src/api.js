@@ -1,7 +1,7 @@
 // The one way to the server. Replies of GET are kept for the session (their bodies never change but for
 // labels and bookmarks, see `forget`); requests that nobody waits for any more are aborted.
 import { signal } from '@preact/signals';
-import { useEffect, useState } from 'preact/hooks';
+import { useEffect, useRef, useState } from 'preact/hooks';
 
 /** What a request came to: RFC 9457 problem details, or our own for a server that cannot be reached. */
 export class Problem extends Error {
@@ -14,6 +14,7 @@ export class Problem extends Error {
     /** @type {string | undefined} */ this.loc = body.loc;
     /** @type {any[] | undefined} */ this.allowed = body.allowed;
     /** @type {number | null} seconds */ this.retryAfter = body.retry_after ?? null;
+    /** How often this was tried again before. */ this.attempt = 0;
     /** @type {string | undefined} */ this.requestId = body.request_id;
   }
 }
@@ -40,9 +41,9 @@ export function url(path, query = {}) {
  * Send a request and wait for the head of its reply.
  * @param {string} method
  * @param {string} address made by {@link url}
- * @param {{body?: any, signal?: AbortSignal, headers?: Record<string, string>}} [options]
+ * @param {{body?: any, signal?: AbortSignal, headers?: Record<string, string>, raw?: boolean}} [options] raw: the body is a text already
  */
-export async function send(method, address, { body, signal: abort, headers = {} } = {}) {
+export async function send(method, address, { body, signal: abort, headers = {}, raw = false } = {}) {
   const started = performance.now();
   traffic.value = { ...traffic.peek(), inFlight: traffic.peek().inFlight + 1 };
   let online = true;
@@ -52,7 +53,7 @@ export async function send(method, address, { body, signal: abort, headers = {} 
       signal: abort,
       credentials: 'same-origin',
       headers: body === undefined ? headers : { 'content-type': 'application/json', ...headers },
-      body: body === undefined ? undefined : JSON.stringify(body),
+      body: body === undefined ? undefined : raw ? body : JSON.stringify(body),
     });
     if (!reply.ok) throw new Problem(await reply.json().catch(() => ({})), reply.status);
     return reply;
@@ -88,6 +89,11 @@ export async function post(address, body, options) {
   return (await send('POST', address, { ...options, body })).json();
 }
 
+/** Send JSON lines. @param {string} address @param {string} text */
+export function sendText(address, text) {
+  return send('POST', address, { body: text, raw: true, headers: { 'content-type': 'application/x-ndjson' } });
+}
+
 /** Forget the kept replies whose address begins so. @param {string} prefix */
 export function forget(prefix) {
   for (const address of kept.keys()) if (address.startsWith(prefix)) kept.delete(address);
@@ -110,6 +116,7 @@ export function forget(prefix) {
 export function useAsk(key, load, { delay = 0, known } = {}) {
   const [state, set] = useState(/** @type {{key: string | null, data?: any, error?: Problem}} */ ({ key: null }));
   const [turn, setTurn] = useState(0);
+  const attempts = useRef({ key, n: 0 });
   const at = key && known !== undefined ? { key, data: known } : state;
   useEffect(() => {
     if (key === null) return;
@@ -122,6 +129,7 @@ export function useAsk(key, load, { delay = 0, known } = {}) {
       } catch (error) {
         if (abort.signal.aborted) return;
         if (!(error instanceof Problem)) throw error;
+        error.attempt = attempts.current.key === key ? attempts.current.n : 0;
         set((old) => ({ key, data: old.data, error }));
       }
     }, delay);
@@ -137,6 +145,7 @@ export function useAsk(key, load, { delay = 0, known } = {}) {
     loading: key !== null && !settled,
     stale: !settled || !!at.error,
     retry: () => {
+      attempts.current = { key, n: attempts.current.key === key ? attempts.current.n + 1 : 1 };
       set((old) => ({ key: null, data: old.data }));
       setTurn((n) => n + 1);
     },

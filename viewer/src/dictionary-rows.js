@@ -1,8 +1,8 @@
-// The rows of a dictionary's table, page by page: a page's cursor stands in the reply before it.
+// The rows of a dictionary's table, by pages; only those that somebody looks at are asked for.
 import { useEffect, useRef, useState } from 'preact/hooks';
 import { Problem, get, url } from './api.js';
 
-export const PAGE = 200;
+export const PAGE = 100;
 
 /**
  * @typedef {object} Rows
@@ -17,28 +17,28 @@ export const PAGE = 200;
  * @property {boolean} stale whether these are the rows of an earlier query
  */
 
+/** The address of a page: its cursor is the number of its first row. @param {string} id @param {Record<string, any>} query @param {number} page */
+const addressOf = (id, query, page) => url(['dictionaries', id, 'features'], { ...query, cursor: page ? page * PAGE : null, limit: PAGE });
+
 /** @param {string} id @param {Record<string, any>} query @returns {Rows} */
 export function useRows(id, query) {
   const key = JSON.stringify([id, query]);
   const [turn, setTurn] = useState(0);
-  const [state, setState] = useState({ key: '', pages: /** @type {any[]} */ ([]), problem: /** @type {Problem | null} */ (null) });
-  const latest = useRef(state);
-  latest.current = state;
-  const wanted = useRef(0); // page up to which somebody looks
-  const wake = useRef(() => {});
+  const [state, setState] = useState({ key: '', pages: /** @type {Record<number, any>} */ ({}), problem: /** @type {Problem | null} */ (null) });
+  const want = useRef((/** @type {number} */ _from, /** @type {number} */ _to) => {});
   useEffect(() => {
     const abort = new AbortController();
-    wanted.current = 0;
-    /** @type {any[]} */ let pages = [];
+    /** @type {Record<number, any>} */ let pages = {};
+    /** @type {number[]} */ let wanted = [0];
     let running = false;
     async function run() {
       if (running) return;
       running = true;
       try {
-        while (!abort.signal.aborted && pages.length <= wanted.current && (pages.length === 0 || pages.at(-1).next_cursor)) {
-          const cursor = pages.at(-1)?.next_cursor;
-          const page = await get(url(['dictionaries', id, 'features'], { ...query, cursor, limit: PAGE }), { signal: abort.signal });
-          pages = [...pages, page];
+        // What is in view now comes first: pages that were scrolled past are not asked for.
+        for (let page = wanted.find((n) => !pages[n]); page !== undefined && !abort.signal.aborted; page = wanted.find((n) => !pages[n])) {
+          const found = await get(addressOf(id, query, page), { signal: abort.signal });
+          pages = { ...pages, [page]: found };
           if (!abort.signal.aborted) setState({ key, pages, problem: null });
         }
       } catch (error) {
@@ -49,21 +49,23 @@ export function useRows(id, query) {
         running = false;
       }
     }
-    wake.current = run;
+    want.current = (from, to) => {
+      const [first, last] = [Math.floor(from / PAGE), Math.floor(Math.max(0, to - 1) / PAGE)];
+      wanted = Array.from({ length: last - first + 1 }, (_, i) => first + i);
+      run();
+    };
     run();
     return () => abort.abort();
   }, [key, turn]);
   const { pages } = state;
+  const any = Object.values(pages)[0];
   return {
-    total: pages[0]?.total ?? null,
+    total: any?.total ?? null,
     row: (i) => pages[Math.floor(i / PAGE)]?.items[i % PAGE],
-    all: () => pages.flatMap((page) => page.items),
-    python: pages[0]?.python,
+    all: () => Object.values(pages).flatMap((page) => page.items),
+    python: any?.python,
     words: (i) => pages[Math.floor(i / PAGE)] ?? { vocab: {} },
-    want: (_, to) => {
-      wanted.current = Math.max(wanted.current, Math.floor(Math.max(0, to - 1) / PAGE));
-      wake.current();
-    },
+    want: (from, to) => want.current(from, to),
     problem: state.key === key ? state.problem : null,
     retry: () => setTurn((n) => n + 1),
     stale: state.key !== key,
@@ -79,13 +81,12 @@ const FIGURES = ['unit', 'density', 'max', 'mean', 'label', 'score'];
  */
 export async function allAsCsv(id, query, onProgress) {
   const lines = [FIGURES.join(',')];
-  let cursor;
-  do {
-    const page = await get(url(['dictionaries', id, 'features'], { ...query, cursor, limit: PAGE }));
-    for (const row of page.items) lines.push(FIGURES.map((name) => csvCell(row[name])).join(','));
-    cursor = page.next_cursor;
-    onProgress((lines.length - 1) / Math.max(page.total, 1));
-  } while (cursor);
+  for (let page = 0, more = true; more; page++) {
+    const found = await get(addressOf(id, query, page));
+    for (const row of found.items) lines.push(FIGURES.map((name) => csvCell(row[name])).join(','));
+    more = found.next_cursor !== null;
+    onProgress((lines.length - 1) / Math.max(found.total, 1));
+  }
   return `${lines.join('\r\n')}\r\n`;
 }
 

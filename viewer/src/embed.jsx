@@ -8,7 +8,7 @@ import { HasLinks, Panel } from './components/panel.jsx';
 import { VirtualTable } from './components/table.jsx';
 import { Badges, Facts, FeatureCard, titleOf } from './feature/card.jsx';
 import { LABELS_ARE, LabelList } from './feature/label-list.jsx';
-import { count, number, percentage } from './format.js';
+import { count, number, percentage, visible } from './format.js';
 
 /**
  * @typedef {object} Exported
@@ -48,7 +48,7 @@ function Page({ data, onUnit }) {
           {step(card.next_alive, 'right', 'Next one that is alive')}
         </p>
         <h1>{titleOf(card)}<Badges badges={card.badges} /></h1>
-        <p class="feature-label">{label ? label.text : <span class="soft">no label yet</span>}</p>
+        <p class="feature-label">{label ? visible(label.text) : <span class="soft">no label yet</span>}</p>
         <Facts card={card} />
       </header>
       <FeatureCard
@@ -83,7 +83,7 @@ function List({ index }) {
             onSort={(id) => setSort({ by: id, order: sort.by === id && sort.order === 'desc' ? 'asc' : 'desc' })}
             columns={[
               { id: 'unit', title: index.kind, width: '72px', sorts: true, cell: (row) => <a href={`${row[0]}.html`}>{row[0]}</a> },
-              { id: 'text', title: 'label, or where it is strongest', width: 'minmax(0, 1fr)', cell: (row) => <span class="one-line">{row[4]}</span> },
+              { id: 'text', title: 'label, or where it is strongest', width: 'minmax(0, 1fr)', cell: (row) => <span class="one-line">{visible(row[4])}</span> },
               { id: 'density', title: 'active', width: '72px', num: true, sorts: true, cell: (row) => percentage(row[1]) },
               { id: 'max', title: 'largest', width: '72px', num: true, sorts: true, cell: (row) => number(row[2]) },
               { id: 'mean', title: 'mean', width: '72px', num: true, sorts: true, cell: (row) => number(row[3]) },

@@ -3,6 +3,7 @@ import { useMemo, useRef, useState } from 'preact/hooks';
 import { url, useGet } from './api.js';
 import { Dialog } from './components/dialog.jsx';
 import { Failure } from './components/states.jsx';
+import { visible } from './format.js';
 import { layers, shownKeys } from './keys.js';
 import { go, href, route } from './router.js';
 import { dictionaries, dictionary } from './state.js';
@@ -87,7 +88,7 @@ function matches(title, text) {
 function hit(found) {
   const kind = dictionary(found.dictionary)?.kind ?? 'latent';
   return {
-    title: found.label || `${kind} ${found.unit}`,
+    title: found.label ? visible(found.label) : `${kind} ${found.unit}`,
     note: `${found.dictionary} · ${found.unit}${found.why ? ` · ${found.why}` : ''}`,
     run: () => go(href(['f', found.dictionary, found.unit])),
   };

@@ -22,6 +22,8 @@ export const PAGES = [
   { path: 'd', title: 'Dictionaries', icon: 'grid', component: Dictionaries, rail: true, keys: 'g d' },
   { path: 'm', title: 'Model', icon: 'model', component: later('ModelPage'), rail: true, keys: 'g m' },
   { path: 'p', title: 'Prompt', icon: 'prompt', component: later('PromptPage'), rail: true, keys: 'g p' },
+  { path: 'h', title: 'Heads', icon: 'head', component: later('HeadPage'), rail: true, keys: 'g h' },
+  { path: 'factors', title: 'Factors', icon: 'factors', component: later('FactorsPage'), rail: true, keys: 'g t' },
   { path: 'compare', title: 'Compare', icon: 'compare', component: ComparePage, rail: true, keys: 'g c' },
 ];
 

@@ -124,6 +124,7 @@ function Banner() {
 function Unknown() {
   return (
     <div class="page">
+      <h1 class="hidden">No such page</h1>
       <Empty title="There is no such page"><p>The address may be of another version. <a href="#/">Go to the start</a></p></Empty>
     </div>
   );

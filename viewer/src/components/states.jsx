@@ -43,7 +43,9 @@ const TITLES = /** @type {Record<string, string>} */ ({
  * @param {{problem: import('../api.js').Problem, retry?: () => void}} props
  */
 export function Failure({ problem, retry }) {
-  const waits = problem.retryAfter ?? (problem.code === 'model_loading' ? 1 : null);
+  const first = problem.retryAfter ?? (problem.code === 'model_loading' ? 1 : null);
+  // Twice as long each time, but for a model that is being loaded.
+  const waits = first === null || problem.code === 'model_loading' ? first : Math.min(60, first * 2 ** problem.attempt);
   const [left, setLeft] = useState(waits);
   useEffect(() => {
     setLeft(waits);

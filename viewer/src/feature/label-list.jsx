@@ -1,4 +1,4 @@
-import { fixed } from '../format.js';
+import { fixed, visible } from '../format.js';
 
 export const LABELS_ARE = 'what it means, who says so, and how well that predicts its activations';
 
@@ -8,8 +8,8 @@ export function LabelList({ labels }) {
     <ul class="labels">
       {labels.map((label) => (
         <li key={label.id}>
-          <p>{label.text}</p>
-          <p class="small soft row"><span>{label.source}</span>{label.score !== null && <span title="score of its method">{fixed(label.score, 3)}</span>}</p>
+          <p>{visible(label.text)}</p>
+          <p class="small soft row"><span>{visible(label.source)}</span>{label.score !== null && <span title="score of its method">{fixed(label.score, 3)}</span>}</p>
         </li>
       ))}
     </ul>

@@ -3,7 +3,7 @@ import { TokenBars } from '../components/bars.jsx';
 import { Histogram } from '../components/histogram.jsx';
 import { Panel } from '../components/panel.jsx';
 import { Answer, Empty } from '../components/states.jsx';
-import { fixed, count, number } from '../format.js';
+import { count, fixed, number, visible } from '../format.js';
 import { parseRange } from './examples.jsx';
 
 /** @typedef {import('./types.js').Card} Card */
@@ -131,7 +131,7 @@ export function Unit({ link, unit, label, place = '' }) {
   return (
     <>
       {link ? <a href={link}>{unit}</a> : <span>{unit}</span>}
-      {(label || place) && <span class="unit-label soft"> {place}{place && label ? ' · ' : ''}{label}</span>}
+      {(label || place) && <span class="unit-label soft"> {place}{place && label ? ' · ' : ''}{label && visible(label)}</span>}
     </>
   );
 }

@@ -8,7 +8,7 @@ import { Answer, Empty } from '../components/states.jsx';
 import { Tokens } from '../components/tokens.jsx';
 import { Badges, titleOf } from '../feature/card.jsx';
 import { scaleOf, tokenOfPeak } from '../feature/examples.jsx';
-import { number, percentage } from '../format.js';
+import { number, percentage, visible } from '../format.js';
 import { href, route, setQuery } from '../router.js';
 import { MOST_COMPARED, modelState, tray } from '../state.js';
 
@@ -75,7 +75,7 @@ function Column({ one, onDrop }) {
 function Small({ card }) {
   return (
     <>
-      <p class="compare-label">{card.labels[0]?.text ?? <span class="soft">no label yet</span>}</p>
+      <p class="compare-label">{card.labels[0] ? visible(card.labels[0].text) : <span class="soft">no label yet</span>}</p>
       <p class="small soft row"><span>active {percentage(card.stats.density)}</span><span>largest {number(card.stats.max)}</span><span>mean {number(card.stats.mean)}</span></p>
       {card.hist.counts.length > 0 && <Histogram bins={card.hist} edges="logarithmic" label="How often each value above 0 occurs" height={48} />}
       <ol class="example-list">

@@ -1,6 +1,6 @@
 // `#/d`: all dictionaries. `#/d/{dictionary}`: one of them, its units as a table, and where it comes from.
 import { useEffect, useState } from 'preact/hooks';
-import { url, useGet } from '../api.js';
+import { forget, sendText, url, useGet } from '../api.js';
 import { Histogram } from '../components/histogram.jsx';
 import { notify } from '../components/notice.js';
 import { Panel, Tool } from '../components/panel.jsx';
@@ -9,7 +9,7 @@ import { VirtualTable } from '../components/table.jsx';
 import { Tokens } from '../components/tokens.jsx';
 import { allAsCsv, save, useRows } from '../dictionary-rows.js';
 import { Unit } from '../feature/side.jsx';
-import { count, fixed, number, percentage, plural } from '../format.js';
+import { count, fixed, number, percentage, plural, visible } from '../format.js';
 import { useKeys } from '../keys.js';
 import { go, href, setQuery } from '../router.js';
 import { dictionaries, model } from '../state.js';
@@ -48,6 +48,7 @@ export function DictionariesPage() {
         <Panel id="bookmarks" title="Bookmarks" what="units that you have marked with the key b" json={marks.data}>
           <Answer asked={marks} lines={2}>{(reply) => <Bookmarks items={reply.items ?? []} />}</Answer>
         </Panel>
+        <LabelFiles />
       </div>
     </div>
   );
@@ -62,6 +63,48 @@ function Bookmarks({ items }) {
         <li><Unit link={href(['f', one.dictionary, one.unit])} unit={one.unit} label={one.label ?? one.note} place={one.dictionary} /></li>
       ))}
     </ul>
+  );
+}
+
+/** Labels as files, in and out. */
+function LabelFiles() {
+  const [said, setSaid] = useState(/** @type {any} */ (null));
+  const [into, setInto] = useState('');
+  /** @param {File | undefined} file */
+  async function read(file) {
+    if (!file) return;
+    try {
+      const reply = await sendText(url(['labels', 'import'], { dictionary: into }), await file.text());
+      setSaid(await reply.json());
+      forget('api/v1/');
+    } catch (error) {
+      notify(error instanceof Error ? error.message : String(error), 'bad');
+    }
+  }
+  return (
+    <Panel id="label-files" title="Labels as files" what="your own as JSON lines; those of others, such as the published explanations or Neuronpedia's, are read too">
+      <p class="row">
+        <a class="button" href={url(['labels', 'export'])} download="labels.jsonl">Save as JSON lines</a>
+        <a class="button" href={url(['labels', 'export'], { format: 'neuronpedia' })} download="labels-neuronpedia.jsonl">Save for Neuronpedia</a>
+      </p>
+      {!model.value?.read_only && (
+        <p class="row spaced">
+          <label>Read into
+            <select value={into} onChange={(event) => setInto(event.currentTarget.value)}>
+              <option value="">what each line says</option>
+              {dictionaries.value.map((one) => <option value={one.id}>{one.name}</option>)}
+            </select>
+          </label>
+          <input type="file" accept=".jsonl,.json,.txt" aria-label="File of labels" onChange={(event) => read(event.currentTarget.files?.[0])} />
+        </p>
+      )}
+      {said && (
+        <div class="spaced" role="status">
+          <p>{plural(said.imported, 'label')} read{said.skipped > 0 && `, ${plural(said.skipped, 'line')} left out`}.</p>
+          {said.errors?.length > 0 && <ul class="small soft">{said.errors.slice(0, 5).map((/** @type {any} */ one) => <li>line {one.line}: {one.detail}</li>)}</ul>}
+        </div>
+      )}
+    </Panel>
   );
 }
 
@@ -245,7 +288,7 @@ function Field({ name, value = '', label, placeholder }) {
 
 /** @param {{row: any, words: import('../vocabulary.js').Vocabulary}} props */
 function Peek({ row, words }) {
-  if (row.label) return <span class="one-line">{row.label}</span>;
+  if (row.label) return <span class="one-line">{visible(row.label)}</span>;
   if (!row.peek) return <span class="soft">never active</span>;
   return (
     <div class="one-line peek">

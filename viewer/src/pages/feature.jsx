@@ -7,7 +7,7 @@ import { Empty, Failure, Loading } from '../components/states.jsx';
 import { Badges, Facts, FeatureCard, titleOf } from '../feature/card.jsx';
 import { Labels } from '../feature/labels.jsx';
 import { TryIt } from '../feature/try.jsx';
-import { count } from '../format.js';
+import { count, visible } from '../format.js';
 import { useKeys } from '../keys.js';
 import { go, href, route, setQuery } from '../router.js';
 import { MOST_COMPARED, dictionaries, dictionary, inTray, model, modelState, toggleTray } from '../state.js';
@@ -40,7 +40,7 @@ function Feature({ id, unit, query }) {
   const ready = modelState.value === 'ready' && here;
   const canDirect = ready && card.kind !== 'head';
   const logits = useGet(canDirect ? `${address}/logits` : null, { delay: REST });
-  const neighbours = useGet(canDirect && logits.data && !logits.loading ? `${address}/neighbours` : null, { delay: REST });
+  const neighbours = useGet(canDirect && !logits.loading ? `${address}/neighbours` : null, { delay: REST });
   const steps = useSteps(id, here ? card : undefined, query);
   useFeatureKeys(id, unit, here ? card : undefined, steps, query);
   // The page can be read without a mouse from the heading on.
@@ -49,6 +49,7 @@ function Feature({ id, unit, query }) {
     return (
       <div class="page">
         <Navigation id={id} unit={unit} card={undefined} one={one} steps={steps} query={query} />
+        <h1 class="hidden">Feature {unit}</h1>
         <Failure problem={asked.error} retry={asked.retry} />
       </div>
     );
@@ -59,7 +60,7 @@ function Feature({ id, unit, query }) {
         <div class={here ? undefined : 'stale'} aria-busy={!here}>
           <header class="feature-head">
             <h1 ref={heading} tabIndex={-1}>{titleOf(card)}<Badges badges={card.badges} /></h1>
-            <p class="feature-label">{card.labels[0] ? card.labels[0].text : <span class="soft">no label yet</span>}</p>
+            <p class="feature-label">{card.labels[0] ? visible(card.labels[0].text) : <span class="soft">no label yet</span>}</p>
             <Facts card={card} />
           </header>
           <FeatureCard
@@ -67,7 +68,7 @@ function Feature({ id, unit, query }) {
             linkTo={(d, u) => href(['f', d, u], kept(query))} logits={modelState.value === 'none' || card.kind === 'head' ? undefined : logits}
             neighbours={modelState.value === 'none' || card.kind === 'head' ? undefined : neighbours}
             promptLink={modelState.value === 'none' ? undefined : (text) => href(['p'], { a: text })}
-            first={<TryIt id={id} unit={unit} card={card} query={query} />}
+            first={card.kind !== 'head' && <TryIt id={id} unit={unit} card={card} query={query} />}
             labels={<Labels id={id} card={card} onChange={() => { forget(address); asked.retry(); }} />}
           />
         </div>

@@ -48,7 +48,7 @@ export function PromptPage({ query }) {
   const kept = useAsk(query.s ?? null, (signal) => get(url(['sessions', query.s]), { signal }));
   if (query.s && kept.error) return <div class="page"><Answer asked={kept}>{() => null}</Answer></div>;
   if (query.s && !kept.data) return <div class="page"><Loading lines={6} /></div>;
-  return <Page query={query.s ? kept.data.state ?? kept.data : query} />;
+  return <Page query={query.s ? kept.data.state : query} />;
 }
 
 /** The state, and a function that changes it: the address follows. @param {Record<string, string>} query */
@@ -61,10 +61,9 @@ function useState_(query) {
     latest.current = { ...latest.current, ...patch };
     const address = href(['p'], write(latest.current));
     if (address.length <= LONGEST) return go(address, { replace: !push });
-    const id = crypto.randomUUID?.() ?? String(Date.now());
-    const body = Object.fromEntries(Object.entries(write(latest.current)).filter(([, value]) => value !== null));
-    return post(url(['sessions', id]), { state: body }).then(
-      () => go(href(['p'], { s: id }), { replace: !push }),
+    const kept = Object.fromEntries(Object.entries(write(latest.current)).filter(([, value]) => value !== null));
+    return post(url(['sessions']), { state: kept }).then(
+      ({ id }) => go(href(['p'], { s: id }), { replace: !push }),
       (problem) => notify(`The state of this page is too long for a link: ${problem.message}`, 'bad'),
     );
   }
@@ -111,9 +110,10 @@ function Page({ query }) {
     const why = whyNotChanged(node);
     if (why) return notify(why, 'bad');
     const kind = node.kind === 'pair' ? 'head' : node.kind;
+    const location = node.location.replace('attn.qk_probs', 'attn.v_out'); // of a pair, the whole head is changed
 
     /** @type {Intervention} */
-    const next = { node: { location: node.location, kind, unit: node.unit, position: everywhere ? null : node.position, dictionary: node.dictionary ?? null }, action, value: FIRST_VALUE[action] };
+    const next = { node: { location, kind, unit: node.unit, position: everywhere ? null : node.position, dictionary: node.dictionary ?? null }, action, value: FIRST_VALUE[action] };
     const others = state.interventions.filter((one) => !sameUnit(one, next));
     const same = state.interventions.find((one) => sameUnit(one, next));
     change(same && same.action === action ? others : [...others, next]);

@@ -132,7 +132,7 @@ export function TokenEffects({ data, two, position, onPosition }) {
   );
 }
 
-/** Tokens of a vocabulary with a number each. @param {{title: string, items: {id: number, value: number}[], words: any, empty?: string}} props */
+/** Tokens of a vocabulary with a number each. @param {{title: any, items: {id: number, value: number}[], words: any, empty?: string}} props */
 export function TokenList({ title, items, words, empty = 'none' }) {
   return (
     <div class="token-list">

@@ -1,0 +1,219 @@
+"""The Prompt page gives the library's numbers: interventions, traces, two prompts, lens, generation."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from neuron_explainer.analysis.effects import nodes
+from neuron_explainer.analysis.targets import logit_difference
+from neuron_explainer.models.hooks import TransformerHooks
+from neuron_explainer.models.interventions import ablate
+from neuron_explainer.models.transformer import Transformer
+from tests.browser.helpers import ask, eventually, expect, numbers
+from tests.browser.running import Server
+
+OpenPage = Callable[..., Any]
+TEXT = "The queen went into the forest, and when"
+OTHER = "The prince went into the dark forest, and when"
+PROMPT = "#/p?a=The+queen+went+into+the+forest%2C+and+when&t=%5B%22+she%22%5D&d=%5B%22+he%22%5D"
+TWO = f"{PROMPT}&b=%22The+prince+went+into+the+dark+forest%2C+and+when%22"
+ROWS = "table.nodes tbody tr[data-key]"
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return Transformer.load("tiny-tales")
+
+
+def difference(model: Transformer, text: str, hooks: TransformerHooks | None = None) -> float:
+    """The logit of " she" minus that of " he" after a text."""
+    with torch.no_grad():
+        logits = model([model.prompt_ids(text)[0]], hooks=hooks)[0][0, -1].double()
+    she, he = (model.prompt_ids(word)[0][0] for word in (" she", " he"))
+    return float(logits[she] - logits[he])
+
+
+def shown_difference(page: Any, prompt: str = "A") -> float:
+    """The logit difference that the page shows."""
+    value = page.locator(f"[data-prompt='{prompt}'] .main b").get_attribute("data-value")
+    return float(value)
+
+
+def ready(page: Any) -> None:
+    """Wait for the table, and until nothing is on its way."""
+    expect(page.locator(ROWS).first).to_be_visible()
+    expect(page.locator("[aria-busy=true]")).to_have_count(0)
+
+
+def test_the_numbers_are_the_librarys(open_page: OpenPage, model: Transformer) -> None:
+    page = open_page(PROMPT)
+    ready(page)
+    assert shown_difference(page) == pytest.approx(difference(model, TEXT), abs=1e-4)
+    last = len(model.prompt_ids(TEXT)[0]) - 1
+    table = nodes(model, TEXT, logit_difference(model, " she", " he"), top_k=20, positions=[last])
+    keys = page.eval_on_selector_all(ROWS, "rows => rows.map((row) => row.dataset.key)")
+    expected = {
+        f"{n.location}|{n.kind}|{n.unit}|{n.position}|": i for i, n in enumerate(table.nodes)
+    }
+    assert set(keys) == set(expected)
+    for measure, values in table.values.items():
+        found = numbers(page, f"{ROWS} td[data-measure={measure}]")
+        assert found == pytest.approx([values[expected[key]] for key in keys], abs=1e-4)
+    assert [expected[key] for key in keys] == table.order("act_grad")
+    coverage = float(page.locator("[data-coverage]").get_attribute("data-coverage"))
+    assert coverage == pytest.approx(table.coverage(), abs=1e-4)
+
+
+def test_a_head_that_is_ablated_by_key_changes_what_hooks_change(
+    open_page: OpenPage, model: Transformer
+) -> None:
+    page = open_page(PROMPT)
+    ready(page)
+    before = shown_difference(page)
+    key = page.locator(f"{ROWS}.current").get_attribute("data-key")
+    location, kind, unit, position, _ = key.split("|")
+    assert kind == "head"
+    page.keyboard.press("a")
+    expect(page.locator(".tray li")).to_have_count(1)
+    ready(page)
+    changed = difference(model, TEXT, ablate(location, int(unit), int(position)))
+    assert shown_difference(page) == pytest.approx(changed, abs=1e-4)
+    assert abs(changed - before) > 0.1
+    tray = page.locator(".tray-sum")
+    assert float(tray.get_attribute("data-before")) == before
+    page.keyboard.press("u")
+    expect(page.locator(".tray li")).to_have_count(0)
+    ready(page)
+    assert shown_difference(page) == before
+    page.keyboard.press("U")
+    ready(page)
+    assert shown_difference(page) == pytest.approx(changed, abs=1e-4)
+
+
+def test_a_trace_lists_what_comes_before_and_leads_back(open_page: OpenPage) -> None:
+    page = open_page(f"{PROMPT}&only=neuron")
+    ready(page)
+    row = page.locator(ROWS).first
+    layer = int(row.get_attribute("data-key").split("/")[0])
+    page.keyboard.press("t")
+    trail = page.get_by_role("navigation", name="Trace")
+    expect(trail).to_contain_text("neuron")
+    page.get_by_label("Filter nodes").fill("")
+    ready(page)
+    keys = page.eval_on_selector_all(ROWS, "rows => rows.map((row) => row.dataset.key)")
+    layers = [int(key.split("/")[0]) for key in keys if key[0].isdigit()]
+    assert keys
+    assert max(layers) <= layer
+    assert not [k for k in keys if k.startswith(f"{layer}/mlp")], "its own layer's MLP is no cause"
+    trail.get_by_role("button", name="Logit difference").click()
+    expect(trail).to_be_hidden()
+    ready(page)
+
+
+def test_a_node_that_cannot_be_traced_says_why(open_page: OpenPage) -> None:
+    page = open_page(f"{PROMPT}&only=embedding")
+    ready(page)
+    page.keyboard.press("t")
+    expect(page.get_by_text("nothing comes before it")).to_be_visible()
+    expect(page.get_by_role("navigation", name="Trace")).to_be_hidden()
+
+
+@pytest.mark.parametrize("through", ["query", "key", "query and key", "value"])
+def test_a_head_is_traced_through_each_of_its_inputs(open_page: OpenPage, through: str) -> None:
+    page = open_page(f"{PROMPT}&only=L3+head")
+    ready(page)
+    page.keyboard.press("Enter")
+    expect(page.locator(".node-detail h3", has_text="Looks at")).to_be_visible()
+    buttons = page.get_by_role("group", name=re.compile("^Trace"))
+    buttons.get_by_role("button", name=re.compile(f"^{through}( t)?$")).click()
+    expect(page.get_by_role("navigation", name="Trace")).to_contain_text(f", {through}")
+    page.get_by_label("Filter nodes").fill("")
+    ready(page)
+
+
+def test_two_prompts_of_other_lengths_are_aligned(open_page: OpenPage, model: Transformer) -> None:
+    page = open_page(f"{TWO}&pos=all")
+    ready(page)
+    for prompt, text in (("A", TEXT), ("B", OTHER)):
+        expected = difference(model, text)
+        assert shown_difference(page, prompt) == pytest.approx(expected, abs=1e-4)
+    sides = {
+        side: page.eval_on_selector_all(
+            f"{ROWS} td[data-measure=act_grad][data-side={side}]",
+            "all => all.map((one) => one.dataset.value)",
+        )
+        for side in ("A", "B", "diff")
+    }
+    for a, b, both in zip(*sides.values(), strict=True):
+        if a and b:
+            assert float(both) == pytest.approx(float(a) - float(b), abs=1e-9)
+        else:
+            assert both == ""
+    before = sorted(-float(value) for value in sides["diff"] if value)
+    page.keyboard.press("2")
+    expect(page.locator("table.matrix thead th.alone")).to_have_text("dark")
+    page.keyboard.press("x")
+    page.keyboard.press("1")
+    expect(page.get_by_label("Text of Prompt A")).to_have_value(OTHER)
+    ready(page)
+    after = numbers(page, f"{ROWS} td[data-measure=act_grad][data-side=diff]:not([data-value=''])")
+    assert sorted(after) == pytest.approx(before, abs=1e-5)
+
+
+def test_two_streams_part_and_stop(open_page: OpenPage, server: Server) -> None:
+    change = '[["3/attn.v_out","head",4,8,null,"zero",null]]'
+    page = open_page(f"{PROMPT}&tab=generate&gen=[8,0,1,0]&iv={change}")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    expect(page.get_by_text("They part at new token 0")).to_be_visible()
+    streams = {name: page.locator(f"[data-stream={name}] .new") for name in ("baseline", "changed")}
+    for said in streams.values():
+        expect(said).to_have_count(8)
+        expect(said.first).to_have_class(re.compile("parted"))
+    assert streams["baseline"].first.inner_text() == " she"
+    assert streams["changed"].first.inner_text() == " he"
+    page.get_by_label("Tokens", exact=True).fill("128")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    expect(streams["changed"].nth(3)).to_be_visible()
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_text("Stopped")).to_be_visible()
+    eventually(lambda: ask(page, server, "health")["queue_depth"] == 0, "an empty queue", 1.0)
+    assert streams["changed"].count() < 128
+
+
+def test_the_lens_ends_with_what_the_model_says(open_page: OpenPage, model: Transformer) -> None:
+    page = open_page(f"{PROMPT}&tab=lens")
+    rows = page.locator(".lens-table tbody tr")
+    expect(rows).to_have_count(model.n_layers)
+    last = rows.first.locator("button").last
+    with torch.no_grad():
+        logits = model([model.prompt_ids(TEXT)[0]])[0][0, -1].double()
+    assert float(last.get_attribute("data-prob")) == pytest.approx(
+        float(logits.softmax(dim=-1).max()), abs=1e-4
+    )
+    expect(last).to_have_text("she")
+
+
+def test_the_attention_of_a_head_is_the_models(open_page: OpenPage, model: Transformer) -> None:
+    page = open_page(f"{PROMPT}&tab=attention&head=3.4")
+    table = page.locator("table.pair-table")
+    expect(table).to_be_visible()
+    found = model.capture(TEXT, "3/attn.qk_probs")["3/attn.qk_probs"][0, :, :, 4]
+    n = len(found)
+    expected = [float(found[q, k]) for q in range(n) for k in range(q + 1)]
+    assert numbers(page, "table.pair-table td") == pytest.approx(expected, abs=1 / 400)
+    expect(page.locator(".heads button.head")).to_have_count(24)
+
+
+def test_a_candidate_becomes_the_target(open_page: OpenPage) -> None:
+    page = open_page(f"#/p?a={TEXT.replace(' ', '+')}")
+    page.get_by_role("button", name='Use " they" as target').click()
+    expect(page.locator(".chip code")).to_have_text("␣they")
+    page.get_by_label("Add a distractor token of Prompt").fill("he")
+    page.keyboard.press("Enter")
+    expect(page.locator(".chip code").nth(1)).to_have_text(re.compile("he"))
+    page.get_by_label("Add a target token of Prompt").fill("no such single token")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("Give one token")).to_be_visible()

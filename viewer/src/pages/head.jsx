@@ -1,0 +1,113 @@
+// `#/h/{layer}/{head}`: one attention head: where it looks on a text, and what it writes from what it sees.
+import { useEffect, useState } from 'preact/hooks';
+import { post, send, url, useAsk } from '../api.js';
+import { Panel, Tool } from '../components/panel.jsx';
+import { Answer, Empty, Loading } from '../components/states.jsx';
+import { percentage } from '../format.js';
+import { useKeys } from '../keys.js';
+import { TokenList, TokenWord } from '../prompt/answer.jsx';
+import { PairTable, Picture, unpacked } from '../prompt/attention.jsx';
+import { go, href } from '../router.js';
+import { dictionaries, model, modelState } from '../state.js';
+
+const FIRST_TEXT = 'The queen went into the forest, and when the king came home he looked for her, and the king was very sad.';
+const PAUSE = 300; // milliseconds after the last letter
+
+/** @param {{path: string[], query: Record<string, string>}} props */
+export function HeadPage({ path, query }) {
+  const all = model.value;
+  const [layers, heads] = [all?.n_layers ?? 1, all?.n_heads ?? 1];
+  const layer = Math.min(Math.max(0, Number(path[0]) || 0), layers - 1);
+  const head = Math.min(Math.max(0, Number(path[1]) || 0), heads - 1);
+  const text = query.text ?? FIRST_TEXT;
+  /** @param {number} l @param {number} h */
+  const show = (l, h) => go(href(['h', Math.min(Math.max(0, l), layers - 1), Math.min(Math.max(0, h), heads - 1)], { text: query.text }));
+  useKeys('Head', [
+    { keys: 'ArrowRight', what: 'Next head', run: () => show(layer, head + 1) },
+    { keys: 'ArrowLeft', what: 'Head before', run: () => show(layer, head - 1) },
+    { keys: 'ArrowUp', what: 'Next layer', run: () => show(layer + 1, head) },
+    { keys: 'ArrowDown', what: 'Layer before', run: () => show(layer - 1, head) },
+    { keys: 't', what: 'Edit the text', run: () => document.getElementById('head-text')?.focus() },
+  ]);
+  if (!all) return <div class="page"><Loading lines={8} /></div>;
+  const stores = dictionaries.value.filter((one) => one.kind === 'head' && one.layer === layer);
+  return (
+    <div class="page head-page">
+      <header class="row">
+        <h1>Layer {layer}, head {head}</h1>
+        <span class="push row">
+          <label>Layer <select value={String(layer)} onChange={(event) => show(Number(event.currentTarget.value), head)}>{Array.from({ length: layers }, (_, i) => <option value={String(i)}>{i}</option>)}</select></label>
+          <label>Head <select value={String(head)} onChange={(event) => show(layer, Number(event.currentTarget.value))}>{Array.from({ length: heads }, (_, i) => <option value={String(i)}>{i}</option>)}</select></label>
+          <Tool icon="left" label="Head before" keys="←" disabled={head === 0} onClick={() => show(layer, head - 1)} />
+          <Tool icon="right" label="Next head" keys="→" disabled={head === heads - 1} onClick={() => show(layer, head + 1)} />
+        </span>
+      </header>
+      <Text text={text} onText={(next) => go(href(['h', layer, head], { text: next }), { replace: true })} />
+      {modelState.value === 'none' ? <Empty title="No model runs here"><p>Start the server with a model to see where its heads look.</p></Empty> : text === '' ? <Empty title="No text" /> : <Views key={`${layer}.${head}`} layer={layer} head={head} text={text} prompt={href(['p'], { a: text, tab: 'attention', head: `${layer}.${head}` })} />}
+      {stores.length > 0 && <p class="soft">Examples of a corpus: {stores.map((one) => <a href={href(['f', one.id, head])}>{one.name}</a>)}</p>}
+    </div>
+  );
+}
+
+/** @param {{text: string, onText: (text: string) => void}} props */
+function Text({ text, onText }) {
+  const [draft, setDraft] = useState(text);
+  useEffect(() => setDraft(text), [text]);
+  useEffect(() => {
+    if (draft === text) return;
+    const timer = setTimeout(() => onText(draft), PAUSE);
+    return () => clearTimeout(timer);
+  }, [draft]);
+  return <textarea id="head-text" aria-label="Text that the head reads" rows={2} spellcheck={false} maxLength={4000} value={draft} onInput={(event) => setDraft(event.currentTarget.value)} />;
+}
+
+/** @param {{layer: number, head: number, text: string, prompt: string}} props */
+function Views({ layer, head, text, prompt }) {
+  const body = { text, heads: [[layer, head]], kind: 'pattern' };
+  const pattern = useAsk(JSON.stringify(body), async (signal) => unpacked(await (await send('POST', url(['attention']), { body, signal })).arrayBuffer()));
+  const more = { text, layer, head };
+  const asked = useAsk(JSON.stringify(more), (signal) => post(url(['head']), more, { signal }));
+  return (
+    <>
+      <div class="split wide-left">
+        <Panel id="pattern" title="Where it looks" what="rows look, columns are looked at; per cent of the attention of each token" python={pattern.data?.python} json={asked.data} actions={<a class="button" href={prompt}>All heads</a>}>
+          <Answer asked={pattern} lines={10}>{(all) => <PairTable all={all} head={0} />}</Answer>
+        </Panel>
+        <div class="stack">
+          <Panel id="head-pairs" title="Strongest pairs" what="of a token with an earlier one, on this text" json={asked.data?.pairs} python={asked.data?.python}>
+            <Answer asked={asked} lines={8}>{(data) => <Pairs data={data} />}</Answer>
+          </Panel>
+          <Panel id="head-picture" title="Picture" what="the same, one dot a pair">
+            <Answer asked={pattern} lines={5}>{(all) => <Picture all={all} head={0} />}</Answer>
+          </Panel>
+        </div>
+      </div>
+      <Panel id="ov" title="What it writes" what="tokens that it promotes when it looks at a token: the token's embedding through values, output and unembedding" json={asked.data?.ov} python={asked.data?.python}>
+        <Answer asked={asked} lines={6}>{(data) => <Writes data={data} />}</Answer>
+      </Panel>
+    </>
+  );
+}
+
+/** @param {{data: any}} props */
+function Pairs({ data }) {
+  if (!data.pairs?.length) return <Empty title="No pairs" />;
+  return (
+    <table class="pair-list">
+      <thead><tr><th scope="col">Looks</th><th scope="col">at</th><th scope="col" class="num">attention</th></tr></thead>
+      <tbody>{data.pairs.slice(0, 15).map((/** @type {any} */ pair) => (
+        <tr><th scope="row"><TokenWord id={data.ids[pair.query]} words={data} /><sub class="soft">{pair.query}</sub></th><td><TokenWord id={data.ids[pair.key]} words={data} /><sub class="soft">{pair.key}</sub></td><td class="num" data-value={pair.value}>{percentage(pair.value)}</td></tr>
+      ))}</tbody>
+    </table>
+  );
+}
+
+/** @param {{data: any}} props */
+function Writes({ data }) {
+  if (!data.ov?.length) return <Empty title="Nothing to show" />;
+  return (
+    <div class="lists">
+      {data.ov.map((/** @type {any} */ one) => <TokenList title={<TokenWord id={one.id} words={data} />} items={one.top} words={data} />)}
+    </div>
+  );
+}
