@@ -121,6 +121,15 @@ def test_a_store_is_trained_on_and_measured(capsys: pytest.CaptureFixture[str]) 
     assert text.splitlines()[-1] == "Next: neuron-explainer report run"
 
 
+def test_a_run_is_probed_on_what_it_was_not_trained_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = as_json(capsys, "probe", "run", "--splits", "1", "--k", "1")
+    assert found["part"] == "held_out"
+    assert list(found["probed"]) == PLACES
+    assert Path(found["text"]).name == "books"
+
+
 def test_training_from_text_from_a_file_of_settings(capsys: pytest.CaptureFixture[str]) -> None:
     Path("run.toml").write_text(
         'location = "1/resid.torso.delta_mlp"\nsteps = 9\nbatch_size = 64\nn_latents = 48\n'

@@ -32,11 +32,14 @@ from neuron_explainer.evaluation.floors import permuted_directions
 from neuron_explainer.evaluation.linear_probes import (
     STRONG_RIDGE,
     Split,
+    check_labels,
+    check_rows,
     columns_of,
     fit_probe,
     mean_difference,
     quality,
     rows_of,
+    sparse,
     split_rows,
 )
 from neuron_explainer.evaluation.spread import Spread
@@ -98,7 +101,7 @@ class Absorption:
 
 @torch.no_grad()
 def absorption(
-    latents: Latents,
+    latents: Latents | Tensor,
     labels: Mapping[str, Tensor],
     activations: Tensor,
     directions: Tensor,
@@ -113,7 +116,7 @@ def absorption(
     """Measure absorption for each of several labels.
 
     Args:
-        latents: of all tokens, ``[t, l]``.
+        latents: of all tokens, ``[t, l]``, sparse or dense.
         labels: for each name whether a token has the label, ``[t]`` bool; such as its first letter.
         activations: what the latents are of, ``[t, n]``.
         directions: what the latents write, ``[l, n]``.
@@ -128,6 +131,10 @@ def absorption(
     Returns:
         ``{label: figures}`` for the labels that are not left out.
     """
+    latents = sparse(latents)
+    n_tokens = len(latents.values)
+    check_rows(n_tokens, {"activations": activations, "groups": groups, "parts": parts})
+    check_labels(n_tokens, labels)
     if directions.shape != (latents.n_latents, activations.shape[1]):
         raise InputError(
             f"expected directions {[latents.n_latents, activations.shape[1]]}, found "

@@ -30,11 +30,14 @@ from neuron_explainer.evaluation.linear_probes import (
     Probe,
     Split,
     balanced,
+    check_labels,
+    check_rows,
     fit_probe,
     mean_difference,
     quality,
     rows_of,
     solve_ridge,
+    sparse,
     split_rows,
 )
 from neuron_explainer.evaluation.spread import Spread
@@ -51,7 +54,7 @@ class Subject(NamedTuple):
     """Tokens, their latents, and what these write."""
 
     latents: Latents
-    """``[t, l]``"""
+    """``[t, l]``; :meth:`Latents.of` makes them of dense ones."""
     activations: Tensor
     """``[t, n]``"""
     directions: Tensor
@@ -59,7 +62,7 @@ class Subject(NamedTuple):
 
     def checked(self) -> "Subject":
         """The same in float64 on the CPU; an error if the shapes do not fit."""
-        latents, x, directions = self
+        latents, x, directions = sparse(self.latents), self.activations, self.directions
         if len(latents.values) != len(x) or directions.shape != (latents.n_latents, x.shape[1]):
             raise InputError(
                 f"expected latents of {len(x)} tokens and directions {[latents.n_latents, x.shape[1]]}, "
@@ -148,6 +151,7 @@ def tpp(
             f"TPP needs two classes and one seed at least, found {len(classes)} and {len(seeds)}."
         )
     subject = subject.checked()
+    check_labels(len(subject.activations), classes)
     labels = {name: label.cpu() for name, label in classes.items()}
     runs, nothing = [], []
     for seed in seeds:
@@ -250,7 +254,9 @@ def scr(
     """
     if not seeds:
         raise InputError("at least one seed is needed.")
-    subject, wanted, unwanted = subject.checked(), wanted.cpu(), unwanted.cpu()
+    subject = subject.checked()
+    check_labels(len(subject.activations), {"wanted": wanted, "unwanted": unwanted})
+    wanted, unwanted = wanted.cpu(), unwanted.cpu()
     runs, nothing = [], []
     for seed in seeds:
         split = split_rows(len(wanted), seed, groups)
@@ -351,7 +357,9 @@ def exchange(
     """
     if not seeds:
         raise InputError("at least one seed is needed.")
-    subject, attribute, other = subject.checked(), attribute.cpu(), other.cpu()
+    subject = subject.checked()
+    check_rows(len(subject.activations), {"attribute": attribute, "other": other})
+    attribute, other = attribute.cpu(), other.cpu()
     runs, nothing = [], []
     for seed in seeds:
         split = split_rows(len(attribute), seed, groups)

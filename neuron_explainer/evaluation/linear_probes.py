@@ -6,6 +6,7 @@ the probe was fitted on. Nothing is trained step by step, so a probe is the same
 Shape legend: ``t`` rows (tokens), ``k`` columns, ``l`` latents.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from neuron_explainer.errors import InputError, optional_module
 from neuron_explainer.models.autoencoders.latents import Latents
-from neuron_explainer.models.checks import check_seed
+from neuron_explainer.models.checks import check_seed, check_tensor
 
 Aim = Literal["accuracy", "f1"]
 """What a threshold is chosen for: the mean of the accuracies on the two classes, or F1."""
@@ -72,6 +73,8 @@ def fit_probe(
     x = x.double()
     if y.all() or not y.any():
         raise InputError("a probe needs rows with the label and rows without it.")
+    if not x.isfinite().all():
+        raise InputError(f"rows {list(x.shape)} to be probed hold NaN or infinity.")
     if method == "logistic":
         direction = _logistic(x, y)
     else:
@@ -200,6 +203,39 @@ def balanced(rows: Tensor, y: Tensor, most: int, seed: int) -> Tensor:
     n = min(most // 2, *map(len, sides))
     drawn = [side[torch.randperm(len(side), generator=generator)[:n]] for side in sides]
     return torch.cat(drawn)
+
+
+def sparse(latents: Latents | Tensor) -> Latents:
+    """Latents ``[t, l]`` as they are used here; an error if they have another shape."""
+    if not isinstance(latents, Latents):
+        check_tensor(latents, "latents")
+        latents = Latents.of(latents)
+    if latents.values.ndim != 2:
+        shape = [*latents.values.shape[:-1], latents.n_latents]
+        raise InputError(f"expected latents [t, l], found {shape}.")
+    return latents
+
+
+def check_rows(n_tokens: int, given: Mapping[str, Tensor | None]) -> None:
+    """Raise InputError unless all that is given are tensors with a row for each token."""
+    for name, rows in given.items():
+        if rows is None:
+            continue
+        check_tensor(rows, name)
+        if rows.ndim == 0 or len(rows) != n_tokens:
+            raise InputError(
+                f"{name}: expected {n_tokens} rows, as latents have, found {list(rows.shape)}."
+            )
+
+
+def check_labels(n_tokens: int, labels: Mapping[str, Tensor]) -> None:
+    """Raise InputError unless each label says of each token, by a bool, whether it has it."""
+    check_rows(n_tokens, labels)
+    for name, label in labels.items():
+        if label.dtype != torch.bool or label.ndim != 1:
+            raise InputError(
+                f"{name}: expected a bool for each token, found {list(label.shape)} of {label.dtype}."
+            )
 
 
 def rows_of(latents: Latents, rows: Tensor) -> Latents:

@@ -24,11 +24,14 @@ from neuron_explainer.evaluation.linear_probes import (
     Method,
     Probe,
     balanced,
+    check_labels,
+    check_rows,
     columns_of,
     fit_probe,
     mean_difference,
     quality,
     rows_of,
+    sparse,
     split_rows,
 )
 from neuron_explainer.evaluation.spread import Spread
@@ -83,21 +86,21 @@ class SparseProbing:
 
 @torch.no_grad()
 def sparse_probing(
-    latents: Latents,
+    latents: Latents | Tensor,
     labels: Mapping[str, Tensor],
     activations: Tensor | None = None,
     *,
     ks: Sequence[int] = (1, 2, 5),
     groups: Tensor | None = None,
     seeds: Sequence[int] = (0, 1, 2),
-    floor: Latents | None = None,
+    floor: Latents | Tensor | None = None,
     method: Method = "closed_form",
     fewest: int = FEWEST,
 ) -> dict[str, SparseProbing]:
     """Probe the latents of some tokens for each of several labels.
 
     Args:
-        latents: of all tokens, ``[t, l]``.
+        latents: of all tokens, ``[t, l]``, sparse or dense.
         labels: for each name whether a token has the label, ``[t]`` bool.
         activations: what the latents are of, ``[t, n]``, for the probe beside them.
         ks: how many latents a probe may use.
@@ -112,17 +115,16 @@ def sparse_probing(
     Returns:
         ``{label: figures}`` for the labels that have enough tokens.
     """
-    ks = sorted(set(ks))
+    ks, latents = sorted(set(ks)), sparse(latents)
     n_tokens = len(latents.values)
     if not ks or ks[0] < 1:
         raise InputError(f"ks must be whole numbers of at least 1, found {list(ks)}.")
     if not seeds:
         raise InputError("at least one seed is needed.")
-    for name, given in {"activations": activations, "groups": groups, **labels}.items():
-        if given is not None and len(given) != n_tokens:
-            raise InputError(
-                f"{name}: expected {n_tokens} rows, as latents have, found {len(given)}."
-            )
+    nothing = None if floor is None else sparse(floor)
+    of_floor = None if nothing is None else nothing.values
+    check_rows(n_tokens, {"activations": activations, "groups": groups, "floor": of_floor})
+    check_labels(n_tokens, labels)
     found = {}
     for name, label in labels.items():
         runs = []
@@ -130,7 +132,7 @@ def sparse_probing(
             rows = _rows(label, groups, seed, fewest)
             if rows is None:
                 break
-            runs.append(_probe(latents, label, activations, rows, ks, seed, floor, method))
+            runs.append(_probe(latents, label, activations, rows, ks, seed, nothing, method))
         else:
             found[name] = _result(name, runs, ks)
     return found

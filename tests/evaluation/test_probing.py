@@ -1,5 +1,7 @@
 """k-sparse probes find planted latents, are at chance where there is nothing, and never look at test rows."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -128,8 +130,30 @@ def test_documents_are_on_one_side() -> None:
         split_rows(5, 0, torch.zeros(5))
 
 
+def test_dense_latents_are_sparse_ones() -> None:
+    latents, _, label, _ = planted()
+    one, other = (
+        sparse_probing(each, {"planted": label}, seeds=(0,))["planted"].to_dict()
+        for each in (latents, latents.dense())
+    )
+    assert one == other
+
+
 def test_what_does_not_fit_is_refused() -> None:
     latents, x, label, _ = planted()
+    with pytest.raises(
+        InputError, match=r"planted: expected a bool .* found \[3000\] of torch.int64"
+    ):
+        sparse_probing(latents, {"planted": label.long()})
+    wrong: Any = label.numpy()
+    with pytest.raises(InputError, match="planted must be a tensor"):
+        sparse_probing(latents, {"planted": wrong})
+    with pytest.raises(InputError, match=r"expected latents \[t, l\], found \[30, 100, 40\]"):
+        sparse_probing(latents.dense().view(30, 100, 40), {"planted": label})
+    bad = x.clone()
+    bad[:, 3] = torch.nan
+    with pytest.raises(InputError, match="NaN or infinity"):
+        sparse_probing(latents, {"planted": label}, bad)
     with pytest.raises(InputError, match="planted: expected 3000 rows"):
         sparse_probing(latents, {"planted": label[1:]})
     with pytest.raises(InputError, match="ks must be"):
