@@ -50,8 +50,8 @@ def run(quick: bool) -> str:
         for kind, name, n_units, window, density in CASES:
             n = min(n_units, 100) if quick else n_units
             path = Path(scratch, f"{len(lines)}.store")
-            found = _made_up(corpus, kind, min(n, _MADE), window, density, "partners" in name)
-            found = _repeated(found, n // len(found.statistics))
+            found = made_up(corpus, kind, min(n, _MADE), window, density, "partners" in name)
+            found = repeated(found, n // len(found.statistics))
             start = time.perf_counter()
             write_store(path, found, store)
             seconds = time.perf_counter() - start
@@ -59,9 +59,10 @@ def run(quick: bool) -> str:
     return "\n".join(lines)
 
 
-def _made_up(
+def made_up(
     corpus: TokenCorpus, kind: Kind, n: int, window: int, density: float, partners: bool
 ) -> Collected:
+    """Units with random examples."""
     return make_collected(
         corpus,
         n,
@@ -75,7 +76,7 @@ def _made_up(
     )
 
 
-def _repeated(found: Collected, times: int) -> Collected:
+def repeated(found: Collected, times: int) -> Collected:
     """The same units several times, with sampling keys of their own."""
 
     def tiled(table: Any) -> Any:

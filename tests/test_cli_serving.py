@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from neuron_explainer.analysis.workspace import DATA_VARIABLE
-from neuron_explainer.cli import main
+from neuron_explainer.cli import main, serving
 from tests.server.stores import make_stores
 
 API = "/api/v1"
@@ -68,6 +68,14 @@ def test_served_and_ended(tmp_path: Path) -> None:
         assert process.stderr is not None
         assert process.stderr.read() == ""
     assert ready < 10  # 0.7 s on an idle core; the suite runs on all of them
+
+
+def test_answers_are_sent_at_once() -> None:
+    listening = serving._listen("127.0.0.1", 0)
+    # What asyncio looks at before it switches off the wait for acknowledgements.
+    assert {each.proto for each in listening} == {socket.IPPROTO_TCP}
+    for each in listening:
+        each.close()
 
 
 def test_requests_that_run_are_answered_before_it_ends(tmp_path: Path) -> None:

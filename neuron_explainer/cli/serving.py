@@ -161,7 +161,9 @@ def _listen(host: str, port: int) -> list[socket.socket]:
 
 
 def _bound(family: int, host: str, port: int) -> socket.socket:
-    found = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends small parts at once (TCP_NODELAY) only where the protocol is named; without that
+    # every answer waits 40 ms for an acknowledgement of its header.
+    found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:

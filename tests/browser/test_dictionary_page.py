@@ -113,7 +113,7 @@ def test_a_label_is_written_found_and_removed(open_page: OpenPage) -> None:
     expect(page.locator(".feature-label")).to_have_text(LABEL)
     page.keyboard.press("/")
     page.locator(".palette input").fill("queen")
-    expect(page.get_by_role("option").first).to_contain_text(LABEL)
+    expect(page.locator("#palette-list [role=option]").first).to_contain_text(LABEL)
     page.keyboard.press("Escape")
     page.keyboard.press("e")
     page.get_by_role("button", name="Remove").click()

@@ -3,7 +3,7 @@
 import pytest
 
 from neuron_explainer.analysis.store import ExampleStore
-from neuron_explainer.viewer import export
+from neuron_explainer.viewer import DIST, export
 from tests.browser.running import Watch, watched
 
 NAME = "tiny-tales/ae-resid-delta-mlp/2"
@@ -81,3 +81,38 @@ def test_exported_pages_are_accessible(exported, open_file, scheme):
         page.wait_for_selector("#panel-examples .t, .vtable a")
         found = Axe().run(page, options={"preload": False})  # it would fetch style sheets
         assert found.violations_count == 0, found.generate_report()
+
+
+WIDGET = """data => {
+    const traits = { data, unit: data.card.unit }, listeners = [];
+    const root = document.body.appendChild(document.createElement('div'));
+    window.asked = [];
+    const model = {
+        get: (name) => traits[name],
+        set: (name, value) => { traits[name] = value; },
+        save_changes: () => window.asked.push(traits.unit),
+        on: (name, run) => listeners.push(run),
+        off: () => {},
+    };
+    window.show = (next) => { traits.data = next; listeners.forEach((run) => run()); };
+    window.close_widget = neuronExplainer.render({ model, el: root });
+}"""
+
+
+def test_the_widget_shows_its_data_and_asks_for_others(browser):
+    with ExampleStore.open(NAME) as store:
+        first, second = (export.unit_data(store, store[unit]) for unit in (17, 18))
+    context, watch = browser.new_context(), Watch()
+    page = watched(context.new_page(), watch)
+    page.add_style_tag(path=DIST / "embed.css")
+    page.add_script_tag(path=DIST / "embed.js")
+    page.evaluate(WIDGET, first)
+    page.wait_for_selector("h1:has-text('Latent 17')")
+    page.get_by_role("button", name="Next one that is alive").click()
+    assert page.evaluate("asked") == [18]
+    page.evaluate("data => show(data)", second)
+    page.wait_for_selector("h1:has-text('Latent 18')")
+    page.evaluate("close_widget()")
+    assert page.locator("h1").count() == 0
+    context.close()
+    watch.check()

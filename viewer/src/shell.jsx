@@ -1,6 +1,6 @@
 // The frame around all pages: rail, status bar, search, list of keys, notices.
 import { useSignal } from '@preact/signals';
-import { useEffect } from 'preact/hooks';
+import { useEffect, useRef } from 'preact/hooks';
 import { traffic } from './api.js';
 import { Dialog } from './components/dialog.jsx';
 import { Icon } from './components/icons.jsx';
@@ -35,9 +35,10 @@ export function Shell() {
     })),
   ]);
   useScrollTo(path.join('/'), query.at);
+  const of = path.slice(1).join(' / ');
   useEffect(() => {
-    document.title = page?.title ? `${page.title} · neuron_explainer` : 'neuron_explainer';
-  }, [page]);
+    document.title = [of || page?.title, 'neuron_explainer'].filter(Boolean).join(' · ');
+  }, [page, of]);
   const close = () => (window.value = '');
   return (
     <div class="shell">
@@ -69,6 +70,13 @@ function leave() {
 
 /** Start a new page at its top, or at the panel that a link names. @param {string} path @param {string | undefined} panel */
 function useScrollTo(path, panel) {
+  const [page, dictionary] = path.split('/');
+  const before = useRef(page);
+  useEffect(() => {
+    // Steps from unit to unit keep the place; another page begins at its top.
+    if (before.current !== page) scrollTo(0, 0);
+    before.current = page;
+  }, [page, dictionary]);
   useEffect(() => {
     if (!panel) return;
     // The panel may have to wait for its data.

@@ -1,0 +1,267 @@
+"""The server of the pages: how soon it is ready, how long it takes to answer, and what it bears.
+
+Every row is measured over HTTP on this machine, client and server sharing its cores; the server is a process
+of its own. Stores: those of ``tiny-tales``; one of 32,768 latents with 40 random examples of 64 tokens each;
+36 of 32,768 latents whose labels have nine words drawn by Zipf's law from 20,000, 1,179,648 labels in all.
+"""
+
+import gzip
+import http.client
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+
+from benchmarks.store import GROUPS, made_up, repeated
+from neuron_explainer.activations.corpus import TokenCorpus
+from neuron_explainer.analysis.store_format import Label, write_store
+from neuron_explainer.analysis.token_store import TokenStore
+from neuron_explainer.analysis.workspace import DATA_VARIABLE
+from tests.analysis.examples import VOCABULARY, make_collected
+
+API = "/api/v1"
+N_UNITS, N_STORES, N_WORDS = 32_768, 36, 20_000
+CLIENTS = 50
+_MADE = 4096
+_KINDS_OF_STORES = 3  # with labels of their own; the others are copies
+
+
+class Client:
+    """A connection that is kept."""
+
+    def __init__(self, address: str, token: str) -> None:
+        self.connection = http.client.HTTPConnection(address, timeout=60)
+        self.headers = {"Authorization": f"Bearer {token}", "Accept-Encoding": "gzip"}
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        """Status and body, as it was sent."""
+        self.connection.request("GET", API + path, headers=self.headers)
+        reply = self.connection.getresponse()
+        return reply.status, reply.read()
+
+
+@contextmanager
+def serving(*stores: Path, data: Path) -> Iterator[tuple[subprocess.Popen[str], str, str, float]]:
+    """A server without a model: the process, its address, its token, and the seconds it took to answer."""
+    options = [part for store in stores for part in ("--store", str(store))]
+    command = [sys.executable, "-m", "neuron_explainer", "serve", "--no-model", "--port", "0"]
+    begin = time.perf_counter()
+    process = subprocess.Popen(
+        [*command, *options],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, DATA_VARIABLE: str(data)},
+    )
+    try:
+        assert process.stdout is not None
+        text = "".join(process.stdout.readline() for _ in range(3))
+        match = re.search(r"http://(\S+?)/\?token=(\S+)", text)
+        assert match, text
+        Client(match[1], match[2]).get("/health")
+        yield process, match[1], match[2], time.perf_counter() - begin
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def timed(client: Client, paths: Sequence[str]) -> tuple[str, str]:
+    """Median and 95th percentile of the milliseconds, and the bytes of the median reply."""
+    seconds, sizes = [], []
+    for path in paths[:5]:
+        client.get(path)  # figures of all units are read once
+    for path in paths:
+        begin = time.perf_counter()
+        status, body = client.get(path)
+        seconds.append(time.perf_counter() - begin)
+        assert status == 200, (path, body)
+        sizes.append(len(body))
+    p50, p95 = 1e3 * np.quantile(seconds, [0.5, 0.95])
+    return f"{p50:.1f} | {p95:.1f}", f"{np.median(sizes):,.0f} bytes gz"
+
+
+def run(quick: bool) -> str:
+    """Measure, and return a table."""
+    lines = ["| what | p50, ms | p95, ms | remark | goal |", "|---|--:|--:|---|---|"]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        lines += _ready(folder, 1 if quick else 5)
+        lines += _pages(folder, 200 if quick else N_UNITS, 20 if quick else 1000)
+        lines += _searches(folder, 200 if quick else N_UNITS, 2 if quick else N_STORES)
+        lines += _load(folder, 1.0 if quick else 20.0)
+    return "\n".join(lines)
+
+
+def _ready(folder: Path, rounds: int) -> list[str]:
+    ready, first = [], []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        with serving(Path("tiny-tales"), data=folder) as (_, address, token, seconds):
+            status, _ = Client(address, token).get("/dictionaries/ae-resid-delta-mlp.2/features/5")
+            assert status == 200
+            first.append(time.perf_counter() - begin)
+            ready.append(seconds)
+    return [
+        f"| {what}, tiny-tales | {1e3 * np.median(values):.0f} | {1e3 * max(values):.0f} | "
+        f"of {rounds} starts; the second figure is the slowest | {goal} |"
+        for what, values, goal in (
+            ("process started to first answer", ready, "2,000"),
+            ("process started to first unit", first, ""),
+        )
+    ]
+
+
+def _pages(folder: Path, n: int, requests: int) -> list[str]:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, len(VOCABULARY), 24_576 * 128).astype(np.uint16)
+    corpus = TokenCorpus(tokens, np.arange(24_577) * 128, np.arange(24_576), "random")
+    place = TokenStore.write(folder / "large" / "tokens", corpus, VOCABULARY)
+    found = made_up(corpus, "latent", min(n, _MADE), 64, 15 / 63, True)
+    write_store(
+        folder / "large" / "large.store", repeated(found, n // len(found.statistics)), place
+    )
+    units = rng.integers(1, n, requests).tolist()
+    lines = []
+    with serving(folder / "large", Path("tiny-tales"), data=folder) as (_, address, token, _):
+        client = Client(address, token)
+        of_large = [f"/dictionaries/large/features/{unit}" for unit in units]
+        of_tiny = [f"/dictionaries/ae-resid-delta-mlp.2/features/{u % 2560}" for u in units]
+        table = "/dictionaries/large/features?limit=50&sort="
+        tables = [
+            f"{table}{name}&density_min={10**-k}&alive=true"
+            for name in ("density", "max", "kurtosis", "unit")
+            for k in range(2, 7)
+        ]
+        for what, paths, goal in (
+            ("a unit, tiny-tales", of_tiny, "25; 25 kB"),
+            (f"a unit, {sum(GROUPS.values())} examples of 64 tokens", of_large, "25; 25 kB"),
+            (f"table: sorted and filtered, of {n:,}", tables * (1 if quick_of(n) else 5), "40"),
+            ("/model, 17 dictionaries", ["/model"] * 20, "10"),
+            ("/health", ["/health"] * 50, "5"),
+        ):
+            times, size = timed(client, paths)
+            lines.append(f"| {what} | {times} | {size} | {goal} |")
+    return lines
+
+
+def quick_of(n: int) -> bool:
+    """Whether this is a run that shows only that it runs."""
+    return n < _MADE
+
+
+def _searches(folder: Path, n: int, n_stores: int) -> list[str]:
+    rng = np.random.default_rng(1)
+    letters = np.array(list("etaoinshrdlucmfwygpbvkxqjz"))
+    words = ["".join(rng.choice(letters, rng.integers(3, 10))) for _ in range(N_WORDS)]
+    share = 1 / np.arange(1, N_WORDS + 1)
+    share /= share.sum()
+    place = _labelled(folder / "labels", n, n_stores, words, share, rng)
+
+    def drawn(count: int) -> list[str]:
+        return [" ".join(words[i] for i in rng.choice(N_WORDS, count, p=share)) for _ in range(200)]
+
+    kinds: dict[str, list[str]] = {
+        "two words": drawn(2),
+        "one word": drawn(1),
+        "the ten commonest words": words[:10],
+        "a rare word": [words[i] for i in rng.integers(1000, N_WORDS, 200)],
+        "the first three letters": [words[i][:3] for i in rng.choice(N_WORDS, 100, p=share)],
+    }
+    lines = []
+    with serving(place, data=folder) as (_, address, token, seconds):
+        client = Client(address, token)
+        for kind, texts in kinds.items():
+            times, _ = timed(client, [f"/search?q={quote(text)}" for text in texts])
+            what = f"search {n * n_stores:,} labels: {kind}"
+            lines.append(f"| {what} | {times} | {n_stores} stores | 30 |")
+        lines.append(
+            f"| process started to first answer, {n_stores} stores | {1e3 * seconds:.0f} | | | 2,000 |"
+        )
+    return lines
+
+
+def _labelled(
+    folder: Path,
+    n: int,
+    n_stores: int,
+    words: list[str],
+    share: np.ndarray,
+    rng: np.random.Generator,
+) -> Path:
+    tokens = rng.integers(0, len(VOCABULARY), 12_800).astype(np.uint16)
+    corpus = TokenCorpus(tokens, np.arange(101) * 128, np.arange(100), "random")
+    place = TokenStore.write(folder / "tokens", corpus, VOCABULARY)
+    for number in range(n_stores):
+        path = folder / f"{number}.store"
+        if number >= _KINDS_OF_STORES:
+            shutil.copy(folder / f"{number % _KINDS_OF_STORES}.store", path)
+            continue
+        drawn = rng.choice(len(words), (n, 9), p=share)
+        labels = [
+            Label(unit, " ".join(words[i] for i in row), "made up", 0.5)
+            for unit, row in enumerate(drawn.tolist())
+        ]
+        found = make_collected(corpus, n, sizes={"top": 1}, window=8, name=f"labelled/{number}")
+        write_store(path, found, place, labels)
+    return folder
+
+
+def _load(folder: Path, seconds: float) -> list[str]:
+    """Clients that ask for one unit after the other, each over a connection of its own."""
+    statuses: Counter[int] = Counter()
+    taken: list[float] = []
+    lock = threading.Lock()
+
+    def ask(address: str, token: str, seed: int, end: float) -> None:
+        client, rng = Client(address, token), np.random.default_rng(seed)
+        while time.perf_counter() < end:
+            begin = time.perf_counter()
+            path = (
+                f"/dictionaries/ae-resid-delta-mlp.{rng.integers(4)}/features/{rng.integers(1000)}"
+            )
+            status, body = client.get(path)
+            json.loads(gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body)
+            with lock:
+                statuses[status] += 1
+                taken.append(time.perf_counter() - begin)
+
+    with serving(Path("tiny-tales"), data=folder) as (process, address, token, _):
+        sizes = []
+        for turn in range(2):
+            end = time.perf_counter() + seconds / 2
+            threads = [
+                threading.Thread(target=ask, args=(address, token, n + 100 * turn, end))
+                for n in range(CLIENTS)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            sizes.append(resident(process.pid))
+    p50, p95 = 1e3 * np.quantile(taken, [0.5, 0.95])
+    wrong = sum(count for status, count in statuses.items() if status not in (200, 429))
+    return [
+        f"| {CLIENTS} clients at once, units of tiny-tales | {p50:.0f} | {p95:.0f} | "
+        f"{len(taken) / seconds:.0f} answers a second for {seconds:.0f} s, {wrong} errors; "
+        f"{sizes[0]:.0f} MiB resident after half of it, {sizes[1]:.0f} MiB at the end | no error |"
+    ]
+
+
+def resident(pid: int) -> float:
+    """MiB of memory of a process."""
+    status = Path(f"/proc/{pid}/status")
+    if not status.exists():
+        return float("nan")
+    match = re.search(r"VmRSS:\s+(\d+)", status.read_text())
+    return int(match[1]) / 1024 if match else float("nan")
