@@ -176,9 +176,10 @@ class Registry:
     def counts(self, shelf: Shelf) -> tuple[int, int]:
         """How many units of a dictionary are alive, and how many are dense."""
         with self.reading(shelf.id) as store:
-            if shelf.counts is None:
-                shelf.counts = len(store.alive), len(store.dense())
-        return shelf.counts
+            found = shelf.counts  # another thread may open the store anew meanwhile
+            if found is None:
+                found = shelf.counts = len(store.alive), len(store.dense())
+        return found
 
     # --- reading ---
 
@@ -211,7 +212,7 @@ class Registry:
 
     def _reopen(self, shelf: Shelf) -> None:
         try:
-            shelf.mark = mark_of(shelf.path)
+            before, shelf.mark = shelf.mark, mark_of(shelf.path)
             shelf.store = ExampleStore(shelf.path)
         except NeuronExplainerError as error:
             raise Problem(
@@ -223,7 +224,9 @@ class Registry:
         store = shelf.store
         shelf.name, shelf.kind, shelf.location = store.name, store.kind, store.location
         shelf.signed = store.signed
-        shelf.n, shelf.counts = len(store), None
+        shelf.n = len(store)
+        if shelf.mark != before:
+            shelf.counts = None
 
     def _give_back(self, shelf: Shelf, store: ExampleStore) -> None:
         with self._lock:
