@@ -299,5 +299,10 @@ def _id_of(name: str) -> str:
     return found if found.strip(".") else "store"
 
 
+def not_remote(name: str | None) -> str | None:
+    """A name that a store gives; None if it is an address: only a user may name what is fetched."""
+    return None if name is None or files.is_remote(name) else name
+
+
 def _text(value: object) -> str | None:
     return None if value is None else str(value)[:500]
