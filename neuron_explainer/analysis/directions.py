@@ -205,6 +205,27 @@ class Directions:
                 (self._kept[key],) = self._compute([key[0]], k, limits)
             return self._kept[key]
 
+    def beside(self, what: What, *, location: LocationLike | None = None) -> "Directions":
+        """The directions of other units of the same model, with the same folded copy of the unembedding."""
+        other = Directions(
+            self.context,
+            what,
+            fold=self.fold,
+            keep_hardly_trained=self.keep_hardly_trained,
+            location=location,
+        )
+        if other.units.behind_final_norm == self.units.behind_final_norm:
+            other._made = self._readout
+        return other
+
+    @torch.no_grad()
+    def tokens_of(self, vector: Tensor, k: int = 10) -> tuple[TokenValues, TokenValues]:
+        """The tokens that any vector ``[d]`` in the stream raises most, and those that it lowers most."""
+        row = vector.to(self._readout.matrix)[None]
+        listed = self._logits(row)[:, : self._readout.n_listed]
+        (up,), (down,) = (self._readout.lists_of(listed, k, sign) for sign in (1, -1))
+        return up, down
+
     def top_logits_of(
         self, units: Sequence[UnitLike], k: int = 10, *, chunk_bytes: int = _CHUNK_BYTES
     ) -> Iterator[TopLogits]:

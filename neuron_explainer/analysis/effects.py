@@ -23,7 +23,7 @@ active latents cost anything.
 Shape legend: ``s`` positions, ``k`` attended positions, ``h`` heads, ``u`` units, ``d`` model width.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -43,6 +43,7 @@ from neuron_explainer.analysis.node_parts import (
     Pass,
     all_parts,
     flat,
+    into_stream,
     wanted_places,
 )
 from neuron_explainer.analysis.sweeps import sweep
@@ -53,9 +54,20 @@ from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.interventions import ablate, add, align
 from neuron_explainer.models.language_model import LanguageModel
 from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.models.weight_names import WeightLocationType
 from neuron_explainer.tables import escaped, text_table
 
-__all__ = ["MEASURES", "Effects", "Freeze", "Kind", "Node", "NodeTable", "TokenEffects", "nodes"]
+__all__ = [
+    "MEASURES",
+    "Effects",
+    "Freeze",
+    "Kind",
+    "Node",
+    "NodeTable",
+    "TokenEffects",
+    "aligned_nodes",
+    "nodes",
+]
 
 MEASURES = ("activation", "write_norm", "direct", "act_grad", "patching", "ablation")
 
@@ -272,22 +284,67 @@ class Effects:
             raise InputError("ablation takes passes of its own: use nodes().")
         return table_of(self.run, self.parts, choose(self.parts, measures, top_k), measures)
 
-    def values(self, nodes: Sequence[Node], measure: str) -> Floats:
-        """``[n]``: a measure of given nodes; 0 for latents that are not active, NaN for nodes that this
-        pass does not have."""
+    def chosen(
+        self, measures: Sequence[str], top_k: int = 10, layers: Collection[int] | None = None
+    ) -> list[Node]:
+        """The ``top_k`` nodes by each measure, in the order of the model.
+
+        Args:
+            layers: only nodes of these layers; None: all nodes, also those outside the layers.
+        """
+        parts = self.parts
+        if layers is not None:
+            parts = [part for part in parts if part.location.layer in layers]
+        return [part.node(i) for part, i in choose(parts, measures, top_k)]
+
+    def total(self, measure: str) -> float:
+        """The sum of a measure over all nodes."""
+        return float(sum(part.measures[measure].sum() for part in self.parts))
+
+    def values(self, nodes: Sequence[Node | None], measure: str) -> Floats:
+        """``[n]``: a measure of given nodes; 0 for latents that are not active, NaN for None and for nodes
+        that this pass does not have."""
         places = {(str(part.location), part.kind): part for part in self.parts}
         inside = set(self.run.positions.tolist())
         found = np.full(len(nodes), np.nan)
         for number, node in enumerate(nodes):
-            part = places.get((node.location, node.kind))
-            if part is None or node.position not in inside:
+            part = None if node is None else places.get((node.location, node.kind))
+            if node is None or part is None:
                 continue
             row = part.row_of(node)
             if row is not None:
                 found[number] = part.measures[measure][row]
-            elif node.kind == "latent":
+            elif node.kind == "latent" and node.position in inside:
                 found[number] = 0.0
         return found
+
+    @torch.no_grad()
+    def write(self, node: Node) -> Tensor:
+        """``[d]`` float64: what a neuron, head, pair or latent adds to the residual stream here.
+
+        Zero for latents that are not active.
+        """
+        place = ActivationLocation.parse(node.location)
+        part = next(
+            (p for p in self.parts if (p.location, p.kind) == (place, node.kind)),
+            None,
+        )
+        if part is None or node.kind not in ("neuron", "head", "pair", "latent"):
+            raise InputError(f"{node}: expected a neuron, head, pair or latent of this pass.")
+        row = part.row_of(node)
+        if row is None:
+            return torch.zeros_like(self.run.last_gradient[0])
+        value, model = part.value[row], self.run.model
+        if part.directions is not None:
+            return into_stream(model, place)(value[0] * part.directions[row])
+        if node.kind == "neuron":
+            weight = model.weight(WeightLocationType.MLP_TO_RESIDUAL, place.layer).detach()
+            return value[0] * weight[node.unit].double()
+        weight = model.weight(WeightLocationType.ATTN_TO_RESIDUAL, place.layer)[node.unit]
+        if node.kind == "pair":
+            v = self.run.found[ActivationLocation("attn.v", place.layer)][0, node.attended]
+            value = value[0] * v[node.unit].detach().double()
+        return value @ weight.detach().double()
 
     def of_tokens(self) -> TokenEffects:
         """What each token contributes, at every position, whatever ``positions`` are."""
@@ -303,6 +360,43 @@ class Effects:
 
         paths = ("resid.post_emb", "mlp.post_act", "attn.v_out", "attn.v")
         return TokenEffects(*(flat(summed(path)) for path in paths))
+
+
+def aligned_nodes(
+    a: Effects,
+    b: Effects,
+    measures: Sequence[str],
+    top_k: int = 10,
+    layers: Collection[int] | None = None,
+) -> list[tuple[Node | None, Node | None]]:
+    """The nodes that matter most on either of two prompts, as pairs of the same node on both.
+
+    The tokens are aligned by an edit script. A node at a token that the other prompt does not have is
+    paired with None.
+    """
+    tokens = [effects.run.tokens[0].tolist() for effects in (a, b)]
+    there = dict(enumerate(align(*tokens).tolist()))
+    here = {other: place for place, other in there.items() if other >= 0}
+    pairs: dict[Node | None, tuple[Node | None, Node | None]] = {}
+    for node in a.chosen(measures, top_k, layers):
+        pairs[node] = (node, _moved(node, there))
+    only_b: list[tuple[Node | None, Node | None]] = []
+    for node in b.chosen(measures, top_k, layers):
+        counterpart = _moved(node, here)
+        if counterpart is None:
+            only_b.append((None, node))
+        else:
+            pairs.setdefault(counterpart, (counterpart, node))
+    return [*pairs.values(), *only_b]
+
+
+def _moved(node: Node, places: Mapping[int, int]) -> Node | None:
+    """The same node at other positions; None if it has none there."""
+    position = places.get(node.position, -1)
+    attended = None if node.attended is None else places.get(node.attended, -1)
+    if position < 0 or (attended is not None and attended < 0):
+        return None
+    return replace(node, position=position, attended=attended)
 
 
 def one_prompt(model: LanguageModel, prompt: str | Sequence[int], bos: bool | int) -> Tensor:

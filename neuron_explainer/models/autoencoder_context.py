@@ -124,6 +124,35 @@ class AutoencoderContext:
     _loaded: dict[str, Autoencoder] = field(default_factory=dict, init=False, repr=False)
     _lock: Lock = field(default_factory=Lock, init=False, repr=False)
 
+    @classmethod
+    def of(cls, autoencoders: Iterable[Autoencoder]) -> Self:
+        """The context of autoencoders in memory, which record where they belong: one site, other layers."""
+        by_layer: dict[LayerIndex, Autoencoder] = {}
+        paths: set[ActivationLocation] = set()
+        for autoencoder in autoencoders:
+            place = autoencoder.location
+            if place is None:
+                raise InputError(
+                    f"{autoencoder._name()}: it does not record its location; load it with location=."
+                )
+            paths.add(place.at(None))
+            if place.layer in by_layer or len(paths) > 1:
+                raise InputError(
+                    "expected autoencoders of one site, each of another layer; found a second one of "
+                    f"{place}."
+                    if len(paths) == 1
+                    else f"expected autoencoders of one site, found {', '.join(sorted(map(str, paths)))}."
+                )
+            by_layer[place.layer] = autoencoder
+        if not by_layer:
+            raise InputError("expected at least one autoencoder, found none.")
+        first = next(iter(by_layer.values()))
+        names = {layer: f"<in memory, layer {layer}>" for layer in by_layer}
+        context = cls(AutoencoderConfig(paths.pop(), names), first.device, dtype=first.dtype)
+        for layer, autoencoder in by_layer.items():
+            context._loaded[names[layer]] = autoencoder.eval().requires_grad_(False)
+        return context
+
     @property
     def location(self) -> ActivationLocation:
         """The location, without the layer."""

@@ -11,11 +11,21 @@ from starlette.responses import Response
 
 from neuron_explainer import __version__
 from neuron_explainer.analysis.store import ExampleStore
+from neuron_explainer.server import (
+    computing,
+    exporting,
+    labels,
+    legacy,
+    pages,
+    problems,
+    reading,
+    search,
+)
 from neuron_explainer.server import factors as factor_routes
-from neuron_explainer.server import labels, legacy, pages, problems, reading, search
+from neuron_explainer.server.compute.setup import DictionarySource, Setup
 from neuron_explainer.server.factor_runs import FactorRuns
 from neuron_explainer.server.limits import Limits
-from neuron_explainer.server.registry import BUDGET, Registry
+from neuron_explainer.server.registry import BUDGET, Registry, not_remote
 from neuron_explainer.server.replies import json_reply
 from neuron_explainer.server.security import (
     READ,
@@ -26,8 +36,9 @@ from neuron_explainer.server.security import (
     secure,
     set_cookie,
 )
-from neuron_explainer.server.serving import Compute, NoModel, Serving
+from neuron_explainer.server.serving import Compute, Serving
 from neuron_explainer.server.shapes import PROBLEMS
+from neuron_explainer.server.worker import Worker
 
 API = "/api/v1"
 ABOUT = "Stores of examples, and their model. Reads are GETs with an ETag; computing is POST."
@@ -36,7 +47,7 @@ ABOUT = "Stores of examples, and their model. Reads are GETs with an ETag; compu
 def create_app(
     stores: Registry | Iterable[str | Path | ExampleStore] = ("tiny-tales",),
     model: Any = None,
-    autoencoders: Sequence[Any] = (),
+    autoencoders: Sequence[str] = (),
     *,
     token: str | None = None,
     base_path: str = "",
@@ -119,7 +130,8 @@ def _application(served: Serving) -> FastAPI:
 
 def _api() -> APIRouter:
     api = APIRouter(responses=PROBLEMS)
-    for router in (reading.router, search.router, labels.router, factor_routes.router):
+    own = (reading, search, labels, exporting, factor_routes, computing)
+    for router in (module.router for module in own):
         api.include_router(router)
 
     @api.get("/openapi.json", include_in_schema=False, **READ)
@@ -148,7 +160,23 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _compute(
-    model: Any, autoencoders: Sequence[Any], registry: Registry, limits: Limits
+    model: Any, autoencoders: Sequence[str], registry: Registry, limits: Limits
 ) -> Compute:
-    """Who runs the model."""
-    return NoModel()
+    """Who runs the model: a process for a name or path, a thread for a model that is open."""
+    if model is None:
+        return Worker(None)
+    dictionaries = [
+        DictionarySource(
+            shelf.id, shelf.location, shelf.kind, not_remote(shelf.autoencoder), shelf.model
+        )
+        for shelf in registry
+    ]
+    setup = Setup(
+        str(model) if isinstance(model, Path) else model,
+        tuple(dictionaries),
+        tuple(autoencoders),
+        max_tokens=limits.max_tokens,
+        seconds=limits.seconds,
+    )
+    in_thread = not isinstance(model, str | Path)
+    return Worker(setup, in_thread=in_thread, queue_size=limits.queue)

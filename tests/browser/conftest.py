@@ -71,6 +71,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     factors = write_factors(folder / "tales")
     with Server.start("--factors", str(factors), **{DATA_VARIABLE: str(folder)}) as running:
+        running.wait_for_model()
         yield running
 
 

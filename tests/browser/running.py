@@ -1,14 +1,17 @@
 """What the tests of the pages start and watch: a server process, and what a page does that it should not."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 READY_S = 60.0
 """A server that has not printed its URL by then is broken: on an idle machine it takes 2 seconds."""
@@ -66,6 +69,18 @@ class Server:
     def url_of(self, route: str = "") -> str:
         """The URL of a route of the viewer, such as ``#/p``, with the token that signs the browser in."""
         return self.url + route
+
+    def wait_for_model(self) -> None:
+        """Until the model can be asked."""
+        end = time.monotonic() + READY_S
+        while "ready" not in (state := self._model_state()):
+            assert state != "failed", "the model could not be loaded"
+            assert time.monotonic() < end, f"the model is still {state}"
+            time.sleep(0.1)
+
+    def _model_state(self) -> str:
+        with urlopen(f"{self.origin}/api/v1/health", timeout=10) as reply:
+            return str(json.load(reply)["model_state"])
 
     def kill(self) -> None:
         """End it at once, as a crash does."""

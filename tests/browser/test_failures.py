@@ -15,7 +15,7 @@ from tests.browser.running import Server
 OpenPage = Callable[..., Any]
 PROMPT = "#/p?a=The+queen+went+into+the+forest%2C+and+when&t=%5B%22+she%22%5D&d=%5B%22+he%22%5D"
 STATE = (
-    f"{PROMPT}&b=%22The+prince+went+home%2C+and+when%22&attn=pair&pos=3&k=5"
+    f"{PROMPT}&b=%22The+prince+went+home%2C+and+when%22&attn=pair&pos=2&k=5"
     "&iv=%5B%5B%220%2Fmlp.post_act%22%2C%22neuron%22%2C7%2Cnull%2Cnull%2C%22scale%22%2C2%5D%5D"
     "&by=%5B%22direct%22%2C%22diff%22%2C%22down%22%5D&only=L0&head=2.1&gen=%5B12%2C0.5%2C0.9%2C3%5D"
 )

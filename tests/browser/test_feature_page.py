@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from neuron_explainer.models.model_registry import make_autoencoder_context
+from neuron_explainer.models.transformer import Transformer
 from tests.browser.helpers import LATENTS, ask, eventually, expect, numbers, open_store
 from tests.browser.running import Server
 
@@ -115,3 +117,32 @@ def test_the_number_of_a_missing_unit_is_answered_with_what_there_is(open_page: 
         ),
         "the numbers that there are",
     )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The king had a daughter.",
+        "<script>window.hurt = 1</script><img src=x onerror='window.hurt = 1'>",
+        "emoji \U0001f451, a letter \u00e9\u4e16, and\ttabs",
+    ],
+)
+def test_a_text_of_ones_own_has_the_librarys_values(open_page: OpenPage, text: str) -> None:
+    unit = int(open_store().alive[3])
+    page = open_page(f"#/f/{LATENTS}/{unit}")
+    page.get_by_label("Text", exact=True).fill(text)
+    tokens = page.locator("#panel-try .tokens")
+    expect(tokens).to_be_visible()
+    page.wait_for_load_state("networkidle")
+    model = Transformer.load("tiny-tales")
+    autoencoder = make_autoencoder_context("tiny-tales", "ae-resid-delta-mlp").get_autoencoder(2)
+    place = "2/resid.torso.delta_mlp"
+    acts = autoencoder.encode(model.capture(text, place)[place][0])[:, unit].tolist()
+    found = numbers(page, "#panel-try .t[data-value]")
+    expected = [value for value in acts if value]
+    assert len(found) <= len(expected), "tokens of one character are drawn as one"
+    for value in found:
+        assert min(abs(value - other) for other in expected) < 1e-4
+    drawn = tokens.inner_text().replace("·", " ").replace("⇥", "\t")
+    assert drawn == text
+    assert page.evaluate("window.hurt") is None

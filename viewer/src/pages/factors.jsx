@@ -44,10 +44,10 @@ function All({ query }) {
           </p>
           <div class="scroll-x" tabIndex={0} role="region" aria-label={`Factors of ${run.name}`}>
             <table class="factor-list">
-              <thead><tr><th scope="col" class="num">Factor</th><th scope="col">Peaks</th><th scope="col">Importance by layer</th><th scope="col" class="num">Highest</th><th scope="col">Strongest on</th></tr></thead>
+              <thead><tr><th scope="col">Factor</th><th scope="col">Peaks</th><th scope="col">Importance by layer</th><th scope="col" class="num">Highest</th><th scope="col">Strongest on</th></tr></thead>
               <tbody>{run.factors.filter((/** @type {any} */ one) => !level || one.level === level).slice(0, 200).map((/** @type {any} */ one) => (
                 <tr>
-                  <th scope="row" class="num"><a href={href(['factors', run.id, one.factor])}>{one.factor}</a></th><td>{one.level}</td>
+                  <th scope="row"><a href={href(['factors', run.id, one.factor])}>{one.factor}</a></th><td>{one.level}</td>
                   <td><Spark values={one.importance} /></td><td class="num">{number(Math.max(...one.importance))}</td>
                   <td class="words">{(one.words ?? []).map((/** @type {number} */ id) => <TokenWord id={id} words={data} />)}</td>
                 </tr>
@@ -95,7 +95,7 @@ function Card({ data }) {
   const peak = data.importance.indexOf(Math.max(...data.importance));
   const [open, setOpen] = useState(() => new Set([peak]));
   return (
-    <>
+    <div class="stack">
       <Panel id="importance" title="Importance" what={`${data.level}: ${LEVEL_TEXT[data.level]}`} json={{ locations: data.locations, importance: data.importance }} python={data.python}>
         <Curve values={data.importance} locations={data.locations} />
       </Panel>
@@ -107,7 +107,7 @@ function Card({ data }) {
           </details>
         ))}
       </Panel>
-    </>
+    </div>
   );
 }
 

@@ -6,7 +6,7 @@ import { Answer, Empty, Loading } from '../components/states.jsx';
 import { percentage } from '../format.js';
 import { useKeys } from '../keys.js';
 import { TokenList, TokenWord } from '../prompt/answer.jsx';
-import { PairTable, Picture, unpacked } from '../prompt/attention.jsx';
+import { PairTable, unpacked } from '../prompt/attention.jsx';
 import { go, href } from '../router.js';
 import { dictionaries, model, modelState } from '../state.js';
 
@@ -43,7 +43,7 @@ export function HeadPage({ path, query }) {
         </span>
       </header>
       <Text text={text} onText={(next) => go(href(['h', layer, head], { text: next }), { replace: true })} />
-      {modelState.value === 'none' ? <Empty title="No model runs here"><p>Start the server with a model to see where its heads look.</p></Empty> : text === '' ? <Empty title="No text" /> : <Views key={`${layer}.${head}`} layer={layer} head={head} text={text} prompt={href(['p'], { a: text, tab: 'attention', head: `${layer}.${head}` })} />}
+      {modelState.value === 'loading' ? <Loading lines={10} label="The model is being loaded" /> : modelState.value !== 'ready' ? <Empty title="No model runs here"><p>Start the server with a model to see where its heads look.</p></Empty> : text === '' ? <Empty title="No text" /> : <Views key={`${layer}.${head}`} layer={layer} head={head} text={text} prompt={href(['p'], { a: text, tab: 'attention', head: `${layer}.${head}` })} />}
       {stores.length > 0 && <p class="soft">Examples of a corpus: {stores.map((one) => <a href={href(['f', one.id, head])}>{one.name}</a>)}</p>}
     </div>
   );
@@ -73,14 +73,9 @@ function Views({ layer, head, text, prompt }) {
         <Panel id="pattern" title="Where it looks" what="rows look, columns are looked at; per cent of the attention of each token" python={pattern.data?.python} json={asked.data} actions={<a class="button" href={prompt}>All heads</a>}>
           <Answer asked={pattern} lines={10}>{(all) => <PairTable all={all} head={0} />}</Answer>
         </Panel>
-        <div class="stack">
-          <Panel id="head-pairs" title="Strongest pairs" what="of a token with an earlier one, on this text" json={asked.data?.pairs} python={asked.data?.python}>
-            <Answer asked={asked} lines={8}>{(data) => <Pairs data={data} />}</Answer>
-          </Panel>
-          <Panel id="head-picture" title="Picture" what="the same, one dot a pair">
-            <Answer asked={pattern} lines={5}>{(all) => <Picture all={all} head={0} />}</Answer>
-          </Panel>
-        </div>
+        <Panel id="head-pairs" title="Strongest pairs" what="of a token with an earlier one, on this text" json={asked.data?.pairs} python={asked.data?.python}>
+          <Answer asked={asked} lines={8}>{(data) => <Pairs data={data} />}</Answer>
+        </Panel>
       </div>
       <Panel id="ov" title="What it writes" what="tokens that it promotes when it looks at a token: the token's embedding through values, output and unembedding" json={asked.data?.ov} python={asked.data?.python}>
         <Answer asked={asked} lines={6}>{(data) => <Writes data={data} />}</Answer>

@@ -57,7 +57,7 @@ export function ModelPage({ path }) {
       <Facts all={all} />
       <div class="split wide-left">
         <Panel
-          id="places" title="Places" what="every place of a pass where hooks can look and change; choose one" json={sites}
+          id="places" title="Places" what="every place of a pass where hooks can look and change; choose one" json={sites} python={modelScript(all.python, 'result = list(model.paths)')}
           actions={layers > 1 && <label class="layer-choice">Layer <select value={String(layer)} onChange={(event) => go(href(['m', event.currentTarget.value, ...(chosen ? [chosen.path] : [])]), { replace: true })}>{Array.from({ length: layers }, (_, i) => <option value={String(i)}>{i}</option>)}</select></label>}
         >
           {sites.length ? <Diagram sites={sites} layer={layer} chosen={chosen?.path} /> : <Waiting state={all.state} error={all.error} />}
@@ -68,7 +68,7 @@ export function ModelPage({ path }) {
         <Grid layers={layers} />
         <div class="stack">
           {all.n_heads > 0 && (
-            <Panel id="head-list" title="Attention heads" what="where each looks, and what it writes" json={all.heads}>
+            <Panel id="head-list" title="Attention heads" what="where each looks, and what it writes" json={all.heads} python={captureScript(all.python, `${layer}/attn.qk_probs`)}>
               <div class="scroll-x" tabIndex={0} role="region" aria-label="Attention heads">
                 <table class="head-list"><tbody>{Array.from({ length: layers }, (_, l) => (
                   <tr key={l}><th scope="row" class="soft">layer {l}</th>{Array.from({ length: all.n_heads }, (_, h) => <td><a href={href(['h', l, h])} aria-label={`Layer ${l} head ${h}`}>{h}</a></td>)}</tr>
@@ -157,12 +157,14 @@ function short(path) {
   return path.replace(/^resid\.(torso\.)?/, '').replace(/^(attn|mlp)\./, '').replace('qk_softmax_denominator', 'qk_denominator').replace('post_mean_subtraction', 'centred').replace('post_scale', 'out').replace('qk_denominator', 'qk_denom');
 }
 
-/** Python that captures a place on a text. @param {string} open the script that opens the model @param {string} place */
-export function captureScript(open, place) {
-  return `${open.trimEnd().replace(/^result = /m, 'model = ')}
-place = ${JSON.stringify(place)}
-result = model.capture("Once upon a time", place)[place]
-`;
+/** Python that opens the model, and goes on. @param {string} open the script that opens the model @param {string} rest */
+function modelScript(open, rest) {
+  return `${open.trimEnd().replace(/^result = /m, 'model = ')}\n${rest}\n`;
+}
+
+/** Python that captures a place on a text. @param {string} open @param {string} place */
+function captureScript(open, place) {
+  return modelScript(open, `place = ${JSON.stringify(place)}\nresult = model.capture("Once upon a time", place)[place]`);
 }
 
 /** @param {{site: Site, layer: number, all: any}} props */

@@ -18,7 +18,7 @@ import { FIRST_VALUE, LONGEST, TABS, debugBody, initial, interventionsBody, read
 import { NodeTable } from '../prompt/table.jsx';
 import { Breadcrumb, Tray } from '../prompt/tray.jsx';
 import { go, href } from '../router.js';
-import { model } from '../state.js';
+import { model, modelState } from '../state.js';
 
 /** @typedef {import('../prompt/state.js').State} State */
 /** @typedef {import('../prompt/state.js').Intervention} Intervention */
@@ -81,7 +81,8 @@ function Page({ query }) {
   const history = useHistory();
   const empty = !state.a.text;
   const body = debugBody(state);
-  const asked = useAsk(empty ? null : JSON.stringify(body), (signal) => post(url(['debug']), body, { signal }));
+  const ready = modelState.value === 'ready';
+  const asked = useAsk(empty || !ready ? null : JSON.stringify(body), (signal) => post(url(['debug']), body, { signal }));
   const [current, setCurrent] = useState('');
   const data = asked.data;
   const two = state.b !== null && data?.prompts?.length === 2;
@@ -167,7 +168,7 @@ function Page({ query }) {
       <section class="panel prompt-head" aria-label="Prompt">
         <Fields a={state.a} b={state.b} busy={asked.loading} onSwap={swap} onRun={(a, b) => { update({ a, b, trace: [], row: '', ...(b === null && { sort: { ...state.sort, side: 'A' } }) }, { push: true }); if (JSON.stringify([a, b]) === JSON.stringify([state.a, state.b])) asked.retry(); }} />
       </section>
-      {empty ? <Welcome onPick={(a) => update({ a }, { push: true })} /> : (
+      {empty ? <Welcome onPick={(a) => update({ a }, { push: true })} /> : !ready && !data ? <NotReady /> : (
         <>
           <Answer asked={asked} lines={3}>{(found) => <Verdict data={found} two={two} changed={changed} />}</Answer>
           <Tray
@@ -259,6 +260,12 @@ function Settings({ state, n, shown, update }) {
       <span class="soft" role="status">{state.filter ? `${shown} shown` : ''}</span>
     </div>
   );
+}
+
+function NotReady() {
+  const state = modelState.value;
+  if (state === 'loading') return <section class="panel panel-body" aria-label="The model"><p class="soft">The model is being loaded; the prompt runs as soon as it is there.</p><Loading lines={8} label="The model is being loaded" /></section>;
+  return <Empty title={state === 'failed' ? 'The model could not be loaded' : 'No model runs here'}><p>{model.value?.error ?? 'The stores can be read. Start the server with a model to run prompts.'}</p></Empty>;
 }
 
 /** @param {{onPick: (a: import('../prompt/state.js').Prompt) => void}} props */

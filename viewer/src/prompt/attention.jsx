@@ -153,7 +153,7 @@ function One({ all, kind, chosen }) {
   const i = Math.max(0, found);
   const [l, h] = all.heads[i];
   return (
-    <Panel id="one-head" title={`Layer ${l}, head ${h}`} what={kind === 'pattern' ? 'what share of its attention each token gives to earlier ones' : 'how long what it writes from each token is'} json={() => ({ layer: l, head: h, ids: all.ids, values: triangle(all, i) })} actions={<a class="button" href={href(['h', l, h])}>Open head</a>}>
+    <Panel id="one-head" title={`Layer ${l}, head ${h}`} what={kind === 'pattern' ? 'what share of its attention each token gives to earlier ones' : 'how long what it writes from each token is'} python={all.python} json={() => ({ layer: l, head: h, ids: all.ids, values: triangle(all, i) })} actions={<a class="button" href={href(['h', l, h])}>Open head</a>}>
       <PairTable all={all} head={i} share={kind === 'pattern'} />
     </Panel>
   );
