@@ -203,7 +203,7 @@ def test_two_streams_part_and_stop(open_page: OpenPage, server: Server) -> None:
 def test_the_lens_ends_with_what_the_model_says(open_page: OpenPage, model: Transformer) -> None:
     page = open_page(f"{PROMPT}&tab=lens")
     rows = page.locator(".lens-table tbody tr")
-    expect(rows).to_have_count(model.n_layers)
+    expect(rows).to_have_count(model.n_layers + 1)  # and the embedding
     last = rows.first.locator("button").last
     with torch.no_grad():
         logits = model([model.prompt_ids(TEXT)[0]])[0][0, -1].double()

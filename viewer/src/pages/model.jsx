@@ -159,7 +159,7 @@ function short(path) {
 
 /** Python that opens the model, and goes on. @param {string} open the script that opens the model @param {string} rest */
 function modelScript(open, rest) {
-  return `${open.trimEnd().replace(/^result = /m, 'model = ')}\n${rest}\n`;
+  return `${open.trimEnd().replace(/^result = model$\n?/m, '').replace(/^result = /m, 'model = ').trimEnd()}\n${rest}\n`;
 }
 
 /** Python that captures a place on a text. @param {string} open @param {string} place */
@@ -197,7 +197,7 @@ function Grid({ layers }) {
       {all.length === 0 ? <Empty title="No dictionaries" /> : (
         <div class="scroll-x" tabIndex={0} role="region" aria-label="Dictionaries by layer and place">
           <table class="grid">
-            <thead><tr><th scope="col">Layer</th>{sites.map((site) => <th scope="col">{site.split(' ')[0]} <span class="soft">{site.split(' ')[1]}s</span></th>)}</tr></thead>
+            <thead><tr><th scope="col">Layer</th>{sites.map((site) => <th scope="col">{site.split(' ')[0].replace('resid.torso.', '')} <span class="soft">{site.split(' ')[1]}s</span></th>)}</tr></thead>
             <tbody>{Array.from({ length: layers }, (_, i) => layers - 1 - i).map((layer) => (
               <tr key={layer}>
                 <th scope="row">{layer}</th>

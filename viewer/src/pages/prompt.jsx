@@ -180,7 +180,7 @@ function Page({ query }) {
           <Tabs tab={state.tab} onTab={(tab) => update({ tab }, { push: true })} />
           <div id={`tab-${state.tab}`} role="tabpanel" aria-label={TAB_TEXT[state.tab]} tabIndex={-1}>
             {state.tab === 'attention' && <Attention text={state.a.text} nLayers={model.value?.n_layers ?? 1} nHeads={model.value?.n_heads ?? 1} limit={model.value?.limits?.heads ?? 144} chosen={state.head} onChoose={(head) => update({ head })} />}
-            {state.tab === 'lens' && <Lens text={state.a.text} most={model.value?.limits?.lens_positions ?? 64} />}
+            {state.tab === 'lens' && <Lens text={state.a.text} length={data?.prompts[0].ids.length ?? null} most={model.value?.limits?.lens_positions ?? 64} />}
             {state.tab === 'generate' && <Generate text={state.a.text} sample={state.sample} most={model.value?.limits?.new_tokens ?? 128} interventions={interventionsBody(state, true)} onSample={(sample) => update({ sample })} />}
             {state.tab === 'matrix' && data && (
               <Panel id="matrix" title="Tokens × nodes" what="what each unit does at each token" json={data} python={data.python}>
