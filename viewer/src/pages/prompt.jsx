@@ -154,6 +154,7 @@ function Page({ query }) {
     { keys: 'a', what: 'Set the node to 0, or back', run: () => row && intervene(row.node, 'zero') },
     { keys: 's', what: 'Steer along the node', run: () => row && intervene(row.node, row.node.kind === 'head' ? 'scale' : 'add', true) },
     { keys: 't', what: 'Trace the node', run: () => row && traceRow(row) },
+    { keys: 'T', what: 'Back to the trace before', run: () => (state.trace.length ? update({ trace: state.trace.slice(0, -1), row: '' }, { push: true }) : notify('Nothing is traced')) },
     { keys: 'Enter', what: 'Open or close the node', run: (event) => (event?.target instanceof HTMLElement && event.target.closest('button, a, summary') ? event.target.click() : row && toggle(row)) },
     { keys: 'o', what: 'Open the page of the node', run: () => { const page = row && pageOf(row.node); if (page) go(href(page)); else notify('This node has no page'); } },
     { keys: 'x', what: 'Swap the two prompts', run: swap },
