@@ -46,7 +46,7 @@ def test_a_feature_without_a_mouse(open_page: OpenPage) -> None:
     expect(page.get_by_role("dialog")).to_have_count(0)
     page.keyboard.press("/")
     page.keyboard.type("king")
-    expect(page.get_by_role("combobox", name="Search")).to_have_value("king")
+    expect(page.get_by_role("combobox", name="Search features")).to_have_value("king")
     page.keyboard.press("Escape")
 
 
