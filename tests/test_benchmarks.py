@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import __main__, child, collate, harness, import_time, parity, sample
+from benchmarks import __main__, child, collate, harness, import_time, judge, parity, sample
 from benchmarks.contestants import BRIDGE_4, FLOOR, OURS, PLAIN, ours, plain
 from benchmarks.harness import Contestant, Entry, Harness, Race, Result
 from benchmarks.workloads import Prepared, Setup
@@ -188,3 +188,9 @@ def test_parity_is_a_difference_over_the_largest_value() -> None:
 def test_weights_are_the_same_every_time(tmp_path: Path) -> None:
     files = [Path(Setup(tmp_path / str(i), quick=True).folder, "model.safetensors") for i in (0, 1)]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_asking_an_endpoint_is_measured() -> None:
+    rows = judge.run(quick=True).splitlines()
+    assert len(rows) == 8
+    assert sum("requests" in row for row in rows) == 2

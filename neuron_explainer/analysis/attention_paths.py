@@ -35,7 +35,20 @@ from neuron_explainer.models.transformer import Norm, Transformer
 from neuron_explainer.models.weight_names import WeightLocationType
 from neuron_explainer.tables import escaped, text_table
 
-__all__ = ["HeadLoadings", "TokenPairs", "head_loadings", "token_pairs"]
+__all__ = ["HeadLoadings", "TokenPairs", "head_loadings", "token_pairs", "token_write"]
+
+
+# --- of a token alone ---
+
+
+@torch.no_grad()
+def token_write(model: LanguageModel, layer: int, head: int, token: int) -> Tensor:
+    """``[d]``: what a head writes when it attends to a token of which there is only the embedding."""
+    stream = model.weight(WeightLocationType.EMBEDDING, None)[token]
+    normed = model.reader(ActivationLocation("resid.torso.post_ln_attn", layer))(stream[None])[0]
+    value = normed @ model.weight(WeightLocationType.ATTN_TO_VALUE, layer)[head]
+    written: Tensor = value @ model.weight(WeightLocationType.ATTN_TO_RESIDUAL, layer)[head]
+    return written
 
 
 # --- from which tokens ---

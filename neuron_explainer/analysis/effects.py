@@ -43,6 +43,7 @@ from neuron_explainer.analysis.node_parts import (
     Pass,
     all_parts,
     flat,
+    into_stream,
     wanted_places,
 )
 from neuron_explainer.analysis.sweeps import sweep
@@ -53,6 +54,7 @@ from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.interventions import ablate, add, align
 from neuron_explainer.models.language_model import LanguageModel
 from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.models.weight_names import WeightLocationType
 from neuron_explainer.tables import escaped, text_table
 
 __all__ = [
@@ -307,6 +309,34 @@ class Effects:
             elif node.kind == "latent" and node.position in inside:
                 found[number] = 0.0
         return found
+
+    @torch.no_grad()
+    def write(self, node: Node) -> Tensor:
+        """``[d]`` float64: what a neuron, head, pair or latent adds to the residual stream here.
+
+        Zero for latents that are not active.
+        """
+        place = ActivationLocation.parse(node.location)
+        part = next(
+            (p for p in self.parts if (p.location, p.kind) == (place, node.kind)),
+            None,
+        )
+        if part is None or node.kind not in ("neuron", "head", "pair", "latent"):
+            raise InputError(f"{node}: expected a neuron, head, pair or latent of this pass.")
+        row = part.row_of(node)
+        if row is None:
+            return torch.zeros_like(self.run.last_gradient[0])
+        value, model = part.value[row], self.run.model
+        if part.directions is not None:
+            return into_stream(model, place)(value[0] * part.directions[row])
+        if node.kind == "neuron":
+            weight = model.weight(WeightLocationType.MLP_TO_RESIDUAL, place.layer).detach()
+            return value[0] * weight[node.unit].double()
+        weight = model.weight(WeightLocationType.ATTN_TO_RESIDUAL, place.layer)[node.unit]
+        if node.kind == "pair":
+            v = self.run.found[ActivationLocation("attn.v", place.layer)][0, node.attended]
+            value = value[0] * v[node.unit].detach().double()
+        return value @ weight.detach().double()
 
     def of_tokens(self) -> TokenEffects:
         """What each token contributes, at every position, whatever ``positions`` are."""

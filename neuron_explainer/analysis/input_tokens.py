@@ -116,6 +116,37 @@ def input_tokens(
     return reader.top_tokens([unit], k)[0]
 
 
+@torch.no_grad()
+def tokens_along(
+    context: ModelContext,
+    direction: Tensor,
+    k: int = 10,
+    *,
+    embedding: Tensor | None = None,
+    listed: Tensor | None = None,
+) -> TokenValues:
+    """The tokens whose embeddings lie furthest along a direction ``[d]`` of the stream, largest first.
+
+    Along the gradient of a unit's pre-activation these are the tokens that would excite it most, to
+    first order. Values are relative to the mean over the vocabulary.
+
+    Args:
+        embedding: ``[v, d]``; None: it is read from the model.
+        listed: ``[v]`` bool, which tokens may be listed; None: those that training touched.
+    """
+    if embedding is None:
+        embedding = context.get_weight(WeightLocationType.EMBEDDING)
+    texts = TokenTexts(context)
+    if listed is None:
+        listed = ~find_hardly_trained(embedding, texts).marked
+    values = embedding @ direction.to(embedding)
+    values = (values - values.mean()).float().cpu()
+    ids = listed.nonzero().flatten()
+    best, places = top_k(values[ids], min(k, len(ids)))
+    tokens = ids[places].tolist()
+    return tuple(map(TokenValue, tokens, texts(tokens), best.tolist()))
+
+
 class InputReader:
     """Reads the pre-activations of units for every token of a vocabulary.
 

@@ -19,6 +19,8 @@ import numpy.typing as npt
 
 from neuron_explainer import files
 from neuron_explainer.analysis import highlights, page
+from neuron_explainer.analysis.explaining import showing
+from neuron_explainer.analysis.explaining.explanation import Explained
 from neuron_explainer.analysis.records import GROUPS, Kind, group_number
 from neuron_explainer.analysis.store_format import Label
 from neuron_explainer.tables import escaped
@@ -212,6 +214,8 @@ class LatentRecord:
     partners: tuple[Partner, ...] = ()
     labels: tuple[Label, ...] = ()
     """Those of the user first."""
+    explanations: tuple[Explained, ...] = ()
+    """With their scores, latest first."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Where the figures come from: names, hashes and versions."""
     intervals: int = 0
@@ -274,8 +278,11 @@ class LatentRecord:
         ]
 
     def _short_labels(self, n: int) -> list[tuple[str, str]]:
-        """The first labels, cut to a reasonable length: text, and who says so."""
-        return [(label.text[:_LONGEST_LABEL], label.source[:80]) for label in self.labels[:n]]
+        """The first labels, cut to a reasonable length: text, and who says so. Explanations have a part of
+        the page for themselves."""
+        explained = {(e.explanation.text, e.explanation.method) for e in self.explanations}
+        some = [label for label in self.labels if (label.text, label.source) not in explained]
+        return [(label.text[:_LONGEST_LABEL], label.source[:80]) for label in some[:n]]
 
     # --- text ---
 
@@ -290,6 +297,7 @@ class LatentRecord:
         lines = [escaped(self.title)]
         for label, source in self._short_labels(3):
             lines.append(escaped(f"“{label}”{f'  ({source})' * bool(source)}".replace("\n", " ")))
+        lines += showing.text_lines(self.explanations)
         facts = self.facts()
         lines.append(f"active on {facts[0][1]} ({facts[0][2]})")
         lines.append("   ".join(f"{name} {value}" for name, value, _ in facts[1:]))
@@ -350,7 +358,8 @@ class LatentRecord:
             '<div style="font-family:system-ui,sans-serif;max-width:60rem;line-height:1.6">'
             f'<div style="font-size:1.25em;font-weight:600">{page.safe(_capital(self.title))}</div>'
         )
-        for label, _ in self._short_labels(1):
+        explained = [each.explanation.text[:_LONGEST_LABEL] for each in self.explanations[:1]]
+        for label in [*(text for text, _ in self._short_labels(1)), *explained][:1]:
             head += f"<div>“{page.safe(label)}”</div>"
         facts = " · ".join(f"{name} <b>{value}</b>" for name, value, _ in self.facts())
         head += f'<div style="opacity:.75;font-variant-numeric:tabular-nums">{facts}</div>'
@@ -383,6 +392,7 @@ class LatentRecord:
         )
         footer = [f"{key[:80]}: {_short(value)}" for key, value in sorted(self.provenance.items())]
         last = [self._partners_table()] if self.partners else []
+        more = [*([showing.section(self.explanations)] if self.explanations else []), *more]
         room = _LARGEST_PAGE - len(page.document(head, [*more, *last], footer).encode())
         for width in (None, 160, 80):  # shorter examples rather than fewer
             sections = self._sections(_PAGE_ROW, room, None, width, inline=False)

@@ -77,6 +77,8 @@ class Part:
     """``[n, w]``: of the target with respect to it."""
     measures: dict[str, Floats]
     """Measure -> ``[n]``."""
+    directions: Tensor | None = None
+    """Of latents, ``[n, o]``: what 1 of each adds to the activation."""
 
     def __post_init__(self) -> None:
         self.measures["act_grad"] = flat((self.value * self.gradient).sum(dim=-1))
@@ -413,7 +415,15 @@ def _latents(run: Pass, place: ActivationLocation, autoencoder: Autoencoder) -> 
     none = np.full_like(position, -1)
     its_gradient = (per_one * gradient[row]).sum(dim=-1, keepdim=True)
     yield Part(
-        place, "latent", unit.cpu().numpy(), position, none, a[:, None], its_gradient, measures
+        place,
+        "latent",
+        unit.cpu().numpy(),
+        position,
+        none,
+        a[:, None],
+        its_gradient,
+        measures,
+        per_one,
     )
     recons = code.decode(code.latents).double()
     bias = code.decode(_one_each(code.latents, 0.0)).double()

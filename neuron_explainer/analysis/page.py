@@ -54,6 +54,9 @@ td, th { text-align: right; padding: .25rem 1.5rem .25rem 0; border-bottom: 1px 
 .tokens td:nth-child(odd), .tokens th:nth-child(odd) { text-align: left; }
 .tokens td:nth-child(2) { padding-right: 2.5rem; } .tokens table { margin-bottom: .5rem; }
 .tokens small { color: var(--soft); }
+.words td:first-child, .words th:first-child, .words td:nth-child(2), .words td:nth-child(3),
+.words th:nth-child(2), .words th:nth-child(3), .words td:last-child { text-align: left; }
+.words td { vertical-align: top; } .words td:first-child { max-width: 30rem; }
 .legend { margin: 1rem 0 0; }
 .scale { margin-right: .75rem; display: inline-flex; align-items: center; gap: .5rem; }
 .scale b { width: 1.1rem; height: .9rem; border-radius: 0; padding: 0; } .scale span { display: inline-flex; }

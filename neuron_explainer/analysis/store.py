@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from neuron_explainer import files
 from neuron_explainer.activations.corpus import TokenCorpus
+from neuron_explainer.analysis.explaining.explanation import Explained
 from neuron_explainer.analysis.label_search import CANDIDATES, find_labels
 from neuron_explainer.analysis.latent_record import (
     DENSE,
@@ -215,6 +216,7 @@ class ExampleStore:
             all_examples=self.examples_of(row.examples),
             partners=self._partners(number, row),
             labels=tuple(self.labels(number)),
+            explanations=tuple(self.explanations(number)),
             provenance=self.provenance,
             intervals=int(dict(self.settings.get("config", {})).get("intervals", 0)),
         )
@@ -534,6 +536,11 @@ class ExampleStore:
                 self._file.query, text, limit, prefix=prefix, candidates=candidates
             )
         ]
+
+    def explanations(self, unit: int, method: str | None = None) -> list[Explained]:
+        """The explanations of a unit with their scores, latest first; of one method, or all."""
+        number = self._checked(unit)
+        return [each for place in self.workspaces for each in place.explained(number, method)]
 
     def _user_labels(self, unit: int | None = None) -> list[Label]:
         return [label for place in self.workspaces for label in place.labels(unit)]

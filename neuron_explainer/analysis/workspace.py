@@ -1,4 +1,4 @@
-"""What a user says about units: labels, bookmarks and scores, in a small file beside the stores.
+"""What is said about units: labels, bookmarks, explanations and scores, in a small file beside the stores.
 
 The file is ``workspace.sqlite`` in the folder of the stores. Where that folder cannot be written to, or
 belongs to this package, it is in the user's folder for data (``$NEURON_EXPLAINER_DATA``, or else what the
@@ -9,6 +9,7 @@ may write at once.
 
 import contextlib
 import datetime
+import json
 import math
 import os
 import sqlite3
@@ -19,6 +20,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from neuron_explainer import files
+from neuron_explainer.analysis.explaining.explanation import (
+    Explained,
+    Explanation,
+    Score,
+    as_dict,
+    explanation_from,
+    score_from,
+)
 from neuron_explainer.analysis.label_search import CANDIDATES, find_labels
 from neuron_explainer.analysis.store_format import Label, encodable
 from neuron_explainer.analysis.store_names import is_built_in
@@ -30,6 +39,7 @@ _VERSION = 1
 _APPLICATION_ID = 0x4E455857  # "NEXW"
 _WAIT = 10.0  # seconds for another writer
 _MOST_VALUES = 900  # in one statement; older versions of SQLite take 999
+_FIRST = "source <> 'user'"  # what users say comes before what programs found out
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS labels (
     id INTEGER PRIMARY KEY, subject TEXT NOT NULL, unit INTEGER NOT NULL, source TEXT NOT NULL,
@@ -41,6 +51,15 @@ CREATE TABLE IF NOT EXISTS bookmarks (
 CREATE TABLE IF NOT EXISTS scores (
     subject TEXT NOT NULL, unit INTEGER NOT NULL, name TEXT NOT NULL, value REAL NOT NULL,
     changed TEXT NOT NULL, PRIMARY KEY (subject, unit, name)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS explanations (
+    id INTEGER PRIMARY KEY, subject TEXT NOT NULL, unit INTEGER NOT NULL, key TEXT NOT NULL,
+    request TEXT NOT NULL, method TEXT NOT NULL, content TEXT NOT NULL, changed TEXT NOT NULL,
+    UNIQUE (subject, unit, key));
+CREATE INDEX IF NOT EXISTS explanations_by_request ON explanations (subject, unit, request);
+CREATE TABLE IF NOT EXISTS explanation_scores (
+    subject TEXT NOT NULL, unit INTEGER NOT NULL, key TEXT NOT NULL, name TEXT NOT NULL,
+    judge TEXT NOT NULL, request TEXT NOT NULL, content TEXT NOT NULL, answers TEXT NOT NULL,
+    changed TEXT NOT NULL, PRIMARY KEY (subject, unit, key, name, judge)) WITHOUT ROWID;
 """
 
 
@@ -152,23 +171,23 @@ class Workspace:
             )
 
     def labels(self, unit: int | None = None) -> list[Label]:
-        """The labels of a unit, latest first, or of all units."""
+        """The labels of a unit, or of all units: those of the user first, then the latest first."""
         one, values = ("", ()) if unit is None else (" AND unit = ?", (unit,))
         rows = self._read(
             f"SELECT unit, text, source, score FROM labels WHERE subject = ?{one} "
-            "ORDER BY unit, changed DESC, id DESC",
+            f"ORDER BY unit, {_FIRST}, changed DESC, id DESC",
             values,
         )
         return [Label(*row) for row in rows]
 
     def labels_of(self, units: Sequence[int]) -> list[Label]:
-        """The labels of some units, latest first for each."""
+        """The labels of some units, for each in the order of :meth:`labels`."""
         found: list[Label] = []
         for begin in range(0, len(units), _MOST_VALUES):
             part = [int(unit) for unit in units[begin : begin + _MOST_VALUES]]
             rows = self._read(
                 "SELECT unit, text, source, score FROM labels WHERE subject = ? AND unit IN "
-                f"({', '.join('?' * len(part))}) ORDER BY unit, changed DESC, id DESC",
+                f"({', '.join('?' * len(part))}) ORDER BY unit, {_FIRST}, changed DESC, id DESC",
                 part,
             )
             found += [Label(*row) for row in rows]
@@ -242,6 +261,147 @@ class Workspace:
         )
         return dict(rows)
 
+    # --- explanations ---
+
+    def save_explanations(self, explanations: Iterable[tuple[Explanation, str]]) -> None:
+        """Keep explanations of this subject's units. Each is a label too, whose source is its method.
+
+        One that is kept already becomes the latest.
+
+        Args:
+            explanations: each with its request, a hash of what it was made with: who asks for the same
+                again finds it (:meth:`explanation_of`).
+        """
+        found = list(explanations)
+        for explanation, _ in found:
+            self._check(explanation.unit)
+            if explanation.subject != self.subject:
+                raise InputError(
+                    f"the explanation is of another subject ({shown(explanation.subject)}) than this "
+                    f"workspace ({shown(self.subject)})."
+                )
+        if not found:
+            return
+        with self._writing() as connection:
+            for explanation, request in found:
+                unit, method = explanation.unit, encodable(explanation.method)
+                connection.execute(
+                    "DELETE FROM explanations WHERE subject = ? AND unit = ? AND key = ?",
+                    (self.subject, unit, explanation.key),
+                )
+                connection.execute(
+                    "INSERT INTO explanations (subject, unit, key, request, method, content, changed) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        *(self.subject, unit, explanation.key, request, method),
+                        *(json.dumps(as_dict(explanation)), _now()),
+                    ),
+                )
+                text = encodable(explanation.text).strip()
+                self._replace_label(connection, Label(unit, text, method, None))
+
+    def explanation_of(self, unit: int, request: str) -> Explanation | None:
+        """The explanation that was made by a request, if there is one."""
+        rows = self._read(
+            "SELECT content FROM explanations WHERE subject = ? AND unit = ? AND request = ? "
+            "ORDER BY changed DESC LIMIT 1",
+            (unit, request),
+        )
+        return self._explanation(rows[0][0]) if rows else None
+
+    def explained(self, unit: int, method: str | None = None) -> list[Explained]:
+        """The explanations of a unit with their scores (without the answers), latest first.
+
+        Args:
+            unit: the unit.
+            method: only those that were found by this method.
+        """
+        of_method, values = ("", (unit,)) if method is None else (" AND method = ?", (unit, method))
+        rows = self._read(
+            "SELECT key, content, changed FROM explanations WHERE subject = ? AND unit = ?"
+            f"{of_method} ORDER BY changed DESC, id DESC",
+            values,
+        )
+        if not rows:
+            return []
+        scores: dict[str, list[Score]] = {}
+        for key, content in self._read(
+            "SELECT key, content FROM explanation_scores WHERE subject = ? AND unit = ? "
+            "ORDER BY name, judge",
+            (unit,),
+        ):
+            scores.setdefault(key, []).append(score_from(self._content(content)))
+        return [
+            Explained(self._explanation(content), tuple(scores.get(key, ())), changed)
+            for key, content, changed in rows
+        ]
+
+    def explained_units(self, method: str | None = None) -> list[int]:
+        """The units that have an explanation (by a method), rising."""
+        of_method, values = ("", ()) if method is None else (" AND method = ?", (method,))
+        rows = self._read(
+            f"SELECT DISTINCT unit FROM explanations WHERE subject = ?{of_method} ORDER BY unit",
+            values,
+        )
+        return [unit for (unit,) in rows]
+
+    def save_explanation_scores(self, scores: Iterable[tuple[Explanation, Score, str]]) -> None:
+        """Keep scores of explanations; each replaces the one of the same scorer and judge.
+
+        Args:
+            scores: the explanation, its score, and the request, see :meth:`save_explanations`.
+        """
+        rows = []
+        for explanation, score, request in scores:
+            content = as_dict(score)
+            # Apart, because they are long and seldom asked for.
+            answers = content.pop("answers")
+            rows.append(
+                (
+                    *(self.subject, explanation.unit, explanation.key, score.name, score.judge),
+                    *(request, json.dumps(content, allow_nan=False), json.dumps(answers), _now()),
+                )
+            )
+        if not rows:
+            return
+        with self._writing() as connection:
+            connection.executemany(
+                "INSERT OR REPLACE INTO explanation_scores VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows
+            )
+
+    def explanation_score_of(self, explanation: Explanation, request: str) -> Score | None:
+        """The score of an explanation that was made by a request, with its answers, if there is one."""
+        found = self._scores_with_answers(explanation, "AND request = ?", request)
+        return found[0] if found else None
+
+    def with_answers(self, explanation: Explanation) -> tuple[Score, ...]:
+        """The scores of an explanation by name, with what was said about each text."""
+        return self._scores_with_answers(explanation, "ORDER BY name, judge")
+
+    def _scores_with_answers(
+        self, explanation: Explanation, more: str, *values: str
+    ) -> tuple[Score, ...]:
+        rows = self._read(
+            "SELECT content, answers FROM explanation_scores WHERE subject = ? AND unit = ? AND key = ? "
+            + more,
+            (explanation.unit, explanation.key, *values),
+        )
+        return tuple(
+            score_from({**self._content(content), "answers": self._content(answers)})
+            for content, answers in rows
+        )
+
+    def _explanation(self, content: str) -> Explanation:
+        return explanation_from(self._content(content))
+
+    def _content(self, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.path}: damaged: an explanation is no JSON: {error}."
+            ) from None
+
     # --- the file ---
 
     def _check(self, unit: int, number: float | None = None) -> None:
@@ -259,13 +419,16 @@ class Workspace:
         with self._lock:
             if self._connection is None and not self.path.exists():
                 return []
-            with self._explained():
-                return self._open().execute(sql, tuple(values)).fetchall()
+            with self._in_words():
+                connection = self._open()
+                if self._refusal and "explanation" in sql and not _has_explanations(connection):
+                    return []  # a file of an earlier version, which cannot be changed
+                return connection.execute(sql, tuple(values)).fetchall()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """A transaction: all of it is written, or nothing; other writers wait for its end."""
-        with self._lock, self._explained():
+        with self._lock, self._in_words():
             connection = self._open()
             if self._refusal:
                 raise SourceError(f"the workspace cannot be written to: {self._refusal}")
@@ -309,10 +472,11 @@ class Workspace:
             connection.execute("PRAGMA application_id").fetchone()[0],
             connection.execute("PRAGMA user_version").fetchone()[0],
         )
-        if found == (_APPLICATION_ID, _VERSION):
+        # Tables came with later versions of this library; earlier ones do not look at them.
+        if found == (_APPLICATION_ID, _VERSION) and _has_explanations(connection):
             return
         tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if tables and found != (_APPLICATION_ID, 0):
+        if tables and found not in ((_APPLICATION_ID, 0), (_APPLICATION_ID, _VERSION)):
             raise CheckpointError(
                 f"{self.path}: expected a workspace of version {_VERSION}, found another SQLite file or "
                 "a newer version."
@@ -327,7 +491,7 @@ class Workspace:
         connection.execute("COMMIT")
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _in_words(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.OperationalError as error:  # locked, full, read-only
@@ -344,6 +508,13 @@ class Workspace:
 
     def __repr__(self) -> str:
         return f"Workspace({str(self.path)!r}, subject={shown(self.subject)})"
+
+
+def _has_explanations(connection: sqlite3.Connection) -> bool:
+    rows = connection.execute(
+        "SELECT count(*) FROM sqlite_master WHERE name = 'explanation_scores'"
+    ).fetchall()
+    return bool(rows[0][0])
 
 
 def _now() -> str:

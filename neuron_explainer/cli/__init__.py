@@ -14,6 +14,8 @@ from typing import Any
 from neuron_explainer import __version__, demo
 from neuron_explainer.cli import (
     collating,
+    exchanging,
+    explaining,
     exporting,
     factors,
     importing,
@@ -208,6 +210,7 @@ def _register_looking(verbs: Any) -> None:
     looking.register(verbs)
     collating.register(verbs)
     inspecting.register(verbs)
+    explaining.register(verbs)
 
 
 def _register_learning(verbs: Any) -> None:
@@ -223,6 +226,7 @@ def _register_measuring(verbs: Any) -> None:
 def _register_files(verbs: Any) -> None:
     stored_files.register(verbs)
     importing.register(verbs)
+    exchanging.register(verbs)
 
 
 def run_demo(args: argparse.Namespace) -> Result:

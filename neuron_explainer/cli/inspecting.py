@@ -77,7 +77,7 @@ def _register_inspect(verbs: Any) -> None:
         help="lines of a list (default: 20), examples of each kind (5), of each quantile (2), units of a "
         "token (5)",
     )
-    _model_of_store_options(inspect)
+    model_of_store_options(inspect)
 
 
 def _register_page(verbs: Any) -> None:
@@ -92,10 +92,10 @@ def _register_page(verbs: Any) -> None:
     page.add_argument("store", metavar="STORE", help=STORE_HELP)
     page.add_argument("unit", metavar="UNIT", type=int, help="its number")
     page.add_argument("--out", required=True, metavar="FILE", help="file to write, .html")
-    _model_of_store_options(page)
+    model_of_store_options(page)
 
 
-def _model_of_store_options(verb: argparse.ArgumentParser) -> None:
+def model_of_store_options(verb: argparse.ArgumentParser) -> None:
     model_options(verb, "the one that the store names")
     verb.add_argument(
         "--autoencoder", metavar="AUTOENCODER", help="where it is now, if it was moved"

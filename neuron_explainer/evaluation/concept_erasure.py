@@ -1,13 +1,13 @@
 """Can a concept be removed by switching a few latents off? Two scores, and one for exchanging attributes.
 
-``tpp``   Targeted probe perturbation: a probe for each class; the latents that do most for a class are
-          switched off. The score is how much the accuracy of that class falls, less how much the others'
-          falls.
-``scr``   Spurious correlation removal: a probe is fitted where two labels always come together; the latents
-          that do most for the unwanted one are switched off. The score is how much of the way to a probe of
-          unbiased tokens that brings it.
-``exchange``  After RAVEL: the latents of one attribute are exchanged for those of another token. That
-          attribute should follow and another one should stay.
+``tpp``       Targeted probe perturbation. A probe is fitted for each class, and the latents that do most for
+              one class are switched off. The score is how far the accuracy on that class falls, minus how far
+              the accuracy on the other classes falls.
+``scr``       Spurious correlation removal. A probe is fitted on tokens where two labels always come together,
+              and the latents that do most for the unwanted label are switched off. The score is the share
+              that this closes of the gap in accuracy to a probe that was fitted on unbiased tokens.
+``exchange``  After RAVEL. The latents of one attribute are exchanged for those of another token. That
+              attribute should follow, and another attribute should stay.
 
 The error of the reconstruction stays in place throughout: only what the chosen latents write is taken away.
 Definitions are SAEBench's, with probes in closed form. An audit of 2026 (arXiv:2605.18229) finds that TPP can

@@ -1,19 +1,21 @@
 """Routes that compute with the model. Each is sent to :class:`~neuron_explainer.server.worker.Worker`."""
 
 import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from pydantic import Field, model_validator
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from neuron_explainer.server.bodies import StrictRoute
 from neuron_explainer.server.compute.refusals import Refusal
-from neuron_explainer.server.problems import Problem
+from neuron_explainer.server.problems import Problem, problem_reply
 from neuron_explainer.server.registry import ID_PATTERN
-from neuron_explainer.server.replies import json_reply
+from neuron_explainer.server.replies import bytes_reply, dumps, json_reply
 from neuron_explainer.server.security import COMPUTE
-from neuron_explainer.server.serving import Served, Serving
+from neuron_explainer.server.serving import DictionaryId, Served, Serving, Unit
 from neuron_explainer.server.shapes import Body
 from neuron_explainer.server.worker import Worker
 
@@ -27,6 +29,7 @@ Prompted = Annotated[str, Field(min_length=1, max_length=65_536)]
 TokenLike = Annotated[str, Field(max_length=200)] | Annotated[int, Field(ge=0, lt=2**31)]
 Id = Annotated[str, Field(pattern=ID_PATTERN)]
 Number = Annotated[int, Field(ge=0, lt=2**31)]
+Listed = Annotated[int, Query(ge=1, le=100)]
 Position = Annotated[int, Field(ge=-1, lt=2**31)]
 Layer = Annotated[int, Field(ge=0, lt=10_000)]
 Location = Annotated[str, Field(min_length=1, max_length=100)]
@@ -104,7 +107,7 @@ class TraceRequest(Body):
     """A node whose value takes the place of the prediction."""
 
     node: NodeRequest
-    through: Literal["q", "k", "v", "qk"] | None = None
+    through: Literal["q", "k", "qk", "v"] | None = None
 
 
 class DebugRequest(Body):
@@ -123,6 +126,58 @@ class DebugRequest(Body):
     interventions: Annotated[list[InterventionRequest], Field(max_length=64, default_factory=list)]
     trace: TraceRequest | None = None
     loss: bool = False
+
+
+class NodeDetailRequest(DebugRequest):
+    """A row of the debugger's table; the rest is what the table was asked with."""
+
+    node: NodeRequest
+
+
+Head = Annotated[list[Number], Field(min_length=2, max_length=2)]
+
+
+class AttentionRequest(Body):
+    """Patterns, or lengths of what is written, of ``[layer, head]`` pairs."""
+
+    text: Prompted
+    heads: Annotated[list[Head], Field(min_length=1, max_length=144)]
+    kind: Literal["pattern", "write_norm"] = "pattern"
+
+
+class HeadRequest(Body):
+    """One head on one text."""
+
+    text: Prompted
+    layer: Layer
+    head: Number
+
+
+def _post() -> list[Literal["mid", "post"]]:
+    return ["post"]
+
+
+class LensRequest(Body):
+    """Which points of the stream are read, and where: null is every token."""
+
+    text: Prompted
+    points: Annotated[
+        list[Literal["mid", "post"]], Field(min_length=1, max_length=2, default_factory=_post)
+    ]
+    positions: Annotated[list[Position], Field(min_length=1, max_length=64)] | None = None
+    k: Annotated[int, Field(ge=1, le=10)] = 5
+
+
+class GenerateRequest(Body):
+    """A text to go on with, unchanged and under interventions."""
+
+    prompt: Prompted
+    max_new: Annotated[int, Field(ge=1, le=128)] = 20
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    temperature: Annotated[float, Field(ge=0, le=10)] = 0.8
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    interventions: Annotated[list[InterventionRequest], Field(max_length=16, default_factory=list)]
+    baseline: bool = True
 
 
 # --- asking ---
@@ -184,3 +239,92 @@ async def activations(request: Request, served: Served, body: ActivationsRequest
 async def debug(request: Request, served: Served, body: DebugRequest) -> Response:
     """Which nodes make a prediction."""
     return json_reply(request, await ask(request, served, "debug", _content(body)), etag=False)
+
+
+@router.post("/node", **COMPUTE)
+async def node(request: Request, served: Served, body: NodeDetailRequest) -> Response:
+    """What one node writes, what excites it, and where it looks."""
+    return json_reply(request, await ask(request, served, "node", _content(body)), etag=False)
+
+
+@router.post("/attention", **COMPUTE, response_class=Response)
+async def attention(request: Request, served: Served, body: AttentionRequest) -> Response:
+    """Patterns of many heads, as bytes: see :mod:`neuron_explainer.server.compute.attention`."""
+    found = await ask(request, served, "attention", _content(body))
+    return bytes_reply(request, found, "application/octet-stream", etag=False)
+
+
+@router.post("/head", **COMPUTE)
+async def head(request: Request, served: Served, body: HeadRequest) -> Response:
+    """One attention head in detail."""
+    return json_reply(request, await ask(request, served, "head", _content(body)), etag=False)
+
+
+@router.post("/lens", **COMPUTE)
+async def lens(request: Request, served: Served, body: LensRequest) -> Response:
+    """What the stream predicts, layer by layer."""
+    return json_reply(request, await ask(request, served, "lens", _content(body)), etag=False)
+
+
+@router.post("/generate", **COMPUTE, response_class=StreamingResponse)
+async def generate(request: Request, served: Served, body: GenerateRequest) -> Response:
+    """Tokens as they are drawn: events ``token``, then ``done``, or ``error`` with a problem.
+
+    What is wrong with the request itself is an ordinary error reply.
+    """
+    events = worker_of(served).stream("generate", _content(body))
+    try:
+        first = await anext(events)
+    except Refusal as refusal:
+        raise as_problem(refusal) from None
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_sent(first, events), 200, headers, "text/event-stream")
+
+
+async def _sent(
+    first: tuple[str, Any], rest: AsyncGenerator[tuple[str, Any], None]
+) -> AsyncIterator[bytes]:
+    async with contextlib.aclosing(rest):
+        try:
+            yield _event(*first)
+            async for event in rest:
+                yield _event(*event)
+        except Refusal as refusal:
+            yield b"event: error\ndata: " + bytes(problem_reply(as_problem(refusal)).body) + b"\n\n"
+
+
+def _event(kind: str, payload: Any) -> bytes:
+    name = {"part": b"token", "done": b"done"}[kind]
+    return b"event: " + name + b"\ndata: " + dumps(payload) + b"\n\n"
+
+
+# --- units of dictionaries ---
+
+
+async def _read(
+    request: Request, served: Served, operation: str, d: str, **content: Any
+) -> Response:
+    found = await ask(request, served, operation, {"dictionary": d, **content})
+    return json_reply(request, found)
+
+
+@router.get("/dictionaries/{d}/features/{i}/logits", **COMPUTE)
+async def logits(
+    request: Request, served: Served, d: DictionaryId, i: Unit, k: Listed = 10
+) -> Response:
+    """The tokens that a unit makes likelier and less likely, and those that excite it."""
+    return await _read(request, served, "logits", d, unit=i, k=k)
+
+
+@router.get("/dictionaries/{d}/features/{i}/neighbours", **COMPUTE)
+async def neighbours(
+    request: Request, served: Served, d: DictionaryId, i: Unit, k: Listed = 10
+) -> Response:
+    """The latents whose decoder rows are most alike."""
+    return await _read(request, served, "neighbours", d, unit=i, k=k)
+
+
+@router.get("/dictionaries/{d}/map", **COMPUTE)
+async def dictionary_map(request: Request, served: Served, d: DictionaryId) -> Response:
+    """Every latent as a point in the plane."""
+    return await _read(request, served, "map", d)

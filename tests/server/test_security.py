@@ -68,7 +68,7 @@ def test_what_changes_something_is_marked_so(app: FastAPI) -> None:
         if method in ("PUT", "DELETE", "PATCH"):
             assert mark == "write", address
         if method == "GET":
-            assert mark in ("public", "read"), address
+            assert mark in ("public", "read", "compute"), address
 
 
 def test_read_only_refuses_every_route_that_writes(app: FastAPI, client: TestClient) -> None:

@@ -202,6 +202,11 @@ class EndpointJudge:
         self._in_vain = 0  # prompts in a row that got no reply
 
     @property
+    def url(self) -> str:
+        """The endpoint's address, as it is asked."""
+        return self._http.base
+
+    @property
     def spent(self) -> Cost:
         """What the requests have cost until now."""
         return self.meter.spent
@@ -220,9 +225,10 @@ class EndpointJudge:
             use_reasoning=end.use_reasoning,
         )
 
-    def known(self, prompt: Prompt) -> bool:
-        """Whether the reply is known, so that nothing would be sent."""
-        return self.key(prompt) in self.transcript
+    def known(self, prompt: Prompt) -> Reply | None:
+        """The reply, if it is known, so that nothing would be sent."""
+        record = self.transcript.get(self.key(prompt))
+        return None if record is None else self._reply_from(record)
 
     def ask(self, prompts: Iterable[Prompt]) -> Generator[Reply, None, None]:
         """The replies, in the order of the prompts; what is not known is asked.
@@ -264,9 +270,9 @@ class EndpointJudge:
         under_way: dict[str, "_Pending"],
     ) -> "_Pending":
         key = self.key(prompt)
-        if (record := self.transcript.get(key)) is not None:
+        if (reply := self.known(prompt)) is not None:
             ready: Future[Reply] = Future()
-            ready.set_result(self._reply_from(record))
+            ready.set_result(reply)
             return _Pending(ready, Cost())
         if key in under_way:  # or failed: it is not asked again in the same call
             return under_way[key]

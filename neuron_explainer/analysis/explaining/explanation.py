@@ -173,6 +173,16 @@ class Score:
         return max(self.floors, key=lambda floor: floor.value, default=None)
 
 
+@dataclass(frozen=True)
+class Explained:
+    """An explanation of a unit and its scores."""
+
+    explanation: Explanation
+    scores: tuple[Score, ...] = ()
+    changed: str = ""
+    """When it was written, in UTC (ISO 8601)."""
+
+
 def as_dict(record: Any) -> dict[str, Any]:
     """An :class:`Explanation` or a :class:`Score` as JSON can hold it."""
     found: dict[str, Any] = _plain(record)

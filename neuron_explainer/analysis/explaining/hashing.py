@@ -8,6 +8,7 @@ Shape legend: ``n`` texts, ``w`` width.
 import re
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -17,27 +18,40 @@ _PIECES = (3, 4)  # characters
 _WORD = re.compile(r"\w+|[^\w\s]")
 _QUOTED = re.compile("“([^”]*)”")
 _LONGEST = 20_000  # characters of a text
+_LONGEST_WORD = 40
 
 
 def embed(texts: Sequence[str], width: int = WIDTH) -> npt.NDArray[np.float64]:
     """``[n, w]``: vectors of length 1; zeros for a text without words."""
-    found = np.zeros((len(texts), width))
-    for row, text in zip(found, texts, strict=True):
-        for feature, weight in _features(text[:_LONGEST]):
-            number = zlib.crc32(feature.encode(errors="surrogateescape"))
-            row[number % width] += weight if number & 1 << 31 else -weight
-    norms = np.linalg.norm(found, axis=1, keepdims=True)
-    return found / np.where(norms > 0, norms, 1)
+    return np.stack([_vector(text, width) for text in texts]) if texts else np.zeros((0, width))
 
 
-def _features(text: str) -> list[tuple[str, float]]:
+@lru_cache(maxsize=2048)
+def _vector(text: str, width: int) -> npt.NDArray[np.float64]:
+    words = _words(text[:_LONGEST])
+    if not words:
+        return np.zeros(width)
+    hashes, weights = (np.concatenate(part) for part in zip(*words, strict=True))
+    found = np.bincount(hashes % width, weights, minlength=width).astype(np.float64)
+    return found / max(float(np.linalg.norm(found)), 1e-30)
+
+
+def _words(text: str) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
     parts = _QUOTED.findall(text)
-    found = []
-    for word in _WORD.findall(" ".join(parts) if parts else text):
-        lower = word.casefold()
-        found.append((f"={lower}", 1.0))
-        around = f"<{lower}>"
-        pieces = [around[i : i + n] for n in _PIECES for i in range(len(around) - n + 1)]
-        # A word's pieces count as much as the word itself, however long it is.
-        found += [(piece, 1 / len(pieces)) for piece in pieces]
-    return found
+    return [
+        _features(word.casefold()) for word in _WORD.findall(" ".join(parts) if parts else text)
+    ]
+
+
+@lru_cache(maxsize=20_000)
+def _features(word: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Hashes of a word and its pieces, and their weights with a sign that is part of the hash."""
+    around = f"<{word[:_LONGEST_WORD]}>"
+    pieces = [around[i : i + n] for n in _PIECES for i in range(len(around) - n + 1)]
+    # A word's pieces count as much as the word itself, however long it is.
+    weights = np.array([1.0] + [1 / len(pieces)] * len(pieces))
+    hashes = np.array(
+        [zlib.crc32(each.encode(errors="surrogateescape")) for each in (f"={word}", *pieces)],
+        np.int64,
+    )
+    return hashes & 0x7FFFFFFF, np.where(hashes >> 31, weights, -weights)

@@ -73,14 +73,16 @@ class Preview:
 
 
 class PreviewJudge:
-    """A judge that sends nothing: it answers each prompt with its sample, and counts.
+    """A judge that sends nothing: it answers with what is known, else with the prompt's sample, and counts.
 
     Args:
         name: of the model that would be asked.
-        known: whether a prompt has been answered before, see ``EndpointJudge.known``.
+        known: the reply to a prompt that was asked before, see ``EndpointJudge.known``.
     """
 
-    def __init__(self, name: str, known: Callable[[Prompt], bool] = lambda prompt: False) -> None:
+    def __init__(
+        self, name: str, known: Callable[[Prompt], Reply | None] = lambda prompt: None
+    ) -> None:
         self.name, self._known = name, known
         self.preview = Preview()
         self._seen: set[str] = set()
@@ -88,9 +90,9 @@ class PreviewJudge:
     def ask(self, prompts: Iterable[Prompt]) -> Iterator[Reply]:
         """Samples, so that what comes after an explanation is counted too."""
         for prompt in prompts:
-            text = sample_text(prompt)
-            key = prompt_key(prompt)
-            if key in self._seen or self._known(prompt):
+            reply = self._known(prompt)
+            text, key = sample_text(prompt), prompt_key(prompt)
+            if reply is not None or key in self._seen:
                 self.preview.known += 1
             else:
                 self._seen.add(key)
@@ -98,4 +100,4 @@ class PreviewJudge:
                 self.preview.prompt_tokens += estimated_prompt_tokens(prompt)
                 self.preview.completion_tokens += estimated_tokens(text)
                 self.preview.most_completion_tokens += prompt.max_tokens
-            yield understood(prompt, text)
+            yield understood(prompt, text) if reply is None else reply

@@ -7,6 +7,7 @@ logits   the output side: the tokens that the unit makes more and less likely (i
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -123,6 +124,12 @@ def rule_of(explanation: Explanation) -> Rule | None:
     return Rule.parse(text) if isinstance(text, str) else None
 
 
+@lru_cache(maxsize=16)
+def _tokens_of(examples: tuple[LabelledExample, ...]) -> Tokens:
+    """The tokens of some texts; several rules are applied to the same ones."""
+    return Tokens(examples)
+
+
 class Predictor:
     """What a rule says about texts.
 
@@ -135,7 +142,7 @@ class Predictor:
 
     def texts(self, texts: Sequence[Text]) -> list[bool]:
         """Of each text, whether the rule is true somewhere in it."""
-        tokens = Tokens([text.example for text in texts])
+        tokens = _tokens_of(tuple(text.example for text in texts))
         return [bool(each) for each in tokens.any(self.rule.holds(tokens))]
 
     def marks(self, texts: Sequence[Text]) -> list[bool]:
@@ -149,5 +156,5 @@ class Predictor:
         self, texts: Sequence[Text]
     ) -> list["np.ndarray[tuple[int, ...], np.dtype[np.bool_]]"]:
         """Of each text, at which of its tokens the rule is true."""
-        tokens = Tokens([text.example for text in texts])
+        tokens = _tokens_of(tuple(text.example for text in texts))
         return tokens.split(self.rule.holds(tokens))

@@ -79,6 +79,11 @@ def pearson(a: npt.ArrayLike, b: npt.ArrayLike) -> float | None:
     return None if math.isnan(found) else found
 
 
+def pearson_within(pairs: Sequence[tuple[Doubles, Doubles]]) -> Doubles:
+    """``[n]``: the correlation within each text; NaN where one side is constant."""
+    return _correlation(_sums(pairs))
+
+
 # --- intervals ---
 
 
@@ -109,6 +114,14 @@ def of_auc(active: npt.ArrayLike, inactive: npt.ArrayLike, seed: int = 0) -> Est
     of_a, of_b = _weights(len(a), len(a) + 1, seed), _weights(len(b), len(b) + 1, seed + 1)
     drawn = ((of_a @ wins) * of_b).sum(axis=1)
     return _at_least(_estimate(float(wins[:-1, :-1].mean()), drawn), len(a), len(b))
+
+
+def of_mean(values: npt.ArrayLike, seed: int = 0) -> Estimate | None:
+    """The mean of values from 0 to 1, one for each text, with its interval; None if there are none."""
+    x = np.asarray(values, np.float64)
+    if not len(x):
+        return None
+    return _at_least(_estimate(float(x.mean()), _means(x, 0.5, seed)), len(x), len(x))
 
 
 def of_pearson(pairs: Sequence[tuple[Any, Any]], seed: int = 0) -> Estimate | None:
@@ -204,14 +217,16 @@ def _wins(a: Doubles, b: Doubles) -> Doubles:
 
 def _sums(pairs: Sequence[tuple[Doubles, Doubles]]) -> Doubles:
     """``[n, 6]``: for each text the number of tokens and the sums of a, p, aa, pp and ap."""
+    some = [pair for pair in pairs if len(pair[0])]
+    if not some:
+        return np.zeros((len(pairs), 6))
+    a, p = (np.concatenate(side) for side in zip(*some, strict=True))
     # Centred on the mean of all: sums of squares would lose digits where it is far from 0.
-    mean_a = np.concatenate([a for a, _ in pairs]).mean() if pairs else 0.0
-    mean_p = np.concatenate([p for _, p in pairs]).mean() if pairs else 0.0
-    rows = []
-    for true, predicted in pairs:
-        a, p = true - mean_a, predicted - mean_p
-        rows.append([len(a), a.sum(), p.sum(), a @ a, p @ p, a @ p])
-    return np.array(rows)
+    a, p = a - a.mean(), p - p.mean()
+    length = np.array([len(true) for true, _ in some])
+    columns = np.stack([np.ones(len(a)), a, p, a * a, p * p, a * p])
+    found: Doubles = np.add.reduceat(columns, np.cumsum(length) - length, axis=1).T
+    return found
 
 
 def _correlation(sums: Doubles) -> Doubles:

@@ -186,9 +186,9 @@ def _around(run: str, marks: tuple[str, str]) -> str:
     return f"{before}{marks[0]}{inner}{marks[1]}{after}"
 
 
-def token_texts(pieces: Sequence[bytes]) -> list[str]:
-    """Each token as JSON; the tokens of a divided character are written with ``�``."""
-    return [json.dumps(piece.decode(errors="replace"), ensure_ascii=False) for piece in pieces]
+def token_text(piece: bytes) -> str:
+    """A token as JSON; one that writes a part of a character is written with ``�``."""
+    return json.dumps(piece.decode(errors="replace"), ensure_ascii=False)
 
 
 def levels(activations: Any, scale: float) -> list[int]:
@@ -288,25 +288,23 @@ def _shown(kind: str, example: Example, scale: float, marks: tuple[str, str]) ->
     """A text as a prompt of this kind shows it."""
     values = levels(example.activations, scale)
     if kind == "token-pairs":
-        tokens = token_texts(example.pieces)
-        lines = [f"{token}\t{value}" for token, value in zip(tokens, values, strict=True)]
+        lines = [f"{token_text(p)}\t{v}" for p, v in zip(example.pieces, values, strict=True)]
         again = [line for line, value in zip(lines, values, strict=True) if value]
         return "\n".join([*lines, "", *again])
     active = np.flatnonzero(example.activations > MARKED_ABOVE * scale).tolist()
     # Texts of the lower quantiles have no token above that: their own peak is marked.
     text = marked_text(example.pieces, active or [example.peak], marks)
     order = np.argsort(-example.activations, kind="stable")[:MOST_PAIRS].tolist()
-    tokens = token_texts(example.pieces)
-    pairs = [f"{tokens[i]} {values[i]}" for i in order if values[i] > 0]
+    pairs = [f"{token_text(example.pieces[i])} {values[i]}" for i in order if values[i] > 0]
     return f"{text}\n{', '.join(pairs)}" if kind == "marked" else text
 
 
 def _around_peaks(examples: Sequence[Example], raised: Sequence[str]) -> dict[str, str]:
-    peaks, after = [], []
+    peaks: list[str] = []
+    after: list[str] = []
     for each in examples:
-        tokens = token_texts(each.pieces)
-        peaks.append(tokens[each.peak])
-        after += tokens[each.peak + 1 : each.peak + 2]
+        peaks.append(token_text(each.pieces[each.peak]))
+        after += map(token_text, each.pieces[each.peak + 1 : each.peak + 2])
     return {
         "The most active tokens": " ".join(peaks),
         "The tokens right after them": " ".join(after),
@@ -439,7 +437,7 @@ def _question(
 
 
 def _numbered(text: Shown) -> str:
-    return "\n".join(f"{i}\t{token}" for i, token in enumerate(token_texts(text.pieces), 1))
+    return "\n".join(f"{i}\t{token_text(piece)}" for i, piece in enumerate(text.pieces, 1))
 
 
 def _keys(n: int) -> str:

@@ -25,7 +25,6 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -91,16 +90,6 @@ class Test:
         else:
             text = f"{place} {self.kind} {json.dumps(self.strings[0])}"
         return f"{'not ' * self.negated}{text}"
-
-    def fits(self, text: str) -> bool:
-        """Whether a token's string is one of those that the test asks for."""
-        if self.kind == "in":
-            return text in self.strings
-        if self.kind == "begins with":
-            return text.startswith(self.strings[0])
-        if self.kind == "ends with":
-            return text.endswith(self.strings[0])
-        return CLASSES[self.strings[0]](text)
 
 
 @dataclass(frozen=True)
@@ -177,13 +166,11 @@ class Tokens:
         first = np.array([each.example.position for each in examples], np.int64)
         self.position: Ints = self.place + np.repeat(first, self.length)
         """``[t]``: the place in the document."""
+        self._classes: dict[str, Mask] = {}
+        self._parts: dict[tuple[str, int], dict[str, list[int]]] = {}
 
     def __len__(self) -> int:
         return len(self.index)
-
-    @cached_property
-    def _number_of(self) -> dict[str, int]:
-        return {text: number for number, text in enumerate(self.strings)}
 
     def where(self, test: Test) -> Mask:
         """``[t]``: where a test is true."""
@@ -197,13 +184,33 @@ class Tokens:
 
     def _fitting(self, test: Test) -> Mask:
         """``[i]``: which of the different tokens a test asks for."""
-        if test.kind != "in":
-            return np.fromiter(map(test.fits, self.strings), bool, len(self.strings))
+        if test.kind == "is":
+            return self._of_class(test.strings[0])
         fits = np.zeros(len(self.strings), bool)
         for text in test.strings:
-            if (number := self._number_of.get(text)) is not None:
-                fits[number] = True
+            fits[self._by_part(test.kind, len(text)).get(text, [])] = True
         return fits
+
+    def _of_class(self, name: str) -> Mask:
+        if name not in self._classes:
+            self._classes[name] = np.fromiter(
+                map(CLASSES[name], self.strings), bool, len(self.strings)
+            )
+        return self._classes[name]
+
+    def _by_part(self, kind: Kind, size: int) -> dict[str, list[int]]:
+        """The different tokens by their whole string, their first or their last ``size`` characters."""
+        key = kind, 0 if kind == "in" else size
+        if key not in self._parts:
+            found: dict[str, list[int]] = {}
+            for number, text in enumerate(self.strings):
+                if kind == "in":
+                    found.setdefault(text, []).append(number)
+                elif len(text) >= size:
+                    part = text[:size] if kind == "begins with" else text[len(text) - size :]
+                    found.setdefault(part, []).append(number)
+            self._parts[key] = found
+        return self._parts[key]
 
     def before(self, mask: Mask, back: int) -> Mask:
         """``[..., t]``: what a mask says ``back`` places before each token; False before the text."""

@@ -391,11 +391,12 @@ def _errors(pairs: Sequence[tuple[Doubles, Doubles]]) -> dict[str, Any]:
     if not pairs:
         return {}
     true, predicted = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    within = [r for a, p in pairs if (r := metrics.pearson(a, p)) is not None]
+    within = metrics.pearson_within(pairs)
+    within = within[~np.isnan(within)]
     square = metrics.ratio(float(np.mean((true - predicted) ** 2)), float(np.mean(true**2)))
     absolute = metrics.ratio(float(np.abs(true - predicted).mean()), float(np.abs(true).mean()))
     return {
-        "mean r within texts": float(np.mean(within)) if within else None,
+        "mean r within texts": float(within.mean()) if len(within) else None,
         "uncentred R²": None if square is None else 1 - square,
         "1 - absolute error": None if absolute is None else 1 - absolute,
     }

@@ -3,7 +3,14 @@
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
-from neuron_explainer.server.compute import debugging, tokens
+from neuron_explainer.server.compute import (
+    attention,
+    debugging,
+    details,
+    features,
+    reading,
+    tokens,
+)
 from neuron_explainer.server.compute.session import Session
 
 __all__ = ["OPERATIONS", "Session", "answer"]
@@ -12,6 +19,14 @@ OPERATIONS: dict[str, Callable[[Session, dict[str, Any]], Any]] = {
     "tokenize": tokens.tokenize,
     "activations": tokens.activations,
     "debug": debugging.debug,
+    "node": details.node,
+    "attention": attention.attention,
+    "head": attention.head,
+    "lens": reading.lens,
+    "generate": reading.generate,
+    "logits": features.logits,
+    "neighbours": features.neighbours,
+    "map": features.dictionary_map,
 }
 """A generator yields parts and returns the end; any other function returns the answer."""
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from neuron_explainer import files
 from neuron_explainer.analysis.directions import Directions
+from neuron_explainer.analysis.hardly_trained import TokenTexts, find_hardly_trained
+from neuron_explainer.analysis.input_tokens import tokens_along
+from neuron_explainer.analysis.token_lists import TokenValues
 from neuron_explainer.errors import InputError, NeuronExplainerError, nearest, shown
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
@@ -19,7 +22,7 @@ from neuron_explainer.models.locations import SITES, ActivationLocation
 from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.model_registry import make_autoencoder_context
 from neuron_explainer.models.open_model import open_model
-from neuron_explainer.models.weight_names import Dimension
+from neuron_explainer.models.weight_names import Dimension, WeightLocationType
 from neuron_explainer.server.compute.refusals import Refusal
 from neuron_explainer.server.compute.setup import DictionarySource, Setup
 from neuron_explainer.server.snippets import Names
@@ -105,8 +108,17 @@ class Session:
     @property
     def max_tokens(self) -> int:
         """Most tokens of one prompt."""
-        context = self.model.sizes.get(Dimension.MAX_CONTEXT_LENGTH)
-        return min(self.setup.max_tokens, context or self.setup.max_tokens)
+        return min(self.setup.max_tokens, self.context_length or self.setup.max_tokens)
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens that the model reads; None if there is no limit."""
+        return self.model.sizes.get(Dimension.MAX_CONTEXT_LENGTH)
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether tokens have texts."""
+        return self._encoding is not None
 
     def source(self, id: str, loc: Iterable[str | int]) -> DictionarySource:
         """What an id stands for; a 404 with the nearest ids if there is none."""
@@ -182,16 +194,6 @@ class Session:
 
     def autoencoder(self, id: str, loc: Iterable[str | int] = ("dictionary",)) -> Autoencoder:
         """A dictionary's autoencoder; loaded if it is not in memory."""
-        source = self.source(id, loc)
-        if source.kind != "latent" or source.autoencoder is None:
-            raise Refusal(
-                422,
-                "no_autoencoder",
-                f"{id}: no autoencoder is at hand; start the server with --autoencoder."
-                if source.kind == "latent"
-                else f"{id} holds units of the model itself: it has no autoencoder.",
-                loc=loc,
-            )
         return self.autoencoders([id], loc)[0]
 
     def autoencoders(
@@ -202,12 +204,23 @@ class Session:
         for id in ids:
             if id not in self._loaded:
                 self.guard()
-                self._make_room(_file_bytes(self.source(id, loc)), ids)
-                self._loaded[id] = self._load(self.source(id, loc))
+                source = self._of_autoencoder(id, loc)
+                self._make_room(_file_bytes(source), ids)
+                self._loaded[id] = self._load(source)
             self._loaded.move_to_end(id)
             found.append(self._loaded[id])
             self._make_room(0, ids)
         return found
+
+    def _of_autoencoder(self, id: str, loc: Iterable[str | int]) -> DictionarySource:
+        """A dictionary that has an autoencoder; an error for others."""
+        source = self.source(id, loc)
+        if source.kind == "latent" and source.autoencoder is not None:
+            return source
+        why = "no autoencoder is at hand; start the server with --autoencoder"
+        if source.kind != "latent":
+            why = "its units are the model's own, of no autoencoder"
+        raise Refusal(422, "no_autoencoder", f"{id}: {why}.", loc=loc)
 
     def contexts(
         self, ids: Sequence[str], loc: Iterable[str | int] = ("dictionaries",)
@@ -272,6 +285,16 @@ class Session:
     def _owner(self, id: str) -> Autoencoder | str:
         source = self.source(id, ("d",))
         return source.location if source.kind != "latent" else self.autoencoder(id, ("d",))
+
+    def tokens_along(self, direction: Tensor, k: int) -> TokenValues:
+        """:func:`~neuron_explainer.analysis.input_tokens.tokens_along`, with the embedding read once."""
+
+        def look() -> tuple[Tensor, Tensor]:
+            embedding = self.model.weight(WeightLocationType.EMBEDDING, None).detach()
+            return embedding, ~find_hardly_trained(embedding, TokenTexts(self.context)).marked
+
+        embedding, listed = self.kept("embedding", look)
+        return tokens_along(self.context, direction, k, embedding=embedding, listed=listed)
 
     # --- results ---
 
