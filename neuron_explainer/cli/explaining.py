@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from neuron_explainer.cli.common import Result, add_verb, option, positive, say
 from neuron_explainer.cli.inspecting import STORE_HELP, model_of_store_options, opened
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from neuron_explainer.analysis.explaining.explanation import Explanation, Score
     from neuron_explainer.analysis.explaining.methods import Explain
     from neuron_explainer.analysis.explaining.reading import Reading
-    from neuron_explainer.analysis.explaining.work import Step
+    from neuron_explainer.analysis.explaining.work import Scorer, Step
     from neuron_explainer.analysis.store import ExampleStore
     from neuron_explainer.cli.asking import Asked
+    from neuron_explainer.models.autoencoder import Autoencoder
+    from neuron_explainer.models.model_context import ModelContext
 
 SAMPLE = 200
 METHODS = ("rules", "tokens", "logits")
@@ -26,6 +28,8 @@ PROMPTS = ("marked", "marked-logits", "contrastive", "token-pairs")
 SCORERS = ("detection", "fuzzing", "simulation", "embedding")
 JUDGED = ("max-token", "intruder")
 """Scorers that only a language model can answer."""
+OWN_MODEL = ("surprisal", "intervention")
+"""Scorers that run the model of the latents."""
 _LONGEST = 60  # characters of an explanation in a table
 
 
@@ -84,10 +88,11 @@ def _common_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--scorers",
         nargs="+",
-        choices=[*SCORERS, *JUDGED],
+        choices=[*SCORERS, *OWN_MODEL, *JUDGED],
         metavar="NAME",
-        help=f"some of {', '.join(SCORERS)} (default: these); with --endpoint a language model answers all "
-        f"but embedding, and also {' and '.join(JUDGED)} (default: detection, fuzzing, embedding)",
+        help=f"some of {', '.join(SCORERS)} (default: these), and of {' and '.join(OWN_MODEL)} (default for "
+        "logits), which run the model; with --endpoint a language model answers the first three, and also "
+        f"{' and '.join(JUDGED)} (default: detection, fuzzing, embedding)",
     )
     option(verb, "--seed", "seed of the choice of texts and units", 0, "N")
     option(verb, "--train", "active texts to explain from", 40, "N", positive)
@@ -120,7 +125,8 @@ def run_explain(args: argparse.Namespace) -> Result:
         args.show = show_plan
         return _plan(args, store, units)
     logits = args.method in ("logits", "marked-logits")
-    reading, directions, why = _model_parts(args, store, units, logits)
+    parts = _model_parts(args, store, units, logits)
+    reading, directions = parts.reading, parts.directions
     by_model = asked is not None and args.method in PROMPTS
     explain = asked.explain(args.method, directions) if asked is not None and by_model else None
     explained = explain_units(
@@ -138,10 +144,10 @@ def run_explain(args: argparse.Namespace) -> Result:
     steps = _watched(explained, args, "explaining", len(units))
     found = {s.unit: s.explanation for s in steps if s.explanation is not None}
     if found and not args.no_score:
-        scored = _scored(args, store, list(found), config, reading, asked, found, explain)
+        scored = _scored(args, store, list(found), config, parts, asked, found, explain)
         by_unit = {step.unit: step for step in scored}
         steps = [by_unit.get(step.unit, step) for step in steps]
-    return _result(args, store, steps, reading, why, asked)
+    return _result(args, store, steps, parts, asked)
 
 
 def run_score(args: argparse.Namespace) -> Result:
@@ -152,15 +158,13 @@ def run_score(args: argparse.Namespace) -> Result:
     if args.dry_run and asked is None:
         args.show = show_plan
         return _plan(args, store, units)
-    reading, _, why = _model_parts(args, store, units, False)
-    return _result(
-        args,
-        store,
-        _scored(args, store, units, config, reading, asked, None, None),
-        reading,
-        why,
-        asked,
-    )
+    parts = _model_parts(args, store, units, False)
+    known = {}
+    for unit in units:
+        if explained := store.explanations(unit, args.method):
+            known[unit] = explained[0].explanation
+    steps = _scored(args, store, units, config, parts, asked, known, None)
+    return _result(args, store, steps, parts, asked)
 
 
 def _scored(
@@ -168,27 +172,36 @@ def _scored(
     store: "ExampleStore",
     units: Sequence[int],
     config: "SetConfig",
-    reading: "Reading | None",
+    parts: "_ModelParts",
     asked: "Asked | None",
-    explanations: "Mapping[int, Explanation] | None",
+    explanations: "Mapping[int, Explanation]",
     explain: "Explain | None",
 ) -> "list[Step]":
-    from neuron_explainer.analysis.explaining.work import rule_scorer, score_units
+    from neuron_explainer.analysis.explaining.work import COMPETITORS, rule_scorer, score_units
 
     names = _scorers_of(args, asked)
+    plain = [name for name in names if name not in OWN_MODEL]
+    scorers = (
+        {name: rule_scorer(name) for name in plain}
+        if asked is None
+        else asked.scorers(plain, rule_scorer)
+    )
+    if len(plain) < len(names):
+        found = {**scorers, **_own_model_scorers(args, store, names, parts, explanations)}
+        scorers = {name: found[name] for name in names}
     scored = score_units(
         store,
         units,
-        names if asked is None else asked.scorers(names, rule_scorer),
+        scorers,
         method=args.method,
         explanations=explanations,
         seed=args.seed,
         config=config,
-        reading=reading,
+        reading=parts.reading,
         identity=None if asked is None else asked.scoring(names),
         save=not args.dry_run,
         workers=1 if asked is None else asked.workers,
-        competitors=None if asked is None else asked.options.competitors,
+        competitors=COMPETITORS if asked is None else asked.options.competitors,
         explain=explain,
     )
     return _watched(scored, args, "scoring", len(units))
@@ -237,21 +250,30 @@ def _chosen(
     return store, config, sorted(some[i] for i in chosen)
 
 
+class _ModelParts(NamedTuple):
+    """What the model is needed for; all None where it was not asked."""
+
+    why: str
+    """Why it was not asked."""
+    context: "ModelContext | None" = None
+    autoencoder: "Autoencoder | None" = None
+    reading: "Reading | None" = None
+    directions: "Directions | None" = None
+
+
 def _model_parts(
     args: argparse.Namespace, store: "ExampleStore", units: Sequence[int], logits: bool
-) -> "tuple[Reading | None, Directions | None, str]":
-    """What the model is needed for, or why it was not asked."""
+) -> _ModelParts:
     if args.no_model:
         if logits:
             raise InputError(f"--method {args.method} reads the model; leave --no-model out.")
-        return None, None, "--no-model"
+        return _ModelParts("--no-model")
     try:
         context, autoencoder = opened(store, args.model, args.autoencoder, args.device)
     except NeuronExplainerError as error:
         if logits:
             raise
-        return None, None, str(error)
-    from neuron_explainer.analysis.directions import Directions
+        return _ModelParts(str(error))
     from neuron_explainer.analysis.explaining.reading import read_again
 
     reading = read_again(
@@ -263,17 +285,42 @@ def _model_parts(
         most_tokens=args.most_tokens,
         progress=not args.json,
     )
-    if not logits:
-        return reading, None, ""
+    directions = _directions(store, context, autoencoder) if logits else None
+    return _ModelParts("", context, autoencoder, reading, directions)
+
+
+def _directions(
+    store: "ExampleStore", context: "ModelContext", autoencoder: "Autoencoder | None"
+) -> "Directions":
+    from neuron_explainer.analysis.directions import Directions
+
     if autoencoder is None:
-        return reading, Directions(context, store.location), ""
+        return Directions(context, store.location)
     target = None if autoencoder.is_transcoder else store.location
-    return reading, Directions(context, autoencoder, location=target), ""
+    return Directions(context, autoencoder, location=target)
+
+
+def _own_model_scorers(
+    args: argparse.Namespace,
+    store: "ExampleStore",
+    names: Sequence[str],
+    parts: _ModelParts,
+    explanations: "Mapping[int, Explanation]",
+) -> "dict[str, Scorer]":
+    from neuron_explainer.analysis.explaining.model_scorers import model_scorers
+
+    if parts.context is None:
+        wanted = " and ".join(name for name in names if name in OWN_MODEL)
+        raise InputError(f"{wanted}: the model is needed, and was not asked ({parts.why}).")
+    found = list(explanations.values())
+    return model_scorers(names, store, parts.context, parts.autoencoder, found, args.seed)
 
 
 def _scorers_of(args: argparse.Namespace, asked: "Asked | None") -> list[str]:
     if args.scorers is not None:
         return list(dict.fromkeys(args.scorers))
+    if args.method == "logits" and args.verb == "explain":
+        return ["intervention", "embedding"]
     # A model is asked about each text of a simulation by itself: that is for those who want it.
     return [name for name in SCORERS if asked is None or name != "simulation"]
 
@@ -328,8 +375,7 @@ def _result(
     args: argparse.Namespace,
     store: "ExampleStore",
     steps: "Sequence[Step]",
-    reading: "Reading | None",
-    why: str,
+    parts: _ModelParts,
     asked: "Asked | None" = None,
 ) -> Result:
     from neuron_explainer.analysis.explaining.explanation import as_dict
@@ -352,8 +398,8 @@ def _result(
         "n_units": len(steps),
         "n_explained": sum(step.explanation is not None for step in steps),
         "n_reused": sum(step.reused for step in steps),
-        "tokens_read": 0 if reading is None else reading.n_tokens,
-        "no_model": why or None,
+        "tokens_read": 0 if parts.reading is None else parts.reading.n_tokens,
+        "no_model": parts.why or None,
         "workspace": str(store.workspace.path),
         "summary": _summary([score for step in steps for score in step.scores]),
         "units": units,

@@ -11,12 +11,21 @@ from starlette.responses import Response
 
 from neuron_explainer import __version__
 from neuron_explainer.analysis.store import ExampleStore
-from neuron_explainer.server import computing, labels, legacy, pages, problems, reading, search
+from neuron_explainer.server import (
+    computing,
+    exporting,
+    labels,
+    legacy,
+    pages,
+    problems,
+    reading,
+    search,
+)
 from neuron_explainer.server import factors as factor_routes
 from neuron_explainer.server.compute.setup import DictionarySource, Setup
 from neuron_explainer.server.factor_runs import FactorRuns
 from neuron_explainer.server.limits import Limits
-from neuron_explainer.server.registry import BUDGET, Registry
+from neuron_explainer.server.registry import BUDGET, Registry, not_remote
 from neuron_explainer.server.replies import json_reply
 from neuron_explainer.server.security import (
     READ,
@@ -121,8 +130,8 @@ def _application(served: Serving) -> FastAPI:
 
 def _api() -> APIRouter:
     api = APIRouter(responses=PROBLEMS)
-    reads = (reading.router, search.router, labels.router, factor_routes.router)
-    for router in (*reads, computing.router):
+    own = (reading, search, labels, exporting, factor_routes, computing)
+    for router in (module.router for module in own):
         api.include_router(router)
 
     @api.get("/openapi.json", include_in_schema=False, **READ)
@@ -157,7 +166,9 @@ def _compute(
     if model is None:
         return Worker(None)
     dictionaries = [
-        DictionarySource(shelf.id, shelf.location, shelf.kind, shelf.autoencoder, shelf.model)
+        DictionarySource(
+            shelf.id, shelf.location, shelf.kind, not_remote(shelf.autoencoder), shelf.model
+        )
         for shelf in registry
     ]
     setup = Setup(

@@ -1,14 +1,17 @@
 """The viewer's built files, read once when the server starts. A request never opens a file."""
 
+import gzip
+import hashlib
 import mimetypes
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from neuron_explainer.errors import SourceError
-from neuron_explainer.server.replies import bytes_reply
+from neuron_explainer.server.replies import takes_gzip
 from neuron_explainer.server.security import PUBLIC
 
 DIST = Path(__file__).parents[1] / "viewer" / "dist"
@@ -34,6 +37,16 @@ class Page:
 
     content: bytes
     media_type: str
+
+    @cached_property
+    def compressed(self) -> bytes:
+        """The content for clients that take gzip."""
+        return gzip.compress(self.content, 9, mtime=0)
+
+    @cached_property
+    def etag(self) -> str:
+        """A hash of the content."""
+        return f'W/"{hashlib.blake2b(self.content, digest_size=12).hexdigest()}"'
 
 
 def read_pages(folder: Path = DIST) -> dict[str, Page]:
@@ -61,7 +74,13 @@ def pages_router(pages: dict[str, Page]) -> APIRouter:
     def add(name: str, page: Page) -> None:
         @router.get(name, name=f"page {name}", **PUBLIC)
         async def read(request: Request) -> Response:
-            return bytes_reply(request, page.content, page.media_type)
+            headers = {"ETag": page.etag, "Vary": "Accept-Encoding"}
+            if page.etag in request.headers.get("if-none-match", ""):
+                return Response(status_code=304, headers=headers)
+            if not takes_gzip(request):
+                return Response(page.content, headers=headers, media_type=page.media_type)
+            headers["Content-Encoding"] = "gzip"
+            return Response(page.compressed, headers=headers, media_type=page.media_type)
 
     for name, page in pages.items():
         add(name, page)

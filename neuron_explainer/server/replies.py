@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,15 @@ def json_reply(request: Request, content: Any, *, etag: bool = True) -> Response
 
 
 def bytes_reply(
-    request: Request, body: bytes, media_type: str, *, etag: bool = True, **headers: str
+    request: Request,
+    body: bytes,
+    media_type: str,
+    *,
+    etag: bool = True,
+    headers: Mapping[str, str] | None = None,
 ) -> Response:
     """A reply of these bytes, compressed if the client takes that."""
+    headers = dict(headers or {})
     if etag:
         tag = f'W/"{hashlib.blake2b(body, digest_size=12).hexdigest()}"'
         headers["ETag"] = tag

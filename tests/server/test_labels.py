@@ -50,7 +50,7 @@ def test_labels_are_set_changed_and_removed(client: TestClient, stores: Path) ->
     }
     assert not reply.json()["items"][1]["editable"]
     client.put(LABELS, json={"text": "kings", "source": "me"})
-    assert texts(client) == ["kings", "royalty", "kings and queens of England"]
+    assert texts(client) == ["royalty", "kings", "kings and queens of England"]
     assert client.get(UNIT).json()["labels"] == client.get(LABELS).json()["items"]
     with ExampleStore.open(stores, "made-up.2") as store:
         assert [label.text for label in store.labels(1)] == texts(client)

@@ -12,6 +12,7 @@ from neuron_explainer.analysis.store import COLUMNS, ExampleStore
 from neuron_explainer.analysis.store_format import Label
 from neuron_explainer.server import search, shapes
 from neuron_explainer.server.limits import Limits
+from tests.analysis.examples import VOCABULARY
 from tests.server.clients import API, app_with, client_of
 from tests.server.stores import HOSTILE, N_UNITS, make_stores
 from tests.server.test_reading import fitting, result_of
@@ -183,8 +184,13 @@ def test_units_are_found_by_their_token(client: TestClient, store: ExampleStore)
         store.units_at_token("king").tolist()
     )
     assert {name for name, _ in found} == {"heads", "made-up.1", "made-up.2"}
-    scores = [x["score"] for x in client.get(f"{API}/search?q=king&mode=token").json()["items"]]
-    assert scores == sorted(scores, reverse=True)
+    texts = [piece.decode(errors="replace") for piece in VOCABULARY]
+    scores = [
+        [x["score"] for x in client.get(f"{API}/search", params=params).json()["items"]]
+        for params in ({"q": text, "mode": "token"} for text in texts)
+    ]
+    assert any(len(set(each)) > 1 for each in scores)
+    assert all(each == sorted(each, reverse=True) for each in scores)
 
 
 def test_a_search_by_token_that_takes_too_long_says_so(folder: Path) -> None:

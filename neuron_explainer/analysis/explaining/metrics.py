@@ -116,6 +116,14 @@ def of_auc(active: npt.ArrayLike, inactive: npt.ArrayLike, seed: int = 0) -> Est
     return _at_least(_estimate(float(wins[:-1, :-1].mean()), drawn), len(a), len(b))
 
 
+def of_mean(values: npt.ArrayLike, seed: int = 0) -> Estimate | None:
+    """The mean of values from 0 to 1, one for each text, with its interval; None if there are none."""
+    x = np.asarray(values, np.float64)
+    if not len(x):
+        return None
+    return _at_least(_estimate(float(x.mean()), _means(x, 0.5, seed)), len(x), len(x))
+
+
 def of_pearson(pairs: Sequence[tuple[Any, Any]], seed: int = 0) -> Estimate | None:
     """The correlation over all tokens of all texts, with its interval; texts are drawn, not tokens.
 

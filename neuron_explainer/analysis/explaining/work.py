@@ -314,8 +314,10 @@ class _Floors:
         if score is None:
             return None
         score = replace(score, name=name)
-        # The token set needs no judge, whoever judges the explanation.
-        baseline = rule_scorer(name) if name in RULE_SCORERS else rule_scorer("detection")
+        if name in RULE_SCORERS:  # the token set needs no judge, whoever judges the explanation
+            baseline = rule_scorer(name)
+        else:
+            baseline = scorer if self.competitors else rule_scorer("detection")
         token_set = baseline(by_tokens(examples), examples)
         if token_set is not None and token_set.metric == score.metric:
             score = scorers.against(score, token_set, "token set")

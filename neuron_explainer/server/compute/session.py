@@ -194,16 +194,6 @@ class Session:
 
     def autoencoder(self, id: str, loc: Iterable[str | int] = ("dictionary",)) -> Autoencoder:
         """A dictionary's autoencoder; loaded if it is not in memory."""
-        source = self.source(id, loc)
-        if source.kind != "latent" or source.autoencoder is None:
-            raise Refusal(
-                422,
-                "no_autoencoder",
-                f"{id}: no autoencoder is at hand; start the server with --autoencoder."
-                if source.kind == "latent"
-                else f"{id} holds units of the model itself: it has no autoencoder.",
-                loc=loc,
-            )
         return self.autoencoders([id], loc)[0]
 
     def autoencoders(
@@ -214,12 +204,23 @@ class Session:
         for id in ids:
             if id not in self._loaded:
                 self.guard()
-                self._make_room(_file_bytes(self.source(id, loc)), ids)
-                self._loaded[id] = self._load(self.source(id, loc))
+                source = self._of_autoencoder(id, loc)
+                self._make_room(_file_bytes(source), ids)
+                self._loaded[id] = self._load(source)
             self._loaded.move_to_end(id)
             found.append(self._loaded[id])
             self._make_room(0, ids)
         return found
+
+    def _of_autoencoder(self, id: str, loc: Iterable[str | int]) -> DictionarySource:
+        """A dictionary that has an autoencoder; an error for others."""
+        source = self.source(id, loc)
+        if source.kind == "latent" and source.autoencoder is not None:
+            return source
+        why = "no autoencoder is at hand; start the server with --autoencoder"
+        if source.kind != "latent":
+            why = "its units are the model's own, of no autoencoder"
+        raise Refusal(422, "no_autoencoder", f"{id}: {why}.", loc=loc)
 
     def contexts(
         self, ids: Sequence[str], loc: Iterable[str | int] = ("dictionaries",)
