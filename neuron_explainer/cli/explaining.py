@@ -238,6 +238,10 @@ def _chosen(
             _ = store[unit]  # an error if there is no such unit
         return store, config, list(dict.fromkeys(args.latents))
     some = store.alive.tolist()
+    if not some:
+        raise InputError(
+            f"{store.path}: no {store.kind} was ever active; there is nothing to explain."
+        )
     if explained:
         some = store.workspace.explained_units(args.method)
         if not some:
