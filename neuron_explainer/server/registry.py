@@ -33,7 +33,9 @@ log = logging.getLogger(__name__)
 ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 ID_PATTERN = f"^{ID.pattern}$"
 BUDGET = 512 << 20
-_BYTES_OF_A_UNIT = 13 * 8 + 10 * 8  # thirteen figures and the columns that they are made of
+_BYTES_OF_A_UNIT = (
+    13 * 8 + 10 * 8 + 13 * 8
+)  # figures, the columns that they are made of, and orders
 
 
 @dataclass

@@ -78,14 +78,19 @@ class Choice(NamedTuple):
 
     def units(self, store: ExampleStore) -> Ints:
         """Their numbers, in order."""
-        units = store.filter(density=(self.density_min, self.density_max))
+        chosen = np.zeros(len(store), dtype=bool)
+        chosen[store.filter(density=(self.density_min, self.density_max))] = True
         if self.alive is not None:
-            units = np.intersect1d(units, store.alive if self.alive else store.dead)
-        if self.label:
-            units = np.intersect1d(units, store.units_with_label(self.label))
-        if self.token:
-            units = np.intersect1d(units, store.units_at_token(self.token))
-        return units
+            chosen &= (store.column("count") > 0) == self.alive
+        for wanted in (
+            store.units_with_label(self.label) if self.label else None,
+            store.units_at_token(self.token) if self.token else None,
+        ):
+            if wanted is not None:
+                these = np.zeros(len(store), dtype=bool)
+                these[wanted] = True
+                chosen &= these
+        return np.flatnonzero(chosen)
 
     def python(self) -> str:
         """The same as Python, which ends with ``units``."""
@@ -115,9 +120,10 @@ def _sorted(store: ExampleStore, units: Ints, sort: str, descending: bool) -> In
     """Units in an order; of equals, the lowest number comes first, and what has no score comes last."""
     if sort == "unit":
         return units[::-1] if descending else units
-    values = store.label_scores() if sort == "score" else store.column(sort)
-    keys = np.asarray(values, np.float64)[units]
-    return units[np.argsort(-keys if descending else keys, kind="stable")]
+    if sort != "score":
+        return store.sort(sort, descending=descending, among=units)
+    scores = store.label_scores()[units]
+    return units[np.argsort(-scores if descending else scores, kind="stable")]
 
 
 def _rows(store: ExampleStore, units: Sequence[int]) -> dict[str, Any]:
