@@ -328,7 +328,9 @@ async def neighbours(
 async def dictionary_map(request: Request, served: Served, d: DictionaryId) -> Response:
     """Every latent as a point in the plane, and how often it is active."""
     found = await ask(request, served, "map", {"dictionary": d})
-    if any(shelf.id == d for shelf in served.registry):  # else there is only an autoencoder of this name
+    if any(
+        shelf.id == d for shelf in served.registry
+    ):  # else there is only an autoencoder of this name
         with served.registry.reading(d) as store:
             found["density"] = store.column("density")[found["unit"]].tolist()
     return json_reply(request, found)
