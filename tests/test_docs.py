@@ -85,6 +85,7 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = ["sentence", "The ferry left a little after six.", "Nobody knows exactly."]
     (tmp_path / "sentences.csv").write_text("\n".join(rows), "utf-8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NEURON_EXPLAINER_DATA", str(tmp_path / "data"))
 
 
 @pytest.mark.parametrize("snippet", [s for s in SNIPPETS if "tiny-tales" not in s])
