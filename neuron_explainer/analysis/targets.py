@@ -60,6 +60,17 @@ class Target:
             )
         return found
 
+    def unchanged(self, reading: Reading) -> Tensor:
+        """``[n]`` on an unchanged run; an error if it is NaN, which nothing can be compared with."""
+        found = self(reading)
+        if bool((wrong := found.isnan()).any()):
+            prompt = int(reading.prompt[wrong][0])
+            raise InputError(
+                f"{self.name} is NaN on the unchanged run of prompt {prompt}: the model's weights are not "
+                "finite, its dtype is too narrow, or the target's function has no value there."
+            )
+        return found
+
     def __repr__(self) -> str:
         return f"Target({self.name!r})"
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import os
 import socket
 import sys
 from typing import TYPE_CHECKING, Any
@@ -178,13 +179,16 @@ def _bound(family: int, host: str, port: int) -> socket.socket:
 
 def _app(args: argparse.Namespace, token: str | None) -> "FastAPI":
     from neuron_explainer.server.app import create_app
-    from neuron_explainer.server.registry import Registry
+    from neuron_explainer.server.registry import Registry, not_remote
 
     registry = Registry(args.store or [DEFAULT_STORE])
+    model = args.model or not_remote(registry.model)
+    if model is None and not args.no_model:
+        say("No model: --model says which one the stores belong to.")
     return create_app(
         registry,
-        None if args.no_model else args.model or registry.model,
-        args.autoencoder or (),
+        None if args.no_model else model,
+        [_absolute(name) for name in args.autoencoder or ()],
         token=token,
         base_path=args.base_path,
         read_only=args.read_only,
@@ -194,6 +198,11 @@ def _app(args: argparse.Namespace, token: str | None) -> "FastAPI":
         origins=args.allow_origin,
         frame_ancestors=args.frame_ancestors,
     )
+
+
+def _absolute(name: str) -> str:
+    """A path as the model's process finds it; other names stay as they are."""
+    return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def _url(args: argparse.Namespace, app: "FastAPI", port: int) -> str:

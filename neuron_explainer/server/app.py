@@ -25,7 +25,7 @@ from neuron_explainer.server import factors as factor_routes
 from neuron_explainer.server.compute.setup import DictionarySource, Setup
 from neuron_explainer.server.factor_runs import FactorRuns
 from neuron_explainer.server.limits import Limits
-from neuron_explainer.server.registry import BUDGET, Registry
+from neuron_explainer.server.registry import BUDGET, Registry, not_remote
 from neuron_explainer.server.replies import json_reply
 from neuron_explainer.server.security import (
     READ,
@@ -166,7 +166,9 @@ def _compute(
     if model is None:
         return Worker(None)
     dictionaries = [
-        DictionarySource(shelf.id, shelf.location, shelf.kind, shelf.autoencoder, shelf.model)
+        DictionarySource(
+            shelf.id, shelf.location, shelf.kind, not_remote(shelf.autoencoder), shelf.model
+        )
         for shelf in registry
     ]
     setup = Setup(

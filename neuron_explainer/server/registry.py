@@ -12,10 +12,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
+from neuron_explainer import files
 from neuron_explainer.analysis.store import ExampleStore
-from neuron_explainer.analysis.store_names import SUFFIX, find_stores, is_built_in
+from neuron_explainer.analysis.store_names import ASSETS, SUFFIX, find_stores, is_built_in
 from neuron_explainer.analysis.token_store import mark_of
 from neuron_explainer.errors import (
     CheckpointError,
@@ -72,6 +74,21 @@ class Shelf:
         if not is_built_in(self.path.parent):
             return str(self.path)
         return f"{self.path.parent.parent.name}/{self.path.name.removesuffix(SUFFIX)}"
+
+    @cached_property
+    def metrics(self) -> dict[str, float] | None:
+        """What was measured of an autoencoder of the package, by name; None for others.
+
+        A path that a store names is not read: the store may be somebody else's.
+        """
+        if self.kind != "latent" or not is_built_in(self.path.parent):
+            return None
+        folder = ASSETS / self.path.parent.parent.name / "autoencoders"
+        config = folder / self.site / str(self.layer) / "config.json"
+        if not config.is_file():
+            return None
+        measured = files.read_json(config).get("metadata", {}).get("held_out", {})
+        return {name: value for name, value in measured.items() if isinstance(value, int | float)}
 
 
 class Registry:
@@ -280,6 +297,11 @@ def _id_of(name: str) -> str:
     """An id of a name: other characters than those of an id become ``-``."""
     found = re.sub(r"[^A-Za-z0-9._-]", "-", name)[:128]
     return found if found.strip(".") else "store"
+
+
+def not_remote(name: str | None) -> str | None:
+    """A name that a store gives; None if it is an address: only a user may name what is fetched."""
+    return None if name is None or files.is_remote(name) else name
 
 
 def _text(value: object) -> str | None:

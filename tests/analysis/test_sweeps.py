@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.analysis import sweeps
+from neuron_explainer.analysis.attribution import attribution_patching
+from neuron_explainer.analysis.circuits import CircuitRunner
+from neuron_explainer.analysis.edges import edge_attribution
+from neuron_explainer.analysis.effects import nodes
 from neuron_explainer.analysis.sweeps import (
     Grid,
     active_latents,
@@ -369,3 +373,19 @@ def test_active_latents_of_joined_heads_and_of_one_autoencoder_for_all_layers(
     assert np.abs(found.effect).max() > 1e-3
     assert_equal(found.values, reference(MODEL, RAGGED, spliced, third))
     assert_equal(sweep(MODEL, RAGGED, spliced, third).values, found.values)
+
+
+def test_a_target_that_is_nan_on_the_unchanged_run_is_refused() -> None:
+    model = make_model()
+    with torch.no_grad():
+        next(iter(model.layers)).attn.v_proj.bias[0] = torch.nan
+    target = logit_difference(model, 6, 12)
+    for run in (
+        lambda: sweep(model, EVEN, heads(model), target),
+        lambda: nodes(model, EVEN[0], target),
+        lambda: attribution_patching(model, EVEN[0], EVEN[1], target),
+        lambda: edge_attribution(model, EVEN[:1], EVEN[1:2], target),
+        lambda: CircuitRunner(model, EVEN[:1], EVEN[1:2], target),
+    ):
+        with pytest.raises(InputError, match="NaN on the unchanged run of prompt 0"):
+            run()

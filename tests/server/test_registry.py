@@ -12,7 +12,7 @@ from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.analysis.store_format import write_store
 from neuron_explainer.errors import CheckpointError, InputError, SourceError
 from neuron_explainer.server.problems import Problem
-from neuron_explainer.server.registry import Registry
+from neuron_explainer.server.registry import Registry, not_remote
 from tests.analysis.examples import VOCABULARY, make_collected, make_corpus
 from tests.server.clients import API, app_with, client_of
 from tests.server.stores import N_UNITS
@@ -24,6 +24,8 @@ def test_ids(stores: Path, tmp_path: Path) -> None:
     registry = Registry([stores, other / "heads.store", stores / "heads.store"])
     assert [shelf.id for shelf in registry] == ["heads", "made-up.1", "made-up.2", "heads-2"]
     assert registry.model == "made-up-model"
+    assert not_remote("https://evil.example/model") is not_remote("hf:evil/model") is None
+    assert not_remote("gpt2-small") == "gpt2-small"
     strange = stores / "naïve näme (1)é.store"
     shutil.copy(stores / "heads.store", strange)
     assert next(iter(Registry([strange]))).id == "na-ve-n-me--1--"
