@@ -750,11 +750,11 @@ def test_a_preview_sends_nothing_and_knows_what_is_known() -> None:
         assert len(server.seen) == 1
     assert [reply.value["answer"] for reply in replies] == ["0", "x", "x", "x"]
     found = preview.preview
-    assert (found.calls, found.known) == (2, 2)
-    assert found.most_completion_tokens == 100
-    assert 20 < found.prompt_tokens < 200
+    assert (found.calls, found.known) == (3, 1)
+    assert found.most_completion_tokens == 150
+    assert 20 < found.prompt_tokens < 300
     assert found.cost(Price(1e6, 0)) == found.prompt_tokens
-    assert found.most(Price(0, 1e6)) == 100
+    assert found.most(Price(0, 1e6)) == 150
 
 
 def test_ctrl_c_keeps_the_replies_to_what_was_sent() -> None:

@@ -15,6 +15,7 @@ from neuron_explainer.analysis.explaining.client import Endpoint, EndpointJudge
 from neuron_explainer.analysis.explaining.examples import ExampleSet
 from neuron_explainer.analysis.explaining.explanation import (
     Cost,
+    Counts,
     Explanation,
     Score,
     as_dict,
@@ -27,6 +28,7 @@ from neuron_explainer.analysis.explaining.judged import (
     NoReplyError,
     explain_with,
     generation_plan,
+    generation_score,
     score_with,
 )
 from neuron_explainer.analysis.explaining.local_judges import (
@@ -383,6 +385,9 @@ def test_generated_texts() -> None:
         assert result.texts == ()
         assert result.failure is not None
         assert result.failure.kind == "unparsable"
+        score = generation_score(result, SET, lambda texts: pytest.fail("there are no texts"))
+        assert score.value is None
+        assert score.counts == Counts(unparsable=1)
 
 
 # --- explanations ---
