@@ -105,6 +105,7 @@ def test_steer(capsys: pytest.CaptureFixture[str]) -> None:
     ("command", "message"),
     [
         (["effects", KING, "--target", " extraordinarily"], "must be one token"),
+        (["effects", KING, "--target", " ring", "--against", " ring"], "with the same tokens"),
         (["effects", KING, *TARGET, "--autoencoder", "ae-resid-delta-mpl"], "ae-resid-delta-mlp"),
         (
             [

@@ -144,6 +144,8 @@ def logit_difference(
     """
     up = _per_prompt(model, target)
     down = [] if against is None else _per_prompt(model, against)
+    if len(up) == len(down) and any({*a} == {*b} for a, b in zip(up, down, strict=True)):
+        raise InputError(f"{_words(target)} is compared with the same tokens: the difference is 0.")
 
     def of(reading: Reading) -> Tensor:
         found = _mean_over(reading.logits, up, reading.prompt)

@@ -33,7 +33,9 @@ log = logging.getLogger(__name__)
 ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 ID_PATTERN = f"^{ID.pattern}$"
 BUDGET = 512 << 20
-_BYTES_OF_A_UNIT = 13 * 8 + 10 * 8  # thirteen figures and the columns that they are made of
+_BYTES_OF_A_UNIT = (
+    13 * 8 + 10 * 8 + 13 * 8
+)  # figures, the columns that they are made of, and orders
 
 
 @dataclass
@@ -54,6 +56,8 @@ class Shelf:
     mark: tuple[int, ...] = ()
     counts: tuple[int, int] | None = None
     """How many units are alive, and how many are dense; None before somebody asks."""
+    missing: bool = False
+    """Whether it could not be opened the last time."""
     readers: dict[int, int] = field(default_factory=dict)
     """How many requests read which opened store; one that was replaced is closed after the last."""
 
@@ -183,11 +187,8 @@ class Registry:
         """The dictionaries whose stores can be opened; the log says what is wrong with the others."""
         found = []
         for shelf in self:
-            try:
-                with self.reading(shelf.id):
-                    found.append(shelf)
-            except Problem as problem:
-                log.warning("%s", problem)
+            with contextlib.suppress(Problem), self.reading(shelf.id):
+                found.append(shelf)
         return found
 
     def counts(self, shelf: Shelf) -> tuple[int, int]:
@@ -217,33 +218,37 @@ class Registry:
         with self._lock:
             if shelf.store is not None and mark_of(shelf.path) != shelf.mark:
                 self._retire(shelf)
-            if shelf.store is None:
+            opened = shelf.store is None
+            if opened:
                 self._reopen(shelf)
             store = shelf.store
             assert store is not None
             shelf.readers[id(store)] = shelf.readers.get(id(store), 0) + 1
             self._open[shelf.id] = None
             self._open.move_to_end(shelf.id)
-            self._shrink(keep=shelf.id)
+            if opened:
+                self._shrink(keep=shelf.id)
             return store
 
     def _reopen(self, shelf: Shelf) -> None:
+        mark = mark_of(shelf.path)
         try:
-            before, shelf.mark = shelf.mark, mark_of(shelf.path)
-            shelf.store = ExampleStore(shelf.path)
+            store = ExampleStore(shelf.path)
         except NeuronExplainerError as error:
+            if not shelf.missing:
+                log.warning("the store of %s cannot be opened: %s", shelf.id, error)
+            shelf.missing = True
             raise Problem(
                 503,
                 "store_unavailable",
                 f"The store of {shelf.id} cannot be opened: {error}",
                 retry_after=5,
             ) from error
-        store = shelf.store
+        shelf.store, shelf.missing = store, False
         shelf.name, shelf.kind, shelf.location = store.name, store.kind, store.location
-        shelf.signed = store.signed
-        shelf.n = len(store)
-        if shelf.mark != before:
-            shelf.counts = None
+        shelf.signed, shelf.n = store.signed, len(store)
+        if mark != shelf.mark:
+            shelf.mark, shelf.counts = mark, None
 
     def _give_back(self, shelf: Shelf, store: ExampleStore) -> None:
         with self._lock:
