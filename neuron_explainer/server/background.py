@@ -1,23 +1,15 @@
-"""Explaining units in the background: rules of the texts that a store holds, scored beside floors.
-
-No language model is asked, the model is not run, and nothing leaves this machine. Explanations and scores
-are kept in the workspace, as those of ``neuron-explainer explain`` are.
-"""
+"""Work of minutes: jobs run one after the other in a thread of the server, and are asked for by id."""
 
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from neuron_explainer.analysis.explaining.explanation import Score
-from neuron_explainer.analysis.explaining.work import Step, explain_units, score_units
-from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.errors import NeuronExplainerError
 from neuron_explainer.server.problems import Problem
-from neuron_explainer.server.registry import Registry
 
 log = logging.getLogger(__name__)
 Kind = Literal["explain", "score"]
@@ -57,28 +49,6 @@ class Job:
             "python": self.python,
         }
 
-    def take(self, step: Step) -> None:
-        """What became of a unit."""
-        item = self.items.setdefault(
-            step.unit, {"unit": step.unit, "text": None, "scores": [], "error": None}
-        )
-        if step.explanation is not None:
-            item["text"], item["method"] = step.explanation.text, step.explanation.method
-        item["scores"] = [_score(each) for each in step.scores] or item["scores"]
-        item["error"] = step.error or item["error"]
-        self.done += 1
-
-
-def _score(score: Score) -> dict[str, Any]:
-    return {
-        "name": score.name,
-        "metric": score.metric,
-        "value": score.value,
-        "interval": score.interval,
-        "floors": [{"name": floor.name, "value": floor.value} for floor in score.floors],
-        "smallest_difference": score.smallest_difference,
-    }
-
 
 class Jobs:
     """The jobs of a server: one runs, some wait, and the last ones are remembered."""
@@ -88,8 +58,8 @@ class Jobs:
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._workers = ThreadPoolExecutor(1, thread_name_prefix="jobs")
 
-    def start(self, job: Job, registry: Registry) -> None:
-        """Queue a job; a 429 if too many wait."""
+    def start(self, job: Job, work: Callable[[Job], None]) -> None:
+        """Queue a job; a 429 if too many wait. ``work`` fills it, and ends early once it is stopped."""
         with self._lock:
             if sum(each.state not in ENDED for each in self._jobs.values()) >= _MOST_WAITING:
                 raise Problem(429, "queue_full", "Too many jobs are waiting.", retry_after=5)
@@ -97,7 +67,7 @@ class Jobs:
                 ended = next(id for id, each in self._jobs.items() if each.state in ENDED)
                 del self._jobs[ended]
             self._jobs[job.id] = job
-        self._workers.submit(_run, job, registry).add_done_callback(_ended(job))
+        self._workers.submit(_run, job, work).add_done_callback(_ended(job))
 
     def __getitem__(self, id: str) -> Job:
         with self._lock:
@@ -139,25 +109,7 @@ def _ended(job: Job) -> Callable[["Future[None]"], None]:
     return note
 
 
-def _run(job: Job, registry: Registry) -> None:
-    if job.stop.is_set():
-        return
-    job.state = "running"
-    with registry.reading(job.dictionary) as store:
-        for step in _steps(job, store):
-            job.take(step)
-            if job.stop.is_set():
-                return
-
-
-def _steps(job: Job, store: ExampleStore) -> Iterator[Step]:
-    if job.kind == "score":
-        yield from score_units(store, job.units)
-        return
-    explanations = {}
-    for step in explain_units(store, job.units, job.method):
-        if step.explanation is not None:
-            explanations[step.unit] = step.explanation
-        yield step
-    # Beside chance and the token set; not beside whatever else happens to have been explained.
-    yield from score_units(store, job.units, explanations=explanations)
+def _run(job: Job, work: Callable[[Job], None]) -> None:
+    if not job.stop.is_set():
+        job.state = "running"
+        work(job)

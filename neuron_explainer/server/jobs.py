@@ -1,18 +1,26 @@
-"""Routes of jobs: explaining and scoring units in the background, see :mod:`.background`."""
+"""Explaining units in the background: rules of the texts that a store holds, scored beside floors.
+
+No language model is asked, the model is not run, and nothing leaves this machine. Explanations and scores
+are kept in the workspace, as those of ``neuron-explainer explain`` are.
+"""
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Request
 from pydantic import BaseModel, Field
 from starlette.responses import Response, StreamingResponse
 
+from neuron_explainer.analysis.explaining.explanation import Score
+from neuron_explainer.analysis.explaining.work import Step, explain_units, score_units
+from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.server.background import ENDED, Job, Kind, State
 from neuron_explainer.server.bodies import StrictRoute
 from neuron_explainer.server.content import open_store
-from neuron_explainer.server.registry import ID_PATTERN, Shelf
+from neuron_explainer.server.registry import ID_PATTERN, Registry, Shelf
 from neuron_explainer.server.replies import dumps, json_reply
 from neuron_explainer.server.security import READ, WRITE
 from neuron_explainer.server.serving import Served, Serving, check_unit
@@ -77,7 +85,7 @@ def _started(
             check_unit(store, unit)
     python = _python(shelf, kind, units, method)
     job = Job(secrets.token_hex(16), kind, shelf.id, units, method, python)
-    served.jobs.start(job, served.registry)
+    served.jobs.start(job, partial(_work, registry=served.registry))
     reply = json_reply(request, job.content(), etag=False)
     reply.status_code = 202
     return reply
@@ -130,3 +138,50 @@ def _python(shelf: Shelf, kind: str, units: list[int], method: str) -> str:
         "explanations = {step.unit: step.explanation for step in explained if step.explanation}\n"
         f"result = list(score_units(store, {units}, explanations=explanations, save=False))\n"
     )
+
+
+# --- the work ---
+
+
+def _work(job: Job, registry: Registry) -> None:
+    with registry.reading(job.dictionary) as store:
+        for step in _steps(job, store):
+            _take(job, step)
+            if job.stop.is_set():
+                return
+
+
+def _steps(job: Job, store: ExampleStore) -> Iterator[Step]:
+    if job.kind == "score":
+        yield from score_units(store, job.units)
+        return
+    explanations = {}
+    for step in explain_units(store, job.units, job.method):
+        if step.explanation is not None:
+            explanations[step.unit] = step.explanation
+        yield step
+    # Beside chance and the token set; not beside whatever else happens to have been explained.
+    yield from score_units(store, job.units, explanations=explanations)
+
+
+def _take(job: Job, step: Step) -> None:
+    """What became of a unit."""
+    item = job.items.setdefault(
+        step.unit, {"unit": step.unit, "text": None, "scores": [], "error": None}
+    )
+    if step.explanation is not None:
+        item["text"], item["method"] = step.explanation.text, step.explanation.method
+    item["scores"] = [_score(each) for each in step.scores] or item["scores"]
+    item["error"] = step.error or item["error"]
+    job.done += 1
+
+
+def _score(score: Score) -> dict[str, Any]:
+    return {
+        "name": score.name,
+        "metric": score.metric,
+        "value": score.value,
+        "interval": score.interval,
+        "floors": [{"name": floor.name, "value": floor.value} for floor in score.floors],
+        "smallest_difference": score.smallest_difference,
+    }

@@ -10,7 +10,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from neuron_explainer.analysis.explaining.work import Step
-from neuron_explainer.server import background
+from neuron_explainer.server import background, jobs
 from neuron_explainer.server.jobs import JobReply
 from tests.server.clients import API, app_with, client_of
 from tests.server.test_reading import fitting
@@ -68,7 +68,7 @@ def test_a_job_is_followed_and_stopped(client: TestClient, monkeypatch: pytest.M
             time.sleep(0.05)
             yield Step(unit, number, len(units), error="nothing")
 
-    monkeypatch.setattr(background, "explain_units", slow)
+    monkeypatch.setattr(jobs, "explain_units", slow)
     body = {"dictionary": NAME, "units": list(range(60))}
     id = client.post(f"{API}/jobs/explain", json=body).json()["id"]
     while client.get(f"{API}/jobs/{id}").json()["done"] < 2:
@@ -86,7 +86,7 @@ def test_an_error_is_the_end_of_its_job_only(
     def broken(*_: Any) -> Iterator[Step]:
         raise ZeroDivisionError("secret path")
 
-    monkeypatch.setattr(background, "explain_units", broken)
+    monkeypatch.setattr(jobs, "explain_units", broken)
     id = client.post(f"{API}/jobs/explain", json={"dictionary": NAME, "units": [1]}).json()["id"]
     found = ended(client, id)
     assert (found["state"], found["error"]) == ("failed", "internal error")
@@ -113,7 +113,7 @@ def test_only_so_many_jobs_wait(client: TestClient, monkeypatch: pytest.MonkeyPa
         time.sleep(0.3)
         yield Step(units[0], 1, 1, error="nothing")
 
-    monkeypatch.setattr(background, "explain_units", slow)
+    monkeypatch.setattr(jobs, "explain_units", slow)
     body = {"dictionary": NAME, "units": [1]}
     replies = [client.post(f"{API}/jobs/explain", json=body) for _ in range(9)]
     assert [reply.status_code for reply in replies] == [202] * 8 + [429]
