@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from neuron_explainer import files
-from neuron_explainer.cli.common import Result, add_verb, option, say
+from neuron_explainer.cli.common import Result, add_verb, option, positive, say
 from neuron_explainer.errors import InputError, SourceError, optional_module
 
 if TYPE_CHECKING:
@@ -48,6 +48,9 @@ def register(verbs: Any) -> None:
         metavar="EXAMPLES",
         help="a folder that factors collate wrote; may be given several times",
     )
+    serve.add_argument("--device", metavar="NAME", help="where the model runs, such as cuda:0")
+    option(serve, "--memory", "GiB for autoencoders; those used longest ago are dropped", 4.0)
+    option(serve, "--max-tokens", "longest prompt", 256, type=positive)
     serve.add_argument("--no-model", action="store_true", help="show the stores only")
     option(serve, "--host", "address to listen on", "127.0.0.1")
     option(serve, "--port", "0: any free one", DEFAULT_PORT)
@@ -179,6 +182,7 @@ def _bound(family: int, host: str, port: int) -> socket.socket:
 
 def _app(args: argparse.Namespace, token: str | None) -> "FastAPI":
     from neuron_explainer.server.app import create_app
+    from neuron_explainer.server.limits import Limits
     from neuron_explainer.server.registry import Registry, not_remote
 
     registry = Registry(args.store or [DEFAULT_STORE])
@@ -197,6 +201,8 @@ def _app(args: argparse.Namespace, token: str | None) -> "FastAPI":
         any_address=args.host in ("0.0.0.0", "::"),
         origins=args.allow_origin,
         frame_ancestors=args.frame_ancestors,
+        limits=Limits(max_tokens=args.max_tokens, autoencoder_bytes=round(args.memory * 2**30)),
+        device=args.device,
     )
 
 
