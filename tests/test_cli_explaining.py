@@ -58,6 +58,10 @@ def test_explaining_scores_too_and_says_what_the_floors_are(
     page = run(capsys, "inspect", STORE, str(unit), "--no-model")
     assert "(rules)" in page
     assert "detection " in page
+    record = as_json(capsys, "inspect", STORE, str(unit), "--no-model")
+    (explained,) = record["explanations"]
+    assert explained["explanation"]["method"] == "rules"
+    assert {each["name"] for each in explained["scores"]} == set(names)
 
 
 def test_no_model_says_what_that_means(capsys: pytest.CaptureFixture[str]) -> None:

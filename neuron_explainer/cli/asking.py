@@ -11,7 +11,14 @@ from neuron_explainer.analysis.explaining.examples import ExampleSet
 from neuron_explainer.analysis.explaining.explanation import Explanation, Score
 from neuron_explainer.analysis.explaining.http_client import KEY_VARIABLE
 from neuron_explainer.analysis.explaining.judge import Judge
-from neuron_explainer.analysis.explaining.judged import SCORERS, Asking, explain_with, score_with
+from neuron_explainer.analysis.explaining.judged import (
+    SCORERS,
+    Asking,
+    explain_with,
+    generation_plan,
+    generation_score,
+    score_with,
+)
 from neuron_explainer.analysis.explaining.local_judges import PreviewJudge
 from neuron_explainer.analysis.explaining.prompts import HASHES
 from neuron_explainer.analysis.explaining.scorers import JudgedBy, embedding
@@ -24,9 +31,14 @@ from neuron_explainer.settings.flags import add_flags, from_flags
 if TYPE_CHECKING:
     from neuron_explainer.analysis.directions import Directions
     from neuron_explainer.analysis.store import ExampleStore
+    from neuron_explainer.models.autoencoder import Autoencoder
+    from neuron_explainer.models.model_context import ModelContext
 
 Scorer = Callable[[Explanation, ExampleSet], Score | None]
 _RAISED = 10  # tokens that a latent promotes
+
+
+_GENERATED, _USUAL = 10, 50  # texts that are written for a latent, and for none
 
 
 @dataclass(frozen=True)
@@ -162,6 +174,34 @@ class Asked:
             for name in names
         }
 
+    def generation(
+        self, store: "ExampleStore", context: "ModelContext", autoencoder: "Autoencoder | None"
+    ) -> Scorer:
+        """The scorer for which the judge writes texts and the latent's own model reads them."""
+        from neuron_explainer.analysis.explaining.model_scorers import (
+            UnitReader,
+            generation,
+            usual_texts,
+        )
+
+        place = store.location if autoencoder is None else autoencoder.location or store.location
+        reader = UnitReader(context, autoencoder, place)
+        usual = usual_texts(store.tokens, _USUAL)
+
+        def score(explanation: Explanation, examples: ExampleSet) -> Score | None:
+            generated = generation_plan(explanation, self.judge, _GENERATED).ask(self.judge)
+            if self.preview is not None:
+                return None
+            return generation_score(
+                generated,
+                examples,
+                lambda texts: generation(
+                    [_cut(context, text) for text in texts], examples, reader, usual, generated.by
+                ),
+            )
+
+        return score
+
     def _embedding(self, explanation: Explanation, examples: ExampleSet) -> Score | None:
         assert self.embeds is not None
         if self.preview is not None:
@@ -231,6 +271,11 @@ def asked_of(args: argparse.Namespace, store: "ExampleStore") -> Asked | None:
     if embeds is not None:
         embeds.meter = asked.meter  # one budget for both
     return Asked(options, asked, preview, embeds)
+
+
+def _cut(context: "ModelContext", text: str) -> str:
+    """As much of a text as the model can read."""
+    return context.decode(context.encode(text)[: context.n_context - 1])
 
 
 def show_asked(asked: Result) -> None:

@@ -209,6 +209,22 @@ def test_planted_rules_are_found(active: Any, expected: set[str]) -> None:
     assert str(find_rule(planted(active))) in expected
 
 
+def test_what_stands_elsewhere_in_active_texts_is_no_explanation() -> None:
+    random = np.random.default_rng(1)
+    found = []
+    for number in range(80):
+        active = number % 2 == 0
+        tokens = random.choice([1, 2, 3, 4], 8)
+        values = np.zeros(8)
+        if active:  # a line ends before each active token, and in no other text
+            tokens[1], tokens[6], values[6] = 7, 5, 1.0
+        elif number % 5 == 0:
+            tokens[6] = 5
+        example = made_example(tokens.tolist(), values.tolist(), number * 8)
+        found.append(LabelledExample(example, "active" if active else "random", -1 + active))
+    assert str(find_rule(found)) == 'token in {" mat"}'
+
+
 def test_affixes_are_found_where_no_token_is_enough() -> None:
     words = [b" sing", b" ring", b" thing", b"king", b" wing", b" a", b" b", b" c", b" d", b" e"]
     random = np.random.default_rng(0)
