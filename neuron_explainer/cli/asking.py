@@ -121,6 +121,12 @@ class Asked:
         """Units that are worked on at a time."""
         return self.options.concurrency if self.preview is None else 1
 
+    def stop(self) -> None:
+        """Send nothing more for what is asked now."""
+        for judge in (self.endpoint, self.embeds):
+            if judge is not None:
+                judge.stop()
+
     @property
     def _model(self) -> dict[str, Any]:
         """What decides a reply, apart from the prompt."""

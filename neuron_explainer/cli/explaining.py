@@ -140,6 +140,7 @@ def run_explain(args: argparse.Namespace) -> Result:
         identity=asked.explaining(args.method) if asked is not None and by_model else None,
         save=not args.dry_run,
         workers=1 if asked is None else asked.workers,
+        stop=None if asked is None else asked.stop,
     )
     steps = _watched(explained, args, "explaining", len(units))
     found = {s.unit: s.explanation for s in steps if s.explanation is not None}
@@ -202,6 +203,7 @@ def _scored(
         identity=None if asked is None else asked.scoring(names),
         save=not args.dry_run,
         workers=1 if asked is None else asked.workers,
+        stop=None if asked is None else asked.stop,
         competitors=COMPETITORS if asked is None else asked.options.competitors,
         explain=explain,
     )

@@ -165,23 +165,6 @@ def test_units_stand_side_by_side(open_page: OpenPage) -> None:
     expect(page.locator(".compare > li")).to_have_count(1)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_these_pages_are_accessible(open_page: OpenPage, scheme: str) -> None:
-    from axe_playwright_python.sync_playwright import Axe
-
-    page = open_page("", color_scheme=scheme, bypass_csp=True)
-    for route, selector in (
-        (TABLE, f"{ROWS} a"),
-        ("#/d", "#panel-dictionaries"),
-        (f"#/compare?u={LATENTS}:43", ".compare .t"),
-        (f"#/f/{LATENTS}/43", "#panel-examples .t"),
-    ):
-        page.evaluate("route => { location.hash = route }", route)
-        page.wait_for_selector(selector)
-        found = Axe().run(page)
-        assert found.violations_count == 0, f"{route}: {found.generate_report()}"
-
-
 def test_the_map_leads_to_a_unit_and_the_long_lists_open(open_page: OpenPage) -> None:
     page = open_page(TABLE)
     canvas = page.locator("#panel-map canvas")

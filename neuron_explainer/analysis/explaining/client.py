@@ -16,13 +16,14 @@ depend on it, and equal prompts are asked once.
 """
 
 import base64
+import contextlib
 import dataclasses
 import datetime
 import logging
 import random
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -198,6 +199,7 @@ class EndpointJudge:
         self._dialect = _Dialect()
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(endpoint.concurrency)
+        self._running: set[_Stop] = set()
         self._answered = False  # whether this endpoint ever answered
         self._in_vain = 0  # prompts in a row that got no reply
 
@@ -210,6 +212,24 @@ class EndpointJudge:
     def spent(self) -> Cost:
         """What the requests have cost until now."""
         return self.meter.spent
+
+    def stop(self) -> None:
+        """Send nothing more in the calls of :meth:`ask` and :meth:`embed` that run now, in any thread.
+
+        They end with a StoppedError when the replies to what was sent have come.
+        """
+        for stop in [*self._running]:
+            stop.because(StoppedError("the work was stopped; what was answered is kept."))
+
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[_Stop]:
+        """A call that can be stopped."""
+        stop = _Stop()
+        self._running.add(stop)
+        try:
+            yield stop
+        finally:
+            self._running.discard(stop)
 
     # --- many prompts ---
 
@@ -236,11 +256,10 @@ class EndpointJudge:
         Raises:
             StoppedError: after the replies that came: the endpoint cannot be used, or the budget is spent.
         """
-        stop = _Stop()
         waiting: deque[_Pending] = deque()
         under_way: dict[str, _Pending] = {}
         over: BudgetError | None = None
-        with ThreadPoolExecutor(self.endpoint.concurrency, "judge") as pool:
+        with self._call() as stop, ThreadPoolExecutor(self.endpoint.concurrency, "judge") as pool:
             try:
                 for prompt in prompts:
                     try:
@@ -461,8 +480,7 @@ class EndpointJudge:
         wanted = {
             key: text for key, text in zip(keys, texts, strict=True) if key not in self.transcript
         }
-        with ThreadPoolExecutor(self.endpoint.concurrency, "judge") as pool:
-            stop = _Stop()
+        with self._call() as stop, ThreadPoolExecutor(self.endpoint.concurrency, "judge") as pool:
             items = [*wanted.items()]
             parts = [items[i : i + at_once] for i in range(0, len(items), at_once)]
             futures = [pool.submit(self._embed, dict(part), stop) for part in parts]

@@ -767,6 +767,34 @@ def test_ctrl_c_keeps_the_replies_to_what_was_sent() -> None:
         assert len(transcript) == len(server.seen) <= 8
 
 
+def test_other_threads_can_be_stopped() -> None:
+    arrived = threading.Event()
+
+    def script(seen: Seen) -> Answer:
+        arrived.set()
+        return Answer(completion(echo(seen)), delay=0.02)
+
+    with serving(script) as server:
+        made, ended = judge(server, concurrency=2), []
+
+        def work() -> None:
+            try:
+                for _ in made.ask(prompt(str(i)) for i in range(500)):
+                    pass
+            except StoppedError as error:
+                ended.append(str(error))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        arrived.wait(5)
+        made.stop()
+        thread.join(5)
+        assert not thread.is_alive()
+        assert len(server.seen) <= 4
+        assert ended == ["the work was stopped; what was answered is kept."]
+        assert next(made.ask([prompt("new")])).value == {"answer": "new"}  # the next call works
+
+
 # --- embeddings ---
 
 
