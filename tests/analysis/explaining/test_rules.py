@@ -163,6 +163,11 @@ def test_rules_in_english() -> None:
         "“ king” or “ queen” right after “ the”; or a token that begins with “ un”; or any token 2 tokens "
         "after no token that is a number among the first 3 tokens of a document"
     )
+    first = Rule.parse("position < 1 or token is number and position >= 1")
+    assert first.in_words() == (
+        "the first token of a document; or a token that is a number after the first token of a "
+        "document"
+    )
     assert "and 3 more" not in Rule.of_tokens(["a"] * 12).in_words()
     assert Rule.of_tokens([str(i) for i in range(15)]).in_words().endswith("“11” or 3 more")
 
