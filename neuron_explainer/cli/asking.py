@@ -64,6 +64,8 @@ class JudgeOptions:
     """seconds to wait for a reply"""
     use_reasoning: bool = False
     """take a model's reasoning as its reply where the reply has no content"""
+    thinking_tokens: int = 0
+    """tokens that a reasoning model may think, in addition to each reply, such as 2000"""
     texts_per_prompt: int = 5
     """texts in a prompt of detection, fuzzing and max-token; more cost less and are judged less well"""
     logprobs: bool = True
@@ -137,6 +139,7 @@ class Asked:
             "temperature": end.temperature,
             "seed": end.seed,
             "use_reasoning": end.use_reasoning,
+            "thinking_tokens": end.thinking_tokens,
         }
 
     def explaining(self, kind: str) -> dict[str, Any]:
@@ -268,11 +271,14 @@ def asked_of(args: argparse.Namespace, store: "ExampleStore") -> Asked | None:
             options.concurrency,
             options.timeout,
             options.use_reasoning,
+            options.thinking_tokens,
         )
         return EndpointJudge(endpoint, transcript, limits=limits, price=price)
 
     asked = judge(options.judge)
-    preview = PreviewJudge(options.judge, asked.known) if args.dry_run else None
+    preview = (
+        PreviewJudge(options.judge, asked.known, options.thinking_tokens) if args.dry_run else None
+    )
     embeds = None if options.embedding_model is None else judge(options.embedding_model)
     if embeds is not None:
         embeds.meter = asked.meter  # one budget for both

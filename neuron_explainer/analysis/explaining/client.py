@@ -91,6 +91,8 @@ class Endpoint:
     use_reasoning: bool = False
     """Where a reply has no content, take what the server calls the model's reasoning. Without it that is
     a failure: a text in which the model weighs both answers must not be read as one of them."""
+    thinking_tokens: int = 0
+    """Tokens that a reasoning model may think, in addition to its reply."""
     retries: int = 6
     """How often a request is repeated that the server could not answer now."""
     backoff: float = 0.5
@@ -107,6 +109,8 @@ class Endpoint:
                 "expected a concurrency of at least 1, at least 0 retries and a timeout above 0, found "
                 f"{self.concurrency}, {self.retries} and {self.timeout}."
             )
+        if self.thinking_tokens < 0:
+            raise InputError(f"thinking_tokens must be at least 0, found {self.thinking_tokens}.")
         base_url(self.url)
 
 
@@ -243,6 +247,7 @@ class EndpointJudge:
             temperature=end.temperature,
             seed=end.seed,
             use_reasoning=end.use_reasoning,
+            thinking_tokens=end.thinking_tokens,
         )
 
     def known(self, prompt: Prompt) -> Reply | None:
@@ -304,7 +309,8 @@ class EndpointJudge:
         return pending
 
     def _most(self, prompt: Prompt, max_tokens: int) -> Cost:
-        return self.meter.cost(estimated_prompt_tokens(prompt), max_tokens)
+        longest = max_tokens + self.endpoint.thinking_tokens
+        return self.meter.cost(estimated_prompt_tokens(prompt), longest)
 
     # --- one prompt ---
 
@@ -417,7 +423,7 @@ class EndpointJudge:
         body: dict[str, Any] = {
             "model": end.model,
             "messages": [message._asdict() for message in messages],
-            dialect.length: longest,
+            dialect.length: longest + end.thinking_tokens,
         }
         if dialect.temperature:
             body["temperature"] = end.temperature

@@ -77,12 +77,16 @@ class PreviewJudge:
     Args:
         name: of the model that would be asked.
         known: the reply to a prompt that was asked before, see ``EndpointJudge.known``.
+        thinking_tokens: see ``Endpoint``.
     """
 
     def __init__(
-        self, name: str, known: Callable[[Prompt], Reply | None] = lambda prompt: None
+        self,
+        name: str,
+        known: Callable[[Prompt], Reply | None] = lambda prompt: None,
+        thinking_tokens: int = 0,
     ) -> None:
-        self.name, self._known = name, known
+        self.name, self._known, self._thinking = name, known, thinking_tokens
         self.preview = Preview()
 
     def ask(self, prompts: Iterable[Prompt]) -> Iterator[Reply]:
@@ -96,5 +100,5 @@ class PreviewJudge:
                 self.preview.calls += 1
                 self.preview.prompt_tokens += estimated_prompt_tokens(prompt)
                 self.preview.completion_tokens += estimated_tokens(text)
-                self.preview.most_completion_tokens += prompt.max_tokens
+                self.preview.most_completion_tokens += prompt.max_tokens + self._thinking
             yield understood(prompt, text) if reply is None else reply

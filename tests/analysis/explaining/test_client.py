@@ -464,6 +464,15 @@ def test_the_reasoning_counts_where_it_was_asked_for() -> None:
     assert reply.value == {"answer": "yes"}
 
 
+def test_a_reasoning_model_has_room_to_think() -> None:
+    asked = in_turn(Answer(completion(None, "length", reasoning="hm")), GOOD)
+    reply, server = one(asked, thinking_tokens=1000)
+    assert reply.value == {"answer": "yes"}
+    assert [seen.body["max_tokens"] for seen in server.seen] == [1050, 1100]
+    with serving(echo) as server, pytest.raises(BudgetError):
+        [*judge(server, thinking_tokens=1000, limits=Limits(tokens=1000)).ask([prompt()])]
+
+
 def test_what_is_no_json_is_asked_for_once_more() -> None:
     reply, server = one(in_turn("Sure! The answer is yes.", GOOD))
     assert reply.value == {"answer": "yes"}
@@ -734,6 +743,7 @@ def test_rates_are_kept_by_spacing() -> None:
         lambda: Endpoint("https://a.example", ""),
         lambda: Endpoint("https://a.example", "m", concurrency=0),
         lambda: Endpoint("https://a.example", "m", timeout=0),
+        lambda: Endpoint("https://a.example", "m", thinking_tokens=-1),
     ],
 )
 def test_settings_that_make_no_sense(wrong: Callable[[], object]) -> None:
