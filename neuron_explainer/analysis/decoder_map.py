@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
 from neuron_explainer import files
@@ -146,7 +146,8 @@ def _write(path: Path, found: DecoderMap) -> None:
     facts = {"method": found.method, "seed": found.seed, "explained": found.explained}
     one = {"map": json.dumps(facts)}  # one entry: safetensors writes several in a random order
     with files.atomic_write(path) as temporary:
-        save_file({"coordinates": torch.from_numpy(found.coordinates)}, temporary, metadata=one)
+        # Not save_file: killed, it leaves a file of its own beside ours.
+        temporary.write_bytes(save({"coordinates": found.coordinates}, metadata=one))
 
 
 def _read(path: Path, n_rows: int) -> DecoderMap | None:
