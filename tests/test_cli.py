@@ -259,6 +259,14 @@ def test_a_model_of_hugging_face_in_every_verb(
     assert (found["model"], len(found["samples"][0]["tokens"])) == (on_hub, 3)
     found = json.loads(run(capsys, "ablate", text, *model, "--location", place, "--json"))
     assert found["kl_divergence"] > 0
+    # Its norms do not show their scale, so that this is not frozen.
+    effects = ["effects", text, *model, "--target", "frog", "--against", "king"]
+    found = json.loads(run(capsys, *effects, "--json"))
+    assert (found["freeze"], len(found["nodes"]) > 5) == ([], True)
+    assert "freeze=()" in found["python"]
+    assert "scale is not frozen" in run(capsys, *effects)
+    circuit = ["circuit", text, "--corrupt", text, *model, "--target", "frog"]
+    assert "own Transformer" in fail(capsys, *circuit)
     Path("books").mkdir()
     for number in range(8):
         Path(f"books/{number}.txt").write_text(f"{text} . " * (9 + number), "utf-8")

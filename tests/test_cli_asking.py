@@ -201,3 +201,36 @@ def test_the_lists_of_the_command_line_are_those_of_the_library() -> None:
     assert explaining.PROMPTS == EXPLAINERS
     assert explaining.SCORERS == RULE_SCORERS
     assert set(explaining.JUDGED) == set(ASKED) - set(RULE_SCORERS)
+
+
+def test_explanations_go_to_other_programs_and_come_back(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    with serving(answer) as server:
+        Shell(capsys, server).json("explain", *UNITS, "--scorers", "detection", "simulation")
+    shell = Shell(capsys, None)
+    out = folder / "out"
+    for name, source in (("neuronpedia", ""), ("openai", "/2"), ("delphi", "")):
+        there = out / name
+        found = shell.json("export-explanations", "--format", name, "--out", str(there))
+        assert (found["explanations"], found["without_scores"]) == (3, 0)
+        for path in folder.glob("workspace.sqlite*"):
+            path.unlink()
+        back = shell.json("import-explanations", f"{there}{source}", "--format", name)
+        assert back["explanations"] == 3
+        assert back["scores"] == {"neuronpedia": 6, "openai": 3, "delphi": 3}[name]
+        assert main(["inspect", STORE, "22", "--no-model"]) == 0
+        assert "something" in capsys.readouterr().out
+        with serving(
+            answer
+        ) as server:  # the workspace is as it was; nothing is asked but what was lost
+            Shell(capsys, server).json("explain", *UNITS, "--scorers", "detection", "simulation")
+    text = shell.text("export-explanations", "--format", "delphi", "--out", str(out / "x"))
+    assert "3 explanations of" in text
+    assert "no explanations yet" in shell.text(
+        *("export-explanations", "--format", "delphi", "--out", str(out), "--method", "tokens"),
+        code=2,
+    )
+    assert "holds no results of delphi" in shell.text(
+        "import-explanations", str(folder), "--format", "delphi", code=2
+    )

@@ -74,6 +74,25 @@ def test_patch(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.count("\n3 ") == 1
 
 
+def test_circuit(capsys: pytest.CaptureFixture[str]) -> None:
+    pair = ["The old king said to the", "--corrupt", "The old queen said to the"]
+    argv = ["circuit", *pair, "--target", " queen", "--against", " king", "--edges", "40", "--bos"]
+    result = run(capsys, *argv, "--top", "3")
+    ran = result["ran"]
+    assert result["edges"] == [{"edge": e, "score": s} for e, s in ran["scores"].top(3)]
+    assert result["circuit"]["edges"] == ran["circuit"].edges
+    assert result["circuit"]["value"] == pytest.approx(ran["value"])
+    assert result["curve"]["faithfulness"] == ran["curve"].faithfulness.tolist()
+    assert result["value"] == pytest.approx(float(ran["runner"].clean[0]))
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    assert f"Of the 40 best, {len(ran['circuit'])} lie on a way" in said
+    assert "CPR (higher is better)" in said
+    assert "-0.000" not in said
+    assert main([*argv[:3], "The queen", *argv[4:]]) == 2
+    assert "have 7 and 3 tokens" in capsys.readouterr().err
+
+
 def test_steer(capsys: pytest.CaptureFixture[str]) -> None:
     where = ["--autoencoder", "ae-resid-delta-mlp", "--layer", "2", "--latent", "5"]
     result = run(capsys, "steer", "Once upon a time", *where, "--num-tokens", "8")
@@ -86,6 +105,7 @@ def test_steer(capsys: pytest.CaptureFixture[str]) -> None:
     ("command", "message"),
     [
         (["effects", KING, "--target", " extraordinarily"], "must be one token"),
+        (["effects", KING, "--target", " ring", "--against", " ring"], "with the same tokens"),
         (["effects", KING, *TARGET, "--autoencoder", "ae-resid-delta-mpl"], "ae-resid-delta-mlp"),
         (
             [

@@ -85,6 +85,7 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = ["sentence", "The ferry left a little after six.", "Nobody knows exactly."]
     (tmp_path / "sentences.csv").write_text("\n".join(rows), "utf-8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NEURON_EXPLAINER_DATA", str(tmp_path / "data"))
 
 
 @pytest.mark.parametrize("snippet", [s for s in SNIPPETS if "tiny-tales" not in s])
@@ -101,7 +102,7 @@ def test_readme_snippets_on_the_embedded_model(snippet: str) -> None:
 
 def test_readme_snippets_were_found() -> None:
     assert len(SNIPPETS) == 11
-    assert [len(commands) for commands in COMMANDS] == [5, 7, 3, 8]
+    assert [len(commands) for commands in COMMANDS] == [5, 7, 4, 8]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

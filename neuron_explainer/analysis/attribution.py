@@ -254,7 +254,7 @@ def _scores(
         logits = found["logits"] if target.every_position else found["logits"][:, -1]
         zero = torch.zeros(1, dtype=torch.long, device=tokens.device)
         pad = torch.zeros_like(tokens, dtype=torch.bool)
-        value = target(Reading(logits, zero, logits.detach(), tokens, pad))[0]
+        value = target.unchanged(Reading(logits, zero, logits.detach(), tokens, pad))[0]
         places = [place for place in found if place.path != "logits"]
         gradients = torch.autograd.grad(value, [found[p] for p in places], allow_unused=True)
     run = _Run(found, dict(zip(places, gradients, strict=True)), other)

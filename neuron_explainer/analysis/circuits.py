@@ -439,9 +439,31 @@ class FaithfulnessCurve:
         table |= {f"random {seed}": values for seed, values in enumerate(self.random)}
         return pandas.DataFrame(table)
 
+    def plot(self) -> Any:
+        """Faithfulness over the share of edges, with random edges in grey.
+
+        Returns:
+            matplotlib's figure (needs the extra ``plots``).
+        """
+        pyplot = optional_module("matplotlib.pyplot", "a plot")
+        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+        for number, values in enumerate(self.random):
+            label = "random edges" if number == 0 else None
+            axes.plot(self.fractions, values, color="0.65", linewidth=1, label=label)
+        axes.plot(self.fractions, self.faithfulness, "o-", color="#3b6ea8", label="best edges")
+        for level in (0, 1):
+            axes.axhline(level, color="black", linewidth=0.8, linestyle=":")
+        if self.fractions[0] > 0:
+            axes.set_xscale("log")
+        axes.set_xlabel("share of edges")
+        axes.set_ylabel("faithfulness")
+        axes.set_title(f"{self.target_name} (reference: {self.reference})", fontsize="medium")
+        axes.legend(frameon=False)
+        return figure
+
     def __repr__(self) -> str:
         rows = [
-            [f"{fraction:g}", f"{n:,}", f"{value:.3f}", *([_spread(floor)] if len(floor) else [])]
+            [f"{fraction:g}", f"{n:,}", _three(value), *([_spread(floor)] if len(floor) else [])]
             for fraction, n, value, floor in zip(
                 self.fractions, self.n_edges, self.faithfulness, self.random.T, strict=True
             )
@@ -462,7 +484,12 @@ class FaithfulnessCurve:
 
 
 def _spread(values: Floats) -> str:
-    return f"{values.min():.3f} to {values.max():.3f}"
+    return f"{_three(values.min())} to {_three(values.max())}"
+
+
+def _three(value: float) -> str:
+    """Three digits, and no -0.000."""
+    return f"{round(float(value), 3) + 0.0:.3f}"
 
 
 def _area(fractions: Sequence[float], values: Floats) -> Any:

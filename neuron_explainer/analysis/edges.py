@@ -269,7 +269,7 @@ def read_target(
     logits = model.unembed(normed if target.every_position else batch.last(normed))
     baseline = logits.detach() if clean is None else clean
     reading = Reading(logits, batch.prompt, baseline, batch.tokens, batch.pad)
-    return target(reading), logits
+    return target.unchanged(reading) if clean is None else target(reading), logits
 
 
 # --- the scores ---
@@ -356,7 +356,7 @@ def edge_attribution(
     own, graph = own_transformer(model), EdgeGraph.of(model)
     # Between the two prompts a distance from the clean one has a gradient; at the clean one it has none.
     target = with_gradient(target, "EAP") if ig_steps is None else as_target(target)
-    hooks = frozen_hooks(freeze, "resid.ln_f")
+    hooks = frozen_hooks(own, freeze, "resid.ln_f")
     if ig_steps is not None and ig_steps < 1:
         raise InputError(f"ig_steps must be at least 1, found {ig_steps}.")
     both = paired(model, prompts, corrupt, bos)

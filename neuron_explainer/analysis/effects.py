@@ -125,7 +125,7 @@ class NodeTable:
         by = "act_grad" if "act_grad" in self.values else next(iter(self.values))
         lines = [f"{self.target_name}: {self.target:.4g}"]
         share = [
-            f"{self.coverage(name):.0%} of {name}"
+            explained(name, float(self.values[name].sum()), self.totals[name])
             for name in ("direct", "act_grad")
             if name in self.values
         ]
@@ -141,6 +141,14 @@ class NodeTable:
             rows.append([str(node), token, *(f"{v[i]:+.4f}" for v in self.values.values())])
         lines.append(text_table(["node", "token", *self.values], rows, n_left=2, rule=True))
         return "\n".join(lines)
+
+
+def explained(measure: str, shown: float, total: float) -> str:
+    """How much of a measure's sum over all nodes those shown have: the share, or where large parts of either
+    sign cancel the two sums."""
+    if total and 0 <= shown / total <= 1.5:
+        return f"{shown / total:.0%} of {measure}"
+    return f"{shown:+.3g} of {measure}'s {total:+.3g}"
 
 
 def nodes(

@@ -138,7 +138,7 @@ class Goal:
             logits = found["logits"] if target.every_position else last_logits(model, found)
             zero = torch.zeros(1, dtype=torch.long, device=logits.device)
             pad = torch.zeros_like(found.tokens, dtype=torch.bool)
-            return target(Reading(logits, zero, logits.detach(), found.tokens, pad))[0]
+            return target.unchanged(Reading(logits, zero, logits.detach(), found.tokens, pad))[0]
 
         stream = f"{model.n_layers - 1}/resid.torso.post_mlp"
         place = "resid.post_ln_f" if last_only else "logits"
@@ -181,7 +181,7 @@ class Pass:
         places = [*before, self.stream, ActivationLocation("resid.post_emb")]
         for path in dict.fromkeys(place.path for place in places):
             hooks.append_at(path, _tracked)
-        hooks = hooks + frozen_hooks(freeze, goal.norm) + goal.hooks
+        hooks = hooks + frozen_hooks(model, freeze, goal.norm) + goal.hooks
         with torch.enable_grad():
             self.found = model.capture(tokens, [*places, *goal.places], hooks=hooks)
             self.value = goal.value(self.found)
@@ -266,7 +266,7 @@ _FROZEN: dict[Freeze, tuple[str, ...]] = {
 }
 
 
-def frozen_hooks(freeze: Sequence[Freeze], norm: str) -> TransformerHooks:
+def frozen_hooks(model: LanguageModel, freeze: Sequence[Freeze], norm: str) -> TransformerHooks:
     """Hooks that stop gradients as ``freeze`` says; ``norm`` is the one in front of the goal."""
     hooks = TransformerHooks()
     if unknown := [name for name in freeze if name not in _FROZEN]:
@@ -278,6 +278,11 @@ def frozen_hooks(freeze: Sequence[Freeze], norm: str) -> TransformerHooks:
     if "final_norm" in freeze and "norms" not in freeze:
         paths.append(f"{norm}.scale")
     for path in dict.fromkeys(paths):
+        if ActivationLocation.parse(path).path not in model.paths:
+            raise InputError(
+                f"{model.name} does not show {path}, so that it cannot be frozen; give freeze=(). With "
+                "no frozen scale, direct effects do not sum to the target."
+            )
         hooks.append_at(path, lambda x: x.detach())
     return hooks
 

@@ -411,12 +411,27 @@ class ExampleStore:
             limit: how many.
             among: these units only, such as ``store.alive``.
         """
-        units = np.arange(len(self)) if among is None else np.unique(np.asarray(among, np.int64))
-        for unit in units[:1].tolist() + units[-1:].tolist():
-            self._checked(unit)
-        values = self.column(by)[units]
-        order = np.argsort(-values if descending else values, kind="stable")
-        return units[order[:limit]]
+        order = self._order(by, descending)
+        if among is not None:
+            units = np.asarray(among, np.int64).reshape(-1)
+            for unit in (units.min(), units.max()) if len(units) else ():
+                self._checked(int(unit))
+            chosen = np.zeros(len(self), dtype=bool)
+            chosen[units] = True
+            order = order[chosen[order]]
+        return order[:limit]
+
+    def _order(self, by: str, descending: bool) -> Ints:
+        """All units in the order of a figure, which is made once."""
+        key = by, descending
+        if key not in self._orders:
+            values = self.column(by)
+            self._orders[key] = np.argsort(-values if descending else values, kind="stable")
+        return self._orders[key]
+
+    @cached_property
+    def _orders(self) -> dict[tuple[str, bool], Ints]:
+        return {}
 
     def filter(self, **limits: tuple[float | None, float | None]) -> Ints:
         """The units whose figures lie within limits: ``store.filter(density=(1e-4, 0.01), max=(5, None))``.

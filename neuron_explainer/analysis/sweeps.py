@@ -483,7 +483,7 @@ class _FullPasses:
                 "fewer prompts, or raise batch_tokens."
             )
         self.clean = self._clean_pass()
-        self.baseline = target(self._reading(self.clean, len(tokens)))
+        self.baseline = target.unchanged(self._reading(self.clean, len(tokens)))
 
     def _clean_pass(self) -> Tensor:
         """Logits of the unchanged run: ``[p, v]`` of the last tokens, or ``[p, s, v]``."""

@@ -60,6 +60,17 @@ class Target:
             )
         return found
 
+    def unchanged(self, reading: Reading) -> Tensor:
+        """``[n]`` on an unchanged run; an error if it is NaN, which nothing can be compared with."""
+        found = self(reading)
+        if bool((wrong := found.isnan()).any()):
+            prompt = int(reading.prompt[wrong][0])
+            raise InputError(
+                f"{self.name} is NaN on the unchanged run of prompt {prompt}: the model's weights are not "
+                "finite, its dtype is too narrow, or the target's function has no value there."
+            )
+        return found
+
     def __repr__(self) -> str:
         return f"Target({self.name!r})"
 
@@ -133,6 +144,8 @@ def logit_difference(
     """
     up = _per_prompt(model, target)
     down = [] if against is None else _per_prompt(model, against)
+    if len(up) == len(down) and any({*a} == {*b} for a, b in zip(up, down, strict=True)):
+        raise InputError(f"{_words(target)} is compared with the same tokens: the difference is 0.")
 
     def of(reading: Reading) -> Tensor:
         found = _mean_over(reading.logits, up, reading.prompt)

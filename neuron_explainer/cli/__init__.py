@@ -14,6 +14,7 @@ from typing import Any
 from neuron_explainer import __version__, demo
 from neuron_explainer.cli import (
     collating,
+    exchanging,
     explaining,
     exporting,
     factors,
@@ -225,6 +226,7 @@ def _register_measuring(verbs: Any) -> None:
 def _register_files(verbs: Any) -> None:
     stored_files.register(verbs)
     importing.register(verbs)
+    exchanging.register(verbs)
 
 
 def run_demo(args: argparse.Namespace) -> Result:

@@ -1,4 +1,7 @@
-"""Intervening and attributing: effects, patch, steer. Each verb also prints the Python that does the same."""
+"""Intervening and attributing: effects, patch, circuit, steer.
+
+Each verb also prints the Python that does the same.
+"""
 
 import argparse
 from typing import TYPE_CHECKING, Any
@@ -9,6 +12,7 @@ from neuron_explainer.errors import InputError
 from neuron_explainer.tables import escaped, text_table
 
 if TYPE_CHECKING:
+    from neuron_explainer.analysis.node_parts import Freeze
     from neuron_explainer.models.autoencoder_context import AutoencoderContext
     from neuron_explainer.models.locations import ActivationLocation
     from neuron_explainer.models.model_context import ModelContext
@@ -21,6 +25,7 @@ def register(verbs: Any) -> None:
     """Declare the verbs and their options."""
     _register_effects(verbs)
     _register_patch(verbs)
+    _register_circuit(verbs)
     _register_steer(verbs)
 
 
@@ -80,6 +85,41 @@ def _register_patch(verbs: Any) -> None:
     verb.add_argument(
         "--location", default="resid.torso.post_mlp", help="(default: resid.torso.post_mlp)"
     )
+
+
+def _register_circuit(verbs: Any) -> None:
+    verb = add_verb(
+        verbs,
+        "circuit",
+        "which connections make a prediction, and how much of it they make alone",
+        run_circuit,
+        show_circuit,
+        example="neuron-explainer circuit 'The old king said to the' --corrupt 'The old queen said to the' "
+        "--target ' queen' --against ' king'",
+    )
+    verb.add_argument("text", help="the prompt")
+    verb.add_argument(
+        "--corrupt",
+        required=True,
+        metavar="TEXT",
+        help="a prompt of as many tokens; connections outside a circuit carry what is computed on it",
+    )
+    _target_options(verb)
+    _common(verb)
+    verb.add_argument(
+        "--ig-steps",
+        type=positive,
+        default=5,
+        metavar="N",
+        help="steps of the integrated gradients that score connections (default: 5)",
+    )
+    verb.add_argument(
+        "--edges",
+        type=positive,
+        metavar="N",
+        help="connections of the circuit (default: 5 %% of all)",
+    )
+    verb.add_argument("--top", type=positive, default=10, help="connections listed (default: 10)")
 
 
 def _register_steer(verbs: Any) -> None:
@@ -180,6 +220,7 @@ def run_effects(args: argparse.Namespace) -> Result:
     opened = [_autoencoders(name, context, args) for name in args.autoencoder]
     measures = ["direct", "act_grad", *(["patching"] if args.prompt_b is not None else [])]
     measures += ["ablation"] if args.ablate else []
+    freeze: tuple[Freeze, ...] = ("final_norm",) if "resid.ln_f.scale" in model.paths else ()
     table = nodes(
         model,
         args.text,
@@ -189,12 +230,14 @@ def run_effects(args: argparse.Namespace) -> Result:
         prompt_b=args.prompt_b,
         attention=args.attention,
         autoencoders=[made for made, _ in opened],
+        freeze=freeze,
         bos=args.bos,
     )
     settings = [repr(args.text), _target(args), repr(measures), str(args.top)]
     settings += [] if args.prompt_b is None else [f"prompt_b={args.prompt_b!r}"]
     settings += [f"attention={args.attention!r}"] if args.attention != "heads" else []
     settings += [f"autoencoders=[{', '.join(text for _, text in opened)}]"] if opened else []
+    settings += [] if freeze else ["freeze=()"]
     settings += ["bos=True"] if args.bos else []
     imports = ["from neuron_explainer.analysis.effects import nodes"]
     imports += ["from neuron_explainer.analysis.targets import logit_difference"]
@@ -206,6 +249,7 @@ def run_effects(args: argparse.Namespace) -> Result:
         "value": table.target,
         "tokens": table.tokens,
         "totals": dict(table.totals),
+        "freeze": list(freeze),
         "coverage": {name: table.coverage(name) for name in table.totals},
         "rank_correlation": table.rank_correlation,
         "nodes": [
@@ -223,11 +267,16 @@ def run_effects(args: argparse.Namespace) -> Result:
 
 def show_effects(result: Result) -> None:
     """A line a node, the largest act × grad first."""
-    shares = ", ".join(
-        f"{result['coverage'][name]:.0%} of {name}" for name in ("direct", "act_grad")
+    from neuron_explainer.analysis.effects import explained
+
+    shares = " and ".join(
+        explained(name, sum(node[name] for node in result["nodes"]), result["totals"][name])
+        for name in ("direct", "act_grad")
     )
     say(f"{result['target']}: {result['value']:+.4f} ({result['model']})")
-    say(f"The {len(result['nodes'])} nodes shown sum to {shares} of all nodes.")
+    say(f"The {len(result['nodes'])} nodes shown explain {shares}.")
+    if not result["freeze"]:
+        say("The final norm's scale is not frozen, so that direct effects do not sum to the value.")
     if result["rank_correlation"] is not None:
         say(f"Rank correlation of act_grad with ablation: {result['rank_correlation']:.2f}")
     columns = [name for name in result["nodes"][0] if name not in ("node", "token")]
@@ -300,6 +349,89 @@ def show_patch(result: Result) -> None:
         for layer, row in zip(result["layers"], result["effect"], strict=True)
     ]
     say(text_table(head, rows, rule=True))
+    _show_python(result)
+
+
+# --- circuit ---
+
+
+def run_circuit(args: argparse.Namespace) -> Result:
+    """Score the connections between heads, MLPs, the embedding and the logits, and run the best alone."""
+    from neuron_explainer.analysis.circuits import CircuitRunner, faithfulness_curve, top_edges
+    from neuron_explainer.analysis.edges import edge_attribution
+    from neuron_explainer.analysis.targets import logit_difference
+
+    context, lines = _opened(args)
+    model = context.get_or_create_model()
+    target = logit_difference(model, args.target, args.against)
+    prompts = [args.text], [args.corrupt]
+    scores = edge_attribution(model, *prompts, target, ig_steps=args.ig_steps, bos=args.bos)
+    runner = CircuitRunner(model, *prompts, target, bos=args.bos)
+    curve = faithfulness_curve(runner, scores)
+    n_edges = args.edges or max(1, len(scores.graph) // 20)
+    circuit = top_edges(scores, n_edges).pruned()
+    value = runner.mean(circuit)
+    bos = ", bos=True" if args.bos else ""
+    both = f"[{args.text!r}], [{args.corrupt!r}]"
+    python = "\n".join(
+        [
+            "from neuron_explainer.analysis.circuits import CircuitRunner, faithfulness_curve, top_edges",
+            "from neuron_explainer.analysis.edges import edge_attribution",
+            "from neuron_explainer.analysis.targets import logit_difference",
+            *lines,
+            f"target = {_target(args)}",
+            f"scores = edge_attribution(model, {both}, target, ig_steps={args.ig_steps}{bos})",
+            f"runner = CircuitRunner(model, {both}, target{bos})",
+            "curve = faithfulness_curve(runner, scores)",
+            f"circuit = top_edges(scores, {n_edges}).pruned()",
+            "value = runner.mean(circuit)",
+        ]
+    )
+    return {
+        "model": context.reference,
+        "target": target.name,
+        "value": curve.whole,
+        "corrupt_value": curve.empty,
+        "n_edges": len(scores.graph),
+        "edges": [{"edge": edge, "score": score} for edge, score in scores.top(args.top)],
+        "circuit": {
+            "edges": circuit.edges,
+            "nodes": circuit.nodes,
+            "chosen": n_edges,
+            "value": value,
+            "faithfulness": (value - curve.empty) / (curve.whole - curve.empty),
+        },
+        "curve": {
+            "fractions": curve.fractions,
+            "n_edges": curve.n_edges,
+            "faithfulness": curve.faithfulness.tolist(),
+            "random": curve.random.tolist(),
+        },
+        "cpr": curve.cpr,
+        "cmd": curve.cmd,
+        "random_cpr": curve.random_cpr.tolist(),
+        "random_cmd": curve.random_cmd.tolist(),
+        "text": repr(curve),
+        "python": python,
+    }
+
+
+def show_circuit(result: Result) -> None:
+    """The connections with the largest scores, the circuit, and the curve."""
+    circuit = result["circuit"]
+    say(
+        f"{result['target']}: {result['value']:+.3f}; on the corrupt prompt {result['corrupt_value']:+.3f} "
+        f"({result['model']}, {result['n_edges']:,} connections)"
+    )
+    say("Estimated change if one connection alone carries the corrupt prompt:")
+    rows = [[each["edge"], f"{each['score']:+.4f}"] for each in result["edges"]]
+    say(text_table(["connection", "score"], rows, rule=True))
+    say(
+        f"\nOf the {circuit['chosen']} best, {len(circuit['edges'])} lie on a way from the tokens to the "
+        f"logits, through {len(circuit['nodes'])} nodes. Alone they give {circuit['value']:+.3f}: "
+        f"{circuit['faithfulness']:.0%} of the way from the corrupt prompt to the whole model.\n"
+    )
+    say(result["text"])
     _show_python(result)
 
 

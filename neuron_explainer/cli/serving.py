@@ -3,13 +3,14 @@
 import argparse
 import contextlib
 import logging
+import os
 import socket
 import sys
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from neuron_explainer import files
-from neuron_explainer.cli.common import Result, add_verb, option, say
+from neuron_explainer.cli.common import Result, add_verb, option, positive, say
 from neuron_explainer.errors import InputError, SourceError, optional_module
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ def register(verbs: Any) -> None:
         metavar="EXAMPLES",
         help="a folder that factors collate wrote; may be given several times",
     )
+    serve.add_argument("--device", metavar="NAME", help="where the model runs, such as cuda:0")
+    option(serve, "--memory", "GiB for autoencoders; those used longest ago are dropped", 4.0)
+    option(serve, "--max-tokens", "longest prompt", 256, type=positive)
     serve.add_argument("--no-model", action="store_true", help="show the stores only")
     option(serve, "--host", "address to listen on", "127.0.0.1")
     option(serve, "--port", "0: any free one", DEFAULT_PORT)
@@ -178,13 +182,17 @@ def _bound(family: int, host: str, port: int) -> socket.socket:
 
 def _app(args: argparse.Namespace, token: str | None) -> "FastAPI":
     from neuron_explainer.server.app import create_app
-    from neuron_explainer.server.registry import Registry
+    from neuron_explainer.server.limits import Limits
+    from neuron_explainer.server.registry import Registry, not_remote
 
     registry = Registry(args.store or [DEFAULT_STORE])
+    model = args.model or not_remote(registry.model)
+    if model is None and not args.no_model:
+        say("No model: --model says which one the stores belong to.")
     return create_app(
         registry,
-        None if args.no_model else args.model or registry.model,
-        args.autoencoder or (),
+        None if args.no_model else model,
+        [_absolute(name) for name in args.autoencoder or ()],
         token=token,
         base_path=args.base_path,
         read_only=args.read_only,
@@ -193,7 +201,14 @@ def _app(args: argparse.Namespace, token: str | None) -> "FastAPI":
         any_address=args.host in ("0.0.0.0", "::"),
         origins=args.allow_origin,
         frame_ancestors=args.frame_ancestors,
+        limits=Limits(max_tokens=args.max_tokens, autoencoder_bytes=round(args.memory * 2**30)),
+        device=args.device,
     )
+
+
+def _absolute(name: str) -> str:
+    """A path as the model's process finds it; other names stay as they are."""
+    return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def _url(args: argparse.Namespace, app: "FastAPI", port: int) -> str:

@@ -25,7 +25,7 @@ from neuron_explainer.server import factors as factor_routes
 from neuron_explainer.server.compute.setup import DictionarySource, Setup
 from neuron_explainer.server.factor_runs import FactorRuns
 from neuron_explainer.server.limits import Limits
-from neuron_explainer.server.registry import BUDGET, Registry
+from neuron_explainer.server.registry import BUDGET, Registry, not_remote
 from neuron_explainer.server.replies import json_reply
 from neuron_explainer.server.security import (
     READ,
@@ -59,6 +59,7 @@ def create_app(
     limits: Limits | None = None,
     store_budget: int = BUDGET,
     factors: Sequence[str | Path] = (),
+    device: str | None = None,
     compute: Compute | None = None,
 ) -> FastAPI:
     """An application that shows stores of examples, and computes with a model.
@@ -68,8 +69,7 @@ def create_app(
 
     Args:
         stores: files or folders of stores, or names of those of the package.
-        model: a name for a model that gets a process of its own, or a ``ModelContext`` that is used in
-            this one; None: stores only.
+        model: a name, which gets a process of its own; a ``ModelContext``, used in this one; or None.
         autoencoders: names, folders or files of autoencoders of this model.
         token: what clients must send; None: a random one, ``app.state.serving.policy.token``.
         base_path: the path under which a proxy shows the application, such as ``"/viewer"``.
@@ -81,6 +81,7 @@ def create_app(
         limits: sizes and counts of requests.
         store_budget: bytes of memory for the figures of open stores.
         factors: folders of transformer factors' examples, as ``factors collate`` writes them.
+        device: where the model runs; None: the best there is.
         compute: who runs the model, in place of ``model``.
     """
     limits = limits or Limits()
@@ -94,7 +95,7 @@ def create_app(
     )
     registry = stores if isinstance(stores, Registry) else Registry(stores, budget=store_budget)
     if compute is None:
-        compute = _compute(model, autoencoders, registry, limits)
+        compute = _compute(model, autoencoders, registry, limits, device)
     rate = ClientRate(limits.compute_per_second)
     name = model if isinstance(model, str) else registry.model
     served = Serving(registry, policy, limits, compute, read_only, rate, name)
@@ -160,19 +161,27 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _compute(
-    model: Any, autoencoders: Sequence[str], registry: Registry, limits: Limits
+    model: Any,
+    autoencoders: Sequence[str],
+    registry: Registry,
+    limits: Limits,
+    device: str | None,
 ) -> Compute:
     """Who runs the model: a process for a name or path, a thread for a model that is open."""
     if model is None:
         return Worker(None)
     dictionaries = [
-        DictionarySource(shelf.id, shelf.location, shelf.kind, shelf.autoencoder, shelf.model)
+        DictionarySource(
+            shelf.id, shelf.location, shelf.kind, not_remote(shelf.autoencoder), shelf.model
+        )
         for shelf in registry
     ]
     setup = Setup(
         str(model) if isinstance(model, Path) else model,
         tuple(dictionaries),
         tuple(autoencoders),
+        device=device,
+        budget=limits.autoencoder_bytes,
         max_tokens=limits.max_tokens,
         seconds=limits.seconds,
     )

@@ -326,5 +326,11 @@ async def neighbours(
 
 @router.get("/dictionaries/{d}/map", **COMPUTE)
 async def dictionary_map(request: Request, served: Served, d: DictionaryId) -> Response:
-    """Every latent as a point in the plane."""
-    return await _read(request, served, "map", d)
+    """Every latent as a point in the plane, and how often it is active."""
+    found = await ask(request, served, "map", {"dictionary": d})
+    if any(
+        shelf.id == d for shelf in served.registry
+    ):  # else there is only an autoencoder of this name
+        with served.registry.reading(d) as store:
+            found["density"] = store.column("density")[found["unit"]].tolist()
+    return json_reply(request, found)

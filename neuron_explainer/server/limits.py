@@ -35,6 +35,8 @@ class Limits:
     import_bytes: int = IMPORT_BYTES
     queue: int = 8
     """Requests that may wait for the model."""
+    autoencoder_bytes: int = 4 << 30
+    """Memory for autoencoders; those used longest ago are dropped."""
     seconds: float = 30.0
     """That the model may work on one request."""
     token_search_seconds: float = 1.0

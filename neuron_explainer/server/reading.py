@@ -83,7 +83,7 @@ def dictionary_row(served: Serving, shelf: Shelf) -> dict[str, Any]:
         "n_dense": n_dense,
         "signed": shelf.signed,
         "has_autoencoder": bool(known.get("has_autoencoder", False)),
-        "metrics": known.get("metrics"),
+        "metrics": known.get("metrics", shelf.metrics),
     }
 
 

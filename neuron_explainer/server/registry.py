@@ -12,10 +12,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
+from neuron_explainer import files
 from neuron_explainer.analysis.store import ExampleStore
-from neuron_explainer.analysis.store_names import SUFFIX, find_stores, is_built_in
+from neuron_explainer.analysis.store_names import ASSETS, SUFFIX, find_stores, is_built_in
 from neuron_explainer.analysis.token_store import mark_of
 from neuron_explainer.errors import (
     CheckpointError,
@@ -31,7 +33,9 @@ log = logging.getLogger(__name__)
 ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 ID_PATTERN = f"^{ID.pattern}$"
 BUDGET = 512 << 20
-_BYTES_OF_A_UNIT = 13 * 8 + 10 * 8  # thirteen figures and the columns that they are made of
+_BYTES_OF_A_UNIT = (
+    13 * 8 + 10 * 8 + 13 * 8
+)  # figures, the columns that they are made of, and orders
 
 
 @dataclass
@@ -52,6 +56,8 @@ class Shelf:
     mark: tuple[int, ...] = ()
     counts: tuple[int, int] | None = None
     """How many units are alive, and how many are dense; None before somebody asks."""
+    missing: bool = False
+    """Whether it could not be opened the last time."""
     readers: dict[int, int] = field(default_factory=dict)
     """How many requests read which opened store; one that was replaced is closed after the last."""
 
@@ -72,6 +78,21 @@ class Shelf:
         if not is_built_in(self.path.parent):
             return str(self.path)
         return f"{self.path.parent.parent.name}/{self.path.name.removesuffix(SUFFIX)}"
+
+    @cached_property
+    def metrics(self) -> dict[str, float] | None:
+        """What was measured of an autoencoder of the package, by name; None for others.
+
+        A path that a store names is not read: the store may be somebody else's.
+        """
+        if self.kind != "latent" or not is_built_in(self.path.parent):
+            return None
+        folder = ASSETS / self.path.parent.parent.name / "autoencoders"
+        config = folder / self.site / str(self.layer) / "config.json"
+        if not config.is_file():
+            return None
+        measured = files.read_json(config).get("metadata", {}).get("held_out", {})
+        return {name: value for name, value in measured.items() if isinstance(value, int | float)}
 
 
 class Registry:
@@ -166,11 +187,8 @@ class Registry:
         """The dictionaries whose stores can be opened; the log says what is wrong with the others."""
         found = []
         for shelf in self:
-            try:
-                with self.reading(shelf.id):
-                    found.append(shelf)
-            except Problem as problem:
-                log.warning("%s", problem)
+            with contextlib.suppress(Problem), self.reading(shelf.id):
+                found.append(shelf)
         return found
 
     def counts(self, shelf: Shelf) -> tuple[int, int]:
@@ -200,33 +218,37 @@ class Registry:
         with self._lock:
             if shelf.store is not None and mark_of(shelf.path) != shelf.mark:
                 self._retire(shelf)
-            if shelf.store is None:
+            opened = shelf.store is None
+            if opened:
                 self._reopen(shelf)
             store = shelf.store
             assert store is not None
             shelf.readers[id(store)] = shelf.readers.get(id(store), 0) + 1
             self._open[shelf.id] = None
             self._open.move_to_end(shelf.id)
-            self._shrink(keep=shelf.id)
+            if opened:
+                self._shrink(keep=shelf.id)
             return store
 
     def _reopen(self, shelf: Shelf) -> None:
+        mark = mark_of(shelf.path)
         try:
-            before, shelf.mark = shelf.mark, mark_of(shelf.path)
-            shelf.store = ExampleStore(shelf.path)
+            store = ExampleStore(shelf.path)
         except NeuronExplainerError as error:
+            if not shelf.missing:
+                log.warning("the store of %s cannot be opened: %s", shelf.id, error)
+            shelf.missing = True
             raise Problem(
                 503,
                 "store_unavailable",
                 f"The store of {shelf.id} cannot be opened: {error}",
                 retry_after=5,
             ) from error
-        store = shelf.store
+        shelf.store, shelf.missing = store, False
         shelf.name, shelf.kind, shelf.location = store.name, store.kind, store.location
-        shelf.signed = store.signed
-        shelf.n = len(store)
-        if shelf.mark != before:
-            shelf.counts = None
+        shelf.signed, shelf.n = store.signed, len(store)
+        if mark != shelf.mark:
+            shelf.mark, shelf.counts = mark, None
 
     def _give_back(self, shelf: Shelf, store: ExampleStore) -> None:
         with self._lock:
@@ -280,6 +302,11 @@ def _id_of(name: str) -> str:
     """An id of a name: other characters than those of an id become ``-``."""
     found = re.sub(r"[^A-Za-z0-9._-]", "-", name)[:128]
     return found if found.strip(".") else "store"
+
+
+def not_remote(name: str | None) -> str | None:
+    """A name that a store gives; None if it is an address: only a user may name what is fetched."""
+    return None if name is None or files.is_remote(name) else name
 
 
 def _text(value: object) -> str | None:

@@ -11,7 +11,9 @@ import numpy.typing as npt
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
+from neuron_explainer.analysis.label_search import CANDIDATES
 from neuron_explainer.analysis.store import COLUMNS, ExampleStore
+from neuron_explainer.analysis.store_format import Label
 from neuron_explainer.analysis.workspace import Workspace
 from neuron_explainer.server import shapes
 from neuron_explainer.server.content import open_store, vocabulary
@@ -76,14 +78,19 @@ class Choice(NamedTuple):
 
     def units(self, store: ExampleStore) -> Ints:
         """Their numbers, in order."""
-        units = store.filter(density=(self.density_min, self.density_max))
+        chosen = np.zeros(len(store), dtype=bool)
+        chosen[store.filter(density=(self.density_min, self.density_max))] = True
         if self.alive is not None:
-            units = np.intersect1d(units, store.alive if self.alive else store.dead)
-        if self.label:
-            units = np.intersect1d(units, store.units_with_label(self.label))
-        if self.token:
-            units = np.intersect1d(units, store.units_at_token(self.token))
-        return units
+            chosen &= (store.column("count") > 0) == self.alive
+        for wanted in (
+            store.units_with_label(self.label) if self.label else None,
+            store.units_at_token(self.token) if self.token else None,
+        ):
+            if wanted is not None:
+                these = np.zeros(len(store), dtype=bool)
+                these[wanted] = True
+                chosen &= these
+        return np.flatnonzero(chosen)
 
     def python(self) -> str:
         """The same as Python, which ends with ``units``."""
@@ -113,9 +120,10 @@ def _sorted(store: ExampleStore, units: Ints, sort: str, descending: bool) -> In
     """Units in an order; of equals, the lowest number comes first, and what has no score comes last."""
     if sort == "unit":
         return units[::-1] if descending else units
-    values = store.label_scores() if sort == "score" else store.column(sort)
-    keys = np.asarray(values, np.float64)[units]
-    return units[np.argsort(-keys if descending else keys, kind="stable")]
+    if sort != "score":
+        return store.sort(sort, descending=descending, among=units)
+    scores = store.label_scores()[units]
+    return units[np.argsort(-scores if descending else scores, kind="stable")]
 
 
 def _rows(store: ExampleStore, units: Sequence[int]) -> dict[str, Any]:
@@ -181,30 +189,32 @@ def _hit(dictionary: str, unit: int, label: str | None, why: str, score: Any) ->
 
 def _by_label(served: Serving, text: str, ids: Sequence[str], limit: int) -> list[dict[str, Any]]:
     """Labels with these words: whole words before beginnings, the user's before those of the stores."""
-    found: dict[tuple[str, int, str], dict[str, Any]] = {}
-
-    def add(dictionary: str, label: Any) -> None:
-        key = dictionary, label.unit, label.text
-        found.setdefault(key, _hit(*key, f"label by {label.source or '?'}", label.score))
-
+    found: dict[tuple[str, Label], None] = {}
+    # So many labels are looked at in all, however many stores they are in.
+    candidates = max(limit, CANDIDATES // max(len(ids), 1))
     for prefix in (False, True):
-        stored = []
+        stored: list[tuple[str, Label]] = []
         places: dict[Path, Workspace] = {}
         owners: dict[str, list[str]] = {}
         for id in ids:
             with served.registry.reading(id) as store:
                 places |= {place.path: place for place in store.workspaces}
                 owners.setdefault(store.subject, []).append(id)
-                stored += [(id, x) for x in store.search_stored(text, limit, prefix=prefix)]
+                if prefix and len(stored) > 4 * limit:  # beginnings of words are common
+                    continue
+                labels = store.search_stored(text, limit, prefix=prefix, candidates=candidates)
+                stored += [(id, label) for label in labels]
         for place in places.values():
             for subject, label in place.search_all(text, limit, prefix=prefix):
-                for id in owners.get(subject, ()):
-                    add(id, label)
-        for id, label in sorted(stored, key=lambda pair: len(pair[1].text)):
-            add(id, label)
+                found.update(dict.fromkeys((id, label) for id in owners.get(subject, ())))
+        stored.sort(key=lambda pair: len(pair[1].text))
+        found.update(dict.fromkeys(stored[:limit]))
         if len(found) >= limit:
             break
-    return list(found.values())[:limit]
+    return [
+        _hit(id, label.unit, label.text, f"label by {label.source or '?'}", label.score)
+        for id, label in list(found)[:limit]
+    ]
 
 
 def _by_token(

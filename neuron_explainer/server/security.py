@@ -410,7 +410,7 @@ def secure(headers: MutableHeaders, policy: Policy) -> None:
     headers["Referrer-Policy"] = "no-referrer"
     headers["Cross-Origin-Resource-Policy"] = "same-origin"
     headers["Cross-Origin-Opener-Policy"] = "same-origin"
-    headers.setdefault("Cache-Control", "no-cache")
+    headers.setdefault("Cache-Control", "private, no-cache")
 
 
 def set_cookie(reply: Response, scope: Scope, policy: Policy) -> None:

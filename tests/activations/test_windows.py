@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -350,3 +351,19 @@ def test_a_damaged_or_foreign_file_is_refused(
     (folder / "manifest.json").unlink()
     with pytest.raises(SourceError, match=r"no file .*manifest\.json"):
         open_token_file(folder)
+
+
+def test_whole_corpora_are_joined() -> None:
+    parts = [TokenCorpus.of([[1, 2], [3]], "a/one"), TokenCorpus.of([[4, 5, 6]], "b/two")]
+    both = TokenCorpus.joined(parts)
+    assert [both.document(number).tolist() for number in range(3)] == [[1, 2], [3], [4, 5, 6]]
+    assert both.name == "one + two"
+    whole = TokenCorpus.of([[1, 2], [3], [4, 5, 6]])
+    assert both.source_fingerprint == whole.source_fingerprint
+    assert TokenCorpus.joined(parts[:1]) is parts[0]
+    with pytest.raises(InputError, match="join whole corpora"):
+        TokenCorpus.joined([parts[1], parts[0].split(0.4)[0]])
+    with pytest.raises(InputError, match="of one tokenizer"):
+        TokenCorpus.joined([replace(part, vocabulary=n) for n, part in enumerate(parts, 7)])
+    with pytest.raises(InputError, match="found 0 corpora"):
+        TokenCorpus.joined([])

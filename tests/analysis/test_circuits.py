@@ -288,3 +288,14 @@ def other_scores() -> EdgeScores:
 def test_bad_input(call: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_the_curve_is_drawn() -> None:
+    pytest.importorskip("matplotlib").use("agg")
+    curve = faithfulness_curve(runner(), SCORES, fractions=(0.01, 0.1, 1.0), seeds=(0, 1))
+    (axes,) = curve.plot().axes
+    drawn = [line.get_ydata() for line in axes.lines]
+    np.testing.assert_array_equal(drawn[2], curve.faithfulness)
+    np.testing.assert_array_equal(drawn[:2], curve.random)
+    assert axes.get_xscale() == "log"
+    assert "-0.000" not in repr(curve)

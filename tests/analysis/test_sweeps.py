@@ -6,9 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from neuron_explainer.analysis import sweeps
+from neuron_explainer.analysis.attribution import attribution_patching
+from neuron_explainer.analysis.circuits import CircuitRunner
+from neuron_explainer.analysis.edges import edge_attribution
+from neuron_explainer.analysis.effects import nodes
 from neuron_explainer.analysis.sweeps import (
     Grid,
     active_latents,
@@ -19,6 +25,7 @@ from neuron_explainer.analysis.sweeps import (
     sweep,
 )
 from neuron_explainer.analysis.targets import (
+    Reading,
     Target,
     kl,
     logit_difference,
@@ -39,6 +46,7 @@ from tests.models.test_interventions import wrong
 from tests.models.test_language_model import make
 
 MODEL = make_model(n_layers=3)
+WIDE = make_model(n_layers=3, dtype=torch.float64)
 RAGGED = [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
 EVEN = [[1, 2, 3, 4, 5, 6, 7, 8], [8, 7, 6, 5, 4, 3, 2, 1]]
 STREAM = "resid.torso.post_mlp"
@@ -138,6 +146,57 @@ def test_random_grids(seed: int) -> None:
     prompts = RAGGED if seed % 2 else EVEN
     found = sweep(MODEL, prompts, cells, third, batch_tokens=int(rng.integers(24, 200)))
     assert_equal(found.values, reference(MODEL, prompts, cells, third))
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(2, 8), min_size=1, max_size=3),
+    seed=st.integers(0, 10**6),
+    batch_tokens=st.integers(24, 200),
+    every=st.sampled_from(["loss", "kl", "own"]),
+)
+@torch.no_grad()
+def test_random_grids_with_metrics_of_every_position(
+    lengths: list[int], seed: int, batch_tokens: int, every: str
+) -> None:
+    """Each cell and prompt against a pass of its own, without pads."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, 29, length).tolist() for length in [*lengths, 8]]
+    cells = [_draw(rng) for _ in range(4)]
+
+    def own(reading: Reading) -> Tensor:
+        probs = reading.logits.softmax(dim=-1)[..., 3].masked_fill(reading.pad, 0.0)
+        return probs.cumsum(dim=1).sum(dim=1)
+
+    def alone(x: Tensor, y: Tensor, prompt: list[int]) -> float:
+        if every == "loss":
+            return float(torch.nn.functional.cross_entropy(x[:-1], torch.tensor(prompt[1:])))
+        if every == "kl":
+            p, q = y.log_softmax(-1), x.log_softmax(-1)
+            return float((p.exp() * (p - q)).sum(-1).mean())
+        # The pads of the batch repeat the last sum.
+        sums = x.softmax(-1)[:, 3].cumsum(0)
+        return float(sums.sum() + (8 - len(prompt)) * sums[-1])
+
+    target = {
+        "loss": loss(),
+        "kl": kl(every_position=True),
+        "own": Target("own", own, every_position=True),
+    }[every]
+    found = sweep(WIDE, prompts, cells, target, batch_tokens=max(batch_tokens, 8 * len(prompts)))
+    for row, prompt in enumerate(prompts):
+        clean = WIDE([prompt])[0][0]
+        for cell, hooks in enumerate(cells):
+            expected = alone(_changed(hooks, prompt), clean, prompt)
+            assert found.values[cell, row] == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def _changed(hooks: TransformerHooks, prompt: list[int]) -> Tensor:
+    """``[s, v]``: the logits of one prompt in a batch with a longer one, which has all positions."""
+    pad = torch.tensor([[False] * len(prompt) + [True] * (9 - len(prompt)), [False] * 9])
+    tokens = torch.tensor([prompt + [0] * (9 - len(prompt)), [1] * 9])
+    found: Tensor = WIDE(tokens, pad=pad, hooks=hooks)[0][0, : len(prompt)]
+    return found
 
 
 @torch.no_grad()
@@ -369,3 +428,19 @@ def test_active_latents_of_joined_heads_and_of_one_autoencoder_for_all_layers(
     assert np.abs(found.effect).max() > 1e-3
     assert_equal(found.values, reference(MODEL, RAGGED, spliced, third))
     assert_equal(sweep(MODEL, RAGGED, spliced, third).values, found.values)
+
+
+def test_a_target_that_is_nan_on_the_unchanged_run_is_refused() -> None:
+    model = make_model()
+    with torch.no_grad():
+        next(iter(model.layers)).attn.v_proj.bias[0] = torch.nan
+    target = logit_difference(model, 6, 12)
+    for run in (
+        lambda: sweep(model, EVEN, heads(model), target),
+        lambda: nodes(model, EVEN[0], target),
+        lambda: attribution_patching(model, EVEN[0], EVEN[1], target),
+        lambda: edge_attribution(model, EVEN[:1], EVEN[1:2], target),
+        lambda: CircuitRunner(model, EVEN[:1], EVEN[1:2], target),
+    ):
+        with pytest.raises(InputError, match="NaN on the unchanged run of prompt 0"):
+            run()

@@ -8,7 +8,7 @@ import pytest
 from tests.browser.helpers import LATENTS, eventually, expect
 
 OpenPage = Callable[..., Any]
-PROMPT = "#/p?a=The+queen+went+into+the+forest%2C+and+when&t=%5B%22+she%22%5D&d=%5B%22+he%22%5D"
+PROMPT = "#/p?a=The+queen+went+into+the+forest%2C+and+when&t=%5B%22+she%22%5D&d=%5B%22+he%22%5D&k=5"
 PAGES = {
     "feature": f"#/f/{LATENTS}/3",
     "missing unit": "#/f/ae-mlp-post-act.0/99999",

@@ -179,3 +179,17 @@ def test_these_pages_are_accessible(open_page: OpenPage, scheme: str) -> None:
         page.wait_for_selector(selector)
         found = Axe().run(page)
         assert found.violations_count == 0, f"{route}: {found.generate_report()}"
+
+
+def test_the_map_leads_to_a_unit_and_the_long_lists_open(open_page: OpenPage) -> None:
+    page = open_page(TABLE)
+    canvas = page.locator("#panel-map canvas")
+    expect(canvas).to_be_visible(timeout=30_000)  # the model is being loaded
+    box = canvas.bounding_box()
+    canvas.click(position={"x": box["width"] / 2, "y": box["height"] / 2})
+    expect(page.locator("h1")).to_have_text(re.compile(r"^Latent \d+"))
+    rows = page.locator("#panel-logits .token-bars").first.locator("tbody tr")
+    expect(rows).to_have_count(10)
+    page.get_by_role("button", name="show 100").click()
+    expect(rows).to_have_count(100)
+    assert "logits=100" in page.url

@@ -46,12 +46,13 @@ def test_a_feature_without_a_mouse(open_page: OpenPage) -> None:
     expect(page.get_by_role("dialog")).to_have_count(0)
     page.keyboard.press("/")
     page.keyboard.type("king")
-    expect(page.get_by_role("listbox").get_by_role("option").first).to_be_visible()
+    expect(page.get_by_role("combobox", name="Search features")).to_have_value("king")
     page.keyboard.press("Escape")
 
 
 def test_a_prompt_without_a_mouse(open_page: OpenPage) -> None:
     page = open_page("#/d")
+    expect(page.get_by_role("heading", level=1)).to_be_visible()
     page.keyboard.press("g")
     page.keyboard.press("p")
     text = page.get_by_label("Text of Prompt")
@@ -75,8 +76,7 @@ def test_a_prompt_without_a_mouse(open_page: OpenPage) -> None:
     trail = page.get_by_role("navigation", name="Trace")
     page.keyboard.press("t")
     expect(trail).to_be_visible()
-    tab_to(page, ".breadcrumb > button")
-    page.keyboard.press("Enter")
+    page.keyboard.press("T")
     expect(trail).to_be_hidden()
     for key, tab in enumerate(["Nodes", "Tokens × nodes", "Attention", "Lens", "Generate"], 1):
         page.keyboard.press(str(key))

@@ -61,6 +61,9 @@ def test_health_and_model(client: TestClient) -> None:
         "resid.torso.delta_mlp",
     )
     assert row["n"] == row["n_alive"] + row["n_dead"]
+    assert row["metrics"]["fvu"] == pytest.approx(0.1, abs=0.2)
+    assert row["metrics"]["l0"] == 16
+    assert rows["2.mlp.post_act.neurons"]["metrics"] is None
 
 
 def test_a_dictionary(client: TestClient, store: ExampleStore) -> None:

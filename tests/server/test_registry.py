@@ -12,7 +12,7 @@ from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.analysis.store_format import write_store
 from neuron_explainer.errors import CheckpointError, InputError, SourceError
 from neuron_explainer.server.problems import Problem
-from neuron_explainer.server.registry import Registry
+from neuron_explainer.server.registry import Registry, not_remote
 from tests.analysis.examples import VOCABULARY, make_collected, make_corpus
 from tests.server.clients import API, app_with, client_of
 from tests.server.stores import N_UNITS
@@ -24,6 +24,8 @@ def test_ids(stores: Path, tmp_path: Path) -> None:
     registry = Registry([stores, other / "heads.store", stores / "heads.store"])
     assert [shelf.id for shelf in registry] == ["heads", "made-up.1", "made-up.2", "heads-2"]
     assert registry.model == "made-up-model"
+    assert not_remote("https://evil.example/model") is not_remote("hf:evil/model") is None
+    assert not_remote("gpt2-small") == "gpt2-small"
     strange = stores / "naïve näme (1)é.store"
     shutil.copy(stores / "heads.store", strange)
     assert next(iter(Registry([strange]))).id == "na-ve-n-me--1--"
@@ -83,8 +85,10 @@ def test_stores_beyond_the_budget_are_closed(stores: Path) -> None:
         assert len(store) == 4
 
 
-def replace_store(stores: Path, n_units: int) -> None:
-    """Another collation of the same text takes the place of a store."""
+def replace_store(stores: Path, n_units: int, content: bytes = b"") -> None:
+    """Another collation of the same text takes the place of a store, or of what is left of it."""
+    if content:
+        (stores / "made-up.2.store").write_bytes(content)
     with ExampleStore.open(stores, "made-up.2") as old:
         tokens = old.tokens
     found = make_collected(
@@ -129,7 +133,9 @@ def problem(client: TestClient, address: str) -> tuple[int, str]:
     return reply.status_code, reply.json()["code"]
 
 
-def test_a_store_that_is_gone_or_damaged_is_not_available(stores: Path) -> None:
+def test_a_store_that_is_gone_or_damaged_is_not_available(
+    stores: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     client = client_of(app_with([stores]))
     path = stores / "made-up.2.store"
     content = path.read_bytes()
@@ -144,8 +150,12 @@ def test_a_store_that_is_gone_or_damaged_is_not_available(stores: Path) -> None:
     assert [row["id"] for row in reply.json()["dictionaries"]] == ["heads", "made-up.1"]
     assert client.get(f"{API}/search?q=king").json()["items"] == []
     assert client.get(f"{API}/bookmarks").status_code == 200
-    path.write_bytes(content)
-    assert client.get(f"{API}/dictionaries/made-up.2").status_code == 200
+    assert [record.getMessage()[:38] for record in caplog.records] == [
+        "the store of made-up.2 cannot be opene"
+    ]
+    replace_store(stores, 12, content)
+    found = client.get(f"{API}/dictionaries/made-up.2").json()
+    assert (found["n"], found["n_alive"]) == (12, 11)
 
 
 def test_a_text_that_was_changed_is_noticed(stores: Path) -> None:

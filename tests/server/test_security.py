@@ -123,6 +123,15 @@ def test_the_token_in_the_address_becomes_a_cookie(base: str) -> None:
     assert client_of(app_with([STORE]), None).get("/?token=wrong").status_code == 401
 
 
+def test_a_proxy_may_keep_the_base_path_or_take_it_away() -> None:
+    client = client_of(app_with([STORE], base_path="viewer/"))
+    for prefix in ("/viewer", ""):
+        assert client.get(prefix + READS).status_code == 200
+        assert client.get(f"{prefix}/").status_code == 200
+    assert client.get("/viewers" + READS).status_code == 404
+    assert client_of(app_with([STORE], base_path="/viewer"), None).get(READS).status_code == 401
+
+
 def test_a_page_that_knows_the_token_gets_the_cookie(app: FastAPI) -> None:
     client = client_of(app, None)
     reply = client.post(f"{API}/login", headers={"Authorization": f"Bearer {TOKEN}"})

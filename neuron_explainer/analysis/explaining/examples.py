@@ -32,6 +32,7 @@ from neuron_explainer.settings import check_types
 Ints = npt.NDArray[np.int64]
 
 _NEIGHBOURS = 5  # units whose texts are hard ones, at most
+_ENOUGH = 4  # times as many candidates for hard texts as are wanted
 _ROUNDS = 8  # of drawing twice as many random pieces as before
 
 
@@ -260,6 +261,7 @@ class _Choice:
         # The generator whose numbers NumPy promises to keep.
         self.random = np.random.RandomState(words)
         self.taken = _Taken()
+        self._records: dict[int, LatentRecord] = {}
         self.expected_active = 0.0  # how many inactive texts are expected not to be
 
     def result(self) -> ExampleSet:
@@ -342,6 +344,8 @@ class _Choice:
             return []
         candidates: list[tuple[Example, Neighbour]] = []
         for neighbour in self._neighbours():
+            if len(candidates) >= _ENOUGH * n:
+                break
             candidates += [(each, neighbour) for each in self._texts_of(neighbour.unit)]
         if self.reading is not None and candidates:
             start = np.array([each.start for each, _ in candidates])
@@ -368,14 +372,20 @@ class _Choice:
     def _texts_of(self, unit: int) -> Sequence[Example]:
         if self.reading is not None:
             return self.reading.active(unit)
-        return [e for e in self.store[unit].all_examples if e.group != "inactive" and e.value > 0]
+        found = self._record(unit).all_examples
+        return [e for e in found if e.group != "inactive" and e.value > 0]
+
+    def _record(self, unit: int) -> LatentRecord:
+        if unit not in self._records:
+            self._records[unit] = self.store[unit]
+        return self._records[unit]
 
     def _chance(self, length: int, neighbour: Neighbour | None = None) -> float:
         """How probable it is that the unit is active in a text that nobody has looked at."""
         own = self.record.statistics.density
         silent: float = (1 - own) ** length
         if neighbour is not None:
-            other = max(self.store[neighbour.unit].statistics.density, 1e-12)
+            other = max(self._record(neighbour.unit).statistics.density, 1e-12)
             both = neighbour.jaccard * (own + other) / (1 + neighbour.jaccard)
             silent *= 1 - min(both / other, 1.0)
         return 1 - silent

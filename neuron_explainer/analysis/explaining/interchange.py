@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -55,8 +55,13 @@ from neuron_explainer.analysis.interchange.objects import (
     read_object,
     write_lines,
 )
+from neuron_explainer.analysis.latent_record import Example
 from neuron_explainer.errors import CheckpointError, InputError, SourceError
 
+if TYPE_CHECKING:
+    from neuron_explainer.analysis.store import ExampleStore
+
+_WINDOW = 32  # tokens of a random text, see ``SetConfig``
 Scored = tuple[Explanation, Sequence[Score]]
 """An explanation and its scores."""
 _LEADS = ("detection", "fuzzing", "simulation", "embedding")
@@ -352,14 +357,15 @@ def read_simulation_results(
 
 
 def write_delphi(
-    found: Iterable[tuple[Explanation, Sequence[Score], ExampleSet | None]],
+    found: Iterable[tuple[Explanation, Sequence[Score], Mapping[int, Example] | None]],
     folder: str | Path,
     hookpoint: str,
 ) -> list[Path]:
     """Write ``explanations/`` and ``scores/`` as delphi does, for its ``log_results``.
 
     Args:
-        found: explanations with their scores, and the set whose test texts were judged; None: no scores.
+        found: explanations with their scores (with answers), and the texts that were judged, by id, see
+            :func:`set_texts` and :func:`stored_texts`; None: no scores.
         folder: delphi's folder of results.
         hookpoint: delphi's name of the place, such as ``"layers.2.mlp"``.
     """
@@ -368,35 +374,71 @@ def write_delphi(
             f"expected delphi's name of a place, such as layers.2.mlp, found {hookpoint!r}."
         )
     paths = []
-    for explanation, scores, examples in found:
+    for explanation, scores, texts in found:
         name = f"{hookpoint}_latent{explanation.unit}.txt"
         text = json.dumps(explanation.text, ensure_ascii=False)
         paths.append(write_lines(files.join(Path(folder), "explanations", name), [text]))
-        for score in scores if examples is not None else ():
-            if score.name in _DELPHI_SCORERS and examples is not None:
-                text = json.dumps(
-                    _delphi_texts(score, examples), ensure_ascii=False, allow_nan=False
-                )
+        for score in scores if texts is not None else ():
+            if score.name in _DELPHI_SCORERS and texts is not None:
+                rows = _delphi_texts(score, texts)
+                text = json.dumps(rows, ensure_ascii=False, allow_nan=False)
                 place = files.join(Path(folder), "scores", _DELPHI_SCORERS[score.name], name)
                 paths.append(write_lines(place, [text]))
     return paths
 
 
-def _delphi_texts(score: Score, examples: ExampleSet) -> list[dict[str, Any]]:
-    by_id = {each.id: each for each in examples.test}
-    missing = [each.id for each in score.answers if each.id not in by_id]
+def set_texts(examples: ExampleSet) -> dict[int, Example]:
+    """The test texts of a set by id."""
+    return {each.id: each.example for each in examples.test}
+
+
+def stored_texts(
+    store: "ExampleStore", unit: int, scores: Sequence[Score]
+) -> dict[int, Example] | None:
+    """The judged texts of a unit by id, from its store. None where the store does not keep an active one:
+    its activations are not known any more. Of inactive texts that it does not keep, 32 tokens are taken."""
+    texts = {example.start: example for example in store[unit].all_examples}
+    for answer in (each for score in scores for each in score.answers):
+        if answer.id in texts:
+            continue
+        if answer.active:
+            return None
+        starts = store.tokens.corpus.starts
+        end = int(starts[np.searchsorted(starts, answer.id, side="right")])
+        length = min(_WINDOW, end - answer.id)
+        (tokens,), (document,) = store.tokens.windows(np.array([answer.id]), np.array([length]))
+        texts[answer.id] = Example(
+            group="inactive",
+            interval=0,
+            rank=0,
+            value=0.0,
+            peak=0,
+            start=answer.id,
+            document=int(document),
+            position=0,
+            tokens=tokens,
+            activations=np.zeros(len(tokens), np.float32),
+            pairs=False,
+            vocabulary=store.tokens.pieces,
+        )
+    return texts
+
+
+def _delphi_texts(score: Score, texts: Mapping[int, Example]) -> list[dict[str, Any]]:
+    missing = [each.id for each in score.answers if each.id not in texts]
     if missing:
         raise InputError(
-            f"the score of unit {examples.unit} judges {len(missing)} texts that are not in the test part of "
-            "this set: give the set that was scored."
+            f"{score.name} judges {len(missing)} texts that were not given: give those of the set that was "
+            "scored."
         )
     found = []
     for answer in score.answers:
-        example = by_id[answer.id].example
+        example = texts[answer.id]
+        values = example.activations if answer.active else np.zeros(len(example.tokens))
         found.append(
             {
                 "str_tokens": [piece.decode(errors="replace") for piece in example.pieces],
-                "activations": example.activations.astype(float).tolist(),
+                "activations": values.astype(float).tolist(),
                 "distance": answer.quantile + 1 if answer.active else -1,
                 "activating": answer.active,
                 "prediction": answer.predicted,

@@ -22,6 +22,7 @@ from neuron_explainer.analysis.explaining.interchange import (
     read_foreign,
     read_neuronpedia_explanations,
     read_simulation_results,
+    set_texts,
     simulated_texts,
     simulation_results,
     write_delphi,
@@ -52,6 +53,7 @@ def values(texts: Any) -> list[Any]:
     return found
 
 
+TEXTS = set_texts(SET)
 SCORES = (
     scorers.detection(SET, predict, BY),
     scorers.fuzzing(SET, predict, BY),
@@ -136,7 +138,7 @@ def test_openai_and_back(tmp_path: Path) -> None:
 
 
 def test_delphi_and_back(tmp_path: Path) -> None:
-    paths = write_delphi([(EXPLANATION, SCORES, SET)], tmp_path, "layers.2.mlp")
+    paths = write_delphi([(EXPLANATION, SCORES, TEXTS)], tmp_path, "layers.2.mlp")
     assert [path.relative_to(tmp_path).as_posix() for path in paths] == [
         "explanations/layers.2.mlp_latent7.txt",
         "scores/detection/layers.2.mlp_latent7.txt",
@@ -163,8 +165,8 @@ def test_delphi_and_back(tmp_path: Path) -> None:
     assert write_delphi([(EXPLANATION, SCORES, None)], tmp_path / "x", "h") == [
         tmp_path / "x" / "explanations" / "h_latent7.txt"
     ]
-    with pytest.raises(InputError, match="give the set that was scored"):
-        write_delphi([(EXPLANATION, SCORES, made_set(2, 2))], tmp_path / "y", "h")
+    with pytest.raises(InputError, match="give those of the set that was scored"):
+        write_delphi([(EXPLANATION, SCORES, set_texts(made_set(2, 2)))], tmp_path / "y", "h")
     with pytest.raises(InputError, match="delphi's name of a place"):
         write_delphi([], tmp_path, "layers/2")
 
@@ -184,7 +186,7 @@ def test_delphi_and_back(tmp_path: Path) -> None:
     ],
 )
 def test_delphi_files_that_are_none(tmp_path: Path, content: str, reason: str) -> None:
-    write_delphi([(EXPLANATION, SCORES, SET)], tmp_path, "h")
+    write_delphi([(EXPLANATION, SCORES, TEXTS)], tmp_path, "h")
     (tmp_path / "scores" / "fuzz" / "h_latent7.txt").write_text(content)
     with pytest.raises(CheckpointError, match=reason):
         read_delphi(tmp_path)
@@ -196,7 +198,7 @@ def test_delphi_files_that_are_none(tmp_path: Path, content: str, reason: str) -
 def test_any_format_for_one_dictionary(tmp_path: Path) -> None:
     write_neuronpedia_explanations([(EXPLANATION, SCORES)], tmp_path / "a", model="m", source="s")
     write_simulation_results([simulation_results(0, 7, [(EXPLANATION, SCORES)])], tmp_path / "b")
-    write_delphi([(EXPLANATION, SCORES, SET)], tmp_path / "c", "h")
+    write_delphi([(EXPLANATION, SCORES, TEXTS)], tmp_path / "c", "h")
     places = {"neuronpedia": "a", "openai": "b/0", "delphi": "c"}
     for name in FORMATS:
         ((explanation, scores),) = read_foreign(tmp_path / places[name], name, "made", 8)

@@ -48,11 +48,12 @@ export function Facts({ card }) {
  * @param {{
  *   card: Card, state: CardState, onState: (patch: CardState) => void, linkTo: import('./side.jsx').LinkTo,
  *   logits?: import('../api.js').Asked<any>, neighbours?: import('../api.js').Asked<any>,
+ *   long?: boolean, onLong?: (long: boolean) => void,
  *   promptLink?: (text: string) => string, first?: any, labels?: any,
  * }} props
  * `first` stands above the examples, `labels` at the head of the side
  */
-export function FeatureCard({ card, state, onState, linkTo, logits, neighbours, promptLink, first, labels }) {
+export function FeatureCard({ card, state, onState, linkTo, logits, neighbours, long, onLong, promptLink, first, labels }) {
   return (
     <div class="card-grid">
       <div class="card-main">
@@ -66,7 +67,7 @@ export function FeatureCard({ card, state, onState, linkTo, logits, neighbours, 
       <div class="card-side">
         <Values card={card} state={state} onState={onState} />
         {labels}
-        {logits && <Logits asked={logits} />}
+        {logits && <Logits asked={logits} long={long} onLong={onLong} />}
         {logits && <Inputs asked={logits} />}
       </div>
     </div>

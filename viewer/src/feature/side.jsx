@@ -10,6 +10,9 @@ import { parseRange } from './examples.jsx';
 /** @typedef {import('./types.js').CardState} CardState */
 /** @typedef {(dictionary: string, unit: number) => string | undefined} LinkTo */
 
+/** Tokens of the long lists. */
+export const MOST_LOGITS = 100;
+
 /** @param {{card: Card, state: CardState, onState: (patch: CardState) => void}} props */
 export function Values({ card, state, onState }) {
   return (
@@ -28,28 +31,31 @@ export function Values({ card, state, onState }) {
 
 /**
  * What the unit's direction does to the next token.
- * @param {{asked: import('../api.js').Asked<any>}} props
+ * @param {{asked: import('../api.js').Asked<any>, long?: boolean, onLong?: (long: boolean) => void}} props
+ * long: a hundred tokens rather than ten
  */
-export function Logits({ asked }) {
+export function Logits({ asked, long = false, onLong }) {
   const data = asked.data;
   return (
-    <Panel id="logits" title="Promotes and demotes" what="how much one unit of activation changes each logit, through the last norm" json={data} python={data?.python}>
+    <Panel id="logits" title="Promotes and demotes" what="how much one unit of activation changes each logit, through the last norm" json={data} python={data?.python}
+      actions={onLong && data?.top?.length > 0 && <button type="button" class="plain small" aria-pressed={long} onClick={() => onLong(!long)}>{long ? 'show 10' : `show ${MOST_LOGITS}`}</button>}
+    >
       <Answer asked={asked} lines={11}>
-        {(/** @type {any} */ reply) => <LogitLists reply={reply} />}
+        {(/** @type {any} */ reply) => <LogitLists reply={reply} n={long ? MOST_LOGITS : 10} />}
       </Answer>
     </Panel>
   );
 }
 
-/** @param {{reply: any}} props */
-function LogitLists({ reply }) {
+/** @param {{reply: any, n: number}} props */
+function LogitLists({ reply, n }) {
   if (!reply.top?.length) return <Empty title="It writes to no logits">{reply.note && <p>{reply.note}</p>}</Empty>;
   const most = Math.max(...[...reply.top, ...reply.bottom].map((/** @type {any} */ item) => Math.abs(item.value)));
   return (
     <>
-      <div class="two">
-        <TokenBars items={reply.top.slice(0, 10)} words={reply} most={most} caption="Promoted" unit="change of the logit" />
-        <TokenBars items={reply.bottom.slice(0, 10)} words={reply} most={most} caption="Demoted" unit="change of the logit" />
+      <div class={`two${n > 10 ? ' long' : ''}`} tabIndex={n > 10 ? 0 : undefined} role={n > 10 ? 'group' : undefined} aria-label={n > 10 ? 'Tokens it promotes and demotes' : undefined}>
+        <TokenBars items={reply.top.slice(0, n)} words={reply} most={most} caption="Promoted" unit="change of the logit" />
+        <TokenBars items={reply.bottom.slice(0, n)} words={reply} most={most} caption="Demoted" unit="change of the logit" />
       </div>
       {reply.histogram && (
         <div class="spaced">

@@ -5,6 +5,7 @@ import { notify } from '../components/notice.js';
 import { Tool } from '../components/panel.jsx';
 import { Empty, Failure, Loading } from '../components/states.jsx';
 import { Badges, Facts, FeatureCard, titleOf } from '../feature/card.jsx';
+import { MOST_LOGITS } from '../feature/side.jsx';
 import { Labels } from '../feature/labels.jsx';
 import { TryIt } from '../feature/try.jsx';
 import { count, visible } from '../format.js';
@@ -39,8 +40,9 @@ function Feature({ id, unit, query }) {
   const one = dictionary(id);
   const ready = modelState.value === 'ready' && here;
   const canDirect = ready && card.kind !== 'head';
-  const logits = useGet(canDirect ? `${address}/logits` : null, { delay: REST });
-  const neighbours = useGet(canDirect && !logits.loading ? `${address}/neighbours` : null, { delay: REST });
+  const long = query.logits === String(MOST_LOGITS);
+  const logits = useGet(canDirect ? `${address}/logits${long ? `?k=${MOST_LOGITS}` : ''}` : null, { delay: REST });
+  const neighbours = useGet(canDirect && card.kind === 'latent' && !logits.loading ? `${address}/neighbours` : null, { delay: REST });
   const steps = useSteps(id, here ? card : undefined, query);
   useFeatureKeys(id, unit, here ? card : undefined, steps, query);
   // The page can be read without a mouse from the heading on.
@@ -66,7 +68,8 @@ function Feature({ id, unit, query }) {
           <FeatureCard
             card={card} state={query} onState={(patch) => setQuery(/** @type {Record<string, string | undefined>} */ (patch))}
             linkTo={(d, u) => href(['f', d, u], kept(query))} logits={modelState.value === 'none' || card.kind === 'head' ? undefined : logits}
-            neighbours={modelState.value === 'none' || card.kind === 'head' ? undefined : neighbours}
+            neighbours={modelState.value === 'none' || card.kind !== 'latent' ? undefined : neighbours}
+            long={long} onLong={(wanted) => setQuery({ logits: wanted ? MOST_LOGITS : null })}
             promptLink={modelState.value === 'none' ? undefined : (text) => href(['p'], { a: text })}
             first={card.kind !== 'head' && <TryIt id={id} unit={unit} card={card} query={query} />}
             labels={<Labels id={id} card={card} onChange={() => { forget(address); asked.retry(); }} />}
@@ -80,8 +83,8 @@ function Feature({ id, unit, query }) {
 }
 
 /** What of the query goes along to the next unit: not the range of values, which belongs to this one. @param {Record<string, string>} query */
-function kept({ group, width, dedupe, try: texts }) {
-  return { group, width, dedupe, try: texts };
+function kept({ group, width, dedupe, logits, try: texts }) {
+  return { group, width, dedupe, logits, try: texts };
 }
 
 /**

@@ -3,9 +3,9 @@ import { useEffect, useState } from 'preact/hooks';
 import { post, send, url, useAsk } from '../api.js';
 import { Panel, Tool } from '../components/panel.jsx';
 import { Answer, Empty, Loading } from '../components/states.jsx';
-import { percentage } from '../format.js';
+import { fixed, percentage } from '../format.js';
 import { useKeys } from '../keys.js';
-import { TokenList, TokenWord } from '../prompt/answer.jsx';
+import { TokenWord } from '../prompt/answer.jsx';
 import { PairTable, unpacked } from '../prompt/attention.jsx';
 import { go, href } from '../router.js';
 import { dictionaries, model, modelState } from '../state.js';
@@ -73,7 +73,7 @@ function Views({ layer, head, text, prompt }) {
         <Panel id="pattern" title="Where it looks" what="rows look, columns are looked at; per cent of the attention of each token" python={pattern.data?.python} json={asked.data} actions={<a class="button" href={prompt}>All heads</a>}>
           <Answer asked={pattern} lines={10}>{(all) => <PairTable all={all} head={0} />}</Answer>
         </Panel>
-        <Panel id="head-pairs" title="Strongest pairs" what="of a token with an earlier one, on this text" json={asked.data?.pairs} python={asked.data?.python}>
+        <Panel id="head-pairs" title="Strongest pairs" what="where it writes most, on this text" json={asked.data?.pairs} python={asked.data?.python}>
           <Answer asked={asked} lines={8}>{(data) => <Pairs data={data} />}</Answer>
         </Panel>
       </div>
@@ -86,23 +86,30 @@ function Views({ layer, head, text, prompt }) {
 
 /** @param {{data: any}} props */
 function Pairs({ data }) {
-  if (!data.pairs?.length) return <Empty title="No pairs" />;
+  if (!data.pairs.length) return <Empty title="It writes nothing here" />;
   return (
     <table class="pair-list">
-      <thead><tr><th scope="col">Looks</th><th scope="col">at</th><th scope="col" class="num">attention</th></tr></thead>
+      <thead><tr><th scope="col">Looks</th><th scope="col">at</th><th scope="col" class="num">attention</th><th scope="col" class="num" title="the length of what it writes from there">write</th></tr></thead>
       <tbody>{data.pairs.slice(0, 15).map((/** @type {any} */ pair) => (
-        <tr><th scope="row"><TokenWord id={data.ids[pair.query]} words={data} /><sub class="soft">{pair.query}</sub></th><td><TokenWord id={data.ids[pair.key]} words={data} /><sub class="soft">{pair.key}</sub></td><td class="num" data-value={pair.value}>{percentage(pair.value)}</td></tr>
+        <tr>
+          <th scope="row"><TokenWord id={data.ids[pair.position]} words={data} /><sub class="soft">{pair.position}</sub></th><td><TokenWord id={data.ids[pair.attended]} words={data} /><sub class="soft">{pair.attended}</sub></td>
+          <td class="num">{percentage(pair.pattern)}</td><td class="num" data-value={pair.write_norm}>{fixed(pair.write_norm, 2)}</td>
+        </tr>
       ))}</tbody>
     </table>
   );
 }
 
-/** @param {{data: any}} props */
+/** For each token of the text: what the head writes when it looks at this token alone. @param {{data: any}} props */
 function Writes({ data }) {
-  if (!data.ov?.length) return <Empty title="Nothing to show" />;
   return (
-    <div class="lists">
-      {data.ov.map((/** @type {any} */ one) => <TokenList title={<TokenWord id={one.id} words={data} />} items={one.top} words={data} />)}
+    <div class="scroll-x" tabIndex={0} role="region" aria-label="What it writes for each token">
+      <table class="writes">
+        <thead><tr><th scope="col">When it looks at</th><th scope="col">it promotes</th><th scope="col">and demotes</th></tr></thead>
+        <tbody>{data.ov.map((/** @type {any} */ one) => (
+          <tr><th scope="row"><TokenWord id={one.id} words={data} /></th>{[one.promotes, one.demotes].map((list) => <td>{list.slice(0, 7).map((/** @type {any} */ item) => <span class="wrote" title={fixed(item.value, 2)}><TokenWord id={item.id} words={data} /></span>)}</td>)}</tr>
+        ))}</tbody>
+      </table>
     </div>
   );
 }

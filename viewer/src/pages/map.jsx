@@ -4,7 +4,7 @@ import { useEffect, useMemo, useRef, useState } from 'preact/hooks';
 import { hideTip, showTip } from '../components/tip.js';
 import { number, percentage } from '../format.js';
 
-/** @typedef {{x: number[], y: number[], unit: number[], density: number[]}} Points */
+/** @typedef {{x: number[], y: number[], unit: number[], density?: number[], explained?: number}} Points */
 
 const NEAR = 10; // pixels
 
@@ -17,7 +17,9 @@ export function DecoderMap({ points, onPick, kind }) {
   const [size, setSize] = useState({ width: 600, height: 420 });
   const drag = useRef(/** @type {{x: number, y: number, moved: boolean} | null} */ (null));
   const limits = useMemo(() => ({ x: extent(points.x), y: extent(points.y) }), [points]);
-  const order = useMemo(() => points.unit.map((_, i) => i).sort((a, b) => points.density[a] - points.density[b]), [points]);
+  // Without a store nobody knows how often they are active: all alike.
+  const density = useMemo(() => points.density ?? points.unit.map(() => 0.01), [points]);
+  const order = useMemo(() => points.unit.map((_, i) => i).sort((a, b) => density[a] - density[b]), [points]);
   const theme = document.documentElement.dataset.theme;
 
   useEffect(() => {
@@ -47,10 +49,10 @@ export function DecoderMap({ points, onPick, kind }) {
     for (const i of order) {
       const [x, y] = place(i);
       if (x < -4 || y < -4 || x > size.width + 4 || y > size.height + 4) continue;
-      const density = points.density[i];
+      const share = density[i];
       // Opacity from 1 in 100,000 tokens to 1 in 10.
-      pen.globalAlpha = density > 0 ? Math.min(1, Math.max(0.25, (Math.log10(density) + 5) / 4)) : 0.5;
-      pen.fillStyle = density > 0 ? colours.alive : colours.dead;
+      pen.globalAlpha = share > 0 ? Math.min(1, Math.max(0.25, (Math.log10(share) + 5) / 4)) : 0.5;
+      pen.fillStyle = share > 0 ? colours.alive : colours.dead;
       pen.beginPath();
       pen.arc(x, y, radius, 0, 2 * Math.PI);
       pen.fill();
@@ -95,7 +97,7 @@ export function DecoderMap({ points, onPick, kind }) {
           const [x, y] = place(i);
           dot.style.left = `${x}px`;
           dot.style.top = `${y}px`;
-          showTip(dot, [`${kind} ${points.unit[i]}`, points.density[i] > 0 ? `active on ${percentage(points.density[i])}` : 'never active']);
+          showTip(dot, [`${kind} ${points.unit[i]}`, density[i] > 0 ? `active on ${percentage(density[i])}` : 'never active']);
         }}
         onPointerUp={(event) => {
           const moved = drag.current?.moved;
@@ -110,7 +112,7 @@ export function DecoderMap({ points, onPick, kind }) {
         <button type="button" aria-label="Zoom in" onClick={() => zoomBy(1.6)}>+</button>
         <button type="button" aria-label="Zoom out" disabled={view.zoom === 1} onClick={() => zoomBy(1 / 1.6)}>−</button>
         <button type="button" disabled={view.zoom === 1 && !view.x && !view.y} onClick={() => setView({ x: 0, y: 0, zoom: 1 })}>Reset</button>
-        <span class="small soft">zoom {number(view.zoom)}; drag to move; darker points are active more often</span>
+        <span class="small soft">zoom {number(view.zoom)}; drag to move; darker points are active more often{points.explained ? `; the two axes hold ${percentage(points.explained)} of the variance` : ''}</span>
       </div>
     </div>
   );

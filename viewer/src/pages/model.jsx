@@ -69,7 +69,7 @@ export function ModelPage({ path }) {
         <div class="stack">
           {all.n_heads > 0 && (
             <Panel id="head-list" title="Attention heads" what="where each looks, and what it writes" json={all.heads} python={captureScript(all.python, `${layer}/attn.qk_probs`)}>
-              <div class="scroll-x" tabIndex={0} role="region" aria-label="Attention heads">
+              <div class="scroll-x" tabIndex={0} role="region" aria-label="Heads by layer">
                 <table class="head-list"><tbody>{Array.from({ length: layers }, (_, l) => (
                   <tr key={l}><th scope="row" class="soft">layer {l}</th>{Array.from({ length: all.n_heads }, (_, h) => <td><a href={href(['h', l, h])} aria-label={`Layer ${l} head ${h}`}>{h}</a></td>)}</tr>
                 ))}</tbody></table>
@@ -159,7 +159,7 @@ function short(path) {
 
 /** Python that opens the model, and goes on. @param {string} open the script that opens the model @param {string} rest */
 function modelScript(open, rest) {
-  return `${open.trimEnd().replace(/^result = /m, 'model = ')}\n${rest}\n`;
+  return `${open.trimEnd().replace(/^result = model$\n?/m, '').replace(/^result = /m, 'model = ').trimEnd()}\n${rest}\n`;
 }
 
 /** Python that captures a place on a text. @param {string} open @param {string} place */
@@ -195,9 +195,9 @@ function Grid({ layers }) {
   return (
     <Panel id="dictionary-grid" title="Dictionaries" what="by layer and place; the share of units that are alive" json={all}>
       {all.length === 0 ? <Empty title="No dictionaries" /> : (
-        <div class="scroll-x" tabIndex={0} role="region" aria-label="Dictionaries by layer and place">
+        <div class="scroll-x" tabIndex={0} role="region" aria-label="Table of dictionaries">
           <table class="grid">
-            <thead><tr><th scope="col">Layer</th>{sites.map((site) => <th scope="col">{site.split(' ')[0]} <span class="soft">{site.split(' ')[1]}s</span></th>)}</tr></thead>
+            <thead><tr><th scope="col">Layer</th>{sites.map((site) => <th scope="col">{site.split(' ')[0].replace('resid.torso.', '')} <span class="soft">{site.split(' ')[1]}s</span></th>)}</tr></thead>
             <tbody>{Array.from({ length: layers }, (_, i) => layers - 1 - i).map((layer) => (
               <tr key={layer}>
                 <th scope="row">{layer}</th>

@@ -154,6 +154,7 @@ function Page({ query }) {
     { keys: 'a', what: 'Set the node to 0, or back', run: () => row && intervene(row.node, 'zero') },
     { keys: 's', what: 'Steer along the node', run: () => row && intervene(row.node, row.node.kind === 'head' ? 'scale' : 'add', true) },
     { keys: 't', what: 'Trace the node', run: () => row && traceRow(row) },
+    { keys: 'T', what: 'Back to the trace before', run: () => (state.trace.length ? update({ trace: state.trace.slice(0, -1), row: '' }, { push: true }) : notify('Nothing is traced')) },
     { keys: 'Enter', what: 'Open or close the node', run: (event) => (event?.target instanceof HTMLElement && event.target.closest('button, a, summary') ? event.target.click() : row && toggle(row)) },
     { keys: 'o', what: 'Open the page of the node', run: () => { const page = row && pageOf(row.node); if (page) go(href(page)); else notify('This node has no page'); } },
     { keys: 'x', what: 'Swap the two prompts', run: swap },
@@ -180,7 +181,7 @@ function Page({ query }) {
           <Tabs tab={state.tab} onTab={(tab) => update({ tab }, { push: true })} />
           <div id={`tab-${state.tab}`} role="tabpanel" aria-label={TAB_TEXT[state.tab]} tabIndex={-1}>
             {state.tab === 'attention' && <Attention text={state.a.text} nLayers={model.value?.n_layers ?? 1} nHeads={model.value?.n_heads ?? 1} limit={model.value?.limits?.heads ?? 144} chosen={state.head} onChoose={(head) => update({ head })} />}
-            {state.tab === 'lens' && <Lens text={state.a.text} most={model.value?.limits?.lens_positions ?? 64} />}
+            {state.tab === 'lens' && <Lens text={state.a.text} length={data?.prompts[0].ids.length ?? null} most={model.value?.limits?.lens_positions ?? 64} />}
             {state.tab === 'generate' && <Generate text={state.a.text} sample={state.sample} most={model.value?.limits?.new_tokens ?? 128} interventions={interventionsBody(state, true)} onSample={(sample) => update({ sample })} />}
             {state.tab === 'matrix' && data && (
               <Panel id="matrix" title="Tokens × nodes" what="what each unit does at each token" json={data} python={data.python}>

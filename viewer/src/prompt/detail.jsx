@@ -66,12 +66,12 @@ export function Detail({ node, request, words, ids, hasB, onChange, onTrace }) {
             {isHead && data.attends?.to && (
               <div class="token-list">
                 <h3>Looks at</h3>
-                <ol>{data.attends.to.map((/** @type {any} */ one) => <li><button type="button" class="plain" title="Trace through query and key from here" onClick={() => onTrace({ ...node, attended: one.position }, 'qk')}><TokenWord id={ids[one.position]} words={words} /><sub>{one.position}</sub></button><span class="tabular soft">{fixed(one.value ?? one.weight ?? one.prob, 3)}</span></li>)}</ol>
+                <ol>{strongest(data.attends.to).map(({ position, value }) => <li><button type="button" class="plain" title="Trace through query and key from here" onClick={() => onTrace({ ...node, attended: position }, 'qk')}><TokenWord id={ids[position]} words={words} /><sub>{position}</sub></button><span class="tabular soft">{fixed(value, 3)}</span></li>)}</ol>
               </div>
             )}
             {data.promotes && <TokenList title="Promotes" items={data.promotes} words={data} />}
             {data.demotes && <TokenList title="Demotes" items={data.demotes} words={data} />}
-            {data.excited_by?.length > 0 && <TokenList title="Excited by" items={data.excited_by} words={data} />}
+            {data.excited_by && data.excited_by.length > 0 && <TokenList title="Excited by" items={data.excited_by} words={data} />}
           </div>
         )}
       </Answer>
@@ -79,8 +79,13 @@ export function Detail({ node, request, words, ids, hasB, onChange, onTrace }) {
   );
 }
 
+/** The tokens that a head looks at most. @param {number[]} weights of each token @param {number} [n] */
+function strongest(weights, n = 8) {
+  return weights.map((value, position) => ({ position, value })).sort((a, b) => b.value - a.value || a.position - b.position).slice(0, n);
+}
+
 /** A head with the token that it looks at most, because a score is of a pair of tokens. @param {Node} node @param {any} data @returns {Node} */
 export function withTarget(node, data) {
   if (node.attended !== null && node.attended !== undefined) return node;
-  return { ...node, attended: data?.attends?.to?.[0]?.position ?? 0 };
+  return { ...node, attended: strongest(data?.attends?.to ?? [])[0]?.position ?? 0 };
 }

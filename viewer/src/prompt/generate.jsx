@@ -28,6 +28,7 @@ export function Generate({ text, sample, most, interventions, onSample }) {
     setRun({ ...NOTHING, state: 'running' });
     try {
       for await (const { event, data } of stream(url(['generate']), body, mine.signal)) {
+        if (mine.signal.aborted) return; // what was already here when Stop was pressed
         if (event === 'token') setRun((old) => ({ ...old, [data.stream]: [...old[/** @type {'baseline' | 'changed'} */ (data.stream)], data] }));
         if (event === 'done') setRun((old) => ({ ...old, state: 'done', diverged: data.diverged_at ?? null, python: data.python ?? null }));
         if (event === 'error') throw new Problem(data, data.status ?? 500);
@@ -51,8 +52,8 @@ export function Generate({ text, sample, most, interventions, onSample }) {
         <Number_ label="Top p" value={sample.top_p} min={0.01} max={1} step={0.01} onChange={(top_p) => onSample({ ...sample, top_p })} />
         <Number_ label="Seed" value={sample.seed} min={0} max={2 ** 31} step={1} onChange={(seed) => onSample({ ...sample, seed })} />
         {running
-          ? <button type="button" class="primary" onClick={() => { abort.current?.abort(); setRun((old) => ({ ...old, state: 'stopped' })); }}><Icon name="stop" /> Stop</button>
-          : <button type="submit" class="primary"><Icon name="play" /> Generate</button>}
+          ? <button key="stop" type="button" class="primary stop" onClick={() => { abort.current?.abort(); setRun((old) => ({ ...old, state: 'stopped' })); }}><Icon name="stop" /> Stop</button>
+          : <button key="start" type="submit" class="primary"><Icon name="play" /> Generate</button>}
         <span class="soft" role="status">{running ? 'Generating …' : run.state === 'stopped' ? 'Stopped' : run.state === 'done' && two ? (parted === null ? 'Both are the same' : `They part at new token ${parted}`) : ''}</span>
       </form>
       {run.problem && <Failure problem={run.problem} retry={start} />}

@@ -7,36 +7,37 @@ import { fixed, percentage } from '../format.js';
 import { tokenText } from '../vocabulary.js';
 import { TokenWord } from './answer.jsx';
 
-const POINT_TEXT = { mid: 'after attention', post: 'after the MLP', embed: 'embedding' };
+const POINT_TEXT = { mid: 'after attention', post: 'after the MLP', embedding: 'embedding' };
 
-/** @param {{text: string, most: number}} props */
-export function Lens({ text, most }) {
+/** @param {{text: string, length: number | null, most: number}} props `length` in tokens */
+export function Lens({ text, length, most }) {
   const [points, setPoints] = useState('post');
   const [at, setAt] = useState(/** @type {[number, number] | null} */ (null));
-  const body = { text, points: points === 'post' ? ['post'] : ['mid', 'post'], k: 10 };
-  const asked = useAsk(JSON.stringify(body), (signal) => post(url(['lens']), body, { signal }));
+  const from = Math.max(0, (length ?? 0) - most);
+  const positions = from > 0 ? Array.from({ length: most }, (_, i) => from + i) : null;
+  const body = { text, points: points === 'post' ? ['post'] : ['mid', 'post'], k: 10, positions };
+  const asked = useAsk(length === null ? null : JSON.stringify(body), (signal) => post(url(['lens']), body, { signal }));
   return (
     <Panel
       id="lens" title="Logit lens" what="what the model would say next if it ended here; darker is more probable" python={asked.data?.python} json={asked.data}
       actions={<select aria-label="Points" value={points} onChange={(event) => { setPoints(event.currentTarget.value); setAt(null); }}><option value="post">after each layer</option><option value="both">after attention and MLP</option></select>}
     >
-      <Answer asked={asked} lines={8}>{(data) => <Grid data={data} at={at} setAt={setAt} most={most} />}</Answer>
+      <Answer asked={asked} lines={8}>{(data) => <Grid data={data} at={at} setAt={setAt} />}</Answer>
     </Panel>
   );
 }
 
-/** @param {{data: any, at: [number, number] | null, setAt: (at: [number, number]) => void, most: number}} props */
+/** @param {{data: any, at: [number, number] | null, setAt: (at: [number, number]) => void}} props */
 function Grid({ data, at, setAt }) {
-  const positions = data.positions ?? data.token_ids?.map((/** @type {any} */ _, /** @type {number} */ i) => i) ?? data.ids[0].map((/** @type {any} */ _, /** @type {number} */ i) => i);
-  const texts = data.token_ids ?? data.tokens ?? [];
+  const { positions, tokens } = data;
   const rows = data.points.map((/** @type {any} */ point, /** @type {number} */ i) => ({ ...point, i })).reverse();
   const [p, s] = at ?? [data.points.length - 1, positions.length - 1];
-  const name = (/** @type {any} */ point) => (point.layer === null || point.layer === undefined ? POINT_TEXT.embed : `L${point.layer} ${POINT_TEXT[/** @type {'mid' | 'post'} */ (point.point)] ?? point.point}`);
+  const name = (/** @type {any} */ point) => (point.layer === null ? POINT_TEXT.embedding : `L${point.layer} ${POINT_TEXT[/** @type {'mid' | 'post'} */ (point.point)] ?? point.point}`);
   return (
     <div class="lens">
       <div class="scroll-x" tabIndex={0} role="region" aria-label="Predictions by layer and token">
         <table class="lens-table">
-          <thead><tr><th scope="col"><span class="hidden">Point</span></th>{positions.map((/** @type {number} */ position) => <th scope="col">{texts[position] === undefined ? position : tokenText(texts[position], data)}</th>)}</tr></thead>
+          <thead><tr><th scope="col"><span class="hidden">Point</span></th>{positions.map((/** @type {number} */ position) => <th scope="col">{tokenText(tokens[position], data)}</th>)}</tr></thead>
           <tbody>
             {rows.map((/** @type {any} */ point) => (
               <tr>

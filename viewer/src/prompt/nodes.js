@@ -1,5 +1,6 @@
 // Nodes as the Prompt page handles them: names, keys, rows of the table, and what can be done to each kind.
 import { visible } from '../format.js';
+import { dictionaries } from '../state.js';
 
 /**
  * @typedef {{location: string, layer: number | null, unit: number, kind: string, position: number | null,
@@ -85,7 +86,9 @@ export function whyNotChanged({ kind, position }) {
 
 /** The page that shows a unit by itself; null if there is none. @param {Node} node @returns {(string | number)[] | null} */
 export function pageOf({ kind, dictionary, unit, location }) {
-  if (dictionary && (kind === 'latent' || kind === 'neuron')) return ['f', dictionary, unit];
+  if (dictionary && kind === 'latent') return ['f', dictionary, unit];
+  const store = kind === 'neuron' && dictionaries.peek().find((one) => one.kind === 'neuron' && one.location === location);
+  if (store) return ['f', store.id, unit];
   if (kind === 'head' || kind === 'pair') return ['h', layerOf(location) ?? 0, unit];
   return null;
 }

@@ -120,10 +120,11 @@ export function NodeTable({ data, rows, sort, open, current, two, sides, onSort,
 function place(data, node, two) {
   const other = two && node.position_b !== null && node.position_b !== undefined ? node.position_b : null;
   const [a, b] = data.prompts;
+  const same = other !== null && node.position !== null && a.ids[node.position] === b.ids[other];
   return (
     <>
       {node.position !== null ? <Place ids={a.ids} vocab={data.vocab} position={node.position} /> : <span class="soft">–</span>}
-      {other !== null && (node.position === null || a.ids[node.position] !== b.ids[other] || node.position !== other) && <span class="soft"> / <Place ids={b.ids} vocab={data.vocab} position={other} /></span>}
+      {other !== null && (same ? node.position !== other && <sub class="soft">/{other}</sub> : <span class="soft"> / <Place ids={b.ids} vocab={data.vocab} position={other} /></span>)}
     </>
   );
 }

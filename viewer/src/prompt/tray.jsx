@@ -88,7 +88,7 @@ export function Breadcrumb({ trace, target, onTrace }) {
         })}
       </ol>
       <span class="soft">The table shows what makes this node what it is.</span>
-      <button type="button" onClick={() => onTrace(trace.slice(0, -1))}>Back</button>
+      <button type="button" onClick={() => onTrace(trace.slice(0, -1))}>Back <kbd>T</kbd></button>
     </nav>
   );
 }
