@@ -218,14 +218,17 @@ def _leave_half(kind: Kind, path: Path) -> None:
     if kind == "write" and path.parent.is_dir() and ".safetensors" in path.name:
         (path.parent / ".tmpAb3xYz").write_bytes(b"safetensors writes here first")
     if kind == "written" and path.is_file():
-        os.truncate(path, path.stat().st_size // 2)
+        text = path.read_bytes()
+        kept = text[:-1].rfind(b"\n") + 1 if path.suffix == ".jsonl" else 0  # a log only grows
+        os.truncate(path, (kept + len(text)) // 2)
     if kind == "remove" and path.is_dir():
         for half in sorted(path.iterdir())[::2]:
             shutil.rmtree(half) if half.is_dir() else half.unlink()
 
 
 _OF_THE_HARM = re.compile(
-    "No space left|no room|renamed, replaced or emptied|cannot (write|make|remove)|there is no file"
+    "No space left|no room|renamed, replaced or emptied|cannot (write|make|remove|read)|there is no file"
+    "|No tokenizer at"
 )
 _CLOCK = re.compile(rb'("(tokens_per_second|seconds\w*|date)": )[^,}\n]+')
 

@@ -33,6 +33,9 @@ def answer(seen: Seen) -> Answer | str:
     properties = seen.body["response_format"]["json_schema"]["schema"]["properties"]
     if "explanation" in properties:
         return json.dumps({"explanation": f"something {len(seen.prompt)}"})
+    if "texts" in properties:
+        numbers = properties["texts"]["properties"]
+        return json.dumps({"texts": {n: f"The king had {n} daughters. " * 9 for n in numbers}})
     if "text" in properties:
         return '{"text": "C"}'
     if properties["1"]["type"] == "integer":
@@ -108,14 +111,33 @@ def test_all_that_a_model_can_be_asked(capsys: pytest.CaptureFixture[str]) -> No
         found = shell.json(
             "score",
             *(*UNITS, "--method", "contrastive", "--embedding-model", "vectors"),
-            *("--scorers", *explaining.SCORERS, *explaining.JUDGED, "--competitors", "1"),
+            *("--scorers", *explaining.SCORERS, "max-token", "intruder", "--competitors", "1"),
         )
     scores = {score["name"]: score for score in found["units"][0]["scores"]}
-    assert [*scores] == [*explaining.SCORERS, *explaining.JUDGED]
+    assert [*scores] == [*explaining.SCORERS, "max-token", "intruder"]
     assert scores["embedding"]["judge"] == "vectors"
     assert {"chance", "other latent"} <= {f["name"] for f in scores["max-token"]["floors"]}
     assert "other latent" not in {f["name"] for f in scores["intruder"]["floors"]}
     assert any(seen.body["model"] == "vectors" for seen in server.seen)
+
+
+def test_texts_that_a_model_writes_are_read_by_the_latents_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    units = ["--latents", "11", "22", *UNITS[5:], "--most-tokens", "4000"]
+    with serving(answer) as server:
+        shell = Shell(capsys, server)
+        flags = [*units, "--scorers", "generation", "--texts-per-prompt", "5"]
+        calls = shell.json("explain", *flags, "--dry-run")["asked"]["calls"]
+        found = shell.json("explain", *flags)
+        assert calls == len(server.seen) == 4
+        scores = [unit["scores"][0] for unit in found["units"]]
+        assert {score["metric"] for score in scores} == {"share of texts"}
+        assert all(0 <= score["value"] <= 1 for score in scores)
+        assert scores[0]["floors"][0]["name"] == "usual texts"
+        assert "generation: the model is needed" in shell.text(
+            "score", *UNITS, "--scorers", "generation", code=2
+        )
 
 
 def test_the_cost_is_said_before_and_after(capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,7 +222,7 @@ def test_what_cannot_be_asked(
 def test_the_lists_of_the_command_line_are_those_of_the_library() -> None:
     assert explaining.PROMPTS == EXPLAINERS
     assert explaining.SCORERS == RULE_SCORERS
-    assert set(explaining.JUDGED) == set(ASKED) - set(RULE_SCORERS)
+    assert set(explaining.JUDGED) == set(ASKED) - set(RULE_SCORERS) | {"generation"}
 
 
 def test_explanations_go_to_other_programs_and_come_back(

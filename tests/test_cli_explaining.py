@@ -8,7 +8,7 @@ import pytest
 from neuron_explainer.cli import main
 
 STORE = "tiny-tales/ae-resid-delta-mlp/2"
-QUICK = ["--most-tokens", "9000", "--seed", "3"]
+QUICK = ["--most-tokens", "9000", "--seed", "3", "--train", "10", "--test", "10"]
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +58,10 @@ def test_explaining_scores_too_and_says_what_the_floors_are(
     page = run(capsys, "inspect", STORE, str(unit), "--no-model")
     assert "(rules)" in page
     assert "detection " in page
+    record = as_json(capsys, "inspect", STORE, str(unit), "--no-model")
+    (explained,) = record["explanations"]
+    assert explained["explanation"]["method"] == "rules"
+    assert {each["name"] for each in explained["scores"]} == set(names)
 
 
 def test_no_model_says_what_that_means(capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,9 +112,7 @@ def test_too_few_texts_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_a_latent_does_is_scored_by_steering(capsys: pytest.CaptureFixture[str]) -> None:
-    found = as_json(
-        capsys, "explain", STORE, "--latents", "3", "7", "11", "--method", "logits", *QUICK
-    )
+    found = as_json(capsys, "explain", STORE, "--latents", "3", "7", "--method", "logits", *QUICK)
     by_name = {each["name"]: each for each in found["summary"]}
     assert list(by_name) == ["intervention", "embedding"]
     assert by_name["intervention"]["floors"]["chance"] == 0.5

@@ -45,7 +45,7 @@ if not hasattr(os, "fork"):
     pytest.skip("needs fork", allow_module_level=True)
 
 PLACE = "1/mlp.post_act"
-PLACE_STORE = "1.mlp.post_act.store"
+PLACE_STORE = "1.mlp.post_act.neurons.store"
 WINDOWS = ["--context-length", "24", "--windows-per-forward", "4"]
 SMALL = ["--steps", "2", "--batch-size", "16", "--n-latents", "20", "--lr", "3e-3"]
 OFTEN = ["--checkpoint-every", "1", "--keep-checkpoints", "1", "--log-every", "2"]
@@ -60,7 +60,11 @@ def verb(name: str, *argv: str, out: str = "out", **options: Any) -> Command:
 
 def verbs(name: str, *argvs: list[str], out: str = "out", **options: Any) -> Command:
     """Several commands, one after the other, as a script would give them."""
-    return Command(name, lambda: max(cli.main([*argv, "--json"]) for argv in argvs), out, **options)
+
+    def run() -> int:
+        return next(filter(None, (cli.main([*argv, "--json"]) for argv in argvs)), 0)
+
+    return Command(name, run, out, **options)
 
 
 def objective(name: str, *more: str) -> Command:
@@ -228,8 +232,8 @@ COMMANDS = [
     COLLATE,
     FACTORS,
     BOARDS,
-    Command("exchange", exchange, "out"),
-    function("merge and map", merge_and_map),
+    Command("exchange", exchange, "out", harms=("kill", "full disk")),
+    function("merge and map", merge_and_map, harms=("kill", "full disk"), refuses_again=True),
     verbs(
         "train two",
         ["harvest", *OF_BOOKS[:-2], "--location", PLACE, "0/mlp.post_act", "--out", "out/store"],
@@ -263,7 +267,6 @@ COMMANDS = [
     function("model huggingface", partial(save_model, "huggingface")),
     function("model pieces", partial(save_model, "pieces")),
     function("recipe", recipe),
-    FIGURES,
 ]
 WORLDS = [
     Command(f"processes share {split}", partial(distributed, split), "out", harms=("kill",))
@@ -433,3 +436,12 @@ def test_every_step_of_a_download(
     again: Any = {"harms": ("kill",), "refuses_again": True}
     remove = function("remove", of_cache(partial(files.remove_from_cache, url)), **again)
     check_all(remove, tmp_path, scratch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_some_steps_of_the_figures_of_boards(inputs: Path, scratch: Path) -> None:
+    """Each run draws everything: minutes."""
+    laboratory = Laboratory(FIGURES, inputs, scratch)
+    for number in (9, len(laboratory.points) // 2, -2):
+        laboratory.check(laboratory.points[number], "kill")

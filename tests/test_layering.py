@@ -44,7 +44,7 @@ FORBIDDEN = [
     ("neuron_explainer.demo", "neuron_explainer.experiments"),
     ("neuron_explainer.cli", "neuron_explainer.experiments"),
 ]
-LONGEST_CHAIN = 24  # the server stands on the analysis: four modules more
+LONGEST_CHAIN = 26  # the server stands on the analysis, and that on its own search for rules
 # The five floors inside ``models/``, under the same rule. The longest prefix that fits counts.
 MODELS = "neuron_explainer.models"
 FLOORS = [

@@ -128,7 +128,8 @@ def _principal_plane(unit: Tensor) -> tuple[npt.NDArray[np.float32], float]:
     largest = plane.gather(0, plane.abs().argmax(dim=0, keepdim=True))
     plane = plane * torch.where(largest < 0, -1.0, 1.0)
     total = float(values.sum())
-    return (centred @ plane).float().numpy(), float(values[-2:].sum()) / total if total > 0 else 0.0
+    share = round(float(values[-2:].sum()) / total, 12) if total > 0 else 0.0  # less than rounding
+    return (centred @ plane).float().numpy(), share
 
 
 # ---- kept on disk ------------------------------------------------------------------------------------

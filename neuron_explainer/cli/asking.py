@@ -11,7 +11,14 @@ from neuron_explainer.analysis.explaining.examples import ExampleSet
 from neuron_explainer.analysis.explaining.explanation import Explanation, Score
 from neuron_explainer.analysis.explaining.http_client import KEY_VARIABLE
 from neuron_explainer.analysis.explaining.judge import Judge
-from neuron_explainer.analysis.explaining.judged import SCORERS, Asking, explain_with, score_with
+from neuron_explainer.analysis.explaining.judged import (
+    SCORERS,
+    Asking,
+    explain_with,
+    generation_plan,
+    generation_score,
+    score_with,
+)
 from neuron_explainer.analysis.explaining.local_judges import PreviewJudge
 from neuron_explainer.analysis.explaining.prompts import HASHES
 from neuron_explainer.analysis.explaining.scorers import JudgedBy, embedding
@@ -24,9 +31,14 @@ from neuron_explainer.settings.flags import add_flags, from_flags
 if TYPE_CHECKING:
     from neuron_explainer.analysis.directions import Directions
     from neuron_explainer.analysis.store import ExampleStore
+    from neuron_explainer.models.autoencoder import Autoencoder
+    from neuron_explainer.models.model_context import ModelContext
 
 Scorer = Callable[[Explanation, ExampleSet], Score | None]
 _RAISED = 10  # tokens that a latent promotes
+
+
+_GENERATED, _USUAL = 10, 50  # texts that are written for a latent, and for none
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,8 @@ class JudgeOptions:
     """seconds to wait for a reply"""
     use_reasoning: bool = False
     """take a model's reasoning as its reply where the reply has no content"""
+    thinking_tokens: int = 0
+    """tokens that a reasoning model may think, in addition to each reply, such as 2000"""
     texts_per_prompt: int = 5
     """texts in a prompt of detection, fuzzing and max-token; more cost less and are judged less well"""
     logprobs: bool = True
@@ -109,6 +123,12 @@ class Asked:
         """Units that are worked on at a time."""
         return self.options.concurrency if self.preview is None else 1
 
+    def stop(self) -> None:
+        """Send nothing more for what is asked now."""
+        for judge in (self.endpoint, self.embeds):
+            if judge is not None:
+                judge.stop()
+
     @property
     def _model(self) -> dict[str, Any]:
         """What decides a reply, apart from the prompt."""
@@ -119,6 +139,7 @@ class Asked:
             "temperature": end.temperature,
             "seed": end.seed,
             "use_reasoning": end.use_reasoning,
+            "thinking_tokens": end.thinking_tokens,
         }
 
     def explaining(self, kind: str) -> dict[str, Any]:
@@ -161,6 +182,34 @@ class Asked:
             else (self._embedding if self.embeds is not None else by_rule(name))
             for name in names
         }
+
+    def generation(
+        self, store: "ExampleStore", context: "ModelContext", autoencoder: "Autoencoder | None"
+    ) -> Scorer:
+        """The scorer for which the judge writes texts and the latent's own model reads them."""
+        from neuron_explainer.analysis.explaining.model_scorers import (
+            UnitReader,
+            generation,
+            usual_texts,
+        )
+
+        place = store.location if autoencoder is None else autoencoder.location or store.location
+        reader = UnitReader(context, autoencoder, place)
+        usual = usual_texts(store.tokens, _USUAL)
+
+        def score(explanation: Explanation, examples: ExampleSet) -> Score | None:
+            generated = generation_plan(explanation, self.judge, _GENERATED).ask(self.judge)
+            if self.preview is not None:
+                return None
+            return generation_score(
+                generated,
+                examples,
+                lambda texts: generation(
+                    [_cut(context, text) for text in texts], examples, reader, usual, generated.by
+                ),
+            )
+
+        return score
 
     def _embedding(self, explanation: Explanation, examples: ExampleSet) -> Score | None:
         assert self.embeds is not None
@@ -222,15 +271,23 @@ def asked_of(args: argparse.Namespace, store: "ExampleStore") -> Asked | None:
             options.concurrency,
             options.timeout,
             options.use_reasoning,
+            options.thinking_tokens,
         )
         return EndpointJudge(endpoint, transcript, limits=limits, price=price)
 
     asked = judge(options.judge)
-    preview = PreviewJudge(options.judge, asked.known) if args.dry_run else None
+    preview = (
+        PreviewJudge(options.judge, asked.known, options.thinking_tokens) if args.dry_run else None
+    )
     embeds = None if options.embedding_model is None else judge(options.embedding_model)
     if embeds is not None:
         embeds.meter = asked.meter  # one budget for both
     return Asked(options, asked, preview, embeds)
+
+
+def _cut(context: "ModelContext", text: str) -> str:
+    """As much of a text as the model can read."""
+    return context.decode(context.encode(text)[: context.n_context - 1])
 
 
 def show_asked(asked: Result) -> None:

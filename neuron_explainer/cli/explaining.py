@@ -26,10 +26,10 @@ SAMPLE = 200
 METHODS = ("rules", "tokens", "logits")
 PROMPTS = ("marked", "marked-logits", "contrastive", "token-pairs")
 SCORERS = ("detection", "fuzzing", "simulation", "embedding")
-JUDGED = ("max-token", "intruder")
+JUDGED = ("max-token", "intruder", "generation")
 """Scorers that only a language model can answer."""
 OWN_MODEL = ("surprisal", "intervention")
-"""Scorers that run the model of the latents."""
+"""Scorers that run the model of the latents. Generation does too, on texts that a language model wrote."""
 _LONGEST = 60  # characters of an explanation in a table
 
 
@@ -140,6 +140,7 @@ def run_explain(args: argparse.Namespace) -> Result:
         identity=asked.explaining(args.method) if asked is not None and by_model else None,
         save=not args.dry_run,
         workers=1 if asked is None else asked.workers,
+        stop=None if asked is None else asked.stop,
     )
     steps = _watched(explained, args, "explaining", len(units))
     found = {s.unit: s.explanation for s in steps if s.explanation is not None}
@@ -180,14 +181,15 @@ def _scored(
     from neuron_explainer.analysis.explaining.work import COMPETITORS, rule_scorer, score_units
 
     names = _scorers_of(args, asked)
-    plain = [name for name in names if name not in OWN_MODEL]
+    own = [name for name in names if name in (*OWN_MODEL, "generation")]
+    plain = [name for name in names if name not in own]
     scorers = (
         {name: rule_scorer(name) for name in plain}
         if asked is None
         else asked.scorers(plain, rule_scorer)
     )
-    if len(plain) < len(names):
-        found = {**scorers, **_own_model_scorers(args, store, names, parts, explanations)}
+    if own:
+        found = {**scorers, **_own_model_scorers(args, store, own, parts, asked, explanations)}
         scorers = {name: found[name] for name in names}
     scored = score_units(
         store,
@@ -201,6 +203,7 @@ def _scored(
         identity=None if asked is None else asked.scoring(names),
         save=not args.dry_run,
         workers=1 if asked is None else asked.workers,
+        stop=None if asked is None else asked.stop,
         competitors=COMPETITORS if asked is None else asked.options.competitors,
         explain=explain,
     )
@@ -238,6 +241,10 @@ def _chosen(
             _ = store[unit]  # an error if there is no such unit
         return store, config, list(dict.fromkeys(args.latents))
     some = store.alive.tolist()
+    if not some:
+        raise InputError(
+            f"{store.path}: no {store.kind} was ever active; there is nothing to explain."
+        )
     if explained:
         some = store.workspace.explained_units(args.method)
         if not some:
@@ -305,15 +312,20 @@ def _own_model_scorers(
     store: "ExampleStore",
     names: Sequence[str],
     parts: _ModelParts,
+    asked: "Asked | None",
     explanations: "Mapping[int, Explanation]",
 ) -> "dict[str, Scorer]":
     from neuron_explainer.analysis.explaining.model_scorers import model_scorers
 
     if parts.context is None:
-        wanted = " and ".join(name for name in names if name in OWN_MODEL)
-        raise InputError(f"{wanted}: the model is needed, and was not asked ({parts.why}).")
+        raise InputError(
+            f"{' and '.join(names)}: the model is needed, and was not asked ({parts.why})."
+        )
     found = list(explanations.values())
-    return model_scorers(names, store, parts.context, parts.autoencoder, found, args.seed)
+    scorers = model_scorers(names, store, parts.context, parts.autoencoder, found, args.seed)
+    if asked is not None and "generation" in names:
+        scorers["generation"] = asked.generation(store, parts.context, parts.autoencoder)
+    return scorers
 
 
 def _scorers_of(args: argparse.Namespace, asked: "Asked | None") -> list[str]:

@@ -242,6 +242,7 @@ def _record_as_dict(record: "LatentRecord") -> Result:
     """A record as plain values."""
     from dataclasses import asdict
 
+    from neuron_explainer.analysis.explaining.explanation import as_dict
     from neuron_explainer.analysis.records import HISTOGRAM_EDGES
 
     return {
@@ -250,6 +251,7 @@ def _record_as_dict(record: "LatentRecord") -> Result:
         "location": record.location,
         "unit": record.unit,
         "labels": [label._asdict() for label in record.labels],
+        "explanations": [as_dict(each) for each in record.explanations],
         "statistics": asdict(record.statistics),
         "histogram": {"edges": list(HISTOGRAM_EDGES), "counts": record.histogram.tolist()},
         "examples": [*map(_example_as_dict, record.all_examples)],

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from neuron_explainer import files
-from neuron_explainer.errors import CheckpointError
+from neuron_explainer.errors import CheckpointError, SourceError
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 """How GPT-2 splits text before merging. It gives the same splits as the published one, faster."""
@@ -54,7 +54,14 @@ class Vocabulary:
 
 
 def read_vocabulary(spec: TokenizerSpec) -> Vocabulary:
-    """Read the files of a spec."""
+    """Read the files of a spec; SourceError if one cannot be read any more."""
+    try:
+        return _read(spec)
+    except OSError as error:
+        raise SourceError(f"cannot read {error.filename}: {error.strerror}.") from None
+
+
+def _read(spec: TokenizerSpec) -> Vocabulary:
     paths = [Path(file) for file in spec.files]
     by_name = {path.name: path for path in paths}
     if len(paths) == 1 and paths[0].suffix == ".tiktoken":

@@ -14,6 +14,7 @@ from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.server import (
     computing,
     exporting,
+    jobs,
     labels,
     legacy,
     pages,
@@ -131,7 +132,7 @@ def _application(served: Serving) -> FastAPI:
 
 def _api() -> APIRouter:
     api = APIRouter(responses=PROBLEMS)
-    own = (reading, search, labels, exporting, factor_routes, computing)
+    own = (reading, search, labels, exporting, factor_routes, computing, jobs)
     for router in (module.router for module in own):
         api.include_router(router)
 
@@ -156,6 +157,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     try:
         yield
     finally:
+        served.jobs.close()
         served.compute.close()
         served.registry.close()
 

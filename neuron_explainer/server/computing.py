@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from pydantic import Field, model_validator
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
 
 from neuron_explainer.server.bodies import StrictRoute
@@ -238,7 +239,28 @@ async def activations(request: Request, served: Served, body: ActivationsRequest
 @router.post("/debug", **COMPUTE)
 async def debug(request: Request, served: Served, body: DebugRequest) -> Response:
     """Which nodes make a prediction."""
-    return json_reply(request, await ask(request, served, "debug", _content(body)), etag=False)
+    found = await ask(request, served, "debug", _content(body))
+    await run_in_threadpool(_add_labels, served, found["nodes"])
+    return json_reply(request, found, etag=False)
+
+
+def _add_labels(served: Serving, rows: list[dict[str, Any]]) -> None:
+    """Give each row the first label that its unit has in a store. Neurons are in the store of their layer."""
+    ids = {shelf.id for shelf in served.registry}
+    of_neurons = {s.location: s.id for s in served.registry if s.kind == "neuron"}
+    by_store: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        id = row["dictionary"]
+        if row.get("kind") == "neuron":
+            id = of_neurons.get(row["location"])
+        if id in ids and row.get("kind") != "error":
+            by_store.setdefault(id, []).append(row)
+    for id, several in by_store.items():
+        with served.registry.reading(id) as store:
+            labels = store.first_labels([row["unit"] for row in several])
+        for row in several:
+            if row["unit"] in labels:
+                row["label"] = labels[row["unit"]].text
 
 
 @router.post("/node", **COMPUTE)
@@ -321,7 +343,9 @@ async def neighbours(
     request: Request, served: Served, d: DictionaryId, i: Unit, k: Listed = 10
 ) -> Response:
     """The latents whose decoder rows are most alike."""
-    return await _read(request, served, "neighbours", d, unit=i, k=k)
+    found = await ask(request, served, "neighbours", {"dictionary": d, "unit": i, "k": k})
+    await run_in_threadpool(_add_labels, served, found["items"])
+    return json_reply(request, found)
 
 
 @router.get("/dictionaries/{d}/map", **COMPUTE)

@@ -19,6 +19,13 @@ from neuron_explainer.server.security import PUBLIC, READ
 from neuron_explainer.server.serving import DictionaryId, Served, Serving, Unit, record_of
 
 router = APIRouter()
+_DENSITIES = """import numpy as np
+
+density = store.column("density")
+edges = np.append(np.arange(-40, 0) / 4, 1e-9)
+counts = np.histogram(np.log10(density[density > 0]), edges)[0].tolist()
+result = {"provenance": store.provenance, "settings": store.settings, "counts": counts}
+"""
 FROM_MODEL = (
     *("family", "n_layers", "n_heads", "d_model", "d_ff", "n_ctx", "n_vocab", "dtype", "device"),
     "parameters",
@@ -104,7 +111,7 @@ def dictionary(request: Request, served: Served, d: DictionaryId) -> Response:
             "settings": store.settings,
             "map": bool(served.compute.dictionary(d).get("map", False)),
             **_layers_beside(served, shelf),
-            "python": open_store(shelf) + "result = store.provenance\n",
+            "python": open_store(shelf) + _DENSITIES,
         }
     return json_reply(request, content)
 

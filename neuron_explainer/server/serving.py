@@ -9,6 +9,7 @@ from fastapi import Depends, Path, Request
 
 from neuron_explainer.analysis.latent_record import LatentRecord
 from neuron_explainer.analysis.store import ExampleStore
+from neuron_explainer.server.background import Jobs
 from neuron_explainer.server.factor_runs import FactorRuns
 from neuron_explainer.server.limits import Limits
 from neuron_explainer.server.problems import Problem
@@ -83,6 +84,7 @@ class Serving:
     started: float = field(default_factory=time.monotonic)
     sessions: Sessions = field(default_factory=Sessions)
     factors: FactorRuns = field(default_factory=FactorRuns)
+    jobs: Jobs = field(default_factory=Jobs)
     writing: threading.Lock = field(default_factory=threading.Lock)
     """Held while labels are compared and changed."""
 

@@ -24,7 +24,7 @@ PAGES = {
     "model": "#/m/2/mlp.post_act",
     "factors": "#/factors",
     "factor": "#/factors/tales/0",
-    "compare": "#/compare",
+    "compare": f"#/compare?u={LATENTS}:43",
     "missing page": "#/nothing",
 }
 

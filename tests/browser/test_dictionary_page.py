@@ -115,6 +115,7 @@ def test_a_label_is_written_found_and_removed(open_page: OpenPage) -> None:
     page.locator(".palette input").fill("queen")
     expect(page.locator("#palette-list [role=option]").first).to_contain_text(LABEL)
     page.keyboard.press("Escape")
+    expect(page.locator(".palette")).to_have_count(0)
     page.keyboard.press("e")
     page.get_by_role("button", name="Remove").click()
     expect(page.locator(".feature-label")).to_have_text("no label yet")
@@ -164,23 +165,6 @@ def test_units_stand_side_by_side(open_page: OpenPage) -> None:
     expect(page.locator(".compare > li")).to_have_count(1)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_these_pages_are_accessible(open_page: OpenPage, scheme: str) -> None:
-    from axe_playwright_python.sync_playwright import Axe
-
-    page = open_page("", color_scheme=scheme, bypass_csp=True)
-    for route, selector in (
-        (TABLE, f"{ROWS} a"),
-        ("#/d", "#panel-dictionaries"),
-        (f"#/compare?u={LATENTS}:43", ".compare .t"),
-        (f"#/f/{LATENTS}/43", "#panel-examples .t"),
-    ):
-        page.evaluate("route => { location.hash = route }", route)
-        page.wait_for_selector(selector)
-        found = Axe().run(page)
-        assert found.violations_count == 0, f"{route}: {found.generate_report()}"
-
-
 def test_the_map_leads_to_a_unit_and_the_long_lists_open(open_page: OpenPage) -> None:
     page = open_page(TABLE)
     canvas = page.locator("#panel-map canvas")
@@ -193,3 +177,13 @@ def test_the_map_leads_to_a_unit_and_the_long_lists_open(open_page: OpenPage) ->
     page.get_by_role("button", name="show 100").click()
     expect(rows).to_have_count(100)
     assert "logits=100" in page.url
+
+
+def test_a_unit_is_explained_at_a_click(open_page: OpenPage, server: Server) -> None:
+    page = open_page(f"#/f/{LATENTS}/45")
+    page.get_by_role("button", name="Explain by rules").click()
+    scores = page.locator(".explain tbody tr")
+    expect(scores.first).to_be_visible(timeout=20_000)
+    expect(page.locator(".feature-label")).not_to_have_text("no label yet")
+    labels = page.request.get(f"{server.origin}/api/v1/dictionaries/{LATENTS}/features/45/labels")
+    assert "rules" in [label["source"] for label in labels.json()["items"]]

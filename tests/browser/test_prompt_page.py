@@ -236,3 +236,21 @@ def test_a_candidate_becomes_the_target(open_page: OpenPage) -> None:
     page.get_by_label("Add a target token of Prompt").fill("no such single token")
     page.keyboard.press("Enter")
     expect(page.get_by_text("Give one token")).to_be_visible()
+
+
+def test_the_changed_model_stands_beside_the_unchanged_one(
+    open_page: OpenPage, model: Transformer
+) -> None:
+    change = '[["3/attn.v_out","head",4,8,null,"zero",null]]'
+    page = open_page(f"{PROMPT}&iv={change}")
+    page.get_by_label("beside the unchanged model").check()
+    ready(page)
+    expect(page.get_by_role("button", name="Sort by Activation, before")).to_be_visible()
+    target = logit_difference(model, " she", " he")
+    plain = nodes(model, TEXT, target, top_k=20, positions=[8])
+    expected = {
+        (f"{n.location}|{n.kind}|{n.unit}", n.position): value
+        for n, value in zip(plain.nodes, plain.values["act_grad"], strict=True)
+    }
+    found = {key: float(before) for key, (_, before, _) in effects_of_two(page).items() if before}
+    assert found == pytest.approx(expected, abs=1e-4)

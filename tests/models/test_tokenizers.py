@@ -604,3 +604,12 @@ def test_bytes_of_tokens_of_transformers(kind: str) -> None:
     assert len(found) == tokenizer.n_vocab
     assert b"".join(found[i] for i in tokenizer.encode(text)).decode() == text
     assert found[tokenizer.bos_token] == b"<s>"
+
+
+def test_files_that_are_gone_by_the_time_they_are_read(tmp_path: Path) -> None:
+    for names in (["a.tiktoken"], ["tokenizer.json"], ["vocab.json", "merges.txt"]):
+        spec = tokenizer_files.TokenizerSpec(
+            name="gone", files=tuple(str(tmp_path / name) for name in names), pattern=r"\w+"
+        )
+        with pytest.raises(SourceError, match=r"cannot read .*No such file|there is no file"):
+            tokenizer_files.read_vocabulary(spec)

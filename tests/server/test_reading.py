@@ -77,7 +77,10 @@ def test_a_dictionary(client: TestClient, store: ExampleStore) -> None:
         "ae-resid-delta-mlp.3",
     )
     assert client.get(f"{API}/dictionaries/ae-resid-delta-mlp.3").json()["next_layer"] is None
-    assert result_of(found["python"]) == found["provenance"] == store.provenance
+    result = result_of(found["python"])
+    assert result["provenance"] == found["provenance"] == store.provenance
+    assert result["settings"] == found["settings"]
+    assert result["counts"] == found["density_hist"]["counts"]
 
 
 def test_a_feature(client: TestClient, store: ExampleStore) -> None:

@@ -77,7 +77,7 @@ export async function get(address, options) {
   if (found) return found.data;
   const reply = await send('GET', address, options);
   const data = await reply.json();
-  if (!address.startsWith('api/v1/health') && !address.startsWith('api/v1/model')) {
+  if (!address.startsWith('api/v1/health') && !address.startsWith('api/v1/model') && !address.startsWith('api/v1/jobs')) {
     kept.set(address, { data, etag: reply.headers.get('etag') });
     if (kept.size > MOST_KEPT) kept.delete(/** @type {string} */ (kept.keys().next().value));
   }

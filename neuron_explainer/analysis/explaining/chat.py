@@ -50,7 +50,10 @@ class Chat:
         elif reason == "content_filter":
             failure = "the endpoint's content filter withheld the reply"
         elif reason == "length":
-            failure = "the reply was cut off at twice the length that was expected"
+            failure = (
+                "the reply was cut off at twice the length that was expected; a reasoning model needs room "
+                "to think: thinking_tokens=2000"
+            )
         elif not text.strip() and thoughts and use_reasoning:
             text = thoughts
         elif not text.strip():

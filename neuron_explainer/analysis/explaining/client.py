@@ -16,13 +16,14 @@ depend on it, and equal prompts are asked once.
 """
 
 import base64
+import contextlib
 import dataclasses
 import datetime
 import logging
 import random
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -90,6 +91,8 @@ class Endpoint:
     use_reasoning: bool = False
     """Where a reply has no content, take what the server calls the model's reasoning. Without it that is
     a failure: a text in which the model weighs both answers must not be read as one of them."""
+    thinking_tokens: int = 0
+    """Tokens that a reasoning model may think, in addition to its reply."""
     retries: int = 6
     """How often a request is repeated that the server could not answer now."""
     backoff: float = 0.5
@@ -106,6 +109,8 @@ class Endpoint:
                 "expected a concurrency of at least 1, at least 0 retries and a timeout above 0, found "
                 f"{self.concurrency}, {self.retries} and {self.timeout}."
             )
+        if self.thinking_tokens < 0:
+            raise InputError(f"thinking_tokens must be at least 0, found {self.thinking_tokens}.")
         base_url(self.url)
 
 
@@ -198,6 +203,7 @@ class EndpointJudge:
         self._dialect = _Dialect()
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(endpoint.concurrency)
+        self._running: set[_Stop] = set()
         self._answered = False  # whether this endpoint ever answered
         self._in_vain = 0  # prompts in a row that got no reply
 
@@ -211,6 +217,24 @@ class EndpointJudge:
         """What the requests have cost until now."""
         return self.meter.spent
 
+    def stop(self) -> None:
+        """Send nothing more in the calls of :meth:`ask` and :meth:`embed` that run now, in any thread.
+
+        They end with a StoppedError when the replies to what was sent have come.
+        """
+        for stop in [*self._running]:
+            stop.because(StoppedError("the work was stopped; what was answered is kept."))
+
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[_Stop]:
+        """A call that can be stopped."""
+        stop = _Stop()
+        self._running.add(stop)
+        try:
+            yield stop
+        finally:
+            self._running.discard(stop)
+
     # --- many prompts ---
 
     def key(self, prompt: Prompt) -> str:
@@ -223,6 +247,7 @@ class EndpointJudge:
             temperature=end.temperature,
             seed=end.seed,
             use_reasoning=end.use_reasoning,
+            thinking_tokens=end.thinking_tokens,
         )
 
     def known(self, prompt: Prompt) -> Reply | None:
@@ -236,11 +261,10 @@ class EndpointJudge:
         Raises:
             StoppedError: after the replies that came: the endpoint cannot be used, or the budget is spent.
         """
-        stop = _Stop()
         waiting: deque[_Pending] = deque()
         under_way: dict[str, _Pending] = {}
         over: BudgetError | None = None
-        with ThreadPoolExecutor(self.endpoint.concurrency, "judge") as pool:
+        with self._call() as stop, ThreadPoolExecutor(self.endpoint.concurrency, "judge") as pool:
             try:
                 for prompt in prompts:
                     try:
@@ -285,7 +309,8 @@ class EndpointJudge:
         return pending
 
     def _most(self, prompt: Prompt, max_tokens: int) -> Cost:
-        return self.meter.cost(estimated_prompt_tokens(prompt), max_tokens)
+        longest = max_tokens + self.endpoint.thinking_tokens
+        return self.meter.cost(estimated_prompt_tokens(prompt), longest)
 
     # --- one prompt ---
 
@@ -398,7 +423,7 @@ class EndpointJudge:
         body: dict[str, Any] = {
             "model": end.model,
             "messages": [message._asdict() for message in messages],
-            dialect.length: longest,
+            dialect.length: longest + end.thinking_tokens,
         }
         if dialect.temperature:
             body["temperature"] = end.temperature
@@ -461,8 +486,7 @@ class EndpointJudge:
         wanted = {
             key: text for key, text in zip(keys, texts, strict=True) if key not in self.transcript
         }
-        with ThreadPoolExecutor(self.endpoint.concurrency, "judge") as pool:
-            stop = _Stop()
+        with self._call() as stop, ThreadPoolExecutor(self.endpoint.concurrency, "judge") as pool:
             items = [*wanted.items()]
             parts = [items[i : i + at_once] for i in range(0, len(items), at_once)]
             futures = [pool.submit(self._embed, dict(part), stop) for part in parts]

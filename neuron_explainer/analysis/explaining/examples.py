@@ -197,6 +197,8 @@ class ExampleSet:
             InputError: there are not enough texts; the message says how many there are and are needed.
         """
         config = SetConfig() if config is None else config
+        if not 0 <= seed < 2**64:
+            raise InputError(f"seed must be at least 0 and below 2**64, found {seed}.")
         record = store[unit]
         _check_kind(record)
         return _Choice(store, record, seed, config, reading).result()

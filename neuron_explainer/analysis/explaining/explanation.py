@@ -155,8 +155,9 @@ class Score:
     """The smallest difference from a competitor that this sample can tell apart (95 %, with power 0.8)."""
     counts: Counts | None = None
     by_quantile: tuple[float | None, ...] = ()
-    """The share of active texts that were recognized, by quantile: the largest values first. None where
-    there was no text."""
+    """By quantile of the active texts, the largest values first: the share of them that were recognized;
+    for a correlation or an area under the curve, that of these texts and the inactive ones. None where there
+    was no text."""
     details: dict[str, Any] = field(default_factory=dict)
     """Other figures, by name."""
     judge: str = ""

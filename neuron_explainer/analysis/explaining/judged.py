@@ -326,7 +326,7 @@ def _share(
     """The share of questions that were answered right."""
     judged = [float(each) for each in right if not isinstance(each, Failure)]
     why = [each.kind for each in right if isinstance(each, Failure)]
-    found = metrics.of_share(judged, examples.seed)
+    found = metrics.of_mean(judged, examples.seed)
     details: dict[str, Any] = {"questions": len(right), "right": int(sum(judged))}
     return Score(
         name,
@@ -415,6 +415,32 @@ class Generated:
     """None if the judge wrote none."""
     failure: Failure | None
     by: scorers.JudgedBy
+
+
+def generation_score(
+    generated: Generated, examples: ExampleSet, active: Callable[[Sequence[str]], Score]
+) -> Score:
+    """The score of generated texts, or one without a value that says why there are none.
+
+    Args:
+        generated: the texts, or the failure.
+        examples: those of the unit, for the record.
+        active: scores texts with the unit's own model, as ``model_scorers.generation`` does.
+    """
+    if generated.failure is None:
+        return active(generated.texts)
+    failed = generated.failure.kind == "failed"
+    return Score(
+        "generation",
+        "share of texts",
+        None,
+        counts=Counts(failed=int(failed), unparsable=int(not failed)),
+        details={"failure": generated.failure.reason},
+        judge=generated.by.model,
+        prompt_hash=generated.by.prompt_hash,
+        seed=examples.seed,
+        cost=generated.by.cost,
+    )
 
 
 def generation_plan(explanation: Explanation, judge: Judge, n: int = 5) -> Plan[Generated]:

@@ -10,7 +10,6 @@ from neuron_explainer.analysis.explaining.judge import (
     Reply,
     estimated_prompt_tokens,
     estimated_tokens,
-    prompt_key,
     sample_text,
 )
 from neuron_explainer.analysis.explaining.replies import JsonError, json_in
@@ -78,26 +77,28 @@ class PreviewJudge:
     Args:
         name: of the model that would be asked.
         known: the reply to a prompt that was asked before, see ``EndpointJudge.known``.
+        thinking_tokens: see ``Endpoint``.
     """
 
     def __init__(
-        self, name: str, known: Callable[[Prompt], Reply | None] = lambda prompt: None
+        self,
+        name: str,
+        known: Callable[[Prompt], Reply | None] = lambda prompt: None,
+        thinking_tokens: int = 0,
     ) -> None:
-        self.name, self._known = name, known
+        self.name, self._known, self._thinking = name, known, thinking_tokens
         self.preview = Preview()
-        self._seen: set[str] = set()
 
     def ask(self, prompts: Iterable[Prompt]) -> Iterator[Reply]:
         """Samples, so that what comes after an explanation is counted too."""
         for prompt in prompts:
             reply = self._known(prompt)
-            text, key = sample_text(prompt), prompt_key(prompt)
-            if reply is not None or key in self._seen:
+            text = sample_text(prompt)
+            if reply is not None:
                 self.preview.known += 1
             else:
-                self._seen.add(key)
                 self.preview.calls += 1
                 self.preview.prompt_tokens += estimated_prompt_tokens(prompt)
                 self.preview.completion_tokens += estimated_tokens(text)
-                self.preview.most_completion_tokens += prompt.max_tokens
+                self.preview.most_completion_tokens += prompt.max_tokens + self._thinking
             yield understood(prompt, text) if reply is None else reply

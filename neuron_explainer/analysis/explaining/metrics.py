@@ -142,20 +142,6 @@ def of_pearson(pairs: Sequence[tuple[Any, Any]], seed: int = 0) -> Estimate | No
     return _estimate(value, drawn) if len(drawn) > ROUNDS // 2 else None
 
 
-def of_share(right: npt.ArrayLike, seed: int = 0) -> Estimate | None:
-    """The share of right answers with its interval; None if there are none.
-
-    Args:
-        right: ``[n]``: 0 or 1.
-        seed: of the bootstrap.
-    """
-    values = np.asarray(right, np.float64)
-    if not len(values):
-        return None
-    found = _estimate(float(values.mean()), _means(values, 0.5, seed))
-    return found._replace(error=max(found.error, 1 / (len(values) + 1)))
-
-
 def of_difference(
     active: tuple[npt.ArrayLike, npt.ArrayLike],
     inactive: tuple[npt.ArrayLike, npt.ArrayLike],

@@ -146,6 +146,8 @@ class Characters(NamedTuple):
 
 def characters(pieces: Sequence[bytes]) -> list[Characters]:
     """Tokens, joined where a character's bytes are divided among them."""
+    if b"".join(pieces).isascii():  # as most texts are
+        return [Characters(piece.decode(), i, i + 1) for i, piece in enumerate(pieces)]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     found, first, text = [], 0, ""
     for number, piece in enumerate(pieces):

@@ -261,6 +261,13 @@ def read_again(
         n_random: how many latents the random autoencoder has; 0 for none.
         progress: show a bar.
     """
+    if not len(units):
+        raise InputError("units is empty: name at least one.")
+    for unit in units:
+        if not 0 <= unit < len(store):
+            raise InputError(
+                f"{store.name} has no {store.kind} {unit}: there are 0 to {len(store) - 1}."
+            )
     return _Pass(store, units, context, autoencoder, seed, window, most_tokens, n_random).run(
         progress
     )

@@ -240,6 +240,8 @@ def _clause_in_words(clause: Sequence[Test]) -> str:
     # What comes first in the text is said last: “dog” right after “the”.
     others = sorted((test for test in clause if test.back), key=lambda test: test.back)
     places = [test for test in clause if test.kind.startswith("position")]
+    if len(clause) == len(places) == 1 and clause[0] == Test("position <", number=1):
+        return "the first token of a document"
     parts = [" and ".join(map(_of_token, own)) or "any token"]
     parts += [f"{_distance(test.back)} {_of_token(test)}" for test in others]
     parts += [_of_position(test) for test in places]
@@ -276,6 +278,8 @@ def _distance(back: int) -> str:
 
 def _of_position(test: Test) -> str:
     first = (test.kind == "position <") != test.negated
+    if test.number == 1:
+        return f"{'at' if first else 'after'} the first token of a document"
     return f"{'among' if first else 'after'} the first {test.number} tokens of a document"
 
 

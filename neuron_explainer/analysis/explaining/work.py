@@ -80,6 +80,7 @@ def explain_units(
     identity: Mapping[str, Any] | None = None,
     save: bool = True,
     workers: int = 1,
+    stop: Callable[[], None] | None = None,
 ) -> Iterator[Step]:
     """Explain units, in their order.
 
@@ -95,6 +96,7 @@ def explain_units(
             explanation that was made by an equal one is not made again.
         save: keep explanations in the store's workspace.
         workers: how many explanations are asked for at the same time. The result is the same.
+        stop: called if the work ends before its end, so that functions that wait for a reply give up.
     """
     config = SetConfig() if config is None else config
     explain = explainer(method, directions) if isinstance(method, str) else method
@@ -116,7 +118,7 @@ def explain_units(
             (step.explanation, request) for step in steps if step.explanation is not None
         )
 
-    yield from _steps(one, units, workers, keep if save else None)
+    yield from _steps(one, units, workers, keep if save else None, stop)
 
 
 # --- scoring ---
@@ -135,6 +137,7 @@ def score_units(
     identity: Mapping[str, Any] | None = None,
     save: bool = True,
     workers: int = 1,
+    stop: Callable[[], None] | None = None,
     competitors: int | None = None,
     explain: Explain | None = None,
 ) -> Iterator[Step]:
@@ -157,6 +160,7 @@ def score_units(
         identity: what decides the result of the functions, as JSON values.
         save: keep scores in the store's workspace.
         workers: how many units are scored at the same time. The result is the same.
+        stop: see :func:`explain_units`.
         competitors: see above; None: 5, and 0 for functions.
         explain: explains random latents, where the method is none of those without a model.
     """
@@ -173,7 +177,7 @@ def score_units(
     )
     more = {**by, **(identity or {}), "competitors": competitors, "others": others}
     scoring = _Scoring(store, floors, request_of("score", more, seed, config, reading), save)
-    yield from _steps(scoring.step, units, workers, scoring.keep if save else None)
+    yield from _steps(scoring.step, units, workers, scoring.keep if save else None, stop)
 
 
 @dataclass(frozen=True)
@@ -381,13 +385,14 @@ def _steps(
     units: Sequence[int],
     workers: int,
     keep: Callable[[list[Step]], None] | None,
+    stop: Callable[[], None] | None,
 ) -> Iterator[Step]:
     """The steps in the order of the units; what is finished is saved about once a second, and at the end
     whatever the end is."""
     waiting: list[Step] = []
     saved = monotonic()
     try:
-        for number, step in enumerate(_in_order(one, units, workers), 1):
+        for number, step in enumerate(_in_order(one, units, workers, stop), 1):
             waiting.append(step)
             if keep is not None and monotonic() - saved > _SAVE_EVERY:
                 done, waiting = waiting, []
@@ -399,7 +404,12 @@ def _steps(
             keep(waiting)
 
 
-def _in_order(one: Callable[[int], Step], units: Sequence[int], workers: int) -> Iterator[Step]:
+def _in_order(
+    one: Callable[[int], Step],
+    units: Sequence[int],
+    workers: int,
+    stop: Callable[[], None] | None,
+) -> Iterator[Step]:
     """``one`` of each unit, ``workers`` at a time, in order."""
     if workers <= 1:
         yield from map(one, units)
@@ -414,6 +424,9 @@ def _in_order(one: Callable[[int], Step], units: Sequence[int], workers: int) ->
                     yield running.pop(0).result()
             while running:
                 yield running.pop(0).result()
-        finally:
+        except BaseException:
             for each in running:
                 each.cancel()
+            if stop is not None:
+                stop()
+            raise

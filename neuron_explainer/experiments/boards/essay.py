@@ -120,10 +120,13 @@ def write_essay(
 
 def _section(picture: Picture, folder: Path) -> str:
     """A picture as part of the page; its files are written on the way."""
+    from matplotlib import rc_context
+
     for ending in ("png", "svg"):
         with files.atomic_write(folder / f"{picture.name}.{ending}") as temporary:
             metadata = {"Date": None} if ending == "svg" else None
-            picture.figure.savefig(temporary, format=ending, dpi=150, metadata=metadata)
+            with rc_context({"svg.hashsalt": "neuron_explainer"}):  # the same names every time
+                picture.figure.savefig(temporary, format=ending, dpi=150, metadata=metadata)
     buffer = io.BytesIO()
     picture.figure.savefig(buffer, format="png", dpi=110)
     image = base64.b64encode(buffer.getvalue()).decode()

@@ -130,6 +130,21 @@ def test_replies_are_the_same_whatever_the_concurrency() -> None:
     assert found[1] == found[3] == found[8]
 
 
+def test_several_threads_share_the_concurrency() -> None:
+    with serving(lambda seen: Answer(completion(echo(seen)), delay=0.01)) as server:
+        made = judge(server, concurrency=2)
+        threads = [
+            threading.Thread(target=lambda i=i: [*made.ask([prompt(f"{i} {j}") for j in range(4)])])
+            for i in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(server.seen) == 16
+        assert server.under_way_most == 2
+
+
 def test_a_failing_prompt_is_asked_once_in_a_call() -> None:
     for concurrency in (1, 4):
         with serving(in_turn(error(400, "no"), GOOD)) as server:
@@ -276,9 +291,22 @@ def test_a_broken_connection_is_tried_again() -> None:
 def test_no_server_is_said_with_its_address() -> None:
     with serving(echo) as server:
         url = server.url
-    made = EndpointJudge(Endpoint(url, "fake"))
+    # One try: with a second one, the test would last five seconds.
+    made, begin = EndpointJudge(Endpoint(url, "fake", backoff=10.0)), time.monotonic()
     with pytest.raises(StoppedError, match=rf"no answer at {url}/chat/completions.*Is the server"):
         [*made.ask([prompt()])]
+    assert time.monotonic() - begin < 4
+
+
+def test_a_server_that_answered_may_be_on_its_way_up_again() -> None:
+    closing = Answer(completion(GOOD), headers={"Connection": "close"})
+    with serving(lambda seen: closing) as server:
+        made = judge(server, retries=2, backoff=0.05)
+        [*made.ask([prompt("1")])]
+    begin = time.monotonic()
+    with pytest.raises(StoppedError, match="no answer at"):
+        [*made.ask([prompt("2")])]
+    assert time.monotonic() - begin > 0.07  # two waits
 
 
 def test_what_is_no_chat_completion_is_tried_again() -> None:
@@ -434,6 +462,15 @@ def test_the_reasoning_counts_where_it_was_asked_for() -> None:
     answer = Answer(completion(None, reasoning_content=GOOD))
     reply, _ = one(lambda seen: answer, use_reasoning=True)
     assert reply.value == {"answer": "yes"}
+
+
+def test_a_reasoning_model_has_room_to_think() -> None:
+    asked = in_turn(Answer(completion(None, "length", reasoning="hm")), GOOD)
+    reply, server = one(asked, thinking_tokens=1000)
+    assert reply.value == {"answer": "yes"}
+    assert [seen.body["max_tokens"] for seen in server.seen] == [1050, 1100]
+    with serving(echo) as server, pytest.raises(BudgetError):
+        [*judge(server, thinking_tokens=1000, limits=Limits(tokens=1000)).ask([prompt()])]
 
 
 def test_what_is_no_json_is_asked_for_once_more() -> None:
@@ -603,6 +640,16 @@ def test_damaged_lines_are_asked_again(tmp_path: Path) -> None:
             [*judge(server, Transcript(path)).ask(asked)]
 
 
+def test_another_line_is_not_taken_for_the_one_that_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    for letter in "ab":
+        Transcript(path).append(letter * 64, {"x": letter})
+    read = Transcript(path)
+    first, second = path.read_text().splitlines(keepends=True)
+    path.write_text(second + first)
+    assert read.get("a" * 64) is None
+
+
 def test_two_processes_append_to_one_transcript(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     one, other = Transcript(path), Transcript(path)
@@ -696,6 +743,7 @@ def test_rates_are_kept_by_spacing() -> None:
         lambda: Endpoint("https://a.example", ""),
         lambda: Endpoint("https://a.example", "m", concurrency=0),
         lambda: Endpoint("https://a.example", "m", timeout=0),
+        lambda: Endpoint("https://a.example", "m", thinking_tokens=-1),
     ],
 )
 def test_settings_that_make_no_sense(wrong: Callable[[], object]) -> None:
@@ -712,11 +760,11 @@ def test_a_preview_sends_nothing_and_knows_what_is_known() -> None:
         assert len(server.seen) == 1
     assert [reply.value["answer"] for reply in replies] == ["0", "x", "x", "x"]
     found = preview.preview
-    assert (found.calls, found.known) == (2, 2)
-    assert found.most_completion_tokens == 100
-    assert 20 < found.prompt_tokens < 200
+    assert (found.calls, found.known) == (3, 1)
+    assert found.most_completion_tokens == 150
+    assert 20 < found.prompt_tokens < 300
     assert found.cost(Price(1e6, 0)) == found.prompt_tokens
-    assert found.most(Price(0, 1e6)) == 100
+    assert found.most(Price(0, 1e6)) == 150
 
 
 def test_ctrl_c_keeps_the_replies_to_what_was_sent() -> None:
@@ -727,6 +775,34 @@ def test_ctrl_c_keeps_the_replies_to_what_was_sent() -> None:
         with pytest.raises(KeyboardInterrupt):
             replies.throw(KeyboardInterrupt())
         assert len(transcript) == len(server.seen) <= 8
+
+
+def test_other_threads_can_be_stopped() -> None:
+    arrived = threading.Event()
+
+    def script(seen: Seen) -> Answer:
+        arrived.set()
+        return Answer(completion(echo(seen)), delay=0.02)
+
+    with serving(script) as server:
+        made, ended = judge(server, concurrency=2), []
+
+        def work() -> None:
+            try:
+                for _ in made.ask(prompt(str(i)) for i in range(500)):
+                    pass
+            except StoppedError as error:
+                ended.append(str(error))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        arrived.wait(5)
+        made.stop()
+        thread.join(5)
+        assert not thread.is_alive()
+        assert len(server.seen) <= 4
+        assert ended == ["the work was stopped; what was answered is kept."]
+        assert next(made.ask([prompt("new")])).value == {"answer": "new"}  # the next call works
 
 
 # --- embeddings ---

@@ -202,6 +202,12 @@ def test_a_unit_that_is_active_everywhere(store: ExampleStore) -> None:
         ExampleSet.of(store, 1, reading=Nowhere(store, 100))
 
 
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_out_of_range(store: ExampleStore, seed: int) -> None:
+    with pytest.raises(InputError, match="seed must be"):
+        ExampleSet.of(store, 1, seed)
+
+
 def test_heads_are_refused(tmp_path: Path) -> None:
     corpus = make_corpus(2_000, 3)
     collected = make_collected(corpus, 1, kind="head", window=6)

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-import threading
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from neuron_explainer.analysis.explaining.client import Endpoint, EndpointJudge
 from neuron_explainer.analysis.explaining.examples import ExampleSet
 from neuron_explainer.analysis.explaining.explanation import (
     Cost,
+    Counts,
     Explanation,
     Score,
     as_dict,
@@ -27,6 +28,7 @@ from neuron_explainer.analysis.explaining.judged import (
     NoReplyError,
     explain_with,
     generation_plan,
+    generation_score,
     score_with,
 )
 from neuron_explainer.analysis.explaining.local_judges import (
@@ -153,22 +155,21 @@ def test_a_coin_and_an_oracle_that_errs(wrong: float, expected: float, within: f
 
 
 def test_what_cannot_be_read_is_counted_and_nothing_else() -> None:
-    lock, number = threading.Lock(), [0]
+    examples = made_set(50, 50)
+
+    def bad(text: str) -> bool:
+        return zlib.crc32(text.encode()) % 5 == 0
 
     def script(seen: Any) -> Answer | str:
-        with lock:
-            number[0] += 1
-            odd = (number[0] - 1) % 5
-        if odd == 0 and len(seen.body["messages"]) == 2:
-            return "x" * 10  # and again nonsense when it is asked once more
-        return "no" if len(seen.body["messages"]) > 2 else oracle(seen.prompt)
+        if len(seen.body["messages"]) > 2 or bad(texts_in(seen.prompt)["1"]):
+            return "I would rather not say."  # nor when it is asked once more
+        return oracle(seen.prompt)
 
-    examples = made_set(50, 50)
-    score = scored("detection", script, examples, concurrency=1, texts_per_prompt=1)
+    score = scored("detection", script, examples, texts_per_prompt=1)
     whole = scored("detection", script_of(oracle), examples)
     counts = score.counts
     assert counts is not None
-    assert counts.unparsable > 15
+    assert counts.unparsable == sum(bad(each.text) for each in examples.test) > 10
     assert counts.failed == 0
     assert counts.judged + counts.unparsable == 100
     assert score.value == 1.0
@@ -384,6 +385,9 @@ def test_generated_texts() -> None:
         assert result.texts == ()
         assert result.failure is not None
         assert result.failure.kind == "unparsable"
+        score = generation_score(result, SET, lambda texts: pytest.fail("there are no texts"))
+        assert score.value is None
+        assert score.counts == Counts(unparsable=1)
 
 
 # --- explanations ---

@@ -56,6 +56,11 @@ def test_marks_and_tags_stand_in_no_text() -> None:
     assert tag_for([f"x {first}"]) not in f"x {first}"
 
 
+def test_a_tag_that_stands_in_a_text_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "digest", lambda value: "abcdefghij"[value[1] :] + "0" * 64)
+    assert tag_for(["an abcdefgh and a bcdefghi"]) == "cdefghij"
+
+
 def test_levels_are_those_of_delphi() -> None:
     assert levels([0, 0.01, 0.1, 0.101, 0.95, 1, 2, -1], 1.0) == [0, 1, 1, 2, 10, 10, 10, 0]
     assert levels([1.0, 2.0], 0.0) == [0, 0]

@@ -145,6 +145,12 @@ def test_a_part_of_the_text_is_enough(planted: Planted) -> None:
         part.positions(99)
 
 
+@pytest.mark.parametrize("units", [[], [12], [-1]])
+def test_units_that_are_not_there(planted: Planted, units: list[int]) -> None:
+    with pytest.raises(InputError, match=r"units is empty|has no latent"):
+        read_again(planted.store, units, planted.context, planted.autoencoder)
+
+
 def test_neurons_are_read_too(planted: Planted) -> None:
     store = ExampleStore.open("tiny-tales/2/mlp.post_act.neurons")
     part = read_again(store, [5, 40], planted.context, most_tokens=9000, n_random=2)

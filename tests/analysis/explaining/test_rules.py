@@ -163,6 +163,11 @@ def test_rules_in_english() -> None:
         "“ king” or “ queen” right after “ the”; or a token that begins with “ un”; or any token 2 tokens "
         "after no token that is a number among the first 3 tokens of a document"
     )
+    first = Rule.parse("position < 1 or token is number and position >= 1")
+    assert first.in_words() == (
+        "the first token of a document; or a token that is a number after the first token of a "
+        "document"
+    )
     assert "and 3 more" not in Rule.of_tokens(["a"] * 12).in_words()
     assert Rule.of_tokens([str(i) for i in range(15)]).in_words().endswith("“11” or 3 more")
 
@@ -207,6 +212,22 @@ def planted(active: Callable[[list[int], int, int], bool], n: int = 40) -> list[
 )
 def test_planted_rules_are_found(active: Any, expected: set[str]) -> None:
     assert str(find_rule(planted(active))) in expected
+
+
+def test_what_stands_elsewhere_in_active_texts_is_no_explanation() -> None:
+    random = np.random.default_rng(1)
+    found = []
+    for number in range(80):
+        active = number % 2 == 0
+        tokens = random.choice([1, 2, 3, 4], 8)
+        values = np.zeros(8)
+        if active:  # a line ends before each active token, and in no other text
+            tokens[1], tokens[6], values[6] = 7, 5, 1.0
+        elif number % 5 == 0:
+            tokens[6] = 5
+        example = made_example(tokens.tolist(), values.tolist(), number * 8)
+        found.append(LabelledExample(example, "active" if active else "random", -1 + active))
+    assert str(find_rule(found)) == 'token in {" mat"}'
 
 
 def test_affixes_are_found_where_no_token_is_enough() -> None:

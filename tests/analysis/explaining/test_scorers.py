@@ -1,12 +1,14 @@
 """Scorers against counts made by hand: oracles, constants, coins, replies that cannot be read."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from neuron_explainer.analysis.explaining import metrics, scorers
+from neuron_explainer.analysis.explaining.examples import LabelledExample
 from neuron_explainer.analysis.explaining.explanation import (
     Cost,
     Failure,
@@ -27,7 +29,7 @@ from neuron_explainer.analysis.explaining.scorers import (
     with_competitors,
 )
 from neuron_explainer.errors import InputError
-from tests.analysis.explaining.made import made_set
+from tests.analysis.explaining.made import made_example, made_set
 
 SET = made_set(20, 10, 10)
 
@@ -140,6 +142,22 @@ def test_marks_are_where_the_unit_is_active_and_as_many_elsewhere() -> None:
     assert [t.text.marked for t in fuzzing_trials(SET)] == [t.text.marked for t in trials]
 
 
+def test_marks_are_above_a_share_of_the_largest_value_of_their_text() -> None:
+    weak = made_example([0, 1, 2, 3, 4], [0.1, 0.0, 1.0, 0.31, 0.29], 0)
+    strong = made_example([0, 1, 2, 3, 4], [0.0, 9.0, 2.5, 3.0, 0.0], 10)
+    silent = made_example([5, 6, 7, 8, 9], [0.0] * 5, 20)
+    test = (
+        LabelledExample(weak, "active", 1),
+        LabelledExample(silent, "random", -1),
+        LabelledExample(strong, "active", 0),
+    )
+    few = replace(SET, test=test)
+    marked = {t.text.id: t.text.marked for t in fuzzing_trials(few)}
+    assert (marked[0], marked[10]) == ((2, 3), (1, 3))
+    assert len(marked[20]) == 2
+    assert fuzzing_trials(few, threshold=0.5)[0].text.marked == (2,)
+
+
 def test_active_texts_with_wrong_marks_take_the_place_of_inactive_ones() -> None:
     trials = fuzzing_trials(SET, wrong=0.25)
     wrong = [t for t in trials if t.source == "marked wrong"]
@@ -221,6 +239,12 @@ def test_simulation_is_numpys_correlation_of_all_tokens() -> None:
     score = simulation(SET, lambda texts: values)
     true = np.concatenate([e.example.activations for e in SET.test]).astype(float)
     assert score.value == pytest.approx(np.corrcoef(true, np.concatenate(values))[0, 1], abs=1e-12)
+    within = [
+        np.corrcoef(each.example.activations, v)[0, 1]
+        for each, v in zip(SET.test, values, strict=True)
+        if each.active
+    ]
+    assert score.details["mean r within texts"] == pytest.approx(np.mean(within))
     p = np.concatenate(values)
     assert score.details["uncentred R²"] == pytest.approx(
         1 - ((true - p) ** 2).mean() / (true**2).mean()

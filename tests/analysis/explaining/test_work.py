@@ -18,6 +18,7 @@ from neuron_explainer.analysis.explaining.explanation import Explanation, Score
 from neuron_explainer.analysis.explaining.methods import by_tokens, explainer
 from neuron_explainer.analysis.explaining.reading import Reading
 from neuron_explainer.analysis.explaining.scorers import embedding
+from neuron_explainer.analysis.explaining.spending import StoppedError
 from neuron_explainer.analysis.explaining.work import Step, explain_units, rule_scorer, score_units
 from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.analysis.workspace import WORKSPACE_FILE, Workspace
@@ -307,3 +308,21 @@ def test_a_damaged_explanation_is_named(store: ExampleStore) -> None:
     connection.close()
     with pytest.raises(ValueError, match="damaged: an explanation is no JSON"):
         store.explanations(0)
+
+
+def test_what_ends_the_work_stops_the_others_and_keeps_what_is_done(store: ExampleStore) -> None:
+    called: list[bool] = []
+
+    def explain(examples: ExampleSet) -> Explanation:
+        if examples.unit == 5:
+            raise StoppedError("enough is spent")
+        return by_tokens(examples)
+
+    for workers in (1, 3):
+        steps = explain_units(
+            store, UNITS, explain, config=CONFIG, workers=workers, stop=lambda: called.append(True)
+        )
+        with pytest.raises(StoppedError, match="enough"):
+            list(steps)
+        assert store.workspace.explained_units() == UNITS[:5]
+    assert called == [True]  # of the workers; one by one, nobody waits

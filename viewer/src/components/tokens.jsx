@@ -108,15 +108,19 @@ export function Tokens({ ids, words, acts, values, scale, peak, label, from = 0,
         const value = filled[strongest(filled, piece.from, piece.to)];
         const isPeak = peak !== undefined && peak >= piece.from && peak < piece.to;
         const isPicked = picked !== undefined && picked >= piece.from && picked < piece.to;
-        return (
+        const step = level(value, scale);
+        // The space of a highlighted word goes to the next line with it.
+        const glued = step !== 0 && piece.text.startsWith(' ');
+        const shownToken = (
           <span
             data-i={i}
             data-value={value || undefined}
-            class={`t${levelClass(level(value, scale))}${isPeak ? ' peak' : ''}${isPicked ? ' picked' : ''}`}
+            class={`t${glued ? ' glued' : ''}${levelClass(step)}${isPeak ? ' peak' : ''}${isPicked ? ' picked' : ''}`}
           >
             {piece.text}
           </span>
         );
+        return glued ? <><wbr />{shownToken}</> : shownToken;
       })}
       {to < ids.length && <span class="cut">…</span>}
     </div>

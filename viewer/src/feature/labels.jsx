@@ -6,6 +6,7 @@ import { notify } from '../components/notice.js';
 import { Panel } from '../components/panel.jsx';
 import { Empty, Failure } from '../components/states.jsx';
 import { model } from '../state.js';
+import { Explain } from './explain.jsx';
 import { LABELS_ARE, LabelList } from './label-list.jsx';
 
 const MINE = 'user';
@@ -76,6 +77,7 @@ export function Labels({ id, card, onChange }) {
       {problem && <Failure problem={problem} retry={problem.status === 412 ? () => { onChange(); begin(); } : undefined} />}
       {card.labels.length === 0 && text === null && <Empty title="Nobody has said what it means"><p>{editable ? 'The pencil above, or the key e, lets you say it.' : 'This server takes no labels.'}</p></Empty>}
       <LabelList labels={card.labels} />
+      {editable && card.kind !== 'head' && card.stats.count > 0 && <Explain id={id} unit={card.unit} onDone={onChange} />}
     </Panel>
   );
 }

@@ -167,7 +167,7 @@ function One({ one, query }) {
         <Fact name="alive" value={count(one.n_alive)} remark={percentage(one.n_alive / Math.max(one.n, 1))} />
         <Fact name="never active" value={count(one.n_dead)} remark={percentage(one.n_dead / Math.max(one.n, 1))} />
         <Fact name="dense" value={count(one.n_dense)} remark="on a tenth of tokens or more" />
-        {Object.entries(one.metrics ?? {}).filter(([, value]) => typeof value === 'number').slice(0, 5).map(([name, value]) => <Fact key={name} name={name.replace(/_/g, ' ')} value={number(/** @type {number} */ (value))} />)}
+        {QUALITY.filter(([name]) => typeof one.metrics?.[name] === 'number').map(([name, title, remark]) => <Fact key={name} name={title} value={number(one.metrics[name])} remark={remark} />)}
       </dl>
       <div class="card-grid">
         <div class="card-main">
@@ -194,6 +194,13 @@ function One({ one, query }) {
     </div>
   );
 }
+
+/** What is shown of the metrics that a dictionary comes with. @type {[string, string, string][]} */
+const QUALITY = [
+  ['l0', 'L0', 'active at once, on average'],
+  ['fvu', 'FVU', 'share of variance that is not explained'],
+  ['loss_recovered_zero', 'loss recovered', '1: the model predicts as well as without it'],
+];
 
 /** @param {{name: string, value: string, remark?: string}} props */
 function Fact({ name, value, remark }) {

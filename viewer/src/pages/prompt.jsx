@@ -4,7 +4,7 @@ import { get, post, url, useAsk } from '../api.js';
 import { notify } from '../components/notice.js';
 import { Panel } from '../components/panel.jsx';
 import { Answer, Empty, Loading } from '../components/states.jsx';
-import { percentage, plural } from '../format.js';
+import { fixed, percentage, plural } from '../format.js';
 import { useKeys } from '../keys.js';
 import { Candidates, TokenEffects, Verdict } from '../prompt/answer.jsx';
 import { Attention } from '../prompt/attention.jsx';
@@ -13,7 +13,7 @@ import { Fields } from '../prompt/fields.jsx';
 import { Generate } from '../prompt/generate.jsx';
 import { Lens } from '../prompt/lens.jsx';
 import { Matrix } from '../prompt/matrix.jsx';
-import { pageOf, rowsOf, tokenAt, whyNotChanged, whyNotTraced } from '../prompt/nodes.js';
+import { beside, pageOf, rowsOf, tokenAt, whyNotChanged, whyNotTraced } from '../prompt/nodes.js';
 import { FIRST_VALUE, LONGEST, TABS, debugBody, initial, interventionsBody, read, sameUnit, swapped, write } from '../prompt/state.js';
 import { NodeTable } from '../prompt/table.jsx';
 import { Breadcrumb, Tray } from '../prompt/tray.jsx';
@@ -85,11 +85,16 @@ function Page({ query }) {
   const asked = useAsk(empty || !ready ? null : JSON.stringify(body), (signal) => post(url(['debug']), body, { signal }));
   const [current, setCurrent] = useState('');
   const data = asked.data;
+  const wanted = state.beside && state.interventions.length > 0 && state.b === null;
+  const plain = { ...body, interventions: [] };
+  const unchanged = useAsk(wanted && ready && !empty ? JSON.stringify(plain) : null, (signal) => post(url(['debug']), plain, { signal }));
+  const table = useMemo(() => (wanted && data && unchanged.data ? beside(data, unchanged.data) : data), [data, wanted && unchanged.data]);
   const two = state.b !== null && data?.prompts?.length === 2;
   const changed = state.interventions.length > 0;
+  const sideways = two || table !== data;
   const rows = useMemo(
-    () => (data ? rowsOf(data.nodes, data.values, state.sort, state.filter, (node) => tokenAt(data.prompts[0].ids, data.vocab, node.position)) : []),
-    [data, JSON.stringify(state.sort), state.filter],
+    () => (table ? rowsOf(table.nodes, table.values, state.sort, state.filter, (node) => tokenAt(table.prompts[0].ids, table.vocab, node.position)) : []),
+    [table, JSON.stringify(state.sort), state.filter],
   );
   const row = rows.find((one) => one.key === current) ?? rows.find((one) => one.key === state.row) ?? rows[0];
 
@@ -191,12 +196,12 @@ function Page({ query }) {
               </Panel>
             )}
             {state.tab === 'nodes' && data && (
-              <div class={`split ${two ? 'over' : 'wide-left'}`}>
+              <div class={`split ${sideways ? 'over' : 'wide-left'}`}>
                 <Panel id="nodes" title={state.trace.length ? 'Nodes before it' : 'Nodes'} what={<Coverage data={data} traced={state.trace.length > 0} />} json={data} python={data.python}>
-                  <Settings state={state} n={data.prompts[0].ids.length} update={update} shown={rows.length} />
+                  <Settings state={state} canCompare={changed && state.b === null} n={data.prompts[0].ids.length} update={update} shown={rows.length} />
                   <div class={asked.stale ? 'stale' : undefined} aria-busy={asked.stale}>
                     <NodeTable
-                      data={data} rows={rows} sort={state.sort} open={state.row} current={row?.key ?? ''} two={two} sides={['A', 'B']}
+                      data={table} rows={rows} sort={state.sort} open={state.row} current={row?.key ?? ''} two={sideways} sides={two ? ['A', 'B'] : ['now', 'before']}
                       onSort={(sort) => update({ sort })} onOpen={toggle} onCurrent={(one) => setCurrent(one.key)} onAblate={(one) => intervene(one.node, 'zero')} onTrace={traceRow}
                       detail={(one) => <Detail node={one.node} request={body} words={data} ids={data.prompts[0].ids} hasB={two} onChange={intervene} onTrace={traceFrom} />}
                     />
@@ -243,11 +248,14 @@ function Coverage({ data, traced }) {
   const totals = data.totals?.direct;
   const share = data.coverage ?? (totals?.all ? totals.shown / totals.all : null);
   if (share === null) return <>{plural(data.nodes.length, 'node')}</>;
-  return <span data-coverage={share}>{plural(data.nodes.length, 'node')}; they explain {percentage(share)} of {traced ? 'its value' : 'the target'} by their direct effects</span>;
+  const of = traced ? 'its value' : 'the target';
+  // A share of nearly nothing says nothing: then the sums stand there.
+  const text = share >= 0 && share <= 2 ? `they explain ${percentage(share)} of ${of} by their direct effects` : `their direct effects sum to ${fixed(totals.shown, 2)}, those of all nodes to ${fixed(totals.all, 2)}`;
+  return <span data-coverage={share}>{plural(data.nodes.length, 'node')}; {text}</span>;
 }
 
-/** @param {{state: State, n: number, shown: number, update: (patch: Partial<State>) => void}} props */
-function Settings({ state, n, shown, update }) {
+/** @param {{state: State, canCompare: boolean, n: number, shown: number, update: (patch: Partial<State>) => void}} props */
+function Settings({ state, canCompare, n, shown, update }) {
   return (
     <div class="row settings">
       <label>MLP <select value={state.mlp} onChange={(event) => update({ mlp: /** @type {any} */ (event.currentTarget.value), row: '' })}><option value="neuron">neurons</option><option value="latent">latents</option></select></label>
@@ -257,6 +265,7 @@ function Settings({ state, n, shown, update }) {
         {Array.from({ length: n }, (_, i) => <option value={String(i)}>token {i}</option>)}
       </select></label>
       <label>Top <select value={String(state.k)} onChange={(event) => update({ k: Number(event.currentTarget.value) })}>{[...new Set([5, 10, 20, 50, 100, 200, state.k])].sort((x, y) => x - y).map((k) => <option value={String(k)}>{k}</option>)}</select></label>
+      {canCompare && <label><input type="checkbox" checked={state.beside} onChange={(event) => update({ beside: event.currentTarget.checked, ...(!event.currentTarget.checked && { sort: { ...state.sort, side: 'A' } }) })} /> beside the unchanged model</label>}
       <input type="search" aria-label="Filter nodes" placeholder="Filter, such as L3 head" value={state.filter} onInput={(event) => update({ filter: event.currentTarget.value })} />
       <span class="soft" role="status">{state.filter ? `${shown} shown` : ''}</span>
     </div>

@@ -140,6 +140,24 @@ export function nextSort(sort, measure, side) {
   return { measure, side, order };
 }
 
+/**
+ * A reply under interventions beside that of the unchanged model: A is changed, B is not. Nodes that only one
+ * of them lists have one number.
+ * @param {any} changed @param {any} plain
+ */
+export function beside(changed, plain) {
+  const places = new Map(plain.nodes.map((/** @type {Node} */ node, /** @type {number} */ i) => [nodeKey(node), i]));
+  const own = changed.nodes.map((/** @type {Node} */ node) => places.get(nodeKey(node)) ?? -1);
+  const others = plain.nodes.map((/** @type {Node} */ _, /** @type {number} */ i) => i).filter((/** @type {number} */ i) => !own.includes(i));
+  const values = Object.fromEntries(
+    Object.entries(changed.values).map(([measure, { A }]) => {
+      const from = plain.values[measure].A;
+      return [measure, { A: [...A, ...others.map(() => null)], B: [...own.map((/** @type {number} */ i) => (i < 0 ? null : from[i])), ...others.map((/** @type {number} */ i) => from[i])] }];
+    }),
+  );
+  return { ...changed, nodes: [...changed.nodes, ...others.map((/** @type {number} */ i) => plain.nodes[i])], values };
+}
+
 /** A token of a prompt, and where it stands. @param {number[]} ids @param {Record<string, string>} vocab @param {number | null} position */
 export function tokenAt(ids, vocab, position) {
   const id = ids[position ?? -1];

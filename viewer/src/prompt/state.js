@@ -21,6 +21,7 @@ import { nodeKey } from './nodes.js';
  * @property {Step[]} trace from the target on, the last one is shown
  * @property {string} tab
  * @property {Sort} sort
+ * @property {boolean} beside whether the unchanged model stands beside the changed one
  * @property {string} filter
  * @property {string} row key of the node whose detail is open
  * @property {string} head layer and head that the attention tab shows, `3.1`
@@ -43,7 +44,7 @@ export function initial() {
   return {
     a: prompt(), b: null, mlp: 'neuron', attention: 'head', dictionaries: [], position: -1, k: 20,
     interventions: [], trace: [], tab: 'nodes', sort: { measure: 'act_grad', side: 'A', order: 'size' },
-    filter: '', row: '', head: '', sample: { ...SAMPLE },
+    beside: false, filter: '', row: '', head: '', sample: { ...SAMPLE },
   };
 }
 
@@ -75,6 +76,7 @@ export function write(state) {
     tr: json(state.trace.map(({ node: n, through }) => [n.location, n.kind, n.unit, n.position, n.attended, n.dictionary, through]), []),
     tab: state.tab === first.tab ? null : state.tab,
     by: json([sort.measure, sort.side, sort.order], ['act_grad', 'A', 'size']),
+    vs: state.beside ? '1' : null,
     only: state.filter || null,
     row: state.row || null,
     head: state.head || null,
@@ -101,6 +103,7 @@ export function read(query) {
   if (TABS.includes(query.tab)) state.tab = query.tab;
   const by = parsed(query.by);
   if (Array.isArray(by) && by.length === 3) state.sort = { measure: by[0], side: by[1], order: by[2] };
+  state.beside = query.vs === '1';
   state.filter = query.only ?? '';
   state.row = query.row ?? '';
   state.head = query.head ?? '';

@@ -13,7 +13,6 @@ import { MEASURES, MEASURE_TEXT, cell, nextSort, nodeName, pageOf, tokenAt, whyN
 /** @typedef {import('./nodes.js').Sort} Sort */
 
 const PAGE = 60;
-const SIDE_TEXT = { A: 'A', B: 'B', diff: 'A − B' };
 const ORDER_TEXT = { size: 'largest size first', down: 'largest first', up: 'smallest first' };
 
 /**
@@ -45,7 +44,7 @@ export function NodeTable({ data, rows, sort, open, current, two, sides, onSort,
     const row = current && body.current?.querySelector(`tr[data-key="${CSS.escape(current)}"]`);
     if (row) row.scrollIntoView({ block: 'nearest' });
   }, [current]);
-  const titles = { A: sides[0], B: sides[1], diff: `${sides[0]} − ${sides[1]}` };
+  const titles = { A: sides[0], B: sides[1], diff: sides[0] === 'A' ? 'A − B' : 'change' };
 
   return (
     <>
@@ -69,7 +68,7 @@ export function NodeTable({ data, rows, sort, open, current, two, sides, onSort,
                 return (
                   <th scope="col" class="num" aria-sort={chosen ? (sort.order === 'up' ? 'ascending' : 'descending') : undefined}>
                     <button type="button" class={`sort${chosen ? ' chosen' : ''}`} title={`${MEASURE_TEXT[measure].what}${chosen ? `; ${ORDER_TEXT[sort.order]}` : ''}`} aria-label={`Sort by ${what}`} onClick={() => onSort(nextSort(sort, measure, side))}>
-                      {two ? SIDE_TEXT[side] : MEASURE_TEXT[measure].name}<span aria-hidden="true" class="arrow">{chosen ? { size: '↕', down: '↓', up: '↑' }[sort.order] : ''}</span>
+                      {two ? titles[side] : MEASURE_TEXT[measure].name}<span aria-hidden="true" class="arrow">{chosen ? { size: '↕', down: '↓', up: '↑' }[sort.order] : ''}</span>
                     </button>
                   </th>
                 );
@@ -91,7 +90,7 @@ export function NodeTable({ data, rows, sort, open, current, two, sides, onSort,
                       {page ? <a href={href(page)}>{name}</a> : <span>{name}</span>}
                       {node.label && <span class="label">{node.label}</span>}
                     </th>
-                    <td>{place(data, node, two)}</td>
+                    <td>{place(data, node, two && data.prompts.length === 2)}</td>
                     {pairs && <td>{node.attended !== null && node.attended !== undefined && <Place ids={ids} vocab={data.vocab} position={node.attended} />}</td>}
                     {MEASURES.map((measure) => columns.map((side) => {
                       const value = cell(data.values, measure, row.index, side);
