@@ -44,7 +44,7 @@ def make_session(folder: Path, quick: bool) -> Any:
     from neuron_explainer.server.compute.setup import DictionarySource, Setup
 
     torch.set_num_threads(THREADS)
-    sizes = {"d_model": 768, "n_layers": 12, "n_heads": 12, "n_vocab": 50257}
+    sizes: dict[str, Any] = {"d_model": 768, "n_layers": 12, "n_heads": 12, "n_vocab": 50257}
     if quick:
         sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_vocab": 500}
     n_latents = 64 * sizes["d_model"] // 3 * 2 if not quick else 128
