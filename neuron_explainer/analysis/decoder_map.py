@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
 from neuron_explainer import files
@@ -128,8 +128,7 @@ def _principal_plane(unit: Tensor) -> tuple[npt.NDArray[np.float32], float]:
     largest = plane.gather(0, plane.abs().argmax(dim=0, keepdim=True))
     plane = plane * torch.where(largest < 0, -1.0, 1.0)
     total = float(values.sum())
-    share = round(float(values[-2:].sum()) / total, 12) if total > 0 else 0.0  # less than rounding
-    return (centred @ plane).float().numpy(), share
+    return (centred @ plane).float().numpy(), float(values[-2:].sum()) / total if total > 0 else 0.0
 
 
 # ---- kept on disk ------------------------------------------------------------------------------------
@@ -144,13 +143,11 @@ def _key(rows: Tensor, method: Method, seed: int) -> str:
 
 
 def _write(path: Path, found: DecoderMap) -> None:
-    facts = {
-        "method": found.method,
-        "seed": str(found.seed),
-        "explained": json.dumps(found.explained),
-    }
+    facts = {"method": found.method, "seed": found.seed, "explained": found.explained}
+    one = {"map": json.dumps(facts)}  # one entry: safetensors writes several in a random order
     with files.atomic_write(path) as temporary:
-        save_file({"coordinates": torch.from_numpy(found.coordinates)}, temporary, metadata=facts)
+        # Not save_file: killed, it leaves a file of its own beside ours.
+        temporary.write_bytes(save({"coordinates": found.coordinates}, metadata=one))
 
 
 def _read(path: Path, n_rows: int) -> DecoderMap | None:
@@ -159,11 +156,11 @@ def _read(path: Path, n_rows: int) -> DecoderMap | None:
         return None
     try:
         with safe_open(path, "np") as stored:
-            facts = stored.metadata() or {}
+            facts = json.loads((stored.metadata() or {})["map"])
             coordinates = stored.get_tensor("coordinates")
         if coordinates.shape != (n_rows, 2):
             return None
         method: Method = "umap" if facts["method"] == "umap" else "pca"
-        return DecoderMap(coordinates, method, int(facts["seed"]), json.loads(facts["explained"]))
+        return DecoderMap(coordinates, method, int(facts["seed"]), facts["explained"])
     except (SafetensorError, KeyError, ValueError):
         return None
