@@ -16,6 +16,9 @@ LENS = Contestant(
     **_LENS,
     optional=True,
 )
+NNSIGHT = Contestant(
+    "nnsight, invokes in batches", "sweep_nnsight", peer="nnsight", distribution="nnsight", optional=True
+)
 FLOOR = Contestant("GEMM floor", "sweep_floor")
 
 
@@ -30,6 +33,7 @@ def races(setup: Setup) -> list[Race]:
             Entry(OURS, workload, settings),
             Entry(LOOP, workload, {**settings, "loop": True}),
             Entry(LENS, workload, settings),
+            Entry(NNSIGHT, workload, settings),
             Entry(FLOOR, workload, settings),
         ]
 
