@@ -8,6 +8,7 @@ import pytest
 from neuron_explainer.cli import main
 
 STORE = "tiny-tales/ae-resid-delta-mlp/2"
+LITTLE = ["--most-tokens", "3000", "--train", "4", "--test", "4"]
 QUICK = ["--most-tokens", "9000", "--seed", "3", "--train", "10", "--test", "10"]
 
 
@@ -112,7 +113,7 @@ def test_too_few_texts_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_a_latent_does_is_scored_by_steering(capsys: pytest.CaptureFixture[str]) -> None:
-    found = as_json(capsys, "explain", STORE, "--latents", "3", "7", "--method", "logits", *QUICK)
+    found = as_json(capsys, "explain", STORE, "--latents", "3", "7", "--method", "logits", *LITTLE)
     by_name = {each["name"]: each for each in found["summary"]}
     assert list(by_name) == ["intervention", "embedding"]
     assert by_name["intervention"]["floors"]["chance"] == 0.5
@@ -126,7 +127,7 @@ def test_what_a_latent_does_is_scored_by_steering(capsys: pytest.CaptureFixture[
         "logits",
         "--scorers",
         "surprisal",
-        *QUICK,
+        *LITTLE,
     )
     assert "surprisal" in table
     refused = run(
