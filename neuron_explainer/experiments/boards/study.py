@@ -118,6 +118,12 @@ class Study:
         places = stream_points(self.n_layers)
         return record(self.model, self.dataset, places, n=self.boards, mask=0.5, seed=self.seed)
 
+    def lea_stream(self, mask: float) -> Recording:
+        """Boards of all kinds with LEA's picture stream along depth, while it reads them masked."""
+        places = stream_points(self.lea.sizes.n_layers)
+        options = {"n": self.boards, "seed": self.seed}
+        return record(self.lea, self.lea_dataset, places, mask=mask, **options)
+
     @functools.cached_property
     def spoken(self) -> tuple[Boards, Ints]:
         """Single boards and LEA's sentences about them."""
