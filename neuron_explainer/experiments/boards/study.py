@@ -121,8 +121,8 @@ class Study:
     def lea_stream(self, mask: float) -> Recording:
         """Boards of all kinds with LEA's picture stream along depth, while it reads them masked."""
         places = stream_points(self.lea.sizes.n_layers)
-        options = {"n": self.boards, "seed": self.seed}
-        return record(self.lea, self.lea_dataset, places, mask=mask, **options)
+        boards = self.lea_dataset
+        return record(self.lea, boards, places, n=self.boards, mask=mask, seed=self.seed)
 
     @functools.cached_property
     def spoken(self) -> tuple[Boards, Ints]:
