@@ -25,7 +25,7 @@ RACES = [
     "collate",
 ]
 """Modules with ``races(setup)``."""
-OTHERS = ["import", "judge", "parity", "planted", "recovery", "store", "viewer"]
+OTHERS = ["import", "judge", "parity", "planted", "recovery", "store", "viewer", "viewer_compute"]
 GPU = "gpu"
 """A command by itself: tests and tables of a CUDA device, see :mod:`benchmarks.gpu`."""
 LEARNING = ["quality", "end_to_end"]
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
                 module = importlib.import_module(f"benchmarks.{name}")
                 peers = None if args.peers is None else pythons
                 print(module.run(args.corpus, Path(scratch), peers, args.quick))
-            elif name in ("judge", "planted", "recovery", "store", "viewer"):
+            elif name in ("judge", "planted", "recovery", "store", "viewer", "viewer_compute"):
                 print(importlib.import_module(f"benchmarks.{name}").run(args.quick))
             elif name == "import":
                 print(import_time.run(min(args.rounds, 3), pythons))

@@ -106,14 +106,22 @@ def exchange() -> int:
     return cli.main([*argv, "--out", "out/stores"])
 
 
-def merge_and_map() -> None:
-    """A store of two texts, the map of a dictionary, and its latents for delphi."""
+def merge() -> None:
+    """A store of two texts."""
     merge_stores(f"examples/{PLACE_STORE}", f"others/{PLACE_STORE}", "out/merged")
-    autoencoder = Autoencoder.load("run/autoencoder")
-    decoder_map(autoencoder, "pca", cache="out/maps")
+
+
+def draw_map() -> None:
+    """The map of a dictionary."""
+    decoder_map(Autoencoder.load("run/autoencoder"), "pca", cache="out/maps")
+
+
+def cache_for_delphi() -> None:
+    """The latents of a dictionary for delphi."""
     data = DataConfig(context_length=24, windows_per_forward=32)
     windows = open_windows(context(), "books", data, part="all")
-    cache_latents(context(), autoencoder, windows).write("out/delphi", "layers.1.mlp", n_splits=2)
+    found = cache_latents(context(), Autoencoder.load("run/autoencoder"), windows)
+    found.write("out/delphi", "layers.1.mlp", n_splits=2)
 
 
 def learn_boards() -> int:
@@ -233,7 +241,9 @@ COMMANDS = [
     FACTORS,
     BOARDS,
     Command("exchange", exchange, "out", harms=("kill", "full disk")),
-    function("merge and map", merge_and_map, harms=("kill", "full disk"), refuses_again=True),
+    function("merge", merge, harms=("kill", "full disk"), refuses_again=True),
+    function("map", draw_map, harms=("kill", "full disk")),
+    function("latents for delphi", cache_for_delphi, refuses_again=True),
     verbs(
         "train two",
         ["harvest", *OF_BOOKS[:-2], "--location", PLACE, "0/mlp.post_act", "--out", "out/store"],

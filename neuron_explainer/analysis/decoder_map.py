@@ -11,6 +11,8 @@ Shape legend: ``l`` directions, ``n`` width.
 import hashlib
 import json
 import math
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +21,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from neuron_explainer import files
@@ -75,7 +75,7 @@ def decoder_map(
         raise InputError(f"a map needs 3 directions or more, found {int(alive.sum())}.")
     umap = None if method == "pca" else _umap_or_none(required=method == "umap")
     chosen: Method = "pca" if umap is None else "umap"
-    kept = None if cache is None else Path(cache) / f"map-{_key(rows, chosen, seed)}.safetensors"
+    kept = None if cache is None else Path(cache) / f"map-{_key(rows, chosen, seed)}.npz"
     if kept is not None and (found := _read(kept, len(rows))) is not None:
         return found
     unit = F.normalize(rows[alive], dim=1).double()
@@ -128,8 +128,7 @@ def _principal_plane(unit: Tensor) -> tuple[npt.NDArray[np.float32], float]:
     largest = plane.gather(0, plane.abs().argmax(dim=0, keepdim=True))
     plane = plane * torch.where(largest < 0, -1.0, 1.0)
     total = float(values.sum())
-    share = round(float(values[-2:].sum()) / total, 12) if total > 0 else 0.0  # less than rounding
-    return (centred @ plane).float().numpy(), share
+    return (centred @ plane).float().numpy(), float(values[-2:].sum()) / total if total > 0 else 0.0
 
 
 # ---- kept on disk ------------------------------------------------------------------------------------
@@ -144,13 +143,10 @@ def _key(rows: Tensor, method: Method, seed: int) -> str:
 
 
 def _write(path: Path, found: DecoderMap) -> None:
-    facts = {
-        "method": found.method,
-        "seed": str(found.seed),
-        "explained": json.dumps(found.explained),
-    }
-    with files.atomic_write(path) as temporary:
-        save_file({"coordinates": torch.from_numpy(found.coordinates)}, temporary, metadata=facts)
+    facts = {"method": found.method, "seed": found.seed, "explained": found.explained}
+    # Not safetensors: it writes a file of its own first, which a killed process leaves behind.
+    with files.atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, coordinates=found.coordinates, facts=np.array(json.dumps(facts)))
 
 
 def _read(path: Path, n_rows: int) -> DecoderMap | None:
@@ -158,12 +154,11 @@ def _read(path: Path, n_rows: int) -> DecoderMap | None:
     if not path.is_file():
         return None
     try:
-        with safe_open(path, "np") as stored:
-            facts = stored.metadata() or {}
-            coordinates = stored.get_tensor("coordinates")
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            facts, coordinates = json.loads(str(stored["facts"])), stored["coordinates"]
         if coordinates.shape != (n_rows, 2):
             return None
         method: Method = "umap" if facts["method"] == "umap" else "pca"
-        return DecoderMap(coordinates, method, int(facts["seed"]), json.loads(facts["explained"]))
-    except (SafetensorError, KeyError, ValueError):
+        return DecoderMap(coordinates, method, int(facts["seed"]), facts["explained"])
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, ValueError):
         return None

@@ -335,8 +335,8 @@ class Effects:
         if row is None:
             return torch.zeros_like(self.run.last_gradient[0])
         value, model = part.value[row], self.run.model
-        if part.directions is not None:
-            return into_stream(model, place)(value[0] * part.directions[row])
+        if part.direction is not None:
+            return into_stream(model, place)(value[0] * part.direction(row))
         if node.kind == "neuron":
             weight = model.weight(WeightLocationType.MLP_TO_RESIDUAL, place.layer).detach()
             return value[0] * weight[node.unit].double()
@@ -491,20 +491,24 @@ def choose(parts: Sequence[Part], measures: Sequence[str], top_k: int) -> list[t
         best: list[tuple[float, int, int]] = []
         for number, part in enumerate(parts):
             sizes = np.abs(part.measures[measure])
-            for i in _largest(sizes, top_k).tolist():
-                best.append((-float(sizes[i]), number, i))
-        for _, number, i in sorted(best)[:top_k]:
+            # Of parts that come later only what is larger than all that are held can be chosen.
+            least = -best[-1][0] if len(best) == top_k else -np.inf
+            found = _largest(sizes, np.flatnonzero(~(sizes <= least)), top_k)
+            best += [(-float(sizes[i]), number, i) for i in found.tolist()]
+            best = sorted(best)[:top_k]
+        for _, number, i in best:
             chosen[number, i] = None
     return [(parts[number], i) for number, i in sorted(chosen)]
 
 
-def _largest(sizes: Floats, k: int) -> Ints:
-    """The places of the ``k`` largest, the largest first; of equal ones the first comes first."""
-    candidates = np.arange(len(sizes))
-    if k < len(sizes):
-        smallest = np.partition(sizes, len(sizes) - k)[len(sizes) - k]
+def _largest(sizes: Floats, candidates: Ints, k: int) -> Ints:
+    """The places of the ``k`` largest of the candidates, the largest first; of equal ones the first comes
+    first."""
+    if k < len(candidates):
+        some = sizes[candidates]
+        smallest = np.partition(some, len(some) - k)[len(some) - k]
         if np.isfinite(smallest):
-            candidates = np.flatnonzero(sizes >= smallest)
+            candidates = candidates[some >= smallest]
     found: Ints = candidates[np.argsort(-sizes[candidates], kind="stable")[:k]]
     return found
 

@@ -435,7 +435,9 @@ def set_to(
     ``[b, s, u, d_head]``)."""
     constant = _finite(value, "value")
     place = ActivationLocation.parse(location)
-    n_axes = 3 if autoencoders is not None else len(place.site.shape)
+    chosen = Units.of(place, units, autoencoders is not None)
+    single = len(chosen.highest) == 2  # channels of heads are one axis of what is set
+    n_axes = 3 if autoencoders is not None else len(place.site.shape) - single
     if constant.dim() > n_axes:
         raise InputError(
             f"{place}: a value has at most the {n_axes} axes of what it sets, found "

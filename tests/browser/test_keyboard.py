@@ -45,8 +45,10 @@ def test_a_feature_without_a_mouse(open_page: OpenPage) -> None:
     page.keyboard.press("Escape")
     expect(page.get_by_role("dialog")).to_have_count(0)
     page.keyboard.press("/")
+    field = page.get_by_role("combobox", name="Search features")
+    expect(field).to_be_focused()
     page.keyboard.type("king")
-    expect(page.get_by_role("combobox", name="Search features")).to_have_value("king")
+    expect(field).to_have_value("king")
     page.keyboard.press("Escape")
 
 

@@ -104,6 +104,17 @@ def test_units_are_neurons_heads_and_channels_of_heads() -> None:
     channels[..., 3, 1] = channels[..., 0, 2] = 0
     assert torch.equal(seen(ablate(place, [3, 1]), place), heads)
     assert torch.equal(seen(ablate(place, ["3.1", "0.2"]), place), channels)
+    assert torch.equal(seen(set_to(place, 0.0, ["3.1", "0.2"]), place), channels)
+    assert torch.equal(seen(set_to(place, torch.zeros(1, 1, 2), ["3.1", "0.2"]), place), channels)
+    for hooks in (
+        scale(place, 1.0, "3.1"),
+        mean_ablate(place, value, "3.1"),
+        resample_ablate(place, value, "3.1"),
+        patch_from(place, value, "3.1"),
+    ):
+        found = seen(hooks, place)
+        found[..., 3, 1] = value[..., 3, 1]
+        assert torch.equal(found, value)
     with pytest.raises(InputError, match="either heads or channels"):
         ablate(place, [1, "3.1"])
 

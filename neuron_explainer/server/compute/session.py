@@ -55,6 +55,7 @@ class Session:
         """Raises if the request that runs should end."""
         self._encoding = _encoding_of(self.context)
         self._loaded: OrderedDict[str, Autoencoder] = OrderedDict()
+        self._sizes: dict[str, int] = {}
         self._directions: OrderedDict[str, Directions] = OrderedDict()
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
 
@@ -207,6 +208,7 @@ class Session:
                 source = self._of_autoencoder(id, loc)
                 self._make_room(_file_bytes(source), ids)
                 self._loaded[id] = self._load(source)
+                self._sizes[id] = _bytes(self._loaded[id])
             self._loaded.move_to_end(id)
             found.append(self._loaded[id])
             self._make_room(0, ids)
@@ -265,7 +267,7 @@ class Session:
             )
 
     def _held(self) -> int:
-        return sum(_bytes(autoencoder) for autoencoder in self._loaded.values())
+        return sum(self._sizes[id] for id in self._loaded)
 
     def directions(self, id: str | None = None) -> Directions:
         """What the units of a dictionary do to the logits; None: of the neurons of layer 0."""

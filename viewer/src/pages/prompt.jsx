@@ -4,7 +4,7 @@ import { get, post, url, useAsk } from '../api.js';
 import { notify } from '../components/notice.js';
 import { Panel } from '../components/panel.jsx';
 import { Answer, Empty, Loading } from '../components/states.jsx';
-import { percentage, plural } from '../format.js';
+import { fixed, percentage, plural } from '../format.js';
 import { useKeys } from '../keys.js';
 import { Candidates, TokenEffects, Verdict } from '../prompt/answer.jsx';
 import { Attention } from '../prompt/attention.jsx';
@@ -201,7 +201,7 @@ function Page({ query }) {
                   <Settings state={state} canCompare={changed && state.b === null} n={data.prompts[0].ids.length} update={update} shown={rows.length} />
                   <div class={asked.stale ? 'stale' : undefined} aria-busy={asked.stale}>
                     <NodeTable
-                      data={table} rows={rows} sort={state.sort} open={state.row} current={row?.key ?? ''} two={sideways} sides={two ? ['A', 'B'] : ['changed', 'before']}
+                      data={table} rows={rows} sort={state.sort} open={state.row} current={row?.key ?? ''} two={sideways} sides={two ? ['A', 'B'] : ['now', 'before']}
                       onSort={(sort) => update({ sort })} onOpen={toggle} onCurrent={(one) => setCurrent(one.key)} onAblate={(one) => intervene(one.node, 'zero')} onTrace={traceRow}
                       detail={(one) => <Detail node={one.node} request={body} words={data} ids={data.prompts[0].ids} hasB={two} onChange={intervene} onTrace={traceFrom} />}
                     />
@@ -248,7 +248,10 @@ function Coverage({ data, traced }) {
   const totals = data.totals?.direct;
   const share = data.coverage ?? (totals?.all ? totals.shown / totals.all : null);
   if (share === null) return <>{plural(data.nodes.length, 'node')}</>;
-  return <span data-coverage={share}>{plural(data.nodes.length, 'node')}; they explain {percentage(share)} of {traced ? 'its value' : 'the target'} by their direct effects</span>;
+  const of = traced ? 'its value' : 'the target';
+  // A share of nearly nothing says nothing: then the sums stand there.
+  const text = share >= 0 && share <= 2 ? `they explain ${percentage(share)} of ${of} by their direct effects` : `their direct effects sum to ${fixed(totals.shown, 2)}, those of all nodes to ${fixed(totals.all, 2)}`;
+  return <span data-coverage={share}>{plural(data.nodes.length, 'node')}; {text}</span>;
 }
 
 /** @param {{state: State, canCompare: boolean, n: number, shown: number, update: (patch: Partial<State>) => void}} props */

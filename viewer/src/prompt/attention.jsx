@@ -73,7 +73,7 @@ export function Attention({ text, nLayers, nHeads, limit, chosen, onChoose }) {
           </>
         }
       >
-        <Answer asked={asked} lines={8}>{(all) => <Grid all={all} nHeads={nHeads} chosen={chosen} onChoose={onChoose} />}</Answer>
+        <Answer asked={asked} lines={8}>{(all) => <Grid all={all} chosen={chosen} onChoose={onChoose} />}</Answer>
       </Panel>
       {asked.data && <One all={asked.data} kind={kind} chosen={chosen} />}
     </div>
@@ -85,8 +85,8 @@ function triangle(all, head) {
   return all.ids.map((_, q) => Array.from({ length: q + 1 }, (_, k) => weight(all, head, q, k)));
 }
 
-/** @param {{all: Patterns, nHeads: number, chosen: string, onChoose: (head: string) => void}} props */
-function Grid({ all, nHeads, chosen, onChoose }) {
+/** @param {{all: Patterns, chosen: string, onChoose: (head: string) => void}} props */
+function Grid({ all, chosen, onChoose }) {
   const notes = useMemo(() => all.heads.map((_, i) => summary(all, i)), [all]);
   const layers = [...new Set(all.heads.map(([layer]) => layer))];
   const word = (/** @type {number} */ i) => tokenText(all.ids[i], all);
@@ -119,7 +119,6 @@ function Grid({ all, nHeads, chosen, onChoose }) {
           </table>
         </div>
       </details>
-      {nHeads > 0 && null}
     </>
   );
 }
