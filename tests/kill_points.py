@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import sys
 import traceback
 from collections.abc import Callable
@@ -230,6 +231,7 @@ _OF_THE_HARM = re.compile(
     "No space left|no room|renamed, replaced or emptied|cannot (write|make|remove|read)|there is no file"
     "|No tokenizer at"
 )
+_DATE = re.compile(r"20\d\d-\d\d-\d\dT[\d:.+Z-]+")
 _CLOCK = re.compile(rb'("(tokens_per_second|seconds\w*|date)": )[^,}\n]+')
 
 
@@ -238,6 +240,10 @@ def contents(folder: Path) -> dict[str, bytes | None]:
     found: dict[str, bytes | None] = {}
     for path in folder.rglob("*"):
         text = path.read_bytes() if path.is_file() else None
+        if text is not None and path.suffix == ".sqlite":
+            with contextlib.closing(sqlite3.connect(path)) as opened:
+                rows = [row for row in opened.iterdump() if "_fts_" not in row]  # FTS5's own
+                text = _DATE.sub("", "\n".join(rows)).encode()
         if text is not None and path.suffix in (".json", ".jsonl"):
             text = _CLOCK.sub(rb"\1", text)
         found[str(path.relative_to(folder))] = text

@@ -244,6 +244,19 @@ COMMANDS = [
     function("merge", merge, harms=("kill", "full disk"), refuses_again=True),
     function("map", draw_map, harms=("kill", "full disk")),
     function("latents for delphi", cache_for_delphi, refuses_again=True),
+    verb("site", "export", f"examples/{PLACE_STORE}", "0-2", "--no-model", "--out", "out"),
+    verbs(
+        "explanations",
+        [
+            *("explain", f"examples/{PLACE_STORE}", "--latents", "0", "1", "--method", "tokens"),
+            *("--no-model", "--no-score"),
+        ],
+        *(
+            ["export-explanations", f"examples/{PLACE_STORE}", "--format", name, "--out", out]
+            for name, out in (("neuronpedia", "out/n"), ("openai", "out/o"))
+        ),
+        harms=("kill", "full disk"),
+    ),
     verbs(
         "train two",
         ["harvest", *OF_BOOKS[:-2], "--location", PLACE, "0/mlp.post_act", "--out", "out/store"],

@@ -95,11 +95,14 @@ def workspace_path(folder: str | Path) -> Path:
 def _why_not_writable(path: Path) -> str:
     """Why a file, and others beside it, cannot be written; empty if they can."""
     try:
-        files.check_writable(path)  # asks whether a file can be made in the folder
-        if path.exists():
+        if path.exists():  # a full disk is no reason to look elsewhere for what is here
             path.open("r+b").close()
-    except (SourceError, OSError) as error:
+            return "" if os.access(path.parent, os.W_OK) else f"cannot write in {path.parent}"
+        files.check_writable(path)  # asks whether a file can be made in the folder
+    except SourceError as error:
         return str(error)
+    except OSError as error:
+        return f"cannot write {path}: {error.strerror}"
     return ""
 
 

@@ -1,6 +1,7 @@
 """What users say about units: kept through new collations, safe with several writers."""
 
 import contextlib
+import errno
 import os
 import sqlite3
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from neuron_explainer import files
 from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.analysis.workspace import (
     WORKSPACE_FILE,
@@ -168,6 +170,17 @@ def test_where_the_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert data_dir() == tmp_path / "xdg" / "neuron_explainer"
         monkeypatch.setenv("XDG_DATA_HOME", "relative")
         assert data_dir() == Path.home() / ".local/share/neuron_explainer"
+
+
+def test_a_full_disk_does_not_lead_to_another_file(tmp_path: Path) -> None:
+    def full(kind: object, path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with make_store(tmp_path / "store") as store:
+        store.workspace.set_label(2, "said before")
+        there = store.workspace.path
+    with files.watch_steps(full):
+        assert workspace_path(tmp_path / "store") == there
 
 
 @contextlib.contextmanager
