@@ -146,7 +146,7 @@ class AutoencoderHooks(HookCollection):
         return x.dim() == 4 and x.shape[-1] != width and x.shape[2] * x.shape[3] == width
 
     def _columns(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-        """``[c]``: the columns of ``x`` ``[b, s, n]`` in which a row is edited; None: all columns are needed."""
+        """``[c]``: the columns of ``x`` ``[b, s, n]`` where a row is edited; None if all are needed."""
         positions, hooks = kwargs.get("positions"), self._described(kwargs)
         others = (self.reconstruction, self.error)
         exact = self.add_error and all(site.is_empty() for site in others)
