@@ -343,7 +343,8 @@ def test_only_edited_positions_are_encoded(
         mask[0, 2] = mask[1, 5] = False
         mask[:, chosen] = True
     value: Any = torch.arange(8.0)[:, None] if positions == "tensor" else 2.5
-    at = {"mask": mask, "tensor": 3}.get(str(positions), positions)
+    given: dict[str, Any] = {"mask": mask, "tensor": 3}
+    at = given.get(str(positions), positions)
     encoded: list[int] = []
     normalize = Autoencoder.normalize
 
