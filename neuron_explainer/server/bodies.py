@@ -1,5 +1,6 @@
 """Bodies of requests as JSON: strict, so that no value comes in that a reply could not hold."""
 
+import json
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -14,7 +15,15 @@ class StrictRequest(Request):
 
     async def json(self) -> Any:
         """The body; what is wrong with it is the error of ``json.loads``."""
-        return orjson.loads(await self.body())
+        body = await self.body()
+        value = orjson.loads(body)
+        try:
+            orjson.dumps(
+                value
+            )  # reads nest deeper than orjson writes: what came in must go out again
+        except orjson.JSONEncodeError:
+            raise json.JSONDecodeError("nested too deeply", "", 0) from None
+        return value
 
 
 class StrictRoute(APIRoute):

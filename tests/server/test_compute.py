@@ -233,6 +233,9 @@ def test_a_row_in_detail(node: dict[str, Any], session: Session) -> None:
         assert reply["activation"] == pytest.approx(float(values.max()), rel=1e-4)
 
 
+NO_LATENT = {"location": "0/resid.torso.delta_mlp", "dictionary": "mlp.0", "unit": 40}
+
+
 @pytest.mark.parametrize(
     ("operation", "request_", "status", "code"),
     [
@@ -240,6 +243,12 @@ def test_a_row_in_detail(node: dict[str, Any], session: Session) -> None:
         ("activations", {"texts": ["a" * 13], "dictionary": "mlp.0", "units": [4]}, 413, None),
         ("attention", {"text": "a", "heads": [[2, 0]], "kind": "pattern"}, 422, "no_such_head"),
         ("head", {"text": "a", "layer": 0, "head": 4}, 422, "no_such_head"),
+        (
+            "node",
+            {"prompts": [{"text": "a"}], "metrics": ["act_grad"], "node": NO_LATENT},
+            422,
+            "no_such_node",
+        ),
         ("logits", {"dictionary": "mlp.0", "unit": 40, "k": 3}, 404, "index_out_of_range"),
         ("neighbours", {"dictionary": "neurons.0", "unit": 4, "k": 3}, 422, "no_autoencoder"),
         ("map", {"dictionary": "neurons.0"}, 404, "no_map"),

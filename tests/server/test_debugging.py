@@ -218,7 +218,10 @@ def test_several_interventions_act_together(session: Session) -> None:
         ({"prompts": [{"text": TEXT, "target": ["ab"]}]}, "not_one_token", ["a"]),
         ({"prompts": [{"text": TEXT, "target": [999]}]}, "not_one_token", None),
         ({"position": 8}, "no_such_position", ["-1", "0 to 7"]),
+        ({"layers": [0, 2]}, "no_such_layer", ["0 to 1"]),
         ({"units": {"mlp": "latent"}, "dictionaries": ["mpl.0"]}, "unknown_dictionary", None),
+        ({"dictionaries": ["mpl.0"]}, "unknown_dictionary", None),
+        ({"trace": {"node": {**NODE, "unit": 40}}}, "no_such_node", ["0 to 39"]),
         (
             {"units": {"mlp": "latent"}, "dictionaries": ["mlp.0", "acts.1"]},
             "overlapping_dictionaries",

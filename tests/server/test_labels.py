@@ -279,6 +279,19 @@ def test_only_an_import_may_be_large(stores: Path) -> None:
 # --- sessions ---
 
 
+@pytest.mark.parametrize("depth", [200, 260, 900])
+def test_what_was_kept_can_be_read_again(depth: int, client: TestClient) -> None:
+    """A parser nests deeper than a writer: what comes in must be able to go out."""
+    body = '{"state":{"a":' + "[" * depth + "]" * depth + "}}"
+    kept = client.post(
+        f"{API}/sessions", content=body, headers={"Content-Type": "application/json"}
+    )
+    assert kept.status_code == (200 if depth == 200 else 422)
+    if kept.status_code == 200:
+        read = client.get(f"{API}/sessions/{kept.json()['id']}")
+        assert read.json()["state"] == json.loads(body)["state"]
+
+
 def test_states_are_kept_under_their_hash(client: TestClient) -> None:
     state = {"prompts": ["<script>", "🜁"], "k": 10, "nested": [{"a": [1.5, None, True]}]}
     id = client.post(f"{API}/sessions", json={"state": state}).json()["id"]

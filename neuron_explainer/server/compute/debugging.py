@@ -186,6 +186,7 @@ def read_node(
                 loc=(*loc, "node", "location"),
                 allowed=[source.location],
             )
+        _check_latent(session, source.id, given["unit"], (*loc, "node", "unit"))
     attended = given.get("attended")
     if kind is None:
         kind = {"mlp.post_act": "neuron", "attn.v_out": "head", "attn.qk_probs": "pair"}.get(
@@ -211,8 +212,37 @@ def read_node(
     return Node(str(place), cast(Kind, kind), given["unit"], position, attended)
 
 
+def _check_latent(session: Session, dictionary: str, unit: int, loc: Sequence[str | int]) -> None:
+    """Refuse a latent that its dictionary does not have: it would look like one that is silent."""
+    n_latents = session.autoencoder(dictionary, loc).n_latents
+    if unit >= n_latents:
+        last = n_latents - 1
+        raise Refusal(
+            422,
+            "no_such_node",
+            f"{dictionary} has no latent {unit}: they are 0 to {last}.",
+            loc=loc,
+            allowed=[f"0 to {last}"],
+        )
+
+
+def _check_layers(session: Session, layers: Sequence[int] | None) -> None:
+    """Refuse layers that the model does not have: a table of them would be empty."""
+    last = session.model.n_layers - 1
+    for number, layer in enumerate(layers or ()):
+        if layer > last:
+            raise Refusal(
+                422,
+                "no_such_layer",
+                f"There is no layer {layer}: they are 0 to {last}.",
+                loc=("body", "layers", number),
+                allowed=[f"0 to {last}"],
+            )
+
+
 def read(session: Session, request: dict[str, Any]) -> Asked:
     """Check everything that a request names."""
+    _check_layers(session, request.get("layers"))
     prompts = read_prompts(session, request)
     index_map = None
     if len(prompts) == 2:
@@ -226,6 +256,8 @@ def read(session: Session, request: dict[str, Any]) -> Asked:
         given = request.get("interventions", [])
         changes.append(read_changes(session, given, prompt.ids, other, moved))
     units, wanted = request.get("units", {}), request.get("dictionaries")
+    for number, id in enumerate(wanted or ()):
+        session.source(id, ("body", "dictionaries", number))
     asked = Asked(
         session,
         prompts,
@@ -362,7 +394,6 @@ def debug(session: Session, request: dict[str, Any]) -> dict[str, Any]:
         "totals": totals,
         "coverage": direct["shown"] / direct["all"] if direct and direct["all"] else None,
         "aligned": [] if asked.index_map is None else _pairs(asked),
-        "truncated": False,
         "cache_key": _key(request),
         "python": _script(asked, request, metrics),
     }
