@@ -17,7 +17,11 @@ LENS = Contestant(
     optional=True,
 )
 NNSIGHT = Contestant(
-    "nnsight, invokes in batches", "sweep_nnsight", peer="nnsight", distribution="nnsight", optional=True
+    "nnsight, invokes in batches",
+    "sweep_nnsight",
+    peer="nnsight",
+    distribution="nnsight",
+    optional=True,
 )
 FLOOR = Contestant("GEMM floor", "sweep_floor")
 

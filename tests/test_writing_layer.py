@@ -42,6 +42,7 @@ REASONS = {
     ("analysis/workspace.py", "open"): "asks whether the file may be written; writes nothing",
     ("experiments/boards/essay.py", "savefig"): "into memory; the files of it in atomic_write",
     ("analysis/workspace.py", "connect"): "a user's edits, which SQLite's journal keeps whole",
+    ("server/sessions.py", "connect"): "states of pages, which SQLite's journal keeps whole",
     ("analysis/plots.py", "savefig"): "into memory, for a page that is written as a whole",
     ("activations/token_files.py", "memmap"): "maps a file to be read",
     (

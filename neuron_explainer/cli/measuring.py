@@ -236,7 +236,7 @@ def _write_saebench(opened: Opened, found: "dict[str, Evaluation]", folder: Path
     """Write one file for each autoencoder, over one of the same name; returns their paths."""
     from neuron_explainer.evaluation.saebench_json import write_saebench
 
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     autoencoders = by_location(opened.autoencoders)
     paths = []
     for name, evaluation in found.items():

@@ -232,7 +232,7 @@ def write_site(
     promoted = iter(logits) if logits is not None else None
     with files.atomic_folder(folder) as temporary:
         for name in _SHARED:
-            (temporary / name).write_text(_dist(name), "utf-8")
+            _write(temporary / name, _dist(name))
         rows = []
         for unit in progress_bar(chosen, desc="writing", unit=" pages", disable=not progress):
             record = store[unit]
@@ -240,11 +240,16 @@ def write_site(
             data = unit_data(store, record, logits=found)
             data["links"] = {"index": "index.html"} | _links_of(data["card"], names)
             page = _page_of_site(_title(record), data)
-            (temporary / names[str(unit)]).write_text(page, "utf-8")
+            _write(temporary / names[str(unit)], page)
             rows.append(_row(record))
         index = _page_of_site(store.name, {"index": _index(store, rows)})
-        (temporary / "index.html").write_text(index, "utf-8")
+        _write(temporary / "index.html", index)
     return Path(folder)
+
+
+def _write(path: Path, text: str) -> None:
+    with files.plain_write(path):
+        path.write_text(text, "utf-8")
 
 
 def _links_of(card: dict[str, Any], names: Mapping[str, str]) -> dict[str, str]:
