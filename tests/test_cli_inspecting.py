@@ -345,7 +345,9 @@ def test_quantiles_are_those_of_the_store_and_its_text(
         assert (again["ids"], again["peak"]) == (example.tokens.tolist(), example.peak)
         assert again["value"] == pytest.approx(example.value, rel=1e-4)
         assert again["activations"] == pytest.approx(example.activations.tolist(), abs=0.01)
-    said = run(capsys, *argv)
+    assert cli.main(argv) == 0
+    said, shown = capsys.readouterr()
+    assert "reading: 100%" in shown
     assert f"quantile 3: {len(values[2]):,} contexts" in said
     assert said.count("\n  ") == 6  # two examples of each
 

@@ -74,6 +74,15 @@ def test_patch(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.count("\n3 ") == 1
 
 
+def test_patch_from_a_shorter_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    pair = ["The old king said to the", "--source", "The queen said to the"]
+    result = run(capsys, "patch", *pair, "--target", " queen")
+    assert result["tokens"] == ["The", " said", " to", " the"]
+    assert result["effect"] == result["ran"]["result"].mean.tolist()
+    alone = run(capsys, "effects", pair[2], "--target", " queen")
+    assert result["source_value"] == pytest.approx(alone["value"], abs=1e-4)
+
+
 def test_circuit(capsys: pytest.CaptureFixture[str]) -> None:
     pair = ["The old king said to the", "--corrupt", "The old queen said to the"]
     argv = ["circuit", *pair, "--target", " queen", "--against", " king", "--edges", "40", "--bos"]

@@ -188,7 +188,7 @@ def _set_apart(corpus: TokenCorpus, config: DataConfig) -> tuple[TokenCorpus, To
         if corpus.n_tokens >= 2 * length:
             logger.info(
                 "%s: whole documents do not make a share of %g, so the text is cut into pieces of %d "
-                "tokens; split= cuts it where you want",
+                "tokens; --split, or split= in Python, cuts it where you want",
                 *(corpus.name, wanted, length),
             )
             parts = corpus.cut(length).split(wanted, config.data_seed)

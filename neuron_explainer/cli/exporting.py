@@ -66,7 +66,7 @@ def run_export(args: argparse.Namespace) -> Result:
                 export.write_page(store, units[0], path, logits=logits)
             else:
                 promoted = None if directions is None else directions.top_logits_of(units)
-                export.write_site(store, path, units, logits=promoted)
+                export.write_site(store, path, units, logits=promoted, progress=not args.json)
     return {"out": args.out, "units": len(units), "one_file": one_file, "no_tokens": why}
 
 

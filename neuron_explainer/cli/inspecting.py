@@ -291,7 +291,13 @@ def _inspect_quantiles(args: argparse.Namespace, store: "ExampleStore") -> Resul
     record = store[args.unit]  # an error if there is no such unit
     context, autoencoder = opened(store, args.model, args.autoencoder, args.device)
     found = quantiles_of_store(
-        store, context, [args.unit], args.quantiles, args.top or 2, autoencoder=autoencoder
+        store,
+        context,
+        [args.unit],
+        args.quantiles,
+        args.top or 2,
+        autoencoder=autoencoder,
+        progress=not args.json,
     )
     examples = store.examples_of(found.examples)
     parts: list[dict[str, Any]] = [

@@ -35,7 +35,7 @@ def _target_options(verb: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="TOKEN",
-        help="may be given several times",
+        help="a token, mostly with the space before it; may be given several times",
     )
     verb.add_argument("--against", action="append", metavar="TOKEN", help="tokens to compare with")
 
@@ -309,7 +309,9 @@ def run_patch(args: argparse.Namespace) -> Result:
     target = logit_difference(model, args.target, args.against)
     grid = patching(args.location, source, positions=positions, index_map=index_map)
     found = sweep(model, [here], grid, target)
-    other = sweep(model, [there], grid, target).baseline[0]
+    # A grid of one place: only the unchanged run is of interest, and the source may be the shorter text.
+    itself = patching(args.location, source, positions=[0])
+    other = sweep(model, [there], itself, target).baseline[0]
     bos_ids = ", True" if args.bos else ""
     python = "\n".join(
         [

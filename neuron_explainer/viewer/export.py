@@ -19,6 +19,7 @@ from neuron_explainer import files
 from neuron_explainer.analysis.latent_record import LatentRecord
 from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.errors import InputError
+from neuron_explainer.progress import progress_bar
 from neuron_explainer.server.content import feature_content, vocabulary
 from neuron_explainer.tables import escaped
 from neuron_explainer.viewer import DIST
@@ -213,6 +214,7 @@ def write_site(
     units: Sequence[int] | None = None,
     *,
     logits: "Iterable[TopLogits] | None" = None,
+    progress: bool = False,
 ) -> Path:
     """Write a page for each unit, and ``index.html`` with the list of all, into a new folder.
 
@@ -221,6 +223,7 @@ def write_site(
         folder: must be absent or empty.
         units: which; None: all that were ever active.
         logits: what they promote, in the same order.
+        progress: show a bar on stderr.
     """
     chosen = store.alive.tolist() if units is None else list(dict.fromkeys(units))
     if not chosen:
@@ -231,7 +234,7 @@ def write_site(
         for name in _SHARED:
             (temporary / name).write_text(_dist(name), "utf-8")
         rows = []
-        for unit in chosen:
+        for unit in progress_bar(chosen, desc="writing", unit=" pages", disable=not progress):
             record = store[unit]
             found = None if promoted is None else next(promoted)
             data = unit_data(store, record, logits=found)

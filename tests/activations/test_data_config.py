@@ -125,6 +125,7 @@ def test_one_book_is_cut_for_the_hold_out(
     said = "\n".join(record.getMessage() for record in caplog.records)
     assert f"1 document, {whole.n_tokens:,} tokens" in said
     assert "the text is cut into pieces of" in said
+    assert "--split" in said
     assert f"{held_out.n_tokens:,} of {whole.n_tokens:,} tokens (5." in said
 
 

@@ -43,6 +43,15 @@ def test_the_table_is_sorted_as_the_library_sorts(open_page: OpenPage) -> None:
     eventually(lambda: units(page)[:12] == expected, "the other way round")
 
 
+def test_each_row_is_one_line(open_page: OpenPage) -> None:
+    page = open_page(TABLE)
+    page.set_viewport_size({"width": 1280, "height": 850})
+    page.wait_for_selector(f"{ROWS} .peek")
+    heights = page.eval_on_selector_all(f"{ROWS} .peek", "all => all.map(e => e.offsetHeight)")
+    assert len(heights) > 5
+    assert max(heights) <= 30
+
+
 def test_the_last_rows_are_reached_without_those_between(open_page: OpenPage) -> None:
     store = open_store()
     page = open_page(f"{TABLE}?sort=unit&order=asc")

@@ -136,8 +136,11 @@ def test_the_verb_writes_both_forms(tmp_path, capsys):
     folder = tmp_path / "site"
     command = ["export", NAME, "0-2", "--out", str(folder), "--no-model", "--json"]
     assert cli.main(command) == 0
-    assert json.loads(capsys.readouterr().out)["units"] == 3
-    assert cli.main(command) == 0  # what is there is the same
+    said, shown = capsys.readouterr()
+    assert json.loads(said)["units"] == 3
+    assert not shown
+    assert cli.main(command[:-1]) == 0  # what is there is the same
+    assert "writing: 100% 3/3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

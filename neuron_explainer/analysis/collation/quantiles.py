@@ -20,6 +20,7 @@ from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.model_context import ModelContext
+from neuron_explainer.progress import progress_bar
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,8 @@ def exact_quantiles(
     n: int = 10,
     per_quantile: int = 5,
     config: CollateConfig | None = None,
+    *,
+    progress: bool = False,
 ) -> dict[str, Quantiles]:
     """Sort the contexts of some units by their peaks, and draw examples from quantiles of equal count.
 
@@ -78,6 +81,7 @@ def exact_quantiles(
         n: number of quantiles.
         per_quantile: number of examples drawn from each.
         config: of it ``window``, ``head_window``, ``keep_bos`` and ``seed`` count.
+        progress: show a bar on stderr while the corpus is read.
 
     Returns:
         the quantiles of each dictionary or location, by name.
@@ -93,7 +97,7 @@ def exact_quantiles(
     collation = Collation(context, places, windows, config)
     peaks = [
         _quantiles_of(parts, n)
-        for parts in _read(collation, [chosen[place.name] for place in places])
+        for parts in _read(collation, [chosen[place.name] for place in places], progress)
     ]
     drawn = [
         _draw(each, unit_hashes(collation.seed, place.n_units), n, per_quantile)
@@ -114,6 +118,7 @@ def quantiles_of_store(
     per_quantile: int = 5,
     *,
     autoencoder: Autoencoder | None = None,
+    progress: bool = False,
 ) -> Quantiles:
     """:func:`exact_quantiles` of units of a store, from the text that the store holds.
 
@@ -127,6 +132,7 @@ def quantiles_of_store(
         n: number of quantiles.
         per_quantile: number of examples drawn from each; ``store.examples_of(found.examples)`` shows them.
         autoencoder: for latents: the autoencoder of the store.
+        progress: show a bar on stderr while the text is read.
     """
     windows = windows_of_store(store)
     store.check_model(context)
@@ -138,7 +144,10 @@ def quantiles_of_store(
         what = {store.name: autoencoder}
     config = CollateConfig(**store.settings["config"])
     chosen = {store.name: units}
-    return exact_quantiles(context, what, windows, chosen, n, per_quantile, config)[store.name]
+    found = exact_quantiles(
+        context, what, windows, chosen, n, per_quantile, config, progress=progress
+    )
+    return found[store.name]
 
 
 def windows_of_store(store: ExampleStore) -> TokenWindows:
@@ -176,10 +185,13 @@ def _chosen(places: list[Watched], units: Mapping[str, Sequence[int]]) -> dict[s
     return found
 
 
-def _read(collation: Collation, chosen: list[Ints]) -> list[list[tuple[Ints, Floats, Ints, Ints]]]:
+def _read(
+    collation: Collation, chosen: list[Ints], progress: bool
+) -> list[list[tuple[Ints, Floats, Ints, Ints]]]:
     """Unit, value, position and batch of all peaks of the chosen units, for each place."""
     found: list[list[tuple[Ints, Floats, Ints, Ints]]] = [[] for _ in chosen]
-    for number in range(collation.windows.batches_per_epoch):
+    numbers = range(collation.windows.batches_per_epoch)
+    for number in progress_bar(numbers, desc="reading", unit=" batches", disable=not progress):
         for index, seen in collation.see(number):
             peaks = seen.peaks()
             peaks = peaks.rows(np.isin(peaks.unit, chosen[index]))
