@@ -196,14 +196,3 @@ def test_a_unit_is_explained_at_a_click(open_page: OpenPage, server: Server) -> 
     expect(page.locator(".feature-label")).not_to_have_text("no label yet")
     labels = page.request.get(f"{server.origin}/api/v1/dictionaries/{LATENTS}/features/45/labels")
     assert "rules" in [label["source"] for label in labels.json()["items"]]
-
-
-def test_each_row_is_one_line(open_page: OpenPage) -> None:
-    """Rows have a fixed height: a text that broke would cover the row below."""
-    page = open_page(TABLE)
-    expect(page.locator(".vbody .peek .t").first).to_be_visible()
-    heights = page.eval_on_selector_all(
-        ".vbody .one-line", "(all) => all.map((one) => one.getBoundingClientRect().height)"
-    )
-    assert len(heights) > 5
-    assert max(heights) <= 32
