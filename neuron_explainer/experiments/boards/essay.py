@@ -45,6 +45,7 @@ CHAPTERS: tuple[Chapter, ...] = (
             of_model.activations_of_a_board,
             of_model.norms_on_the_board,
             of_model.distances_across_stages,
+            claims.lea_abstractions,
         ),
     ),
     (

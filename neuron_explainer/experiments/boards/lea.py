@@ -12,6 +12,7 @@ Shape legend: ``b`` boards, ``s`` cells, ``k`` words of a sentence, ``w`` words 
 ``d`` width, ``p`` width of the position code, ``v`` tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,7 +37,10 @@ from neuron_explainer.experiments.boards.sites import (
     LEAHooks,
     StreamHooks,
     check_hooks,
+    location,
+    recorder,
 )
+from neuron_explainer.models.locations import ActivationLocation, LocationLike
 from neuron_explainer.models.transformer import Norm, merge_heads, split_heads
 from neuron_explainer.settings import check_types
 
@@ -210,6 +214,18 @@ class LEA(nn.Module):
     def predict_from_board(self, tokens: Tensor, hooks: LEAHooks | None = None) -> Tensor:
         """Logits ``[b, s, v]`` of the board, from the masked board ``[b, s]``."""
         return self._read(tokens, self._checked(hooks))[1]
+
+    @torch.no_grad()
+    def capture(
+        self, tokens: Tensor, locations: Sequence[LocationLike]
+    ) -> dict[ActivationLocation, Tensor]:
+        """Activations of the picture stream, by location, while it reads boards ``[b, s]``."""
+        wanted = [p for name in locations for p in location(name).expand(self.sizes.n_layers)]
+        hooks, found = LEAHooks(), dict[ActivationLocation, Tensor]()
+        for place in dict.fromkeys(wanted):
+            hooks.from_board.append_at(place, recorder(found, place), "fwd2")
+        self.predict_from_board(tokens, hooks)
+        return {place: found[place] for place in wanted}
 
     def sentence(self, tokens: Tensor, hooks: LEAHooks | None = None) -> Tensor:
         """The words ``[b, k]`` that the model says about boards ``[b, s]``."""

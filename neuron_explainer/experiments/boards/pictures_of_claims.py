@@ -179,6 +179,42 @@ def _scatter(axis: Any, points: Any, labels: Any) -> None:
     axis.set(xticks=[], yticks=[])
 
 
+def lea_abstractions(study: Study) -> Picture:
+    """Probes, distances and a plane of LEA's picture stream."""
+    results = probe_everywhere(study.lea_stream(0.25), _PROBED, seeds=(0, 1), cells=1500)
+    recording = study.lea_stream(0.5)
+    found = spreads(recording, "root", seen_objects(recording), same_board=True)
+    ratios, ticks = [s.ratio for s in found], [short(s.place) for s in found]
+    lowest = int(np.nanargmin(ratios))
+    figure, axes = new_figure(9.0, 3.0, 1, 3)
+    for target in _PROBED:
+        own = [r for r in results if r.target == target]
+        axes[0, 0].plot([r.accuracy for r in own], "o-", ms=3, color=_COLOURS[target], label=target)
+        axes[0, 0].axhline(np.mean([r.chance for r in own]), color=_COLOURS[target], lw=0.7, ls=":")
+    axes[0, 0].legend(fontsize=7)
+    axes[0, 1].plot(ratios, "o-", ms=3)
+    axes[0, 1].axhline(1, color="#888888", lw=0.7, ls=":")
+    for axis in axes[0, :2]:
+        axis.set_xticks(range(len(ticks)), ticks, rotation=90, fontsize=6)
+    shown = recording.on_objects
+    flat = plane(recording.at(found[lowest].place)[shown])
+    _scatter(axes[0, 2], flat.points, recording.roots[shown])
+    label(axes[0, 0], "", "accuracy on held-out boards", "probes of hidden cells")
+    label(axes[0, 1], "", "within / between", "distance within a root ÷ between roots")
+    label(axes[0, 2], title=f"principal plane, {ticks[lowest]}, by root")
+    return _picture(
+        "lea_abstractions",
+        "The other architecture has them too",
+        "The picture stream of LEA while it reads the masked board, measured as the factored "
+        "transformer was: probes of hidden cells (dotted: chance), distances between visible cells, and "
+        "cells of objects on the principal plane of the stage where the ratio is lowest.",
+        f"Probes at their best: {_best(results)}. Ratio: {ratios[0]:.2f} at the embedding, "
+        f"{ratios[lowest]:.2f} at its lowest ({ticks[lowest]}), {ratios[-1]:.2f} after the last norm. "
+        f"The principal plane there holds {100 * flat.shares.sum():.0f}% of the variance.",
+        figure,
+    )
+
+
 # ---- claim 3: manipulating abstractions changes the prediction -------------------------------------
 
 

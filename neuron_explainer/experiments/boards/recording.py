@@ -15,6 +15,7 @@ from neuron_explainer.errors import InputError, did_you_mean
 from neuron_explainer.experiments.boards.dataset import BoardDataset, Part
 from neuron_explainer.experiments.boards.drawing import ARRAYS, Boards, Flags, hide
 from neuron_explainer.experiments.boards.gpt import BoardGPT
+from neuron_explainer.experiments.boards.lea import LEA
 from neuron_explainer.experiments.boards.objects import EMPTY, KINDS, Ints, Kind
 from neuron_explainer.experiments.boards.sites import location
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
@@ -123,9 +124,12 @@ class Recording:
 
 @torch.no_grad()
 def activations(
-    model: BoardGPT, masked: Ints, places: Sequence[LocationLike], batch: int = 128
+    model: BoardGPT | LEA, masked: Ints, places: Sequence[LocationLike], batch: int = 128
 ) -> dict[ActivationLocation, Floats]:
-    """Activations ``[n, s, d]`` by location, for boards ``[n, s]`` (heads side by side in ``d``)."""
+    """Activations ``[n, s, d]`` by location, for boards ``[n, s]`` (heads side by side in ``d``).
+
+    Those of LEA are of its picture stream while it reads the board.
+    """
     parts: list[dict[ActivationLocation, Floats]] = []
     for start in range(0, len(masked), batch):
         tokens = torch.from_numpy(masked[start : start + batch]).to(model.device)
@@ -135,7 +139,7 @@ def activations(
 
 
 def record(
-    model: BoardGPT,
+    model: BoardGPT | LEA,
     dataset: BoardDataset,
     places: Sequence[LocationLike] = (),
     *,
@@ -156,7 +160,10 @@ def record(
 
 
 def of_boards(
-    model: BoardGPT, boards: Sequence[Boards], masked: Ints, places: Sequence[LocationLike] = ()
+    model: BoardGPT | LEA,
+    boards: Sequence[Boards],
+    masked: Ints,
+    places: Sequence[LocationLike] = (),
 ) -> Recording:
     """The recording of given boards, masked as given ``[n, s]``."""
     arrays = {

@@ -118,6 +118,12 @@ class Study:
         places = stream_points(self.n_layers)
         return record(self.model, self.dataset, places, n=self.boards, mask=0.5, seed=self.seed)
 
+    def lea_stream(self, mask: float) -> Recording:
+        """Boards of all kinds with LEA's picture stream along depth, while it reads them masked."""
+        places = stream_points(self.lea.sizes.n_layers)
+        boards = self.lea_dataset
+        return record(self.lea, boards, places, n=self.boards, mask=mask, seed=self.seed)
+
     @functools.cached_property
     def spoken(self) -> tuple[Boards, Ints]:
         """Single boards and LEA's sentences about them."""

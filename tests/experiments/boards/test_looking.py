@@ -267,6 +267,18 @@ def test_entropy_and_information_by_hand() -> None:
     assert speech.entropy(labels) == pytest.approx(2)
 
 
+def test_leas_picture_stream_is_recorded_while_it_reads(dataset: BoardDataset) -> None:
+    model = LEA(LEASizes(n_cells=25, n_layers=2, width=8, position_width=4, sentence=4))
+    recording = record(model, dataset, [*stream_points(2), "logits"], n=5)
+    tokens = torch.from_numpy(recording.masked)
+    with torch.no_grad():
+        expected = model.tok_embed(tokens).numpy()
+        logits = model.predict_from_board(tokens).numpy()
+    np.testing.assert_array_equal(recording.at("resid.post_emb"), expected)
+    np.testing.assert_allclose(recording.at("logits"), logits, atol=1e-6)
+    assert recording.at("1/resid.torso.post_mlp").shape == (*tokens.shape, 8)
+
+
 def test_words_of_a_model_that_says_nothing(dataset: BoardDataset) -> None:
     talker = LEA(LEASizes(n_cells=25, n_layers=1, width=8, position_width=4, sentence=4))
     with torch.no_grad():  # only the first word is near
