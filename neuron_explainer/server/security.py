@@ -230,8 +230,8 @@ class Guard:
                 raise
             # The server ends, and has waited for this request as long as it would.
             text = "The server was shut down before this answer was ready."
-            problem = Problem(503, "shutting_down", text, retry_after=5)
-            await problem_reply(problem, request_id)(scope, receive, answer.send)
+            late = Problem(503, "shutting_down", text, retry_after=5)
+            await problem_reply(late, request_id)(scope, receive, answer.send)
         finally:
             answer.note()
 
