@@ -19,7 +19,7 @@ from torch import Tensor
 
 from neuron_explainer.analysis.targets import Reading, Target
 from neuron_explainer.errors import InputError, did_you_mean
-from neuron_explainer.kernels.products import linear
+from neuron_explainer.kernels.products import linear, product
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
 from neuron_explainer.models.autoencoders.latents import Latents
@@ -449,7 +449,7 @@ def _products(directions: Tensor, vectors: Tensor, row: Tensor, unit: Tensor) ->
     vectors = vectors.to(directions.dtype)
     if 2 * len(row) > len(directions):  # then one product of all is cheaper
         rows, index = _distinct(row, len(vectors))
-        found[read] = (vectors[rows] @ directions.T)[index, unit].double()
+        found[read] = product(vectors[rows], directions, None)[index, unit].double()
     else:
         found[read] = torch.linalg.vecdot(directions[unit], vectors[row]).double()
     return found

@@ -119,6 +119,8 @@ class AutoencoderHooks(HookCollection):
     def _run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Tensor:
         if self._joins_heads(x):
             return self._run(x.flatten(2), args, kwargs, where).view_as(x)
+        if (columns := self._columns(x, kwargs)) is not None:
+            return self._run_at(columns, x, args, kwargs, where)
 
         def at(site: FwdBwdHooks, value: Tensor, name: str) -> Tensor:
             return site._run(value, args, kwargs, f"{where} > {name}")
@@ -143,6 +145,29 @@ class AutoencoderHooks(HookCollection):
         width = None if self._autoencoder is None else self._autoencoder.n_inputs
         return x.dim() == 4 and x.shape[-1] != width and x.shape[2] * x.shape[3] == width
 
+    def _columns(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """``[c]``: the columns of ``x`` ``[b, s, n]`` where a row is edited; None if all are needed."""
+        positions, hooks = kwargs.get("positions"), self._described(kwargs)
+        others = (self.reconstruction, self.error)
+        exact = self.add_error and all(site.is_empty() for site in others)
+        if not exact or not hooks or positions is None or x.dim() != 3:
+            return None
+        masks = [hook.changes_at(positions) for hook in hooks]
+        known = [mask for mask in masks if mask is not None]
+        if len(known) < len(masks):
+            return None
+        columns = torch.stack(known).flatten(0, 1).any(dim=0).nonzero()[:, 0]
+        return columns if len(columns) < x.shape[1] else None
+
+    def _run_at(
+        self, columns: Tensor, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], where: str
+    ) -> Tensor:
+        """The result where only some columns are encoded: elsewhere the error restores the input."""
+        if not len(columns):
+            return x
+        part = kwargs | {"positions": kwargs["positions"][:, columns]}
+        return x.index_copy(1, columns, self._run(x[:, columns], args, part, where))
+
     def _fast(
         self, x: Tensor, at: Callable[[FwdBwdHooks, Tensor, str], Tensor], kwargs: dict[str, Any]
     ) -> Tensor | None:
@@ -159,16 +184,28 @@ class AutoencoderHooks(HookCollection):
         return self._autoencoder.spliced(x, edits, self.add_error)
 
     def _edits(self, kwargs: dict[str, Any]) -> list[LatentEdit] | None:
-        """The hooks on latents that run in this layer; None if one needs all latents."""
-        site = self.latents
-        if not (site.bwd.is_empty() and site.fwd2.is_empty()) or site.fwd.bound_kwargs:
+        """The edits of single latents that run in this layer; None if a hook needs all latents."""
+        hooks = self._described(kwargs)
+        if hooks is None:
             return None
         found = []
-        for hook in chain.from_iterable(_running(h, kwargs.get("layer")) for h in site.fwd._hooks):
-            if not isinstance(hook, DescribedHook) or hook.only_latents is None:
+        for hook in hooks:
+            if hook.only_latents is None:
                 return None
             change = partial(hook.edit, positions=kwargs.get("positions"))
             found.append(LatentEdit(hook.only_latents, change))
+        return found
+
+    def _described(self, kwargs: dict[str, Any]) -> list[DescribedHook] | None:
+        """The hooks on latents that run in this layer; None if one does not say what it changes."""
+        site = self.latents
+        if not (site.bwd.is_empty() and site.fwd2.is_empty()) or site.fwd.bound_kwargs:
+            return None
+        found: list[DescribedHook] = []
+        for hook in chain.from_iterable(_running(h, kwargs.get("layer")) for h in site.fwd._hooks):
+            if not isinstance(hook, DescribedHook):
+                return None
+            found.append(hook)
         return found
 
     def __repr__(self) -> str:

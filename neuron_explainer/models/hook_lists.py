@@ -107,6 +107,13 @@ class DescribedHook(ABC):
         """``[u]``: the latents that it reads and changes, for :meth:`edit`; None if it needs all."""
         return None
 
+    def changes_at(self, positions: Tensor) -> Tensor | None:
+        """Bool ``[b, s]``: where it changes anything at all, and for which positions alone it can be called.
+
+        None if it must be called for all of a row's positions.
+        """
+        return None
+
     def edit(self, chosen: Tensor, positions: Tensor | None = None) -> Tensor:
         """New values ``[…, u]`` of ``only_latents``, for hooks that name such latents."""
         raise HookError(f"{self!r} names no latents that it changes apart from the others.")

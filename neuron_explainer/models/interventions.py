@@ -302,6 +302,8 @@ class Edit(DescribedHook):
     """Whether the new values do not depend on the old ones."""
     needs: tuple[int | None, ...] = ()
     """The shape after ``[b, s]`` that the chosen units must have for the new values; None: any length."""
+    whole: bool = False
+    """Whether the new values are a tensor with one entry for each position of a call."""
 
     def __call__(
         self, x: Tensor, layer: int | None = None, positions: Tensor | None = None
@@ -322,6 +324,9 @@ class Edit(DescribedHook):
             mask = self.positions.mask(positions)
             new = torch.where(mask.view(*mask.shape, *[1] * (chosen.dim() - 2)), new, chosen)
         return new.expand_as(chosen)
+
+    def changes_at(self, positions: Tensor) -> Tensor | None:
+        return None if self.whole or self.positions.all else self.positions.mask(positions)
 
     @property
     def latents(self) -> bool:
@@ -383,10 +388,11 @@ def _hooks(
     autoencoders: Autoencoders | None = None,
     sets: bool = False,
     needs: tuple[int | None, ...] = (),
+    whole: bool = False,
 ) -> TransformerHooks:
     place = ActivationLocation.parse(location)
     chosen = Units.of(place, units, autoencoders is not None)
-    edit = Edit(what, place, chosen, Positions.of(positions), change, sets, needs)
+    edit = Edit(what, place, chosen, Positions.of(positions), change, sets, needs, whole)
     if autoencoders is None:
         return TransformerHooks().append_at(place, edit)
     context = autoencoders
@@ -447,7 +453,8 @@ def set_to(
     needs = tuple(None if length == 1 else length for length in padded[2:])
     what = f"set to {float(constant):g}" if constant.numel() == 1 else "set to a given tensor"
     change = partial(_constant, value=constant)
-    return _hooks(what, place, units, positions, change, autoencoders, sets=True, needs=needs)
+    whole = padded[1] > 1
+    return _hooks(what, place, units, positions, change, autoencoders, True, needs, whole)
 
 
 def _constant(x: Tensor, _: Tensor | None, value: Tensor) -> Tensor:

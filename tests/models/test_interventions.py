@@ -330,6 +330,55 @@ def _topk(seed: int) -> Autoencoder:
     return autoencoder
 
 
+@pytest.mark.parametrize("graph", [False, True], ids=["values", "gradients"])
+@pytest.mark.parametrize("positions", [3, [1, 4], "last", "mask", "tensor"])
+def test_only_edited_positions_are_encoded(
+    autoencoders: AutoencoderContext, monkeypatch: pytest.MonkeyPatch, positions: Any, graph: bool
+) -> None:
+    place = "1/resid.torso.delta_mlp"
+    mask = torch.zeros(3, 8, dtype=torch.bool)
+    mask[0, 2] = mask[1, 5] = True
+    chosen = {"last": [7], "mask": [2, 5], "tensor": [3]}.get(str(positions), positions)
+    if positions != "mask":
+        mask[0, 2] = mask[1, 5] = False
+        mask[:, chosen] = True
+    value: Any = torch.arange(8.0)[:, None] if positions == "tensor" else 2.5
+    given: dict[str, Any] = {"mask": mask, "tensor": 3}
+    at = given.get(str(positions), positions)
+    encoded: list[int] = []
+    normalize = Autoencoder.normalize
+
+    def noted(self: Autoencoder, x: Tensor) -> Any:
+        encoded.append(x.shape[1])
+        return normalize(self, x)
+
+    monkeypatch.setattr(Autoencoder, "normalize", noted)
+
+    def formula(latents: Tensor) -> Tensor:
+        new = torch.as_tensor(value, dtype=latents.dtype).expand(*latents.shape[:2], 1)
+        edited = torch.cat([latents[..., :7], new, latents[..., 8:]], dim=-1)
+        return torch.where(mask[..., None], edited, latents)
+
+    def run(edit: TransformerHooks) -> list[Tensor]:
+        leaves: list[Tensor] = []
+
+        def leaf(x: Tensor) -> Tensor:
+            leaves.append(x.detach().requires_grad_(graph))
+            return leaves[-1]
+
+        found = logits(TransformerHooks().append_at("0/resid.torso.post_mlp", leaf) + edit)
+        if not graph:
+            return [found]
+        return [found, *torch.autograd.grad(found.pow(2).sum(), leaves)]
+
+    with torch.set_grad_enabled(graph):
+        found = run(set_to(place, value, 7, at, autoencoders=autoencoders))
+        width = 8 if positions == "tensor" else len([chosen] if chosen == 3 else chosen)
+        assert set(encoded) == {width}
+        expected = run(autoencoders.hooks(formula, layers=[1]))
+    torch.testing.assert_close(found, expected)
+
+
 def test_an_edit_of_a_latent_moves_the_activation_by_its_decoder_row(
     autoencoders: AutoencoderContext,
 ) -> None:

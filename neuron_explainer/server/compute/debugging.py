@@ -394,7 +394,6 @@ def debug(session: Session, request: dict[str, Any]) -> dict[str, Any]:
         "totals": totals,
         "coverage": direct["shown"] / direct["all"] if direct and direct["all"] else None,
         "aligned": [] if asked.index_map is None else _pairs(asked),
-        "truncated": False,
         "cache_key": _key(request),
         "python": _script(asked, request, metrics),
     }

@@ -196,6 +196,7 @@ def test_a_page_with_figures(study: Study, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_figure_of_the_page(tmp_path: Path) -> None:
     main(["figures", "--out", str(tmp_path)])
     drawn = [draw.__name__ for _, _, draws in CHAPTERS for draw in draws]

@@ -330,6 +330,7 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore")
 def test_a_short_training_learns(tmp_path: Path) -> None:
     config = BoardTrainingConfig(epochs=60, pace=10, evaluate_every=0)
