@@ -45,7 +45,7 @@ setup(
         "tqdm",
         "filelock",
         "requests",
-        "urllib3",
+        "urllib3>=2.2",
     ],
     extras_require={
         # Models and files of the Hugging Face hub, and any causal LM behind a context.

@@ -198,6 +198,9 @@ def test_failed_requests_are_asked_again_and_the_rest_is_not(
         assert len(server.seen) - before == n_failed
 
 
+SOME = ["--endpoint", "http://127.0.0.1:9", "--judge", "x"]  # where nobody listens
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -205,6 +208,9 @@ def test_failed_requests_are_asked_again_and_the_rest_is_not(
         (["--scorers", "intruder"], "intruder: a language model is asked; give --endpoint"),
         (["--judge", "x"], "--judge is for an endpoint: give --endpoint"),
         (["--endpoint", "http://127.0.0.1:1"], "give --judge"),
+        ([*SOME, "--texts-per-prompt", "0"], "texts_per_prompt must be 1 to 50"),
+        ([*SOME, "--competitors", "-1"], "--competitors must be at least 0"),
+        ([*SOME, "--max-price", "2"], "needs the prices of a million tokens"),
         (["--endpoint", "http://example.org", "--judge", "x"], "accepted from this machine only"),
         (["--endpoint", "http://127.0.0.1:9/v1", "--judge", "x"], "there is no answer at"),
         (

@@ -73,13 +73,6 @@ def test_no_model_says_what_that_means(capsys: pytest.CaptureFixture[str]) -> No
     assert "random autoencoder " not in text
 
 
-def test_logits_need_no_examples_of_tokens(capsys: pytest.CaptureFixture[str]) -> None:
-    text = run(
-        capsys, "explain", STORE, "--latents", "7", "--method", "logits", "--no-score", *QUICK
-    )
-    assert "raises “" in text
-
-
 def test_a_dry_run_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     found = as_json(capsys, "explain", STORE, "--dry-run", "--sample", "4", "--seed", "99")
     assert (found["n_units"], found["n_explained"], found["requests"]) == (4, 0, 0)
@@ -109,27 +102,3 @@ def test_what_cannot_be_done_is_said(
 def test_too_few_texts_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     text = run(capsys, "explain", STORE, "--latents", "1210", "--no-model", "--seed", "9")
     assert "has 5 different active texts; at least 6 are needed" in text
-
-
-def test_what_a_latent_does_is_scored_by_steering(capsys: pytest.CaptureFixture[str]) -> None:
-    found = as_json(capsys, "explain", STORE, "--latents", "3", "7", "--method", "logits", *QUICK)
-    by_name = {each["name"]: each for each in found["summary"]}
-    assert list(by_name) == ["intervention", "embedding"]
-    assert by_name["intervention"]["floors"]["chance"] == 0.5
-    table = run(
-        capsys,
-        "score",
-        STORE,
-        "--latents",
-        "3",
-        "--method",
-        "logits",
-        "--scorers",
-        "surprisal",
-        *QUICK,
-    )
-    assert "surprisal" in table
-    refused = run(
-        capsys, "score", STORE, "--latents", "3", "--scorers", "surprisal", "--no-model", code=2
-    )
-    assert "surprisal: the model is needed, and was not asked (--no-model)" in refused

@@ -250,6 +250,9 @@ def asked_of(args: argparse.Namespace, store: "ExampleStore") -> Asked | None:
         return None
     if options.judge is None:
         raise InputError("give --judge, the name of the endpoint's model.")
+    Asking(options.texts_per_prompt)  # before anything is paid for
+    if options.competitors < 0:
+        raise InputError(f"--competitors must be at least 0, found {options.competitors}.")
     path = options.transcript or Path(store.workspace.path).with_name(TRANSCRIPT_FILE)
     transcript = Transcript(path)
     limits = Limits(

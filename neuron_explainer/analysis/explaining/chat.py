@@ -4,6 +4,7 @@ Servers differ in what they leave out, and answers are untrusted: whatever in on
 expected counts as not there.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from neuron_explainer.analysis.explaining.spending import StoppedError
 from neuron_explainer.errors import shown
 
 Floats = npt.NDArray[np.float32]
+_MOST_USAGE = 10**9  # tokens of one request; a larger count is nonsense
+_MOST_LOGPROB = 1e9
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,15 @@ def _tokens(value: Any) -> tuple[ReplyToken, ...]:
     found = []
     for each in value if isinstance(value, list) else []:
         token = _object(each)
-        choices = [token, *(token.get("top_logprobs") or [])]
+        top = token.get("top_logprobs")
+        choices = [token, *(top if isinstance(top, list) else [])]
         alternatives: dict[str, float] = {}
         for choice in map(_object, choices):
-            text, logprob = _text(choice.get("token")), choice.get("logprob")
-            if isinstance(logprob, int | float):
-                alternatives.setdefault(text, float(logprob))
+            logprob = choice.get("logprob")
+            # Comparing keeps out NaN, and whole numbers that no float can hold.
+            if isinstance(logprob, int | float) and -math.inf <= logprob <= _MOST_LOGPROB:
+                value = float(max(logprob, -_MOST_LOGPROB))
+                alternatives.setdefault(_text(choice.get("token")), value)
         found.append(ReplyToken(_text(token.get("token")), alternatives))
     return tuple(found)
 
@@ -113,9 +119,11 @@ def _usage(value: Any) -> tuple[int, int] | None:
     found = _object(value)
     counts = found.get("prompt_tokens"), found.get("completion_tokens")
     prompt, completion = counts
-    if isinstance(prompt, int) and isinstance(completion, int) and prompt >= 0 <= completion:
-        return prompt, completion
-    return None
+    if type(prompt) is not int or type(completion) is not int:
+        return None
+    if not (0 <= prompt <= _MOST_USAGE and 0 <= completion <= _MOST_USAGE):
+        return None
+    return prompt, completion
 
 
 def embeddings_of(answer: Mapping[str, Any], n: int) -> list[Floats]:

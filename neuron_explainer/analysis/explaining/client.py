@@ -65,6 +65,7 @@ from neuron_explainer.errors import CheckpointError, InputError, SourceError
 Floats = npt.NDArray[np.float32]
 logger = logging.getLogger("neuron_explainer.explaining")
 
+_LONGEST_TIMEOUT = 86_400
 _JSON_AGAIN = (
     "That was not the JSON object that was asked for. Reply again with that JSON object only, without any "
     "other text."
@@ -104,11 +105,13 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not self.model:
             raise InputError("expected the name of the endpoint's model, found an empty text.")
-        if self.concurrency < 1 or self.retries < 0 or not self.timeout > 0:
+        if self.concurrency < 1 or self.retries < 0 or not 0 < self.timeout <= _LONGEST_TIMEOUT:
             raise InputError(
-                "expected a concurrency of at least 1, at least 0 retries and a timeout above 0, found "
-                f"{self.concurrency}, {self.retries} and {self.timeout}."
+                "expected a concurrency of at least 1, at least 0 retries and a timeout above 0 and at most "
+                f"{_LONGEST_TIMEOUT:,} seconds, found {self.concurrency}, {self.retries} and {self.timeout}."
             )
+        if not 0 <= self.temperature <= 100:  # NaN is not JSON
+            raise InputError(f"temperature must be 0 to 100, found {self.temperature}.")
         if self.thinking_tokens < 0:
             raise InputError(f"thinking_tokens must be at least 0, found {self.thinking_tokens}.")
         base_url(self.url)

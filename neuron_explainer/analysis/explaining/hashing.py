@@ -51,7 +51,7 @@ def _features(word: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]
     # A word's pieces count as much as the word itself, however long it is.
     weights = np.array([1.0] + [1 / len(pieces)] * len(pieces))
     hashes = np.array(
-        [zlib.crc32(each.encode(errors="surrogateescape")) for each in (f"={word}", *pieces)],
+        [zlib.crc32(each.encode(errors="surrogatepass")) for each in (f"={word}", *pieces)],
         np.int64,
     )
     return hashes & 0x7FFFFFFF, np.where(hashes >> 31, weights, -weights)

@@ -25,6 +25,7 @@ LARGEST_ANSWER = 32_000_000
 """Bytes of a response that are read; a longer one is refused."""
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
 _NOT_UNDERSTOOD = frozenset({400, 404, 415, 422, 501})
+_STATUS = range(400, 600)  # of errors
 _MOST_REDIRECTS = 3
 _TIMEOUT_RETRIES = 2  # a server that is too slow is so the next time too
 _CONNECT_SECONDS = 10.0
@@ -92,12 +93,11 @@ class HttpClient:
     """
 
     def __init__(self, url: str, key_variable: str, timeout: float, connections: int) -> None:
-        import requests
         from requests.adapters import HTTPAdapter
 
         self.base, self._timeout = base_url(url), timeout
         self._key_variable, self._key = key_variable, _key_in(key_variable)
-        self._session = requests.Session()
+        self._session = _session()
         for scheme in ("https://", "http://"):
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=connections, max_retries=0))
         # An environment with a proxy would send even requests to this machine through it.
@@ -113,7 +113,8 @@ class HttpClient:
             rows = self._exchange("GET", "models", None).get("data")
         except (FailedError, RetryError, UnreachableError, NotUnderstoodError, SourceError):
             return ""
-        names = [row.get("id") for row in rows or [] if isinstance(row, dict)]
+        some = rows if isinstance(rows, list) else []
+        names = [row.get("id") for row in some if isinstance(row, dict)]
         known = [one_line(name) for name in names if isinstance(name, str)]
         if not known:
             return ""
@@ -122,6 +123,7 @@ class HttpClient:
 
     def _exchange(self, method: str, path: str, body: bytes | None) -> dict[str, Any]:
         import requests
+        import urllib3
 
         url, key = f"{self.base}/{path}", self._key
         deadline = time.monotonic() + self._timeout
@@ -140,13 +142,16 @@ class HttpClient:
                     if not 300 <= response.status_code < 400:
                         return self._understood(response, _read(response, url, deadline), url)
                     url, key = self._redirected(response, url), ""
-        except requests.RequestException as error:
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             raise _explained(error, url) from None
         raise StoppedError(f"{self.base}/{path} redirects more than {_MOST_REDIRECTS} times.")
 
     def _redirected(self, response: Any, here: str) -> str:
         """Where a redirect leads, within the endpoint's own address."""
-        there: str = urljoin(here, response.headers.get("Location", ""))
+        try:
+            there: str = urljoin(here, response.headers.get("Location", ""))
+        except ValueError as error:
+            raise StoppedError(f"{here} redirects to what is not a URL: {error}.") from None
         found, mine = split_url(there), split_url(self.base)
         place = urlunsplit((found.scheme, found.netloc.rpartition("@")[2], found.path, "", ""))
         same = (found.scheme, found.netloc.lower()) == (mine.scheme, mine.netloc.lower())
@@ -163,7 +168,7 @@ class HttpClient:
         except (ValueError, RecursionError):
             answer = None
         status, error = response.status_code, _error_in(answer)
-        if status == 200 and error is not None and isinstance(error[1], int):
+        if status == 200 and error is not None and type(error[1]) is int and error[1] in _STATUS:
             status = error[1]  # some servers that pass requests on say 200 to everything
         said = error[0] if error is not None else content[:300].decode("utf-8", "replace")
         said = one_line(self.scrubbed(said))[:300]
@@ -200,6 +205,18 @@ class HttpClient:
         return value
 
 
+def _session() -> Any:
+    """A session of requests that looks at no redirect. Even where it is told not to follow one, requests
+    reads its whole body, however long, and takes its address apart."""
+    import requests
+
+    class Session(requests.Session):
+        def get_redirect_target(self, resp: Any) -> None:
+            return None
+
+    return Session()
+
+
 class _Bearer:
     """Sends the key, if there is one; given in any case, so that requests looks into no ``.netrc``."""
 
@@ -224,7 +241,8 @@ def _key_in(variable: str) -> str:
 
 def _read(response: Any, url: str, deadline: float) -> bytes:
     found = bytearray()
-    for chunk in response.iter_content(1 << 16):
+    # Not iter_content, which waits for a whole chunk, however slowly its bytes come.
+    while chunk := response.raw.read1(1 << 16, decode_content=True):
         found += chunk
         if len(found) > LARGEST_ANSWER:
             raise FailedError(f"{url} answered with more than {LARGEST_ANSWER:,} bytes")
@@ -256,7 +274,7 @@ def retry_after(headers: Mapping[str, str]) -> float:
             seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
         except (ValueError, OverflowError):
             return 0.0
-    return max(0.0, seconds) if math.isfinite(seconds) else 0.0
+    return min(max(0.0, seconds), 1e9) if math.isfinite(seconds) else 0.0
 
 
 def _explained(error: Exception, url: str) -> Exception:
@@ -274,11 +292,10 @@ def _explained(error: Exception, url: str) -> Exception:
         )
     if isinstance(error, requests.exceptions.SSLError):
         return StoppedError(f"{url} cannot be trusted: {cause}")
-    if isinstance(error, requests.Timeout) or isinstance(
-        cause, urllib3.exceptions.ReadTimeoutError
-    ):
+    late = urllib3.exceptions.ReadTimeoutError
+    if isinstance(error, requests.Timeout | late) or isinstance(cause, late):
         return RetryError(f"{url} did not answer in time", most=_TIMEOUT_RETRIES)
-    broken = requests.exceptions.ChunkedEncodingError
-    if isinstance(error, requests.ConnectionError | broken):
+    # The latter while the body is read, which goes past requests.
+    if isinstance(error, requests.ConnectionError | urllib3.exceptions.HTTPError):
         return RetryError(f"the connection to {url} broke: {cause}")
     return StoppedError(f"cannot ask {url}: {cause}")

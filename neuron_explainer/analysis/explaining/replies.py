@@ -221,7 +221,8 @@ def texts(value: Any, key: str, n: int, longest: int) -> list[str] | Failure:
     for each in given:
         if not isinstance(each, str) or not each.strip() or len(each) > longest:
             return _unparsable(f"texts of 1 to {longest} characters", each)
-    return given
+    # JSON can write half a character, which no tokenizer reads.
+    return [each.encode(errors="replace").decode() for each in given]
 
 
 def _unparsable(expected: str, found: Any) -> Failure:

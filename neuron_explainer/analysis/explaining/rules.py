@@ -381,6 +381,12 @@ class _Parser:
             found = None
         if not isinstance(found, str):
             raise InputError(f"a rule: expected a string in quotes, found {shown(word)}.")
+        try:
+            found.encode(errors="surrogateescape")
+        except UnicodeEncodeError:
+            raise InputError(
+                f"a rule: {shown(word)} has a lone surrogate that stands for no byte; no token is written so."
+            ) from None
         return found
 
     def _integer(self) -> int:

@@ -74,6 +74,11 @@ class Meter:
     def __init__(
         self, limits: Limits, price: Price, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        if limits.price is not None and not price.prompt + price.completion > 0:
+            raise InputError(
+                f"a budget of {limits.price:,} for the price needs the prices of a million tokens "
+                "(--prompt-price, --completion-price); without them it would limit nothing."
+            )
         self.limits, self.price, self._clock = limits, price, clock
         self._lock = threading.Lock()
         self._spent = self._reserved = Cost()
@@ -136,7 +141,7 @@ class Meter:
             if max(shares) > 0:
                 self._next = begin + 60 * max(shares)
         if begin > now:
-            stop.wait(begin - now)
+            stop.wait(min(begin - now, threading.TIMEOUT_MAX))
 
     def pause(self, seconds: float) -> None:
         """No request begins for so long: the server asked for it."""

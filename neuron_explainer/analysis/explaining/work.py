@@ -279,9 +279,12 @@ def _without_seen(examples: ExampleSet, explanation: Explanation) -> ExampleSet:
     seen = np.array(explanation.examples, np.int64)
     if explanation.examples == examples.ids("train") or not len(seen):
         return examples
+    # Of what was seen only the beginnings are known: it may be as long as any text of this store.
+    longest = max((len(e.example.tokens) for e in (*examples.train, *examples.test)), default=0)
+    near = max(_NEAR, longest)
 
     def is_new(start: int, length: int) -> bool:
-        return not ((seen > start - _NEAR) & (seen < start + max(length, _NEAR))).any()
+        return not ((seen > start - near) & (seen < start + max(length, _NEAR))).any()
 
     test = tuple(e for e in examples.test if is_new(e.id, len(e.example.tokens)))
     return replace(examples, test=test)

@@ -21,6 +21,8 @@ class Answer:
     delay: float = 0.0
     cut_after: int | None = None
     """Close the connection after so many bytes of the body."""
+    pause: float = 0.0
+    """Seconds between the bytes of the body."""
 
 
 @dataclass
@@ -122,7 +124,14 @@ class _Handler(BaseHTTPRequestHandler):
         head += [f"{name}: {value}" for name, value in answer.headers.items()]
         if answer.cut_after is not None:
             content, self.close_connection = content[: answer.cut_after], True
-        self.wfile.write(("\r\n".join(head) + "\r\n\r\n").encode() + content)
+        first = ("\r\n".join(head) + "\r\n\r\n").encode()
+        if not answer.pause:
+            self.wfile.write(first + content)
+            return
+        self.wfile.write(first)
+        for number in range(len(content)):
+            time.sleep(answer.pause)
+            self.wfile.write(content[number : number + 1])
 
 
 @contextmanager

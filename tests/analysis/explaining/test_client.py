@@ -743,6 +743,9 @@ def test_rates_are_kept_by_spacing() -> None:
         lambda: Endpoint("https://a.example", ""),
         lambda: Endpoint("https://a.example", "m", concurrency=0),
         lambda: Endpoint("https://a.example", "m", timeout=0),
+        lambda: Endpoint("https://a.example", "m", timeout=float("inf")),
+        lambda: Endpoint("https://a.example", "m", temperature=float("nan")),
+        lambda: Endpoint("https://a.example", "m", temperature=-1.0),
         lambda: Endpoint("https://a.example", "m", thinking_tokens=-1),
     ],
 )
@@ -835,3 +838,82 @@ def test_a_judge_can_be_a_function() -> None:
     assert second == Reply("free")
     (bad,) = ScriptedJudge(lambda asked: "free").ask([prompt()])
     assert bad.failure == Failure("unparsable", "no JSON in 'free'")
+
+
+# --- hostile answers ---
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"usage": {"prompt_tokens": 10**400, "completion_tokens": 1}},
+        {"usage": {"prompt_tokens": True, "completion_tokens": 10**30}},
+        {"logprobs": [{"token": "x", "logprob": 10**400}]},
+        {"logprobs": [{"token": "x", "logprob": float("nan"), "top_logprobs": 5}]},
+        {"logprobs": [{"token": "x", "logprob": 0, "top_logprobs": {"a": 1}}]},
+    ],
+)
+def test_nonsense_beside_a_reply_counts_as_not_there(more: dict[str, Any]) -> None:
+    usage = {"usage": more.pop("usage")} if "usage" in more else {}
+    reply, _ = one(lambda seen: Answer({**completion(GOOD, **more), **usage}))
+    assert reply.value == {"answer": "yes"}
+    assert reply.cost.prompt_tokens < 1000
+    values = [value for token in reply.tokens for value in token.alternatives.values()]
+    assert values in ([], [0.0])
+
+
+def test_the_models_may_be_anything_too() -> None:
+    def script(seen: Seen) -> Answer:
+        return error(404, "no such model") if "chat" in seen.path else Answer({"data": 5})
+
+    with pytest.raises(StoppedError, match="no such model"):
+        one(script)
+
+
+def test_a_redirect_may_name_what_is_no_url_and_have_an_endless_body() -> None:
+    with pytest.raises(StoppedError, match="redirects to what is not a URL"):
+        one(lambda seen: Answer({}, 307, {"Location": "http://[bad"}))
+    # Cut off: who waits for the rest reports a broken connection.
+    there = Answer(b"x" * 1000, 307, {"Location": "https://other.test/"}, cut_after=10)
+    with pytest.raises(StoppedError, match="Nothing was sent there"):
+        one(lambda seen: there)
+
+
+@pytest.mark.parametrize("code", [True, -1, 10**30])
+def test_an_error_with_a_code_that_is_no_status_is_tried_again(code: int) -> None:
+    wrong = Answer({"error": {"message": "m", "code": code}})
+    reply, _ = one(in_turn(wrong, GOOD))
+    assert reply.value == {"answer": "yes"}
+
+
+def test_a_body_that_does_not_unpack_is_tried_again() -> None:
+    wrong = Answer(b"xxxx", headers={"Content-Encoding": "gzip"})
+    reply, _ = one(in_turn(wrong, GOOD))
+    assert reply.value == {"answer": "yes"}
+
+
+def test_an_answer_that_drips_is_given_up() -> None:
+    begin = time.monotonic()
+    reply, _ = one(lambda seen: Answer(b" " * 500, pause=0.02), timeout=0.1, retries=0)
+    assert time.monotonic() - begin < 5  # of 10
+    assert reply.failure is not None
+    assert "did not end its answer in time" in reply.failure.reason
+
+
+def test_a_budget_for_the_price_needs_prices() -> None:
+    with pytest.raises(InputError, match=r"budget of 5\.0 for the price needs the prices"):
+        Meter(Limits(price=5.0), Price())
+
+
+def test_a_wait_longer_than_a_clock_can_count() -> None:
+    waits: list[float] = []
+
+    class Stop(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout or 0.0)
+            return True
+
+    meter = Meter(Limits(tokens_per_minute=1e-300), Price())
+    meter.wait(10, Stop())
+    meter.wait(10, Stop())
+    assert waits == [threading.TIMEOUT_MAX]

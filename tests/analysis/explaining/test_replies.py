@@ -19,6 +19,7 @@ from neuron_explainer.analysis.explaining.replies import (
     numbers,
     one_line,
     probabilities,
+    texts,
 )
 
 
@@ -147,3 +148,7 @@ def test_random_text_is_never_an_error() -> None:
             continue
         json.dumps(value)
         assert isinstance(booleans(value, 2), list | Failure)
+
+
+def test_half_a_character_in_a_text_is_replaced() -> None:
+    assert texts({"t": {"1": "a\ud800", "2": "b"}}, "t", 2, 10) == ["a?", "b"]

@@ -72,6 +72,7 @@ def test_any_string_survives(text: str) -> None:
         ("token[-9] is number", "k from 1 to 8, found 9"),
         ("token[0] is number", "expected '-'"),
         ("position < x", "expected a whole number"),
+        ('token in {"\\ud800"}', "a lone surrogate that stands for no byte"),
         ("position < 99999999999", "expected a whole number"),
         ("word is number", "expected 'token' or 'position'"),
         ("token is number xor token is newline", "expected 'and' or 'or'"),

@@ -155,6 +155,15 @@ def test_an_explanation_is_not_scored_on_texts_that_made_it(
         assert not {i for i in ids for s in seen[step.unit] if abs(i - s) < 32}
 
 
+def test_what_was_seen_may_be_as_long_as_the_texts_of_a_store_are() -> None:
+    examples = made_set(2, 2, n_tokens=200)
+    first = min(each.id for each in examples.test)
+    # Made from a text of 200 tokens that ends inside the first one.
+    explanation = Explanation("made", 7, "x", "rules", seed=9, examples=(first - 199,))
+    left = work._without_seen(examples, explanation)
+    assert {each.id for each in examples.test} - {each.id for each in left.test} == {first}
+
+
 def test_without_a_model_there_is_no_random_autoencoder(store: ExampleStore) -> None:
     explained(store, None)
     for step in scored(store, None):
@@ -219,10 +228,10 @@ def test_hashed_words_find_lexical_latents_and_no_others() -> None:
 
 
 def test_vectors_have_length_one_whatever_the_text() -> None:
-    texts = ["a cat", "", " ", "\udcff\x00", "x" * 50_000, "“”", "“a” “"]
+    texts = ["a cat", "", " ", "\udcff\x00", "x" * 50_000, "“”", "“a” “", "\ud800"]
     vectors = hashing.embed(texts)
     norms = np.linalg.norm(vectors, axis=1)
-    assert np.isclose(norms, 1).tolist() == [True, False, False, True, True, False, True]
+    assert np.isclose(norms, 1).tolist() == [True, False, False, True, True, False, True, True]
     np.testing.assert_array_equal(vectors[0], hashing.embed(["A CAT"])[0])
     assert hashing.embed([]).shape == (0, 512)
 
