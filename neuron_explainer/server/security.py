@@ -225,6 +225,13 @@ class Guard:
                 await reply(scope, receive, answer.send)
             else:
                 await self.app(scope, self._limited(scope, receive), answer.send)
+        except asyncio.CancelledError:
+            if answer.status:
+                raise
+            # The server ends, and has waited for this request as long as it would.
+            text = "The server was shut down before this answer was ready."
+            late = Problem(503, "shutting_down", text, retry_after=5)
+            await problem_reply(late, request_id)(scope, receive, answer.send)
         finally:
             answer.note()
 

@@ -1,7 +1,9 @@
 """Who may ask for what: every route is walked, so that a new one cannot be forgotten."""
 
+import asyncio
 import logging
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +15,7 @@ from starlette.testclient import TestClient
 from neuron_explainer.errors import InputError
 from neuron_explainer.server import security
 from neuron_explainer.server.limits import MOST_CLIENTS, Limits, RateLimit
-from neuron_explainer.server.security import make_policy
+from neuron_explainer.server.security import Guard, make_policy
 from tests.server.clients import API, TOKEN, app_with, client_of
 
 STORE = "tiny-tales/ae-resid-delta-mlp/2"
@@ -345,3 +347,36 @@ def test_a_random_token_has_256_bits() -> None:
     assert len(first) == 43
     with pytest.raises(InputError, match="frame-ancestors"):
         make_policy(frame_ancestors="'self'; script-src *")
+
+
+def test_what_the_end_of_the_server_cuts_off_is_answered() -> None:
+    """A server that ends cancels what still runs; its client can try again, and reads no 500."""
+
+    async def never(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/begun":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.Event().wait()
+
+    async def cut_off(path: str) -> list[Any]:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async def receive() -> Any:
+            return {"type": "http.request"}
+
+        headers = [(b"host", b"localhost"), (b"authorization", f"Bearer {TOKEN}".encode())]
+        scope: dict[str, Any] = {"type": "http", "method": "GET", "path": path}
+        scope |= {"query_string": b"", "headers": headers}
+        guard = Guard(never, make_policy(TOKEN), frozenset(), defaultdict(int), 9.0)
+        task = asyncio.create_task(guard(scope, receive, send))
+        await asyncio.sleep(0.01)
+        task.cancel("timeout graceful shutdown exceeded")
+        await asyncio.wait([task])
+        assert task.cancelled() == (path == "/begun")
+        return sent
+
+    start, body = asyncio.run(cut_off("/x"))
+    assert (start["status"], b'"code":"shutting_down"' in body["body"]) == (503, True)
+    assert [message["status"] for message in asyncio.run(cut_off("/begun"))] == [200]
