@@ -24,7 +24,7 @@ def patching(folder: str, tokens: list[list[int]], source: list[list[int]]) -> W
 
     def batch(layer: int, positions: list[int]) -> list[Tensor]:
         with model.trace(use_cache=False) as tracer:
-            found = nnsight.save([])
+            found: list[Tensor] = nnsight.save([])
             for position in positions:
                 with tracer.invoke(ids):
                     model.transformer.h[layer].input[:, position] = streams[layer][:, position]
@@ -46,7 +46,7 @@ def ablated_heads(folder: str, tokens: list[list[int]]) -> Work:
 
     def batch(layer: int, heads: list[int]) -> list[Tensor]:
         with model.trace(use_cache=False) as tracer:
-            found = nnsight.save([])
+            found: list[Tensor] = nnsight.save([])
             for head in heads:
                 with tracer.invoke(ids):
                     mixed = model.transformer.h[layer].attn.c_proj.input
