@@ -125,7 +125,8 @@ def test_a_label_is_written_found_and_removed(open_page: OpenPage) -> None:
     expect(page.locator("#palette-list [role=option]").first).to_contain_text(LABEL)
     page.keyboard.press("Escape")
     expect(page.locator(".palette")).to_have_count(0)
-    page.keyboard.press("e")
+    page.get_by_role("button", name="Edit your label").click()
+    expect(field).to_have_value(LABEL)
     page.get_by_role("button", name="Remove").click()
     expect(page.locator(".feature-label")).to_have_text("no label yet")
 
@@ -169,7 +170,8 @@ def test_units_stand_side_by_side(open_page: OpenPage) -> None:
     page.keyboard.press("g")
     page.keyboard.press("c")
     expect(page.locator(".compare > li")).to_have_count(2)
-    assert page.url.endswith(f"u={LATENTS}%3A43%2C{LATENTS}%3A44")
+    two = f"u={LATENTS}%3A43%2C{LATENTS}%3A44"
+    expect(page).to_have_url(re.compile(re.escape(two) + "$"))  # it is written a moment later
     page.get_by_role("button", name=re.compile("Take 43")).click()
     expect(page.locator(".compare > li")).to_have_count(1)
 
@@ -185,7 +187,7 @@ def test_the_map_leads_to_a_unit_and_the_long_lists_open(open_page: OpenPage) ->
     expect(rows).to_have_count(10)
     page.get_by_role("button", name="show 100").click()
     expect(rows).to_have_count(100)
-    assert "logits=100" in page.url
+    expect(page).to_have_url(re.compile("logits=100"))
 
 
 def test_a_unit_is_explained_at_a_click(open_page: OpenPage, server: Server) -> None:

@@ -74,7 +74,7 @@ def test_ten_steps_lead_to_the_tenth_alive_latent(open_page: OpenPage) -> None:
     for _ in range(10):
         page.keyboard.press("ArrowRight")
     expect(card(page)).to_have_text(titled(alive[10]))
-    assert page.url.endswith(f"#/f/{LATENTS}/{alive[10]}")
+    expect(page).to_have_url(re.compile(f"#/f/{LATENTS}/{alive[10]}$"))
     cards = [r for r in page.watch.requests if r.endswith(tuple(f"/{i}" for i in range(10_000)))]
     assert len(cards) <= 14, "a card for each step, and those beside the last"
     page.go_back()
@@ -89,6 +89,7 @@ def test_a_bar_shows_only_examples_of_its_range(open_page: OpenPage) -> None:
     bars.nth(len(counts) - 1).click()
     heading = page.get_by_text("Peaks from")
     expect(heading).to_be_visible()
+    expect(page).to_have_url(re.compile("range="))
     low, high = (float(x) for x in page.url.split("range=")[1].split("&")[0].split(".."))
     values = numbers(page, ".example")
     assert values

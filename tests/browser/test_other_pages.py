@@ -1,5 +1,6 @@
 """Heads, factors and the model: what their pages show is what the library says."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ def test_a_head_shows_its_pattern_and_steps_to_the_next(open_page: OpenPage) -> 
     expect(page.get_by_role("heading", level=1)).to_have_text("Layer 3, head 5")
     page.keyboard.press("ArrowDown")
     expect(page.get_by_role("heading", level=1)).to_have_text("Layer 2, head 5")
-    assert page.url.endswith("?text=The+queen+went+into+the+forest")
+    expect(page).to_have_url(re.compile(r"\?text=The\+queen\+went\+into\+the\+forest$"))
 
 
 def test_a_factor_shows_its_curve_and_the_words_that_raise_it(
