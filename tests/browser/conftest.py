@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from neuron_explainer.analysis.workspace import DATA_VARIABLE
+from tests.browser.helpers import WAIT_MS
 from tests.browser.running import Server, Watch, watched
 from tests.server.factor_files import write_factors
 
 HERE = Path(__file__).parent
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-WAIT_MS = 15_000
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -31,10 +31,15 @@ def ask(page: Any, server: Server, path: str, **body: Any) -> Any:
     return reply.json()
 
 
+WAIT_MS = 15_000  # a busy machine is slow
+"""How long a page may take for anything."""
+
+
 def expect(locator: Any) -> Any:
     """Playwright's assertions, which wait."""
     from playwright.sync_api import expect as of_playwright
 
+    of_playwright.set_options(timeout=WAIT_MS)
     return of_playwright(locator)
 
 
