@@ -33,7 +33,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
         yield found
 
 
-DEBUG = {"prompts": [{"text": "the cats", "target": ["a"]}], "top_k": 3}
+DEBUG: dict[str, Any] = {"prompts": [{"text": "the cats", "target": ["a"]}], "top_k": 3}
 
 
 def test_the_model_tells_about_itself(client: TestClient) -> None:
@@ -49,7 +49,7 @@ def test_the_model_tells_about_itself(client: TestClient) -> None:
 def test_what_the_debugger_replies(client: TestClient) -> None:
     reply = client.post(f"{API}/debug", json=DEBUG).json()
     assert_same(result_of(reply)["values"], reply["values"])
-    two = {**DEBUG, "prompts": [DEBUG["prompts"][0], {"text": "old cats"}], "position": "all"}  # type: ignore[index]
+    two = {**DEBUG, "prompts": [DEBUG["prompts"][0], {"text": "old cats"}], "position": "all"}
     reply = client.post(f"{API}/debug", json=two).json()
     # A node at a token that only one prompt has no value in the other: null, and no NaN.
     alone = [n["position"] is None or n["position_b"] is None for n in reply["nodes"]]

@@ -188,7 +188,6 @@ def test_addresses_that_are_none(client: TestClient, path: str) -> None:
         assert reply.status_code < 500, (method, path)
 
 
-@pytest.mark.skipif(not COMPUTES, reason="no route computes yet")
 @settings(
     max_examples=60,
     deadline=None,

@@ -1,6 +1,7 @@
 """Reading a text again: the same activations, texts that are truly inactive, random directions."""
 
 import contextlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from tests.analysis.explaining.planted import N_PLANTED, Planted
 
 
 def tokens_at(store: ExampleStore, positions: np.ndarray) -> list[int]:
-    return store.tokens.corpus.tokens[positions].tolist()  # type: ignore[no-any-return]
+    ids: list[int] = store.tokens.corpus.tokens[positions].tolist()
+    return ids
 
 
 def test_a_planted_latent_is_active_at_its_token_and_nowhere_else(
@@ -81,9 +83,9 @@ def test_places_lie_in_one_context(planted: Planted, planted_reading: Reading) -
     assert (length == 32).all()
 
 
-def score(store: object, unit: int, reading: object) -> Score:
+def score(store: Any, unit: int, reading: Any) -> Score:
     config = SetConfig(hard=0)
-    examples = ExampleSet.of(store, unit, 0, config, reading)  # type: ignore[arg-type]
+    examples = ExampleSet.of(store, unit, 0, config, reading)
     rule = rule_of(by_tokens(examples))
     assert rule is not None
     return detection(examples, Predictor(rule).texts)

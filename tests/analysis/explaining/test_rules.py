@@ -191,7 +191,7 @@ def planted(active: Callable[[list[int], int, int], bool], n: int = 40) -> list[
         else:
             continue
         example = made_example(tokens, values, len(found) * 8, position)
-        found.append(LabelledExample(example, source, quantile))  # type: ignore[arg-type]
+        found.append(LabelledExample(example, source, quantile))  # type: ignore[arg-type]  # source is a plain text
     return found
 
 

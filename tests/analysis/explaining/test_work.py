@@ -117,7 +117,7 @@ def test_what_is_done_before_an_interruption_is_kept(
         identity={"method": "mine"},
     )  # fmt: skip
     assert [step.reused for step in islice(steps, 5)] == [True, True, True, False, False]
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()  # type: ignore[attr-defined]  # it is a generator
     assert store.workspace.explained_units() == [0, 1, 2, 3, 4]
 
 
