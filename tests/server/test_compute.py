@@ -136,6 +136,8 @@ def test_texts_go_on_side_by_side(changes: list[Any], session: Session) -> None:
     request = {**GENERATE, "interventions": changes}
     tokens, end = parts(session, "generate", **request), ask(session, "generate", **request)
     names = ["baseline", "changed"] if changes else ["baseline"]
+    assert [name for name, _ in tokens] == ["token"] * len(tokens)
+    tokens = [each for _, each in tokens]
     assert [each["stream"] for each in tokens] == names * 6
     hooks = ablate("0/attn.v_out", 1)
     if len(changes) == 2:

@@ -76,11 +76,25 @@ def test_a_text_comes_token_by_token(client: TestClient) -> None:
     assert (refused.status_code, refused.json()["code"]) == (413, "too_many_tokens")
 
 
+def test_the_debugger_comes_in_parts_where_events_are_accepted(client: TestClient) -> None:
+    plain = client.post(f"{API}/debug", json=DEBUG).json()
+    accept = {"Accept": "application/json;q=0.5, Text/Event-Stream"}
+    reply = client.post(f"{API}/debug", json=DEBUG, headers=accept)
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    events = events_of(reply.text)
+    n = events[0][1]["sublayers"]
+    assert [name for name, _ in events] == ["started", *["nodes"] * n, "done"]
+    del events[-1][1]["timings"], plain["timings"]
+    assert events[-1][1] == plain
+    wrong = client.post(f"{API}/debug", json=DEBUG | {"position": 99}, headers=accept)
+    assert (wrong.status_code, wrong.json()["code"]) == (422, "no_such_position")
+
+
 def test_an_error_in_a_stream_is_an_event(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(session: Any, request: Any) -> Any:
-        yield {"id": 1}
+        yield "token", {"id": 1}
         raise MemoryError
 
     monkeypatch.setitem(OPERATIONS, "generate", fails)
