@@ -90,6 +90,52 @@ def test_the_debugger_comes_in_parts_where_events_are_accepted(client: TestClien
     assert (wrong.status_code, wrong.json()["code"]) == (422, "no_such_position")
 
 
+def at(location: str, unit: int | None = None, position: int | None = None) -> dict[str, Any]:
+    return {"location": location, "unit": unit, "position": position}
+
+
+BAD: dict[str, list[dict[str, Any]]] = {
+    "position": [{"node": at("0/mlp.post_act", 7, 99), "action": "zero"}],
+    "neuron": [{"node": at("0/mlp.post_act", 999), "action": "zero"}],
+    "head": [{"node": at("0/attn.v_out", 4), "action": "scale", "value": 2}],
+    "channel": [{"node": at("1/resid.torso.post_mlp", 16), "action": "add", "value": 2}],
+    "latent": [
+        {
+            "node": at("0/resid.torso.delta_mlp", 40) | {"dictionary": "mlp.0"},
+            "action": "set",
+            "value": 1,
+        }
+    ],
+    "latents": [
+        {"node": at("0/resid.torso.delta_mlp") | {"dictionary": "mlp.0"}, "action": "mean"}
+    ],
+    "place": [{"node": at("0/nothing", 1), "action": "zero"}],
+    "layer": [{"node": at("2/mlp.post_act", 1), "action": "zero"}],
+    "two that undo each other": [
+        {"node": at("0/mlp.post_act", 7), "action": "zero"},
+        {"node": at("0/resid.torso.delta_mlp"), "action": "zero"},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_with_a_request_is_said_before_a_stream_begins(
+    name: str, client: TestClient
+) -> None:
+    bodies = {"generate": {"prompt": "cats", "max_new": 2}, "debug": DEBUG}
+    for route, body in bodies.items():
+        reply = client.post(
+            f"{API}/{route}",
+            json=body | {"interventions": BAD[name]},
+            headers={"Accept": "text/event-stream"},
+        )
+        assert reply.status_code == 422, reply.text
+        assert reply.headers["content-type"] == "application/problem+json"
+        if name in ("position", "neuron", "head", "channel", "latent", "latents"):
+            field = "position" if name == "position" else "unit"
+            assert reply.json()["loc"] == ["body", "interventions", 0, "node", field]
+
+
 def test_an_error_in_a_stream_is_an_event(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

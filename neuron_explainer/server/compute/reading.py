@@ -88,9 +88,9 @@ def generate(
         ``{diverged_at, python, …}``: the first new token that differs, None if there is none.
     """
     ids = session.ids(request["prompt"], ("body", "prompt"))
-    changes = read_changes(session, request["interventions"], ids)
-    sampling = {name: request[name] for name in ("temperature", "top_p", "seed")}
     n = _room(session, ids, request["max_new"])
+    changes = read_changes(session, request["interventions"], ids, n_new=n - 1)
+    sampling = {name: request[name] for name in ("temperature", "top_p", "seed")}
     hooks = {"changed": changes.hooks()} if changes.each else {}
     if request["baseline"] or not hooks:
         hooks = {"baseline": None, **hooks}
