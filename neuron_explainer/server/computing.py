@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -20,6 +21,7 @@ from neuron_explainer.server.serving import DictionaryId, Served, Serving, Unit
 from neuron_explainer.server.shapes import Body
 from neuron_explainer.server.worker import Worker
 
+log = logging.getLogger(__name__)
 router = APIRouter(route_class=StrictRoute)
 LOOK = 0.25
 """Seconds between looks at whether a client is still there."""
@@ -211,7 +213,28 @@ def worker_of(served: Serving) -> Worker:
 
 async def ask(request: Request, served: Serving, operation: str, content: dict[str, Any]) -> Any:
     """The model's answer. A client that goes away takes its request with it."""
+    note_prompts(request, served, content)
     return await _while_there(request, worker_of(served).call(operation, content))
+
+
+def note_prompts(request: Request, served: Serving, content: Any) -> None:
+    """With ``--log-prompts``, a line of the log with the texts of a request to the model."""
+    if served.log_prompts and (texts := list(_texts_of(content))):
+        log.info("%s prompts %r", request.state.request_id, texts)
+
+
+def _texts_of(content: Any) -> Iterator[str]:
+    if isinstance(content, dict):
+        for name, value in content.items():
+            if isinstance(value, str) and name in ("text", "prompt", "source"):
+                yield value
+            elif name == "texts":
+                yield from value
+            else:
+                yield from _texts_of(value)
+    elif isinstance(content, list):
+        for each in content:
+            yield from _texts_of(each)
 
 
 async def _while_there(request: Request, answer: Coroutine[Any, Any, Any]) -> Any:
@@ -335,6 +358,7 @@ async def _events(
     request: Request, served: Serving, operation: str, content: dict[str, Any]
 ) -> Response:
     """A reply that is a stream. It begins with its first part, so that a refusal is an ordinary error."""
+    note_prompts(request, served, content)
     events = worker_of(served).stream(operation, content)
     first = await _while_there(request, _first(events))
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}

@@ -1,6 +1,7 @@
 """The routes that compute, over HTTP: replies, streams, and requests of every kind."""
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -88,6 +89,40 @@ def test_the_debugger_comes_in_parts_where_events_are_accepted(client: TestClien
     assert events[-1][1] == plain
     wrong = client.post(f"{API}/debug", json=DEBUG | {"position": 99}, headers=accept)
     assert (wrong.status_code, wrong.json()["code"]) == (422, "no_such_position")
+
+
+def test_computing_takes_its_own_method_alone(client: TestClient) -> None:
+    for path, allowed in (
+        ("debug", "POST"),
+        ("generate", "POST"),
+        ("dictionaries/mlp.0/map", "GET"),
+    ):
+        reply = client.head(f"{API}/{path}")
+        assert (reply.status_code, reply.headers["allow"]) == (405, allowed)
+
+
+def test_texts_are_logged_only_where_that_was_asked_for(
+    client: TestClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swap = {"node": at("0/mlp.post_act"), "action": "swap", "source": "a\nhat"}
+    requests = {
+        "debug": DEBUG | {"interventions": [swap]},
+        "generate": {"prompt": "cats", "max_new": 1},
+        "activations": {"texts": ["one", "two"], "dictionary": "mlp.0", "top_k": 1},
+    }
+    app: Any = client.app
+    for logs in (False, True):
+        monkeypatch.setattr(app.state.serving, "log_prompts", logs)
+        with caplog.at_level(logging.DEBUG, "neuron_explainer"):
+            for route, body in requests.items():
+                assert client.post(f"{API}/{route}", json=body).status_code == 200
+        lines = [record.getMessage() for record in caplog.records]
+        assert len(lines) == len(requests) * (1 + logs)
+        said = [line.partition(" prompts ")[2] for line in lines if " prompts " in line]
+        texts = ["['the cats', 'a\\nhat']", "['cats']", "['one', 'two']"]
+        assert said == (texts if logs else [])
+        assert any("cats" in line for line in lines) == logs
+        caplog.clear()
 
 
 def at(location: str, unit: int | None = None, position: int | None = None) -> dict[str, Any]:
