@@ -27,7 +27,7 @@ Shape legend: ``s`` positions, ``k`` attended positions, ``h`` heads, ``u`` unit
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -38,7 +38,7 @@ from torch import Tensor
 
 from neuron_explainer.analysis.node_integrals import (
     Baseline,
-    averaged_parts,
+    averaged_pass,
     from_other,
     from_zero,
 )
@@ -265,6 +265,8 @@ class Effects:
             totals are sums over them.
         hooks: interventions under which everything is measured.
         of_tokens: also keep what :meth:`of_tokens` needs.
+        at_once: compute all parts now. Otherwise each sublayer is computed when it is first asked for, and
+            the model and its autoencoders must stay as they are until then.
 
     The other arguments are those of :func:`nodes`.
     """
@@ -282,6 +284,7 @@ class Effects:
         positions: Sequence[int] | None = None,
         hooks: TransformerHooks | None = None,
         of_tokens: bool = False,
+        at_once: bool = True,
     ) -> None:
         kinds = _by_kind(attention, autoencoders)
         if isinstance(target, Node):
@@ -296,12 +299,33 @@ class Effects:
             wanted = list(dict.fromkeys([*wanted, "attn.v", "attn.v_out"]))
         tokens = one_prompt(model, prompt, bos)
         self.run = Pass(model, tokens, target, wanted, freeze, hooks, positions)
-        self._build = partial(all_parts, attention=attention, autoencoders=kinds)
-        self.parts = self._build(self.run)
+        self._all_parts = partial(all_parts, attention=attention, autoencoders=kinds)
+        self._coming = self._all_parts(self.run)
+        self._known: list[list[Part]] = []
+        if at_once:
+            list(self.sublayers())
+
+    def sublayers(self) -> Iterator[list[Part]]:
+        """The parts of the model in its order, those of a sublayer together."""
+        for number, compute in enumerate(self._coming):
+            if number == len(self._known):
+                self._known.append(compute())
+            yield self._known[number]
+
+    @property
+    def n_sublayers(self) -> int:
+        """How many lists :meth:`sublayers` gives."""
+        return len(self._coming)
+
+    @property
+    def parts(self) -> list[Part]:
+        """All parts of the model."""
+        return [part for parts in self.sublayers() for part in parts]
 
     def averaged(self, steps: int, baseline: Baseline) -> list[Part]:
         """The parts with gradients that are means on the way from a baseline, in ``steps`` steps."""
-        return averaged_parts(self.run, self._build, steps, baseline)
+        moved = averaged_pass(self.run, steps, baseline)
+        return [part for compute in self._all_parts(moved) for part in compute()]
 
     @property
     def target(self) -> float:
@@ -325,10 +349,9 @@ class Effects:
         Args:
             layers: only nodes of these layers; None: all nodes, also those outside the layers.
         """
-        parts = self.parts
-        if layers is not None:
-            parts = [part for part in parts if part.location.layer in layers]
-        return [part.node(i) for part, i in choose(parts, measures, top_k)]
+        best = Best(measures, top_k, layers)
+        best.add(self.parts)
+        return best.nodes()
 
     def total(self, measure: str) -> float:
         """The sum of a measure over all nodes."""
@@ -337,18 +360,24 @@ class Effects:
     def values(self, nodes: Sequence[Node | None], measure: str) -> Floats:
         """``[n]``: a measure of given nodes; 0 for latents that are not active, NaN for None and for nodes
         that this pass does not have."""
-        places = {(str(part.location), part.kind): part for part in self.parts}
+        return self.several_values(nodes, [measure], self.parts)[measure]
+
+    def several_values(
+        self, nodes: Sequence[Node | None], measures: Sequence[str], parts: Sequence[Part]
+    ) -> dict[str, Floats]:
+        """Several of :meth:`values`, read from some of the parts."""
+        places = {(str(part.location), part.kind): part for part in parts}
         inside = set(self.run.positions.tolist())
-        found = np.full(len(nodes), np.nan)
+        found = {measure: np.full(len(nodes), np.nan) for measure in measures}
         for number, node in enumerate(nodes):
             part = None if node is None else places.get((node.location, node.kind))
             if node is None or part is None:
                 continue
             row = part.row_of(node)
-            if row is not None:
-                found[number] = part.measures[measure][row]
-            elif node.kind == "latent" and node.position in inside:
-                found[number] = 0.0
+            if row is None and not (node.kind == "latent" and node.position in inside):
+                continue
+            for measure, values in found.items():
+                values[number] = 0.0 if row is None else part.measures[measure][row]
         return found
 
     @torch.no_grad()
@@ -407,14 +436,21 @@ def aligned_nodes(
     The tokens are aligned by an edit script. A node at a token that the other prompt does not have is
     paired with None.
     """
+    return paired_nodes(a, b, *(each.chosen(measures, top_k, layers) for each in (a, b)))
+
+
+def paired_nodes(
+    a: Effects, b: Effects, of_a: Sequence[Node], of_b: Sequence[Node]
+) -> list[tuple[Node | None, Node | None]]:
+    """Nodes chosen on either of two prompts, as :func:`aligned_nodes` pairs them."""
     tokens = [effects.run.tokens[0].tolist() for effects in (a, b)]
     there = dict(enumerate(align(*tokens).tolist()))
     here = {other: place for place, other in there.items() if other >= 0}
     pairs: dict[Node | None, tuple[Node | None, Node | None]] = {}
-    for node in a.chosen(measures, top_k, layers):
+    for node in of_a:
         pairs[node] = (node, _moved(node, there))
     only_b: list[tuple[Node | None, Node | None]] = []
-    for node in b.chosen(measures, top_k, layers):
+    for node in of_b:
         counterpart = _moved(node, here)
         if counterpart is None:
             only_b.append((None, node))
@@ -533,21 +569,54 @@ def _keys(unit: Ints, position: Ints, attended: Ints) -> Ints:
     return (unit << 32) | ((position + 1) << 16) | (attended + 1)
 
 
+class Best:
+    """The union over measures of the ``top_k`` nodes of the parts that it has seen; ties by order in the
+    model.
+
+    Args:
+        measures: by which nodes are chosen; those that choose none are ignored.
+        layers: only nodes of these layers; None: all nodes, also those outside the layers.
+    """
+
+    def __init__(
+        self, measures: Sequence[str], top_k: int, layers: Collection[int] | None = None
+    ) -> None:
+        self.top_k, self.layers = top_k, layers
+        self.parts: list[Part] = []
+        self._best: dict[str, list[tuple[float, int, int]]] = {
+            measure: [] for measure in measures if measure not in ("ablation", "activation")
+        }
+
+    def add(self, parts: Iterable[Part]) -> None:
+        """See parts that come after those seen before."""
+        for part in parts:
+            if self.layers is not None and part.location.layer not in self.layers:
+                continue
+            for measure, best in self._best.items():
+                sizes = np.abs(part.measures[measure])
+                # Of parts that come later only what is larger than all that are held can be chosen.
+                least = -best[-1][0] if len(best) == self.top_k else -np.inf
+                found = _largest(sizes, np.flatnonzero(~(sizes <= least)), self.top_k)
+                best += [(-float(sizes[i]), len(self.parts), i) for i in found.tolist()]
+                best[:] = sorted(best)[: self.top_k]
+            self.parts.append(part)
+
+    def chosen(self) -> list[tuple[Part, int]]:
+        """The nodes in the order of the model, each as its part and its place there."""
+        found = {(number, i) for best in self._best.values() for _, number, i in best}
+        return [(self.parts[number], i) for number, i in sorted(found)]
+
+    def nodes(self, of: Collection[Part] | None = None) -> list[Node]:
+        """The same as nodes; of some parts, if these are given."""
+        some = None if of is None else {id(part) for part in of}
+        return [p.node(i) for p, i in self.chosen() if some is None or id(p) in some]
+
+
 def choose(parts: Sequence[Part], measures: Sequence[str], top_k: int) -> list[tuple[Part, int]]:
     """The union over measures of the ``top_k`` nodes; ties by order in the model."""
-    chosen: dict[tuple[int, int], None] = {}
-    for measure in [m for m in measures if m not in ("ablation", "activation")]:
-        best: list[tuple[float, int, int]] = []
-        for number, part in enumerate(parts):
-            sizes = np.abs(part.measures[measure])
-            # Of parts that come later only what is larger than all that are held can be chosen.
-            least = -best[-1][0] if len(best) == top_k else -np.inf
-            found = _largest(sizes, np.flatnonzero(~(sizes <= least)), top_k)
-            best += [(-float(sizes[i]), number, i) for i in found.tolist()]
-            best = sorted(best)[:top_k]
-        for _, number, i in best:
-            chosen[number, i] = None
-    return [(parts[number], i) for number, i in sorted(chosen)]
+    best = Best(measures, top_k)
+    best.add(parts)
+    return best.chosen()
 
 
 def _largest(sizes: Floats, candidates: Ints, k: int) -> Ints:

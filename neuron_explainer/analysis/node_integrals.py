@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from neuron_explainer.analysis.node_parts import Ints, Part, Pass, frozen_hooks
+from neuron_explainer.analysis.node_parts import Ints, Pass, frozen_hooks
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.locations import ActivationLocation
@@ -25,10 +25,8 @@ Baseline = Callable[[ActivationLocation, Tensor], Tensor]
 """From a location and its activation ``[1, s, …]`` to where the way to it begins, in the same shape."""
 
 
-def averaged_parts(
-    run: Pass, build: Callable[[Pass], list[Part]], steps: int, baseline: Baseline
-) -> list[Part]:
-    """The parts that ``build`` makes of a pass, with mean gradients in the place of those at its activations.
+def averaged_pass(run: Pass, steps: int, baseline: Baseline) -> Pass:
+    """The same pass with mean gradients in the place of those at its activations.
 
     Args:
         steps: points at which gradients are taken, each in the middle of its step.
@@ -37,7 +35,7 @@ def averaged_parts(
         raise InputError(f"ig_steps must be a whole number of at least 1, found {steps!r}.")
     moved = copy.copy(run)
     moved.gradients = _MeanGradients(run, steps, baseline)
-    return build(moved)
+    return moved
 
 
 def from_zero(place: ActivationLocation, clean: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ Shape legend: ``s`` positions, ``k`` attended positions, ``h`` heads, ``u`` unit
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -522,25 +523,42 @@ MLP_PLACES = ("mlp.post_act", "resid.torso.delta_mlp")
 
 def all_parts(
     run: Pass, attention: str, autoencoders: Mapping[bool, AutoencoderContext]
-) -> list[Part]:
+) -> list[Callable[[], list[Part]]]:
     """Every part before the goal once: their writes sum to the last residual stream before it, at the
-    positions of the pass."""
-    emb = ActivationLocation("resid.post_emb")
-    embedding = run.activation(emb)
-    parts = [_vectors(run, emb, "embedding", embedding, embedding)]
+    positions of the pass.
+
+    Functions that compute them, in the order of the model: one for the embedding, for each sublayer and
+    for the goal's constant.
+    """
+    found: list[Callable[[], list[Part]]] = [lambda: _embedding(run)]
     for layer in range(run.model.n_layers):
         for is_mlp, delta in ((False, "resid.torso.delta_attn"), (True, "resid.torso.delta_mlp")):
             if not is_before(ActivationLocation(delta, layer), run.stream):
                 continue
             context = autoencoders.get(is_mlp)
             if context is not None and context.layer_indices & {layer, None}:
-                place = context.location.at(layer)
-                parts += _latents(run, place, context.get_autoencoder(layer))
+                found.append(partial(_of_dictionary, run, layer, context))
             elif is_mlp:
-                parts += _neurons(run, layer)
+                found.append(partial(_listed, _neurons, run, layer))
             else:
-                parts += _pairs(run, layer) if attention == "pairs" else _heads(run, layer)
-    return [*parts, _constant(run)]
+                found.append(
+                    partial(_listed, _pairs if attention == "pairs" else _heads, run, layer)
+                )
+    return [*found, lambda: [_constant(run)]]
+
+
+def _embedding(run: Pass) -> list[Part]:
+    place = ActivationLocation("resid.post_emb")
+    embedding = run.activation(place)
+    return [_vectors(run, place, "embedding", embedding, embedding)]
+
+
+def _listed(make: Callable[[Pass, int], Iterator[Part]], run: Pass, layer: int) -> list[Part]:
+    return list(make(run, layer))
+
+
+def _of_dictionary(run: Pass, layer: int, context: AutoencoderContext) -> list[Part]:
+    return list(_latents(run, context.location.at(layer), context.get_autoencoder(layer)))
 
 
 def wanted_places(
