@@ -217,6 +217,22 @@ def test_integrated_patching_sums_to_the_effect_of_patching_the_location(other: 
     assert total == pytest.approx(patched - found.target, abs=1e-3)
 
 
+def test_integrated_patching_of_pairs_sums_to_the_effect_of_patching_the_pattern() -> None:
+    found = table(
+        measures=["integrated_patching"],
+        freeze=(),
+        ig_steps=16,
+        prompt_b=OTHER,
+        attention="pairs",
+    )
+    place = "1/attn.qk_probs"
+    patched = value(patch_from(place, MODEL.capture([OTHER], place)))
+    pairs = [i for i, node in enumerate(found.nodes) if node.location == place]
+    total = found.values["integrated_patching"][pairs].sum()
+    assert total == pytest.approx(patched - found.target, abs=1e-3)
+    assert abs(total) > 1e-2
+
+
 def test_a_second_prompt_of_another_length_is_aligned() -> None:
     longer = [3, 1, 20, 4, 1, 5, 9, 2]
     found = table(measures=["act_grad"], prompt_b=longer)
