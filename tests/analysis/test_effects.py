@@ -217,16 +217,21 @@ def test_integrated_patching_sums_to_the_effect_of_patching_the_location(other: 
     assert total == pytest.approx(patched - found.target, abs=1e-3)
 
 
-def test_integrated_patching_of_pairs_sums_to_the_effect_of_patching_the_pattern() -> None:
-    found = table(
-        measures=["integrated_patching"],
-        freeze=(),
-        ig_steps=16,
-        prompt_b=OTHER,
-        attention="pairs",
-    )
-    place = "1/attn.qk_probs"
-    patched = value(patch_from(place, MODEL.capture([OTHER], place)))
+@pytest.mark.parametrize("other", [OTHER, [3, 7, 1, 4, 5, 2]])
+def test_integrated_patching_of_pairs_sums_to_the_effect_of_patching_them(other: list[int]) -> None:
+    settings = {"measures": ["integrated_patching"], "attention": "pairs", "prompt_b": other}
+    found = table(**settings, freeze=(), ig_steps=16)
+    place, index_map = "1/attn.qk_probs", align(PROMPT, other)
+    theirs = MODEL.capture([other], place)[place][0]
+    here = (index_map >= 0).nonzero()[:, 0]
+    there = index_map[here]
+
+    def patch(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[0, here[:, None], here] = theirs[there[:, None], there]
+        return x
+
+    patched = value(TransformerHooks().append_at(place, patch))
     pairs = [i for i, node in enumerate(found.nodes) if node.location == place]
     total = found.values["integrated_patching"][pairs].sum()
     assert total == pytest.approx(patched - found.target, abs=1e-3)
