@@ -10,8 +10,9 @@ from torch import Tensor
 
 from neuron_explainer.analysis.attribution import integrated_gradients
 from neuron_explainer.analysis.effects import Effects, Node, NodeTable, nodes, spearman
+from neuron_explainer.analysis.sweeps import active_latents
 from neuron_explainer.analysis.targets import Target, kl, logit_difference, loss, probability
-from neuron_explainer.errors import InputError
+from neuron_explainer.errors import InputError, NeuronExplainerError
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
 from neuron_explainer.models.autoencoders.nonlinearities import TopK
@@ -328,6 +329,10 @@ def test_a_share_of_nothing_is_said_in_words(total: float, shown: float, words: 
     assert "nan" not in repr(found)
 
 
+def test_a_table_without_sums_of_effects_names_no_share() -> None:
+    assert "16 nodes shown.\n" in str(nodes(MODEL, PROMPT, TARGET, ["write_norm"], 16))
+
+
 def test_spearman() -> None:
     a = np.array([1.0, 2.0, 2.0, 9.0])
     assert spearman(a, a**3) == pytest.approx(1.0)
@@ -347,6 +352,12 @@ def test_spearman() -> None:
         ({"measures": ["integrated"], "ig_steps": 0}, "ig_steps must be"),
         ({"top_k": 0}, "at least 1"),
         ({"top_k": 2.5}, "whole number of at least 1, found 2.5"),
+        ({"measures": "direct"}, "measures must be a list, found 'direct'"),
+        ({"freeze": "norms"}, "freeze must be a list, found 'norms'"),
+        ({"positions": "last"}, "positions must be a list, found 'last'"),
+        ({"positions": 3}, "positions must be a list, found 3"),
+        ({"positions": [0.5]}, "positions are 0 to 6 in this prompt"),
+        ({"autoencoders": 3}, "autoencoders must be a list, found 3"),
         ({"attention": "neurons"}, "'heads' or 'pairs'"),
         ({"freeze": ("norm",)}, "freeze takes final_norm"),
         ({"prompt_b": [20, 21]}, "no token in common"),
@@ -355,6 +366,28 @@ def test_spearman() -> None:
 def test_bad_input(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         table(**settings)
+
+
+def test_an_autoencoder_of_another_width_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    Autoencoder(24, 8, dtype=torch.float64).save(tmp_path)
+    place = "0/resid.torso.delta_mlp"
+    context = AutoencoderContext(
+        AutoencoderConfig("resid.torso.delta_mlp", {0: tmp_path}), "cpu", dtype=torch.float64
+    )
+    monkeypatch.setattr(Transformer, "run_embed", lambda *_: pytest.fail("the model ran"))
+    hooks = ablate(place, 1, autoencoders=context)
+    for run in (
+        lambda: MODEL([PROMPT], hooks=hooks),
+        lambda: MODEL.sample([PROMPT], 2, hooks=hooks),
+        lambda: MODEL.capture([PROMPT], place, hooks=hooks),
+        lambda: nodes(MODEL, PROMPT, TARGET, autoencoders=[context]),
+        lambda: active_latents(MODEL, [PROMPT], context, 0),
+        lambda: nodes(make("gpt2"), PROMPT, TARGET, autoencoders=[context], freeze=()),
+    ):
+        with pytest.raises(NeuronExplainerError, match=r"inputs of width 8, .* has width"):
+            run()
 
 
 def test_a_node_is_no_target_but_can_be_traced() -> None:
