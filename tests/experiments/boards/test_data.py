@@ -119,6 +119,24 @@ def test_a_stringent_split_never_shows_held_out_positions_in_training() -> None:
     assert n_test["double"] > 0
 
 
+def test_cells_of_roots_at_held_out_positions(dataset: BoardDataset) -> None:
+    found = BoardDataset(BoardConfig(split="stringent", seed=3))
+    assert found.held_out_positions is not None
+    for kind in KINDS:
+        boards = found.draw(kind, "train", 20, rng())
+        assert not found.at_held_out_positions(boards).any()
+    x, y = found.held_out_positions[4]
+    other = next(p for p in range(6) if p not in (x, *found.held_out_positions[7]))
+    # root 4 where training never shows it, covered by root 7 where it may stand
+    boards = found.paint("double", np.array([[4, x, y, 7, other, (y + 1) % 6, 0]]))
+    moved = found.at_held_out_positions(boards)
+    square = np.zeros((8, 8), dtype=bool)
+    square[x : x + 3, y : y + 3] = True
+    assert np.array_equal(moved, square.reshape(1, 64) & (boards.roots == 4))
+    assert moved.any()
+    assert not dataset.at_held_out_positions(boards).any()
+
+
 def test_validation_sets(dataset: BoardDataset) -> None:
     balanced = BoardDataset(BoardConfig(val=2.0))
     assert balanced.sizes["singleRoot_val"] == 20
@@ -359,7 +377,7 @@ def test_a_board_is_drawn_by_matplotlib(dataset: BoardDataset) -> None:
     [
         (
             lambda: BoardConfig(split=cast(Any, "balancd")),
-            "unknown split 'balancd'. Did you mean 'balanced'",
+            "split: expected one of .*, found 'balancd'. Did you mean 'balanced'",
         ),
         (lambda: check_kind("duble"), "unknown kind of board 'duble'. Did you mean 'double'"),
         (lambda: check_part("tests"), "Did you mean 'test'"),
