@@ -23,8 +23,8 @@ from neuron_explainer.experiments.boards.blocks import (
     initialise,
     linear,
 )
-from neuron_explainer.experiments.boards.sites import check_hooks
-from neuron_explainer.models.hooks import NO_HOOKS, TransformerHooks
+from neuron_explainer.experiments.boards.sites import NO_STREAM_HOOKS, check_hooks
+from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
 from neuron_explainer.models.transformer import Norm
 
@@ -48,9 +48,9 @@ class Block(BoardBlock):
     def forward(self, x: Tensor, code: Tensor | None, hooks: TransformerHooks, at: Any) -> Tensor:
         at = at | {"layer": self.layer}
         torso = hooks.resid.torso
-        normed = torso.post_ln_attn(self.ln_1(x, torso.ln_attn, **at), **at)
+        normed = torso.post_ln_attn(self.norm(self.ln_1, x, torso.ln_attn, hooks, at), **at)
         x = self.attended(x, _beside(self.qkv, normed, code), hooks, at)
-        normed = torso.post_ln_mlp(self.ln_2(x, torso.ln_mlp, **at), **at)
+        normed = torso.post_ln_mlp(self.norm(self.ln_2, x, torso.ln_mlp, hooks, at), **at)
         return self.fed(x, _beside(self.fc, normed, code), hooks, at)
 
 
@@ -63,7 +63,7 @@ def _beside(layer: nn.Linear, x: Tensor, code: Tensor | None) -> Tensor:
         return linear(layer, x)
     d = x.shape[-1]
     shared = F.linear(code, layer.weight[:, d:], layer.bias)
-    return F.linear(x, layer.weight[:, :d]) + shared
+    return F.linear(x, layer.weight[:, :d]).add_(shared)
 
 
 class BoardGPT(BoardNet):
@@ -101,7 +101,7 @@ class BoardGPT(BoardNet):
         if hooks is not None:
             check_hooks(hooks, TransformerHooks, self.sizes.n_layers)
             at["positions"] = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        hooks = NO_HOOKS if hooks is None else hooks
+        hooks = NO_STREAM_HOOKS if hooks is None else hooks
         factor = self.sizes.type == "factor"
         x = F.embedding(tokens, self.tok_embed.weight)
         x = hooks.resid.post_emb(x if factor else x + self.pos_embed, **at)

@@ -34,6 +34,7 @@ from neuron_explainer.experiments.boards.blocks import (
 from neuron_explainer.experiments.boards.quantiser import Quantised, VectorQuantiser
 from neuron_explainer.experiments.boards.sites import (
     NO_LEA_HOOKS,
+    NO_STREAM_HOOKS,
     LEAHooks,
     StreamHooks,
     check_hooks,
@@ -80,16 +81,18 @@ class DecoderBlock(BoardBlock):
         """``x`` ``[b, s, d]`` after the block.
 
         Args:
-            x: the stream; with one board (``b`` = 1) it is shared by all boards of ``source``.
+            x: the stream; one board (``b`` = 1) is shared by all boards of ``source``.
             code: position code ``[s, p]`` of the stream, or None.
-            source: the other stream with its position code, ``[b, k, d + p]``.
+            source: the other stream with its position code, ``[b, k, d + p]``; or one for all boards.
         """
         at = at | {"layer": self.layer}
         torso = hooks.resid.torso
-        normed = torso.post_ln_attn(self.ln_self(_joined(x, code), torso.ln_attn, **at), **at)
+        normed = self.norm(self.ln_self, _joined(x, code), torso.ln_attn, hooks, at)
+        normed = torso.post_ln_attn(normed, **at)
         x = self.attended(x, linear(self.qkv, normed), hooks, at)
         x = self._cross(x, code, source, hooks, at)
-        normed = torso.post_ln_mlp(self.ln_mlp(_joined(x, code), torso.ln_mlp, **at), **at)
+        normed = self.norm(self.ln_mlp, _joined(x, code), torso.ln_mlp, hooks, at)
+        normed = torso.post_ln_mlp(normed, **at)
         return self.fed(x, linear(self.fc, normed), hooks, at)
 
     def _cross(
@@ -99,9 +102,10 @@ class DecoderBlock(BoardBlock):
         cross = hooks.cross
         asking = cross.post_ln(self.ln_cross(_joined(x, code)), **at)
         answering = cross.post_ln_source(self.ln_source(source), **at)
-        q = linear(self.cross_q, asking).expand(len(source), -1, -1)
         k, v = linear(self.cross_kv, answering).chunk(2, dim=-1)
-        if cross.is_empty():
+        n = max(len(x), len(source))
+        q, k, v = (z.expand(n, -1, -1) for z in (linear(self.cross_q, asking), k, v))
+        if hooks is NO_STREAM_HOOKS or cross.is_empty():
             found = attend(q, k, v, self.n_heads, None, at)
         else:
             q, k, v = (split_heads(z, self.n_heads) for z in (q, k, v))
@@ -221,40 +225,42 @@ class LEA(BoardNet):
         """Logits ``[b, s, v]`` of the board that vectors ``[b, k, d]`` describe."""
         words = hooks.words(words, layer=None, positions=None)
         hidden = torch.full((1, self.sizes.n_cells), self.sizes.vocab_size - 1, device=self.device)
-        if not hooks.from_words.is_empty():  # a hook may treat each board in its own way
-            hidden = hidden.expand(len(words), -1)
         return self._picture(hidden, self._placed(words, self.word_codes), hooks.from_words)[1]
 
     def _picture(self, tokens: Tensor, source: Tensor, hooks: StreamHooks) -> tuple[Tensor, Tensor]:
+        """The picture stream's final states ``[b, s, d]`` and its logits ``[b, s, v]``."""
         x = F.embedding(tokens, self.tok_embed.weight)
-        x = self._stream(self.picture, x, self.cell_codes, source, hooks)
-        at = {"layer": None, "positions": None}
-        x = hooks.resid.post_ln_f(self.picture_ln(x, hooks.resid.ln_f, **at), **at)
-        return x, hooks.logits(linear(self.unembed, x), **at)
+        x = self._stream(self.picture, self.picture_ln, x, self.cell_codes, source, hooks)
+        return x, hooks.logits(linear(self.unembed, x), layer=None, positions=None)
 
     def _say(self, states: Tensor, hooks: LEAHooks) -> Tensor:
         """What the speech stream makes of the picture stream's states: ``[b, k, d]``."""
-        source = self._placed(states, self.cell_codes)
-        x = self.questions[None]
-        if not hooks.speech.is_empty():
-            x = x.expand(len(states), -1, -1)
-        x = self._stream(self.speech, x, self.word_codes, source, hooks.speech)
-        at = {"layer": None, "positions": None}
-        return hooks.speech.resid.post_ln_f(self.speech_ln(x, hooks.speech.resid.ln_f, **at), **at)
+        source, x = self._placed(states, self.cell_codes), self.questions[None]
+        return self._stream(self.speech, self.speech_ln, x, self.word_codes, source, hooks.speech)
 
     def _stream(
-        self, blocks: nn.ModuleList, x: Tensor, codes: Tensor, source: Tensor, hooks: StreamHooks
+        self,
+        blocks: nn.ModuleList,
+        norm: Norm,
+        x: Tensor,
+        codes: Tensor,
+        source: Tensor,
+        hooks: StreamHooks,
     ) -> Tensor:
-        """All blocks of a stream, from its embeddings ``[b, s, d]``."""
+        """The final states ``[b, s, d]`` of a stream, from its embeddings and the other stream."""
+        if hooks.is_empty():  # what all boards share is computed once
+            hooks = NO_STREAM_HOOKS
+        else:  # a hook may treat each board in its own way
+            n = max(len(x), len(source))
+            x, source = (z.expand(n, -1, -1) for z in (x, source))
         factor = self.sizes.type == "factor"
         positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         at = {"layer": None, "positions": positions}
         x = hooks.resid.post_emb(x if factor else x + codes, **at)
-        if len(source) < len(x):
-            source = source.expand(len(x), -1, -1)
         for block in blocks:
             x = block(x, codes if factor else None, source, hooks, at)
-        return x
+        at["positions"] = None
+        return hooks.resid.post_ln_f(norm(x, hooks.resid.ln_f, **at), **at)
 
     def _placed(self, x: Tensor, codes: Tensor) -> Tensor:
         """Vectors with their position codes: beside them or added, ``[b, k, d + p]`` or ``[b, k, d]``."""
