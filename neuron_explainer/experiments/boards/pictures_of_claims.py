@@ -343,18 +343,14 @@ def manipulation_example(study: Study) -> Picture:
 def independence(study: Study) -> Picture:
     """A root is the same thing wherever it stands, whatever is around it."""
     places = _edit_places(study)[1:]
-    own, n = (study.model, study.dataset, places), study.n(500)
-    single = record(*own, kinds=("single",), n=n, seed=study.seed)
-    both = record(*own, n=study.boards, seed=study.seed + 1)
+    own, seed = (study.model, study.dataset, places), study.seed
+    single = record(*own, kinds=("single",), n=study.n(500), seed=seed)
+    both = record(*own, n=study.boards, seed=seed + 1)
     side = study.dataset.config.board_size
     left = np.arange(side * side) % side < side // 2
     figure, axes = new_figure(7.2, 2.9, 1, 2)
-    settings = [
-        "other single boards",
-        "double boards",
-        "composite boards",
-        "left half → right half",
-    ]
+    settings = ["other single boards", "double boards", "composite boards"]
+    settings.append("left half → right half")
     lines: dict[str, list[float]] = {name: [] for name in settings}
     for place in places:
         cells, x = single.hidden & single.on_objects, single.at(place)
