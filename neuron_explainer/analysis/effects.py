@@ -38,6 +38,7 @@ from neuron_explainer.analysis.node_parts import (
     Goal,
     Ints,
     Kind,
+    Memory,
     Node,
     Part,
     Pass,
@@ -241,6 +242,7 @@ class Effects:
         of_tokens: also keep what :meth:`of_tokens` needs.
         at_once: compute all parts now. Otherwise each sublayer is computed when it is first asked for, and
             the model and its autoencoders must stay as they are until then.
+        memory: what is kept from one pass to another.
 
     The other arguments are those of :func:`nodes`.
     """
@@ -259,6 +261,7 @@ class Effects:
         hooks: TransformerHooks | None = None,
         of_tokens: bool = False,
         at_once: bool = True,
+        memory: Memory | None = None,
     ) -> None:
         kinds = _by_kind(attention, autoencoders)
         if not isinstance(target, Goal):
@@ -270,8 +273,18 @@ class Effects:
             model.require("attn.v")
             wanted = list(dict.fromkeys([*wanted, "attn.v", "attn.v_out"]))
         tokens = one_prompt(model, prompt, bos)
-        self.run = Pass(model, tokens, target, wanted, freeze, hooks, positions)
-        self._coming = all_parts(self.run, attention, kinds)
+        goal = target
+
+        def make(after: tuple[Pass, int] | None = None, keep_graph: bool = True) -> Pass:
+            return Pass(
+                model, tokens, goal, wanted, freeze, hooks, positions, after, keep_graph=keep_graph
+            )
+
+        if memory is None:
+            self.run = make(keep_graph=False)
+        else:
+            self.run = memory.run(wanted, make).at(positions)
+        self._coming = all_parts(self.run, attention, kinds, memory)
         self._known: list[list[Part]] = []
         if at_once:
             list(self.sublayers())
