@@ -12,8 +12,11 @@ tokens, a latent of an autoencoder or what the autoencoder does not capture, a b
   the direct effects of all nodes sum to the target;
 - ``act_grad``: ``a`` times the gradient of the target with respect to ``a``: the first-order estimate of
   what setting ``a`` to 0 takes away, through all later layers;
-- ``patching``: the same for setting ``a`` to its value in a second prompt (attribution patching, Nanda
-  2023; Kramár et al. 2024): ``(b - a)`` times the gradient;
+- ``integrated``: the same with the mean gradient on the way from 0 to the location's activation, in
+  ``ig_steps`` steps (integrated gradients, see :mod:`~neuron_explainer.analysis.node_integrals`);
+- ``patching``: the estimate of setting ``a`` to its value ``b`` in a second prompt (attribution patching,
+  Nanda 2023; Kramár et al. 2024): ``(b - a)`` times the gradient;
+- ``integrated_patching``: the same with the mean gradient on the way from the second prompt's activation;
 - ``ablation``: measured, not estimated: target minus target with the unit set to 0.
 
 An autoencoder is not spliced in: its latents are read off the activation, and since the error is kept,
@@ -23,14 +26,22 @@ active latents cost anything.
 Shape legend: ``s`` positions, ``k`` attended positions, ``h`` heads, ``u`` units, ``d`` model width.
 """
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from neuron_explainer.analysis.node_integrals import (
+    Baseline,
+    averaged_pass,
+    from_other,
+    from_zero,
+)
 from neuron_explainer.analysis.node_parts import (
     MLP_PLACES,
     Floats,
@@ -56,7 +67,7 @@ from neuron_explainer.models.interventions import ablate, add, align
 from neuron_explainer.models.language_model import LanguageModel
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.weight_names import WeightLocationType
-from neuron_explainer.tables import escaped, text_table
+from neuron_explainer.tables import escaped, percent, text_table
 
 __all__ = [
     "MEASURES",
@@ -70,7 +81,18 @@ __all__ = [
     "nodes",
 ]
 
-MEASURES = ("activation", "write_norm", "direct", "act_grad", "patching", "ablation")
+MEASURES = (
+    "activation",
+    "write_norm",
+    "direct",
+    "act_grad",
+    "integrated",
+    "patching",
+    "integrated_patching",
+    "ablation",
+)
+OF_ONE_PASS = ("activation", "write_norm", "direct", "act_grad")
+"""The measures that one pass of one prompt gives."""
 
 
 # --- the table ---
@@ -96,7 +118,7 @@ class NodeTable:
     """Spearman's correlation of ``act_grad`` with ``ablation`` over the nodes shown."""
 
     def coverage(self, measure: str = "direct") -> float:
-        """The nodes' share of the sum of a measure over all nodes."""
+        """The nodes' share of the sum of a measure over all nodes; NaN if that sum is 0."""
         total = self.totals[measure]
         return float(self.values[measure].sum() / total) if total else float("nan")
 
@@ -132,9 +154,7 @@ class NodeTable:
         ]
         lines.append(f"{len(self.nodes)} nodes shown; they explain {' and '.join(share)}.")
         if self.rank_correlation is not None:
-            lines.append(
-                f"Rank correlation of act_grad with ablation: {self.rank_correlation:.2f}."
-            )
+            lines.append(rank_agreement(self.rank_correlation))
         rows = []
         for i in self.order(by)[:20]:
             node = self.nodes[i]
@@ -145,11 +165,20 @@ class NodeTable:
 
 
 def explained(measure: str, shown: float, total: float) -> str:
-    """How much of a measure's sum over all nodes those shown have: the share, or where large parts of either
-    sign cancel the two sums."""
-    if total and 0 <= shown / total <= 1.5:
-        return f"{shown / total:.0%} of {measure}"
-    return f"{shown:+.3g} of {measure}'s {total:+.3g}"
+    """How much of a measure's sum over all nodes belongs to those shown: their share, or both sums where
+    large parts of either sign cancel, so that a share would say little."""
+    if not total:
+        return f"{shown:+.3g} of {measure}, which sums to 0 over all nodes"
+    if not 0 <= shown / total <= 1.5 and math.isfinite(shown / total):
+        return f"{shown:+.3g} of {measure}'s {total:+.3g}"
+    return f"{percent(shown / total)} of {measure}"
+
+
+def rank_agreement(correlation: float) -> str:
+    """A line about the rank correlation of ``act_grad`` with ``ablation``."""
+    undefined = "undefined, because one of the two is the same at every node"
+    found = undefined if math.isnan(correlation) else f"{correlation:.2f}"
+    return f"Rank correlation of act_grad with ablation: {found}."
 
 
 def nodes(
@@ -166,6 +195,7 @@ def nodes(
     bos: bool | int = False,
     positions: Sequence[int] | None = None,
     hooks: TransformerHooks | None = None,
+    ig_steps: int = 8,
 ) -> NodeTable:
     """The nodes that matter most for a target: for each measure the ``top_k`` largest of either sign.
 
@@ -184,28 +214,24 @@ def nodes(
         positions: of which tokens of the prompt the nodes are; None: of all. Only these are encoded by
             autoencoders, and totals are sums over them.
         hooks: interventions under which everything is measured, on both prompts.
+        ig_steps: of the measures that integrate, which take this many passes for each location.
     """
     check_measures(measures, top_k, prompt_b)
     if "ablation" in measures and hooks is not None:
         raise InputError("ablation is measured on the unchanged model: leave hooks out.")
-    settings: dict[str, Any] = {
-        "attention": attention,
-        "autoencoders": autoencoders,
-        "freeze": freeze,
-        "bos": bos,
-        "hooks": hooks,
-    }
+    settings: dict[str, Any] = {"attention": attention, "autoencoders": autoencoders}
+    settings |= {"freeze": freeze, "bos": bos, "hooks": hooks}
     first = Effects(model, prompt, target, positions=positions, **settings)
-    second = None
     if prompt_b is not None:
         second = Effects(model, prompt_b, target, **settings)
-        index_map = align(first.run.tokens[0].tolist(), second.run.tokens[0].tolist())
-        _add_patching(first.parts, second.parts, index_map.numpy())
+        _compare(first, second, ig_steps if "integrated_patching" in measures else None)
+    if "integrated" in measures:
+        _take(first.parts, "integrated", first.averaged(ig_steps, from_zero), "act_grad")
     chosen = choose(first.parts, measures, top_k)
     table = table_of(first.run, first.parts, chosen, measures)
     if "ablation" in measures:
         table = _with_ablation(table, first.run, chosen, as_target(target), autoencoders)
-    if second is not None:
+    if prompt_b is not None:
         other = {
             name: np.array([part.measures[f"{name} (second)"][i] for part, i in chosen])
             for name in _OF_SECOND
@@ -264,6 +290,8 @@ class Effects:
         memory: Memory | None = None,
     ) -> None:
         kinds = _by_kind(attention, autoencoders)
+        if isinstance(target, Node):
+            raise InputError(f"{target}: what makes a node is traced: trace(model, prompt, node).")
         if not isinstance(target, Goal):
             sees_logits = hooks is not None and not hooks.logits.is_empty()
             target = with_gradient(target, "the table of nodes")
@@ -284,7 +312,8 @@ class Effects:
             self.run = make(keep_graph=False)
         else:
             self.run = memory.run(wanted, make).at(positions)
-        self._coming = all_parts(self.run, attention, kinds, memory)
+        self._all_parts = partial(all_parts, attention=attention, autoencoders=kinds)
+        self._coming = self._all_parts(self.run, memory=memory)
         self._known: list[list[Part]] = []
         if at_once:
             list(self.sublayers())
@@ -306,6 +335,11 @@ class Effects:
         """All parts of the model."""
         return [part for parts in self.sublayers() for part in parts]
 
+    def averaged(self, steps: int, baseline: Baseline) -> list[Part]:
+        """The parts with gradients that are means on the way from a baseline, in ``steps`` steps."""
+        moved = averaged_pass(self.run, steps, baseline)
+        return [part for compute in self._all_parts(moved) for part in compute()]
+
     @property
     def target(self) -> float:
         """The target on the prompt."""
@@ -316,8 +350,8 @@ class Effects:
     ) -> NodeTable:
         """The ``top_k`` nodes by each measure, as :func:`nodes` gives them."""
         check_measures(measures, top_k, None)
-        if "ablation" in measures:
-            raise InputError("ablation takes passes of its own: use nodes().")
+        if others := [name for name in measures if name not in OF_ONE_PASS]:
+            raise InputError(f"{others[0]} takes passes of its own: use nodes().")
         return table_of(self.run, self.parts, choose(self.parts, measures, top_k), measures)
 
     def chosen(
@@ -475,12 +509,12 @@ def check_measures(measures: Sequence[str], top_k: int, prompt_b: object) -> Non
         )
     if not {*measures} - {"ablation", "activation"}:
         raise InputError(
-            "give at least one measure that chooses nodes: direct, act_grad, write_norm, patching."
+            "give at least one measure that chooses nodes: direct, act_grad, write_norm, integrated, …"
         )
     if "ablation" in measures and "act_grad" not in measures:
         raise InputError("ablation is shown beside act_grad, its estimate: give both measures.")
-    if "patching" in measures and prompt_b is None:
-        raise InputError("patching compares with a second prompt: give prompt_b.")
+    if prompt_b is None and (of_two := [m for m in measures if m.endswith("patching")]):
+        raise InputError(f"{of_two[0]} compares with a second prompt: give prompt_b.")
     if not isinstance(top_k, int) or top_k < 1:
         raise InputError(f"top_k must be a whole number of at least 1, found {top_k!r}.")
 
@@ -503,6 +537,16 @@ def _by_kind(
     return kinds
 
 
+def _compare(first: Effects, second: Effects, ig_steps: int | None) -> None:
+    """Give the nodes of the first prompt what the second one says of them; ``ig_steps``: also integrated."""
+    index_map = align(*(effects.run.tokens[0].tolist() for effects in (first, second))).numpy()
+    _add_patching(first.parts, second.parts, index_map)
+    if ig_steps is not None:
+        averaged = first.averaged(ig_steps, from_other(second.run, index_map))
+        _add_patching(averaged, second.parts, index_map)
+        _take(first.parts, "integrated_patching", averaged, "patching")
+
+
 def _add_patching(parts: list[Part], others: list[Part], index_map: Ints) -> None:
     """Give each node the second prompt's measures, and ``patching`` from its value there."""
     by_place = {(part.location, part.kind): part for part in others}
@@ -522,6 +566,12 @@ def _add_patching(parts: list[Part], others: list[Part], index_map: Ints) -> Non
         for name in _OF_SECOND:
             of_other = np.where(absent, 0.0, other.measures[name][found])
             part.measures[f"{name} (second)"] = np.where(lost, np.nan, of_other)
+
+
+def _take(parts: list[Part], name: str, others: list[Part], measure: str) -> None:
+    """Give each part, as the measure ``name``, a measure of the same part in another list."""
+    for part, other in zip(parts, others, strict=True):
+        part.measures[name] = other.measures[measure]
 
 
 _OF_SECOND = ("activation", "direct", "act_grad")

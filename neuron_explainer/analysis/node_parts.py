@@ -113,7 +113,8 @@ class Goal:
 
     name: str
     value: Callable[[Activations], Tensor]
-    """From the captured activations to a tensor ``[]``."""
+    """From the captured activations to a tensor ``[]``. A target of the logits takes a batch as well, and
+    returns the sum over its rows."""
     places: tuple[str, ...]
     """What has to be captured for it."""
     stream: str
@@ -139,9 +140,10 @@ class Goal:
 
         def value(found: Activations) -> Tensor:
             logits = found["logits"] if target.every_position else last_logits(model, found)
-            zero = torch.zeros(1, dtype=torch.long, device=logits.device)
+            zero = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
             pad = torch.zeros_like(found.tokens, dtype=torch.bool)
-            return target.unchanged(Reading(logits, zero, logits.detach(), found.tokens, pad))[0]
+            reading = Reading(logits, zero, logits.detach(), found.tokens, pad)
+            return target.unchanged(reading).sum()
 
         stream = f"{model.n_layers - 1}/resid.torso.post_mlp"
         place = "resid.post_ln_f" if last_only else "logits"
@@ -195,6 +197,7 @@ class Pass:
         keep_graph: bool = False,
     ) -> None:
         self.model, self.tokens, self.goal = model, tokens, goal
+        self.freeze, self.hooks = freeze, hooks
         self.positions = checked_positions(positions, tokens.shape[1])
         self.stream = ActivationLocation.parse(goal.stream)
         before = [place for place in _places(model, wanted) if is_before(place, self.stream)]
@@ -220,7 +223,7 @@ class Pass:
                 allow_unused=True,
                 retain_graph=keep_graph or after is not None,
             )
-        self.gradients = {
+        self.gradients: dict[ActivationLocation, Tensor] = {
             place: torch.zeros_like(self.found[place]) if gradient is None else gradient
             for place, gradient in zip(places, gradients, strict=True)
         }
