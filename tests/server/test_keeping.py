@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from neuron_explainer.analysis.node_parts import Encoding, Pass
 from neuron_explainer.kernels.graph_memory import storages_of
 from neuron_explainer.models.autoencoder import Autoencoder
-from neuron_explainer.server.compute import keeping
+from neuron_explainer.models.transformer import Transformer
 from neuron_explainer.server.compute.keeping import Kept, bytes_of
 from neuron_explainer.server.compute.operations import Session
 from neuron_explainer.server.compute.setup import Setup
@@ -42,6 +43,11 @@ def debug(session: Session, **request: Any) -> Any:
     reply = ask(session, "debug", **given)
     del reply["timings"]
     return reply
+
+
+def model_of(session: Session) -> Transformer:
+    assert isinstance(session.model, Transformer)
+    return session.model
 
 
 def numbers(reply: Any) -> Any:
@@ -100,7 +106,7 @@ def test_only_what_has_changed_is_computed(
 ) -> None:
     """Layers that run and dictionaries that encode, request by request."""
     ran: list[Any] = []
-    for layer in session.model.layers:
+    for layer in model_of(session).layers:
         layer.register_forward_pre_hook(lambda layer, _: ran.append(layer.layer_idx))
     encode = Autoencoder.code_sparse
 
@@ -137,12 +143,12 @@ def test_a_changed_model_is_not_answered_from_what_was_kept(
     session: Session, setup: Setup, tmp_path: Path
 ) -> None:
     before = debug(session, units=LATENTS)
-    weight = next(session.model.layers).mlp.out_layer.weight
+    weight = next(model_of(session).layers).mlp.out_layer.weight
     with torch.no_grad():
         weight.mul_(1.5)
     after = debug(session, units=LATENTS)
     assert after["values"] != before["values"]
-    session.model.save(tmp_path / "changed")
+    model_of(session).save(tmp_path / "changed")
     fresh = Session(Setup(str(tmp_path / "changed"), setup.dictionaries, device="cpu"))
     assert_same(numbers(after), numbers(debug(fresh, units=LATENTS)), 0)
 
@@ -157,7 +163,7 @@ def test_a_changed_dictionary_is_not_answered_from_what_was_kept(
     autoencoder.save(path)
     own = Setup(setup.model, (type(source)("mlp.0", source.location, "latent", str(path)),))
     session = Session(own)
-    request = {"units": {"mlp": "latent"}, "dictionaries": ["mlp.0"]}
+    request: dict[str, Any] = {"units": {"mlp": "latent"}, "dictionaries": ["mlp.0"]}
     change = {"node": at(source.location, 3, dictionary="mlp.0"), "action": "set", "value": 2.0}
     requests = [request, request | {"interventions": [change]}]
     before = [debug(session, **each) for each in requests]
@@ -180,7 +186,7 @@ def test_of_a_model_that_others_can_change_nothing_is_kept(tmp_path: Path) -> No
     before = debug(session, interventions=CHANGES[:1])
     assert len(session.results) == 0
     # Neither torch nor we can see this change.
-    next(session.model.layers).mlp.out_layer.weight.data.mul_(2)
+    next(model_of(session).layers).mlp.out_layer.weight.data.mul_(2)
     assert debug(session, interventions=CHANGES[:1])["values"] != before["values"]
 
 
@@ -192,12 +198,12 @@ def test_results_take_no_more_than_their_bytes(setup: Setup) -> None:
     small = Session(Setup(setup.model, setup.dictionaries, device="cpu", kept=int(2.5 * one)))
     for number, request in enumerate(requests()[:20]):
         debug(small, **request)
-        held = {}
+        held: dict[int, int] = {}
         for key in small.results.keys_of():
             value = small.results.get(key)
-            if isinstance(value, keeping.Pass | keeping.Encoding):
+            if isinstance(value, Pass | Encoding):
                 held |= storages_of(value.tensors())
-        weights = storages_of(small.model.parameters())
+        weights = storages_of(model_of(small).parameters())
         really = sum(size for place, size in held.items() if place not in weights)
         assert really <= small.results.bytes <= small.results.limit, number
     assert len(small.results) > 1
