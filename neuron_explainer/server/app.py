@@ -71,9 +71,8 @@ def create_app(
 
     Args:
         stores: files or folders of stores, or names of those of the package.
-        model: a name, which gets a process of its own; a ``ModelContext``, used in this one; or None. The
-            weights of a context may change from one request to the next, so that nothing is kept that was
-            computed with them.
+        model: a name, which gets a process of its own; a ``ModelContext``, used in this one (its weights
+            may change between requests, so that results are not kept); or None.
         autoencoders: names, folders or files of autoencoders of this model.
         token: what clients must send; None: a random one, ``app.state.serving.policy.token``.
         base_path: the path under which a proxy shows the application, such as ``"/viewer"``.
