@@ -120,9 +120,9 @@ class StoreFile:
         kind, sizes = COLUMN_DTYPES.get(name.partition(".")[2] or name), json.loads(shape)
         if zlib.crc32(data) != crc or dtype != kind or sizes[:1] != [self.meta["n_units"]]:
             raise CheckpointError(f"{self.path}: damaged: the column {name} does not fit.")
-        size = math.prod(sizes) * np.dtype(kind).itemsize
+        size = math.prod(sizes) * np.dtype(dtype).itemsize
         found: npt.NDArray[Any] = column_values(
-            self._decompressed(data, size), kind, sizes, self.meta
+            self._decompressed(data, size), dtype, sizes, self.meta
         )
         return found
 
