@@ -279,9 +279,8 @@ def as_target(metric: Metric) -> Target:
     if isinstance(metric, Target):
         return metric
     if not callable(metric):
-        found = shown(metric)
         raise InputError(
-            f"a metric is a Target, such as logit_difference(model, {found}) makes of tokens, or a function "
-            f"of logits [n, v]; found {found}."
+            f"a metric is a Target, such as logit_difference(model, {shown(metric)}) makes of tokens, or a "
+            f"function of logits [n, v]; found {shown(metric)}."
         )
     return Target(getattr(metric, "__name__", "metric"), lambda reading: metric(reading.logits))
