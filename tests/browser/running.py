@@ -3,11 +3,15 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -16,6 +20,44 @@ from urllib.request import urlopen
 READY_S = 60.0
 """A server that has not printed its URL by then is broken: on an idle machine it takes 2 seconds."""
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+class NoBrowser(Exception):
+    """There is no browser here; the message says how to get one."""
+
+
+def chromium_path() -> str:
+    """The Chromium that ``NEURON_EXPLAINER_CHROMIUM`` names, or one that the system has."""
+    if find_spec("playwright") is None:
+        raise NoBrowser(
+            'playwright is not installed: pip install -c constraints.txt -e ".[test,browser]"'
+        )
+    named = os.environ.get("NEURON_EXPLAINER_CHROMIUM")
+    path = named or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        raise NoBrowser(
+            "no Chromium: install it (Debian: apt-get install chromium), or name one in "
+            "NEURON_EXPLAINER_CHROMIUM"
+        )
+    return path
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A new Chromium without a window, which reaches nothing but this machine."""
+    path = chromium_path()
+    from playwright.sync_api import sync_playwright
+
+    only_here = "MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", f"--host-resolver-rules={only_here}"]
+        )
+        try:
+            yield launched
+        finally:
+            launched.close()
 
 
 class Server:
