@@ -213,7 +213,7 @@ def test_every_figure_of_the_page(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_figure_of_models_of_other_boards(tmp_path: Path) -> None:
-    small = ["--board-size", "5", "--root-size", "2", "--root-cells", "4", "--n-backgrounds", "3"]
+    small = ["--board-size", "5", "--root-size", "2", "--root-cells", "4", "--n-backgrounds", "6"]
     run = ["train", *small, "--epoch", "1", "--boards-per-epoch", "64", "--pace", "3000"]
     for model in ("gpt", "lea"):
         main([*run, "--model", model, "--run", str(tmp_path / model)])
