@@ -384,7 +384,7 @@ class LanguageModel(ABC):
         for place in wanted:
             self.require(place.path)
         found = Activations(tokens, pad)
-        self._run_until(wanted, tokens, pad, _with_recorder(hooks, wanted, found))
+        self._run_until(wanted, tokens, pad, with_recorder(hooks, wanted, found))
         return found
 
     @torch.no_grad()
@@ -638,7 +638,7 @@ def _generate(
     return [[i for i in row if i >= 0] for row in torch.stack(new, dim=1).tolist()]
 
 
-def _with_recorder(
+def with_recorder(
     hooks: TransformerHooks | None, wanted: list[ActivationLocation], found: Activations
 ) -> TransformerHooks:
     """A copy of ``hooks`` whose last hooks put what passes at the ``wanted`` places into ``found``."""

@@ -16,7 +16,7 @@ earlier calls and of this one), ``h`` head, ``d`` model width, ``f`` MLP width, 
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Self
 
@@ -40,8 +40,14 @@ from neuron_explainer.models.hooks import (
 )
 from neuron_explainer.models.initial_weights import draw_weights, uninitialised_embedding
 from neuron_explainer.models.kv_cache import HiddenState, KeyValueCache, check_state
-from neuron_explainer.models.language_model import Activations, Prompts, Sample, Step
-from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.models.language_model import (
+    Activations,
+    Prompts,
+    Sample,
+    Step,
+    with_recorder,
+)
+from neuron_explainer.models.locations import ActivationLocation, LocationLike, parse_locations
 from neuron_explainer.models.sampling import (
     nucleus_sample,
     prep_input_and_pad,
@@ -511,9 +517,10 @@ class Transformer(Checkpointed):
         pad: Tensor | None = None,
         hooks: TransformerHooks | None = None,
         n_layers: int | None = None,
+        first: int = 0,
     ) -> tuple[Tensor, HiddenState]:
-        """All layers, or the first ``n_layers``: ``[b, s, d] -> [b, s, d]``."""
-        for layer in list(self.layers)[:n_layers]:
+        """All layers, or those from ``first`` up to ``n_layers``: ``[b, s, d] -> [b, s, d]``."""
+        for layer in list(self.layers)[first:n_layers]:
             if self.recompute and torch.is_grad_enabled():
                 X = self._run_layer_recomputed(layer, X, H, pad, hooks)
             else:
@@ -566,12 +573,57 @@ class Transformer(Checkpointed):
         hooks: TransformerHooks,
     ) -> None:
         X, H, pad, _ = self.run_embed(tokens, None, pad, hooks)
+        self._run_layers_until(wanted, X, H, pad, hooks, 0)
+
+    def _run_layers_until(
+        self,
+        wanted: list[ActivationLocation],
+        X: Tensor,
+        H: HiddenState,
+        pad: Tensor | None,
+        hooks: TransformerHooks,
+        first: int,
+    ) -> None:
         needed = max((p.depth(self.n_layers) + p.site.per_layer for p in wanted), default=0)
-        X, H = self.run_torso(X, H, pad, hooks, needed)
+        X, H = self.run_torso(X, H, pad, hooks, needed, first)
         if any(p.site.stage == "final" for p in wanted):
             X, H = self.run_ln_f(X, H, hooks)
         if any(p.path == "logits" for p in wanted):
             self.run_unembed(X, H, hooks)
+
+    def capture_from(
+        self,
+        layer: int,
+        earlier: Activations,
+        locations: LocationLike | Sequence[LocationLike],
+        hooks: TransformerHooks | None = None,
+    ) -> Activations:
+        """What :meth:`capture` returns, with everything before a layer taken from an earlier call.
+
+        The numbers are those of a whole call, if the earlier one had the same tokens, weights, and hooks
+        before the layer. Gradients flow on into the earlier graph.
+
+        Args:
+            layer: the first layer that runs; ``n_layers`` for the final norm alone.
+            earlier: what :meth:`capture` returned, with the wanted locations before the layer, and the
+                stream that the layer reads (``resid.torso.post_mlp`` of the one before, or the embedding).
+            locations: see :meth:`capture`.
+            hooks: those of the whole call; the ones before the layer are not run.
+        """
+        self._check_whole(earlier.tokens, earlier.pad, hooks)
+        wanted = [p for each in parse_locations(locations) for p in each.expand(self.n_layers)]
+        found = Activations(earlier.tokens, earlier.pad)
+        for place in wanted:
+            self.require(place.path)
+            if place.depth(self.n_layers) < layer or place.site.stage == "embed":
+                found[place] = earlier[place]
+        wanted = [place for place in wanted if place not in found]
+        stream = earlier[f"{layer - 1}/resid.torso.post_mlp" if layer else "resid.post_emb"]
+        H = HiddenState(self.cfg.n_layers)
+        pad = self._advance(earlier.tokens, H, earlier.pad)
+        hooks = with_recorder(hooks, wanted, found)
+        self._run_layers_until(wanted, stream, H, pad, hooks, layer)
+        return found
 
     def _reader(self, place: ActivationLocation) -> nn.Module:
         if place.layer is None:

@@ -1,13 +1,17 @@
 """What the tests of the pages start and watch: a server process, and what a page does that it should not."""
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -81,6 +85,29 @@ class Server:
     def _model_state(self) -> str:
         with urlopen(f"{self.origin}/api/v1/health", timeout=10) as reply:
             return str(json.load(reply)["model_state"])
+
+    def model_process(self) -> int:
+        """The number of the process in which the model runs; waits until there is one."""
+        end = time.monotonic() + READY_S
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        while time.monotonic() < end:
+            for child in children.read_text().split():
+                with contextlib.suppress(OSError):
+                    if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                        return int(child)
+            time.sleep(0.01)
+        raise AssertionError("the server has started no process for the model")
+
+    @contextlib.contextmanager
+    def model_held(self) -> Iterator[int]:
+        """Within the block, the model's process stands still: it loads nothing and answers nothing."""
+        process = self.model_process()
+        os.kill(process, signal.SIGSTOP)
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
 
     def kill(self) -> None:
         """End it at once, as a crash does."""

@@ -10,9 +10,10 @@ import torch
 from neuron_explainer.analysis.effects import nodes
 from neuron_explainer.analysis.targets import logit_difference
 from neuron_explainer.models.hooks import TransformerHooks
-from neuron_explainer.models.interventions import ablate
+from neuron_explainer.models.interventions import ablate, set_to
+from neuron_explainer.models.model_registry import make_autoencoder_context
 from neuron_explainer.models.transformer import Transformer
-from tests.browser.helpers import ask, eventually, expect, numbers
+from tests.browser.helpers import LATENTS, ask, eventually, expect, numbers
 from tests.browser.running import Server
 
 OpenPage = Callable[..., Any]
@@ -254,3 +255,52 @@ def test_the_changed_model_stands_beside_the_unchanged_one(
     }
     found = {key: float(before) for key, (_, before, _) in effects_of_two(page).items() if before}
     assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("place", "unit"),
+    [("1/mlp.post_act", 7), ("2/resid.torso.post_mlp", 3), ("3/attn.q", 2), ("0/attn.v_out", None)],
+)
+def test_a_unit_that_no_table_lists_is_changed(
+    open_page: OpenPage, model: Transformer, place: str, unit: int | None
+) -> None:
+    page = open_page(PROMPT)
+    ready(page)
+    page.get_by_role("button", name="Any unit").click()
+    form = page.get_by_role("form", name="Change any unit")
+    layer, path = place.split("/")
+    form.get_by_label("Layer").select_option(layer)
+    form.get_by_label("Place").select_option(path)
+    form.get_by_role("spinbutton").fill("" if unit is None else str(unit))
+    form.get_by_role("button", name="Set to 0").click()
+    expect(page.locator(".tray li")).to_have_count(1)
+    ready(page)
+    expected = difference(model, TEXT, ablate(place, unit))
+    assert shown_difference(page) == pytest.approx(expected, abs=1e-4)
+    assert abs(expected - difference(model, TEXT)) > 1e-3
+    page.reload()
+    ready(page)
+    assert shown_difference(page) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_latent_is_set_to_a_value_at_one_token(open_page: OpenPage, model: Transformer) -> None:
+    page = open_page(PROMPT)
+    ready(page)
+    page.get_by_role("button", name="Any unit").click()
+    form = page.get_by_role("form", name="Change any unit")
+    form.get_by_label("Layer").select_option("2")
+    form.get_by_label("Place").select_option(LATENTS)
+    form.get_by_role("spinbutton").fill("43")
+    form.get_by_role("button", name="Set to 0").click()
+    name = "L2 MLP latent 43"
+    page.get_by_label(f"What happens to {name}").select_option("set")
+    page.get_by_label(f"Value for {name}").fill("9")
+    page.keyboard.press("Enter")
+    page.get_by_label(f"Tokens at which {name} changes").select_option("8")
+    expect(page.locator(".tray-sum")).to_be_visible()
+    ready(page)
+    context = make_autoencoder_context("tiny-tales", "ae-resid-delta-mlp")
+    hooks = set_to("2/resid.torso.delta_mlp", 9.0, 43, 8, autoencoders=context)
+    expected = difference(model, TEXT, hooks)
+    eventually(lambda: abs(shown_difference(page) - expected) < 1e-4, "the changed difference")
+    assert abs(expected - difference(model, TEXT)) > 1e-3

@@ -11,7 +11,7 @@ export class Problem extends Error {
     this.status = status;
     /** @type {string} */ this.code = body.code || (status ? `http_${status}` : 'unreachable');
     /** @type {string} */ this.title = body.title || '';
-    /** @type {string | undefined} */ this.loc = body.loc;
+    /** @type {(string | number)[] | undefined} */ this.loc = body.loc;
     /** @type {any[] | undefined} */ this.allowed = body.allowed;
     /** @type {number | null} seconds */ this.retryAfter = body.retry_after ?? null;
     /** How often this was tried again before. */ this.attempt = 0;
@@ -103,7 +103,7 @@ export function forget(prefix) {
  * What is asked for, as it stands: `data` of an earlier address is kept (and `stale`) until the new reply is
  * there, so that nothing jumps.
  * @template T
- * @typedef {{data: T | undefined, error: Problem | undefined, loading: boolean, stale: boolean, retry: () => void}} Asked
+ * @typedef {{data: T | undefined, error: Problem | undefined, loading: boolean, stale: boolean, retry: () => void, cancel: () => void}} Asked
  */
 
 /**
@@ -117,11 +117,12 @@ export function useAsk(key, load, { delay = 0, known } = {}) {
   const [state, set] = useState(/** @type {{key: string | null, data?: any, error?: Problem}} */ ({ key: null }));
   const [turn, setTurn] = useState(0);
   const attempts = useRef({ key, n: 0 });
+  const running = useRef(/** @type {AbortController | null} */ (null));
   const at = key && known !== undefined ? { key, data: known } : state;
   useEffect(() => {
     if (key === null) return;
     if (known !== undefined) return set({ key, data: known });
-    const abort = new AbortController();
+    const abort = (running.current = new AbortController());
     const timer = setTimeout(async () => {
       try {
         const data = await load(abort.signal);
@@ -148,6 +149,10 @@ export function useAsk(key, load, { delay = 0, known } = {}) {
       attempts.current = { key, n: attempts.current.key === key ? attempts.current.n + 1 : 1 };
       set((old) => ({ key: null, data: old.data }));
       setTurn((n) => n + 1);
+    },
+    cancel: () => {
+      running.current?.abort();
+      set((old) => ({ key, data: old.data, error: new Problem({ code: 'stopped', title: 'Stopped', detail: 'You have stopped this request.' }, 499) }));
     },
   };
 }
