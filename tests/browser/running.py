@@ -89,10 +89,9 @@ class Server:
     def model_process(self) -> int:
         """The number of the process in which the model runs; waits until there is one."""
         end = time.monotonic() + READY_S
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         while time.monotonic() < end:
-            for child in children.read_text().split():
-                with contextlib.suppress(OSError):
+            for tasks in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+                for child in tasks.read_text().split():  # of each thread
                     if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
                         return int(child)
             time.sleep(0.01)

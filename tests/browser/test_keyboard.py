@@ -30,12 +30,11 @@ def tab_to(page: Any, selector: str, most: int = 90, back: bool = False) -> None
     """Press Tab until the focus is on what fits; it must be visible there."""
     for _ in range(most):
         page.keyboard.press("Shift+Tab" if back else "Tab")
-        if page.evaluate("(s) => document.activeElement.matches(s)", selector):
+        if page.locator(":focus").and_(page.locator(selector)).count():
             outline = page.evaluate(
-                "(s) => { const e = document.activeElement, o = getComputedStyle(e);"
+                "() => { const e = document.activeElement, o = getComputedStyle(e);"
                 "return o.outlineStyle !== 'none' || o.boxShadow !== 'none'"
                 " || e.matches('a.place-box'); }",
-                selector,
             )
             assert outline, f"the focus on {selector} cannot be seen"
             return

@@ -75,7 +75,10 @@ function useScrollTo(path, panel) {
   const before = useRef(page);
   useEffect(() => {
     // Steps from unit to unit keep the place; another page begins at its top.
-    if (before.current !== page) scrollTo(0, 0);
+    if (before.current !== page) {
+      scrollTo(0, 0);
+      document.getElementById('main')?.focus({ preventScroll: true }); // the keyboard begins there, too
+    }
     before.current = page;
   }, [page, dictionary]);
   useEffect(() => {

@@ -152,6 +152,8 @@ function Page({ query }) {
     const at = rows.findIndex((one) => one.key === row?.key);
     const next = rows[Math.min(Math.max(at + by, 0), rows.length - 1)];
     if (next) setCurrent(next.key);
+    // Only a step scrolls: the keyboard's next stop is counted from where was scrolled to.
+    requestAnimationFrame(() => document.querySelector('table.nodes tr.current')?.scrollIntoView({ block: 'nearest' }));
   }
   /** @param {number} by */
   function moveToken(by) {
@@ -162,7 +164,7 @@ function Page({ query }) {
   }
   const swap = () => (state.b ? update(swapped(state), { push: true }) : notify('There is no second prompt'));
   useKeys('Prompt', [
-    ...(asked.loading ? [{ keys: 'Escape', what: 'Stop the request', inText: true, run: asked.cancel }] : []),
+    ...(asked.loading ? [{ keys: 'Escape', what: 'Stop the request', inText: true, run: (/** @type {KeyboardEvent | null} */ event) => (event?.target instanceof HTMLSelectElement ? event.target.blur() : asked.cancel()) }] : []),
     { keys: 'j', what: 'Next node', run: () => move(1) },
     { keys: 'k', what: 'Node before', run: () => move(-1) },
     { keys: 'h', what: 'Nodes of the token before', run: () => moveToken(-1) },
