@@ -18,7 +18,7 @@ import numpy as np
 from neuron_explainer.activations.corpus import TokenCorpus
 from neuron_explainer.analysis.records import Collected, Kind
 from neuron_explainer.analysis.store import ExampleStore
-from neuron_explainer.analysis.store_format import hashed_keys, write_store
+from neuron_explainer.analysis.store_format import all_from_active, hashed_keys, write_store
 from neuron_explainer.analysis.token_store import TokenStore
 from tests.analysis.examples import VOCABULARY, make_coactivation, make_collected
 
@@ -77,7 +77,10 @@ def made_up(
 
 
 def repeated(found: Collected, times: int) -> Collected:
-    """The same units several times, with sampling keys of their own."""
+    """The same units several times, with sampling keys and figures of their own.
+
+    Figures that repeat would be smaller than those of a real store.
+    """
 
     def tiled(table: Any) -> Any:
         arrays = {
@@ -90,8 +93,18 @@ def repeated(found: Collected, times: int) -> Collected:
     n, examples = len(found.statistics), tiled(found.examples)
     shift = np.repeat(np.arange(times, dtype=np.int32) * n, len(found.examples))
     examples = replace(examples, unit=examples.unit + shift)
-    statistics = tiled(found.statistics)
-    statistics = replace(statistics, active=tiled(statistics.active), all=tiled(statistics.all))
+    rng, statistics = np.random.default_rng(2), tiled(found.statistics)
+    active = tiled(statistics.active)
+    parts = {name: getattr(active, name) for name in ("mean", "m2", "m3", "m4")}
+    varied = {name: values * (0.5 + rng.random(n * times)) for name, values in parts.items()}
+    active = replace(active, **varied)
+    statistics = replace(
+        statistics,
+        active=active,
+        all=all_from_active(active, statistics.n_tokens),
+        max=statistics.max * (0.5 + rng.random(n * times, np.float32)),
+        last_active=rng.integers(0, statistics.n_tokens, n * times),
+    )
     together = found.coactivation
     return replace(
         found,

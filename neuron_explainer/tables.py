@@ -1,5 +1,6 @@
 """What terminals show: tables of text, values that hold tensors, and text of foreign origin made safe."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -27,6 +28,13 @@ def text_table(
         ).rstrip()
         for line in lines
     )
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """A share as a percentage, or words where it is not defined, as a share of a total of 0 is not."""
+    if not math.isfinite(100 * share):
+        return "an undefined share"
+    return f"{round(share, digits + 2) + 0.0:.{digits}%}"  # the sum turns -0.0 into 0.0
 
 
 def by_shape(owner: object) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from neuron_explainer.analysis.explaining import reading
 from neuron_explainer.analysis.explaining.http_client import KEY_VARIABLE
 from neuron_explainer.analysis.explaining.judged import SCORERS as ASKED
 from neuron_explainer.analysis.explaining.prompts import EXPLAINERS
@@ -130,7 +131,7 @@ def test_texts_that_a_model_writes_are_read_by_the_latents_own(
         flags = [*units, "--scorers", "generation", "--texts-per-prompt", "5"]
         calls = shell.json("explain", *flags, "--dry-run")["asked"]["calls"]
         found = shell.json("explain", *flags)
-        assert calls == len(server.seen) == 4
+        assert calls == len(server.chats()) == 4
         scores = [unit["scores"][0] for unit in found["units"]]
         assert {score["metric"] for score in scores} == {"share of texts"}
         assert all(0 <= score["value"] <= 1 for score in scores)
@@ -196,6 +197,17 @@ def test_failed_requests_are_asked_again_and_the_rest_is_not(
         assert [sum(each.values()) for each in again] == [sum(each.values()) for each in counts]
         assert not any(each["failed"] for each in again)
         assert len(server.seen) - before == n_failed
+
+
+def test_the_server_is_looked_for_before_the_model_reads(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model read")
+
+    monkeypatch.setattr(reading, "read_again", read)
+    units = ["--latents", "11", *SOME]
+    assert "there is no answer at" in Shell(capsys, None).text("explain", *units, code=2)
 
 
 SOME = ["--endpoint", "http://127.0.0.1:9", "--judge", "x"]  # where nobody listens

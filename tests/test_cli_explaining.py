@@ -91,6 +91,8 @@ def test_a_dry_run_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         (["score", "tiny-tales/ae-mlp-post-act/0"], "has no explanations yet"),
         (["score", STORE, "--method", "poetry"], "no explanations by poetry yet"),
         (["explain", "tiny-tales/nothing"], "has no store nothing"),
+        (["explain", STORE, "--latents", "1", "2", "--seed", "-1"], "seed must be at least 0"),
+        (["score", STORE, "--latents", "1", "--seed", "-1"], "seed must be at least 0"),
     ],
 )
 def test_what_cannot_be_done_is_said(

@@ -9,6 +9,7 @@ from neuron_explainer.cli import main
 from neuron_explainer.models.model_registry import make_autoencoder_context
 
 KING = "The king gave his daughter a golden"
+SON = "The king gave his son a golden"
 TARGET = ["--target", " ring", "--against", " apple"]
 
 
@@ -108,6 +109,28 @@ def test_steer(capsys: pytest.CaptureFixture[str]) -> None:
     assert result["steered"] == result["ran"]["steered"]
     nothing = run(capsys, "steer", "Once", *where, "--num-tokens", "8", "--strength", "0")
     assert nothing["steered"] == nothing["plain"]
+
+
+@pytest.mark.parametrize(
+    ("command", "noted"),
+    [
+        (["effects", KING, "--target", "ring"], "' ring', with a space before it, has "),
+        (["effects", KING, "--target", " ring"], None),
+        (["effects", KING + " ", "--target", " ring"], "'ring', without the space before it"),
+        (["patch", KING, "--source", SON, "--target", " son", "--against", "ring"], "' ring'"),
+        (["circuit", KING, "--corrupt", SON, "--target", "ring", "--ig-steps", "1"], "' ring'"),
+    ],
+)
+def test_the_other_spelling_of_a_target_is_named_where_it_is_likelier(
+    capsys: pytest.CaptureFixture[str], command: list[str], noted: str | None
+) -> None:
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert said.count("Note: ") == (noted is not None)
+    assert noted is None or noted in said
+    assert main([*command, "--json"]) == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    assert [f"Note: {note}" in said for note in notes] == [True] * (noted is not None)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ import csv
 import errno
 import itertools
 import json
+import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -455,12 +457,29 @@ def test_pruned_and_finetuned_know_their_text(capsys: pytest.CaptureFixture[str]
     pruned = as_json(capsys, "prune", one, "--min-frequency", "0.08", "--out", "lean")
     assert pruned["part"] == "training"
     assert 0 < pruned["n_kept"] < pruned["n_latents"] == 48
+    assert cli.main(["prune", one, "--min-frequency", "0.08", "--out", "again"]) == 0
+    assert re.search(r"pruning: \d+batch", capsys.readouterr().err)
     out = run(capsys, "finetune", "lean", "--batch-size", "64", "--lr", "1e-3", "--out", "fine")
     assert out.splitlines()[-1] == "Next: neuron-explainer evaluate fine"
     assert as_json(capsys, "evaluate", "fine", "--ce-every", "0")["part"] == "held_out"
     before, after = Autoencoder.load("lean"), Autoencoder.load("fine")
     assert torch.equal(before.encoder.weight, after.encoder.weight)
     assert not torch.equal(before.decoder.weight, after.decoder.weight)
+
+
+@pytest.mark.parametrize(("rank", "speaks"), [(None, True), ("0", True), ("1", False)])
+def test_of_the_processes_of_torchrun_the_first_speaks(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    rank: str | None,
+    speaks: bool,
+) -> None:
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with cli._log_on_stderr():
+        logging.getLogger("neuron_explainer.activations").info("read 3 files")
+        logging.getLogger("neuron_explainer.models").warning("this is slow")
+    assert capsys.readouterr().err == ("read 3 files\nthis is slow\n" if speaks else "")
 
 
 def test_a_missing_picture_library_is_said_before_the_work(
@@ -470,6 +489,8 @@ def test_a_missing_picture_library_is_said_before_the_work(
     argv = ["report", "run", "--out", "other.html", "--text", "no-such-text"]
     assert "pip install matplotlib" in fail(capsys, *argv)
     assert not Path("other.html").exists()
+    # A run that is not there is a mistake that no library mends.
+    assert "no such file or folder" in fail(capsys, "report", "nothing", "--out", "other.html")
 
 
 def test_a_report_is_one_page(capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,6 +138,13 @@ def test_what_cannot_be_served(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        text = failure(capsys, "--port", str(taken.getsockname()[1]))
-    assert "--port 0 takes any free port" in text
+        port = ("--port", str(taken.getsockname()[1]))
+        assert "--port 0 takes any free port" in failure(capsys, *port)
+        # Other arguments come first: with the right port they would still be wrong.
+        assert "no store of examples" in failure(capsys, *port, "--store", str(tmp_path / "x"))
+        assert "exact origin" in failure(capsys, *port, "--allow-origin", "*")
+    for memory in ("nan", "0", "-1", "inf", "much"):
+        with pytest.raises(SystemExit):
+            main(["serve", "--memory", memory])
+        assert "--memory" in capsys.readouterr().err
     assert "exact origin" in failure(capsys, "--port", "0", "--allow-origin", "*")

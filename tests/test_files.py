@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -849,6 +850,7 @@ def test_offline_with_a_cold_cache(
     assert "refused" in said
     assert "NEURON_EXPLAINER_CACHE" in said
     assert "local path" in said
+    assert "".join(traceback.format_exception(error.value)).count("Traceback") == 1
     # The path that the message names is indeed accepted.
     place = Path(said.partition("put the file at ")[2].partition(",")[0])
     place.parent.mkdir(parents=True)
@@ -1012,8 +1014,9 @@ def test_exists(server: BlobServer, tmp_path: Path, closed_port: str) -> None:
     assert not files.exists(tmp_path / "no")
     with pytest.raises(SourceError, match=r"cannot see .*403"):
         files.exists(server.put("/z", b"", Fault(403)))
-    with pytest.raises(SourceError, match=r"cannot see .*refused"):
+    with pytest.raises(SourceError, match=r"cannot see .*refused") as unreachable:
         files.exists(closed_port + "/x")
+    assert "".join(traceback.format_exception(unreachable.value)).count("Traceback") == 1
     with pytest.raises(SourceError, match=r"cannot see .*500"):
         files.exists(server.put("/w", b"", always=Fault(500)))
 

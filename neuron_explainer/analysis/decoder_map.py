@@ -26,6 +26,7 @@ from torch import Tensor
 from neuron_explainer import files
 from neuron_explainer.analysis.matching import Rows, Side, rows_of
 from neuron_explainer.errors import InputError, MissingExtraError, optional_module
+from neuron_explainer.tables import percent
 
 Method = Literal["umap", "pca"]
 N_NEIGHBOURS = 15
@@ -45,7 +46,7 @@ class DecoderMap:
     """The share of the variance that the plane holds; None for UMAP."""
 
     def __repr__(self) -> str:
-        share = "" if self.explained is None else f", {self.explained:.1%} of the variance"
+        share = "" if self.explained is None else f", {percent(self.explained, 1)} of the variance"
         return f"DecoderMap({len(self.coordinates):,} directions, {self.method}{share})"
 
 

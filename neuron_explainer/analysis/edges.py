@@ -151,8 +151,10 @@ def own_transformer(model: LanguageModel) -> Transformer:
     """The model, if each head's inputs can be told apart in it; an InputError otherwise."""
     if not isinstance(model, Transformer):
         raise InputError(
-            f"this needs neuron_explainer's own Transformer, found {model.name}; a GPT-2 is opened as one "
-            "by Transformer.load or open_model."
+            "this needs the query, key and value of each head and the scales of norms, which only "
+            f"neuron_explainer's own Transformer shows, found {model.name}. A GPT-2 is opened as one by "
+            "Transformer.load or open_model. With other models, nodes (freeze=()) and token_pairs estimate "
+            "what heads do, and sweep with heads(model) measures it."
         )
     return model
 

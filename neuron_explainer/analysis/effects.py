@@ -12,8 +12,11 @@ tokens, a latent of an autoencoder or what the autoencoder does not capture, a b
   the direct effects of all nodes sum to the target;
 - ``act_grad``: ``a`` times the gradient of the target with respect to ``a``: the first-order estimate of
   what setting ``a`` to 0 takes away, through all later layers;
-- ``patching``: the same for setting ``a`` to its value in a second prompt (attribution patching, Nanda
-  2023; Kramár et al. 2024): ``(b - a)`` times the gradient;
+- ``integrated``: the same with the mean gradient on the way from 0 to the location's activation, in
+  ``ig_steps`` steps (integrated gradients, see :mod:`~neuron_explainer.analysis.node_integrals`);
+- ``patching``: the estimate of setting ``a`` to its value ``b`` in a second prompt (attribution patching,
+  Nanda 2023; Kramár et al. 2024): ``(b - a)`` times the gradient;
+- ``integrated_patching``: the same with the mean gradient on the way from the second prompt's activation;
 - ``ablation``: measured, not estimated: target minus target with the unit set to 0.
 
 An autoencoder is not spliced in: its latents are read off the activation, and since the error is kept,
@@ -23,14 +26,22 @@ active latents cost anything.
 Shape legend: ``s`` positions, ``k`` attended positions, ``h`` heads, ``u`` units, ``d`` model width.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from neuron_explainer.analysis.node_integrals import (
+    Baseline,
+    averaged_pass,
+    from_other,
+    from_zero,
+)
 from neuron_explainer.analysis.node_parts import (
     MLP_PLACES,
     Floats,
@@ -55,7 +66,7 @@ from neuron_explainer.models.interventions import ablate, add, align
 from neuron_explainer.models.language_model import LanguageModel
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.weight_names import WeightLocationType
-from neuron_explainer.tables import escaped, text_table
+from neuron_explainer.tables import escaped, percent, text_table
 
 __all__ = [
     "MEASURES",
@@ -69,7 +80,18 @@ __all__ = [
     "nodes",
 ]
 
-MEASURES = ("activation", "write_norm", "direct", "act_grad", "patching", "ablation")
+MEASURES = (
+    "activation",
+    "write_norm",
+    "direct",
+    "act_grad",
+    "integrated",
+    "patching",
+    "integrated_patching",
+    "ablation",
+)
+OF_ONE_PASS = ("activation", "write_norm", "direct", "act_grad")
+"""The measures that one pass of one prompt gives."""
 
 
 # --- the table ---
@@ -95,7 +117,7 @@ class NodeTable:
     """Spearman's correlation of ``act_grad`` with ``ablation`` over the nodes shown."""
 
     def coverage(self, measure: str = "direct") -> float:
-        """The nodes' share of the sum of a measure over all nodes."""
+        """The nodes' share of the sum of a measure over all nodes; NaN if that sum is 0."""
         total = self.totals[measure]
         return float(self.values[measure].sum() / total) if total else float("nan")
 
@@ -131,9 +153,7 @@ class NodeTable:
         ]
         lines.append(f"{len(self.nodes)} nodes shown; they explain {' and '.join(share)}.")
         if self.rank_correlation is not None:
-            lines.append(
-                f"Rank correlation of act_grad with ablation: {self.rank_correlation:.2f}."
-            )
+            lines.append(rank_agreement(self.rank_correlation))
         rows = []
         for i in self.order(by)[:20]:
             node = self.nodes[i]
@@ -144,11 +164,20 @@ class NodeTable:
 
 
 def explained(measure: str, shown: float, total: float) -> str:
-    """How much of a measure's sum over all nodes those shown have: the share, or where large parts of either
-    sign cancel the two sums."""
-    if total and 0 <= shown / total <= 1.5:
-        return f"{shown / total:.0%} of {measure}"
-    return f"{shown:+.3g} of {measure}'s {total:+.3g}"
+    """How much of a measure's sum over all nodes belongs to those shown: their share, or both sums where
+    large parts of either sign cancel, so that a share would say little."""
+    if not total:
+        return f"{shown:+.3g} of {measure}, which sums to 0 over all nodes"
+    if not 0 <= shown / total <= 1.5 and math.isfinite(shown / total):
+        return f"{shown:+.3g} of {measure}'s {total:+.3g}"
+    return f"{percent(shown / total)} of {measure}"
+
+
+def rank_agreement(correlation: float) -> str:
+    """A line about the rank correlation of ``act_grad`` with ``ablation``."""
+    undefined = "undefined, because one of the two is the same at every node"
+    found = undefined if math.isnan(correlation) else f"{correlation:.2f}"
+    return f"Rank correlation of act_grad with ablation: {found}."
 
 
 def nodes(
@@ -165,6 +194,7 @@ def nodes(
     bos: bool | int = False,
     positions: Sequence[int] | None = None,
     hooks: TransformerHooks | None = None,
+    ig_steps: int = 8,
 ) -> NodeTable:
     """The nodes that matter most for a target: for each measure the ``top_k`` largest of either sign.
 
@@ -183,28 +213,24 @@ def nodes(
         positions: of which tokens of the prompt the nodes are; None: of all. Only these are encoded by
             autoencoders, and totals are sums over them.
         hooks: interventions under which everything is measured, on both prompts.
+        ig_steps: of the measures that integrate, which take this many passes for each location.
     """
     check_measures(measures, top_k, prompt_b)
     if "ablation" in measures and hooks is not None:
         raise InputError("ablation is measured on the unchanged model: leave hooks out.")
-    settings: dict[str, Any] = {
-        "attention": attention,
-        "autoencoders": autoencoders,
-        "freeze": freeze,
-        "bos": bos,
-        "hooks": hooks,
-    }
+    settings: dict[str, Any] = {"attention": attention, "autoencoders": autoencoders}
+    settings |= {"freeze": freeze, "bos": bos, "hooks": hooks}
     first = Effects(model, prompt, target, positions=positions, **settings)
-    second = None
     if prompt_b is not None:
         second = Effects(model, prompt_b, target, **settings)
-        index_map = align(first.run.tokens[0].tolist(), second.run.tokens[0].tolist())
-        _add_patching(first.parts, second.parts, index_map.numpy())
+        _compare(first, second, ig_steps if "integrated_patching" in measures else None)
+    if "integrated" in measures:
+        _take(first.parts, "integrated", first.averaged(ig_steps, from_zero), "act_grad")
     chosen = choose(first.parts, measures, top_k)
     table = table_of(first.run, first.parts, chosen, measures)
     if "ablation" in measures:
         table = _with_ablation(table, first.run, chosen, as_target(target), autoencoders)
-    if second is not None:
+    if prompt_b is not None:
         other = {
             name: np.array([part.measures[f"{name} (second)"][i] for part, i in chosen])
             for name in _OF_SECOND
@@ -239,6 +265,8 @@ class Effects:
             totals are sums over them.
         hooks: interventions under which everything is measured.
         of_tokens: also keep what :meth:`of_tokens` needs.
+        at_once: compute all parts now. Otherwise each sublayer is computed when it is first asked for, and
+            the model and its autoencoders must stay as they are until then.
 
     The other arguments are those of :func:`nodes`.
     """
@@ -256,8 +284,11 @@ class Effects:
         positions: Sequence[int] | None = None,
         hooks: TransformerHooks | None = None,
         of_tokens: bool = False,
+        at_once: bool = True,
     ) -> None:
         kinds = _by_kind(attention, autoencoders)
+        if isinstance(target, Node):
+            raise InputError(f"{target}: what makes a node is traced: trace(model, prompt, node).")
         if not isinstance(target, Goal):
             sees_logits = hooks is not None and not hooks.logits.is_empty()
             target = with_gradient(target, "the table of nodes")
@@ -268,7 +299,33 @@ class Effects:
             wanted = list(dict.fromkeys([*wanted, "attn.v", "attn.v_out"]))
         tokens = one_prompt(model, prompt, bos)
         self.run = Pass(model, tokens, target, wanted, freeze, hooks, positions)
-        self.parts = all_parts(self.run, attention, kinds)
+        self._all_parts = partial(all_parts, attention=attention, autoencoders=kinds)
+        self._coming = self._all_parts(self.run)
+        self._known: list[list[Part]] = []
+        if at_once:
+            list(self.sublayers())
+
+    def sublayers(self) -> Iterator[list[Part]]:
+        """The parts of the model in its order, those of a sublayer together."""
+        for number, compute in enumerate(self._coming):
+            if number == len(self._known):
+                self._known.append(compute())
+            yield self._known[number]
+
+    @property
+    def n_sublayers(self) -> int:
+        """How many lists :meth:`sublayers` gives."""
+        return len(self._coming)
+
+    @property
+    def parts(self) -> list[Part]:
+        """All parts of the model."""
+        return [part for parts in self.sublayers() for part in parts]
+
+    def averaged(self, steps: int, baseline: Baseline) -> list[Part]:
+        """The parts with gradients that are means on the way from a baseline, in ``steps`` steps."""
+        moved = averaged_pass(self.run, steps, baseline)
+        return [part for compute in self._all_parts(moved) for part in compute()]
 
     @property
     def target(self) -> float:
@@ -280,8 +337,8 @@ class Effects:
     ) -> NodeTable:
         """The ``top_k`` nodes by each measure, as :func:`nodes` gives them."""
         check_measures(measures, top_k, None)
-        if "ablation" in measures:
-            raise InputError("ablation takes passes of its own: use nodes().")
+        if others := [name for name in measures if name not in OF_ONE_PASS]:
+            raise InputError(f"{others[0]} takes passes of its own: use nodes().")
         return table_of(self.run, self.parts, choose(self.parts, measures, top_k), measures)
 
     def chosen(
@@ -292,10 +349,9 @@ class Effects:
         Args:
             layers: only nodes of these layers; None: all nodes, also those outside the layers.
         """
-        parts = self.parts
-        if layers is not None:
-            parts = [part for part in parts if part.location.layer in layers]
-        return [part.node(i) for part, i in choose(parts, measures, top_k)]
+        best = Best(measures, top_k, layers)
+        best.add(self.parts)
+        return best.nodes()
 
     def total(self, measure: str) -> float:
         """The sum of a measure over all nodes."""
@@ -304,18 +360,24 @@ class Effects:
     def values(self, nodes: Sequence[Node | None], measure: str) -> Floats:
         """``[n]``: a measure of given nodes; 0 for latents that are not active, NaN for None and for nodes
         that this pass does not have."""
-        places = {(str(part.location), part.kind): part for part in self.parts}
+        return self.several_values(nodes, [measure], self.parts)[measure]
+
+    def several_values(
+        self, nodes: Sequence[Node | None], measures: Sequence[str], parts: Sequence[Part]
+    ) -> dict[str, Floats]:
+        """Several of :meth:`values`, read from some of the parts."""
+        places = {(str(part.location), part.kind): part for part in parts}
         inside = set(self.run.positions.tolist())
-        found = np.full(len(nodes), np.nan)
+        found = {measure: np.full(len(nodes), np.nan) for measure in measures}
         for number, node in enumerate(nodes):
             part = None if node is None else places.get((node.location, node.kind))
             if node is None or part is None:
                 continue
             row = part.row_of(node)
-            if row is not None:
-                found[number] = part.measures[measure][row]
-            elif node.kind == "latent" and node.position in inside:
-                found[number] = 0.0
+            if row is None and not (node.kind == "latent" and node.position in inside):
+                continue
+            for measure, values in found.items():
+                values[number] = 0.0 if row is None else part.measures[measure][row]
         return found
 
     @torch.no_grad()
@@ -374,14 +436,21 @@ def aligned_nodes(
     The tokens are aligned by an edit script. A node at a token that the other prompt does not have is
     paired with None.
     """
+    return paired_nodes(a, b, *(each.chosen(measures, top_k, layers) for each in (a, b)))
+
+
+def paired_nodes(
+    a: Effects, b: Effects, of_a: Sequence[Node], of_b: Sequence[Node]
+) -> list[tuple[Node | None, Node | None]]:
+    """Nodes chosen on either of two prompts, as :func:`aligned_nodes` pairs them."""
     tokens = [effects.run.tokens[0].tolist() for effects in (a, b)]
     there = dict(enumerate(align(*tokens).tolist()))
     here = {other: place for place, other in there.items() if other >= 0}
     pairs: dict[Node | None, tuple[Node | None, Node | None]] = {}
-    for node in a.chosen(measures, top_k, layers):
+    for node in of_a:
         pairs[node] = (node, _moved(node, there))
     only_b: list[tuple[Node | None, Node | None]] = []
-    for node in b.chosen(measures, top_k, layers):
+    for node in of_b:
         counterpart = _moved(node, here)
         if counterpart is None:
             only_b.append((None, node))
@@ -427,12 +496,12 @@ def check_measures(measures: Sequence[str], top_k: int, prompt_b: object) -> Non
         )
     if not {*measures} - {"ablation", "activation"}:
         raise InputError(
-            "give at least one measure that chooses nodes: direct, act_grad, write_norm, patching."
+            "give at least one measure that chooses nodes: direct, act_grad, write_norm, integrated, …"
         )
     if "ablation" in measures and "act_grad" not in measures:
         raise InputError("ablation is shown beside act_grad, its estimate: give both measures.")
-    if "patching" in measures and prompt_b is None:
-        raise InputError("patching compares with a second prompt: give prompt_b.")
+    if prompt_b is None and (of_two := [m for m in measures if m.endswith("patching")]):
+        raise InputError(f"{of_two[0]} compares with a second prompt: give prompt_b.")
     if not isinstance(top_k, int) or top_k < 1:
         raise InputError(f"top_k must be a whole number of at least 1, found {top_k!r}.")
 
@@ -453,6 +522,16 @@ def _by_kind(
             )
         kinds[is_mlp] = context
     return kinds
+
+
+def _compare(first: Effects, second: Effects, ig_steps: int | None) -> None:
+    """Give the nodes of the first prompt what the second one says of them; ``ig_steps``: also integrated."""
+    index_map = align(*(effects.run.tokens[0].tolist() for effects in (first, second))).numpy()
+    _add_patching(first.parts, second.parts, index_map)
+    if ig_steps is not None:
+        averaged = first.averaged(ig_steps, from_other(second.run, index_map))
+        _add_patching(averaged, second.parts, index_map)
+        _take(first.parts, "integrated_patching", averaged, "patching")
 
 
 def _add_patching(parts: list[Part], others: list[Part], index_map: Ints) -> None:
@@ -476,6 +555,12 @@ def _add_patching(parts: list[Part], others: list[Part], index_map: Ints) -> Non
             part.measures[f"{name} (second)"] = np.where(lost, np.nan, of_other)
 
 
+def _take(parts: list[Part], name: str, others: list[Part], measure: str) -> None:
+    """Give each part, as the measure ``name``, a measure of the same part in another list."""
+    for part, other in zip(parts, others, strict=True):
+        part.measures[name] = other.measures[measure]
+
+
 _OF_SECOND = ("activation", "direct", "act_grad")
 
 
@@ -484,21 +569,54 @@ def _keys(unit: Ints, position: Ints, attended: Ints) -> Ints:
     return (unit << 32) | ((position + 1) << 16) | (attended + 1)
 
 
+class Best:
+    """The union over measures of the ``top_k`` nodes of the parts that it has seen; ties by order in the
+    model.
+
+    Args:
+        measures: by which nodes are chosen; those that choose none are ignored.
+        layers: only nodes of these layers; None: all nodes, also those outside the layers.
+    """
+
+    def __init__(
+        self, measures: Sequence[str], top_k: int, layers: Collection[int] | None = None
+    ) -> None:
+        self.top_k, self.layers = top_k, layers
+        self.parts: list[Part] = []
+        self._best: dict[str, list[tuple[float, int, int]]] = {
+            measure: [] for measure in measures if measure not in ("ablation", "activation")
+        }
+
+    def add(self, parts: Iterable[Part]) -> None:
+        """See parts that come after those seen before."""
+        for part in parts:
+            if self.layers is not None and part.location.layer not in self.layers:
+                continue
+            for measure, best in self._best.items():
+                sizes = np.abs(part.measures[measure])
+                # Of parts that come later only what is larger than all that are held can be chosen.
+                least = -best[-1][0] if len(best) == self.top_k else -np.inf
+                found = _largest(sizes, np.flatnonzero(~(sizes <= least)), self.top_k)
+                best += [(-float(sizes[i]), len(self.parts), i) for i in found.tolist()]
+                best[:] = sorted(best)[: self.top_k]
+            self.parts.append(part)
+
+    def chosen(self) -> list[tuple[Part, int]]:
+        """The nodes in the order of the model, each as its part and its place there."""
+        found = {(number, i) for best in self._best.values() for _, number, i in best}
+        return [(self.parts[number], i) for number, i in sorted(found)]
+
+    def nodes(self, of: Collection[Part] | None = None) -> list[Node]:
+        """The same as nodes; of some parts, if these are given."""
+        some = None if of is None else {id(part) for part in of}
+        return [p.node(i) for p, i in self.chosen() if some is None or id(p) in some]
+
+
 def choose(parts: Sequence[Part], measures: Sequence[str], top_k: int) -> list[tuple[Part, int]]:
     """The union over measures of the ``top_k`` nodes; ties by order in the model."""
-    chosen: dict[tuple[int, int], None] = {}
-    for measure in [m for m in measures if m not in ("ablation", "activation")]:
-        best: list[tuple[float, int, int]] = []
-        for number, part in enumerate(parts):
-            sizes = np.abs(part.measures[measure])
-            # Of parts that come later only what is larger than all that are held can be chosen.
-            least = -best[-1][0] if len(best) == top_k else -np.inf
-            found = _largest(sizes, np.flatnonzero(~(sizes <= least)), top_k)
-            best += [(-float(sizes[i]), number, i) for i in found.tolist()]
-            best = sorted(best)[:top_k]
-        for _, number, i in best:
-            chosen[number, i] = None
-    return [(parts[number], i) for number, i in sorted(chosen)]
+    best = Best(measures, top_k)
+    best.add(parts)
+    return best.chosen()
 
 
 def _largest(sizes: Floats, candidates: Ints, k: int) -> Ints:

@@ -25,6 +25,7 @@ from neuron_explainer.errors import InputError, optional_module
 from neuron_explainer.kernels.top_k import top_k
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoders.pruned import PrunedAutoencoder
+from neuron_explainer.tables import percent
 
 Side = Literal["decoder", "encoder"]
 Rows = Autoencoder | Tensor
@@ -352,8 +353,9 @@ class Stability:
         return float(np.std([_mean(each) for each in self.cosines]))
 
     def __repr__(self) -> str:
+        floors = self.floor_share_above
         shares = ", ".join(
-            f"{share:.1%} above {threshold:g} (random {self.floor_share_above[threshold]:.1%})"
+            f"{percent(share, 1)} above {threshold:g} (random {percent(floors[threshold], 1)})"
             for threshold, share in self.share_above.items()
         )
         return (

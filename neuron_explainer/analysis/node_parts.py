@@ -10,6 +10,7 @@ Shape legend: ``s`` positions, ``k`` attended positions, ``h`` heads, ``u`` unit
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -110,7 +111,8 @@ class Goal:
 
     name: str
     value: Callable[[Activations], Tensor]
-    """From the captured activations to a tensor ``[]``."""
+    """From the captured activations to a tensor ``[]``. A target of the logits takes a batch as well, and
+    returns the sum over its rows."""
     places: tuple[str, ...]
     """What has to be captured for it."""
     stream: str
@@ -136,9 +138,10 @@ class Goal:
 
         def value(found: Activations) -> Tensor:
             logits = found["logits"] if target.every_position else last_logits(model, found)
-            zero = torch.zeros(1, dtype=torch.long, device=logits.device)
+            zero = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
             pad = torch.zeros_like(found.tokens, dtype=torch.bool)
-            return target.unchanged(Reading(logits, zero, logits.detach(), found.tokens, pad))[0]
+            reading = Reading(logits, zero, logits.detach(), found.tokens, pad)
+            return target.unchanged(reading).sum()
 
         stream = f"{model.n_layers - 1}/resid.torso.post_mlp"
         place = "resid.post_ln_f" if last_only else "logits"
@@ -174,6 +177,7 @@ class Pass:
         positions: Sequence[int] | None = None,
     ) -> None:
         self.model, self.tokens, self.goal = model, tokens, goal
+        self.freeze, self.hooks = freeze, hooks
         self.positions = checked_positions(positions, tokens.shape[1])
         self.stream = ActivationLocation.parse(goal.stream)
         before = [place for place in _places(model, wanted) if is_before(place, self.stream)]
@@ -189,7 +193,7 @@ class Pass:
             gradients = torch.autograd.grad(
                 self.value, [self.found[place] for place in places], allow_unused=True
             )
-        self.gradients = {
+        self.gradients: dict[ActivationLocation, Tensor] = {
             place: torch.zeros_like(self.found[place]) if gradient is None else gradient
             for place, gradient in zip(places, gradients, strict=True)
         }
@@ -519,25 +523,42 @@ MLP_PLACES = ("mlp.post_act", "resid.torso.delta_mlp")
 
 def all_parts(
     run: Pass, attention: str, autoencoders: Mapping[bool, AutoencoderContext]
-) -> list[Part]:
+) -> list[Callable[[], list[Part]]]:
     """Every part before the goal once: their writes sum to the last residual stream before it, at the
-    positions of the pass."""
-    emb = ActivationLocation("resid.post_emb")
-    embedding = run.activation(emb)
-    parts = [_vectors(run, emb, "embedding", embedding, embedding)]
+    positions of the pass.
+
+    Functions that compute them, in the order of the model: one for the embedding, for each sublayer and
+    for the goal's constant.
+    """
+    found: list[Callable[[], list[Part]]] = [lambda: _embedding(run)]
     for layer in range(run.model.n_layers):
         for is_mlp, delta in ((False, "resid.torso.delta_attn"), (True, "resid.torso.delta_mlp")):
             if not is_before(ActivationLocation(delta, layer), run.stream):
                 continue
             context = autoencoders.get(is_mlp)
             if context is not None and context.layer_indices & {layer, None}:
-                place = context.location.at(layer)
-                parts += _latents(run, place, context.get_autoencoder(layer))
+                found.append(partial(_of_dictionary, run, layer, context))
             elif is_mlp:
-                parts += _neurons(run, layer)
+                found.append(partial(_listed, _neurons, run, layer))
             else:
-                parts += _pairs(run, layer) if attention == "pairs" else _heads(run, layer)
-    return [*parts, _constant(run)]
+                found.append(
+                    partial(_listed, _pairs if attention == "pairs" else _heads, run, layer)
+                )
+    return [*found, lambda: [_constant(run)]]
+
+
+def _embedding(run: Pass) -> list[Part]:
+    place = ActivationLocation("resid.post_emb")
+    embedding = run.activation(place)
+    return [_vectors(run, place, "embedding", embedding, embedding)]
+
+
+def _listed(make: Callable[[Pass, int], Iterator[Part]], run: Pass, layer: int) -> list[Part]:
+    return list(make(run, layer))
+
+
+def _of_dictionary(run: Pass, layer: int, context: AutoencoderContext) -> list[Part]:
+    return list(_latents(run, context.location.at(layer), context.get_autoencoder(layer)))
 
 
 def wanted_places(

@@ -35,6 +35,7 @@ from neuron_explainer.evaluation.geometry import WeightGeometry
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoders.nonlinearities import TopK
 from neuron_explainer.models.model_context import ModelContext
+from neuron_explainer.tables import percent
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -225,9 +226,9 @@ def _main_figures(subjects: Mapping[str, Reported]) -> str:
         )
     note = (
         "FVU: fraction of variance unexplained. L0: active latents per token, beside the number asked "
-        f"for. Dead: fired on no token. Dense: active on more than {DENSE:.0%} of tokens. Loss recovered: "
-        "1 is as good as the activations themselves, 0 as bad as zeros in their place (in brackets: as "
-        "the mean activation). KL: divergence of the next-token predictions, in nats."
+        f"for. Dead: fired on no token. Dense: active on more than {percent(DENSE)} of tokens. Loss "
+        "recovered: 1 is as good as the activations themselves, 0 as bad as zeros in their place (in "
+        "brackets: as the mean activation). KL: divergence of the next-token predictions, in nats."
     )
     return f'<h2>Figures</h2>\n{_table(head, rows)}<p class="note">{note}</p>\n'
 
@@ -341,9 +342,9 @@ def _strongest(
     for row, latent in enumerate(order):
         cells: list[Any] = [
             str(latent),
-            f"{evaluation.frequency[latent]:.2%}",
+            percent(float(evaluation.frequency[latent]), 2),
             f"{evaluation.largest[latent]:.3g}",
-            f"{share[latent]:.2%}",
+            percent(float(share[latent]), 2),
         ]
         if lens is not None:
             cells += lens[row]

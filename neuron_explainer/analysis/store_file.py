@@ -16,15 +16,17 @@ from neuron_explainer import files
 from neuron_explainer.analysis.store_format import (
     APPLICATION_ID,
     COLUMN_DTYPES,
-    FORMAT_VERSION,
     FTS_TABLES,
     KIND,
     LABEL_SCHEMA,
     META,
+    READABLE_VERSIONS,
     SCHEMA,
     UnitRow,
+    column_values,
     content_sha256,
     decode_unit,
+    decompressor,
     peak_positions,
     unit_crc,
 )
@@ -97,13 +99,15 @@ class StoreFile:
         if len(rows) != 1 or zlib.crc32(str(rows[0][0]).encode()) != rows[0][1]:
             raise CheckpointError(f"{self.path}: damaged: the checksum of meta differs.")
         meta = json.loads(rows[0][0])
-        if (meta.get("kind"), meta.get("format_version")) != (KIND, FORMAT_VERSION):
+        if meta.get("kind") != KIND or meta.get("format_version") not in READABLE_VERSIONS:
+            versions = " or ".join(map(str, READABLE_VERSIONS))
             raise CheckpointError(
-                f"{self.path}: expected kind {KIND!r} of format_version {FORMAT_VERSION}, found "
+                f"{self.path}: expected kind {KIND!r} of format_version {versions}, found "
                 f"{shown(meta.get('kind'))} of {shown(meta.get('format_version'))}; a newer version of "
                 "this library may read it."
             )
-        if missing := [key for key in META if key not in meta]:
+        expected = META if meta["format_version"] == 1 else (*META, "dictionary")
+        if missing := [key for key in expected if key not in meta]:
             raise CheckpointError(f"{self.path}: damaged: meta lacks {', '.join(missing)}.")
         return dict(meta)
 
@@ -116,9 +120,11 @@ class StoreFile:
         kind, sizes = COLUMN_DTYPES.get(name.partition(".")[2] or name), json.loads(shape)
         if zlib.crc32(data) != crc or dtype != kind or sizes[:1] != [self.meta["n_units"]]:
             raise CheckpointError(f"{self.path}: damaged: the column {name} does not fit.")
-        raw = _decompressed(data, math.prod(sizes) * np.dtype(kind).itemsize, self.path)
-        values = np.frombuffer(raw, kind).reshape(sizes)
-        return values.astype(values.dtype.newbyteorder("="))
+        size = math.prod(sizes) * np.dtype(dtype).itemsize
+        found: npt.NDArray[Any] = column_values(
+            self._decompressed(data, size), dtype, sizes, self.meta
+        )
+        return found
 
     def unit(self, unit: int) -> UnitRow:
         """What is stored about a unit."""
@@ -164,7 +170,21 @@ class StoreFile:
             raise CheckpointError(
                 f"{self.path}: damaged or changed: the checksum of unit {unit} differs."
             )
-        return _decompressed(data, None, self.path)
+        return self._decompressed(data, None)
+
+    def _decompressed(self, data: bytes, size: int | None) -> bytes:
+        """The content of compressed data, which must have this many bytes."""
+        limit = _LARGEST_UNIT if size is None else size
+        try:
+            reader = decompressor(self.meta, of_unit=size is None)
+            raw: bytes = reader.decompress(data, limit + 1)
+        except (zlib.error, OverflowError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: damaged: {error}.") from None
+        if len(raw) > limit or not reader.eof or (size is not None and len(raw) != size):
+            raise CheckpointError(
+                f"{self.path}: damaged: compressed data of another size than expected."
+            )
+        return raw
 
     def _not_decoded(self, unit: int) -> CheckpointError:
         return CheckpointError(f"{self.path}: damaged: unit {unit} cannot be decoded.")
@@ -184,19 +204,6 @@ class StoreFile:
             )
         for _ in self.all_units():
             pass
-
-
-def _decompressed(data: bytes, size: int | None, path: Path) -> bytes:
-    """The content of compressed data, which must have this many bytes."""
-    limit = _LARGEST_UNIT if size is None else size
-    try:
-        reader = zlib.decompressobj()
-        raw = reader.decompress(data, limit + 1)
-    except (zlib.error, OverflowError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged: {error}.") from None
-    if len(raw) > limit or not reader.eof or (size is not None and len(raw) != size):
-        raise CheckpointError(f"{path}: damaged: compressed data of another size than expected.")
-    return raw
 
 
 def _check_header(path: Path) -> None:

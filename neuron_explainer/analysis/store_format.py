@@ -4,35 +4,46 @@ Tables (all numbers little-endian; ``datasets.md`` has the same list and a reade
 
 - ``meta(content, crc)``: one row, a JSON object: ``format_version``, what the units are, how many, the
   settings and the provenance of the collation, and the SHA-256 of the token file.
-- ``columns(name, dtype, shape, crc, data)``: a figure of all units in each row, compressed with zlib.
-- ``units(unit, crc, data)``: for each unit its histogram, examples and partners, compressed with zlib.
+- ``columns(name, dtype, shape, crc, data)``: a figure of all units in each row, by planes, compressed.
+- ``units(unit, crc, data)``: for each unit its histogram, examples and partners, compressed.
 - ``labels(id, unit, text, source, score)`` and the index ``labels_fts`` (FTS5), if there are labels.
 - ``content(sha256)``: one row, the hash of all of the above, see :func:`content_sha256`.
 
 What a row of ``units`` holds, in this order, with ``n`` examples, ``b`` bins, ``p`` partners and ``k`` keys::
 
     n, first bin, b, p, k                u2 [5]
-    counts of the bins                   u4 [b]
     group, interval                      u1 [n] each
     length, peak                         u2 [n] each
-    which activations are stored         bits [n, width], each row filled up to whole bytes, lowest bit first
+    partner, tokens with both            u4 [p] each
+    which activations are stored         bits [n, width], six in a byte, each row filled up to whole bytes,
+                                         lowest bit first
+    counts of the bins                   u4 [b]
     start                                meta["start_dtype"] [n]
     value                                f4 [n]
     sampling keys                        meta["key_dtype"] [k]
-    partner, tokens with both            u4 [p] each
-    these activations                    f2 [number of bits set]
+    these activations                    u2 [number of bits set]: the bits of ``value`` in float16 minus those
+                                         of the activation, both as numbers of 16 bits, modulo 2**16
 
 Each line is one array of numbers (``bits``: of bytes) and is stored *by planes*: the highest bytes of all
-numbers, then the second highest, and so on; of similar numbers the high bytes are similar. The activation
-at the peak is ``value`` and is not stored a second time. The rank of an example is its place among those of
-the same group and interval. Keys belong to the examples of the groups "stratum", "uniform",
+numbers, then the second highest, and so on; of similar numbers the high bytes are similar. The last five
+arrays come in two parts: first the upper planes of all five, then the lower ones, which are nearly random.
+Upper are three planes of the counts, one of value and activations, half of start, a quarter of keys. The
+activation at the peak is ``value`` and is not stored a second time. The rank of an example is its place among
+those of the same group and interval. Keys belong to the examples of the groups "stratum", "uniform",
 "weighted" and "inactive"; those of "top" and "bottom" are their values. Where ``meta["hashed_keys"]`` is
 true, they belong to "weighted" alone: all others are the hash ``u`` that
 :mod:`~neuron_explainer.analysis.collation.reservoirs` describes, with ``settings["key_seed"]``, in float32.
-``crc`` is ``zlib.crc32`` of the compressed data, which for ``units`` begins
-with the number of the unit (``i8``).
+
+Compressed is: with deflate alone, without zlib's header and checksum; rows of ``units`` with
+``meta["dictionary"]`` as preset dictionary (in base64: parts of some rows, for rows are alike). ``crc`` is
+``zlib.crc32`` of the compressed data, which for ``units`` begins with the number of the unit (``i8``).
+
+Stores of version 1 are read too. In them counts come second, eight bits stand in a byte, partners stand
+before the activations, which are stored as they are (``f2``), no array is in two parts, columns are not by
+planes, there is no dictionary, and the compressed data have zlib's header and checksum.
 """
 
+import base64
 import itertools
 import json
 import math
@@ -62,11 +73,17 @@ from neuron_explainer.errors import InputError, SourceError, shown
 
 Ints = npt.NDArray[np.int64]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 KIND = "example_store"
 APPLICATION_ID = 0x4E455853  # "NEXS": SQLite keeps it in the file's header
 _SAMPLE = 1000
-"""Rows from which the size of pages is chosen."""
+"""Rows from which the dictionary and the size of pages are chosen."""
+_IN_A_BYTE = 6
+_MODELS, _LONGEST_MODEL = 8, 512
+"""How many rows the dictionary is made of, and how many bytes of each."""
+_ROW, _PAGE = 16, 8
+"""Bytes that SQLite adds to the data of a row, and to a page of rows."""
 
 SCHEMA = {
     "meta": "CREATE TABLE meta (content TEXT NOT NULL, crc INTEGER NOT NULL)",
@@ -135,6 +152,7 @@ def _write(
 ) -> None:
     execute = connection.execute
     meta = _meta(collected, tokens)
+    meta["dictionary"] = _dictionary(collected, meta)
     rows = _unit_rows(collected, meta)
     first = list(itertools.islice(rows, _SAMPLE))
     execute(f"PRAGMA page_size = {_page_size([len(row[2]) for row in first], collected.n_units)}")
@@ -274,7 +292,7 @@ def _column_rows(
         columns["stratum_limits"] = collected.stratum_limits
     for name, values in columns.items():
         kind = COLUMN_DTYPES[name.partition(".")[2] or name]
-        data = zlib.compress(values.astype(kind).tobytes())
+        data = _deflated(_planes(values.astype(kind).reshape(-1)))
         yield name, kind, json.dumps(list(values.shape)), zlib.crc32(data), data
 
 
@@ -287,16 +305,33 @@ COLUMN_DTYPES = {
 
 
 def _unit_rows(collected: Collected, meta: Mapping[str, Any]) -> Iterator[tuple[int, int, bytes]]:
+    dictionary = base64.b64decode(meta["dictionary"])
+    for unit, blocks in enumerate(_blocks(collected, meta, range(collected.n_units))):
+        data = _deflated(blocks, dictionary)
+        yield unit, unit_crc(unit, data), data
+
+
+def _blocks(
+    collected: Collected, meta: Mapping[str, Any], units: Iterable[int]
+) -> Iterator[list[bytes]]:
+    """What is stored about each of these units, in blocks of bytes of a kind."""
     table, coactivation = collected.examples, collected.coactivation
     ends = np.searchsorted(table.unit, np.arange(collected.n_units + 1))
-    for unit in range(collected.n_units):
+    for unit in units:
         rows = table.rows(slice(ends[unit], ends[unit + 1]))
         partners, both = np.zeros(0, np.int64), np.zeros(0, np.int64)
         if coactivation is not None:
             real = coactivation.partner[unit] >= 0
             partners, both = coactivation.partner[unit][real], coactivation.both[unit][real]
-        data = _encode_unit(rows, collected.statistics.histogram[unit], partners, both, meta)
-        yield unit, unit_crc(unit, data), data
+        yield _encode_unit(rows, collected.statistics.histogram[unit], partners, both, meta)
+
+
+def _dictionary(collected: Collected, meta: Mapping[str, Any]) -> str:
+    """The beginnings of some rows, in base64: what most rows have in common is in them."""
+    known = np.unique(collected.examples.unit[: _SAMPLE * _MODELS])
+    chosen = known[:: max(1, len(known) // _MODELS)][:_MODELS].tolist()
+    rows = (b"".join(blocks)[:_LONGEST_MODEL] for blocks in _blocks(collected, meta, chosen))
+    return base64.b64encode(b"".join(rows)).decode()
 
 
 def unit_crc(unit: int, data: bytes) -> int:
@@ -309,7 +344,7 @@ def _encode_unit(
     partners: npt.NDArray[Any],
     both: npt.NDArray[Any],
     meta: Mapping[str, Any],
-) -> bytes:
+) -> list[bytes]:
     n = len(rows)
     filled = np.flatnonzero(histogram)
     first, end = (int(filled[0]), int(filled[-1]) + 1) if len(filled) else (0, 0)
@@ -318,24 +353,53 @@ def _encode_unit(
     stored[np.arange(n), rows.peak] = False
     # Beyond the range of float16: the largest number it has. The peak's value is exact in any case.
     activations = np.nan_to_num(rows.activations[stored], posinf=65504, neginf=-65504)
+    below = np.repeat(_float16_bits(rows.value), stored.sum(1)) - _float16_bits(activations)
     keys = rows.key[_keys_are_stored(rows.group, meta["hashed_keys"])]
-    columns = [
+    whole = [
         np.array([n, first, end - first, len(partners), len(keys)], "<u2"),
-        histogram[first:end].astype("<u4"),
         rows.group.astype("u1"),
         rows.interval.astype("u1"),
         rows.length.astype("<u2"),
         rows.peak.astype("<u2"),
-        np.packbits(stored, axis=1, bitorder="little").reshape(-1),
+        partners.astype("<u4"),
+        both.astype("<u4"),
+        _packed(stored),
+    ]
+    parted = [
+        histogram[first:end].astype("<u4"),
         rows.start.astype(meta["start_dtype"]),
         rows.value.astype("<f4"),
         keys.astype(meta["key_dtype"]),
-        partners.astype("<u4"),
-        both.astype("<u4"),
+        below,
     ]
-    head = [plane for column in columns[:7] for plane in _planes(column)]
-    numbers = [plane for column in columns[7:] for plane in _planes(column)]
-    return _deflated([head, numbers, *([plane] for plane in _planes(activations.astype("<f2")))])
+    planes = [_planes(column) for column in parted]
+    sizes = _upper_planes(meta)
+    *upper, last = [b"".join(x[:size]) for x, size in zip(planes, sizes, strict=True)]
+    lower = [b"".join(x[size:]) for x, size in zip(planes, sizes, strict=True)]
+    first_block = b"".join(plane for column in whole for plane in _planes(column))
+    return [first_block + b"".join(upper), last, b"".join(lower)]
+
+
+def _upper_planes(meta: Mapping[str, Any]) -> tuple[int, ...]:
+    """How many planes of each array in two parts belong to the first: those in which numbers are alike."""
+    start, key = (np.dtype(meta[f"{name}_dtype"]).itemsize for name in ("start", "key"))
+    return 3, start // 2, 1, key // 4, 1
+
+
+def _packed(bits: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
+    """Six bits of each row in a byte, which leaves fewer different bytes than eight do."""
+    n, width = bits.shape
+    per_row = -(-width // _IN_A_BYTE)
+    filled = np.zeros((n, per_row * _IN_A_BYTE), bool)
+    filled[:, :width] = bits
+    groups = filled.reshape(n, per_row, _IN_A_BYTE)
+    return np.packbits(groups, axis=2, bitorder="little").reshape(-1)
+
+
+def _float16_bits(values: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
+    """The bits of these values in float16, as numbers; of positive values, the larger has the larger."""
+    with np.errstate(over="ignore"):
+        return values.astype("<f2").view("<u2")
 
 
 def _planes(column: npt.NDArray[Any]) -> list[bytes]:
@@ -344,27 +408,46 @@ def _planes(column: npt.NDArray[Any]) -> list[bytes]:
     return [plane.tobytes() for plane in planes[::-1]]
 
 
-def _deflated(parts: Sequence[Sequence[bytes]]) -> bytes:
-    """All bytes as one zlib stream in which each part has a code of its own: they are of different kinds."""
-    stream = zlib.compressobj(9, zlib.DEFLATED, 15, 9)
+def _deflated(blocks: Sequence[bytes], dictionary: bytes = b"") -> bytes:
+    """All bytes as one deflate stream, the smallest of several.
+
+    Blocks of different kinds are best coded each by itself, if they are long enough to pay for their codes.
+    Numbers that are nearly random have short repetitions by chance, which are no gain: ``Z_FILTERED``
+    ignores them.
+    """
+    ways = (
+        (blocks, zlib.Z_DEFAULT_STRATEGY),
+        (blocks, zlib.Z_FILTERED),
+        ([b"".join(blocks)], zlib.Z_DEFAULT_STRATEGY),
+    )
+    return min((_stream(*way, dictionary) for way in ways), key=len)
+
+
+def _stream(blocks: Sequence[bytes], strategy: int, dictionary: bytes) -> bytes:
+    stream = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, strategy, dictionary)
     out = []
-    for part in parts:
-        out += [stream.compress(b"".join(part)), stream.flush(zlib.Z_BLOCK)]
+    for block in blocks:
+        out += [stream.compress(block), stream.flush(zlib.Z_BLOCK)]
     return b"".join([*out, stream.flush()])
 
 
 def _page_size(sizes: Sequence[int], n_rows: int) -> int:
     """The size of SQLite's pages that makes the smallest file.
 
-    Rows leave a part of their page empty, the larger the smaller the page; of a few rows, each table takes
-    a whole page.
+    Rows leave a part of their page empty, and of a few rows each table takes a whole page.
     """
-    row = sum(sizes) / len(sizes) + 16
 
     def total(page: int) -> float:
-        per_page = page // row
-        pages = -(-n_rows // per_page) if per_page else n_rows * -(-row // page)
-        return page * (pages + len(SCHEMA) + 2)
+        pages, free = 0, 0
+        for size in sizes:
+            row = size + _ROW
+            if row > page - _PAGE:  # has pages of its own
+                pages, free = pages + -(-row // page), 0
+            elif row > free:
+                pages, free = pages + 1, page - _PAGE - row
+            else:
+                free -= row
+        return page * (pages * n_rows / len(sizes) + len(SCHEMA) + 2)
 
     return min((4096, 8192, 16384, 32768, 65536), key=total)
 
@@ -516,37 +599,92 @@ def content_sha256(connection: sqlite3.Connection) -> str:
     return digest.hexdigest()
 
 
+class _Arrays:
+    """The arrays of a row of ``units``, one after the other."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw, self.place = raw, 0
+
+    def take(self, dtype: str, count: int) -> npt.NDArray[Any]:
+        """The next array."""
+        size = np.dtype(dtype).itemsize
+        planes = np.frombuffer(self.raw, "u1", size * count, self.place).reshape(size, count)
+        self.place += size * count
+        return _numbers(planes, dtype)
+
+    def parted(self, sizes: Sequence[int], *kinds: tuple[str, int]) -> list[npt.NDArray[Any]]:
+        """The next arrays, which come in two parts.
+
+        Args:
+            sizes: how many planes of each belong to the first part.
+            kinds: type and length of each.
+        """
+        upper = [size * count for size, (_, count) in zip(sizes, kinds, strict=True)]
+        whole = [np.dtype(dtype).itemsize * count for dtype, count in kinds]
+        lower = [size - part for size, part in zip(whole, upper, strict=True)]
+        *places, end = itertools.accumulate([*upper, *lower], initial=self.place)
+        parts = [
+            np.frombuffer(self.raw, "u1", size, place)
+            for size, place in zip([*upper, *lower], places, strict=True)
+        ]
+        self.place = end
+        joined = map(np.concatenate, zip(parts[: len(kinds)], parts[len(kinds) :], strict=True))
+        return [
+            _numbers(planes.reshape(np.dtype(dtype).itemsize, count), dtype)
+            for planes, (dtype, count) in zip(joined, kinds, strict=True)
+        ]
+
+    def stored(self, n: int, width: int, in_a_byte: int) -> npt.NDArray[np.bool_]:
+        """The next array, of bits ``[n, width]``."""
+        per_row = -(-width // in_a_byte)
+        found = self.take("u1", n * per_row).reshape(n, per_row, 1)
+        bits = np.unpackbits(found, axis=2, count=in_a_byte, bitorder="little")
+        return bits.reshape(n, per_row * in_a_byte)[:, :width].astype(bool)
+
+
+def _numbers(planes: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[Any]:
+    found: npt.NDArray[Any] = planes[::-1].T.copy().view(dtype).reshape(planes.shape[1])
+    return found
+
+
 def decode_unit(raw: bytes, unit: int, meta: Mapping[str, Any]) -> UnitRow:
     """The content of a row of ``units``, decompressed."""
-    width = int(meta["width"])
-    place = 0
-
-    def take(dtype: Any, count: int) -> npt.NDArray[Any]:
-        nonlocal place
-        size = np.dtype(dtype).itemsize
-        planes = np.frombuffer(raw, "u1", size * count, place).reshape(size, count)
-        place += size * count
-        found: npt.NDArray[Any] = planes[::-1].T.copy().view(dtype).reshape(count)
-        return found
-
+    width, arrays = int(meta["width"]), _Arrays(raw)
+    take, old = arrays.take, meta["format_version"] == 1
     n, first, n_bins, n_partners, n_keys = map(int, take("<u2", 5))
-    histogram = np.zeros(N_BINS, np.uint32)
-    histogram[first : first + n_bins] = take("<u4", n_bins)
+    if old:
+        counts = take("<u4", n_bins)
     group, interval = take("u1", n), take("u1", n)
     length, peak = take("<u2", n), take("<u2", n)
-    bits = take("u1", n * -(-width // 8)).reshape(n, -(-width // 8))
-    stored = np.unpackbits(bits, axis=1, count=width, bitorder="little").astype(bool)
-    start, value = take(meta["start_dtype"], n), take("<f4", n)
+    if old:
+        stored = arrays.stored(n, width, 8)
+        start, value = take(meta["start_dtype"], n), take("<f4", n)
+        keys = take(meta["key_dtype"], n_keys)
+        partner, both = take("<u4", n_partners), take("<u4", n_partners)
+        found = take("<u2", int(stored.sum()))
+    else:
+        partner, both = take("<u4", n_partners), take("<u4", n_partners)
+        stored = arrays.stored(n, width, _IN_A_BYTE)
+        counts, start, value, keys, below = arrays.parted(
+            _upper_planes(meta),
+            ("<u4", n_bins),
+            (meta["start_dtype"], n),
+            ("<f4", n),
+            (meta["key_dtype"], n_keys),
+            ("<u2", int(stored.sum())),
+        )
+        found = np.repeat(_float16_bits(value), stored.sum(1)) - below
+    if arrays.place != len(raw):
+        raise ValueError("bytes are left over")
+    histogram = np.zeros(N_BINS, np.uint32)
+    histogram[first : first + n_bins] = counts
     key = value.astype(np.float64)
     key[group >= _SAMPLED] = np.nan  # see hashed_keys
-    key[_keys_are_stored(group, meta["hashed_keys"])] = take(meta["key_dtype"], n_keys)
-    partner, both = take("<u4", n_partners), take("<u4", n_partners)
+    key[_keys_are_stored(group, meta["hashed_keys"])] = keys
     activations = np.zeros((n, width), np.float16)
-    activations[stored] = take("<f2", int(stored.sum()))
+    activations[stored] = found.view("<f2")
     with np.errstate(over="ignore"):
         activations[np.arange(n), peak] = value
-    if place != len(raw):
-        raise ValueError("bytes are left over")
     table = ExampleTable(
         unit=np.full(n, unit, np.int32),
         group=group.astype(np.uint8),
@@ -563,6 +701,23 @@ def decode_unit(raw: bytes, unit: int, meta: Mapping[str, Any]) -> UnitRow:
     return UnitRow(histogram, table, partner.astype(np.int32), both.astype(np.int64))
 
 
+def decompressor(meta: Mapping[str, Any], *, of_unit: bool) -> Any:
+    """A decompression object for a row of ``units`` or ``columns``."""
+    if meta["format_version"] == 1:
+        return zlib.decompressobj()
+    dictionary = base64.b64decode(meta["dictionary"]) if of_unit else b""
+    return zlib.decompressobj(-zlib.MAX_WBITS, dictionary)
+
+
+def column_values(raw: bytes, kind: str, shape: Sequence[int], meta: Mapping[str, Any]) -> Any:
+    """A figure of all units, from the decompressed data of its row of ``columns``."""
+    if meta["format_version"] > 1:
+        size = np.dtype(kind).itemsize
+        raw = np.frombuffer(raw, "u1").reshape(size, -1)[::-1].T.tobytes()
+    values = np.frombuffer(raw, kind).reshape(shape)
+    return values.astype(values.dtype.newbyteorder("="))
+
+
 def peak_positions(raw: bytes, meta: Mapping[str, Any], most: int) -> Ints:
     """Corpus positions of the peaks of a unit's first examples, without decoding the rest of its row.
 
@@ -574,19 +729,25 @@ def peak_positions(raw: bytes, meta: Mapping[str, Any], most: int) -> Ints:
     Returns:
         positions ``[n]``; of heads, of the tokens that look.
     """
-    parts = np.frombuffer(raw, "u1", 10).reshape(2, 5)
-    n, _, n_bins, _, _ = (parts[0].astype(int) * 256 + parts[1]).tolist()
-    place = 10 + 4 * n_bins
-    group = np.frombuffer(raw, "u1", n, place)
-
-    def planes(dtype: str, begin: int) -> npt.NDArray[Any]:
-        size = np.dtype(dtype).itemsize
-        found = np.frombuffer(raw, "u1", size * n, begin).reshape(size, n)
-        values: npt.NDArray[Any] = found[::-1].T.copy().view(dtype).reshape(n)
-        return values.astype(np.int64)
-
-    peak = planes("<u2", place + 4 * n)
-    start = planes(meta["start_dtype"], place + 6 * n + n * -(-int(meta["width"]) // 8))
+    arrays, old, width = _Arrays(raw), meta["format_version"] == 1, int(meta["width"])
+    n, _, n_bins, n_partners, n_keys = map(int, arrays.take("<u2", 5))
+    arrays.place += 4 * n_bins if old else 0
+    group = arrays.take("u1", n)
+    arrays.place += 3 * n
+    peak = arrays.take("<u2", n).astype(np.int64)
+    if old:
+        arrays.place += n * -(-width // 8)
+        start = arrays.take(meta["start_dtype"], n).astype(np.int64)
+    else:
+        arrays.place += 8 * n_partners
+        n_bytes = n * -(-width // _IN_A_BYTE)
+        n_stored = int.from_bytes(raw[arrays.place : arrays.place + n_bytes]).bit_count()
+        arrays.place += n_bytes
+        kinds = ("<f4", n), (meta["key_dtype"], n_keys), ("<u2", n_stored)
+        parted = arrays.parted(
+            _upper_planes(meta), ("<u4", n_bins), (meta["start_dtype"], n), *kinds
+        )
+        start = parted[1].astype(np.int64)
     if meta["unit"] == "head":
         peak = ((np.sqrt(8 * peak + 1) - 1) // 2).astype(np.int64)
     left_out = (group == GROUPS.index("bottom")) | (group == GROUPS.index("inactive"))

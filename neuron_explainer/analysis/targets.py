@@ -82,15 +82,50 @@ def token_id(model: LanguageModel, token: TokenLike) -> int:
         if len(ids) == 1:
             return ids[0]
         pieces = ", ".join(map(shown, token_texts(model, ids[:8]))) or "none"
-        other = token[1:] if token.startswith(" ") else f" {token}"
-        near = len(model.prompt_ids(other)[0]) == 1 if other else False
+        other = _other_spelling(model, token)
         raise InputError(
             f"a target must be one token; {shown(token)} is {len(ids)}: {pieces}."
-            + (f" Did you mean {shown(other)}?" if near else "")
+            + (f" Did you mean {shown(other)}?" if other else "")
         )
     if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < model.n_vocab:
         raise InputError(f"a token id lies in 0 to {model.n_vocab - 1}, found {token!r}.")
     return token
+
+
+def _other_spelling(model: LanguageModel, token: str) -> str | None:
+    """The text with a space before it, or without the one that it has; None unless that is one token."""
+    other = token[1:] if token.startswith(" ") else f" {token}"
+    return other if other and len(model.prompt_ids(other)[0]) == 1 else None
+
+
+@torch.no_grad()
+def likelier_spellings(
+    model: LanguageModel,
+    prompt: str | Sequence[int],
+    tokens: Sequence[TokenLike],
+    bos: bool | int = False,
+) -> list[str]:
+    """A sentence for each target token that is less likely after the prompt than its other spelling.
+
+    ``"ring"`` and ``" ring"`` are different tokens. In the middle of a text the one with the space is
+    usually meant, but both are valid targets.
+    """
+    spellings = {text: _other_spelling(model, text) for text in tokens if isinstance(text, str)}
+    pairs = [(text, other) for text, other in spellings.items() if other is not None]
+    if not pairs:
+        return []
+    logits: Tensor = model(model.prompt_ids(prompt, bos))[0][0, -1]
+    probs = logits.double().softmax(dim=-1)
+    lines = []
+    for text, other in pairs:
+        taken, left = (float(probs[token_id(model, each)]) for each in (text, other))
+        if left > taken:
+            how = "without the space" if text.startswith(" ") else "with a space"
+            lines.append(
+                f"{shown(text)} was taken, which has a probability of {taken:.2g} after the prompt; "
+                f"{shown(other)}, {how} before it, has {left:.2g}."
+            )
+    return lines
 
 
 def token_texts(model: LanguageModel, ids: Sequence[int]) -> list[str]:

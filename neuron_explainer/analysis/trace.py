@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.analysis.effects import (
-    MEASURES,
+    OF_ONE_PASS,
     Effects,
     NodeTable,
     check_measures,
@@ -71,7 +71,7 @@ def trace(
         positions: of which tokens the nodes are; None: of all.
         hooks: interventions under which everything is measured.
     """
-    if unknown := [m for m in measures if m not in MEASURES or m in ("ablation", "patching")]:
+    if unknown := [m for m in measures if m not in OF_ONE_PASS]:
         raise InputError(f"trace measures write_norm, direct and act_grad; found {unknown[0]!r}.")
     check_measures(measures, top_k, None)
     tokens = one_prompt(model, prompt, bos)[0].tolist()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from neuron_explainer.evaluation.figures import Evaluation
 from neuron_explainer.evaluation.geometry import WeightGeometry
+from neuron_explainer.tables import percent
 
 MUCH_UNEXPLAINED = 0.5
 MANY_DEAD = 0.1
@@ -66,7 +67,7 @@ def n_dense(evaluation: Evaluation) -> int:
 
 def _explained(e: Evaluation) -> Remark:
     return Remark(
-        f"The reconstructions explain {e.explained_variance:.1%} of the variance (FVU {e.fvu:.3f}).",
+        f"The reconstructions explain {percent(e.explained_variance, 1)} of the variance (FVU {e.fvu:.3f}).",
         e.fvu > MUCH_UNEXPLAINED,
     )
 
@@ -83,8 +84,8 @@ def _losses(e: Evaluation) -> list[Remark]:
         return [Remark(f"{text}, which is worse than the mean activation in their place.", True)]
     return [
         Remark(
-            f"{text}. They recover {found.recovered_zero:.0%} of the loss that zeros in their place cost, "
-            f"and {found.recovered_mean:.0%} of what the mean activation costs.",
+            f"{text}. They recover {percent(found.recovered_zero)} of the loss that zeros in their place "
+            f"cost, and {percent(found.recovered_mean)} of what the mean activation costs.",
             found.recovered_mean < LITTLE_RECOVERED,
         )
     ]
@@ -103,8 +104,8 @@ def _dead(e: Evaluation) -> Remark:
     if not dead:
         return Remark(f"No latent is dead: each of the {e.n_latents:,} fired.")
     return Remark(
-        f"{dead:,} of the {e.n_latents:,} latents ({e.dead_share:.1%}) never fired: they are dead, or rarer "
-        f"than one in {e.n_tokens:,} tokens.",
+        f"{dead:,} of the {e.n_latents:,} latents ({percent(e.dead_share, 1)}) never fired: they are dead, "
+        f"or rarer than one in {e.n_tokens:,} tokens.",
         e.dead_share > MANY_DEAD,
     )
 
@@ -112,17 +113,18 @@ def _dead(e: Evaluation) -> Remark:
 def _dense(e: Evaluation) -> Remark:
     dense = n_dense(e)
     if not dense:
-        return Remark(f"No latent is dense (active on more than {DENSE:.0%} of tokens).")
+        return Remark(f"No latent is dense (active on more than {percent(DENSE)} of tokens).")
     share = float(e.frequency[e.frequency > DENSE].sum()) / e.l0
     return Remark(
-        f"{dense:,} {'latent is' if dense == 1 else 'latents are'} dense (active on more than {DENSE:.0%} "
-        f"of tokens) and {'makes' if dense == 1 else 'make'} up {share:.0%} of all activity.",
+        f"{dense:,} {'latent is' if dense == 1 else 'latents are'} dense (active on more than "
+        f"{percent(DENSE)} of tokens) and {'makes' if dense == 1 else 'make'} up {percent(share)} of all "
+        "activity.",
         dense > MANY_DENSE * e.n_latents,
     )
 
 
 def _shrinkage(e: Evaluation) -> list[Remark]:
-    if e.relative_reconstruction_bias >= SHRUNK:
+    if not e.relative_reconstruction_bias < SHRUNK:  # NaN where every reconstruction is 0
         return []
     return [
         Remark(
@@ -141,7 +143,7 @@ def _copies(geometry: WeightGeometry) -> list[Remark]:
         return []
     return [
         Remark(
-            f"{share:.1%} of decoder directions have a near copy (cosine above {NEARLY_EQUAL:g}).",
+            f"{percent(share, 1)} of decoder directions have a near copy (cosine above {NEARLY_EQUAL:g}).",
             share > MANY_COPIES,
         )
     ]
@@ -157,12 +159,12 @@ def _still_falling(curve: Curve) -> list[Remark]:
     if not last or not before:
         return []
     old, new = sum(before) / len(before), sum(last) / len(last)
-    if new > old * (1 - STILL_FALLING):
+    if new >= old * (1 - STILL_FALLING):  # also where both are 0
         return []
     return [
         Remark(
-            f"FVU was still falling when training ended after {end:,.0f} tokens (by {1 - new / old:.0%} over "
-            "the last fifth): more training would help.",
+            f"FVU was still falling when training ended after {end:,.0f} tokens (by {percent(1 - new / old)} "
+            "over the last fifth): more training would help.",
             True,
         )
     ]

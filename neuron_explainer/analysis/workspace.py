@@ -15,7 +15,7 @@ import os
 import sqlite3
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,7 +117,7 @@ class Workspace:
 
     def __init__(self, path: str | Path, subject: str, n_units: int) -> None:
         self.path, self.subject, self.n_units = files.local_path(path), subject, n_units
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # in a transaction, its thread also reads
         self._connection: sqlite3.Connection | None = None
         self._refusal = ""  # why the open file cannot be written to
 
@@ -136,8 +136,13 @@ class Workspace:
         """
         self.set_labels([Label(unit, text, source, score)])
 
-    def set_labels(self, labels: Iterable[Label]) -> int:
+    def set_labels(self, labels: Iterable[Label], before: Callable[[], None] | None = None) -> int:
         """:meth:`set_label` for many: all of them are written, or nothing.
+
+        Args:
+            labels: what to write.
+            before: is called when nobody else can write any more, and before anything is written. If it
+                raises, nothing is.
 
         Returns:
             how many there were.
@@ -148,6 +153,8 @@ class Workspace:
             text, source = encodable(label.text).strip(), encodable(label.source)
             checked.append(label._replace(text=text, source=source))
         with self._writing() as connection:
+            if before is not None:
+                before()
             for label in checked:
                 self._replace_label(connection, label)
         return len(checked)

@@ -121,11 +121,12 @@ def _print(args: argparse.Namespace, result: Result) -> None:
 
 @contextlib.contextmanager
 def _log_on_stderr() -> Iterator[None]:
-    """What the library logs while a verb runs is for its user: one line each."""
+    """What the library logs while a verb runs is for its user: one line each, and of the processes that
+    torchrun started, the first alone speaks."""
     log, handler = logging.getLogger("neuron_explainer"), logging.StreamHandler()
     level = log.level
     log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     try:
         yield
     finally:

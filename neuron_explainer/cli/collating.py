@@ -1,12 +1,11 @@
 """Collate: one pass over a text that finds examples and figures of every unit."""
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neuron_explainer.cli.common import Result, add_verb, say
+from neuron_explainer.cli.common import Result, add_verb, continued_by_the_same_command, say
 from neuron_explainer.cli.open import (
     Named,
     by_location,
@@ -121,13 +120,10 @@ def _collate(args: argparse.Namespace) -> Result:
     context, autoencoders, origins = _what(args)
     what = [autoencoders] * bool(autoencoders) + args.location
     windows = _windows(args, context)
-    try:
+    with continued_by_the_same_command(args.out):
         stores = collate(
             context, what, windows, args.out, config, origins=origins, progress=not args.json
         )
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: the same command continues the pass in {args.out}", file=sys.stderr)
-        raise
     opened = {path: ExampleStore(path) for path in stores.values()}
     return {
         "folder": args.out,

@@ -1,9 +1,10 @@
 """What the verbs share: how a verb is declared, and how text reaches the terminal."""
 
 import argparse
+import contextlib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from neuron_explainer.errors import did_you_mean
@@ -124,6 +125,16 @@ def positive(text: str) -> int:
 def say(text: str = "") -> None:
     """Print text, control characters escaped. Every verb prints with this."""
     print(escaped(text))
+
+
+@contextlib.contextmanager
+def continued_by_the_same_command(out: str) -> Iterator[None]:
+    """Around work that is kept in the folder ``out``: after Ctrl-C, say how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: the same command continues the work in {out}", file=sys.stderr)
+        raise
 
 
 def can_be_shown(text: str) -> bool:

@@ -125,7 +125,7 @@ def run_explain(args: argparse.Namespace) -> Result:
         args.show = show_plan
         return _plan(args, store, units)
     logits = args.method in ("logits", "marked-logits")
-    parts = _model_parts(args, store, units, logits)
+    parts = _model_parts(args, store, units, logits, asked)
     reading, directions = parts.reading, parts.directions
     by_model = asked is not None and args.method in PROMPTS
     explain = asked.explain(args.method, directions) if asked is not None and by_model else None
@@ -159,7 +159,7 @@ def run_score(args: argparse.Namespace) -> Result:
     if args.dry_run and asked is None:
         args.show = show_plan
         return _plan(args, store, units)
-    parts = _model_parts(args, store, units, False)
+    parts = _model_parts(args, store, units, False, asked)
     known = {}
     for unit in units:
         if explained := store.explanations(unit, args.method):
@@ -229,10 +229,11 @@ def _chosen(
 ) -> "tuple[ExampleStore, SetConfig, list[int]]":
     """The store, the settings of example sets, and the units."""
     from neuron_explainer.activations.corpus import permutation
-    from neuron_explainer.analysis.explaining.examples import SetConfig
+    from neuron_explainer.analysis.explaining.examples import SetConfig, check_set_seed
     from neuron_explainer.analysis.store import ExampleStore
 
     store = ExampleStore.open(args.store)
+    check_set_seed(args.seed)  # here, before the model reads anything
     config = SetConfig(train=args.train, test=args.test)
     if args.latents is not None:
         if args.sample is not None:
@@ -269,12 +270,18 @@ class _ModelParts(NamedTuple):
 
 
 def _model_parts(
-    args: argparse.Namespace, store: "ExampleStore", units: Sequence[int], logits: bool
+    args: argparse.Namespace,
+    store: "ExampleStore",
+    units: Sequence[int],
+    logits: bool,
+    asked: "Asked | None",
 ) -> _ModelParts:
     if args.no_model:
         if logits:
             raise InputError(f"--method {args.method} reads the model; leave --no-model out.")
         return _ModelParts("--no-model")
+    if asked is not None and not args.dry_run:
+        asked.endpoint.check()  # the model takes a while to read, all in vain without a server
     try:
         context, autoencoder = opened(store, args.model, args.autoencoder, args.device)
     except NeuronExplainerError as error:

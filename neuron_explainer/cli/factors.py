@@ -3,12 +3,17 @@
 import argparse
 import dataclasses
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neuron_explainer.cli import looking_at_factors
-from neuron_explainer.cli.common import Result, add_verb, positive, say
+from neuron_explainer.cli.common import (
+    Result,
+    add_verb,
+    continued_by_the_same_command,
+    positive,
+    say,
+)
 from neuron_explainer.cli.open import find_autoencoders, fitted, model_options, open_model
 from neuron_explainer.errors import InputError
 
@@ -226,7 +231,7 @@ def run_learn(args: argparse.Namespace) -> Result:
     sentences.check(context)
     windows = sentences.windows(data.windows_per_forward, data.data_seed)
     counts = None if args.no_token_weights else count_tokens(windows, context.n_vocab)
-    try:
+    with continued_by_the_same_command(args.out):
         train_sparse_coding(
             config,
             LiveSource(open_harvester(context, places, data), windows),
@@ -241,9 +246,6 @@ def run_learn(args: argparse.Namespace) -> Result:
             },
             progress=not args.json,
         )
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: the same command continues the run in {args.out}", file=sys.stderr)
-        raise
     finished = Run.open(args.out).finished
     return {
         "run": args.out,
@@ -369,7 +371,7 @@ def run_collate(args: argparse.Namespace) -> Result:
         entry.label: _dictionary(loaded[entry.path], entry, args.layers, context)
         for entry in found.entries
     }
-    try:
+    with continued_by_the_same_command(args.out):
         examples = collect_examples(
             context,
             dictionaries,
@@ -381,9 +383,6 @@ def run_collate(args: argparse.Namespace) -> Result:
             settings={"autoencoder": _absolute(args.autoencoder), "text": _absolute(text)},
             progress=not args.json,
         )
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: the same command continues the pass in {args.out}", file=sys.stderr)
-        raise
     return {"dictionaries": [_summary(args.out, len(examples), *pair) for pair in examples.items()]}
 
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from neuron_explainer.cli.common import Result, add_verb, positive, say
 from neuron_explainer.cli.open import find_autoencoders, model_options, open_model
 from neuron_explainer.errors import InputError
-from neuron_explainer.tables import escaped, text_table
+from neuron_explainer.tables import escaped, percent, text_table
 
 if TYPE_CHECKING:
     from neuron_explainer.analysis.node_parts import Freeze
     from neuron_explainer.models.autoencoder_context import AutoencoderContext
+    from neuron_explainer.models.language_model import LanguageModel
     from neuron_explainer.models.locations import ActivationLocation
     from neuron_explainer.models.model_context import ModelContext
     from neuron_explainer.models.weight_names import LayerIndex
@@ -167,6 +168,18 @@ def _target(args: argparse.Namespace) -> str:
     return f"logit_difference(model, {args.target!r}{against})"
 
 
+def _notes(args: argparse.Namespace, model: "LanguageModel") -> list[str]:
+    """What to say about the target tokens, such as that the prompt goes on with a space."""
+    from neuron_explainer.analysis.targets import likelier_spellings
+
+    return likelier_spellings(model, args.text, [*args.target, *(args.against or [])], args.bos)
+
+
+def _show_notes(result: Result) -> None:
+    for note in result["notes"]:
+        say(f"Note: {note}")
+
+
 def _autoencoders(
     name: str, context: "ModelContext", args: argparse.Namespace
 ) -> tuple["AutoencoderContext", str]:
@@ -246,6 +259,7 @@ def run_effects(args: argparse.Namespace) -> Result:
     return {
         "model": context.reference,
         "target": table.target_name,
+        "notes": _notes(args, model),
         "value": table.target,
         "tokens": table.tokens,
         "totals": dict(table.totals),
@@ -267,18 +281,19 @@ def run_effects(args: argparse.Namespace) -> Result:
 
 def show_effects(result: Result) -> None:
     """A line a node, the largest act × grad first."""
-    from neuron_explainer.analysis.effects import explained
+    from neuron_explainer.analysis.effects import explained, rank_agreement
 
     shares = " and ".join(
         explained(name, sum(node[name] for node in result["nodes"]), result["totals"][name])
         for name in ("direct", "act_grad")
     )
     say(f"{result['target']}: {result['value']:+.4f} ({result['model']})")
+    _show_notes(result)
     say(f"The {len(result['nodes'])} nodes shown explain {shares}.")
     if not result["freeze"]:
         say("The final norm's scale is not frozen, so that direct effects do not sum to the value.")
     if result["rank_correlation"] is not None:
-        say(f"Rank correlation of act_grad with ablation: {result['rank_correlation']:.2f}")
+        say(rank_agreement(result["rank_correlation"]))
     columns = [name for name in result["nodes"][0] if name not in ("node", "token")]
     rows = [
         [node["node"], escaped(repr(node["token"])), *(f"{node[name]:+.4f}" for name in columns)]
@@ -329,6 +344,7 @@ def run_patch(args: argparse.Namespace) -> Result:
     return {
         "model": context.reference,
         "target": found.metric,
+        "notes": _notes(args, model),
         "value": float(found.baseline[0]),
         "source_value": float(other),
         "tokens": [token_texts(model, here)[place] for place in positions],
@@ -344,6 +360,7 @@ def show_patch(result: Result) -> None:
     say(
         f"{result['target']}: {result['value']:+.3f}; on the source prompt {result['source_value']:+.3f}"
     )
+    _show_notes(result)
     say("Change when one layer's activation at one token is the source prompt's:")
     head = ["layer", *(escaped(repr(token))[1:-1] for token in result["tokens"])]
     rows = [
@@ -392,6 +409,7 @@ def run_circuit(args: argparse.Namespace) -> Result:
     return {
         "model": context.reference,
         "target": target.name,
+        "notes": _notes(args, model),
         "value": curve.whole,
         "corrupt_value": curve.empty,
         "n_edges": len(scores.graph),
@@ -425,13 +443,14 @@ def show_circuit(result: Result) -> None:
         f"{result['target']}: {result['value']:+.3f}; on the corrupt prompt {result['corrupt_value']:+.3f} "
         f"({result['model']}, {result['n_edges']:,} connections)"
     )
+    _show_notes(result)
     say("Estimated change if one connection alone carries the corrupt prompt:")
     rows = [[each["edge"], f"{each['score']:+.4f}"] for each in result["edges"]]
     say(text_table(["connection", "score"], rows, rule=True))
     say(
         f"\nOf the {circuit['chosen']} best, {len(circuit['edges'])} lie on a way from the tokens to the "
         f"logits, through {len(circuit['nodes'])} nodes. Alone they give {circuit['value']:+.3f}: "
-        f"{circuit['faithfulness']:.0%} of the way from the corrupt prompt to the whole model.\n"
+        f"{percent(circuit['faithfulness'])} of the way from the corrupt prompt to the whole model.\n"
     )
     say(result["text"])
     _show_python(result)

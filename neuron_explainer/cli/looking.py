@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from neuron_explainer.cli.common import Result, add_verb, can_be_shown, option, positive, say
 from neuron_explainer.cli.open import find_autoencoders, fitted, model_options, open_model
 from neuron_explainer.errors import InputError
-from neuron_explainer.tables import escaped, text_table
+from neuron_explainer.tables import escaped, percent, text_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -222,15 +222,14 @@ def _strongest(row: "Tensor", top: int) -> list[dict[str, float]]:
 def show_latents(result: Result) -> None:
     """A line for each token, with a bar as long as its strongest latent."""
     say(f"{result['location']} of {result['model']}, {result['autoencoder']}: latent activation")
-    say(
-        f"(on the built-in text {result['l0']} latents fire, {result['fvu']:.1%} of the variance is lost)"
-    )
+    lost = percent(result["fvu"], 1)
+    say(f"(on the built-in text {result['l0']} latents fire, {lost} of the variance is lost)")
     block = "█" if can_be_shown("█") else "#"
-    most = max((la["activation"] for t in result["tokens"] for la in t["latents"]), default=1.0)
+    most = max((la["activation"] for t in result["tokens"] for la in t["latents"]), default=0.0)
     for token in result["tokens"]:
         strongest = token["latents"][0]["activation"] if token["latents"] else 0.0
         listed = "  ".join(f"{la['latent']} {la['activation']:.2f}" for la in token["latents"])
-        say(f"{token['token']!r:>14} {block * round(10 * strongest / most):<10} {listed}")
+        say(f"{token['token']!r:>14} {block * round(10 * strongest / (most or 1.0)):<10} {listed}")
 
 
 # --- ablate ---

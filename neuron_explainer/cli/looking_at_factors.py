@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from neuron_explainer.cli.common import Result, add_verb, positive, say
+from neuron_explainer.cli.common import Result, add_verb, option, positive, say
 from neuron_explainer.cli.open import find_autoencoders, fitted, open_model
 from neuron_explainer.errors import InputError
 from neuron_explainer.tables import text_table
@@ -43,6 +43,10 @@ def _factor_options(verb: argparse.ArgumentParser, default: int) -> None:
         action="store_true",
         help="divide scores by the length of the activations of their layer",
     )
+
+
+def _num_sentences_option(verb: argparse.ArgumentParser) -> None:
+    option(verb, "--num-sentences", "of each factor in a layer", 20, "N", positive)
 
 
 def _register_importance(actions: Any) -> None:
@@ -152,13 +156,7 @@ def _register_saliency(actions: Any) -> None:
         metavar="N",
         help="in these layers (default: each factor's peak)",
     )
-    saliency.add_argument(
-        "--num-sentences",
-        type=positive,
-        default=20,
-        metavar="N",
-        help="of each factor in a layer (default: 20)",
-    )
+    _num_sentences_option(saliency)
     saliency.add_argument(
         "--batch-size", type=positive, default=64, metavar="N", help="copies at once (default: 64)"
     )
@@ -192,8 +190,9 @@ def run_saliency(args: argparse.Namespace) -> Result:
     examples = FactorExamples.load(args.examples)
     context = open_model(examples.settings["model"], args.device)
     autoencoder = _recorded_autoencoder(args, examples, context)
-    factors = _chosen(args, examples, importance(examples, relative=args.relative))
-    wanted = list(_wanted(args, examples, factors))
+    measured = importance(examples, relative=args.relative)
+    factors = _chosen(args, examples, measured)
+    wanted = _wanted(args, examples, measured, factors)
     file, token = SaliencyFile(args.examples), replacement_token(context, config.replacement)
     there = {key_of(each) for each in file.begin(config, token)}
     todo = [each for each in wanted if (each.factor, each.location, each.position) not in there]
@@ -238,12 +237,9 @@ def _recorded_autoencoder(
 
 
 def _wanted(
-    args: argparse.Namespace, examples: "FactorExamples", factors: list[int]
+    args: argparse.Namespace, examples: "FactorExamples", found: "Importance", factors: list[int]
 ) -> "list[FactorExample]":
     """The examples to explain: the strongest sentences of each factor, at its peak or in ``--layers``."""
-    from neuron_explainer.analysis.factors import importance
-
-    found = importance(examples, relative=args.relative)
     wanted = []
     for factor in factors:
         places = [examples.locations[found.peak[factor]]]
@@ -283,13 +279,7 @@ def _register_pages(actions: Any) -> None:
     _examples_argument(pages)
     _factor_options(pages, 100)
     pages.add_argument("--out", required=True, metavar="PAGES", help="folder to write to")
-    pages.add_argument(
-        "--num-sentences",
-        type=positive,
-        default=20,
-        metavar="N",
-        help="of each factor in a layer (default: 20)",
-    )
+    _num_sentences_option(pages)
 
 
 def run_pages(args: argparse.Namespace) -> Result:

@@ -286,13 +286,15 @@ def show_evaluate(result: Result) -> None:
 def run_prune(args: argparse.Namespace) -> Result:
     """Leave out latents that fire too seldom, never strongly, or have next to no decoder."""
     from neuron_explainer.dictionaries.prune import prune
+    from neuron_explainer.progress import progress_bar
 
     _check_out(args)
     opened = Opened(args, "training")
     _, autoencoder = opened.only()
+    batches = opened.activations(autoencoder)
     pruning = prune(
         autoencoder,
-        opened.activations(autoencoder),
+        progress_bar(batches, desc="pruning", unit="batch", disable=args.json),
         min_frequency=args.min_frequency,
         min_max_activation=args.min_max_activation,
         min_decoder_norm=args.min_decoder_norm,
@@ -382,7 +384,6 @@ def run_report(args: argparse.Namespace) -> Result:
     from neuron_explainer.analysis.report import write_report
     from neuron_explainer.dictionaries.runs import Run
 
-    check_matplotlib()
     folder = Path(args.autoencoder)
     if not (args.out or folder.is_dir()):
         raise InputError(
@@ -391,6 +392,7 @@ def run_report(args: argparse.Namespace) -> Result:
     out = Path(args.out) if args.out else folder / "report.html"
     files.check_writable(out)
     opened = Opened(args, "held_out")
+    check_matplotlib()  # before anything is measured
     run = None if files.is_remote(args.autoencoder) else Run.find(folder)
     evaluations = _evaluate(opened, 1, [], progress=not args.json)
     measured_on = opened.measured_on(next(iter(evaluations.values())).n_tokens)

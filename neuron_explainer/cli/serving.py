@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import math
 import os
 import socket
 import sys
@@ -49,9 +50,25 @@ def register(verbs: Any) -> None:
         help="a folder that factors collate wrote; may be given several times",
     )
     serve.add_argument("--device", metavar="NAME", help="where the model runs, such as cuda:0")
-    option(serve, "--memory", "GiB for autoencoders; those used longest ago are dropped", 4.0)
+    option(
+        serve, "--memory", "GiB for autoencoders; those used longest ago are dropped", 4.0, type=gib
+    )
     option(serve, "--max-tokens", "longest prompt", 256, type=positive)
     serve.add_argument("--no-model", action="store_true", help="show the stores only")
+    _declare_access(serve)
+    serve.add_argument("--open", action="store_true", help="open the page in the browser")
+    serve.add_argument(
+        "--verbose", action="store_true", help="a line for each request, without its text"
+    )
+    serve.add_argument(
+        "--log-prompts",
+        action="store_true",
+        help="lines for each request, with the texts that it gives to the model",
+    )
+
+
+def _declare_access(serve: argparse.ArgumentParser) -> None:
+    """Where the server is reached, and by whom."""
     option(serve, "--host", "address to listen on", "127.0.0.1")
     option(serve, "--port", "0: any free one", DEFAULT_PORT)
     token = serve.add_mutually_exclusive_group()
@@ -74,24 +91,31 @@ def register(verbs: Any) -> None:
     option(serve, "--base-path", "path under which a proxy shows this server", "")
     option(serve, "--frame-ancestors", "who may show the pages in a frame", "'self'")
     serve.add_argument("--read-only", action="store_true", help="labels cannot be changed")
-    serve.add_argument("--open", action="store_true", help="open the page in the browser")
-    serve.add_argument(
-        "--verbose", action="store_true", help="a line for each request, without its text"
-    )
+
+
+def gib(text: str) -> float:
+    """A finite number above 0, for argparse."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text}")
+    return number
 
 
 def run_serve(args: argparse.Namespace) -> Result:
     """Serve pages until Ctrl-C."""
     optional_module("fastapi", "serve", "'neuron_explainer[serve]'")
     uvicorn = optional_module("uvicorn", "serve", "'neuron_explainer[serve]'")
+    from neuron_explainer.server.connections import protocol_with_deadline
+
     token = _token(args)
-    listening = _listen(args.host, args.port)
+    app = _app(args, token)
     with contextlib.ExitStack() as stack:
+        stack.callback(app.state.serving.registry.close)
+        listening = _listen(args.host, args.port)
         for each in listening:
             stack.enter_context(each)
         port = listening[0].getsockname()[1]
-        app = _app(args, token)
-        if args.verbose:
+        if args.verbose or args.log_prompts:
             logging.getLogger("neuron_explainer").setLevel(logging.DEBUG)
         config = uvicorn.Config(
             app,
@@ -102,7 +126,7 @@ def run_serve(args: argparse.Namespace) -> Result:
             proxy_headers=False,  # anyone can send these
             timeout_graceful_shutdown=_SECONDS_TO_FINISH,
             h11_max_incomplete_event_size=64 << 10,
-            http="h11",
+            http=protocol_with_deadline(app.state.serving.limits.header_seconds),
             ws="none",
         )
         url = _url(args, app, port)
@@ -149,8 +173,6 @@ def _token(args: argparse.Namespace) -> str | None:
 
 def _listen(host: str, port: int) -> list[socket.socket]:
     """Listen on an address; on that of this machine, in both versions of the protocol."""
-    if not 0 <= port <= 65535:
-        raise InputError(f"expected a port from 0 to 65535, found {port}.")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = [_bound(family, str(address[0]), port)]
@@ -185,6 +207,8 @@ def _app(args: argparse.Namespace, token: str | None) -> "FastAPI":
     from neuron_explainer.server.limits import Limits
     from neuron_explainer.server.registry import Registry, not_remote
 
+    if not 0 <= args.port <= 65535:
+        raise InputError(f"expected a port from 0 to 65535, found {args.port}.")
     registry = Registry(args.store or [DEFAULT_STORE])
     model = args.model or not_remote(registry.model)
     if model is None and not args.no_model:
@@ -203,6 +227,7 @@ def _app(args: argparse.Namespace, token: str | None) -> "FastAPI":
         frame_ancestors=args.frame_ancestors,
         limits=Limits(max_tokens=args.max_tokens, autoencoder_bytes=round(args.memory * 2**30)),
         device=args.device,
+        log_prompts=args.log_prompts,
     )
 
 

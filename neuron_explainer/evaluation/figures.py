@@ -9,7 +9,7 @@ from torch import Tensor
 from neuron_explainer.evaluation.compat import PeerStats
 from neuron_explainer.evaluation.metrics import DensityHistogram, ce_recovered, density_histogram
 from neuron_explainer.evaluation.running import LossTotals, ReconstructionStats
-from neuron_explainer.tables import text_table
+from neuron_explainer.tables import percent, text_table
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ _COLUMNS = (
     ("FVU", "fvu", ".4f"),
     ("L0", "l0", ".2f"),
     ("cosine", "cosine_similarity", ".4f"),
-    ("dead", "dead_share", ".1%"),
+    ("dead", "dead_share", "%"),
     ("CE rec. (zero)", "recovered_zero", ".4f"),
     ("(mean)", "recovered_mean", ".4f"),
     ("KL", "kl", ".4f"),
@@ -195,5 +195,9 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> str:
     rows = []
     for name, evaluation in evaluations.items():
         found = evaluation.figures()
-        rows.append([name, *(f"{found[k]:{f}}" if k in found else "-" for _, k, f in _COLUMNS)])
+        cells = (
+            "-" if k not in found else percent(found[k], 1) if f == "%" else f"{found[k]:{f}}"
+            for _, k, f in _COLUMNS
+        )
+        rows.append([name, *cells])
     return text_table(["autoencoder", *(title for title, _, _ in _COLUMNS)], rows)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from neuron_explainer.errors import InputError
 from neuron_explainer.models.checks import check_seed
+from neuron_explainer.settings import check_types
 from neuron_explainer.tables import by_shape
 
 
@@ -69,6 +70,7 @@ class SyntheticConfig:
     """Decides everything but which tokens are drawn."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_seed(self.seed)
         for name in ("n_features", "width"):
             if getattr(self, name) < 1:

@@ -432,13 +432,13 @@ def download(remote: Remote, transfer: Transfer, why: str) -> None:
     except SourceError as error:
         damaged = "" if why == ABSENT else f" What the cache holds cannot be used: {why}."
         text = f"cannot get {remote.source}: {error}.{damaged} {_advice(remote)}"
-        raise SourceError(text) from error
+        raise SourceError(text) from None  # the text has the cause; six tracebacks would hide it
     except OSError as error:
         if error.errno in DISK_FULL:
             partial.discard()  # else the disk stays full
         where = cache_dir()
         text = f"cannot store {remote.source} in {where}: {disk_reason(error, where)}"
-        raise SourceError(text) from error
+        raise SourceError(text) from None
 
 
 def _advice(remote: Remote) -> str:
@@ -621,9 +621,9 @@ def _exists_remotely(remote: Remote, transfer: Transfer) -> bool:
         try:
             return exists_at(remote, transfer.session())
         except SourceError as error:
-            raise SourceError(f"cannot see {remote.source}: {error}") from error
+            raise SourceError(f"cannot see {remote.source}: {error}") from None
         except RetryError as error:
             failures += 1
             if failures >= options.attempts or isinstance(error, UnreachableError):
-                raise SourceError(f"cannot see {remote.source}: {error}") from error
+                raise SourceError(f"cannot see {remote.source}: {error}") from None
             transfer.pause(max(error.wait_seconds, backoff(failures)))

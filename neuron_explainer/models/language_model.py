@@ -437,7 +437,6 @@ class LanguageModel(ABC):
             rows = _generate(step, ids, num_tokens, choose, stops, self.device)
         return Sample.of(rows, lambda: [self._decode(row) for row in rows])
 
-    @torch.no_grad()
     def stream(
         self,
         prompt: str | Sequence[int],
@@ -452,8 +451,10 @@ class LanguageModel(ABC):
     ) -> Iterator[tuple[int, float]]:
         """The tokens that :meth:`sample` draws for one prompt, each as soon as it is drawn.
 
-        Yields:
-            The token, and the probability that the model gives it (whatever the temperature is).
+        What is wrong with the arguments is raised by the call, before the first token is asked for.
+
+        Returns:
+            Of each token its id, and the probability that the model gives it (whatever the temperature is).
         """
         check_sampling_settings(num_tokens, temperature, top_k, top_p)
         ids = self.prompt_ids(prompt, bos)
@@ -461,11 +462,28 @@ class LanguageModel(ABC):
             raise InputError(f"stream takes one prompt, found {len(ids)}.")
         self._check_room(len(ids[0]), num_tokens, hooks)
         generator = _make_generator(None, seed, self.device)
+        choose = functools.partial(
+            sample_from_logits,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generator,
+        )
+        return self._stream(ids, num_tokens, choose, hooks)
+
+    @torch.no_grad()
+    def _stream(
+        self,
+        ids: list[list[int]],
+        num_tokens: int,
+        choose: Callable[[Tensor], Tensor],
+        hooks: TransformerHooks | None,
+    ) -> Iterator[tuple[int, float]]:
         tokens, pad = prep_input_and_pad(ids, "left", self.device)
         with self._generation(1, len(ids[0]), num_tokens, hooks) as step:
             for _ in range(num_tokens):
                 logits = step(tokens, pad)
-                chosen = sample_from_logits(logits, temperature, top_k, top_p, generator)
+                chosen = choose(logits)
                 yield int(chosen), float(logits.double().softmax(dim=-1)[0, chosen])
                 tokens, pad = chosen[:, None], torch.zeros_like(chosen[:, None], dtype=torch.bool)
 

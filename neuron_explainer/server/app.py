@@ -62,6 +62,7 @@ def create_app(
     factors: Sequence[str | Path] = (),
     device: str | None = None,
     compute: Compute | None = None,
+    log_prompts: bool = False,
 ) -> FastAPI:
     """An application that shows stores of examples, and computes with a model.
 
@@ -84,6 +85,7 @@ def create_app(
         factors: folders of transformer factors' examples, as ``factors collate`` writes them.
         device: where the model runs; None: the best there is.
         compute: who runs the model, in place of ``model``.
+        log_prompts: whether the log also holds the texts that requests give to the model.
     """
     limits = limits or Limits()
     policy = make_policy(
@@ -100,7 +102,7 @@ def create_app(
     rate = ClientRate(limits.compute_per_second)
     name = model if isinstance(model, str) else registry.model
     served = Serving(registry, policy, limits, compute, read_only, rate, name)
-    served.factors = FactorRuns(factors)
+    served.factors, served.log_prompts = FactorRuns(factors), log_prompts
     return _application(served)
 
 

@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -20,9 +21,14 @@ from neuron_explainer.server.serving import DictionaryId, Served, Serving, Unit
 from neuron_explainer.server.shapes import Body
 from neuron_explainer.server.worker import Worker
 
+log = logging.getLogger(__name__)
 router = APIRouter(route_class=StrictRoute)
 LOOK = 0.25
 """Seconds between looks at whether a client is still there."""
+EVENTS = "text/event-stream"
+_AS_EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {EVENTS: {"schema": {"type": "string"}}}}
+}
 
 # --- what may be asked ---
 
@@ -207,7 +213,33 @@ def worker_of(served: Serving) -> Worker:
 
 async def ask(request: Request, served: Serving, operation: str, content: dict[str, Any]) -> Any:
     """The model's answer. A client that goes away takes its request with it."""
-    task = asyncio.ensure_future(worker_of(served).call(operation, content))
+    note_prompts(request, served, content)
+    return await _while_there(request, worker_of(served).call(operation, content))
+
+
+def note_prompts(request: Request, served: Serving, content: Any) -> None:
+    """With ``--log-prompts``, a line of the log with the texts of a request to the model."""
+    if served.log_prompts and (texts := list(_texts_of(content))):
+        log.info("%s prompts %r", request.state.request_id, texts)
+
+
+def _texts_of(content: Any) -> Iterator[str]:
+    if isinstance(content, dict):
+        for name, value in content.items():
+            if isinstance(value, str) and name in ("text", "prompt", "source"):
+                yield value
+            elif name == "texts":
+                yield from value
+            else:
+                yield from _texts_of(value)
+    elif isinstance(content, list):
+        for each in content:
+            yield from _texts_of(each)
+
+
+async def _while_there(request: Request, answer: Coroutine[Any, Any, Any]) -> Any:
+    """What is awaited, as long as its client is there."""
+    task = asyncio.ensure_future(answer)
     try:
         while not (await asyncio.wait({task}, timeout=LOOK))[0]:
             if await request.is_disconnected():
@@ -236,12 +268,37 @@ async def activations(request: Request, served: Served, body: ActivationsRequest
     return json_reply(request, found, etag=False)
 
 
-@router.post("/debug", **COMPUTE)
+@router.post("/debug", **COMPUTE, responses=_AS_EVENTS)
 async def debug(request: Request, served: Served, body: DebugRequest) -> Response:
-    """Which nodes make a prediction."""
-    found = await ask(request, served, "debug", _content(body))
-    await run_in_threadpool(_add_labels, served, found["nodes"])
-    return json_reply(request, found, etag=False)
+    """Which nodes make a prediction.
+
+    With ``Accept: text/event-stream`` the reply comes in parts, as events with a JSON object each:
+
+    - ``started``, after the pass of the model: ``prompts`` (``ids``, ``target_ids``, ``top_logits``,
+      ``logit_difference``, ``token_effects``, …), ``goal``, ``aligned``, ``cache_key``, ``vocab`` and
+      ``vocab_bytes`` as in the whole reply, and ``sublayers``: how many ``nodes`` events follow;
+    - ``nodes``, for each sublayer in the order of the model: ``number`` (1 to ``sublayers``), ``layer`` (null
+      for the embedding and the goal's constant), ``locations``, ``nodes`` (rows as in the whole reply) and
+      ``values`` (metric, then prompt ``A`` or ``B``, then a number for each of these rows). They are the
+      rows of this sublayer that are among the ``top_k`` of all sublayers so far, and may be none. Later ones
+      may displace them; every row of the whole reply has been in an event;
+    - ``done``: the whole reply, the same as without streaming;
+    - ``error``: a problem, in place of ``done``.
+
+    What is wrong with the request itself is an ordinary error reply. Closing the connection cancels.
+    """
+    content = _content(body)
+    if not _wants_events(request):
+        found = await ask(request, served, "debug", content)
+        await run_in_threadpool(_add_labels, served, found["nodes"])
+        return json_reply(request, found, etag=False)
+    return await _events(request, served, "debug_streamed", content)
+
+
+def _wants_events(request: Request) -> bool:
+    """Whether the client names the form of streams in its Accept header."""
+    given = request.headers.get("accept", "").lower().split(",")
+    return EVENTS in (each.partition(";")[0].strip() for each in given)
 
 
 def _add_labels(served: Serving, rows: list[dict[str, Any]]) -> None:
@@ -288,36 +345,47 @@ async def lens(request: Request, served: Served, body: LensRequest) -> Response:
     return json_reply(request, await ask(request, served, "lens", _content(body)), etag=False)
 
 
-@router.post("/generate", **COMPUTE, response_class=StreamingResponse)
+@router.post("/generate", **COMPUTE, response_class=StreamingResponse, responses=_AS_EVENTS)
 async def generate(request: Request, served: Served, body: GenerateRequest) -> Response:
     """Tokens as they are drawn: events ``token``, then ``done``, or ``error`` with a problem.
 
     What is wrong with the request itself is an ordinary error reply.
     """
-    events = worker_of(served).stream("generate", _content(body))
-    try:
-        first = await anext(events)
-    except Refusal as refusal:
-        raise as_problem(refusal) from None
+    return await _events(request, served, "generate", _content(body))
+
+
+async def _events(
+    request: Request, served: Serving, operation: str, content: dict[str, Any]
+) -> Response:
+    """A reply that is a stream. It begins with its first part, so that a refusal is an ordinary error."""
+    note_prompts(request, served, content)
+    events = worker_of(served).stream(operation, content)
+    first = await _while_there(request, _first(events))
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_sent(first, events), 200, headers, "text/event-stream")
+    return StreamingResponse(_sent(served, first, events), 200, headers, EVENTS)
+
+
+async def _first(events: AsyncGenerator[tuple[str, Any], None]) -> tuple[str, Any]:
+    return await anext(events)
 
 
 async def _sent(
-    first: tuple[str, Any], rest: AsyncGenerator[tuple[str, Any], None]
+    served: Serving, first: tuple[str, Any], rest: AsyncGenerator[tuple[str, Any], None]
 ) -> AsyncIterator[bytes]:
     async with contextlib.aclosing(rest):
         try:
-            yield _event(*first)
+            yield await _event(served, *first)
             async for event in rest:
-                yield _event(*event)
+                yield await _event(served, *event)
         except Refusal as refusal:
             yield b"event: error\ndata: " + bytes(problem_reply(as_problem(refusal)).body) + b"\n\n"
 
 
-def _event(kind: str, payload: Any) -> bytes:
-    name = {"part": b"token", "done": b"done"}[kind]
-    return b"event: " + name + b"\ndata: " + dumps(payload) + b"\n\n"
+async def _event(served: Serving, kind: str, payload: Any) -> bytes:
+    name, content = payload if kind == "part" else ("done", payload)
+    if rows := content.get("nodes"):
+        await run_in_threadpool(_add_labels, served, rows)
+    return b"event: " + name.encode() + b"\ndata: " + dumps(content) + b"\n\n"
 
 
 # --- units of dictionaries ---

@@ -83,17 +83,21 @@ def remove_label(
 def _change(
     request: Request, served: Serving, d: str, label: Label, if_match: str | None
 ) -> Response:
-    with served.registry.reading(d) as store, served.writing:
+    with served.registry.reading(d) as store:
         check_unit(store, label.unit)
-        tags = [tag.strip() for tag in (if_match or "*").split(",")]
-        if "*" not in tags and _labels(store, label.unit)[1] not in tags:
-            raise Problem(
-                412,
-                "changed_meanwhile",
-                "The labels of this unit have changed since they were read. Read them again.",
-                loc=("header", "if-match"),
-            )
-        store.workspace.set_labels([label])
+        tags = None if if_match is None else [tag.strip() for tag in if_match.split(",")]
+
+        def compare() -> None:
+            if tags is not None and "*" not in tags and _labels(store, label.unit)[1] not in tags:
+                raise Problem(
+                    412,
+                    "changed_meanwhile",
+                    "The labels of this unit have changed since they were read. Read them again.",
+                    loc=("header", "if-match"),
+                )
+
+        # In the transaction, as another server may write to the same file.
+        store.workspace.set_labels([label], before=compare)
         return _labels_reply(request, store, label.unit)
 
 
@@ -126,7 +130,7 @@ def _import(request: Request, served: Serving, body: bytes, dictionary: str | No
     read = read_label_lines(body, served.registry, dictionary, served.limits.label_characters)
     imported = 0
     for id, found in read.labels.items():
-        with served.registry.reading(id) as store, served.writing:
+        with served.registry.reading(id) as store:
             imported += store.workspace.set_labels(found)
     content = {"imported": imported, "skipped": read.skipped, "errors": read.errors}
     return json_reply(request, content, etag=False)

@@ -39,6 +39,8 @@ class Limits:
     """Memory for autoencoders; those used longest ago are dropped."""
     seconds: float = 30.0
     """That the model may work on one request."""
+    header_seconds: float = 10.0
+    """In which the head of a request must have arrived."""
     token_search_seconds: float = 1.0
     """That a search by token goes on to dictionaries whose examples have not been read yet."""
     compute_per_second: float = 10.0

@@ -457,13 +457,15 @@ def _same(given: str, expected: str) -> bool:
 
 
 def _host_name(host: str) -> str:
-    """The name in a Host header, without the port; empty if there is none."""
+    """The name in a Host header, without the port; empty if it is not a name and perhaps a port."""
     try:
         found = urlsplit(f"//{host}")
         _ = found.port  # a ValueError if it is no number
     except ValueError:
         return ""
-    return "" if found.username is not None or found.path else (found.hostname or "").lower()
+    # Paths, queries, fragments, and the control characters that urlsplit leaves out.
+    plain = found.netloc == host and found.username is None
+    return (found.hostname or "").lower() if plain else ""
 
 
 def _netloc(origin: str) -> str:

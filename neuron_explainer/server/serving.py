@@ -1,6 +1,5 @@
 """What all routes of one application share."""
 
-import threading
 import time
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
@@ -85,8 +84,8 @@ class Serving:
     sessions: Sessions = field(default_factory=Sessions)
     factors: FactorRuns = field(default_factory=FactorRuns)
     jobs: Jobs = field(default_factory=Jobs)
-    writing: threading.Lock = field(default_factory=threading.Lock)
-    """Held while labels are compared and changed."""
+    log_prompts: bool = False
+    """Whether the log holds the texts of prompts."""
 
 
 async def serving(request: Request) -> Serving:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from neuron_explainer.analysis.attribution import integrated_gradients
 from neuron_explainer.analysis.effects import Effects, Node, NodeTable, nodes, spearman
 from neuron_explainer.analysis.targets import Target, kl, logit_difference, loss, probability
 from neuron_explainer.errors import InputError
@@ -15,7 +16,15 @@ from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
 from neuron_explainer.models.autoencoders.nonlinearities import TopK
 from neuron_explainer.models.hooks import TransformerHooks
-from neuron_explainer.models.interventions import ablate, add, freeze, scale, set_to
+from neuron_explainer.models.interventions import (
+    ablate,
+    add,
+    align,
+    freeze,
+    patch_from,
+    scale,
+    set_to,
+)
 from neuron_explainer.models.transformer import Transformer
 from tests.conftest import make_model
 from tests.models.test_interventions import wrong
@@ -171,6 +180,43 @@ def test_patching_is_exact_where_the_model_is_linear() -> None:
     assert checked == 48
 
 
+def test_integrated_is_integrated_gradients_of_each_location() -> None:
+    found = table(measures=["integrated"], freeze=(), ig_steps=5)
+    for path in ("resid.post_emb", "0/attn.v_out", "1/mlp.post_act"):
+        whole = integrated_gradients(MODEL, PROMPT, TARGET, path, steps=5).values
+        expected = whole.sum(axis=-1) if path != "1/mlp.post_act" else whole
+        for node, value in zip(found.nodes, found.values["integrated"], strict=True):
+            if node.location == path:
+                place = (node.position, node.unit)[: expected.ndim]
+                assert value == pytest.approx(expected[place], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "path", ["resid.torso.delta_mlp", "mlp.post_act", "resid.torso.delta_attn"]
+)
+def test_integrated_latents_error_and_bias_sum_to_the_effect_of_the_location(
+    path: str, contexts: dict[str, AutoencoderContext]
+) -> None:
+    place = f"1/{path}"
+    found = table(measures=["integrated"], freeze=(), ig_steps=16, autoencoders=[contexts[path]])
+    inside = [i for i, n in enumerate(found.nodes) if n.location == place and n.kind != "head"]
+    assert {found.nodes[i].kind for i in inside} == {"latent", "error", "bias"}
+    total = found.values["integrated"][inside].sum()
+    assert total == pytest.approx(found.target - value(ablate(place)), abs=1e-3)
+
+
+@pytest.mark.parametrize("other", [[3, 1, 9, 5, 8], [3, 7, 1, 4, 5, 8]])
+def test_integrated_patching_sums_to_the_effect_of_patching_the_location(other: list[int]) -> None:
+    found = table(
+        measures=["integrated_patching"], freeze=(), ig_steps=16, prompt_b=other, attention="heads"
+    )
+    run, index_map = MODEL.capture([other], "0/attn.v_out"), align(PROMPT, other)
+    patched = value(patch_from("0/attn.v_out", run, index_map=index_map))
+    heads = [i for i, node in enumerate(found.nodes) if node.location == "0/attn.v_out"]
+    total = found.values["integrated_patching"][heads].sum()
+    assert total == pytest.approx(patched - found.target, abs=1e-3)
+
+
 def test_a_second_prompt_of_another_length_is_aligned() -> None:
     longer = [3, 1, 20, 4, 1, 5, 9, 2]
     found = table(measures=["act_grad"], prompt_b=longer)
@@ -237,6 +283,30 @@ def test_tables_for_pandas() -> None:
     assert frame["token"].iloc[0] == found.tokens[found.nodes[0].position]
 
 
+@pytest.mark.parametrize(
+    ("total", "shown", "words"),
+    [
+        (0.0, 0.25, "they explain +0.25 of direct, which sums to 0 over all nodes."),
+        (0.5, 0.25, "they explain 50% of direct."),
+        (0.5, -2.0, "they explain -2 of direct's +0.5."),
+        (float("nan"), 0.25, "they explain an undefined share of direct."),
+    ],
+)
+def test_a_share_of_nothing_is_said_in_words(total: float, shown: float, words: str) -> None:
+    found = NodeTable(
+        [Node("0/mlp.post_act", "neuron", 1, 0)] * 3,
+        {"direct": np.array([shown, 0.0, 0.0])},
+        {"direct": total},
+        1.0,
+        "target",
+        ["a"],
+        rank_correlation=float("nan"),
+    )
+    assert words in repr(found)
+    assert "ablation: undefined" in repr(found)
+    assert "nan" not in repr(found)
+
+
 def test_spearman() -> None:
     a = np.array([1.0, 2.0, 2.0, 9.0])
     assert spearman(a, a**3) == pytest.approx(1.0)
@@ -252,6 +322,8 @@ def test_spearman() -> None:
         ({"measures": ["ablation", "direct"]}, "give both measures"),
         ({"measures": ["activation"]}, "that chooses nodes"),
         ({"measures": ["patching"]}, "give prompt_b"),
+        ({"measures": ["integrated_patching"]}, "integrated_patching compares .* give prompt_b"),
+        ({"measures": ["integrated"], "ig_steps": 0}, "ig_steps must be"),
         ({"top_k": 0}, "at least 1"),
         ({"top_k": 2.5}, "whole number of at least 1, found 2.5"),
         ({"attention": "neurons"}, "'heads' or 'pairs'"),
@@ -262,6 +334,11 @@ def test_spearman() -> None:
 def test_bad_input(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         table(**settings)
+
+
+def test_a_node_is_no_target_but_can_be_traced() -> None:
+    with pytest.raises(InputError, match=r"trace\(model, prompt, node\)"):
+        nodes(MODEL, PROMPT, wrong(Node("0/mlp.post_act", "neuron", 1, 1)))
 
 
 def test_autoencoders_that_overlap_or_are_no_part_of_the_stream(

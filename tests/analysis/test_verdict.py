@@ -103,6 +103,22 @@ def test_a_run_that_ended_too_early(good: Evaluation) -> None:
     assert not any(r.unusual for r in verdict(good, fvu_curve=falling[:5]))
 
 
+def test_figures_that_are_not_defined(good: Evaluation) -> None:
+    """Of a dictionary whose reconstructions are all 0, of activations that never vary."""
+    nan = float("nan")
+    nothing = replace(
+        good,
+        explained_variance=nan,
+        fvu=nan,
+        relative_reconstruction_bias=nan,
+        losses=replace(losses(2.0), recovered_zero=nan, recovered_mean=nan),
+    )
+    texts = [r.text for r in verdict(nothing, fvu_curve=[(100.0 * i, 0.0) for i in range(40)])]
+    assert texts[0].startswith("The reconstructions explain an undefined share of the variance")
+    assert "recover an undefined share of the loss" in texts[1]
+    assert not any("nan%" in text or "nan times" in text or "falling" in text for text in texts)
+
+
 def test_the_l0_that_was_asked_for() -> None:
     assert target_l0({"objective": {"name": "topk", "k": 16}}) == 16
     assert target_l0({"objective": {"name": "jumprelu", "target_l0": 20.0}}) == 20

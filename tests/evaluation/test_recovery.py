@@ -153,6 +153,9 @@ def test_the_default_is_a_sixteenth_of_the_published_model() -> None:
         ({"rank": 100}, "must be below 1"),
         ({"n_features": 0}, "n_features must be at least 1"),
         ({"depth": -1}, "depth must be at least 0"),
+        ({"bias": float("nan")}, "bias: expected a finite number, found nan"),
+        ({"exponent": float("inf")}, "exponent: expected a finite number, found inf"),
+        ({"magnitude_sd": (0.5, float("nan"))}, "magnitude_sd"),
     ],
 )
 def test_configs_that_make_no_sense_are_refused(wrong: dict[str, Any], message: str) -> None:

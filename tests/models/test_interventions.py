@@ -522,6 +522,7 @@ def wrong(value: Any) -> Any:
         (lambda: clamp("0/mlp.post_act"), "needs minimum"),
         (lambda: clamp("0/mlp.post_act", 2, 1), "above maximum"),
         (lambda: patch_from("0/mlp.post_act", torch.zeros(3)), "must be a tensor"),
+        (lambda: resample_ablate(STREAM, torch.ones(1, 2, 16), seed=wrong("x")), "seed must be"),
         (lambda: patch_from("mlp.post_act", torch.zeros(1, 2, 3)), "of one layer"),
         (lambda: mean_ablate("mlp.post_act", torch.zeros(1, 2, 3)), "name one"),
         (lambda: project_out(STREAM, []), "at least one"),
@@ -588,6 +589,40 @@ def test_ablating_all_latents_replaces_nothing_but_them(autoencoders: Autoencode
     place = "0/resid.torso.delta_mlp"
     hooks = scale("0/mlp.post_act", 2.0, 3) + ablate(place, autoencoders=autoencoders)
     assert (logits(hooks) - logits(ablate(place, autoencoders=autoencoders))).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        (slice(3, 3), "holds no position"),
+        (slice(5, 2), "holds no position"),
+        (slice(0, 0), "holds no position"),
+        (slice(-3, None), "The last token is 'last'"),
+        (slice(wrong("a"), None), "bounds of a slice must be whole numbers"),
+        (slice(None, None, 0), "positions count from 0"),
+        (torch.zeros(3, 8, dtype=torch.bool), "False everywhere"),
+    ],
+    ids=str,
+)
+def test_positions_that_would_change_nothing_are_refused(positions: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ablate(STREAM, positions=positions)
+
+
+def test_a_mask_for_tokens_that_the_text_lacks_is_refused() -> None:
+    mask = torch.zeros(3, 9, dtype=torch.bool)
+    mask[0, 1] = True
+    logits(ablate(STREAM, positions=mask))
+    mask[1, 8] = True
+    with pytest.raises(HookError, match="position 8 is outside"):
+        logits(ablate(STREAM, positions=mask))
+    MODEL.sample([[1, 2, 3]] * 3, 7, hooks=ablate(STREAM, positions=mask))
+
+
+def test_patterns_cannot_be_moved_by_an_index_map() -> None:
+    run = MODEL.capture(TOKENS, "0/attn.qk_probs")
+    with pytest.raises(InputError, match="leave index_map out"):
+        patch_from("0/attn.qk_probs", run, index_map=torch.arange(8))
 
 
 @pytest.mark.parametrize("positions", [True, [True, False, True]], ids=str)

@@ -493,6 +493,6 @@ def test_a_stream_gives_what_sample_draws_with_the_models_probabilities(
         for step, (token, prob) in enumerate(streamed):
             assert prob == pytest.approx(float(probs[len(prompt) - 1 + step, token]), rel=1e-4)
     with pytest.raises(InputError, match="one prompt"):
-        next(model.stream([[1], [2]], 2))  # type: ignore[list-item]  # that is what is refused
+        model.stream([[1], [2]], 2)  # type: ignore[list-item]  # that is what is refused
     with pytest.raises(InputError, match="more than the context"):
-        next(model.stream(prompt, 500))
+        model.stream(prompt, 500)

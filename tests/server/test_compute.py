@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from neuron_explainer.analysis.directions import Directions
-from neuron_explainer.models.interventions import ablate, steer
+from neuron_explainer.models.hooks import TransformerHooks
+from neuron_explainer.models.interventions import ablate, align, set_to, steer
 from neuron_explainer.models.transformer import Transformer
 from neuron_explainer.server.compute.operations import Session
 from neuron_explainer.server.compute.refusals import Refusal
@@ -135,11 +136,33 @@ LATENT = {
 }  # fmt: skip
 
 
+SWAP = {"node": LATENT["node"], "action": "swap", "source": "hats"}
+
+
+def test_a_latent_of_another_prompt_is_swapped_in_at_the_tokens_of_the_prompt_alone(
+    session: Session,
+) -> None:
+    request = {**GENERATE, "temperature": 0.0, "top_p": None, "interventions": [SWAP]}
+    end = ask(session, "generate", **request)
+    assert result_of(end) == end["tokens"]
+    place, own = "1/resid.torso.delta_mlp", session.autoencoder("mlp.1")
+    with torch.no_grad():
+        values = own.encode(captured(session, place, "hats"))[:, 5].tolist()
+    there = align(list(b"cats"), list(b"hats")).tolist()
+    contexts = session.contexts(["mlp.1"])[0]
+    pairs = [(here, values[at]) for here, at in enumerate(there) if at >= 0]
+    each = [set_to(place, value, 5, here, autoencoders=contexts) for here, value in pairs]
+    expected = session.model.sample("cats", 6, 0.0, hooks=sum(each, TransformerHooks()))
+    assert end["tokens"]["changed"] == expected["tokens"][0]
+
+
 @pytest.mark.parametrize("changes", [[], [HEAD], [HEAD, LATENT]])
 def test_texts_go_on_side_by_side(changes: list[Any], session: Session) -> None:
     request = {**GENERATE, "interventions": changes}
     tokens, end = parts(session, "generate", **request), ask(session, "generate", **request)
     names = ["baseline", "changed"] if changes else ["baseline"]
+    assert [name for name, _ in tokens] == ["token"] * len(tokens)
+    tokens = [each for _, each in tokens]
     assert [each["stream"] for each in tokens] == names * 6
     hooks = ablate("0/attn.v_out", 1)
     if len(changes) == 2:

@@ -1,6 +1,7 @@
 """The routes that compute, over HTTP: replies, streams, and requests of every kind."""
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -76,11 +77,105 @@ def test_a_text_comes_token_by_token(client: TestClient) -> None:
     assert (refused.status_code, refused.json()["code"]) == (413, "too_many_tokens")
 
 
+def test_the_debugger_comes_in_parts_where_events_are_accepted(client: TestClient) -> None:
+    plain = client.post(f"{API}/debug", json=DEBUG).json()
+    accept = {"Accept": "application/json;q=0.5, Text/Event-Stream"}
+    reply = client.post(f"{API}/debug", json=DEBUG, headers=accept)
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    events = events_of(reply.text)
+    n = events[0][1]["sublayers"]
+    assert [name for name, _ in events] == ["started", *["nodes"] * n, "done"]
+    del events[-1][1]["timings"], plain["timings"]
+    assert events[-1][1] == plain
+    wrong = client.post(f"{API}/debug", json=DEBUG | {"position": 99}, headers=accept)
+    assert (wrong.status_code, wrong.json()["code"]) == (422, "no_such_position")
+
+
+def test_computing_takes_its_own_method_alone(client: TestClient) -> None:
+    for path, allowed in (
+        ("debug", "POST"),
+        ("generate", "POST"),
+        ("dictionaries/mlp.0/map", "GET"),
+    ):
+        reply = client.head(f"{API}/{path}")
+        assert (reply.status_code, reply.headers["allow"]) == (405, allowed)
+
+
+def test_texts_are_logged_only_where_that_was_asked_for(
+    client: TestClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swap = {"node": at("0/mlp.post_act"), "action": "swap", "source": "a\nhat"}
+    requests = {
+        "debug": DEBUG | {"interventions": [swap]},
+        "generate": {"prompt": "cats", "max_new": 1},
+        "activations": {"texts": ["one", "two"], "dictionary": "mlp.0", "top_k": 1},
+    }
+    app: Any = client.app
+    for logs in (False, True):
+        monkeypatch.setattr(app.state.serving, "log_prompts", logs)
+        with caplog.at_level(logging.DEBUG, "neuron_explainer"):
+            for route, body in requests.items():
+                assert client.post(f"{API}/{route}", json=body).status_code == 200
+        lines = [record.getMessage() for record in caplog.records]
+        assert len(lines) == len(requests) * (1 + logs)
+        said = [line.partition(" prompts ")[2] for line in lines if " prompts " in line]
+        texts = ["['the cats', 'a\\nhat']", "['cats']", "['one', 'two']"]
+        assert said == (texts if logs else [])
+        assert any("cats" in line for line in lines) == logs
+        caplog.clear()
+
+
+def at(location: str, unit: int | None = None, position: int | None = None) -> dict[str, Any]:
+    return {"location": location, "unit": unit, "position": position}
+
+
+BAD: dict[str, list[dict[str, Any]]] = {
+    "position": [{"node": at("0/mlp.post_act", 7, 99), "action": "zero"}],
+    "neuron": [{"node": at("0/mlp.post_act", 999), "action": "zero"}],
+    "head": [{"node": at("0/attn.v_out", 4), "action": "scale", "value": 2}],
+    "channel": [{"node": at("1/resid.torso.post_mlp", 16), "action": "add", "value": 2}],
+    "latent": [
+        {
+            "node": at("0/resid.torso.delta_mlp", 40) | {"dictionary": "mlp.0"},
+            "action": "set",
+            "value": 1,
+        }
+    ],
+    "latents": [
+        {"node": at("0/resid.torso.delta_mlp") | {"dictionary": "mlp.0"}, "action": "mean"}
+    ],
+    "place": [{"node": at("0/nothing", 1), "action": "zero"}],
+    "layer": [{"node": at("2/mlp.post_act", 1), "action": "zero"}],
+    "two that undo each other": [
+        {"node": at("0/mlp.post_act", 7), "action": "zero"},
+        {"node": at("0/resid.torso.delta_mlp"), "action": "zero"},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_with_a_request_is_said_before_a_stream_begins(
+    name: str, client: TestClient
+) -> None:
+    bodies = {"generate": {"prompt": "cats", "max_new": 2}, "debug": DEBUG}
+    for route, body in bodies.items():
+        reply = client.post(
+            f"{API}/{route}",
+            json=body | {"interventions": BAD[name]},
+            headers={"Accept": "text/event-stream"},
+        )
+        assert reply.status_code == 422, reply.text
+        assert reply.headers["content-type"] == "application/problem+json"
+        if name in ("position", "neuron", "head", "channel", "latent", "latents"):
+            field = "position" if name == "position" else "unit"
+            assert reply.json()["loc"] == ["body", "interventions", 0, "node", field]
+
+
 def test_an_error_in_a_stream_is_an_event(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(session: Any, request: Any) -> Any:
-        yield {"id": 1}
+        yield "token", {"id": 1}
         raise MemoryError
 
     monkeypatch.setitem(OPERATIONS, "generate", fails)

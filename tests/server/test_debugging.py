@@ -11,9 +11,9 @@ from neuron_explainer.analysis.targets import logit_difference
 from neuron_explainer.analysis.trace import trace
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.interventions import ablate, patch_from, scale
-from neuron_explainer.server.compute.operations import Session
-from neuron_explainer.server.compute.refusals import Refusal
-from tests.server.computed import ask, assert_same, make_setup, result_of
+from neuron_explainer.server.compute.operations import Session, answer
+from neuron_explainer.server.compute.refusals import Cancelled, Refusal
+from tests.server.computed import ask, assert_same, make_setup, parts, result_of
 
 TEXT, OTHER = "the cats", "the old cats"
 METRICS = ["activation", "write_norm", "direct", "act_grad"]
@@ -202,6 +202,60 @@ def test_the_script_of_a_reply_gives_its_numbers(name: str, session: Session) ->
             reply["prompts"][0][f"{which}logit_difference"] for which in ("", "baseline_")
         )
         assert changed != plain
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"units": LATENTS, "position": "all"},
+        {"prompts": [PROMPT, SECOND], "units": LATENTS, "position": "all"},
+        {"trace": {"node": {"location": "1/mlp.post_act", "unit": 5}}, "position": "all"},
+        {"layers": [1], "metrics": ["activation", "direct"]},
+    ],
+)
+def test_a_stream_gives_the_rows_of_each_sublayer_and_then_the_reply(
+    request_: dict[str, Any], session: Session
+) -> None:
+    request = {"prompts": [PROMPT], "metrics": METRICS, "top_k": 4, "top_logits": 5, **request_}
+    (name, started), *events = parts(session, "debug_streamed", **request)
+    assert (name, {name for name, _ in events}) == ("started", {"nodes"})
+    end, plain = ask(session, "debug_streamed", **request), ask(session, "debug", **request)
+    for reply in (end, plain):
+        del reply["timings"]
+    assert_same(end, plain, 0)
+    assert [each["number"] for _, each in events] == [*range(1, started.pop("sublayers") + 1)]
+    assert started == {name: end[name] for name in started}
+    assert {"prompts", "goal", "aligned", "vocab"} < set(started)
+
+    streamed: dict[str, Any] = {}
+    for _, each in events:
+        for number, row in enumerate(each["nodes"]):
+            assert row["layer"] == each["layer"]
+            assert row["location"] in each["locations"]
+            streamed[str(row)] = {
+                metric: {prompt: values[number] for prompt, values in of_prompts.items()}
+                for metric, of_prompts in each["values"].items()
+            }
+    assert len(streamed) >= len(end["nodes"]) > 3
+    for number, row in enumerate(end["nodes"]):
+        for metric, of_prompts in end["values"].items():
+            for prompt, values in of_prompts.items():
+                assert_same(streamed[str(row)][metric][prompt], values[number], 0)
+
+
+def test_a_stream_is_cancelled_between_two_sublayers(session: Session) -> None:
+    cancelled = False
+
+    def guard() -> None:
+        if cancelled:
+            raise Cancelled
+
+    request = {"prompts": [PROMPT], "metrics": METRICS, "top_k": 4, "top_logits": 5}
+    events = answer(session, "debug_streamed", request, guard)
+    assert [next(events)[1][0] for _ in range(2)] == ["started", "nodes"]
+    cancelled = True
+    with pytest.raises(Cancelled):
+        next(events)
 
 
 def test_several_interventions_act_together(session: Session) -> None:

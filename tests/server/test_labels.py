@@ -3,8 +3,12 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +79,29 @@ def test_a_change_by_somebody_else_is_not_overwritten(client: TestClient) -> Non
     now = {"If-Match": f'"other", {mine.headers["etag"]}'}
     assert client.put(LABELS, json={"text": "again"}, headers=now).status_code == 200
     assert client.put(LABELS, json={"text": "any"}, headers={"If-Match": "*"}).status_code == 200
+
+
+def test_an_empty_list_of_tags_matches_nothing(client: TestClient) -> None:
+    for given in ("", " , "):
+        reply = client.put(LABELS, json={"text": "mine"}, headers={"If-Match": given})
+        assert (reply.status_code, reply.json()["code"]) == (412, "changed_meanwhile")
+
+
+def test_what_another_server_writes_meanwhile_is_not_overwritten(
+    client: TestClient, stores: Path
+) -> None:
+    """The other one is between its first and its last word when this one is asked to compare."""
+    tag = client.put(LABELS, json={"text": "mine"}).headers["etag"]
+    other = sqlite3.connect(stores / WORKSPACE_FILE, isolation_level=None)
+    with closing(other), ThreadPoolExecutor(1) as pool:
+        other.execute("BEGIN IMMEDIATE")
+        headers = {"If-Match": tag}
+        asked = pool.submit(client.put, LABELS, json={"text": "again"}, headers=headers)
+        time.sleep(0.2)  # it has come to where it must wait
+        other.execute("UPDATE labels SET score = 0.5")
+        other.execute("COMMIT")
+        assert asked.result().status_code == 412
+    assert client.get(LABELS).json()["items"][0]["text"] == "mine"
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ from neuron_explainer.analysis.explaining.spending import (
 )
 from neuron_explainer.analysis.explaining.transcript import Transcript
 from neuron_explainer.errors import CheckpointError, InputError, SourceError
+from neuron_explainer.settings import check_types
 
 Floats = npt.NDArray[np.float32]
 logger = logging.getLogger("neuron_explainer.explaining")
@@ -103,6 +104,7 @@ class Endpoint:
     """Seconds; where a server asks to wait longer, the work is stopped."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.model:
             raise InputError("expected the name of the endpoint's model, found an empty text.")
         if self.concurrency < 1 or self.retries < 0 or not 0 < self.timeout <= _LONGEST_TIMEOUT:
@@ -219,6 +221,14 @@ class EndpointJudge:
     def spent(self) -> Cost:
         """What the requests have cost until now."""
         return self.meter.spent
+
+    def check(self) -> None:
+        """A StoppedError if no server answers, unless there are replies from before, which may be enough."""
+        if not len(self.transcript):
+            try:
+                self._http.check()
+            except UnreachableError as error:
+                raise StoppedError(str(error)) from None
 
     def stop(self) -> None:
         """Send nothing more in the calls of :meth:`ask` and :meth:`embed` that run now, in any thread.

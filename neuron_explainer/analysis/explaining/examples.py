@@ -28,6 +28,7 @@ from neuron_explainer.analysis.latent_record import Example, LatentRecord
 from neuron_explainer.analysis.token_store import TokenStore
 from neuron_explainer.errors import InputError
 from neuron_explainer.settings import check_types
+from neuron_explainer.tables import percent
 
 Ints = npt.NDArray[np.int64]
 
@@ -197,8 +198,7 @@ class ExampleSet:
             InputError: there are not enough texts; the message says how many there are and are needed.
         """
         config = SetConfig() if config is None else config
-        if not 0 <= seed < 2**64:
-            raise InputError(f"seed must be at least 0 and below 2**64, found {seed}.")
+        check_set_seed(seed)
         record = store[unit]
         _check_kind(record)
         return _Choice(store, record, seed, config, reading).result()
@@ -206,6 +206,12 @@ class ExampleSet:
     def ids(self, part: str = "train") -> tuple[int, ...]:
         """The ids of the texts of a part, ``"train"`` or ``"test"``."""
         return tuple(each.id for each in (self.train if part == "train" else self.test))
+
+
+def check_set_seed(seed: int) -> None:
+    """Refuse a seed that example sets cannot be drawn with."""
+    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise InputError(f"seed must be at least 0 and below 2**64, found {seed!r}.")
 
 
 def _check_kind(record: LatentRecord) -> None:
@@ -284,7 +290,7 @@ class _Choice:
         least = min(wanted, config.least)
         if len(hard) + len(random) < least:
             raise InputError(
-                f"{record.title} is active on {record.statistics.density:.2%} of the tokens: "
+                f"{record.title} is active on {percent(record.statistics.density, 2)} of the tokens: "
                 f"{len(hard) + len(random)} texts where it is not active were found, at least {least} are "
                 "needed. Shorter texts have a better chance (window=)."
             )

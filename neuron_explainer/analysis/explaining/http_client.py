@@ -5,6 +5,7 @@ key to the endpoint's own address alone, from an environment variable, and in no
 no password from ``.netrc``; redirects within the same address only, and without the key.
 """
 
+import contextlib
 import email.utils
 import json
 import math
@@ -106,6 +107,11 @@ class HttpClient:
     def post(self, path: str, body: Any) -> dict[str, Any]:
         """The JSON object that answers a request; anything else is an exception."""
         return self._exchange("POST", path, json.dumps(body).encode())
+
+    def check(self) -> None:
+        """An UnreachableError if there is no connection to the endpoint; whatever it answers is fine."""
+        with contextlib.suppress(FailedError, RetryError, NotUnderstoodError, SourceError):
+            self._exchange("GET", "models", None)
 
     def models_hint(self, model: str) -> str:
         """A sentence that names the models that are served; empty if the server does not say."""

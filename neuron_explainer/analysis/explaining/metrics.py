@@ -81,7 +81,9 @@ def pearson(a: npt.ArrayLike, b: npt.ArrayLike) -> float | None:
 
 def pearson_within(pairs: Sequence[tuple[Doubles, Doubles]]) -> Doubles:
     """``[n]``: the correlation within each text; NaN where one side is constant."""
-    return _correlation(_sums(pairs))
+    # Each text by itself: on the scale of another one, its squares could be too small to be told from 0.
+    sums = [_sums([pair])[0] for pair in pairs]
+    return _correlation(np.stack(sums) if sums else np.zeros((0, 6)))
 
 
 # --- intervals ---
@@ -207,11 +209,22 @@ def _sums(pairs: Sequence[tuple[Doubles, Doubles]]) -> Doubles:
     if not some:
         return np.zeros((len(pairs), 6))
     a, p = (np.concatenate(side) for side in zip(*some, strict=True))
-    # Centred on the mean of all: sums of squares would lose digits where it is far from 0.
-    a, p = a - a.mean(), p - p.mean()
+    a, p = _centred(a), _centred(p)
     length = np.array([len(true) for true, _ in some])
     columns = np.stack([np.ones(len(a)), a, p, a * a, p * p, a * p])
     found: Doubles = np.add.reduceat(columns, np.cumsum(length) - length, axis=1).T
+    return found
+
+
+def _centred(x: Doubles) -> Doubles:
+    """``x`` about its mean and on a scale of its own, which changes no correlation.
+
+    Squares of the values as they are could overflow or underflow, and their sums would lose digits where
+    the mean is far from 0.
+    """
+    x = x / (np.abs(x).max() or 1.0)
+    x = x - x.mean()
+    found: Doubles = x / (np.abs(x).max() or 1.0)
     return found
 
 
@@ -222,6 +235,6 @@ def _correlation(sums: Doubles) -> Doubles:
     of_a, of_p = aa - a * a / n, pp - p * p / n
     # What is left of a constant is rounding.
     constant = (of_a <= 1e-12 * np.maximum(aa, 1e-300)) | (of_p <= 1e-12 * np.maximum(pp, 1e-300))
-    product = np.where(constant, 1.0, of_a * of_p)
-    found: Doubles = np.where(constant, np.nan, (ap - a * p / n) / np.sqrt(product))
+    lengths = np.sqrt(np.where(constant, 1.0, of_a)) * np.sqrt(np.where(constant, 1.0, of_p))
+    found: Doubles = np.where(constant, np.nan, (ap - a * p / n) / lengths)
     return np.clip(found, -1, 1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from neuron_explainer.analysis.explaining.explanation import Cost
 from neuron_explainer.errors import InputError, SourceError
+from neuron_explainer.settings import check_types
 
 
 class StoppedError(SourceError):
@@ -25,6 +26,7 @@ class Price:
     completion: float = 0.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check_not_negative("a price", (self.prompt, self.completion))
 
     def of(self, prompt_tokens: int, completion_tokens: int) -> float:
@@ -45,6 +47,7 @@ class Limits:
     tokens_per_minute: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check_not_negative("a budget", (self.requests, self.tokens, self.price))
         for rate in (self.requests_per_minute, self.tokens_per_minute):
             if rate is not None and not rate > 0:
@@ -53,7 +56,7 @@ class Limits:
 
 def _check_not_negative(what: str, values: tuple[float | None, ...]) -> None:
     for value in values:
-        if value is not None and not value >= 0:  # NaN too
+        if value is not None and value < 0:
             raise InputError(f"{what} must be a number of at least 0, found {value}.")
 
 

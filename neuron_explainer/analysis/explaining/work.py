@@ -20,7 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neuron_explainer.analysis.explaining import hashing, scorers
-from neuron_explainer.analysis.explaining.examples import ExampleSet, Records, SetConfig
+from neuron_explainer.analysis.explaining.examples import (
+    ExampleSet,
+    Records,
+    SetConfig,
+    check_set_seed,
+)
 from neuron_explainer.analysis.explaining.explanation import Explanation, Score, digest
 from neuron_explainer.analysis.explaining.methods import (
     Explain,
@@ -378,7 +383,8 @@ def request_of(
     config: SetConfig,
     reading: "Reading | None",
 ) -> str:
-    """A hash of everything that decides a result but the unit."""
+    """A hash of everything that decides a result but the unit; an InputError for a seed that no set takes."""
+    check_set_seed(seed)
     read = None if reading is None else [reading.n_tokens, reading.window]
     return digest([what, _VERSION, dict(identity), seed, asdict(config), read])
 

@@ -18,6 +18,7 @@ from neuron_explainer.models.interventions import (
     steer,
 )
 from neuron_explainer.models.locations import ActivationLocation
+from neuron_explainer.models.weight_names import Dimension
 from neuron_explainer.server.compute.refusals import Refusal
 from neuron_explainer.server.compute.session import Session
 from neuron_explainer.server.snippets import Script
@@ -70,6 +71,7 @@ def read_changes(
     ids: list[int],
     other: list[int] | None = None,
     moved: Callable[[int], int | None] | None = None,
+    n_new: int = 0,
 ) -> Changes:
     """Interventions as requests state them, for one prompt.
 
@@ -79,18 +81,22 @@ def read_changes(
         other: the tokens that ``swap`` takes values from, unless the intervention names a text.
         moved: where a position lies in this prompt, None for nowhere: then the intervention is left out.
             Default: where it is.
+        n_new: how many tokens will follow the prompt, which interventions may be at too.
     """
-    found = []
+    end, found = len(ids) + n_new, []
     for number, each in enumerate(given):
         loc = ("body", "interventions", number)
         node = each["node"]
         place = _place(session, node["location"], (*loc, "node", "location"))
         position = node.get("position")
-        if position is not None:
-            position = len(ids) - 1 if position == -1 and moved is None else position
-            position = position if moved is None else moved(position)
+        if position is not None and moved is not None:
+            position = moved(position)
             if position is None:
                 continue
+        elif position == -1:
+            position = len(ids) - 1
+        elif position is not None:
+            check_position(position, end, (*loc, "node", "position"))
         source = None
         if each["action"] == "swap":
             source = session.ids(each["source"], (*loc, "source")) if each.get("source") else other
@@ -156,8 +162,32 @@ def _check(session: Session, change: Change, loc: Sequence[str | int]) -> None:
                 loc=(*loc, "node", "location"),
                 allowed=[source.location],
             )
-    if change.action == "add" and change.unit is None:
-        raise Refusal(422, "no_unit", "add needs a unit.", loc=(*loc, "node", "unit"))
+    _check_unit(session, change, (*loc, "node", "unit"))
+
+
+def _check_unit(session: Session, change: Change, loc: Sequence[str | int]) -> None:
+    """Refuse a unit that a place does not have, and none where one must be named."""
+    if change.unit is None:
+        if change.action == "add":
+            raise Refusal(422, "no_unit", "add needs a unit.", loc=loc)
+        if change.dictionary is not None and change.action in ("mean", "swap"):
+            raise Refusal(422, "no_unit", f"{change.action} needs one latent's number.", loc=loc)
+        return
+    place = change.place
+    if change.dictionary is not None:
+        width = session.autoencoder(change.dictionary, loc).n_latents
+    elif place.site.shape[-1] == "d_head":
+        width = session.model.sizes[Dimension.ATTN_HEADS]
+    else:
+        width = place.site.width(session.model.sizes.__getitem__)
+    if change.unit >= width:
+        raise Refusal(
+            422,
+            "no_such_node",
+            f"{change.dictionary or place} has no unit {change.unit}: they are 0 to {width - 1}.",
+            loc=loc,
+            allowed=[f"0 to {width - 1}"],
+        )
 
 
 def _hooks(session: Session, ids: list[int], change: Change) -> TransformerHooks:
@@ -177,16 +207,8 @@ def _hooks(session: Session, ids: list[int], change: Change) -> TransformerHooks
             return scale(place, 1.0 if value is None else value, unit, position, **given)
         case "add":
             rows = torch.eye(place.site.width(session.model.sizes.__getitem__))
-            _check_unit(unit or 0, len(rows), place)
             return steer(place, rows[unit or 0], value or 0.0, position)
     return _of_a_run(session, ids, change)
-
-
-def _check_unit(unit: int, width: int, place: ActivationLocation) -> None:
-    if unit >= width:
-        raise Refusal(
-            422, "invalid_input", f"{place} has no unit {unit}: they are 0 to {width - 1}."
-        )
 
 
 @torch.no_grad()
@@ -199,35 +221,28 @@ def _of_a_run(session: Session, ids: list[int], change: Change) -> TransformerHo
         run = session.model.capture([there], place)
         if change.dictionary is None:
             return patch_from(place, run, unit, position, index_map=index_map)
-        values = latent_values(session, change.dictionary, run[place], unit)[0]
-        known = [p for p, other in enumerate(index_map.tolist()) if other >= 0]
-        places = known if position is None else [p for p in known if p == position]
-        value = values[index_map.clamp(min=0)].view(1, -1, 1)
+        values = latent_values(session, change.dictionary, run[place], unit or 0)[0]
         context = session.contexts([change.dictionary])[0]
-        if not places:
-            return TransformerHooks()
-        return set_to(place, value, unit, places, autoencoders=context)
+        # By value: a tensor of the prompt's length would not fit the tokens that are sampled after it.
+        places: dict[float, list[int]] = {}
+        for here, there_at in enumerate(index_map.tolist()):
+            if there_at >= 0 and position in (None, here):
+                places.setdefault(float(values[there_at]), []).append(here)
+        each = [
+            set_to(place, value, unit, at, autoencoders=context) for value, at in places.items()
+        ]
+        return sum(each, TransformerHooks())
     run = session.model.capture([ids], place)
     if change.dictionary is None:
         return mean_ablate(place, run, unit, position)
-    mean = float(latent_values(session, change.dictionary, run[place], unit).mean())
+    mean = float(latent_values(session, change.dictionary, run[place], unit or 0).mean())
     context = session.contexts([change.dictionary])[0]
     return set_to(place, mean, unit, position, autoencoders=context)
 
 
-def latent_values(
-    session: Session, dictionary: str, x: torch.Tensor, unit: int | None
-) -> torch.Tensor:
-    """``[b, s]`` of one latent; an error without a unit, which would be all of them."""
-    if unit is None:
-        raise Refusal(422, "no_unit", "Of latents, name one unit.")
+def latent_values(session: Session, dictionary: str, x: torch.Tensor, unit: int) -> torch.Tensor:
+    """``[b, s]``: one latent on activations ``[b, s, …]``."""
     (autoencoder,) = session.autoencoders([dictionary])
-    if unit >= autoencoder.n_latents:
-        raise Refusal(
-            422,
-            "invalid_input",
-            f"{dictionary} has no unit {unit}: they are 0 to {autoencoder.n_latents - 1}.",
-        )
     return autoencoder.encode(x.flatten(2).to(autoencoder.dtype))[..., unit]
 
 
@@ -285,13 +300,12 @@ def _of_a_run_of_latents(
     if change.action == "mean":
         mean = f"float({values}.mean())"
         return f"set_to({place}, {mean}, {unit}, {change.position}{of_latents})"
-    script.use("models.interventions", "align")
-    script.add(f"index_map = align({prompt}, {change.source})")
-    places = "[p for p, other in enumerate(index_map.tolist()) if other >= 0]"
-    if change.position is not None:
-        places = str([change.position])
-    value = f"{values}[index_map.clamp(min=0)].view(1, -1, 1)"
-    return f"set_to({place}, {value}, {unit}, {places}{of_latents})"
+    script.use("models.interventions", "align").use("models.hooks", "TransformerHooks")
+    script.add(f"values = {values}", f"index_map = align({prompt}, {change.source}).tolist()")
+    one = f"set_to({place}, float(values[there]), {unit}, here{of_latents})"
+    here = "" if change.position is None else f" and here == {change.position}"
+    pairs = f"for here, there in enumerate(index_map) if there >= 0{here}"
+    return f"sum(({one} {pairs}), TransformerHooks())"
 
 
 def check_position(position: int, length: int, loc: Sequence[str | int]) -> int:
@@ -300,7 +314,7 @@ def check_position(position: int, length: int, loc: Sequence[str | int]) -> int:
         raise Refusal(
             422,
             "no_such_position",
-            f"Positions are 0 to {length - 1} in this prompt, or -1 for the last; found "
+            f"Positions are 0 to {length - 1} in this text, or -1 for the last; found "
             f"{shown(position)}.",
             loc=loc,
             allowed=["-1", f"0 to {length - 1}"],

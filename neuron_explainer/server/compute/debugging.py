@@ -1,21 +1,23 @@
 """The debugger: which nodes make a prediction, on one prompt or two, also under interventions.
 
-The numbers are those of :class:`~neuron_explainer.analysis.effects.Effects`.
+The numbers are those of :class:`~neuron_explainer.analysis.effects.Effects`. A reply can be sent in parts
+(:func:`streamed`): what is known after the pass of the model first, then the rows of one sublayer after the
+other, and last the whole reply.
 """
 
 import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from neuron_explainer.analysis.effects import Effects, Node, aligned_nodes
-from neuron_explainer.analysis.node_parts import MLP_PLACES, Goal, Kind, last_logits
+from neuron_explainer.analysis.effects import Best, Effects, Node, paired_nodes
+from neuron_explainer.analysis.node_parts import MLP_PLACES, Goal, Kind, Part, last_logits
 from neuron_explainer.analysis.targets import Target, logit_difference, token_id
 from neuron_explainer.analysis.trace import goal_of
 from neuron_explainer.errors import InputError
@@ -31,6 +33,8 @@ CHOOSING = ("write_norm", "direct", "act_grad")
 """Metrics by which nodes are chosen."""
 _KINDS = ("neuron", "head", "pair", "latent")
 _ATTENTION_PLACES = ("attn.v_out", "resid.torso.delta_attn")
+Row = tuple[Node | None, Node | None]
+"""The same node on both prompts; None where a prompt does not have it."""
 
 
 @dataclass
@@ -148,6 +152,7 @@ class Asked:
             positions=self.positions[number],
             hooks=session.watched(hooks),
             of_tokens=True,
+            at_once=False,
         )
 
     def traced(self, number: int) -> Node:
@@ -369,41 +374,120 @@ def _dictionaries(session: Session, sites: Sequence[str], wanted: list[str] | No
 
 def debug(session: Session, request: dict[str, Any]) -> dict[str, Any]:
     """The whole debugger: tokens of interest, effects of tokens, and the table of nodes."""
-    began = time.perf_counter()
-    asked = read(session, request)
-    read_at = time.perf_counter()
-    effects = [asked.effects(number) for number in range(len(asked.prompts))]
-    computed_at = time.perf_counter()
-    metrics = list(dict.fromkeys(request["metrics"]))
-    rows = _rows(asked, effects, request)
-    values = {
-        metric: {
-            name: each.values([row[number] for row in rows], metric).tolist()
-            for number, (name, each) in enumerate(zip("AB", effects, strict=False))
+    debugger = Debugger(session, request)
+    for _ in debugger.sublayers():
+        pass
+    return debugger.reply()
+
+
+def streamed(
+    session: Session, request: dict[str, Any]
+) -> Generator[tuple[str, dict[str, Any]], None, dict[str, Any]]:
+    """The same in parts.
+
+    Yields:
+        First ``started``: ``prompts``, ``goal``, ``aligned``, ``cache_key``, ``vocab`` and ``vocab_bytes`` of
+        the reply, and ``sublayers``, the number of events that follow. Then ``nodes`` for each sublayer:
+        ``number`` (from 1), ``layer``, ``locations``, and ``nodes`` with their ``values`` as in the reply.
+        They are the sublayer's nodes among the ``top_k`` of the sublayers so far: later ones may displace
+        them, and every row of the reply has been among them.
+
+    Returns:
+        The reply of :func:`debug`.
+    """
+    debugger = Debugger(session, request)
+    yield "started", debugger.started()
+    for number, parts in enumerate(debugger.sublayers(), 1):
+        yield "nodes", {"number": number, **debugger.rows(parts)}
+    return debugger.reply()
+
+
+class Debugger:
+    """The passes of one request, and the tables that are read from them."""
+
+    def __init__(self, session: Session, request: dict[str, Any]) -> None:
+        self._began = time.perf_counter()
+        self.session, self.request = session, request
+        self.asked = read(session, request)
+        self._read_at = time.perf_counter()
+        self.effects = [self.asked.effects(n) for n in range(len(self.asked.prompts))]
+        self._computed_at = time.perf_counter()
+        self.metrics: list[str] = list(dict.fromkeys(request["metrics"]))
+        self.best = [Best(*_choice(request)) for _ in self.effects]
+        self._started: dict[str, Any] | None = None
+
+    def started(self) -> dict[str, Any]:
+        """What is known after the passes."""
+        if self._started is None:
+            asked, effects, request = self.asked, self.effects, self.request
+            prompts = [_prompt(asked, each, n, request) for n, each in enumerate(effects)]
+            self._started = {
+                "prompts": prompts,
+                "goal": effects[0].run.goal.name,
+                "aligned": [] if asked.index_map is None else _pairs(asked),
+                "cache_key": _key(request),
+                **self.session.vocabulary(id for prompt in prompts for id in _ids_of(prompt)),
+                "sublayers": effects[0].n_sublayers,
+            }
+        return self._started
+
+    def sublayers(self) -> Iterator[list[list[Part]]]:
+        """The parts of one sublayer after the other, as soon as they are there, of each prompt."""
+        for several in zip(*(each.sublayers() for each in self.effects), strict=True):
+            self.session.guard()
+            for best, parts in zip(self.best, several, strict=True):
+                best.add(parts)
+            yield list(several)
+
+    def rows(self, several: list[list[Part]]) -> dict[str, Any]:
+        """The rows of the sublayer that has just been added."""
+        chosen = [best.nodes(of=parts) for best, parts in zip(self.best, several, strict=True)]
+        rows = self._paired(chosen)
+        return {
+            "layer": several[0][0].location.layer,
+            "locations": list(dict.fromkeys(str(part.location) for part in several[0])),
+            "nodes": [_node(self.asked, row) for row in rows],
+            "values": self._values(rows, several),
         }
-        for metric in metrics
-    }
-    totals = {metric: _total(effects[0], metric, values[metric]["A"]) for metric in metrics}
-    direct = totals.get("direct")
-    prompts = [_prompt(asked, each, n, request) for n, each in enumerate(effects)]
-    reply: dict[str, Any] = {
-        "prompts": prompts,
-        "goal": effects[0].run.goal.name,
-        "nodes": [_node(asked, row) for row in rows],
-        "values": values,
-        "totals": totals,
-        "coverage": direct["shown"] / direct["all"] if direct and direct["all"] else None,
-        "aligned": [] if asked.index_map is None else _pairs(asked),
-        "cache_key": _key(request),
-        "python": _script(asked, request, metrics),
-    }
-    reply |= session.vocabulary(id for prompt in prompts for id in _ids_of(prompt))
-    reply["timings"] = {
-        "read_ms": _ms(began, read_at),
-        "model_ms": _ms(read_at, computed_at),
-        "total_ms": _ms(began, time.perf_counter()),
-    }
-    return reply
+
+    def reply(self) -> dict[str, Any]:
+        """Everything, when all rows have been there."""
+        rows = self._paired([best.nodes() for best in self.best])
+        values = self._values(rows, [each.parts for each in self.effects])
+        totals = {m: _total(self.effects[0], m, values[m]["A"]) for m in self.metrics}
+        direct = totals.get("direct")
+        reply = self.started() | {
+            "nodes": [_node(self.asked, row) for row in rows],
+            "values": values,
+            "totals": totals,
+            "coverage": direct["shown"] / direct["all"] if direct and direct["all"] else None,
+            "python": _script(self.asked, self.request, self.metrics),
+            "timings": {
+                "read_ms": _ms(self._began, self._read_at),
+                "model_ms": _ms(self._read_at, self._computed_at),
+                "total_ms": _ms(self._began, time.perf_counter()),
+            },
+        }
+        del reply["sublayers"]
+        return reply
+
+    def _paired(self, chosen: list[list[Node]]) -> list[Row]:
+        if len(chosen) == 2:
+            return paired_nodes(self.effects[0], self.effects[1], chosen[0], chosen[1])
+        return [(node, None) for node in chosen[0]]
+
+    def _values(
+        self, rows: list[Row], parts: Sequence[list[Part]]
+    ) -> dict[str, dict[str, list[float]]]:
+        """Metric -> prompt -> a number for each row."""
+        found = [
+            each.several_values([row[number] for row in rows], self.metrics, of_prompt)
+            for number, (each, of_prompt) in enumerate(zip(self.effects, parts, strict=True))
+        ]
+        return {
+            metric: {name: each[metric].tolist() for name, each in zip("AB", found, strict=False)}
+            for metric in self.metrics
+        }
 
 
 def _ms(start: float, end: float) -> float:
@@ -413,16 +497,6 @@ def _ms(start: float, end: float) -> float:
 def _key(request: dict[str, Any]) -> str:
     text = json.dumps(request, sort_keys=True)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
-
-
-Row = tuple[Node | None, Node | None]
-
-
-def _rows(asked: Asked, effects: list[Effects], request: dict[str, Any]) -> list[Row]:
-    measures, k, layers = _choice(request)
-    if len(effects) == 2:
-        return aligned_nodes(effects[0], effects[1], measures, k, layers)
-    return [(node, None) for node in effects[0].chosen(measures, k, layers)]
 
 
 def _choice(request: dict[str, Any]) -> tuple[list[str], int, list[int] | None]:

@@ -19,6 +19,7 @@ OPERATIONS: dict[str, Callable[[Session, dict[str, Any]], Any]] = {
     "tokenize": tokens.tokenize,
     "activations": tokens.activations,
     "debug": debugging.debug,
+    "debug_streamed": debugging.streamed,
     "node": details.node,
     "attention": attention.attention,
     "head": attention.head,
@@ -28,7 +29,8 @@ OPERATIONS: dict[str, Callable[[Session, dict[str, Any]], Any]] = {
     "neighbours": features.neighbours,
     "map": features.dictionary_map,
 }
-"""A generator yields parts and returns the end; any other function returns the answer."""
+"""A generator yields parts, each with the name of its event, and returns the end; any other function
+returns the answer."""
 
 
 def answer(

@@ -82,19 +82,19 @@ def _layer(name: str) -> int | None:
 
 def generate(
     session: Session, request: dict[str, Any]
-) -> Generator[dict[str, Any], None, dict[str, Any]]:
+) -> Generator[tuple[str, dict[str, Any]], None, dict[str, Any]]:
     """A text goes on, with and without interventions, token by token and with the same random numbers.
 
     Yields:
-        ``{stream, id, text, prob}`` of each token; ``baseline`` and ``changed`` take turns.
+        ``("token", {stream, id, text, prob})`` for each token; ``baseline`` and ``changed`` take turns.
 
     Returns:
         ``{diverged_at, python, …}``: the first new token that differs, None if there is none.
     """
     ids = session.ids(request["prompt"], ("body", "prompt"))
-    changes = read_changes(session, request["interventions"], ids)
-    sampling = {name: request[name] for name in ("temperature", "top_p", "seed")}
     n = _room(session, ids, request["max_new"])
+    changes = read_changes(session, request["interventions"], ids, n_new=n - 1)
+    sampling = {name: request[name] for name in ("temperature", "top_p", "seed")}
     hooks = {"changed": changes.hooks()} if changes.each else {}
     if request["baseline"] or not hooks:
         hooks = {"baseline": None, **hooks}
@@ -108,12 +108,8 @@ def generate(
             session.guard()
             token, prob = next(stream)
             tokens[name].append(token)
-            yield {
-                "stream": name,
-                "id": token,
-                "text": session.vocabulary([token])["vocab"][str(token)],
-                "prob": prob,
-            }
+            text = session.vocabulary([token])["vocab"][str(token)]
+            yield "token", {"stream": name, "id": token, "text": text, "prob": prob}
     diverged = None
     if len(tokens) == 2:
         pairs = zip(tokens["baseline"], tokens["changed"], strict=True)

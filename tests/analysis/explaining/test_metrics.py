@@ -137,3 +137,19 @@ def test_equal_seeds_give_equal_intervals() -> None:
     right = np.arange(40) % 3 > 0
     one, same, other = (metrics.of_balanced_accuracy(right, right, seed) for seed in (1, 1, 5))
     assert one == same != other
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e-9, 1e9, 1e170, 1e300])
+def test_the_scale_of_a_text_changes_no_correlation(scale: float) -> None:
+    random = np.random.default_rng(2)
+    texts = [(random.gamma(1, 2, 9), random.normal(size=9)) for _ in range(3)]
+    expected = [np.corrcoef(a, p)[0, 1] for a, p in texts]
+    scaled = [(a * scale, p) for a, p in texts]
+    assert metrics.pearson_within(scaled) == pytest.approx(expected, abs=1e-9)
+    # One text of another scale than the rest leaves theirs as they are.
+    mixed = metrics.pearson_within([scaled[0], *texts[1:]])
+    assert mixed == pytest.approx(expected, abs=1e-9)
+    a, p = (np.concatenate(side) for side in zip(*texts, strict=True))
+    assert metrics.pearson(a * scale, p / scale) == pytest.approx(np.corrcoef(a, p)[0, 1], abs=1e-9)
+    assert len(metrics.pearson_within([])) == 0
+    assert np.isnan(metrics.pearson_within([(np.full(4, scale), np.arange(4.0))])).all()
