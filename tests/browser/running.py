@@ -108,6 +108,25 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGCONT)
 
+    @contextlib.contextmanager
+    def model_slowed(self, share: float = 0.05) -> Iterator[None]:
+        """Within the block, the model's process runs for this share of the time, a moment at a time."""
+        process, over = self.model_process(), threading.Event()
+
+        def slow() -> None:
+            while not over.wait(0.02 * share):
+                os.kill(process, signal.SIGSTOP)
+                over.wait(0.02 * (1 - share))
+                os.kill(process, signal.SIGCONT)
+
+        thread = threading.Thread(target=slow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
     def kill(self) -> None:
         """End it at once, as a crash does."""
         self.process.kill()

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -304,3 +305,59 @@ def test_a_latent_is_set_to_a_value_at_one_token(open_page: OpenPage, model: Tra
     expected = difference(model, TEXT, hooks)
     eventually(lambda: abs(shown_difference(page) - expected) < 1e-4, "the changed difference")
     assert abs(expected - difference(model, TEXT)) > 1e-3
+
+
+LATENTS_EVERYWHERE = f"{PROMPT}&mlp=latent&attn=latent&pos=all&k=50"
+WATCH_ROWS = """() => {
+    window.seen = [];
+    const look = () => {
+        const keys = [...document.querySelectorAll('table.nodes tr[data-key]')].map((row) => row.dataset.key);
+        const line = document.querySelector('#panel-nodes .what')?.innerText ?? '';
+        const last = window.seen.at(-1);
+        if (keys.length && (last?.keys.join() !== keys.join() || last?.line !== line)) window.seen.push({ keys, line });
+        requestAnimationFrame(look);
+    };
+    look();
+}"""
+
+
+def test_rows_come_as_they_are_computed_and_keep_their_places(
+    open_page: OpenPage, server: Server, model: Transformer
+) -> None:
+    page = open_page("#/d")
+    expect(page.get_by_role("heading", level=1)).to_be_visible()
+    page.evaluate(WATCH_ROWS)
+    with server.model_slowed():
+        page.evaluate("(hash) => { location.hash = hash; }", LATENTS_EVERYWHERE)
+        expect(page.get_by_text(re.compile(r"layer \d of 4"))).to_be_visible()
+    ready(page)
+    seen = page.evaluate("window.seen")
+    before = [each for each in seen if "so far" in each["line"]]
+    assert len({each["line"] for each in before}) > 2, "it is said how far it is"
+    for one, after in pairwise(before):
+        assert after["keys"][: len(one["keys"])] == one["keys"], "no row moves"
+    assert set(seen[-1]["keys"]) != set(before[0]["keys"])
+    shown = seen[-1]["keys"]
+    # An intervention leaves the rows where they are until all the new ones are there.
+    page.evaluate("window.seen = []")
+    with server.model_slowed():
+        page.keyboard.press("a")
+        expect(page.get_by_text("so far")).to_be_visible()
+        expect(page.locator(".tray-sum b")).not_to_have_text("\u2013")
+    ready(page)
+    seen = page.evaluate("window.seen")
+    assert all(each["keys"] == shown for each in seen if "so far" in each["line"])
+
+
+def test_a_request_is_stopped_by_a_key(open_page: OpenPage, server: Server) -> None:
+    page = open_page("#/d")
+    expect(page.get_by_role("heading", level=1)).to_be_visible()
+    with server.model_slowed(0.03):
+        page.evaluate("(hash) => { location.hash = hash; }", LATENTS_EVERYWHERE + "&k=60")
+        expect(page.get_by_text("so far")).to_be_visible()
+        page.keyboard.press("Escape")
+        expect(page.locator(".failure")).to_contain_text("Stopped")
+        eventually(lambda: ask(page, server, "health")["queue_depth"] == 0, "an empty queue")
+    page.get_by_role("button", name="Try again").click()
+    ready(page)
+    expect(page.locator("[data-coverage]")).to_be_visible()

@@ -89,11 +89,6 @@ export async function post(address, body, options) {
   return (await send('POST', address, { ...options, body })).json();
 }
 
-/** Send JSON lines. @param {string} address @param {string} text */
-export function sendText(address, text) {
-  return send('POST', address, { body: text, raw: true, headers: { 'content-type': 'application/x-ndjson' } });
-}
-
 /** Forget the kept replies whose address begins so. @param {string} prefix */
 export function forget(prefix) {
   for (const address of kept.keys()) if (address.startsWith(prefix)) kept.delete(address);
@@ -101,7 +96,7 @@ export function forget(prefix) {
 
 /**
  * What is asked for, as it stands: `data` of an earlier address is kept (and `stale`) until the new reply is
- * there, so that nothing jumps.
+ * there, so that nothing jumps. While a reply comes in parts, `data` is what there is of it, and `loading`.
  * @template T
  * @typedef {{data: T | undefined, error: Problem | undefined, loading: boolean, stale: boolean, retry: () => void, cancel: () => void}} Asked
  */
@@ -109,12 +104,12 @@ export function forget(prefix) {
 /**
  * Ask for something as long as the component shows it.
  * @param {string | null} key what is asked for; a new key aborts the request of the old one. null: nothing
- * @param {(abort: AbortSignal) => Promise<any>} load
+ * @param {(abort: AbortSignal, show: (part: any) => void) => Promise<any>} load
  * @param {{delay?: number, known?: any}} [options] delay: milliseconds of rest before the request is sent
  * @returns {Asked<any>}
  */
 export function useAsk(key, load, { delay = 0, known } = {}) {
-  const [state, set] = useState(/** @type {{key: string | null, data?: any, error?: Problem}} */ ({ key: null }));
+  const [state, set] = useState(/** @type {{key: string | null, data?: any, error?: Problem, partial?: boolean}} */ ({ key: null }));
   const [turn, setTurn] = useState(0);
   const attempts = useRef({ key, n: 0 });
   const running = useRef(/** @type {AbortController | null} */ (null));
@@ -125,7 +120,7 @@ export function useAsk(key, load, { delay = 0, known } = {}) {
     const abort = (running.current = new AbortController());
     const timer = setTimeout(async () => {
       try {
-        const data = await load(abort.signal);
+        const data = await load(abort.signal, (part) => abort.signal.aborted || set({ key, data: part, partial: true }));
         if (!abort.signal.aborted) set({ key, data });
       } catch (error) {
         if (abort.signal.aborted) return;
@@ -143,7 +138,7 @@ export function useAsk(key, load, { delay = 0, known } = {}) {
   return {
     data: key === null ? undefined : at.data,
     error: settled ? at.error : undefined,
-    loading: key !== null && !settled,
+    loading: key !== null && (!settled || !!at.partial),
     stale: !settled || !!at.error,
     retry: () => {
       attempts.current = { key, n: attempts.current.key === key ? attempts.current.n + 1 : 1 };

@@ -97,5 +97,5 @@ export function Failure({ problem, retry }) {
 export function Answer({ asked, lines, children }) {
   if (asked.error) return <Failure problem={asked.error} retry={asked.retry} />;
   if (asked.data === undefined) return <Loading lines={lines} />;
-  return <div class={asked.stale ? 'stale' : undefined} aria-busy={asked.stale}>{children(asked.data)}</div>;
+  return <div class={asked.stale ? 'stale' : undefined} aria-busy={asked.loading}>{children(asked.data)}</div>;
 }

@@ -1,6 +1,6 @@
 // `#/d`: all dictionaries. `#/d/{dictionary}`: one of them, its units as a table, and where it comes from.
 import { useState } from 'preact/hooks';
-import { forget, sendText, url, useGet } from '../api.js';
+import { forget, send, url, useGet } from '../api.js';
 import { useDraft } from '../components/draft.js';
 import { Figures } from '../components/figures.jsx';
 import { Histogram } from '../components/histogram.jsx';
@@ -77,7 +77,7 @@ function LabelFiles() {
   async function read(file) {
     if (!file) return;
     try {
-      const reply = await sendText(url(['labels', 'import'], { dictionary: into }), await file.text());
+      const reply = await send('POST', url(['labels', 'import'], { dictionary: into }), { body: await file.text(), raw: true, headers: { 'content-type': 'application/x-ndjson' } });
       setSaid(await reply.json());
       forget('api/v1/');
     } catch (error) {

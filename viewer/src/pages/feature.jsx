@@ -71,7 +71,7 @@ function Feature({ id, unit, query }) {
             long={long} onLong={(wanted) => setQuery({ logits: wanted ? MOST_LOGITS : null })}
             promptLink={modelState.value === 'none' ? undefined : (text) => href(['p'], { a: text })}
             first={card.kind !== 'head' && <TryIt id={id} unit={unit} card={card} query={query} />}
-            labels={<Labels id={id} card={card} onChange={() => { forget(address); asked.retry(); }} />}
+            labels={<Labels key={card.unit} id={id} card={card} onChange={() => { forget(address); asked.retry(); }} />}
           />
         </div>
       ) : (

@@ -16,7 +16,7 @@ import { Generate } from '../prompt/generate.jsx';
 import { Lens } from '../prompt/lens.jsx';
 import { Matrix } from '../prompt/matrix.jsx';
 import { beside, pageOf, rowsOf, tokenAt, whyNotChanged, whyNotTraced } from '../prompt/nodes.js';
-import { FIRST_VALUE, LONGEST, TABS, debugBody, initial, interventionsBody, read, sameUnit, swapped, write } from '../prompt/state.js';
+import { FIRST_VALUE, LONGEST, TABS, debug, debugBody, initial, interventionsBody, read, sameUnit, swapped, write } from '../prompt/state.js';
 import { NodeTable } from '../prompt/table.jsx';
 import { Breadcrumb, Tray } from '../prompt/tray.jsx';
 import { go, href } from '../router.js';
@@ -80,6 +80,12 @@ function useState_(query) {
   return /** @type {const} */ ([state, update]);
 }
 
+/** Whether two replies are of the same texts. @param {any} x @param {any} y */
+function sameTexts(x, y) {
+  const texts = (/** @type {any} */ reply) => JSON.stringify(reply.prompts.map((/** @type {any} */ one) => one.ids));
+  return texts(x) === texts(y);
+}
+
 /** Interventions before and after, for undo and redo; as long as the page is open. */
 function useHistory() {
   return useRef({ past: /** @type {Intervention[][]} */ ([]), future: /** @type {Intervention[][]} */ ([]) }).current;
@@ -92,18 +98,24 @@ function Page({ query }) {
   const empty = !state.a.text;
   const body = debugBody(state);
   const ready = modelState.value === 'ready';
-  const asked = useAsk(empty || !ready ? null : JSON.stringify(body), (signal) => post(url(['debug']), body, { signal }));
+  const asked = useAsk(empty || !ready ? null : JSON.stringify(body), (signal, show) => debug(body, signal, show));
   const [current, setCurrent] = useState('');
   const data = asked.data;
+  const partial = data?.sublayers !== undefined;
+  const whole = useRef(/** @type {any} */ (null));
+  if (data && !partial) whole.current = data;
+  // Rows of the same texts keep their place until all the new ones are there; of other texts, what there is is shown.
+  const old = partial && whole.current && sameTexts(whole.current, data) ? whole.current : null;
+  const found = old ?? data;
   const wanted = state.beside && state.interventions.length > 0 && state.b === null;
   const plain = { ...body, interventions: [] };
   const unchanged = useAsk(wanted && ready && !empty ? JSON.stringify(plain) : null, (signal) => post(url(['debug']), plain, { signal }));
-  const table = useMemo(() => (wanted && data && unchanged.data ? beside(data, unchanged.data) : data), [data, wanted && unchanged.data]);
+  const table = useMemo(() => (wanted && found && unchanged.data ? beside(found, unchanged.data) : found), [found, wanted && unchanged.data]);
   const two = state.b !== null && data?.prompts?.length === 2;
   const changed = state.interventions.length > 0;
-  const sideways = two || table !== data;
+  const sideways = two || table !== found;
   const rows = useMemo(
-    () => (table ? rowsOf(table.nodes, table.values, state.sort, state.filter, (node) => tokenAt(table.prompts[0].ids, table.vocab, node.position)) : []),
+    () => (table ? rowsOf(table.nodes, table.values, partial && !old ? null : state.sort, state.filter, (node) => tokenAt(table.prompts[0].ids, table.vocab, node.position)) : []),
     [table, JSON.stringify(state.sort), state.filter],
   );
   const row = rows.find((one) => one.key === current) ?? rows.find((one) => one.key === state.row) ?? rows[0];
@@ -211,9 +223,9 @@ function Page({ query }) {
             )}
             {state.tab === 'nodes' && data && (
               <div class={`split ${sideways ? 'over' : 'wide-left'}`}>
-                <Panel id="nodes" title={state.trace.length ? 'Nodes before it' : 'Nodes'} what={<Coverage data={data} traced={state.trace.length > 0} />} json={data} python={data.python}>
+                <Panel id="nodes" title={state.trace.length ? 'Nodes before it' : 'Nodes'} what={partial ? <Progress data={data} /> : <Coverage data={data} traced={state.trace.length > 0} />} json={data} python={data.python}>
                   <Settings state={state} canCompare={changed && state.b === null} n={data.prompts[0].ids.length} update={update} shown={rows.length} />
-                  <div class={asked.stale ? 'stale' : undefined} aria-busy={asked.stale}>
+                  <div class={asked.stale || old ? 'stale' : undefined} aria-busy={asked.loading}>
                     <NodeTable
                       data={table} rows={rows} sort={state.sort} open={state.row} current={row?.key ?? ''} two={sideways} sides={two ? ['A', 'B'] : ['now', 'before']}
                       onSort={(sort) => update({ sort })} onOpen={toggle} onCurrent={(one) => setCurrent(one.key)} onAblate={(one) => intervene(one.node, 'zero')} onTrace={traceRow}
@@ -236,6 +248,12 @@ function Page({ query }) {
       )}
     </div>
   );
+}
+
+/** How far a reply that comes in parts is. @param {{data: any}} props */
+function Progress({ data: { part, nodes } }) {
+  const layer = part?.layer ?? null;
+  return <span role="status">{layer === null ? 'the model has run' : `layer ${layer + 1} of ${model.value.n_layers}`}; {plural(nodes.length, 'node')} so far. <kbd>Esc</kbd> stops</span>;
 }
 
 /** How much of the target the shown nodes explain. @param {{data: any, traced: boolean}} props */

@@ -107,8 +107,9 @@ export function cell(values, measure, index, side) {
 /** @typedef {{measure: Measure, side: Side, order: 'size' | 'down' | 'up'}} Sort */
 
 /**
- * Rows in order; numbers that are not there come last, and equal ones stay in the order of the model.
- * @param {Node[]} nodes @param {Values} values @param {Sort} sort @param {string} [filter]
+ * Rows in order; numbers that are not there come last, and equal ones stay in the order of the model. Without an order,
+ * they stay as they are.
+ * @param {Node[]} nodes @param {Values} values @param {Sort | null} sort @param {string} [filter]
  * @param {(node: Node) => string} [more] further text that the filter looks into
  * @returns {Row[]}
  */
@@ -119,6 +120,7 @@ export function rowsOf(nodes, values, sort, filter = '', more = () => '') {
     const text = `${nodeName(node)} ${node.kind} ${node.location} ${node.label ?? ''} ${more(node)}`.toLowerCase();
     return words.every((word) => text.includes(word));
   });
+  if (!sort) return kept;
   const sign = sort.order === 'up' ? 1 : -1;
   const at = new Map(
     kept.map((row) => {

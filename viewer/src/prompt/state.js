@@ -1,4 +1,5 @@
 // What the Prompt page shows, as part of its address: the same link shows the same, to the byte.
+import { Problem, stream, url } from '../api.js';
 import { nodeKey } from './nodes.js';
 
 /**
@@ -158,6 +159,28 @@ export function debugBody(state) {
     interventions: interventionsBody(state),
     ...(last && { trace: { node: nodeBody(last.node), through: last.through } }),
   };
+}
+
+/**
+ * The debugger's reply. Where it takes longer than `patience`, what there is of it is shown: rows stay where they are, those
+ * of later layers follow below; `part` says how far it is.
+ * @param {ReturnType<typeof debugBody>} body @param {AbortSignal} abort @param {(part: any) => void} show @param {number} [patience] milliseconds
+ */
+export async function debug(body, abort, show, patience = 400) {
+  const began = performance.now();
+  /** @type {any} */ let all = null;
+  for await (const { event, data } of stream(url(['debug']), body, abort)) {
+    if (event === 'done') return data;
+    if (event === 'error') throw new Problem(data, data.status);
+    if (event === 'started') all = { ...data, nodes: [], values: Object.fromEntries(body.metrics.map((name) => [name, { A: [], B: [] }])) };
+    if (event === 'nodes') {
+      for (const [name, sides] of Object.entries(data.values))
+        all.values[name] = { A: [...all.values[name].A, ...sides.A], B: [...all.values[name].B, ...(sides.B ?? [])] };
+      all = { ...all, nodes: [...all.nodes, ...data.nodes], part: data };
+    }
+    if (performance.now() - began > patience) show(all);
+  }
+  throw new Problem({ title: 'The reply has no end', detail: 'The connection was closed before everything was there.' }, 0);
 }
 
 /** A node as requests name it. @param {{location: string, unit: number | null, position?: number | null, attended?: number | null, dictionary?: string | null}} node */
