@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.helpers import LATENTS, expect
+from tests.browser.helpers import LATENTS, expect, open_store
 
 OpenPage = Callable[..., Any]
 NAME = "ae-resid-delta-mlp/2"
@@ -48,6 +48,8 @@ def test_every_bad_address_says_what_is_wrong_and_leads_on(open_page: OpenPage) 
         expect(words).to_have_text(said)
         text = page.inner_text("main")
         assert not re.search(r"pattern|\^\[|path\.|HTTP|\b4\d\d\b", text), f"{address}: {text}"
+        if "has no latent" in said:
+            assert f"0 to {len(open_store()) - 1}" in text
         links = page.locator(".astray a")
         target = links.first.get_attribute("href")
         assert target, address
