@@ -49,6 +49,7 @@ from neuron_explainer.analysis.node_parts import (
     Goal,
     Ints,
     Kind,
+    Memory,
     Node,
     Part,
     Pass,
@@ -267,6 +268,7 @@ class Effects:
         of_tokens: also keep what :meth:`of_tokens` needs.
         at_once: compute all parts now. Otherwise each sublayer is computed when it is first asked for, and
             the model and its autoencoders must stay as they are until then.
+        memory: what is kept from one pass to another.
 
     The other arguments are those of :func:`nodes`.
     """
@@ -285,6 +287,7 @@ class Effects:
         hooks: TransformerHooks | None = None,
         of_tokens: bool = False,
         at_once: bool = True,
+        memory: Memory | None = None,
     ) -> None:
         kinds = _by_kind(attention, autoencoders)
         if isinstance(target, Node):
@@ -298,9 +301,19 @@ class Effects:
             model.require("attn.v")
             wanted = list(dict.fromkeys([*wanted, "attn.v", "attn.v_out"]))
         tokens = one_prompt(model, prompt, bos)
-        self.run = Pass(model, tokens, target, wanted, freeze, hooks, positions)
+        goal = target
+
+        def make(after: tuple[Pass, int] | None = None, keep_graph: bool = True) -> Pass:
+            return Pass(
+                model, tokens, goal, wanted, freeze, hooks, positions, after, keep_graph=keep_graph
+            )
+
+        if memory is None:
+            self.run = make(keep_graph=False)
+        else:
+            self.run = memory.run(wanted, make).at(positions)
         self._all_parts = partial(all_parts, attention=attention, autoencoders=kinds)
-        self._coming = self._all_parts(self.run)
+        self._coming = self._all_parts(self.run, memory=memory)
         self._known: list[list[Part]] = []
         if at_once:
             list(self.sublayers())

@@ -7,11 +7,12 @@ Shape legend: ``s`` positions, ``k`` attended positions, ``h`` heads, ``u`` unit
 ``n`` nodes, ``w`` width of a node (1, or the width of a vector), ``p`` positions of nodes.
 """
 
+import copy
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +21,14 @@ from torch import Tensor
 
 from neuron_explainer.analysis.targets import Reading, Target
 from neuron_explainer.errors import InputError, did_you_mean
+from neuron_explainer.kernels.graph_memory import saved_for_backward
 from neuron_explainer.kernels.products import linear, product
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
 from neuron_explainer.models.autoencoders.latents import Latents
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.language_model import Activations, LanguageModel
-from neuron_explainer.models.locations import SITES, ActivationLocation
+from neuron_explainer.models.locations import SITES, ActivationLocation, LocationLike
 from neuron_explainer.models.transformer import Transformer
 from neuron_explainer.models.weight_names import LayerIndex, WeightLocationType
 
@@ -156,6 +158,19 @@ def last_logits(model: LanguageModel, found: Activations) -> Tensor:
     return linear(found["resid.post_ln_f"][:, -1], model.unembed)
 
 
+class Memory(Protocol):
+    """What is kept from one pass to another, of those who ask for many passes of the same prompt."""
+
+    def run(
+        self, wanted: Sequence[str], make: Callable[["tuple[Pass, int] | None"], "Pass"]
+    ) -> "Pass":
+        """A pass that was kept, or the one that ``make`` makes: afresh (None), or with the layers before
+        one taken from a pass that did the same there."""
+
+    def encoding(self, place: ActivationLocation, make: Callable[[], "Encoding"]) -> "Encoding":
+        """The latents at a place that were kept, or those that ``make`` computes."""
+
+
 class Pass:
     """The activations of one prompt, and the gradients of a goal with respect to them.
 
@@ -164,6 +179,9 @@ class Pass:
         freeze: what gradients do not flow through.
         hooks: interventions, which run before everything else at a place.
         positions: of which tokens the nodes are; None: of all.
+        after: an earlier pass of the same prompt that keeps its graph, and the first layer that is to be
+            run: what comes before it is the same in both.
+        keep_graph: whether later passes may go on from this one.
     """
 
     def __init__(
@@ -175,6 +193,8 @@ class Pass:
         freeze: Sequence[Freeze],
         hooks: TransformerHooks | None = None,
         positions: Sequence[int] | None = None,
+        after: "tuple[Pass, int] | None" = None,
+        keep_graph: bool = False,
     ) -> None:
         self.model, self.tokens, self.goal = model, tokens, goal
         self.freeze, self.hooks = freeze, hooks
@@ -186,12 +206,22 @@ class Pass:
         for path in dict.fromkeys(place.path for place in places):
             hooks.append_at(path, _tracked)
         hooks = hooks + frozen_hooks(model, freeze, goal.norm) + goal.hooks
+        captured: list[LocationLike] = [*places, *goal.places]
+        if keep_graph:
+            captured += _places(model, ["resid.torso.post_mlp"])
         with torch.enable_grad():
-            self.found = model.capture(tokens, [*places, *goal.places], hooks=hooks)
+            if after is None:
+                self.found = model.capture(tokens, captured, hooks=hooks)
+            else:
+                assert isinstance(model, Transformer)
+                self.found = model.capture_from(after[1], after[0].found, captured, hooks)
             self.value = goal.value(self.found)
             places = list(dict.fromkeys(places))
             gradients = torch.autograd.grad(
-                self.value, [self.found[place] for place in places], allow_unused=True
+                self.value,
+                [self.found[place] for place in places],
+                allow_unused=True,
+                retain_graph=keep_graph or after is not None,
             )
         self.gradients: dict[ActivationLocation, Tensor] = {
             place: torch.zeros_like(self.found[place]) if gradient is None else gradient
@@ -200,6 +230,17 @@ class Pass:
         self.last_gradient = self.gradients[self.stream][0].double()
         """``[s, d]`` float64, of every position."""
         self.last_stream = self.found[self.stream][0].detach().double()
+
+    def at(self, positions: Sequence[int] | None) -> "Pass":
+        """The same pass, with nodes of other tokens."""
+        found = copy.copy(self)
+        found.positions = checked_positions(positions, self.tokens.shape[1])
+        return found
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds, its graph included."""
+        own = [*self.found.values(), *self.gradients.values()]
+        return [*own, self.last_gradient, self.last_stream, *saved_for_backward([self.value])]
 
     def activation(self, place: str | ActivationLocation) -> Tensor:
         """``[p, …]`` float64: at the positions of the nodes."""
@@ -405,23 +446,68 @@ def _pairs(run: Pass, layer: int) -> Iterator[Part]:
     yield _rest(run, "resid.torso.delta_attn", layer, writes)
 
 
+@dataclass
+class Encoding:
+    """What a dictionary sees at a place: the active latents of each token, ``n`` in all, and what they leave.
+
+    Nothing here depends on the goal.
+    """
+
+    row: Tensor
+    """``[n]``: of each active latent its token, as a place among the positions of the pass."""
+    unit: Tensor
+    value: Tensor
+    """``[n]`` float64, as is ``scale``: what decoding multiplies the latent's direction by."""
+    scale: Tensor
+    write_norm: Floats
+    rests: list[tuple[Kind, Tensor, Tensor]]
+    """What is not latents, ``[p, n]`` each: its kind, its value, and what it writes to the stream."""
+    written: Tensor | None
+    """``[p, d]``: what a place inside a sublayer writes to the stream."""
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        rests = [x for _, value, write in self.rests for x in (value, write)]
+        rests += [] if self.written is None else [self.written]
+        return [self.row, self.unit, self.value, self.scale, *rests]
+
+
 @torch.no_grad()
-def _latents(run: Pass, place: ActivationLocation, autoencoder: Autoencoder) -> Iterator[Part]:
-    assert place.layer is not None
+def _encoding(run: Pass, place: ActivationLocation, autoencoder: Autoencoder) -> Encoding:
     x = run.activation(place).flatten(1)
     code = autoencoder.code_sparse(x.to(autoencoder.device, autoencoder.dtype))
     row, slot = (code.latents.values != 0).nonzero(as_tuple=True)
     a, unit = code.latents.values[row, slot].double(), code.latents.indices[row, slot]
     # On the scale of the input: an autoencoder that normalises multiplies by a number for each token.
     scale = _scale(code, autoencoder, len(x))[row]
+    lengths = _lengths(autoencoder.directions, unit, _stream_weight(run.model, place))
+    error = x - code.decode(code.latents).double()
+    bias = code.decode(_one_each(code.latents, 0.0)).double()
+    to_stream = into_stream(run.model, place)
+    rests: list[tuple[Kind, Tensor, Tensor]] = [
+        ("error", error, to_stream(error)),
+        ("bias", bias, to_stream(bias)),
+    ]
+    inside = to_stream(x) if place.path in _INSIDE else None
+    return Encoding(row, unit, a, scale, flat(a * scale * lengths), rests, inside)
+
+
+@torch.no_grad()
+def _latents(
+    run: Pass, place: ActivationLocation, autoencoder: Autoencoder, memory: Memory | None
+) -> Iterator[Part]:
+    assert place.layer is not None
+    make = partial(_encoding, run, place, autoencoder)
+    seen = make() if memory is None else memory.encoding(place, make)
+    row, unit, scale = seen.row, seen.unit, seen.scale
     directions, weight = autoencoder.directions, _stream_weight(run.model, place)
     position = run.positions[row.cpu().numpy()]
     last = run.rows(run.last_gradient)
     last = last if weight is None else run.onto_goal(weight)
     measures = {
-        "activation": flat(a),
-        "write_norm": flat(a * scale * _lengths(directions, unit, weight)),
-        "direct": flat(a * scale * _products(directions, last, row, unit)),
+        "activation": flat(seen.value),
+        "write_norm": seen.write_norm,
+        "direct": flat(seen.value * scale * _products(directions, last, row, unit)),
     }
     none = np.full_like(position, -1)
     its_gradient = scale * _products(directions, run.gradient(place).flatten(1), row, unit)
@@ -431,18 +517,15 @@ def _latents(run: Pass, place: ActivationLocation, autoencoder: Autoencoder) -> 
         unit.cpu().numpy(),
         position,
         none,
-        a[:, None],
+        seen.value[:, None],
         its_gradient[:, None],
         measures,
         lambda i: directions[unit[i]].double() * scale[i],
     )
-    recons = code.decode(code.latents).double()
-    bias = code.decode(_one_each(code.latents, 0.0)).double()
-    to_stream = into_stream(run.model, place)
-    for kind, rest in (("error", x - recons), ("bias", bias)):
-        yield _vectors(run, place, kind, rest, to_stream(rest))  # type: ignore[arg-type]  # a Kind
-    if place.path in _INSIDE:
-        yield _rest(run, _INSIDE[place.path], place.layer, to_stream(x))
+    for kind, rest, write in seen.rests:
+        yield _vectors(run, place, kind, rest, write)
+    if seen.written is not None:
+        yield _rest(run, _INSIDE[place.path], place.layer, seen.written)
 
 
 def _products(directions: Tensor, vectors: Tensor, row: Tensor, unit: Tensor) -> Tensor:
@@ -522,7 +605,10 @@ MLP_PLACES = ("mlp.post_act", "resid.torso.delta_mlp")
 
 
 def all_parts(
-    run: Pass, attention: str, autoencoders: Mapping[bool, AutoencoderContext]
+    run: Pass,
+    attention: str,
+    autoencoders: Mapping[bool, AutoencoderContext],
+    memory: Memory | None = None,
 ) -> list[Callable[[], list[Part]]]:
     """Every part before the goal once: their writes sum to the last residual stream before it, at the
     positions of the pass.
@@ -537,7 +623,7 @@ def all_parts(
                 continue
             context = autoencoders.get(is_mlp)
             if context is not None and context.layer_indices & {layer, None}:
-                found.append(partial(_of_dictionary, run, layer, context))
+                found.append(partial(_of_dictionary, run, layer, context, memory))
             elif is_mlp:
                 found.append(partial(_listed, _neurons, run, layer))
             else:
@@ -557,8 +643,11 @@ def _listed(make: Callable[[Pass, int], Iterator[Part]], run: Pass, layer: int) 
     return list(make(run, layer))
 
 
-def _of_dictionary(run: Pass, layer: int, context: AutoencoderContext) -> list[Part]:
-    return list(_latents(run, context.location.at(layer), context.get_autoencoder(layer)))
+def _of_dictionary(
+    run: Pass, layer: int, context: AutoencoderContext, memory: Memory | None
+) -> list[Part]:
+    place, autoencoder = context.location.at(layer), context.get_autoencoder(layer)
+    return list(_latents(run, place, autoencoder, memory))
 
 
 def wanted_places(

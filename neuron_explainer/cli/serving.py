@@ -53,6 +53,13 @@ def register(verbs: Any) -> None:
     option(
         serve, "--memory", "GiB for autoencoders; those used longest ago are dropped", 4.0, type=gib
     )
+    option(
+        serve,
+        "--cache",
+        "GiB for results of earlier requests; those used longest ago are dropped",
+        0.5,
+        type=gib,
+    )
     option(serve, "--max-tokens", "longest prompt", 256, type=positive)
     serve.add_argument("--no-model", action="store_true", help="show the stores only")
     _declare_access(serve)
@@ -225,7 +232,11 @@ def _app(args: argparse.Namespace, token: str | None) -> "FastAPI":
         any_address=args.host in ("0.0.0.0", "::"),
         origins=args.allow_origin,
         frame_ancestors=args.frame_ancestors,
-        limits=Limits(max_tokens=args.max_tokens, autoencoder_bytes=round(args.memory * 2**30)),
+        limits=Limits(
+            max_tokens=args.max_tokens,
+            autoencoder_bytes=round(args.memory * 2**30),
+            kept_bytes=round(args.cache * 2**30),
+        ),
         device=args.device,
         log_prompts=args.log_prompts,
     )

@@ -1,7 +1,7 @@
 """What torch holds behind a tensor: the memory of its graph, and whether it has been written to."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -32,9 +32,10 @@ def saved_for_backward(outputs: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _saved_by(node: Any) -> list[Tensor]:
+    kind: Any = type(node)
     saved: list[Any] = []
     try:
-        saved = [getattr(node, name) for name in _names(type(node))]
+        saved = [getattr(node, name) for name in _names(kind)]
         saved += getattr(node, "saved_tensors", ())  # of a torch.autograd.Function
     except RuntimeError:
         pass  # they have been freed
@@ -42,7 +43,7 @@ def _saved_by(node: Any) -> list[Tensor]:
 
 
 @functools.cache
-def _names(kind: type) -> tuple[str, ...]:
+def _names(kind: Hashable) -> tuple[str, ...]:
     return tuple(name for name in dir(kind) if name.startswith("_saved_"))
 
 

@@ -71,7 +71,8 @@ def create_app(
 
     Args:
         stores: files or folders of stores, or names of those of the package.
-        model: a name, which gets a process of its own; a ``ModelContext``, used in this one; or None.
+        model: a name, which gets a process of its own; a ``ModelContext``, used in this one (its weights
+            may change between requests, so that results are not kept); or None.
         autoencoders: names, folders or files of autoencoders of this model.
         token: what clients must send; None: a random one, ``app.state.serving.policy.token``.
         base_path: the path under which a proxy shows the application, such as ``"/viewer"``.
@@ -186,6 +187,7 @@ def _compute(
         tuple(autoencoders),
         device=device,
         budget=limits.autoencoder_bytes,
+        kept=limits.kept_bytes,
         max_tokens=limits.max_tokens,
         seconds=limits.seconds,
     )

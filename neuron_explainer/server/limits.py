@@ -37,6 +37,8 @@ class Limits:
     """Requests that may wait for the model."""
     autoencoder_bytes: int = 4 << 30
     """Memory for autoencoders; those used longest ago are dropped."""
+    kept_bytes: int = 512 << 20
+    """Memory for results of earlier requests to the model; those used longest ago are dropped."""
     seconds: float = 30.0
     """That the model may work on one request."""
     header_seconds: float = 10.0

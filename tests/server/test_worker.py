@@ -181,7 +181,7 @@ def test_without_memory_caches_are_dropped(
     monkeypatch.setitem(OPERATIONS, "fills", fills)
     found = refused(worker, "fills")
     assert (found.status, found.code, found.retry_after) == (503, "out_of_memory", 1)
-    assert not sessions[0]._kept
+    assert len(sessions[0].results) == 0
     assert not sessions[0]._loaded
     assert asyncio.run(worker.call("tokenize", {"text": "b"}))["ids"] == [98]
 

@@ -41,7 +41,8 @@ def boards(study: Study) -> Picture:
         found.board(0).draw(row[0], f"{kind}")
         Board(masked[0], config).draw(row[1], "what the model sees")
         Board(drawn[0], config, drawn[0] != found.tokens[0]).draw(row[2], "what it draws (✕ wrong)")
-    by_kind = accuracy_by_kind(study.model, study.dataset, "test", mask=0.25, seed=study.seed)
+    own, n = (study.model, study.dataset), study.n(100)
+    by_kind = accuracy_by_kind(*own, "test", n=n, mask=0.25, seed=study.seed)
     figures = ", ".join(f"{k} {100 * a.hidden:.1f}%" for k, a in by_kind.items())
     return _picture(
         "boards",
@@ -59,9 +60,8 @@ def accuracy_table(study: Study) -> Picture:
     figure, axes = new_figure(6.6, 2.6, 1, 3, sharey=True)
     parts: tuple[Part, ...] = ("train", "test")
     names = ("hidden", "cells", "boards")
-    found = {
-        part: accuracy_by_kind(study.model, study.dataset, part, seed=study.seed) for part in parts
-    }
+    own, n = (study.model, study.dataset), study.n(100)
+    found = {part: accuracy_by_kind(*own, part, n=n, seed=study.seed) for part in parts}
     shown_before = {k: study.dataset.shown_in_training(k, "test").mean() for k in KINDS}
     for axis, name in zip(axes[0], names, strict=True):
         for i, part in enumerate(parts):
@@ -365,9 +365,11 @@ def attention_across_boards(study: Study) -> Picture:
     """The same root at other places: attention moves with it."""
     rng = np.random.default_rng([study.seed, 5])
     config, root = study.dataset.config, 0
-    rows = np.array([[root, x, y, b] for x, y, b in rng.integers(0, 6, size=(4, 3))])
+    corners = config.board_size - config.root_size + 1
+    drawn = rng.integers(0, [corners, corners, config.n_backgrounds], size=(4, 3))
+    rows = np.array([[root, x, y, b] for x, y, b in drawn])
     found = study.dataset.paint("single", rows)
-    middle = found.cells == 4
+    middle = found.cells == config.root_size**2 // 2
     masked = np.where(middle, config.hidden_token, found.tokens)
     patterns = _patterns(study, masked)
     figure, axes = new_figure(5.6, 5.4, len(rows), study.n_layers + 1)
@@ -387,6 +389,7 @@ def attention_across_boards(study: Study) -> Picture:
         "Attention follows the object",
         "One root at four places, its middle cell hidden; attention of that cell, mean over the "
         "heads of a block.",
-        f"Share of that attention that goes to the root: mean {np.mean(shares):.2f}, where chance is 0.14.",
+        f"Share of that attention that goes to the root: mean {np.mean(shares):.2f}, where chance is "
+        f"{config.root_size**2 / config.n_cells:.2f}.",
         figure,
     )

@@ -9,6 +9,7 @@ words, and what the quantiser asks for. AdamW, weight decay on matrices only, on
 Shape legend: ``b`` boards, ``s`` cells, ``v`` tokens.
 """
 
+import json
 import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +23,8 @@ from neuron_explainer import files
 from neuron_explainer.dictionaries.batches import BatchSource
 from neuron_explainer.dictionaries.loop import Loop, Plan
 from neuron_explainer.dictionaries.runs import RunFolder
-from neuron_explainer.errors import CheckpointError, InputError, did_you_mean
+from neuron_explainer.errors import CheckpointError, InputError
+from neuron_explainer.experiments.boards.blocks import ModelType
 from neuron_explainer.experiments.boards.curriculum import (
     CURRICULA,
     BoardBatch,
@@ -30,12 +32,7 @@ from neuron_explainer.experiments.boards.curriculum import (
     Curriculum,
 )
 from neuron_explainer.experiments.boards.dataset import BoardDataset
-from neuron_explainer.experiments.boards.gpt import (
-    BoardGPT,
-    GPTSizes,
-    ModelType,
-    check_model_type,
-)
+from neuron_explainer.experiments.boards.gpt import BoardGPT, GPTSizes
 from neuron_explainer.experiments.boards.lea import LEA, LEASizes
 from neuron_explainer.experiments.boards.measures import accuracies
 from neuron_explainer.experiments.boards.model_files import (
@@ -89,10 +86,6 @@ class BoardTrainingConfig:
     """Epochs between two checkpoints."""
 
     def __post_init__(self) -> None:
-        if self.model not in MODELS:
-            hint = did_you_mean(str(self.model), MODELS)
-            raise InputError(f"unknown model {self.model!r}.{hint} Known: {', '.join(MODELS)}.")
-        check_model_type(self.type)
         check_types(self)
         counts = ("boards_per_epoch", "batch_size", "log_every", "checkpoint_every")
         for name in counts:
@@ -365,11 +358,13 @@ def load_run(folder: str | Path) -> StoredModel:
     config = files.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if config.get("kind") != RUN_KIND:
         return load_model(folder)
+    if missing := [name for name in ("boards", "training", "epochs") if name not in config]:
+        raise CheckpointError(f"{folder / 'config.json'} lacks {', '.join(missing)}.")
     dataset = BoardDataset.load(folder / BOARDS_FOLDER)
-    if dataset.checksum != config["boards"]["checksum"]:
+    if dataset.checksum != config["boards"].get("checksum"):
         raise CheckpointError(
             f"{folder / BOARDS_FOLDER} are not the boards of this run: expected the checksum "
-            f"{config['boards']['checksum']}, found {dataset.checksum}."
+            f"{config['boards'].get('checksum')}, found {dataset.checksum}."
         )
     values = {**config["training"], "epochs": config["epochs"]}
     training = read_fields(BoardTrainingConfig, values, str(folder), error=CheckpointError)
@@ -384,13 +379,29 @@ def load_run(folder: str | Path) -> StoredModel:
     return StoredModel(model, dataset, record_of(training, state["step"] / per_epoch))
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a training's log: ``step`` and the numbers of the model. A last line that a killed process
+    did not finish is left out."""
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            read = json.loads(line)
+            found.append({"step": read["step"], **read["dictionaries"]["model"]})
+        except (ValueError, KeyError, TypeError):
+            raise CheckpointError(
+                f"{path}, line {number}: expected JSON with a step and the numbers of a board model, found "
+                f"{line[:40].decode('utf-8', 'replace')!r}."
+            ) from None
+    return found
+
+
 def thinned_log(folder: str | Path, lines: int = 200) -> str:
     """The log of a run, or every so many lines of it; empty if it has none."""
     path = Path(folder) / "log.jsonl"
     if not path.is_file():
         return ""
-    found = path.read_text("utf-8").splitlines()
-    step = -(-len(found) // lines)
+    found = path.read_text("utf-8", errors="replace").split("\n")[:-1]  # whole lines
+    step = max(1, -(-len(found) // lines))
     return "".join(f"{line}\n" for line in found[step - 1 :: step])
 
 

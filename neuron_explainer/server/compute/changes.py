@@ -17,8 +17,10 @@ from neuron_explainer.models.interventions import (
     set_to,
     steer,
 )
+from neuron_explainer.models.language_model import Activations
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.models.weight_names import Dimension
+from neuron_explainer.server.compute.keeping import Changed
 from neuron_explainer.server.compute.refusals import Refusal
 from neuron_explainer.server.compute.session import Session
 from neuron_explainer.server.snippets import Script
@@ -39,6 +41,13 @@ class Change:
     dictionary: str | None
     source: list[int] | None
     """The tokens of the prompt that values are taken from (``action`` "swap")."""
+
+    def key(self, session: Session) -> Changed:
+        """What tells it from other interventions."""
+        which = None if self.dictionary is None else session.which(self.dictionary)
+        source = None if self.source is None else tuple(self.source)
+        rest = self.unit, self.position, self.action, self.value, self.dictionary, which, source
+        return Changed(self.place, rest)
 
 
 @dataclass(frozen=True)
@@ -218,7 +227,7 @@ def _of_a_run(session: Session, ids: list[int], change: Change) -> TransformerHo
     if change.action == "swap":
         there = change.source or ids
         index_map = align(ids, there)
-        run = session.model.capture([there], place)
+        run = _captured(session, there, place)
         if change.dictionary is None:
             return patch_from(place, run, unit, position, index_map=index_map)
         values = latent_values(session, change.dictionary, run[place], unit or 0)[0]
@@ -232,12 +241,17 @@ def _of_a_run(session: Session, ids: list[int], change: Change) -> TransformerHo
             set_to(place, value, unit, at, autoencoders=context) for value, at in places.items()
         ]
         return sum(each, TransformerHooks())
-    run = session.model.capture([ids], place)
+    run = _captured(session, ids, place)
     if change.dictionary is None:
         return mean_ablate(place, run, unit, position)
     mean = float(latent_values(session, change.dictionary, run[place], unit or 0).mean())
     context = session.contexts([change.dictionary])[0]
     return set_to(place, mean, unit, position, autoencoders=context)
+
+
+def _captured(session: Session, ids: list[int], place: ActivationLocation) -> Activations:
+    key = "captured", tuple(ids), place
+    return session.kept(key, lambda: session.model.capture([ids], place))
 
 
 def latent_values(session: Session, dictionary: str, x: torch.Tensor, unit: int) -> torch.Tensor:

@@ -25,6 +25,7 @@ from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.interventions import align
 from neuron_explainer.models.locations import ActivationLocation
 from neuron_explainer.server.compute.changes import Changes, check_position, read_changes
+from neuron_explainer.server.compute.keeping import PassMemory
 from neuron_explainer.server.compute.refusals import Refusal
 from neuron_explainer.server.compute.session import Session
 from neuron_explainer.server.snippets import Script
@@ -153,6 +154,25 @@ class Asked:
             hooks=session.watched(hooks),
             of_tokens=True,
             at_once=False,
+            memory=self._memory(number),
+        )
+
+    def _memory(self, number: int) -> PassMemory | None:
+        session, prompt, changes = self.session, self.prompts[number], self.changes[number].each
+        trace, inside = None, {each.dictionary for each in changes if each.dictionary is not None}
+        if self.trace is not None:
+            dictionary = self.trace["node"].get("dictionary")
+            which = None if dictionary is None else session.which(dictionary)
+            inside |= set() if dictionary is None else {dictionary}
+            trace = self.traced(number), self.trace.get("through"), which
+        return session.memory(
+            # What a goal freezes, and pairs, choose other ways to compute the same.
+            (tuple(prompt.ids), self.pairs, trace),
+            (tuple(prompt.target), tuple(prompt.against)),
+            [change.key(session) for change in changes],
+            self.positions[number],
+            [*self.mlp, *self.attention],
+            inside,
         )
 
     def traced(self, number: int) -> Node:
@@ -550,13 +570,14 @@ def _pairs(asked: Asked) -> list[list[int | None]]:
 def _prompt(asked: Asked, effects: Effects, number: int, request: dict[str, Any]) -> dict[str, Any]:
     """What is said about a prompt besides its nodes."""
     session, prompt, changes = asked.session, asked.prompts[number], asked.changes[number]
-    plain = plain_logits(session, prompt.ids)
-    logits = plain
     with torch.no_grad():
-        if changes.each and asked.trace is None:
+        if asked.trace is None:
             logits = last_logits(session.model, effects.run.found)[0].detach().double()
         elif changes.each:
             logits = _logits(session, prompt.ids, changes.hooks())
+        else:
+            logits = plain_logits(session, prompt.ids)
+        plain = plain_logits(session, prompt.ids) if changes.each else logits
     probs = logits.softmax(dim=-1)
     top = logits.topk(min(request["top_logits"], len(logits)))
     of_tokens = effects.of_tokens()

@@ -88,7 +88,12 @@ def _excited_by(
     try:
         what: Any = session.autoencoder(id) if source.kind == "latent" else source.location
         reader = InputReader(session.context, what, location=source.location)
-        found = session.kept(("excited", id, unit, k), lambda: reader.top_tokens([unit], k)[0])
+        dictionary = id if source.kind == "latent" else None
+        found = session.kept(
+            ("excited", id, unit, k),
+            lambda: reader.top_tokens([unit], k)[0],
+            dictionary=dictionary,
+        )
     except NeuronExplainerError as error:
         return None, str(error)
     return found.top, found.note
@@ -128,7 +133,10 @@ def dictionary_map(session: Session, request: dict[str, Any]) -> dict[str, Any]:
             404, "no_map", f"{id} has no autoencoder at hand, whose directions a map shows."
         )
     found = session.kept(
-        ("map", id), lambda: decoder_map(session.autoencoder(id, ("path", "d")), "pca")
+        ("map", id),
+        lambda: decoder_map(session.autoencoder(id, ("path", "d")), "pca"),
+        dictionary=id,
+        of_model=False,
     )
     known = np.flatnonzero(np.isfinite(found.coordinates).all(axis=1))
     script = session.names.script().use("analysis.decoder_map", "decoder_map")

@@ -37,7 +37,7 @@ def answer(
     session: Session, operation: str, request: dict[str, Any], guard: Callable[[], None]
 ) -> Iterator[tuple[str, Any]]:
     """``("part", …)`` for each part, then ``("done", …)``."""
-    session.guard = guard
+    session.begin(guard)
     found = OPERATIONS[operation](session, request)
     if isinstance(found, Generator):
         try:

@@ -15,6 +15,7 @@ from neuron_explainer.analysis.hardly_trained import TokenTexts, find_hardly_tra
 from neuron_explainer.analysis.input_tokens import tokens_along
 from neuron_explainer.analysis.token_lists import TokenValues
 from neuron_explainer.errors import InputError, NeuronExplainerError, nearest, shown
+from neuron_explainer.kernels.graph_memory import storages_of, versions
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
 from neuron_explainer.models.hooks import TransformerHooks
@@ -23,12 +24,12 @@ from neuron_explainer.models.model_context import ModelContext
 from neuron_explainer.models.model_registry import make_autoencoder_context
 from neuron_explainer.models.open_model import open_model
 from neuron_explainer.models.weight_names import Dimension, WeightLocationType
+from neuron_explainer.server.compute.keeping import Changed, Kept, PassMemory, bytes_of
 from neuron_explainer.server.compute.refusals import Refusal
 from neuron_explainer.server.compute.setup import DictionarySource, Setup
 from neuron_explainer.server.snippets import Names
 
 T = TypeVar("T")
-_KEPT_RESULTS = 64
 _GROUPS = {"attn": "attention", "mlp": "MLP", "logits": "logits"}
 
 
@@ -56,21 +57,37 @@ class Session:
         self._encoding = _encoding_of(self.context)
         self._loaded: OrderedDict[str, Autoencoder] = OrderedDict()
         self._sizes: dict[str, int] = {}
+        self._loads, self._serials = 0, dict[str, int]()
         self._directions: OrderedDict[str, Directions] = OrderedDict()
-        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+        self.results = Kept(setup.kept)
+        self._versions = versions(self._weights())
+        self.keeps_passes = not is_open and bool(self._versions)
+        """Whether nobody else can change the model: only then is what it computed kept."""
+
+    def begin(self, guard: Callable[[], None]) -> None:
+        """Before each request; ``guard`` raises if it should end."""
+        self.guard = guard
+        now = versions(self._weights())
+        if now != self._versions:
+            self._versions = now
+            self._directions.clear()
+            self.results.clear()
+
+    def _weights(self) -> list[Tensor]:
+        parameters = getattr(self.model, "parameters", None)
+        return [] if parameters is None else list(parameters())
 
     def drop_caches(self) -> None:
         """Forget everything but the model."""
         self._loaded.clear()
         self._directions.clear()
-        self._kept.clear()
+        self.results.clear()
 
     # --- what there is ---
 
     def facts(self) -> dict[str, Any]:
         """What ``GET /model`` says."""
         model, sizes = self.model, self.model.sizes
-        parameters = getattr(model, "parameters", None)
         return {
             "name": self.context.short_name,
             "family": getattr(getattr(model, "architecture", None), "name", type(model).__name__),
@@ -82,7 +99,7 @@ class Session:
             "n_vocab": model.n_vocab,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
-            "parameters": None if parameters is None else sum(p.numel() for p in parameters()),
+            "parameters": sum(weight.numel() for weight in self._weights()) or None,
             "sites": [self._site(path) for path in model.paths],
             "heads": [
                 [layer, head]
@@ -208,6 +225,8 @@ class Session:
                 source = self._of_autoencoder(id, loc)
                 self._make_room(_file_bytes(source), ids)
                 self._loaded[id] = self._load(source)
+                self._loads += 1
+                self._serials[id] = self._loads
                 self._sizes[id] = _bytes(self._loaded[id])
             self._loaded.move_to_end(id)
             found.append(self._loaded[id])
@@ -256,6 +275,7 @@ class Session:
                 return
             del self._loaded[id]
             self._directions.pop(id, None)
+            self.results.forget(id)
         if self._held() + wanted > self.setup.budget:
             raise Refusal(
                 507,
@@ -300,15 +320,60 @@ class Session:
 
     # --- results ---
 
-    def kept(self, key: Hashable, make: Callable[[], T]) -> T:
-        """A result that is computed once; those used longest ago are forgotten."""
-        if key not in self._kept:
-            self._kept[key] = make()
-            if len(self._kept) > _KEPT_RESULTS:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        found: T = self._kept[key]
+    def kept(
+        self,
+        key: Hashable,
+        make: Callable[[], T],
+        *,
+        dictionary: str | None = None,
+        of_model: bool = True,
+    ) -> T:
+        """A result that is computed once, and kept while there is room.
+
+        Args:
+            dictionary: the one that it depends on, if any.
+            of_model: whether it depends on the model.
+        """
+        found: T | None = self.results.get(key)
+        if found is None:
+            found = make()
+            if self.keeps_passes or not of_model:
+                used = () if dictionary is None else (dictionary,)
+                self.results.put(key, found, bytes_of(found), used)
         return found
+
+    def memory(
+        self,
+        prompt: Hashable,
+        goal: Hashable,
+        changes: Sequence[Changed],
+        positions: Sequence[int] | None,
+        dictionaries: Sequence[str],
+        inside: Iterable[str],
+    ) -> PassMemory | None:
+        """What is kept of a prompt; None if nothing may be. See :class:`PassMemory`.
+
+        Args:
+            dictionaries: those whose latents are asked for.
+            inside: those that interventions and the goal depend on.
+        """
+        if not self.keeps_passes:
+            return None
+        return PassMemory(
+            self.results,
+            prompt,
+            goal,
+            tuple(changes),
+            None if positions is None else tuple(positions),
+            {self.sources[id].location: (id, self.which(id)) for id in dictionaries},
+            frozenset(inside),
+            storages_of(self._weights()),
+        )
+
+    def which(self, id: str) -> Hashable:
+        """What tells a dictionary in memory from others that had its id before."""
+        autoencoder = self.autoencoder(id)
+        return self._serials[id], versions([*autoencoder.parameters(), *autoencoder.buffers()])
 
     def watched(self, hooks: TransformerHooks | None = None) -> TransformerHooks:
         """The hooks, and one in each layer that ends a request that nobody waits for."""

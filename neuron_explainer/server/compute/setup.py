@@ -51,6 +51,8 @@ class Setup:
     device: str | None = None
     budget: int = 4 << 30
     """Bytes of memory for autoencoders; those used longest ago are dropped."""
+    kept: int = 512 << 20
+    """Bytes of memory for results of earlier requests; those used longest ago are dropped."""
     max_tokens: int = 256
     """Of one prompt; never more than the model's context."""
     seconds: float = 30.0
