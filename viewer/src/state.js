@@ -1,6 +1,6 @@
 // What all pages share: what the server says about the model, the theme, bookmarks, and the compare tray.
 import { computed, effect, signal } from '@preact/signals';
-import { Problem, get, url } from './api.js';
+import { Problem, get, traffic, url } from './api.js';
 
 /**
  * @typedef {{
@@ -44,9 +44,12 @@ async function poll() {
   timer = setTimeout(poll, document.hidden ? 30_000 : soon ? 1_500 : 10_000);
 }
 
+const offline = computed(() => !traffic.value.online);
+
 /** Called once. */
 export function startState() {
   poll();
+  effect(() => void (offline.value && setTimeout(poll))); // the first request that fails says so for all
   document.addEventListener('visibilitychange', () => document.hidden || poll());
 }
 
