@@ -311,10 +311,12 @@ LATENTS_EVERYWHERE = f"{PROMPT}&mlp=latent&attn=latent&pos=all&k=50"
 WATCH_ROWS = """() => {
     window.seen = [];
     const look = () => {
-        const keys = [...document.querySelectorAll('table.nodes tr[data-key]')].map((row) => row.dataset.key);
+        const rows = [...document.querySelectorAll('table.nodes tr[data-key]')];
+        const keys = rows.map((row) => row.dataset.key);
         const line = document.querySelector('#panel-nodes .what')?.innerText ?? '';
         const last = window.seen.at(-1);
-        if (keys.length && (last?.keys.join() !== keys.join() || last?.line !== line)) window.seen.push({ keys, line });
+        const same = last?.keys.join() === keys.join() && last?.line === line;
+        if (keys.length && !same) window.seen.push({ keys, line });
         requestAnimationFrame(look);
     };
     look();
