@@ -67,7 +67,7 @@ def full(
 def a_rich_unit(store: ExampleStore) -> int:
     """The unit with examples of all kinds that is active together with the most others."""
     rich = [u for u in store.alive.tolist() if len({e.group for e in store[u].all_examples}) >= 5]
-    return max(rich, key=lambda unit: len(store[unit].partners))
+    return int(max(rich, key=lambda unit: len(store[unit].partners)))
 
 
 def address_of(store: ExampleStore, unit: int) -> str:
