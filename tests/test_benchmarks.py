@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import __main__, child, collate, harness, import_time, judge, parity, sample
+from benchmarks import (
+    __main__,
+    child,
+    collate,
+    harness,
+    import_time,
+    judge,
+    parity,
+    sample,
+    viewer,
+    viewer_pages,
+)
 from benchmarks.contestants import BRIDGE_4, FLOOR, OURS, PLAIN, ours, plain
 from benchmarks.harness import Contestant, Entry, Harness, Race, Result
 from benchmarks.workloads import Prepared, Setup
@@ -194,3 +205,26 @@ def test_asking_an_endpoint_is_measured() -> None:
     rows = judge.run(quick=True).splitlines()
     assert len(rows) == 8
     assert sum("requests" in row for row in rows) == 2
+
+
+def test_the_pages_are_weighed_without_a_browser(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no Chromium the table says so; what needs none is measured all the same."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("NEURON_EXPLAINER_CHROMIUM", raising=False)
+    large = viewer._large(tmp_path / "large", 20)
+    rows = viewer_pages.run(tmp_path, large, quick=True).splitlines()
+    found = {row.split(" | ")[0].removeprefix("| "): row.split(" | ")[1] for row in rows[2:]}
+    assert int(found["npm packages in the lock file"]) <= 60
+    assert int(found["npm packages shipped"]) <= 3
+    assert int(found["lines of JavaScript"].replace(",", "")) <= 6000
+    assert int(found["a feature as one file, bytes, tiny-tales"].replace(",", "")) <= 60_000
+    assert found["everything that a browser shows"] == "-"
+    assert "Chromium" in rows[-1] or "playwright" in rows[-1]
+
+
+def test_times_of_a_page_are_a_median_and_a_95th_percentile() -> None:
+    rows = viewer_pages.Rows()
+    rows.times("a step", [float(x) for x in range(101)], "50", "; so")
+    assert rows.lines == ["| a step, ms | 50 | 95 | 50 | n = 101; so |"]

@@ -176,9 +176,9 @@ def planes(study: Study) -> Picture:
         "Planes to look at",
         "Cells of objects, visible and hidden. Above: on the first two principal directions of "
         "each stage, coloured "
-        "by root. Middle: on the principal plane of the ten root means, coloured by root. Below: "
+        "by root. Middle: on the principal plane of the root means, coloured by root. Below: "
         "on that of the "
-        "nine means of positions in the root, coloured by position. The means are of other cells "
+        "means of positions in the root, coloured by position. The means are of other cells "
         "than those that "
         "are shown.",
         f"Share of the variance in the principal planes: {text}.",
@@ -332,7 +332,8 @@ def manipulation_example(study: Study) -> Picture:
         "The cells of the root get the activations that they have on the other board, and the "
         "model, which sees "
         "the first board, draws the second.",
-        f"{100 * flipped.mean():.0f}% of {len(flipped)} boards turn into the other one, in all nine cells.",
+        f"{100 * flipped.mean():.0f}% of {len(flipped)} boards turn into the other one, in all cells "
+        "of the root.",
         figure,
     )
 
@@ -366,7 +367,7 @@ def independence(study: Study) -> Picture:
         lines[settings[3]].append(probe.accuracy(x[cells & ~left], single.roots[cells & ~left]))
     for name, line in lines.items():
         axes[0, 0].plot(line, "o-", ms=3, label=name)
-    axes[0, 0].axhline(0.1, color="#888888", lw=0.7, ls=":")
+    axes[0, 0].axhline(1 / study.dataset.config.n_roots, color="#888888", lw=0.7, ls=":")
     axes[0, 0].legend(fontsize=6)
     label(axes[0, 0], "", "accuracy of the root probe", "learned on single boards, read on …")
     cells = single.hidden & single.on_objects
@@ -390,11 +391,12 @@ def independence(study: Study) -> Picture:
         "Left: a probe for the root is learned on single boards (or on the left half of the "
         "board) and read on "
         "boards of other kinds (or on the right half). Right: how much of the variance of hidden cells lies "
-        "between the 90 combinations of root and position in it, between the 64 places on the board, and "
-        "between the 10 backgrounds.",
-        f"At the last stage: {last} (chance 10%). Of the variance there, root and position in it account for "
-        f"{100 * found[-1]['root and position in it']:.0f}%, the background for "
-        f"{100 * found[-1]['background']:.0f}%.",
+        "between the combinations of root and position in it, between the places on the board, and "
+        "between the backgrounds.",
+        f"At the last stage: {last} (chance {100 / study.dataset.config.n_roots:.0f}%). Of the variance "
+        "there, root and position in it account for "
+        f"{100 * found[-1]['root and position in it']:.0f}%, "
+        f"the background for {100 * found[-1]['background']:.0f}%.",
         figure,
     )
 
@@ -415,7 +417,8 @@ def parts_and_wholes(study: Study) -> Picture:
     bars = axes[0, 0].bar([0, 1], [recovered.mean(), lone], 0.6, color=["#228833", "#bbbbbb"])
     axes[0, 0].bar_label(bars, [f"{100 * recovered.mean():.0f}%", f"{100 * lone:.0f}%"], fontsize=7)
     axes[0, 0].set_xticks([0, 1], ["part of a\ncomposite", "alone"], fontsize=7)
-    axes[0, 0].axhline(1 / study.dataset.config.n_roots, color="#888888", lw=0.7, ls=":")
+    chance = 1 / study.dataset.config.n_roots
+    axes[0, 0].axhline(chance, color="#888888", lw=0.7, ls=":")
     axes[0, 0].set_ylim(0, 1.1)
     label(axes[0, 0], "", "share drawn right", "root hidden whole")
     for name, colour in (("flipped", "#4477aa"), ("kept", "#ee6677"), ("elsewhere", "#228833")):
@@ -442,9 +445,8 @@ def parts_and_wholes(study: Study) -> Picture:
         "root, and all other "
         "cells should stay. Right: what a probe reads of the composite.",
         f"Drawn right: {100 * recovered.mean():.0f}% of hidden constituents, {100 * lone:.0f}% "
-        "of lone roots (chance "
-        f"10%). Patched after block 1: {100 * middle.flipped:.0f}% flip, "
-        f"{100 * middle.elsewhere:.1f}% of all other "
+        f"of lone roots (chance {100 * chance:.0f}%). Patched after block 1: "
+        f"{100 * middle.flipped:.0f}% flip, {100 * middle.elsewhere:.1f}% of all other "
         "cells stay right.",
         figure,
     )

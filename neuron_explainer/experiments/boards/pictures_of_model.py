@@ -47,7 +47,7 @@ def boards(study: Study) -> Picture:
     return _picture(
         "boards",
         "A world of boards",
-        "Every board shows one root (a fixed 3 × 3 pattern of object tokens), two roots, or a composite of "
+        "Every board shows one root (a fixed square pattern of object tokens), two roots, or a composite of "
         "four roots, on one background. The model sees a board with cells hidden and has to fill it in. "
         "These boards are from the test set; of the composite, one whole root is hidden besides.",
         f"Hidden cells of test boards that are filled in right, a quarter of all cells hidden: {figures}.",
@@ -145,7 +145,7 @@ def token_embeddings(study: Study) -> Picture:
     return _matrices(
         "token_embeddings",
         "Tokens, before anything is computed",
-        "The embedding of the 10 backgrounds (digits), the 10 object tokens (letters) and the hidden token "
+        "The embedding of the backgrounds (digits), the object tokens (letters) and the hidden token "
         "(░), with Euclidean distances, distances of unit vectors, and one minus the cosine.",
         study.model.tok_embed.weight.detach().float().cpu().numpy(),
         ticks,
@@ -157,7 +157,7 @@ def position_embeddings(study: Study) -> Picture:
     return _matrices(
         "position_embeddings",
         "Positions, beside the stream",
-        "The position code of each of the 64 cells, row by row. It is never added to the stream: "
+        "The position code of each cell, row by row. It is never added to the stream: "
         "attention and "
         "MLP read it beside the stream, anew in every block.",
         study.model.pos_embed.detach().float().cpu().numpy(),
@@ -221,10 +221,11 @@ def activations_of_a_board(study: Study) -> Picture:
     return _picture(
         "activations_of_a_board",
         "Every stage of one board",
-        "Rows are the 64 cells (above the line those of the root), columns the 64 channels of "
+        "Rows are the cells (above the line those of the root), columns the channels of "
         "the stream; red is "
         "positive, blue negative, each map on its own scale. One row of maps is a block.",
-        f"{int((masked != found.tokens).sum())} of the root's 9 cells are hidden from the model.",
+        f"{int((masked != found.tokens).sum())} of the root's {study.dataset.config.root_size**2} cells are "
+        "hidden from the model.",
         figure,
     )
 
@@ -353,7 +354,7 @@ def attention_grid(study: Study) -> Picture:
     return _picture(
         "attention_grid",
         "All queries at once",
-        "For each head a grid of 8 × 8 maps: the map at a place shows where the cell at that "
+        "For each head a grid of maps: the map at a place shows where the cell at that "
         "place looks. Same "
         "board as above.",
         f"{study.n_layers} blocks of {n_heads} heads, {side**4} weights each.",
