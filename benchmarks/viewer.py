@@ -1,8 +1,10 @@
-"""The server of the pages: how soon it is ready, how long it takes to answer, and what it bears.
+"""The pages and their server: how soon they are there, what they weigh, and what the server bears.
 
-Every row is measured over HTTP on this machine, client and server sharing its cores; the server is a process
-of its own. Stores: those of ``tiny-tales``; one of 32,768 latents with 40 random examples of 64 tokens each;
-36 of 32,768 latents whose labels have nine words drawn by Zipf's law from 20,000, 1,179,648 labels in all.
+Three tables: the server, the pages in a browser (:mod:`benchmarks.viewer_pages`), and the model behind them
+(:mod:`benchmarks.viewer_compute`). The rows of the server are measured over HTTP on this machine, client and
+server sharing its cores; the server is a process of its own. Stores: those of ``tiny-tales``; one of 32,768
+latents with 40 random examples of 64 tokens each; 36 of 32,768 latents whose labels have nine words drawn by
+Zipf's law from 20,000, 1,179,648 labels in all.
 """
 
 import gzip
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import venv
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,8 +27,10 @@ from urllib.parse import quote
 
 import numpy as np
 
+from benchmarks import viewer_compute, viewer_pages
 from benchmarks.store import GROUPS, made_up, repeated
 from neuron_explainer.activations.corpus import TokenCorpus
+from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.analysis.store_format import Label, write_store
 from neuron_explainer.analysis.token_store import TokenStore
 from neuron_explainer.analysis.workspace import DATA_VARIABLE
@@ -34,6 +39,9 @@ from tests.analysis.examples import VOCABULARY, make_collected
 API = "/api/v1"
 N_UNITS, N_STORES, N_WORDS = 32_768, 36, 20_000
 CLIENTS = 50
+FIRST = "/dictionaries/ae-resid-delta-mlp.2/features/5"
+WHEELS_VARIABLE = "NEURON_EXPLAINER_WHEELS"
+"""A folder with the wheels of the extra ``serve``, as ``pip download`` writes it."""
 _MADE = 4096
 _KINDS_OF_STORES = 3  # with labels of their own; the others are copies
 
@@ -53,10 +61,12 @@ class Client:
 
 
 @contextmanager
-def serving(*stores: Path, data: Path) -> Iterator[tuple[subprocess.Popen[str], str, str, float]]:
+def serving(
+    *stores: Path, data: Path, python: str = sys.executable
+) -> Iterator[tuple[subprocess.Popen[str], str, str, float]]:
     """A server without a model: the process, its address, its token, and the seconds it took to answer."""
     options = [part for store in stores for part in ("--store", str(store))]
-    command = [sys.executable, "-m", "neuron_explainer", "serve", "--no-model", "--port", "0"]
+    command = [python, "-m", "neuron_explainer", "serve", "--no-model", "--port", "0"]
     begin = time.perf_counter()
     process = subprocess.Popen(
         [*command, *options],
@@ -103,18 +113,37 @@ def computed(pid: int) -> float:
 
 
 def run(quick: bool) -> str:
-    """Measure, and return a table."""
+    """Measure, and return three tables."""
     lines = [
         "| what | p50, ms | p95, ms | CPU of the server, ms | remark | goal: p95, ms |",
         "|---|--:|--:|--:|---|---|",
     ]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        large = _large(folder / "large", 200 if quick else N_UNITS)
+        pages = viewer_pages.run(folder, large, quick)
         lines += _ready(folder, 1 if quick else 5)
-        lines += _pages(folder, 200 if quick else N_UNITS, 20 if quick else 1000)
+        lines += _pages(folder, large, 20 if quick else 1000)
         lines += _searches(folder, 200 if quick else N_UNITS, 2 if quick else N_STORES)
         lines += _load(folder, 1.0 if quick else 20.0)
-    return "\n".join(lines)
+        lines.append(_installed(folder))
+    tables = {
+        "the server": "\n".join(lines),
+        "the pages": pages,
+        "the model": viewer_compute.run(quick),
+    }
+    return "\n\n".join(f"### {title}\n\n{table}" for title, table in tables.items())
+
+
+def _large(folder: Path, n: int) -> Path:
+    """The folder of a store of latents with 40 random examples of 64 tokens each."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, len(VOCABULARY), 24_576 * 128).astype(np.uint16)
+    corpus = TokenCorpus(tokens, np.arange(24_577) * 128, np.arange(24_576), "random")
+    place = TokenStore.write(folder / "tokens", corpus, VOCABULARY)
+    found = made_up(corpus, "latent", min(n, _MADE), 64, 15 / 63, True)
+    write_store(folder / "large.store", repeated(found, n // len(found.statistics)), place)
+    return folder
 
 
 def _ready(folder: Path, rounds: int) -> list[str]:
@@ -122,7 +151,7 @@ def _ready(folder: Path, rounds: int) -> list[str]:
     for _ in range(rounds):
         begin = time.perf_counter()
         with serving(Path("tiny-tales"), data=folder) as (_, address, token, seconds):
-            status, _ = Client(address, token).get("/dictionaries/ae-resid-delta-mlp.2/features/5")
+            status, _ = Client(address, token).get(FIRST)
             assert status == 200
             first.append(time.perf_counter() - begin)
             ready.append(seconds)
@@ -136,18 +165,13 @@ def _ready(folder: Path, rounds: int) -> list[str]:
     ]
 
 
-def _pages(folder: Path, n: int, requests: int) -> list[str]:
+def _pages(folder: Path, large: Path, requests: int) -> list[str]:
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, len(VOCABULARY), 24_576 * 128).astype(np.uint16)
-    corpus = TokenCorpus(tokens, np.arange(24_577) * 128, np.arange(24_576), "random")
-    place = TokenStore.write(folder / "large" / "tokens", corpus, VOCABULARY)
-    found = made_up(corpus, "latent", min(n, _MADE), 64, 15 / 63, True)
-    write_store(
-        folder / "large" / "large.store", repeated(found, n // len(found.statistics)), place
-    )
+    with ExampleStore.open(large) as store:
+        n = len(store)
     units = rng.integers(1, n, requests).tolist()
     lines = []
-    with serving(folder / "large", Path("tiny-tales"), data=folder) as (process, address, token, _):
+    with serving(large, Path("tiny-tales"), data=folder) as (process, address, token, _):
         client = Client(address, token)
         of_large = [f"/dictionaries/large/features/{unit}" for unit in units]
         of_tiny = [f"/dictionaries/ae-resid-delta-mlp.2/features/{u % 2560}" for u in units]
@@ -270,6 +294,27 @@ def _load(folder: Path, seconds: float) -> list[str]:
         f"{len(taken) / seconds:.0f} answers a second for {seconds:.0f} s, {wrong} errors; "
         f"{sizes[0]:.0f} MiB resident after half of it, {sizes[1]:.0f} MiB at the end | no error |"
     ]
+
+
+def _installed(folder: Path) -> str:
+    """From ``pip install`` without a network to the first unit, if there is a folder of wheels."""
+    what = "pip install, without a network, to the first unit"
+    wheels = os.environ.get(WHEELS_VARIABLE)
+    if not wheels:
+        return (
+            f"| {what} | | | | not measured: {WHEELS_VARIABLE} names no folder of wheels | 60,000 |"
+        )
+    place = folder / "installed"
+    venv.create(place, with_pip=True)
+    python = str(place / "bin" / "python")
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-index", "--find-links", wheels]
+    begin = time.perf_counter()
+    subprocess.run([*pip, f"{Path(__file__).parents[1]}[serve]"], check=True)
+    with serving(Path("tiny-tales"), data=folder, python=python) as (_, address, token, _):
+        status, _ = Client(address, token).get(FIRST)
+        assert status == 200
+    seconds = time.perf_counter() - begin
+    return f"| {what} | {1e3 * seconds:,.0f} | | | in an empty environment | 60,000 |"
 
 
 def resident(pid: int) -> float:

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,18 @@ from neuron_explainer import files
 from neuron_explainer.errors import InputError, NeuronExplainerError
 from neuron_explainer.experiments.boards import demo, training
 from neuron_explainer.experiments.boards.dataset import PARTS, BoardDataset
-from neuron_explainer.experiments.boards.essay import write_essay
+from neuron_explainer.experiments.boards.essay import CHAPTERS, chosen_chapters, write_essay
 from neuron_explainer.experiments.boards.lea import LEA
-from neuron_explainer.experiments.boards.measures import accuracies, accuracy_by_kind
+from neuron_explainer.experiments.boards.measures import (
+    BOARDS_PER_KIND,
+    accuracies,
+    accuracy_by_kind,
+)
 from neuron_explainer.experiments.boards.model_files import save_model
 from neuron_explainer.experiments.boards.objects import KINDS, BoardConfig
 from neuron_explainer.experiments.boards.seed_layout import write_seed_layout
 from neuron_explainer.experiments.boards.speed import time_step
-from neuron_explainer.experiments.boards.study import Study
+from neuron_explainer.experiments.boards.study import USUAL_BOARDS, Study
 from neuron_explainer.experiments.boards.training import BoardTrainingConfig
 from neuron_explainer.settings.flags import add_flags, field_docs, from_flags
 from neuron_explainer.tables import text_table
@@ -45,7 +50,8 @@ def run_train(args: argparse.Namespace) -> None:
 
 def run_figures(args: argparse.Namespace) -> None:
     """Draw every figure of a run, and write the page that explains them."""
-    page = write_essay(Study.of(*args.runs), args.out)
+    chapters = chosen_chapters(args.only) if args.only else CHAPTERS
+    page = write_essay(Study.of(*args.runs, boards=args.boards), args.out, chapters=chapters)
     print(f"wrote {page}")
 
 
@@ -65,19 +71,29 @@ def run_evaluate(args: argparse.Namespace) -> None:
     for part in PARTS:
         for way, from_words in ways.items():
             found = accuracy_by_kind(
-                *(stored.model, stored.dataset, part), mask=args.mask, from_words=from_words
+                *(stored.model, stored.dataset, part),
+                n=args.boards,
+                mask=args.mask,
+                from_words=from_words,
             )
             for kind, a in found.items():
-                figures = (a.hidden, a.cells, a.boards)
-                rows.append(
-                    [part, kind, way, *(f"{100 * x:.2f}" for x in figures), str(a.n_boards)]
-                )
-    head = ["part", "kind", "drawn", "hidden cells %", "all cells %", "boards %", "n"]
-    print(text_table(head, rows, n_left=3, rule=True))
+                figures = (a.hidden, a.objects, a.moved, a.cells, a.boards)
+                cells = ("" if math.isnan(x) else f"{100 * x:.2f}" for x in figures)
+                rows.append([part, kind, way, *cells, str(a.n_boards)])
+    head = ["part", "kind", "drawn", "hidden %", "of objects %", "moved %", "all cells %"]
+    print(
+        "Shares of cells that are drawn right: hidden ones; hidden ones of objects; hidden ones of"
+    )
+    print(
+        "roots where training never shows them; all. Then boards drawn wholly right, and their number."
+    )
+    print(text_table([*head, "boards %", "n"], rows, n_left=3, rule=True))
 
 
 def run_export(args: argparse.Namespace) -> None:
     """Write a run's model, or that of its newest checkpoint, to a folder of its own."""
+    if (args.out / "log.jsonl").exists() and not (args.out / "model.safetensors").exists():
+        raise InputError(f"{args.out} is a run, not a model; choose another --out.")
     stored = training.load_run(args.run)
     dtype = getattr(torch, args.dtype)
     figures = accuracies(stored.model.to(dtype).float(), stored.dataset)
@@ -113,7 +129,14 @@ def run_speed(args: argparse.Namespace) -> None:
 def run_boards(args: argparse.Namespace) -> None:
     """Make a data set of boards and save it; show a board of each kind."""
     dataset = BoardDataset(from_flags(args, BoardConfig))
+    if args.seed_layout and args.out is None:
+        raise InputError("--seed-layout says how to write a data set; say where with --out.")
     if args.seed_layout:
+        there = args.out.is_dir() and any(args.out.iterdir())
+        if there and not (args.out / "dataset.json").exists():
+            raise InputError(
+                f"{args.out} is not empty and holds no dataset.json; choose another --out."
+            )
         print(f"wrote {write_seed_layout(dataset, args.out)}")
     elif args.out is not None:
         with files.write_once(args.out, "choose another --out") as folder:
@@ -201,12 +224,27 @@ def _add_looking(command: Any) -> None:
     figures.add_argument(
         "--out", type=Path, required=True, help="folder for figures and index.html"
     )
+    figures.add_argument(
+        "--boards",
+        type=int,
+        default=USUAL_BOARDS,
+        help="boards of each kind to measure on; fewer are quicker and less certain (default: %(default)s)",
+    )
+    figures.add_argument(
+        "--only", nargs="+", default=[], metavar="FIGURE", help="draw these figures (default: all)"
+    )
     demonstration = command("demo", run_demo)
     demonstration.add_argument("runs", type=Path, nargs="*", metavar="RUN", help=runs)
     evaluate = command("evaluate", run_evaluate)
     evaluate.add_argument("run", type=Path, metavar="RUN", help="folder of a run or a model")
     evaluate.add_argument(
         "--mask", type=float, default=0.2, help="share of hidden cells (default: 0.2)"
+    )
+    evaluate.add_argument(
+        "--boards",
+        type=int,
+        default=BOARDS_PER_KIND,
+        help="at most so many boards of each kind, each masked twice (default: %(default)s)",
     )
     export = command("export", run_export)
     export.add_argument("run", type=Path, metavar="RUN", help="folder of a run")

@@ -23,7 +23,7 @@ import numpy as np
 
 from neuron_explainer import files
 from neuron_explainer.errors import CheckpointError, InputError, did_you_mean
-from neuron_explainer.experiments.boards.drawing import Boards, paint
+from neuron_explainer.experiments.boards.drawing import Boards, Flags, paint
 from neuron_explainer.experiments.boards.objects import (
     EMPTY,
     KINDS,
@@ -257,6 +257,8 @@ class BoardDataset:
 
     def sample(self, kind: Kind, part: Part, n: int, seed: int) -> Boards | None:
         """Boards of a part without repetition, at most ``n``; None if it has none."""
+        if n < 1:
+            raise InputError(f"expected a number of boards, at least 1, found {n}.")
         places = self.places(kind, part)
         if not len(places):
             return None
@@ -276,6 +278,17 @@ class BoardDataset:
         mirrored = rows[:, [3, 4, 5, 0, 1, 2, 6]]
         same = (self.paint(kind, rows).tokens == self.paint(kind, mirrored).tokens).all(1)
         return same & np.isin(self.spaces[kind].places(mirrored), self.places(kind, "train"))
+
+    def at_held_out_positions(self, boards: Boards) -> Flags:
+        """The cells ``[n, s]`` of roots that stand where training never shows them; none if the split is not
+        stringent."""
+        if self.held_out_positions is None:
+            return np.zeros(boards.tokens.shape, dtype=bool)
+        row, column = np.divmod(np.arange(self.config.n_cells), self.config.board_size)
+        down, right = np.divmod(boards.cells, self.config.root_size)
+        corners = np.stack([row - down, column - right], axis=-1)
+        hit = (corners == self.held_out_positions[boards.roots]).all(-1)
+        return np.asarray(hit & (boards.roots != EMPTY))
 
     # ---- identity and files ------------------------------------------------------------------------
 
@@ -320,7 +333,9 @@ class BoardDataset:
         manifest = files.read_json(folder / "config.json")
         if (manifest.get("kind"), manifest.get("format_version")) != ("boards", FORMAT_VERSION):
             raise CheckpointError(f"{folder} holds no data set of boards of a format known here.")
-        config = read_fields(BoardConfig, manifest["config"], str(folder), error=CheckpointError)
+        config = read_fields(
+            BoardConfig, manifest.get("config"), str(folder), error=CheckpointError
+        )
         try:
             with np.load(folder / "boards.npz", allow_pickle=False) as stored:
                 arrays = {name: stored[name].astype(np.int64) for name in stored.files}

@@ -51,7 +51,8 @@ def _reconstruction(study: Study, say: Callable[[str], None]) -> None:
             }
         )
     )
-    by_kind = accuracy_by_kind(study.model, study.dataset, "test", seed=study.seed)
+    own, n = (study.model, study.dataset), study.n(100)
+    by_kind = accuracy_by_kind(*own, "test", n=n, seed=study.seed)
     rows = [[k, f"{100 * a.hidden:.1f}", f"{100 * a.boards:.1f}"] for k, a in by_kind.items()]
     say("\nTest boards, a fifth of their cells hidden, in per cent:\n")
     say(text_table(["kind", "hidden cells right", "boards wholly right"], rows, rule=True))
@@ -59,14 +60,15 @@ def _reconstruction(study: Study, say: Callable[[str], None]) -> None:
 
 def _probes(study: Study, say: Callable[[str], None]) -> None:
     places = stream_points(study.n_layers)
-    recording = record(study.model, study.dataset, places, kinds=KINDS, n=100, seed=study.seed)
-    results = probe_everywhere(recording, ["root", "cell", "composite"], cells=800)
+    n, cells = study.n(100), study.n(800)
+    recording = record(study.model, study.dataset, places, kinds=KINDS, n=n, seed=study.seed)
+    results = probe_everywhere(recording, ["root", "cell", "composite"], cells=cells)
     say("\nWhat a linear probe reads from hidden cells, on boards held out, in per cent:\n")
     say(probe_table(results))
 
 
 def _edit(study: Study, say: Callable[[str], None]) -> None:
-    pair = edits.root_pairs(study.dataset, 100, hidden=0.35, seed=study.seed)
+    pair = edits.root_pairs(study.dataset, study.n(100), hidden=0.35, seed=study.seed)
     place, config = (
         ActivationLocation("resid.torso.post_mlp", study.n_layers - 2),
         study.dataset.config,

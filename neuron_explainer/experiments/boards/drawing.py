@@ -234,6 +234,9 @@ def hide(
         patch_probability: of each board to lose a patch of the size of a root besides: at a random place,
             or, if there is a composite, one of the roots that it is made of.
     """
+    for share in (probability, patch_probability):
+        if not 0 <= share <= 1:
+            raise InputError(f"a share of hidden cells or boards lies in 0 to 1, found {share}.")
     gone = rng.random(boards.tokens.shape) < probability
     if patch_probability:
         gone |= _patches(boards, rng) & (rng.random((len(boards), 1)) < patch_probability)

@@ -160,10 +160,11 @@ class Pair:
 
 def root_pairs(dataset: BoardDataset, n: int = 200, hidden: float = 0.5, seed: int = 0) -> Pair:
     """Single boards and the same with another root; each of the root's cells is hidden with ``hidden``."""
+    n_roots = dataset.config.n_roots
+    _check_two("roots", n_roots)
     rng = np.random.default_rng([seed, 41])
     before = dataset.draw("single", "train", n, rng)
     rows = before.rows.copy()
-    n_roots = dataset.config.n_roots
     rows[:, 0] = (rows[:, 0] + rng.integers(1, n_roots, size=n)) % n_roots
     after = dataset.paint("single", rows, rng)
     on_root = before.roots != EMPTY
@@ -173,6 +174,13 @@ def root_pairs(dataset: BoardDataset, n: int = 200, hidden: float = 0.5, seed: i
     return _masked(
         before.take(useful), after.take(useful), cells[useful], dataset.config.hidden_token
     )
+
+
+def _check_two(things: str, n: int) -> None:
+    if n < 2:
+        raise InputError(
+            f"an edit needs boards with two {things} or more to choose from, found {n}."
+        )
 
 
 def _masked(before: Boards, after: Boards, cells: Flags, hidden: int) -> Pair:
@@ -251,6 +259,7 @@ def composite_pairs(dataset: BoardDataset, n: int = 200, seed: int = 0) -> Pair:
     """Composite boards with one constituent hidden, and boards of other composites with the same hidden."""
     rng = np.random.default_rng([seed, 43])
     config, places = dataset.config, dataset.config.composite_size**2
+    _check_two("composites", config.n_composites)
     rows = dataset.draw("composite", "train", n, rng).rows
     others = rows.copy()
     others[:, 0] = (rows[:, 0] + rng.integers(1, config.n_composites, size=n)) % config.n_composites

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from neuron_explainer import files
+from neuron_explainer.errors import InputError, did_you_mean
 from neuron_explainer.experiments.boards import pictures_of_claims as claims
 from neuron_explainer.experiments.boards import pictures_of_model as of_model
 from neuron_explainer.experiments.boards.study import Picture, Study
@@ -76,6 +77,19 @@ CHAPTERS: tuple[Chapter, ...] = (
 )
 """Title, first sentence and pictures of each chapter."""
 
+
+def chosen_chapters(names: Sequence[str]) -> list[Chapter]:
+    """The chapters with only the pictures of these names; an error that suggests the nearest."""
+    known = [draw.__name__ for *_, draws in CHAPTERS for draw in draws]
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"unknown figure {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}."
+            )
+    kept = [(a, b, [draw for draw in draws if draw.__name__ in names]) for a, b, draws in CHAPTERS]
+    return [chapter for chapter in kept if chapter[2]]
+
+
 _STYLE = """
 body{max-width:56rem;margin:2rem auto;padding:0 1rem;font:16px/1.55 Georgia,serif;color:#1f2937}
 h1,h2,h3{font-family:system-ui,sans-serif;line-height:1.2}h1{font-size:1.9rem}
@@ -110,7 +124,7 @@ def write_essay(
             picture = draw(study)
             progress(f"{picture.name}: {picture.number}")
             numbers[picture.name] = picture.number
-            parts.append(_section(picture, folder))
+            parts.append(_section(picture, study, folder))
     files.write_json(folder / "numbers.json", numbers)
     dump_activations(study, folder / "activations")
     page = folder / "index.html"
@@ -119,24 +133,27 @@ def write_essay(
     return page
 
 
-def _section(picture: Picture, folder: Path) -> str:
+def _section(picture: Picture, study: Study, folder: Path) -> str:
     """A picture as part of the page; its files are written on the way."""
     from matplotlib import rc_context
 
-    for ending in ("png", "svg"):
+    drawn: dict[str, bytes] = {}
+    for ending, metadata in (("png", None), ("svg", {"Date": None})):
+        buffer = io.BytesIO()
+        with rc_context({"svg.hashsalt": "neuron_explainer"}):  # the same names every time
+            picture.figure.savefig(buffer, format=ending, dpi=150, metadata=metadata)
+        drawn[ending] = buffer.getvalue()
         with files.atomic_write(folder / f"{picture.name}.{ending}") as temporary:
-            metadata = {"Date": None} if ending == "svg" else None
-            with rc_context({"svg.hashsalt": "neuron_explainer"}):  # the same names every time
-                picture.figure.savefig(temporary, format=ending, dpi=150, metadata=metadata)
-    buffer = io.BytesIO()
-    picture.figure.savefig(buffer, format="png", dpi=110)
-    image = base64.b64encode(buffer.getvalue()).decode()
-    escape = html.escape
+            temporary.write_bytes(drawn[ending])
+    image = base64.b64encode(drawn["png"]).decode()
+    title, text, number, code = (
+        html.escape(x) for x in (picture.title, picture.text, picture.number, picture.code(study))
+    )
     return (
-        f'<h3 id="{picture.name}">{escape(picture.title)}</h3><p>{escape(picture.text)}</p>'
-        f'<figure><img alt="{escape(picture.title)}" src="data:image/png;base64,{image}"></figure>'
-        f'<p class="number">{escape(picture.number)}</p>'
-        f"<details><summary>the code that draws this</summary><pre>{escape(picture.code)}</pre></details>"
+        f'<h3 id="{picture.name}">{title}</h3><p>{text}</p>'
+        f'<figure><img alt="{title}" src="data:image/png;base64,{image}"></figure>'
+        f'<p class="number">{number}</p>'
+        f"<details><summary>the code that draws this</summary><pre>{code}</pre></details>"
     )
 
 

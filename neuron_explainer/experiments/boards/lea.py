@@ -12,6 +12,7 @@ Shape legend: ``b`` boards, ``s`` cells, ``k`` words of a sentence, ``w`` words 
 ``d`` width, ``p`` width of the position code, ``v`` tokens.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,45 +21,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuron_explainer.errors import InputError
-from neuron_explainer.experiments.boards.gpt import (
+from neuron_explainer.experiments.boards.blocks import (
     INITIAL_STD,
-    ModelType,
+    BoardBlock,
+    BoardNet,
+    Sizes,
     attend,
-    check_cells,
-    check_model_type,
-    check_widths,
-    feed_forward,
+    check_numbers,
     initialise,
+    linear,
 )
 from neuron_explainer.experiments.boards.quantiser import Quantised, VectorQuantiser
 from neuron_explainer.experiments.boards.sites import (
     NO_LEA_HOOKS,
+    NO_STREAM_HOOKS,
     LEAHooks,
     StreamHooks,
     check_hooks,
-    location,
-    recorder,
 )
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
 from neuron_explainer.models.transformer import Norm, merge_heads, split_heads
-from neuron_explainer.settings import check_types
 
 
 @dataclass(frozen=True)
-class LEASizes:
+class LEASizes(Sizes):
     """Sizes of ``LEA``; the defaults are those of the paper's program."""
 
-    type: ModelType = "factor"
-    """factor: position codes beside the streams; vanilla: positions added to them."""
-    vocab_size: int = 21
-    """Tokens of boards."""
-    n_cells: int = 64
-    """Cells of a board."""
-    n_layers: int = 3
-    """Blocks of each stream."""
-    n_heads: int = 2
-    """Heads of each attention."""
     width: int = 32
     """Width of both streams."""
     position_width: int = 16
@@ -72,13 +60,8 @@ class LEASizes:
     blank_zero: bool = False
     """Whether the first pass hears zeros, or the code of the blank word."""
 
-    def __post_init__(self) -> None:
-        check_model_type(self.type)
-        check_types(self)
-        check_widths(self)
 
-
-class DecoderBlock(nn.Module):
+class DecoderBlock(BoardBlock):
     """Self-attention, cross-attention to the other stream, MLP."""
 
     def __init__(self, sizes: LEASizes, layer: int) -> None:
@@ -98,23 +81,19 @@ class DecoderBlock(nn.Module):
         """``x`` ``[b, s, d]`` after the block.
 
         Args:
-            x: the stream; with one board (``b`` = 1) it is shared by all boards of ``source``.
+            x: the stream; one board (``b`` = 1) is shared by all boards of ``source``.
             code: position code ``[s, p]`` of the stream, or None.
-            source: the other stream with its position code, ``[b, k, d + p]``.
+            source: the other stream with its position code, ``[b, k, d + p]``; or one for all boards.
         """
         at = at | {"layer": self.layer}
         torso = hooks.resid.torso
-        normed = torso.post_ln_attn(self.ln_self(_joined(x, code), torso.ln_attn, **at), **at)
-        q, k, v = F.linear(normed, self.qkv.weight, self.qkv.bias).chunk(3, dim=-1)
-        found = F.linear(
-            attend(q, k, v, self.n_heads, hooks.attn, at), self.proj.weight, self.proj.bias
-        )
-        x = torso.post_attn(x + torso.delta_attn(found, **at), **at)
+        normed = self.norm(self.ln_self, _joined(x, code), torso.ln_attn, hooks, at)
+        normed = torso.post_ln_attn(normed, **at)
+        x = self.attended(x, linear(self.qkv, normed), hooks, at)
         x = self._cross(x, code, source, hooks, at)
-        normed = torso.post_ln_mlp(self.ln_mlp(_joined(x, code), torso.ln_mlp, **at), **at)
-        found = F.linear(normed, self.fc.weight, self.fc.bias)
-        found = feed_forward(found, self.fc, self.out, hooks, at)
-        return torso.post_mlp(x + torso.delta_mlp(found, **at), **at)
+        normed = self.norm(self.ln_mlp, _joined(x, code), torso.ln_mlp, hooks, at)
+        normed = torso.post_ln_mlp(normed, **at)
+        return self.fed(x, linear(self.fc, normed), hooks, at)
 
     def _cross(
         self, x: Tensor, code: Tensor | None, source: Tensor, hooks: StreamHooks, at: Any
@@ -123,9 +102,10 @@ class DecoderBlock(nn.Module):
         cross = hooks.cross
         asking = cross.post_ln(self.ln_cross(_joined(x, code)), **at)
         answering = cross.post_ln_source(self.ln_source(source), **at)
-        q = F.linear(asking, self.cross_q.weight, self.cross_q.bias).expand(len(source), -1, -1)
-        k, v = F.linear(answering, self.cross_kv.weight, self.cross_kv.bias).chunk(2, dim=-1)
-        if cross.is_empty():
+        k, v = linear(self.cross_kv, answering).chunk(2, dim=-1)
+        n = max(len(x), len(source))
+        q, k, v = (z.expand(n, -1, -1) for z in (linear(self.cross_q, asking), k, v))
+        if hooks is NO_STREAM_HOOKS or cross.is_empty():
             found = attend(q, k, v, self.n_heads, None, at)
         else:
             q, k, v = (split_heads(z, self.n_heads) for z in (q, k, v))
@@ -133,8 +113,7 @@ class DecoderBlock(nn.Module):
             scores = (q * q.shape[-1] ** -0.5).transpose(1, 2) @ k.permute(0, 2, 3, 1)
             pattern = cross.probs(scores.softmax(-1).permute(0, 2, 3, 1), **at)
             found = merge_heads((pattern.permute(0, 3, 1, 2) @ v).transpose(1, 2))
-        found = F.linear(found, self.cross_proj.weight, self.cross_proj.bias)
-        return cross.post(x + cross.delta(found, **at), **at)
+        return cross.post(x + cross.delta(linear(self.cross_proj, found), **at), **at)
 
 
 def _joined(x: Tensor, code: Tensor | None) -> Tensor:
@@ -155,13 +134,15 @@ class LEAOutput(NamedTuple):
     """The words."""
 
 
-class LEA(nn.Module):
+class LEA(BoardNet):
     """Fills in boards and says what is on them.
 
     Args:
         sizes: default: the factored model of the paper's program, 145,280 parameters.
         seed: of the initial weights.
     """
+
+    sizes: LEASizes
 
     def __init__(self, sizes: LEASizes | None = None, seed: int = 0) -> None:
         super().__init__()
@@ -183,16 +164,6 @@ class LEA(nn.Module):
                 nn.init.normal_(parameter, std=INITIAL_STD)
             # After all others: not among what initialise sets, so that the codes keep their scale.
             self.quantiser = VectorQuantiser(sizes.n_words, d, sizes.ema)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the parameters."""
-        return self.tok_embed.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the parameters."""
-        return self.tok_embed.weight.device
 
     def forward(
         self, tokens: Tensor, hooks: LEAHooks | None = None, speak: bool = True
@@ -220,12 +191,9 @@ class LEA(nn.Module):
         self, tokens: Tensor, locations: Sequence[LocationLike]
     ) -> dict[ActivationLocation, Tensor]:
         """Activations of the picture stream, by location, while it reads boards ``[b, s]``."""
-        wanted = [p for name in locations for p in location(name).expand(self.sizes.n_layers)]
-        hooks, found = LEAHooks(), dict[ActivationLocation, Tensor]()
-        for place in dict.fromkeys(wanted):
-            hooks.from_board.append_at(place, recorder(found, place), "fwd2")
-        self.predict_from_board(tokens, hooks)
-        return {place: found[place] for place in wanted}
+        hooks = LEAHooks()
+        run = functools.partial(self.predict_from_board, tokens, hooks)
+        return self.captured(locations, hooks.from_board, run)
 
     def sentence(self, tokens: Tensor, hooks: LEAHooks | None = None) -> Tensor:
         """The words ``[b, k]`` that the model says about boards ``[b, s]``."""
@@ -234,15 +202,7 @@ class LEA(nn.Module):
 
     def predict_from_speech(self, words: Tensor, hooks: LEAHooks | None = None) -> Tensor:
         """Logits ``[b, s, v]`` of the board, from words ``[b, k]`` alone."""
-        n, length = self.sizes.n_words, self.sizes.sentence
-        whole = words.dtype in (torch.int64, torch.int32) and words.dim() == 2
-        if not whole or words.shape[1] != length or not words.numel():
-            raise InputError(
-                f"expected sentences of whole numbers [b, {length}], found {words.dtype} {list(words.shape)}."
-            )
-        low, high = (int(x) for x in words.aminmax())
-        if low < 0 or high >= n:
-            raise InputError(f"words must lie in 0 to {n - 1}, found {low if low < 0 else high}.")
+        check_numbers(words, "sentences", "words", self.sizes.sentence, self.sizes.n_words)
         return self._draw(self.quantiser.codes(words), self._checked(hooks))
 
     # ---- the three passes --------------------------------------------------------------------------
@@ -255,7 +215,7 @@ class LEA(nn.Module):
 
     def _read(self, tokens: Tensor, hooks: LEAHooks) -> tuple[Tensor, Tensor]:
         """The picture stream's final states ``[b, s, d]`` and its logits ``[b, s, v]``."""
-        check_cells(tokens, self.sizes.n_cells, self.sizes.vocab_size)
+        self.check_boards(tokens)
         blank = self.quantiser.codebook[-1].expand(1, self.sizes.sentence, -1)
         if self.sizes.blank_zero:
             blank = torch.zeros_like(blank)
@@ -265,42 +225,42 @@ class LEA(nn.Module):
         """Logits ``[b, s, v]`` of the board that vectors ``[b, k, d]`` describe."""
         words = hooks.words(words, layer=None, positions=None)
         hidden = torch.full((1, self.sizes.n_cells), self.sizes.vocab_size - 1, device=self.device)
-        if not hooks.from_words.is_empty():  # a hook may treat each board in its own way
-            hidden = hidden.expand(len(words), -1)
         return self._picture(hidden, self._placed(words, self.word_codes), hooks.from_words)[1]
 
     def _picture(self, tokens: Tensor, source: Tensor, hooks: StreamHooks) -> tuple[Tensor, Tensor]:
+        """The picture stream's final states ``[b, s, d]`` and its logits ``[b, s, v]``."""
         x = F.embedding(tokens, self.tok_embed.weight)
-        n = max(len(tokens), len(source))
-        x = self._stream(self.picture, x, self.cell_codes, source, hooks)
-        at = {"layer": None, "positions": None}
-        x = hooks.resid.post_ln_f(self.picture_ln(x, hooks.resid.ln_f, **at), **at)
-        assert len(x) == n
-        return x, hooks.logits(F.linear(x, self.unembed.weight), **at)
+        x = self._stream(self.picture, self.picture_ln, x, self.cell_codes, source, hooks)
+        return x, hooks.logits(linear(self.unembed, x), layer=None, positions=None)
 
     def _say(self, states: Tensor, hooks: LEAHooks) -> Tensor:
         """What the speech stream makes of the picture stream's states: ``[b, k, d]``."""
-        source = self._placed(states, self.cell_codes)
-        x = self.questions[None]
-        if not hooks.speech.is_empty():
-            x = x.expand(len(states), -1, -1)
-        x = self._stream(self.speech, x, self.word_codes, source, hooks.speech)
-        at = {"layer": None, "positions": None}
-        return hooks.speech.resid.post_ln_f(self.speech_ln(x, hooks.speech.resid.ln_f, **at), **at)
+        source, x = self._placed(states, self.cell_codes), self.questions[None]
+        return self._stream(self.speech, self.speech_ln, x, self.word_codes, source, hooks.speech)
 
     def _stream(
-        self, blocks: nn.ModuleList, x: Tensor, codes: Tensor, source: Tensor, hooks: StreamHooks
+        self,
+        blocks: nn.ModuleList,
+        norm: Norm,
+        x: Tensor,
+        codes: Tensor,
+        source: Tensor,
+        hooks: StreamHooks,
     ) -> Tensor:
-        """All blocks of a stream, from its embeddings ``[b, s, d]``."""
+        """The final states ``[b, s, d]`` of a stream, from its embeddings and the other stream."""
+        if hooks.is_empty():  # what all boards share is computed once
+            hooks = NO_STREAM_HOOKS
+        else:  # a hook may treat each board in its own way
+            n = max(len(x), len(source))
+            x, source = (z.expand(n, -1, -1) for z in (x, source))
         factor = self.sizes.type == "factor"
         positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         at = {"layer": None, "positions": positions}
         x = hooks.resid.post_emb(x if factor else x + codes, **at)
-        if len(source) < len(x):
-            source = source.expand(len(x), -1, -1)
         for block in blocks:
             x = block(x, codes if factor else None, source, hooks, at)
-        return x
+        at["positions"] = None
+        return hooks.resid.post_ln_f(norm(x, hooks.resid.ln_f, **at), **at)
 
     def _placed(self, x: Tensor, codes: Tensor) -> Tensor:
         """Vectors with their position codes: beside them or added, ``[b, k, d + p]`` or ``[b, k, d]``."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.experiments.boards.dataset import BoardDataset, Part
-from neuron_explainer.experiments.boards.drawing import hide
+from neuron_explainer.experiments.boards.drawing import Flags, hide
 from neuron_explainer.experiments.boards.lea import LEA
 from neuron_explainer.experiments.boards.model_files import BoardModel
-from neuron_explainer.experiments.boards.objects import KINDS, Ints, Kind
+from neuron_explainer.experiments.boards.objects import EMPTY, KINDS, Ints, Kind
 
 MASK, ROUNDS, BOARDS_PER_KIND = 0.2, 2, 100
 """How accuracy is measured, as in the paper's program: cells hidden with probability 0.2, two maskings of at
@@ -31,6 +31,10 @@ class Accuracy:
     """Of boards, all of whose cells are right."""
     hidden: float
     """Of hidden cells."""
+    objects: float
+    """Of hidden cells of objects: without the background, which is easy to guess."""
+    moved: float
+    """Of hidden cells of roots at positions at which training never shows them; NaN if there are none."""
     n_boards: int
 
 
@@ -55,11 +59,26 @@ def predict(model: BoardModel, masked: Ints, from_words: bool = False, batch: in
     return np.concatenate(parts)
 
 
-def accuracy(predicted: Ints, tokens: Ints, masked: Ints) -> Accuracy:
-    """The shares of ``predicted`` ``[b, s]`` that are right."""
+def accuracy(predicted: Ints, tokens: Ints, masked: Ints, objects: Flags, moved: Flags) -> Accuracy:
+    """The shares of ``predicted`` ``[b, s]`` that are right.
+
+    Args:
+        objects: which cells are of objects, ``[b, s]``.
+        moved: which cells are of roots at held-out positions, ``[b, s]``.
+    """
     right, hidden = predicted == tokens, masked != tokens
-    among_hidden = float(right[hidden].mean()) if hidden.any() else math.nan
-    return Accuracy(float(right.mean()), float(right.all(1).mean()), among_hidden, len(tokens))
+
+    def among(cells: Flags) -> float:
+        return float(right[cells].mean()) if cells.any() else math.nan
+
+    return Accuracy(
+        cells=float(right.mean()),
+        boards=float(right.all(1).mean()),
+        hidden=among(hidden),
+        objects=among(hidden & objects),
+        moved=among(hidden & moved),
+        n_boards=len(tokens),
+    )
 
 
 def accuracy_by_kind(
@@ -82,13 +101,15 @@ def accuracy_by_kind(
             continue
         rng = np.random.default_rng([seed, 7, KINDS.index(kind)])
         masked = np.concatenate([hide(boards, mask, patch, rng) for _ in range(rounds)])
-        tokens = np.concatenate([boards.tokens] * rounds)
-        found[kind] = accuracy(predict(model, masked, from_words), tokens, masked)
+        cells = (boards.tokens, boards.roots != EMPTY, dataset.at_held_out_positions(boards))
+        tokens, objects, moved = (np.concatenate([x] * rounds) for x in cells)
+        drawn = predict(model, masked, from_words)
+        found[kind] = accuracy(drawn, tokens, masked, objects, moved)
     return found
 
 
 def accuracies(model: BoardModel, dataset: BoardDataset, seed: int = 0) -> dict[str, float]:
-    """Token, board and hidden-cell accuracy on train-like and test boards, by kind, with names for a log."""
+    """Every accuracy on train-like and test boards, by kind, with names for a log."""
     found = {}
     ways = {"": False, "_from_words": True} if isinstance(model, LEA) else {"": False}
     parts: tuple[Part, ...] = ("train", "test")
@@ -98,8 +119,9 @@ def accuracies(model: BoardModel, dataset: BoardDataset, seed: int = 0) -> dict[
             for kind, figures in by_kind.items():
                 if isinstance(model, LEA) and kind == "composite":
                     continue  # LEA's curriculum has no composites
-                for name in ("cells", "boards", "hidden"):
-                    found[f"{part}_{kind}_{name}{suffix}"] = getattr(figures, name)
+                for name in ("cells", "boards", "hidden", "objects", "moved"):
+                    if not math.isnan(share := getattr(figures, name)):
+                        found[f"{part}_{kind}_{name}{suffix}"] = share
     return found
 
 

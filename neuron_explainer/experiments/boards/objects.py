@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from neuron_explainer.errors import InputError, did_you_mean
+from neuron_explainer.errors import InputError
 from neuron_explainer.settings import check_types
 
 Ints = NDArray[np.int64]
@@ -23,8 +23,9 @@ Kind = Literal["single", "double", "composite"]
 KINDS: tuple[Kind, ...] = ("single", "double", "composite")
 """One root, two roots, one composite; the order of every triple of board probabilities."""
 Split = Literal["balanced", "fraction", "stringent"]
-SPLITS: tuple[Split, ...] = ("balanced", "fraction", "stringent")
 
+MOST_BOARDS = 100_000_000
+"""Of two roots: a hundred times as many as the paper's program has."""
 EMPTY = -1
 """No token (a transparent cell of a root), no root (a gap of a composite, a cell of the background)."""
 
@@ -71,11 +72,9 @@ class BoardConfig:
     """Random seed of the objects and of the split."""
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            hint = did_you_mean(str(self.split), SPLITS)
-            raise InputError(f"unknown split {self.split!r}.{hint} Known: {', '.join(SPLITS)}.")
         check_types(self)
         self._check_sizes()
+        self._check_number()
         self._check_shares()
 
     def _check_sizes(self) -> None:
@@ -109,7 +108,12 @@ class BoardConfig:
     def _check_shares(self) -> None:
         if self.split == "fraction":
             for name, share in (("test", self.held_out_for_test), ("val", self.val)):
-                self._check(name, 0 <= share < 1, "a share, 0 or more and below 1,")
+                self._check(name, 0 <= share < 1, "a share from 0 to below 1")
+            if self.held_out_for_test + self.val >= 1:
+                raise InputError(
+                    f"BoardConfig: test {self.held_out_for_test:g} and val {self.val:g} leave no boards for "
+                    "training; together they must be below 1."
+                )
             return
         for name, number in (("test", self.held_out_for_test), ("val", self.val)):
             self._check(name, number >= 0 and number == int(number), "a whole number of boards")
@@ -118,6 +122,16 @@ class BoardConfig:
         if not right:
             raise InputError(
                 f"BoardConfig: {name} must be {expected}, found {getattr(self, name)}."
+            )
+
+    def _check_number(self) -> None:
+        """Every board has a number, and a flag that says whether it is held out."""
+        corners = (self.board_size - self.root_size + 1) ** 2
+        at_most = self.n_roots**2 * corners**2 * self.n_backgrounds
+        if at_most > MOST_BOARDS:
+            raise InputError(
+                f"BoardConfig: there are up to {at_most:,} boards of two roots, and at most {MOST_BOARDS:,} "
+                "can be enumerated; make board_size, n_roots or n_backgrounds smaller."
             )
 
     @property
@@ -198,6 +212,6 @@ def make_composites(config: BoardConfig, rng: np.random.Generator) -> Ints:
         if len(found) == config.n_composites:
             return np.stack(list(found.values())).reshape(-1, side, side)
     raise InputError(
-        f"there are only {len(found)} different composites of {config.composite_roots} roots, "
+        f"found only {len(found)} different composites of {config.composite_roots} roots, "
         f"{config.n_composites} were asked for. Take fewer composites or more roots."
     )

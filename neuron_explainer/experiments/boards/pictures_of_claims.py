@@ -40,7 +40,7 @@ def _last(study: Study, path: str = "resid.torso.post_mlp") -> ActivationLocatio
 
 def probe_results(study: Study) -> list[ProbeResult]:
     """Probes for every feature at every record point, two splits each."""
-    return probe_everywhere(study.recording, _PROBED, seeds=(0, 1), cells=1500)
+    return probe_everywhere(study.recording, _PROBED, seeds=(0, 1), cells=study.n(1500))
 
 
 def probes(study: Study) -> Picture:
@@ -61,9 +61,7 @@ def probes(study: Study) -> Picture:
     axis.legend(fontsize=7, ncol=2, loc="center right")
     label(axis, "", "accuracy on held-out boards", "dotted: chance (most frequent class)")
     last = {r.target: r for r in results if r.place == _last(study)}
-    text = ", ".join(
-        f"{t} {100 * r.accuracy:.1f}% (chance {100 * r.chance:.0f}%)" for t, r in last.items()
-    )
+    text = ", ".join(_beside_chance(r) for r in last.values())
     return _picture(
         "probes",
         "Claim: abstractions hold the semantic features of what is hidden",
@@ -82,7 +80,13 @@ def _best(results: list[ProbeResult]) -> str:
     best = {
         t: max((r for r in results if r.target == t), key=lambda r: r.accuracy) for t in _PROBED
     }
-    return ", ".join(f"{t} {100 * r.accuracy:.1f}% at {short(r.place)}" for t, r in best.items())
+    return ", ".join(f"{_beside_chance(r)} at {short(r.place)}" for r in best.values())
+
+
+def _beside_chance(result: ProbeResult) -> str:
+    """What a probe reads, and what always naming the most frequent class gets."""
+    read, chance = 100 * result.accuracy, 100 * result.chance
+    return f"{result.target} {read:.1f}% (chance {chance:.0f}%)"
 
 
 # ---- claim 2: transient convergence to low-dimensional manifolds -----------------------------------
@@ -108,13 +112,19 @@ def convergence(study: Study) -> Picture:
         dimensions = [s.dimensions for s in found[name]]
         axes[0, 1].plot(dimensions, "o-", ms=3, color=colour, label=f"{name} cells")
     axes[0, 0].axhline(1, color="#888888", lw=0.7, ls=":")
-    axes[0, 1].set_ylim(0, 9.2)
-    axes[0, 1].axhline(9, color="#888888", lw=0.7, ls=":")
+    most = study.dataset.config.n_roots - 1
+    axes[0, 1].set_ylim(0, most + 0.2)
+    axes[0, 1].axhline(most, color="#888888", lw=0.7, ls=":")
     for axis in axes[0]:
         axis.set_xticks(range(len(ticks)), ticks, rotation=90, fontsize=6)
         axis.legend(fontsize=7)
     label(axes[0, 0], "", "within / between", "distance within a root ÷ between roots")
-    label(axes[0, 1], "", "participation ratio", "dimensions of the 10 root means (of 9)")
+    label(
+        axes[0, 1],
+        "",
+        "participation ratio",
+        f"dimensions of the {most + 1} root means (of {most})",
+    )
     ratios = [s.ratio for s in found["visible"]]
     lowest = int(np.nanargmin(ratios))
     return _picture(
@@ -138,7 +148,8 @@ def planes(study: Study) -> Picture:
     places = [p for p in recording.activations if p.path != "resid.torso.post_attn"]
     chosen, rng = recording.on_objects, np.random.default_rng(study.seed)
     order = rng.permutation(int(chosen.sum()))
-    learned, kept = order[1200:], order[:1200]
+    shown = study.n(1200)
+    learned, kept = order[shown:], order[:shown]
     figure, axes = new_figure(7.6, 5.0, 3, len(places))
     shares = []
     for column, place in enumerate(places):
@@ -150,7 +161,9 @@ def planes(study: Study) -> Picture:
         for axis, target in zip(axes[1:, column], _SHOWN, strict=True):
             labels = recording.labels(target)[chosen]
             means = plane(
-                np.stack([x[learned][labels[learned] == y].mean(0) for y in np.unique(labels)])
+                np.stack(
+                    [x[learned][labels[learned] == y].mean(0) for y in np.unique(labels[learned])]
+                )
             )
             _scatter(axis, (x[kept] - means.mean) @ means.directions.T, labels[kept])
     for axis, text in zip(
@@ -163,9 +176,9 @@ def planes(study: Study) -> Picture:
         "Planes to look at",
         "Cells of objects, visible and hidden. Above: on the first two principal directions of "
         "each stage, coloured "
-        "by root. Middle: on the principal plane of the ten root means, coloured by root. Below: "
+        "by root. Middle: on the principal plane of the root means, coloured by root. Below: "
         "on that of the "
-        "nine means of positions in the root, coloured by position. The means are of other cells "
+        "means of positions in the root, coloured by position. The means are of other cells "
         "than those that "
         "are shown.",
         f"Share of the variance in the principal planes: {text}.",
@@ -181,7 +194,8 @@ def _scatter(axis: Any, points: Any, labels: Any) -> None:
 
 def lea_abstractions(study: Study) -> Picture:
     """Probes, distances and a plane of LEA's picture stream."""
-    results = probe_everywhere(study.lea_stream(0.25), _PROBED, seeds=(0, 1), cells=1500)
+    recording = study.lea_stream(0.25)
+    results = probe_everywhere(recording, _PROBED, seeds=(0, 1), cells=study.n(1500))
     recording = study.lea_stream(0.5)
     found = spreads(recording, "root", seen_objects(recording), same_board=True)
     ratios, ticks = [s.ratio for s in found], [short(s.place) for s in found]
@@ -227,7 +241,7 @@ def _edit_places(study: Study) -> list[ActivationLocation]:
 
 def manipulation(study: Study) -> Picture:
     """Boards are made to show another root, by another board's activations and along probes."""
-    pair = edits.root_pairs(study.dataset, 300, hidden=0.35, seed=study.seed)
+    pair = edits.root_pairs(study.dataset, study.n(300), hidden=0.35, seed=study.seed)
     places, on_root = _edit_places(study), pair.before.roots != EMPTY
     hidden = edits.swap_roots(study.model, pair, places)
     whole = edits.swap_roots(study.model, pair, places, on_root)
@@ -267,12 +281,13 @@ def manipulation(study: Study) -> Picture:
 
 def _along_probes(study: Study, pair: edits.Pair, axis: Any) -> edits.EditResult:
     """Draw what edits along probes do at several places and strengths; the best result."""
-    strengths, recording = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0), study.recording
+    strengths, n = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0), study.n(4000)
+    recording = study.recording
     on_root = pair.before.roots != EMPTY
     found: list[edits.EditResult] = []
     for place in _edit_places(study)[2:]:
         cells = recording.on_objects
-        probe = fit(recording.at(place)[cells][:4000], recording.roots[cells][:4000])
+        probe = fit(recording.at(place)[cells][:n], recording.roots[cells][:n])
         along = edits.swap_along_probe(study.model, pair, place, probe, strengths, on_root)
         line = axis.plot(
             strengths, [r.cells_flipped for _, r in along], "o-", ms=3, label=short(place)
@@ -317,7 +332,8 @@ def manipulation_example(study: Study) -> Picture:
         "The cells of the root get the activations that they have on the other board, and the "
         "model, which sees "
         "the first board, draws the second.",
-        f"{100 * flipped.mean():.0f}% of {len(flipped)} boards turn into the other one, in all nine cells.",
+        f"{100 * flipped.mean():.0f}% of {len(flipped)} boards turn into the other one, in all cells "
+        "of the root.",
         figure,
     )
 
@@ -328,17 +344,14 @@ def manipulation_example(study: Study) -> Picture:
 def independence(study: Study) -> Picture:
     """A root is the same thing wherever it stands, whatever is around it."""
     places = _edit_places(study)[1:]
-    single = record(study.model, study.dataset, places, kinds=("single",), n=500, seed=study.seed)
-    both = record(study.model, study.dataset, places, n=study.boards, seed=study.seed + 1)
+    own, seed = (study.model, study.dataset, places), study.seed
+    single = record(*own, kinds=("single",), n=study.n(500), seed=seed)
+    both = record(*own, n=study.boards, seed=seed + 1)
     side = study.dataset.config.board_size
     left = np.arange(side * side) % side < side // 2
     figure, axes = new_figure(7.2, 2.9, 1, 2)
-    settings = [
-        "other single boards",
-        "double boards",
-        "composite boards",
-        "left half → right half",
-    ]
+    settings = ["other single boards", "double boards", "composite boards"]
+    settings.append("left half → right half")
     lines: dict[str, list[float]] = {name: [] for name in settings}
     for place in places:
         cells, x = single.hidden & single.on_objects, single.at(place)
@@ -354,7 +367,7 @@ def independence(study: Study) -> Picture:
         lines[settings[3]].append(probe.accuracy(x[cells & ~left], single.roots[cells & ~left]))
     for name, line in lines.items():
         axes[0, 0].plot(line, "o-", ms=3, label=name)
-    axes[0, 0].axhline(0.1, color="#888888", lw=0.7, ls=":")
+    axes[0, 0].axhline(1 / study.dataset.config.n_roots, color="#888888", lw=0.7, ls=":")
     axes[0, 0].legend(fontsize=6)
     label(axes[0, 0], "", "accuracy of the root probe", "learned on single boards, read on …")
     cells = single.hidden & single.on_objects
@@ -378,11 +391,12 @@ def independence(study: Study) -> Picture:
         "Left: a probe for the root is learned on single boards (or on the left half of the "
         "board) and read on "
         "boards of other kinds (or on the right half). Right: how much of the variance of hidden cells lies "
-        "between the 90 combinations of root and position in it, between the 64 places on the board, and "
-        "between the 10 backgrounds.",
-        f"At the last stage: {last} (chance 10%). Of the variance there, root and position in it account for "
-        f"{100 * found[-1]['root and position in it']:.0f}%, the background for "
-        f"{100 * found[-1]['background']:.0f}%.",
+        "between the combinations of root and position in it, between the places on the board, and "
+        "between the backgrounds.",
+        f"At the last stage: {last} (chance {100 / study.dataset.config.n_roots:.0f}%). Of the variance "
+        "there, root and position in it account for "
+        f"{100 * found[-1]['root and position in it']:.0f}%, "
+        f"the background for {100 * found[-1]['background']:.0f}%.",
         figure,
     )
 
@@ -392,7 +406,7 @@ def independence(study: Study) -> Picture:
 
 def parts_and_wholes(study: Study) -> Picture:
     """A hidden constituent is known from the others, and can be exchanged alone."""
-    pair = edits.composite_pairs(study.dataset, 300, seed=study.seed)
+    pair = edits.composite_pairs(study.dataset, study.n(300), seed=study.seed)
     drawn = predict(study.model, pair.masked_before)
     wrong_anywhere = (drawn != pair.before.tokens) & pair.cells
     recovered = ~wrong_anywhere.any(1)
@@ -403,7 +417,8 @@ def parts_and_wholes(study: Study) -> Picture:
     bars = axes[0, 0].bar([0, 1], [recovered.mean(), lone], 0.6, color=["#228833", "#bbbbbb"])
     axes[0, 0].bar_label(bars, [f"{100 * recovered.mean():.0f}%", f"{100 * lone:.0f}%"], fontsize=7)
     axes[0, 0].set_xticks([0, 1], ["part of a\ncomposite", "alone"], fontsize=7)
-    axes[0, 0].axhline(1 / study.dataset.config.n_roots, color="#888888", lw=0.7, ls=":")
+    chance = 1 / study.dataset.config.n_roots
+    axes[0, 0].axhline(chance, color="#888888", lw=0.7, ls=":")
     axes[0, 0].set_ylim(0, 1.1)
     label(axes[0, 0], "", "share drawn right", "root hidden whole")
     for name, colour in (("flipped", "#4477aa"), ("kept", "#ee6677"), ("elsewhere", "#228833")):
@@ -411,7 +426,8 @@ def parts_and_wholes(study: Study) -> Picture:
     axes[0, 1].set_xticks(range(len(places)), [short(p) for p in places], rotation=90, fontsize=6)
     axes[0, 1].legend(fontsize=7)
     label(axes[0, 1], "", "share", "one constituent patched")
-    composite = probe_everywhere(study.recording, ["composite"], seeds=(0, 1), cells=1500)
+    cells = study.n(1500)
+    composite = probe_everywhere(study.recording, ["composite"], seeds=(0, 1), cells=cells)
     axes[0, 2].plot([r.accuracy for r in composite], "o-", ms=3, color="#228833")
     axes[0, 2].axhline(composite[0].chance, color="#228833", lw=0.7, ls=":")
     axes[0, 2].set_xticks(
@@ -429,9 +445,8 @@ def parts_and_wholes(study: Study) -> Picture:
         "root, and all other "
         "cells should stay. Right: what a probe reads of the composite.",
         f"Drawn right: {100 * recovered.mean():.0f}% of hidden constituents, {100 * lone:.0f}% "
-        "of lone roots (chance "
-        f"10%). Patched after block 1: {100 * middle.flipped:.0f}% flip, "
-        f"{100 * middle.elsewhere:.1f}% of all other "
+        f"of lone roots (chance {100 * chance:.0f}%). Patched after block 1: "
+        f"{100 * middle.flipped:.0f}% flip, {100 * middle.elsewhere:.1f}% of all other "
         "cells stay right.",
         figure,
     )
@@ -440,7 +455,7 @@ def parts_and_wholes(study: Study) -> Picture:
 def _lone_roots(study: Study) -> float:
     """The share of single boards that are drawn right when the whole root is hidden."""
     rng = np.random.default_rng([study.seed, 61])
-    boards = study.dataset.draw("single", "train", 300, rng)
+    boards = study.dataset.draw("single", "train", study.n(300), rng)
     on_root = boards.roots != EMPTY
     masked = np.where(on_root, study.dataset.config.hidden_token, boards.tokens)
     return float(((predict(study.model, masked) == boards.tokens) | ~on_root).all(1).mean())
@@ -468,7 +483,7 @@ def words(study: Study) -> Picture:
         f"{len(used)} of {study.lea.sizes.n_words} words",
     )
     by_kind = accuracy_by_kind(
-        study.lea, study.lea_dataset, "test", from_words=True, seed=study.seed
+        *(study.lea, study.lea_dataset, "test"), n=study.n(100), from_words=True, seed=study.seed
     )
     best = found.shares.max(1)
     floor = found.floor[np.arange(len(best)), found.shares.argmax(1)]
@@ -481,7 +496,7 @@ def words(study: Study) -> Picture:
         "words",
         "Claim: words map to abstractions",
         f"LEA says {said.shape[1]} words about a board and draws the board again from the words "
-        "alone. For 2,000 "
+        f"alone. For {len(boards):,} "
         "single boards: what each slot of the sentence tells about each attribute (1: everything).",
         f"Best slot: {text}. From words alone {100 * spoken_well.cells:.1f}% of the cells of "
         "single test boards are "
@@ -500,7 +515,8 @@ def _entropy(study: Study) -> float:
 
 def word_edits(study: Study) -> Picture:
     """What happens to the drawn board when words are exchanged."""
-    swaps = [swap_words(study.lea, study.lea_dataset, name, 150, study.seed) for name in ATTRIBUTES]
+    own, n = (study.lea, study.lea_dataset), study.boards
+    swaps = [swap_words(*own, name, n, study.seed) for name in ATTRIBUTES]
     figure, axes = new_figure(7.4, 2.7, 1, 2)
     for swap in swaps:
         axes[0, 0].plot(swap.by_slot, "o-", ms=3, label=swap.attribute)
@@ -531,7 +547,8 @@ def word_example(study: Study) -> Picture:
     config = study.lea_dataset.config
     before, after = attribute_pairs(study.lea_dataset, "root", 40, study.seed)
     said, other = sentences(study.lea, before.tokens), sentences(study.lea, after.tokens)
-    slot = int(swap_words(study.lea, study.lea_dataset, "root", 150, study.seed).by_slot.argmax())
+    swap = swap_words(study.lea, study.lea_dataset, "root", study.boards, study.seed)
+    slot = int(swap.by_slot.argmax())
     edited = said.copy()
     edited[:, slot] = other[:, slot]
     drawn = draw_from_words(study.lea, edited)
@@ -573,7 +590,7 @@ def masked_speech(study: Study) -> Picture:
     """How reconstruction, from the board and from words, fares with masking."""
     figure, axes = new_figure(4.6, 2.7)
     rng = np.random.default_rng([study.seed, 67])
-    boards = study.lea_dataset.draw("single", "test", 200, rng)
+    boards = study.lea_dataset.draw("single", "test", study.n(200), rng)
     levels = (0.0, 0.1, 0.25, 0.4, 0.6, 0.8)
     lines: dict[str, list[float]] = {"from the board": [], "from words": []}
     for level in levels:

@@ -41,12 +41,13 @@ def boards(study: Study) -> Picture:
         found.board(0).draw(row[0], f"{kind}")
         Board(masked[0], config).draw(row[1], "what the model sees")
         Board(drawn[0], config, drawn[0] != found.tokens[0]).draw(row[2], "what it draws (✕ wrong)")
-    by_kind = accuracy_by_kind(study.model, study.dataset, "test", mask=0.25, seed=study.seed)
+    own, n = (study.model, study.dataset), study.n(100)
+    by_kind = accuracy_by_kind(*own, "test", n=n, mask=0.25, seed=study.seed)
     figures = ", ".join(f"{k} {100 * a.hidden:.1f}%" for k, a in by_kind.items())
     return _picture(
         "boards",
         "A world of boards",
-        "Every board shows one root (a fixed 3 × 3 pattern of object tokens), two roots, or a composite of "
+        "Every board shows one root (a fixed square pattern of object tokens), two roots, or a composite of "
         "four roots, on one background. The model sees a board with cells hidden and has to fill it in. "
         "These boards are from the test set; of the composite, one whole root is hidden besides.",
         f"Hidden cells of test boards that are filled in right, a quarter of all cells hidden: {figures}.",
@@ -59,9 +60,8 @@ def accuracy_table(study: Study) -> Picture:
     figure, axes = new_figure(6.6, 2.6, 1, 3, sharey=True)
     parts: tuple[Part, ...] = ("train", "test")
     names = ("hidden", "cells", "boards")
-    found = {
-        part: accuracy_by_kind(study.model, study.dataset, part, seed=study.seed) for part in parts
-    }
+    own, n = (study.model, study.dataset), study.n(100)
+    found = {part: accuracy_by_kind(*own, part, n=n, seed=study.seed) for part in parts}
     shown_before = {k: study.dataset.shown_in_training(k, "test").mean() for k in KINDS}
     for axis, name in zip(axes[0], names, strict=True):
         for i, part in enumerate(parts):
@@ -145,7 +145,7 @@ def token_embeddings(study: Study) -> Picture:
     return _matrices(
         "token_embeddings",
         "Tokens, before anything is computed",
-        "The embedding of the 10 backgrounds (digits), the 10 object tokens (letters) and the hidden token "
+        "The embedding of the backgrounds (digits), the object tokens (letters) and the hidden token "
         "(░), with Euclidean distances, distances of unit vectors, and one minus the cosine.",
         study.model.tok_embed.weight.detach().float().cpu().numpy(),
         ticks,
@@ -157,7 +157,7 @@ def position_embeddings(study: Study) -> Picture:
     return _matrices(
         "position_embeddings",
         "Positions, beside the stream",
-        "The position code of each of the 64 cells, row by row. It is never added to the stream: "
+        "The position code of each cell, row by row. It is never added to the stream: "
         "attention and "
         "MLP read it beside the stream, anew in every block.",
         study.model.pos_embed.detach().float().cpu().numpy(),
@@ -221,10 +221,11 @@ def activations_of_a_board(study: Study) -> Picture:
     return _picture(
         "activations_of_a_board",
         "Every stage of one board",
-        "Rows are the 64 cells (above the line those of the root), columns the 64 channels of "
+        "Rows are the cells (above the line those of the root), columns the channels of "
         "the stream; red is "
         "positive, blue negative, each map on its own scale. One row of maps is a block.",
-        f"{int((masked != found.tokens).sum())} of the root's 9 cells are hidden from the model.",
+        f"{int((masked != found.tokens).sum())} of the root's {study.dataset.config.root_size**2} cells are "
+        "hidden from the model.",
         figure,
     )
 
@@ -353,7 +354,7 @@ def attention_grid(study: Study) -> Picture:
     return _picture(
         "attention_grid",
         "All queries at once",
-        "For each head a grid of 8 × 8 maps: the map at a place shows where the cell at that "
+        "For each head a grid of maps: the map at a place shows where the cell at that "
         "place looks. Same "
         "board as above.",
         f"{study.n_layers} blocks of {n_heads} heads, {side**4} weights each.",
@@ -365,9 +366,11 @@ def attention_across_boards(study: Study) -> Picture:
     """The same root at other places: attention moves with it."""
     rng = np.random.default_rng([study.seed, 5])
     config, root = study.dataset.config, 0
-    rows = np.array([[root, x, y, b] for x, y, b in rng.integers(0, 6, size=(4, 3))])
+    corners = config.board_size - config.root_size + 1
+    drawn = rng.integers(0, [corners, corners, config.n_backgrounds], size=(4, 3))
+    rows = np.array([[root, x, y, b] for x, y, b in drawn])
     found = study.dataset.paint("single", rows)
-    middle = found.cells == 4
+    middle = found.cells == config.root_size**2 // 2
     masked = np.where(middle, config.hidden_token, found.tokens)
     patterns = _patterns(study, masked)
     figure, axes = new_figure(5.6, 5.4, len(rows), study.n_layers + 1)
@@ -387,6 +390,7 @@ def attention_across_boards(study: Study) -> Picture:
         "Attention follows the object",
         "One root at four places, its middle cell hidden; attention of that cell, mean over the "
         "heads of a block.",
-        f"Share of that attention that goes to the root: mean {np.mean(shares):.2f}, where chance is 0.14.",
+        f"Share of that attention that goes to the root: mean {np.mean(shares):.2f}, where chance is "
+        f"{config.root_size**2 / config.n_cells:.2f}.",
         figure,
     )

@@ -124,6 +124,10 @@ def attribute_pairs(
     config, column = dataset.config, ATTRIBUTES[attribute]
     corners = config.board_size - config.root_size + 1
     n_values = {"root": config.n_roots, "background": config.n_backgrounds}.get(attribute, corners)
+    if n_values < 2:
+        raise InputError(
+            f"the boards have only one value of {attribute}: nothing can be exchanged."
+        )
     before = dataset.draw("single", "train", n, rng)
     rows = before.rows.copy()
     rows[:, column] = (rows[:, column] + rng.integers(1, n_values, size=n)) % n_values

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from neuron_explainer.errors import InputError
 from neuron_explainer.experiments.boards.curriculum import BoardBatches
 from neuron_explainer.experiments.boards.dataset import BoardDataset
 from neuron_explainer.experiments.boards.training import (
@@ -38,6 +39,8 @@ class StepTime(NamedTuple):
 
 def time_step(config: BoardTrainingConfig, dataset: BoardDataset, repeats: int = 10) -> StepTime:
     """Time steps late in the curriculum, in turn with the products that they are measured against."""
+    if repeats < 1:
+        raise InputError(f"expected a number of steps to time, at least 1, found {repeats}.")
     model = make_model(config, dataset)
     trainer = BoardTrainer(model, config, dataset)
     batches = BoardBatches(

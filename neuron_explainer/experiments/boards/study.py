@@ -5,7 +5,6 @@ pictures_of_claims.probes(study).figure  # a matplotlib figure
 """
 
 import functools
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,9 @@ from neuron_explainer.experiments.boards.recording import (
     stream_points,
 )
 from neuron_explainer.experiments.boards.speech import spoken
-from neuron_explainer.experiments.boards.training import load_run
+from neuron_explainer.experiments.boards.training import load_run, read_log
+
+USUAL_BOARDS, FEWEST_BOARDS = 150, 10
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,12 @@ class Picture:
     module: str
     """Where the function is that draws it."""
 
-    @property
-    def code(self) -> str:
-        """Python that draws it again."""
+    def code(self, study: "Study") -> str:
+        """Python that draws it again from the same study."""
         room = "neuron_explainer.experiments.boards"
         return (
             f"from {room} import {self.module}\nfrom {room}.study import Study\n\n"
-            f'picture = {self.module}.{self.name}(Study.of())\npicture.figure.savefig("{self.name}.png")'
+            f'picture = {self.module}.{self.name}({study.call})\npicture.figure.savefig("{self.name}.png")'
         )
 
 
@@ -64,15 +64,21 @@ class Study:
     lea_dataset: BoardDataset
     sources: dict[str, str] = field(default_factory=dict)
     """Where each model came from, and what its folder says about its training."""
+    call: str = "Study.of()"
+    """Python that makes this study."""
     logs: dict[str, Path] = field(default_factory=dict)
     """The log of a model's training, where its run has one."""
     seed: int = 0
-    boards: int = 150
-    """Boards of each kind in a recording."""
+    boards: int = USUAL_BOARDS
+    """Boards of each kind in a recording; all other counts are in proportion."""
 
     @classmethod
-    def of(cls, *folders: str | Path, boards: int = 150) -> "Study":
+    def of(cls, *folders: str | Path, boards: int = USUAL_BOARDS) -> "Study":
         """A study of the models in up to two folders (of runs or models), else those of the package."""
+        if boards < FEWEST_BOARDS:
+            raise InputError(
+                f"figures need at least {FEWEST_BOARDS} boards of each kind, found {boards}."
+            )
         found = [(Path(folder), load_run(folder)) for folder in folders]
         gpt = [entry for entry in found if isinstance(entry[1].model, BoardGPT)]
         lea = [entry for entry in found if isinstance(entry[1].model, LEA)]
@@ -94,12 +100,21 @@ class Study:
             for log in (folder / "log.jsonl", folder.parent / "log.jsonl"):
                 if log.is_file():
                     logs.setdefault(name, log)
+        given = [repr(str(folder)) for folder in folders]
+        given += [f"boards={boards}"] if boards != USUAL_BOARDS else []
         model, other = chosen["gpt"][1], chosen["lea"][1]
         assert isinstance(model.model, BoardGPT)
         assert isinstance(other.model, LEA)
         return cls(
-            *(model.model, other.model, model.dataset, other.dataset, sources, logs), boards=boards
+            *(model.model, other.model, model.dataset, other.dataset, sources),
+            call=f"Study.of({', '.join(given)})",
+            logs=logs,
+            boards=boards,
         )
+
+    def n(self, usual: int) -> int:
+        """A count of boards or cells that is ``usual`` in a study of the usual number of boards."""
+        return max(2, round(usual * self.boards / USUAL_BOARDS))
 
     @property
     def n_layers(self) -> int:
@@ -127,15 +142,12 @@ class Study:
     @functools.cached_property
     def spoken(self) -> tuple[Boards, Ints]:
         """Single boards and LEA's sentences about them."""
-        return spoken(self.lea, self.lea_dataset, 2000, seed=self.seed)
+        return spoken(self.lea, self.lea_dataset, self.n(2000), seed=self.seed)
 
     def log(self, name: str) -> list[dict[str, Any]]:
         """The lines of the log of a model's training; empty if there is none."""
         path = self.logs.get(name)
-        if path is None:
-            return []
-        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        return [{"step": line["step"], **line["dictionaries"]["model"]} for line in lines]
+        return [] if path is None else read_log(path)
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> Any:

@@ -9,7 +9,9 @@ words, and what the quantiser asks for. AdamW, weight decay on matrices only, on
 Shape legend: ``b`` boards, ``s`` cells, ``v`` tokens.
 """
 
+import json
 import logging
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +24,8 @@ from neuron_explainer import files
 from neuron_explainer.dictionaries.batches import BatchSource
 from neuron_explainer.dictionaries.loop import Loop, Plan
 from neuron_explainer.dictionaries.runs import RunFolder
-from neuron_explainer.errors import CheckpointError, InputError, did_you_mean
+from neuron_explainer.errors import CheckpointError, InputError
+from neuron_explainer.experiments.boards.blocks import ModelType
 from neuron_explainer.experiments.boards.curriculum import (
     CURRICULA,
     BoardBatch,
@@ -30,21 +33,18 @@ from neuron_explainer.experiments.boards.curriculum import (
     Curriculum,
 )
 from neuron_explainer.experiments.boards.dataset import BoardDataset
-from neuron_explainer.experiments.boards.gpt import (
-    BoardGPT,
-    GPTSizes,
-    ModelType,
-    check_model_type,
-)
+from neuron_explainer.experiments.boards.gpt import BoardGPT, GPTSizes
 from neuron_explainer.experiments.boards.lea import LEA, LEASizes
 from neuron_explainer.experiments.boards.measures import accuracies
 from neuron_explainer.experiments.boards.model_files import (
     BoardModel,
     StoredModel,
+    fill,
     load_model,
     save_model,
 )
 from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.devices import check_device
 from neuron_explainer.settings import check_types, read_fields
 
 logger = logging.getLogger(__name__)
@@ -89,10 +89,6 @@ class BoardTrainingConfig:
     """Epochs between two checkpoints."""
 
     def __post_init__(self) -> None:
-        if self.model not in MODELS:
-            hint = did_you_mean(str(self.model), MODELS)
-            raise InputError(f"unknown model {self.model!r}.{hint} Known: {', '.join(MODELS)}.")
-        check_model_type(self.type)
         check_types(self)
         counts = ("boards_per_epoch", "batch_size", "log_every", "checkpoint_every")
         for name in counts:
@@ -122,13 +118,13 @@ class BoardTrainingConfig:
 
 def make_model(config: BoardTrainingConfig, dataset: BoardDataset) -> BoardModel:
     """A new model of the architecture, for boards of the data set."""
-    boards = dataset.config
+    boards, device = dataset.config, check_device(config.device)
     model: BoardModel
     if config.model == "gpt":
         model = BoardGPT(GPTSizes(config.type, boards.vocab_size, boards.n_cells), config.seed)
     else:
         model = LEA(LEASizes(config.type, boards.vocab_size, boards.n_cells), config.seed)
-    return model.to(device=config.device, dtype=getattr(torch, config.dtype))
+    return model.to(device=device, dtype=getattr(torch, config.dtype))
 
 
 class BoardStep(NamedTuple):
@@ -239,8 +235,17 @@ class BoardTrainer:
         }
         return loss, numbers | _errors("_from_words", output.from_words, tokens, masked)
 
+    def _check_finite(self) -> None:
+        """An error if a loss since the last line of the log was not finite."""
+        if not math.isfinite(float(self._sums.get("loss", 0.0))):
+            raise InputError(
+                f"the loss is not finite any more with a learning rate of {self.config.learning_rate:g}. "
+                "Nothing of this epoch is saved; a checkpoint from before it stays. Lower the learning rate."
+            )
+
     def metrics(self, result: BoardStep, step: int, tokens: int) -> dict[str, dict[str, float]]:
         """Means since the last line of the log; now and then, accuracies on held-out boards."""
+        self._check_finite()
         found = (
             {name: float(total) / self._n for name, total in self._sums.items()} if self._n else {}
         )
@@ -252,7 +257,8 @@ class BoardTrainer:
         return {"model": found}
 
     def state(self) -> dict[str, Any]:
-        """Weights and moments, by the parameters' names."""
+        """Weights and moments, by the parameters' names; an error if a loss was not finite."""
+        self._check_finite()
         moments = {
             name: dict(self.optimiser.state[parameter])
             for name, parameter in self._named.items()
@@ -365,11 +371,13 @@ def load_run(folder: str | Path) -> StoredModel:
     config = files.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if config.get("kind") != RUN_KIND:
         return load_model(folder)
+    if missing := [name for name in ("boards", "training", "epochs") if name not in config]:
+        raise CheckpointError(f"{folder / 'config.json'} lacks {', '.join(missing)}.")
     dataset = BoardDataset.load(folder / BOARDS_FOLDER)
-    if dataset.checksum != config["boards"]["checksum"]:
+    if dataset.checksum != config["boards"].get("checksum"):
         raise CheckpointError(
             f"{folder / BOARDS_FOLDER} are not the boards of this run: expected the checksum "
-            f"{config['boards']['checksum']}, found {dataset.checksum}."
+            f"{config['boards'].get('checksum')}, found {dataset.checksum}."
         )
     values = {**config["training"], "epochs": config["epochs"]}
     training = read_fields(BoardTrainingConfig, values, str(folder), error=CheckpointError)
@@ -379,9 +387,25 @@ def load_run(folder: str | Path) -> StoredModel:
     if state is None:
         raise CheckpointError(f"{folder} has no checkpoint yet.")
     model = make_model(replace(training, device="cpu"), dataset)
-    model.load_state_dict(state["model"])
+    fill(model, state["model"], f"the checkpoint of {folder}")
     per_epoch = -(-training.boards_per_epoch // training.batch_size)
     return StoredModel(model, dataset, record_of(training, state["step"] / per_epoch))
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a training's log: ``step`` and the numbers of the model. A last line that a killed process
+    did not finish is left out."""
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            read = json.loads(line)
+            found.append({"step": read["step"], **read["dictionaries"]["model"]})
+        except (ValueError, KeyError, TypeError):
+            raise CheckpointError(
+                f"{path}, line {number}: expected JSON with a step and the numbers of a board model, found "
+                f"{line[:40].decode('utf-8', 'replace')!r}."
+            ) from None
+    return found
 
 
 def thinned_log(folder: str | Path, lines: int = 200) -> str:
@@ -389,8 +413,8 @@ def thinned_log(folder: str | Path, lines: int = 200) -> str:
     path = Path(folder) / "log.jsonl"
     if not path.is_file():
         return ""
-    found = path.read_text("utf-8").splitlines()
-    step = -(-len(found) // lines)
+    found = path.read_text("utf-8", errors="replace").split("\n")[:-1]  # whole lines
+    step = max(1, -(-len(found) // lines))
     return "".join(f"{line}\n" for line in found[step - 1 :: step])
 
 

@@ -96,9 +96,15 @@ def test_parts_are_disjoint_and_complete_by_brute_force(split: Split) -> None:
             assert len(parts[2]) == int(0.1 * len(every[kind]))
 
 
-def test_a_stringent_split_never_shows_held_out_positions_in_training() -> None:
-    found = BoardDataset(BoardConfig(split="stringent", seed=3))
-    held_out = found.held_out_positions
+@pytest.fixture(scope="module")
+def stringent() -> BoardDataset:
+    return BoardDataset(BoardConfig(n_roots=4, n_backgrounds=3, split="stringent", seed=3))
+
+
+def test_a_stringent_split_never_shows_held_out_positions_in_training(
+    stringent: BoardDataset,
+) -> None:
+    found, held_out = stringent, stringent.held_out_positions
     assert held_out is not None
     n_test = dict.fromkeys(KINDS, 0)
     for kind in KINDS:
@@ -115,8 +121,28 @@ def test_a_stringent_split_never_shows_held_out_positions_in_training() -> None:
             hits = (corners == held_out[roots]).all(-1).any(1)
             assert hits.all() if part == "test" else not hits.any()
             n_test[kind] += len(rows) * (part == "test")
-    assert n_test["single"] == 100  # ten roots, one position, ten backgrounds
+    assert n_test["single"] == 12  # four roots, one position, three backgrounds
     assert n_test["double"] > 0
+
+
+def test_cells_of_roots_at_held_out_positions(
+    dataset: BoardDataset, stringent: BoardDataset
+) -> None:
+    found = stringent
+    assert found.held_out_positions is not None
+    for kind in KINDS:
+        boards = found.draw(kind, "train", 20, rng())
+        assert not found.at_held_out_positions(boards).any()
+    x, y = found.held_out_positions[1]
+    other = next(p for p in range(6) if p not in (x, *found.held_out_positions[2]))
+    # root 1 where training never shows it, covered by root 2 where it may stand
+    boards = found.paint("double", np.array([[1, x, y, 2, other, (y + 1) % 6, 0]]))
+    moved = found.at_held_out_positions(boards)
+    square = np.zeros((8, 8), dtype=bool)
+    square[x : x + 3, y : y + 3] = True
+    assert np.array_equal(moved, square.reshape(1, 64) & (boards.roots == 1))
+    assert moved.any()
+    assert not dataset.at_held_out_positions(boards).any()
 
 
 def test_validation_sets(dataset: BoardDataset) -> None:
@@ -161,8 +187,8 @@ def test_sizes_that_cannot_hold_the_objects_are_refused() -> None:
         BoardConfig(root_size=9)
     with pytest.raises(InputError, match="root_cells must be at most 9"):
         BoardConfig(root_cells=10)
-    with pytest.raises(InputError, match="360 boards of each object cannot be held out"):
-        BoardDataset(BoardConfig(test=360))
+    with pytest.raises(InputError, match="36 boards of each object cannot be held out"):
+        BoardDataset(BoardConfig(n_roots=3, n_backgrounds=1, test=36))
 
 
 def test_fuzzy_roots_take_exactly_the_values_they_have() -> None:
@@ -359,7 +385,7 @@ def test_a_board_is_drawn_by_matplotlib(dataset: BoardDataset) -> None:
     [
         (
             lambda: BoardConfig(split=cast(Any, "balancd")),
-            "unknown split 'balancd'. Did you mean 'balanced'",
+            "split: expected one of .*, found 'balancd'. Did you mean 'balanced'",
         ),
         (lambda: check_kind("duble"), "unknown kind of board 'duble'. Did you mean 'double'"),
         (lambda: check_part("tests"), "Did you mean 'test'"),

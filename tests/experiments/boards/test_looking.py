@@ -244,8 +244,14 @@ def test_accuracy_by_hand() -> None:
     tokens = np.array([[1, 2, 3, 4], [1, 2, 3, 4]])
     masked = np.array([[9, 9, 3, 4], [1, 2, 9, 4]])
     drawn = np.array([[1, 0, 3, 4], [1, 2, 3, 4]])
-    found = accuracy(drawn, tokens, masked)
+    objects = np.array([[False, True, True, True], [True, True, True, True]])
+    none = np.zeros_like(objects)
+    found = accuracy(drawn, tokens, masked, objects, none)
     assert (found.cells, found.boards, found.hidden, found.n_boards) == (7 / 8, 0.5, 2 / 3, 2)
+    assert found.objects == 0.5  # of three hidden cells the first is of the background
+    assert np.isnan(found.moved)
+    moved = np.array([[False, True, True, True], [False] * 4])
+    assert accuracy(drawn, tokens, masked, objects, moved).moved == 0
 
 
 def test_accuracies_have_names_for_a_log(model: BoardGPT, dataset: BoardDataset) -> None:

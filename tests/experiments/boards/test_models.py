@@ -174,7 +174,7 @@ def test_without_positions_nothing_tells_cells_apart() -> None:
         (lambda: gpt()(BOARDS + 5), "tokens must lie in 0 to 6"),
         (
             lambda: GPTSizes(type=cast(Any, "fctor")),
-            "unknown type of model 'fctor'. Did you mean 'factor'",
+            "type: expected one of factor, vanilla, found 'fctor'. Did you mean 'factor'",
         ),
         (lambda: GPTSizes(width=7), "width 7 is not divisible by n_heads 2"),
         (lambda: gpt()(BOARDS, LEAHooks()), "must be a TransformerHooks tree"),

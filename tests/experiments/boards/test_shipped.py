@@ -15,7 +15,8 @@ from neuron_explainer import files
 from neuron_explainer.experiments.boards import edits
 from neuron_explainer.experiments.boards.__main__ import main
 from neuron_explainer.experiments.boards.dataset import BoardDataset
-from neuron_explainer.experiments.boards.essay import CHAPTERS, write_essay
+from neuron_explainer.experiments.boards.demo import run_demo
+from neuron_explainer.experiments.boards.essay import CHAPTERS, chosen_chapters, write_essay
 from neuron_explainer.experiments.boards.geometry import spreads
 from neuron_explainer.experiments.boards.measures import accuracy_by_kind, predict
 from neuron_explainer.experiments.boards.model_files import shipped
@@ -123,7 +124,7 @@ def test_cells_of_one_root_come_together_for_a_while(study: Study) -> None:
 
 
 def test_another_roots_activations_flip_the_board(study: Study) -> None:
-    pair = edits.root_pairs(study.dataset, 80, hidden=0.35)
+    pair = edits.root_pairs(study.dataset, 50, hidden=0.35)
     places = [ActivationLocation("resid.torso.post_mlp", i) for i in range(study.n_layers)]
     on_root = pair.before.roots != EMPTY
     whole = edits.swap_roots(study.model, pair, places[:2], on_root)
@@ -146,7 +147,7 @@ def test_boards_are_drawn_from_words_alone(study: Study) -> None:
 
 
 def test_words_tell_about_the_board_and_no_code_explodes(study: Study) -> None:
-    boards, words = spoken(study.lea, study.lea_dataset, 1200)
+    boards, words = spoken(study.lea, study.lea_dataset, 600)
     assert len(np.unique(words)) >= WORDS_USED
     found = word_information(words, boards)
     for name, share, floor in zip(
@@ -167,8 +168,10 @@ def test_changing_words_changes_what_they_are_about(study: Study) -> None:
 # --- demo and figures ---
 
 
-def test_the_demo_shows_a_board_a_table_and_an_edit(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["demo"])
+def test_the_demo_shows_a_board_a_table_and_an_edit(
+    study: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_demo(study)
     said = capsys.readouterr().out
     for expected in (
         "what it draws",
@@ -181,13 +184,12 @@ def test_the_demo_shows_a_board_a_table_and_an_edit(capsys: pytest.CaptureFixtur
 
 def test_a_page_with_figures(study: Study, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    chapters = [(CHAPTERS[0][0], CHAPTERS[0][1], CHAPTERS[0][2][:1])]
-    few = replace(study, boards=3)
+    few, chapters = replace(study, boards=3), chosen_chapters(["learning"])
     page = write_essay(few, tmp_path, chapters=chapters, progress=lambda line: None)
     text = page.read_text("utf-8")
     assert text.count("data:image/png;base64,") == 1
-    assert "Hidden cells of test boards" in text
-    assert {"boards.png", "boards.svg", "numbers.json", "activations"} <= {
+    assert "Errors on hidden cells at the end of the logs" in text
+    assert {"learning.png", "learning.svg", "numbers.json", "activations"} <= {
         p.name for p in tmp_path.iterdir()
     }
     meta = files.read_json(tmp_path / "activations" / "meta.json")

@@ -280,29 +280,6 @@ def test_commands_that_make_boards(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "of kind composite" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (
-            ["--type", "fctor"],
-            "type: expected one of factor, vanilla, found 'fctor'. Did you mean 'factor'",
-        ),
-        (["--model", "lae"], "model: expected one of gpt, lea, found 'lae'. Did you mean 'lea'"),
-        (["--split", "stringend"], "Did you mean 'stringent'"),
-        (["--batch", "0"], "--batch must be at least 1"),
-        (["--pace", "0"], "pace must be above 0"),
-    ],
-)
-def test_bad_flags_are_named_in_one_line(flags: list[str], message: str) -> None:
-    with pytest.raises(SystemExit, match=message):
-        main(["train", "--save", "0", *flags])
-
-
-def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="holds no board model"):
-        main(["evaluate", str(tmp_path)])
-
-
 @pytest.mark.slow
 def test_a_killed_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "neuron_explainer.experiments.boards", "train"]
