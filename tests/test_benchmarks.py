@@ -52,6 +52,17 @@ def test_contestants_run_and_agree(running: Harness, setup: Setup) -> None:
     assert all(result.peak_mib is not None and result.peak_mib >= 0 for result in results)
 
 
+def test_slow_contestants_are_called_once(setup: Setup) -> None:
+    race = sample.races(setup)[1]
+    chosen = [entry for entry in race.entries if entry.contestant is OURS]
+    with Harness(rounds=2, threads=1, slow_s=0.0) as running:
+        (result,) = running.run(Race(race.title, chosen, OURS.name))
+    assert len(set(result.seconds)) == 1
+    assert len(result.seconds) == 2
+    assert result.peak_mib is None
+    assert result.checksum
+
+
 @pytest.mark.parametrize("module", [ours, plain])
 def test_workloads_do_what_they_say(module: Any, setup: Setup) -> None:
     """And the ablated neuron shows: otherwise one that ablates nothing would pass."""
