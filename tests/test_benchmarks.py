@@ -227,9 +227,8 @@ def test_the_pages_are_weighed_without_a_browser(
     large = viewer._large(tmp_path / "large", 20)
     rows = viewer_pages.run(tmp_path, large, quick=True).splitlines()
     found = {row.split(" | ")[0].removeprefix("| "): row.split(" | ")[1] for row in rows[2:]}
-    assert int(found["npm packages in the lock file"]) <= 60
-    assert int(found["npm packages shipped"]) <= 3
-    assert int(found["lines of JavaScript"].replace(",", "")) <= 6000
+    assert int(found["npm packages shipped"]) <= 3 < int(found["npm packages in the lock file"])
+    assert int(found["lines of JavaScript"].replace(",", "")) > 1000
     assert int(found["a feature as one file, bytes, tiny-tales"].replace(",", "")) <= 60_000
     assert found["everything that a browser shows"] == "-"
     assert "Chromium" in rows[-1] or "playwright" in rows[-1]
