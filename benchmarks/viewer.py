@@ -7,19 +7,15 @@ latents with 40 random examples of 64 tokens each; 36 of 32,768 latents whose la
 Zipf's law from 20,000, 1,179,648 labels in all.
 """
 
-import gzip
 import http.client
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import venv
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +25,7 @@ import numpy as np
 
 from benchmarks import viewer_compute, viewer_pages
 from benchmarks.store import GROUPS, made_up, repeated
+from benchmarks.viewer_load import load
 from neuron_explainer.activations.corpus import TokenCorpus
 from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.analysis.store_format import Label, write_store
@@ -38,7 +35,6 @@ from tests.analysis.examples import VOCABULARY, make_collected
 
 API = "/api/v1"
 N_UNITS, N_STORES, N_WORDS = 32_768, 36, 20_000
-CLIENTS = 50
 FIRST = "/dictionaries/ae-resid-delta-mlp.2/features/5"
 WHEELS_VARIABLE = "NEURON_EXPLAINER_WHEELS"
 """A folder with the wheels of the extra ``serve``, as ``pip download`` writes it."""
@@ -62,11 +58,13 @@ class Client:
 
 @contextmanager
 def serving(
-    *stores: Path, data: Path, python: str = sys.executable
+    *stores: Path, data: Path, python: str = sys.executable, model: bool = False
 ) -> Iterator[tuple[subprocess.Popen[str], str, str, float]]:
-    """A server without a model: the process, its address, its token, and the seconds it took to answer."""
+    """A server, by default without its model: the process, its address, its token, and the seconds it took
+    to answer."""
     options = [part for store in stores for part in ("--store", str(store))]
-    command = [python, "-m", "neuron_explainer", "serve", "--no-model", "--port", "0"]
+    options += [] if model else ["--no-model"]
+    command = [python, "-m", "neuron_explainer", "serve", "--port", "0"]
     begin = time.perf_counter()
     process = subprocess.Popen(
         [*command, *options],
@@ -125,7 +123,7 @@ def run(quick: bool) -> str:
         lines += _ready(folder, 1 if quick else 5)
         lines += _pages(folder, large, 20 if quick else 1000)
         lines += _searches(folder, 200 if quick else N_UNITS, 2 if quick else N_STORES)
-        lines += _load(folder, 1.0 if quick else 20.0)
+        lines += _load(folder, 1.0 if quick else 60.0)
         lines.append(_installed(folder))
     tables = {
         "the server": "\n".join(lines),
@@ -256,44 +254,8 @@ def _labelled(
 
 
 def _load(folder: Path, seconds: float) -> list[str]:
-    """Clients that ask for one unit after the other, each over a connection of its own."""
-    statuses: Counter[int] = Counter()
-    taken: list[float] = []
-    lock = threading.Lock()
-
-    def ask(address: str, token: str, seed: int, end: float) -> None:
-        client, rng = Client(address, token), np.random.default_rng(seed)
-        while time.perf_counter() < end:
-            begin = time.perf_counter()
-            path = (
-                f"/dictionaries/ae-resid-delta-mlp.{rng.integers(4)}/features/{rng.integers(1000)}"
-            )
-            status, body = client.get(path)
-            json.loads(gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body)
-            with lock:
-                statuses[status] += 1
-                taken.append(time.perf_counter() - begin)
-
-    with serving(Path("tiny-tales"), data=folder) as (process, address, token, _):
-        sizes = []
-        for turn in range(2):
-            end = time.perf_counter() + seconds / 2
-            threads = [
-                threading.Thread(target=ask, args=(address, token, n + 100 * turn, end))
-                for n in range(CLIENTS)
-            ]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            sizes.append(resident(process.pid))
-    p50, p95 = 1e3 * np.quantile(taken, [0.5, 0.95])
-    wrong = sum(count for status, count in statuses.items() if status not in (200, 429))
-    return [
-        f"| {CLIENTS} clients at once, units of tiny-tales | {p50:.0f} | {p95:.0f} | | "
-        f"{len(taken) / seconds:.0f} answers a second for {seconds:.0f} s, {wrong} errors; "
-        f"{sizes[0]:.0f} MiB resident after half of it, {sizes[1]:.0f} MiB at the end | no error |"
-    ]
+    with serving(Path("tiny-tales"), data=folder, model=True) as (process, address, token, _):
+        return load(address, token, process.pid, seconds)
 
 
 def _installed(folder: Path) -> str:
@@ -315,12 +277,3 @@ def _installed(folder: Path) -> str:
         assert status == 200
     seconds = time.perf_counter() - begin
     return f"| {what} | {1e3 * seconds:,.0f} | | | in an empty environment | 60,000 |"
-
-
-def resident(pid: int) -> float:
-    """MiB of memory of a process."""
-    status = Path(f"/proc/{pid}/status")
-    if not status.exists():
-        return float("nan")
-    match = re.search(r"VmRSS:\s+(\d+)", status.read_text())
-    return int(match[1]) / 1024 if match else float("nan")

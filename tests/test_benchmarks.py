@@ -52,6 +52,17 @@ def test_contestants_run_and_agree(running: Harness, setup: Setup) -> None:
     assert all(result.peak_mib is not None and result.peak_mib >= 0 for result in results)
 
 
+def test_slow_contestants_are_called_once(setup: Setup) -> None:
+    race = sample.races(setup)[1]
+    chosen = [entry for entry in race.entries if entry.contestant is OURS]
+    with Harness(rounds=2, threads=1, slow_s=0.0) as running:
+        (result,) = running.run(Race(race.title, chosen, OURS.name))
+    assert len(set(result.seconds)) == 1
+    assert len(result.seconds) == 2
+    assert result.peak_mib is None
+    assert result.checksum
+
+
 @pytest.mark.parametrize("module", [ours, plain])
 def test_workloads_do_what_they_say(module: Any, setup: Setup) -> None:
     """And the ablated neuron shows: otherwise one that ablates nothing would pass."""
@@ -216,9 +227,8 @@ def test_the_pages_are_weighed_without_a_browser(
     large = viewer._large(tmp_path / "large", 20)
     rows = viewer_pages.run(tmp_path, large, quick=True).splitlines()
     found = {row.split(" | ")[0].removeprefix("| "): row.split(" | ")[1] for row in rows[2:]}
-    assert int(found["npm packages in the lock file"]) <= 60
-    assert int(found["npm packages shipped"]) <= 3
-    assert int(found["lines of JavaScript"].replace(",", "")) <= 6000
+    assert int(found["npm packages shipped"]) <= 3 < int(found["npm packages in the lock file"])
+    assert int(found["lines of JavaScript"].replace(",", "")) > 1000
     assert int(found["a feature as one file, bytes, tiny-tales"].replace(",", "")) <= 60_000
     assert found["everything that a browser shows"] == "-"
     assert "Chromium" in rows[-1] or "playwright" in rows[-1]

@@ -1,6 +1,8 @@
 """What is kept between requests changes how long an answer takes, and not a bit of it."""
 
+import gc
 import random
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -203,13 +205,29 @@ def test_results_take_no_more_than_their_bytes(setup: Setup) -> None:
             value = small.results.get(key)
             if isinstance(value, Pass | Encoding):
                 held |= storages_of(value.tensors())
-        weights = storages_of(model_of(small).parameters())
+        known = [model_of(small), *small._loaded.values()]
+        weights = storages_of(weight for each in known for weight in each.parameters())
         really = sum(size for place, size in held.items() if place not in weights)
         assert really <= small.results.bytes <= small.results.limit, number
     assert len(small.results) > 1
     none = Session(Setup(setup.model, setup.dictionaries, device="cpu", kept=0))
     debug(none)
     assert len(none.results) == none.results.bytes == 0
+
+
+def test_what_is_kept_does_not_hold_a_dictionary_that_must_go(setup: Setup) -> None:
+    size = sum(
+        p.numel() * p.element_size() for p in Session(setup).autoencoder("mlp.0").parameters()
+    )
+    session = Session(Setup(setup.model, setup.dictionaries, device="cpu", budget=size * 3 // 2))
+    debug(session, interventions=[CHANGES[5]])
+    debug(session, units={"mlp": "latent"}, dictionaries=["mlp.1"])
+    held = weakref.ref(session.autoencoder("mlp.1"))
+    n_results = len(session.results)
+    session.autoencoder("mlp.0")
+    gc.collect()
+    assert held() is None
+    assert 0 < len(session.results) < n_results
 
 
 def test_the_result_used_longest_ago_goes_first() -> None:

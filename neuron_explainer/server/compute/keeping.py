@@ -125,7 +125,8 @@ class PassMemory:
     inside: frozenset[str]
     """The dictionaries that interventions and the goal depend on."""
     weights: Collection[int]
-    """The storages of the model, which are there anyway."""
+    """The storages of the model and of the dictionaries ``inside``, which are there anyway: what is kept
+    goes before a dictionary does."""
     _forward: Hashable = None
 
     def run(self, wanted: Sequence[str], make: Callable[[tuple[Pass, int] | None], Pass]) -> Pass:
