@@ -274,6 +274,31 @@ DEBUGS = st.fixed_dictionaries(
 @given(body=DEBUGS)
 def test_no_request_for_nodes_makes_the_server_fail(client: TestClient, body: Any) -> None:
     check(client, {"method": "POST", "url": f"{API}/debug", "json": body})
+    check_stream(client, "debug", body)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+@given(changes=st.lists(CHANGES, min_size=1, max_size=2), length=st.integers(1, 4))
+def test_no_generation_begins_and_then_fails(
+    client: TestClient, changes: list[Any], length: int
+) -> None:
+    body = {"prompt": "the cats", "max_new": length, "interventions": changes}
+    check_stream(client, "generate", body)
+
+
+def check_stream(client: TestClient, route: str, body: Any) -> None:
+    """What is wrong is known before the first event; a stream that begins ends with its answer."""
+    headers = {"Accept": "text/event-stream"}
+    reply = client.post(f"{API}/{route}", json=body, headers=headers)
+    assert reply.status_code < 500, reply.text
+    if reply.status_code == 200:
+        assert events_of(reply.text)[-1][0] == "done", (body, reply.text[-500:])
 
 
 @settings(
