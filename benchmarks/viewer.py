@@ -63,7 +63,8 @@ def serving(
     """A server, by default without its model: the process, its address, its token, and the seconds it took
     to answer."""
     options = [part for store in stores for part in ("--store", str(store))]
-    options += [] if model else ["--no-model"]
+    # With little to keep, memory that grows is memory that is lost.
+    options += ["--cache", "0.03"] if model else ["--no-model"]
     command = [python, "-m", "neuron_explainer", "serve", "--port", "0"]
     begin = time.perf_counter()
     process = subprocess.Popen(

@@ -42,6 +42,11 @@ FITS = """() => {
             if (part.getBoundingClientRect().right > end + 1) past.push(part.outerHTML.slice(0, 80));
         }
     }
+    // What has a column for each token of a text may be scrolled; other tables fit from 1280 px on.
+    const boxes = [...document.querySelectorAll('.scroll-x, .scroll')].filter((box) =>
+        !box.querySelector('.pair-table, .lens-table, .matrix') && !box.closest('details:not([open])'));
+    for (const box of innerWidth < 1280 ? [] : boxes)
+        if (box.scrollWidth > box.clientWidth + 1) past.push(`cut: ${box.ariaLabel}`);
     return [document.documentElement.scrollWidth, innerWidth, past.slice(0, 3)];
 }"""
 

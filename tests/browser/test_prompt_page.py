@@ -85,11 +85,12 @@ def test_a_head_that_is_ablated_by_key_changes_what_hooks_change(
     assert shown_difference(page) == pytest.approx(changed, abs=1e-4)
     assert abs(changed - before) > 0.1
     tray = page.locator(".tray-sum")
-    assert float(tray.get_attribute("data-before")) == before
+    # What the server kept of earlier requests decides from where it computes: the last bits may differ.
+    assert float(tray.get_attribute("data-before")) == pytest.approx(before, abs=1e-5)
     page.keyboard.press("u")
     expect(page.locator(".tray li")).to_have_count(0)
     ready(page)
-    assert shown_difference(page) == before
+    assert shown_difference(page) == pytest.approx(before, abs=1e-5)
     page.keyboard.press("U")
     ready(page)
     assert shown_difference(page) == pytest.approx(changed, abs=1e-4)

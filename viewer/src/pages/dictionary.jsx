@@ -250,7 +250,7 @@ function Units({ one, query }) {
     >
       <div class="units-bar">
         <Field name="q" value={query.q} label="Search labels" placeholder="words of labels" />
-        <Field name="token" value={query.token} label="Search tokens" placeholder="a token, such as “ king”" />
+        <Field name="token" value={query.token} label="Search tokens" placeholder="a token: “ king”" />
         <select aria-label="Which units" value={query.show ?? ''} onChange={(event) => setQuery({ show: event.currentTarget.value || null, from: null, to: null })}>
           <option value="">alive</option><option value="dense">dense</option><option value="dead">never active</option><option value="all">all</option>
         </select>

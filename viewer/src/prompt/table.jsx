@@ -44,7 +44,7 @@ export function NodeTable({ data, rows, sort, open, current, two, sides, onSort,
   return (
     <>
       <div class="scroll-x" tabIndex={0} role="region" aria-label="Table of nodes">
-        <table class="nodes" data-sort={`${sort.measure}.${sort.side}.${sort.order}`}>
+        <table class={`nodes${two ? ' sideways' : ''}`} data-sort={`${sort.measure}.${sort.side}.${sort.order}`}>
           <thead>
             {two && (
               <tr class="groups">
