@@ -78,8 +78,11 @@ class Child:
         return {"note": prepared.note}
 
     def check(self, key: str) -> dict[str, Any]:
-        result = self._call(key)[1]
-        return {"checksum": {name: checksum(value) for name, value in result.items()}}
+        seconds, result = self._call(key)
+        return {
+            "seconds": seconds,
+            "checksum": {name: checksum(value) for name, value in result.items()},
+        }
 
     def run(self, key: str) -> dict[str, Any]:
         return {"seconds": self._call(key)[0]}

@@ -23,7 +23,8 @@ that do the same work, and the label of the entry that ratios refer to. Each rac
 For every entry the harness starts the contestant (once for all races, or anew for each run with
 ``fresh=True``), prepares it, calls it once for the checksum, once more to measure extra peak memory, and
 then once in each round; each round starts with another entry. Figures are medians over rounds; ratios are
-medians of the ratios within a round. An entry whose library is not
+medians of the ratios within a round. A call that takes longer than a minute stands for all of an entry's
+calls, and its memory is not measured. An entry whose library is not
 installed, or that fails, is listed with the reason.
 """
 
@@ -218,6 +219,7 @@ class Harness:
         pythons: interpreters by peer name; peers without one are looked for in this environment.
         with_peers: whether optional contestants take part.
         threads: number of threads of each contestant.
+        slow_s: seconds from which a call stands for all calls of its entry.
     """
 
     def __init__(
@@ -226,8 +228,10 @@ class Harness:
         pythons: Mapping[str, str] | None = None,
         with_peers: bool = True,
         threads: int = THREADS,
+        slow_s: float = 60.0,
     ) -> None:
         self.rounds, self.with_peers, self.threads = rounds, with_peers, threads
+        self.slow_s = slow_s
         self.pythons = dict(pythons or {})
         self._processes: dict[Contestant, Process] = {}
 
@@ -269,6 +273,8 @@ class _Runner:
         self.harness, self.entry, self.race = harness, entry, race
         self.key = f"{race.title}: {entry.shown}"
         self.result = Result(entry.shown)
+        self.once: float | None = None
+        """Seconds of the only call, where it takes too long for others."""
 
     def attempt(self, step: Any) -> None:
         if self.result.error:
@@ -287,9 +293,15 @@ class _Runner:
         self._prepare_in(process)
         first = process.ask("check", key=self.key)
         self._note_checksum(first)
+        if first["seconds"] > self.harness.slow_s:
+            self.once = first["seconds"]
+            return
         self.result.peak_mib = process.ask("measure", key=self.key)["peak_mib"]
 
     def time(self) -> None:
+        if self.once is not None:
+            self.result.seconds.append(self.once)
+            return
         time.sleep(_SETTLE)
         if self.entry.fresh:
             self._fresh_run()

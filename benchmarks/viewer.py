@@ -1,22 +1,21 @@
-"""The server of the pages: how soon it is ready, how long it takes to answer, and what it bears.
+"""The pages and their server: how soon they are there, what they weigh, and what the server bears.
 
-Every row is measured over HTTP on this machine, client and server sharing its cores; the server is a process
-of its own. Stores: those of ``tiny-tales``; one of 32,768 latents with 40 random examples of 64 tokens each;
-36 of 32,768 latents whose labels have nine words drawn by Zipf's law from 20,000, 1,179,648 labels in all.
+Three tables: the server, the pages in a browser (:mod:`benchmarks.viewer_pages`), and the model behind them
+(:mod:`benchmarks.viewer_compute`). The rows of the server are measured over HTTP on this machine, client and
+server sharing its cores; the server is a process of its own. Stores: those of ``tiny-tales``; one of 32,768
+latents with 40 random examples of 64 tokens each; 36 of 32,768 latents whose labels have nine words drawn by
+Zipf's law from 20,000, 1,179,648 labels in all.
 """
 
-import gzip
 import http.client
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter
+import venv
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +23,11 @@ from urllib.parse import quote
 
 import numpy as np
 
+from benchmarks import viewer_compute, viewer_pages
 from benchmarks.store import GROUPS, made_up, repeated
+from benchmarks.viewer_load import load
 from neuron_explainer.activations.corpus import TokenCorpus
+from neuron_explainer.analysis.store import ExampleStore
 from neuron_explainer.analysis.store_format import Label, write_store
 from neuron_explainer.analysis.token_store import TokenStore
 from neuron_explainer.analysis.workspace import DATA_VARIABLE
@@ -33,7 +35,9 @@ from tests.analysis.examples import VOCABULARY, make_collected
 
 API = "/api/v1"
 N_UNITS, N_STORES, N_WORDS = 32_768, 36, 20_000
-CLIENTS = 50
+FIRST = "/dictionaries/ae-resid-delta-mlp.2/features/5"
+WHEELS_VARIABLE = "NEURON_EXPLAINER_WHEELS"
+"""A folder with the wheels of the extra ``serve``, as ``pip download`` writes it."""
 _MADE = 4096
 _KINDS_OF_STORES = 3  # with labels of their own; the others are copies
 
@@ -53,10 +57,15 @@ class Client:
 
 
 @contextmanager
-def serving(*stores: Path, data: Path) -> Iterator[tuple[subprocess.Popen[str], str, str, float]]:
-    """A server without a model: the process, its address, its token, and the seconds it took to answer."""
+def serving(
+    *stores: Path, data: Path, python: str = sys.executable, model: bool = False
+) -> Iterator[tuple[subprocess.Popen[str], str, str, float]]:
+    """A server, by default without its model: the process, its address, its token, and the seconds it took
+    to answer."""
     options = [part for store in stores for part in ("--store", str(store))]
-    command = [sys.executable, "-m", "neuron_explainer", "serve", "--no-model", "--port", "0"]
+    # With little to keep, memory that grows is memory that is lost.
+    options += ["--cache", "0.03"] if model else ["--no-model"]
+    command = [python, "-m", "neuron_explainer", "serve", "--port", "0"]
     begin = time.perf_counter()
     process = subprocess.Popen(
         [*command, *options],
@@ -103,18 +112,37 @@ def computed(pid: int) -> float:
 
 
 def run(quick: bool) -> str:
-    """Measure, and return a table."""
+    """Measure, and return three tables."""
     lines = [
         "| what | p50, ms | p95, ms | CPU of the server, ms | remark | goal: p95, ms |",
         "|---|--:|--:|--:|---|---|",
     ]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        large = _large(folder / "large", 200 if quick else N_UNITS)
+        pages = viewer_pages.run(folder, large, quick)
         lines += _ready(folder, 1 if quick else 5)
-        lines += _pages(folder, 200 if quick else N_UNITS, 20 if quick else 1000)
+        lines += _pages(folder, large, 20 if quick else 1000)
         lines += _searches(folder, 200 if quick else N_UNITS, 2 if quick else N_STORES)
-        lines += _load(folder, 1.0 if quick else 20.0)
-    return "\n".join(lines)
+        lines += _load(folder, 1.0 if quick else 60.0)
+        lines.append(_installed(folder))
+    tables = {
+        "the server": "\n".join(lines),
+        "the pages": pages,
+        "the model": viewer_compute.run(quick),
+    }
+    return "\n\n".join(f"### {title}\n\n{table}" for title, table in tables.items())
+
+
+def _large(folder: Path, n: int) -> Path:
+    """The folder of a store of latents with 40 random examples of 64 tokens each."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, len(VOCABULARY), 24_576 * 128).astype(np.uint16)
+    corpus = TokenCorpus(tokens, np.arange(24_577) * 128, np.arange(24_576), "random")
+    place = TokenStore.write(folder / "tokens", corpus, VOCABULARY)
+    found = made_up(corpus, "latent", min(n, _MADE), 64, 15 / 63, True)
+    write_store(folder / "large.store", repeated(found, n // len(found.statistics)), place)
+    return folder
 
 
 def _ready(folder: Path, rounds: int) -> list[str]:
@@ -122,7 +150,7 @@ def _ready(folder: Path, rounds: int) -> list[str]:
     for _ in range(rounds):
         begin = time.perf_counter()
         with serving(Path("tiny-tales"), data=folder) as (_, address, token, seconds):
-            status, _ = Client(address, token).get("/dictionaries/ae-resid-delta-mlp.2/features/5")
+            status, _ = Client(address, token).get(FIRST)
             assert status == 200
             first.append(time.perf_counter() - begin)
             ready.append(seconds)
@@ -136,18 +164,13 @@ def _ready(folder: Path, rounds: int) -> list[str]:
     ]
 
 
-def _pages(folder: Path, n: int, requests: int) -> list[str]:
+def _pages(folder: Path, large: Path, requests: int) -> list[str]:
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, len(VOCABULARY), 24_576 * 128).astype(np.uint16)
-    corpus = TokenCorpus(tokens, np.arange(24_577) * 128, np.arange(24_576), "random")
-    place = TokenStore.write(folder / "large" / "tokens", corpus, VOCABULARY)
-    found = made_up(corpus, "latent", min(n, _MADE), 64, 15 / 63, True)
-    write_store(
-        folder / "large" / "large.store", repeated(found, n // len(found.statistics)), place
-    )
+    with ExampleStore.open(large) as store:
+        n = len(store)
     units = rng.integers(1, n, requests).tolist()
     lines = []
-    with serving(folder / "large", Path("tiny-tales"), data=folder) as (process, address, token, _):
+    with serving(large, Path("tiny-tales"), data=folder) as (process, address, token, _):
         client = Client(address, token)
         of_large = [f"/dictionaries/large/features/{unit}" for unit in units]
         of_tiny = [f"/dictionaries/ae-resid-delta-mlp.2/features/{u % 2560}" for u in units]
@@ -232,50 +255,26 @@ def _labelled(
 
 
 def _load(folder: Path, seconds: float) -> list[str]:
-    """Clients that ask for one unit after the other, each over a connection of its own."""
-    statuses: Counter[int] = Counter()
-    taken: list[float] = []
-    lock = threading.Lock()
-
-    def ask(address: str, token: str, seed: int, end: float) -> None:
-        client, rng = Client(address, token), np.random.default_rng(seed)
-        while time.perf_counter() < end:
-            begin = time.perf_counter()
-            path = (
-                f"/dictionaries/ae-resid-delta-mlp.{rng.integers(4)}/features/{rng.integers(1000)}"
-            )
-            status, body = client.get(path)
-            json.loads(gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body)
-            with lock:
-                statuses[status] += 1
-                taken.append(time.perf_counter() - begin)
-
-    with serving(Path("tiny-tales"), data=folder) as (process, address, token, _):
-        sizes = []
-        for turn in range(2):
-            end = time.perf_counter() + seconds / 2
-            threads = [
-                threading.Thread(target=ask, args=(address, token, n + 100 * turn, end))
-                for n in range(CLIENTS)
-            ]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            sizes.append(resident(process.pid))
-    p50, p95 = 1e3 * np.quantile(taken, [0.5, 0.95])
-    wrong = sum(count for status, count in statuses.items() if status not in (200, 429))
-    return [
-        f"| {CLIENTS} clients at once, units of tiny-tales | {p50:.0f} | {p95:.0f} | | "
-        f"{len(taken) / seconds:.0f} answers a second for {seconds:.0f} s, {wrong} errors; "
-        f"{sizes[0]:.0f} MiB resident after half of it, {sizes[1]:.0f} MiB at the end | no error |"
-    ]
+    with serving(Path("tiny-tales"), data=folder, model=True) as (process, address, token, _):
+        return load(address, token, process.pid, seconds)
 
 
-def resident(pid: int) -> float:
-    """MiB of memory of a process."""
-    status = Path(f"/proc/{pid}/status")
-    if not status.exists():
-        return float("nan")
-    match = re.search(r"VmRSS:\s+(\d+)", status.read_text())
-    return int(match[1]) / 1024 if match else float("nan")
+def _installed(folder: Path) -> str:
+    """From ``pip install`` without a network to the first unit, if there is a folder of wheels."""
+    what = "pip install, without a network, to the first unit"
+    wheels = os.environ.get(WHEELS_VARIABLE)
+    if not wheels:
+        return (
+            f"| {what} | | | | not measured: {WHEELS_VARIABLE} names no folder of wheels | 60,000 |"
+        )
+    place = folder / "installed"
+    venv.create(place, with_pip=True)
+    python = str(place / "bin" / "python")
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-index", "--find-links", wheels]
+    begin = time.perf_counter()
+    subprocess.run([*pip, f"{Path(__file__).parents[1]}[serve]"], check=True)
+    with serving(Path("tiny-tales"), data=folder, python=python) as (_, address, token, _):
+        status, _ = Client(address, token).get(FIRST)
+        assert status == 200
+    seconds = time.perf_counter() - begin
+    return f"| {what} | {1e3 * seconds:,.0f} | | | in an empty environment | 60,000 |"

@@ -2,13 +2,17 @@
 
 Weights are random. Requests have 64 tokens and are answered in this process, as the worker's loop answers
 them: no HTTP, no other process. Dictionaries have 32,768 latents (ReLU, about 450 active at a token) at what
-each layer's attention and MLP write. Wall time is with two threads and
-depends on who else computes; the CPU time of one thread hardly does.
+each layer's attention and MLP write. A request for a table has a prompt of its own each time, of which
+nothing is known yet; one for an intervention follows one for the same prompt without it, as on the page, and
+differs from those before it. Wall time is with two threads and depends on who else computes; the CPU time of
+one thread hardly does.
 """
 
+import itertools
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +29,9 @@ def run(quick: bool) -> str:
             "|---|--:|--:|--:|---|",
             _row("products of a forward and a backward pass", _floor(session), "", 5),
         ]
-        for what, operation, request, goal in requests(session):
+        for what, call, goal in calls(session):
             rounds = 2 if quick else 3 if "every" in what else 15
-            lines.append(
-                _row(what, lambda o=operation, r=request: ask(session, o, r), goal, rounds)
-            )
+            lines.append(_row(what, call, goal, rounds))
     return "\n".join(lines)
 
 
@@ -38,7 +40,6 @@ def make_session(folder: Path, quick: bool) -> Any:
     import torch
 
     from neuron_explainer.models.autoencoder import Autoencoder
-    from neuron_explainer.models.model_context import StandardModelContext
     from neuron_explainer.models.transformer import Transformer, TransformerConfig
     from neuron_explainer.server.compute.operations import Session
     from neuron_explainer.server.compute.setup import DictionarySource, Setup
@@ -63,8 +64,7 @@ def make_session(folder: Path, quick: bool) -> Any:
         for part in ("attn", "mlp")
         for layer in range(sizes["n_layers"])
     ]  # fmt: skip
-    context = StandardModelContext(str(folder / "model"), "cpu")
-    session = Session(Setup(context, tuple(sources)))
+    session = Session(Setup(str(folder / "model"), tuple(sources), device="cpu"))
     session.autoencoders([source.id for source in sources])
     return session
 
@@ -77,65 +77,104 @@ def ask(session: Any, operation: str, request: dict[str, Any]) -> Any:
     return payload
 
 
-def requests(session: Any) -> list[tuple[str, str, dict[str, Any], str]]:
-    """Title, operation, request and the goal in milliseconds."""
-    n_vocab, n_layers = session.model.n_vocab, session.model.n_layers
-    ids = [(7919 * i + 13) % n_vocab for i in range(N_TOKENS)]
-    debug: dict[str, Any] = {
-        "prompts": [{"text": ids, "target": [5], "distractor": [9]}],
-        "metrics": ["activation", "write_norm", "direct", "act_grad"],
-        "position": -1,
-        "top_k": 20,
-        "top_logits": 20,
-    }
+def first_rows(session: Any, request: dict[str, Any]) -> None:
+    """Ask for a table in parts, until the rows of the first sublayer are there."""
+    from neuron_explainer.server.compute.operations import answer
+
+    for _, (name, part) in answer(session, "debug_streamed", request, lambda: None):
+        if name == "nodes" and part["number"] == 2:  # the first is the embedding
+            return
+
+
+def calls(session: Any) -> list[tuple[str, Callable[[], Any], str]]:
+    """Title, what to measure, and the goal in milliseconds."""
+    n_layers, n = session.model.n_layers, 2 * session.model.n_layers
+    numbers = itertools.count()
     latents = {"units": {"mlp": "latent", "attention": "latent"}}
-    middle = n_layers // 2
-    head = {"node": {"location": f"{middle}/attn.v_out", "unit": 1, "position": -1}}
-    latent = {
-        "node": {
-            "location": f"{middle}/resid.torso.delta_mlp",
-            "unit": 7,
-            "position": -1,
-            "dictionary": f"mlp.{middle}",
-        }
-    }
     every = {"position": "all"}
-    heads = [[layer, head] for layer in range(n_layers) for head in range(4)]
-    generate: dict[str, Any] = {"prompt": ids, "max_new": 20, "seed": 0, "temperature": 1.0}
-    generate |= {"top_p": None, "interventions": [{**head, "action": "zero"}], "baseline": True}
-    n = 2 * n_layers
+
+    def debug(**more: Any) -> dict[str, Any]:
+        prompt = {"text": _ids(session, next(numbers)), "target": [5], "distractor": [9]}
+        metrics = ["activation", "write_norm", "direct", "act_grad"]
+        sizes = {"position": -1, "top_k": 20, "top_logits": 20}
+        return {"prompts": [prompt], "metrics": metrics, **sizes, **more}
+
+    def changed(node: dict[str, Any], **more: Any) -> Callable[[], Any]:
+        plain = debug(**more)
+        ask(session, "debug", plain)
+        others = itertools.count()
+
+        def next_one() -> Any:
+            unit = next(others) % session.facts()["n_heads"]
+            change = {"node": node | {"unit": unit, "position": next(others)}, "action": "zero"}
+            return ask(session, "debug", plain | {"interventions": [change]})
+
+        return next_one
+
+    middle = n_layers // 2
+    head = {"location": f"{middle}/attn.v_out"}
+    latent = {"location": f"{middle}/resid.torso.delta_mlp", "dictionary": f"mlp.{middle}"}
+    known, choices = debug(**latents, **every), itertools.cycle(range(2, 20))
+
+    def chosen_anew() -> Any:
+        return ask(session, "debug", known | {"top_k": next(choices)})
+
     return [
-        ("debug, neurons and heads, last token", "debug", debug, "500"),
-        ("debug, neurons and heads, all tokens", "debug", debug | every, "500"),
-        (f"debug, {n} dictionaries, last token", "debug", debug | latents, "800"),
-        (f"debug, {n} dictionaries, every token", "debug", debug | latents | every, "2,500"),
+        ("debug, neurons and heads, last token", lambda: ask(session, "debug", debug()), "500"),
         (
-            "a head ablated, neurons and heads",
-            "debug",
-            debug | {"interventions": [{**head, "action": "zero"}]},
-            "600",
+            "debug, neurons and heads, all tokens",
+            lambda: ask(session, "debug", debug(**every)),
+            "500",
         ),
         (
-            f"a latent ablated, {n} dictionaries",
-            "debug",
-            debug | latents | {"interventions": [{**latent, "action": "zero"}]},
-            "600",
+            f"debug, {n} dictionaries, last token",
+            lambda: ask(session, "debug", debug(**latents)),
+            "800",
         ),
         (
-            "attention, 48 heads",
-            "attention",
-            {"text": ids, "heads": heads, "kind": "pattern"},
-            "250",
+            f"debug, {n} dictionaries, every token",
+            lambda: ask(session, "debug", debug(**latents, **every)),
+            "2,500",
         ),
         (
-            "lens, every token, after each layer",
-            "lens",
-            {"text": ids, "points": ["post"], "positions": None, "k": 5},
-            "1,200",
+            f"first rows of debug, {n} dictionaries, all tokens",
+            lambda: first_rows(session, debug(**latents, **every)),
+            "500",
         ),
-        ("tokens of a latent", "logits", {"dictionary": "mlp.0", "unit": 7, "k": 10}, ""),
-        ("two texts of 20 new tokens", "generate", generate, ""),
+        ("a head ablated, neurons and heads", changed(head), "600"),
+        (f"a head ablated, {n} dictionaries", changed(head, **latents), "600"),
+        (f"a latent ablated, {n} dictionaries", changed(latent, **latents), "600"),
+        (
+            f"a latent ablated, {n} dictionaries, every token",
+            changed(latent, **latents, **every),
+            "",
+        ),
+        (f"other nodes of a table, {n} dictionaries, every token", chosen_anew, ""),
+        *_other_calls(session, head),
     ]
+
+
+def _other_calls(session: Any, head: dict[str, Any]) -> list[tuple[str, Callable[[], Any], str]]:
+    """What is not the debugger."""
+    ids, n_layers = _ids(session, 0), session.model.n_layers
+    generate: dict[str, Any] = {"prompt": ids, "max_new": 20, "seed": 0, "temperature": 1.0}
+    change = {"node": head | {"unit": 1, "position": -1}, "action": "zero"}
+    generate |= {"top_p": None, "interventions": [change], "baseline": True}
+    heads = [[layer, head] for layer in range(n_layers) for head in range(4)]
+    attention = {"text": ids, "heads": heads, "kind": "pattern"}
+    lens = {"text": ids, "points": ["post"], "positions": None, "k": 5}
+    logits = {"dictionary": "mlp.0", "unit": 7, "k": 10}
+    return [
+        ("attention, 48 heads", lambda: ask(session, "attention", attention), "250"),
+        ("lens, every token, after each layer", lambda: ask(session, "lens", lens), "1,200"),
+        ("tokens of a latent", lambda: ask(session, "logits", logits), ""),
+        ("two texts of 20 new tokens", lambda: ask(session, "generate", generate), ""),
+    ]
+
+
+def _ids(session: Any, number: int) -> list[int]:
+    """A prompt, another one for each number."""
+    return [(7919 * i + 13 + 104_729 * number) % session.model.n_vocab for i in range(N_TOKENS)]
 
 
 def _floor(session: Any) -> Any:

@@ -1,6 +1,6 @@
 """Makes the pictures of the README: ``python docs/screenshots.py``.
 
-It needs the extras ``serve`` and ``browser``, Chromium (see ``tests/browser/conftest.py``) and Pillow, which
+It needs the extras ``serve`` and ``browser``, Chromium (see ``tests/browser/running.py``) and Pillow, which
 comes with matplotlib. The pictures have few colours, so that each stays below 150 kB.
 """
 
@@ -10,13 +10,12 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from tests.browser.conftest import find_chromium
-from tests.browser.running import Server
+from tests.browser.running import Server, chromium
 
 MOST_BYTES = 150_000
 TEXT = "The queen went into the forest, and when"
@@ -43,11 +42,8 @@ def picture(page: Page, path: Path) -> int:
 
 def main() -> None:
     """Open each page once, wait until it is complete, and write its picture."""
-    with Server.start() as server, sync_playwright() as playwright:
+    with Server.start() as server, chromium() as browser:
         server.wait_for_model()
-        browser = playwright.chromium.launch(
-            executable_path=find_chromium(), args=["--no-sandbox", "--force-device-scale-factor=1"]
-        )
         for name, (theme, route) in PICTURES.items():
             page = browser.new_page(
                 viewport={"width": 1440, "height": 900},
@@ -65,7 +61,6 @@ def main() -> None:
                     f"{name}.png is larger than {MOST_BYTES:,} bytes: use fewer colours"
                 )
             page.close()
-        browser.close()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import __main__, child, collate, harness, import_time, judge, parity, sample
+from benchmarks import (
+    __main__,
+    child,
+    collate,
+    harness,
+    import_time,
+    judge,
+    parity,
+    sample,
+    viewer,
+    viewer_pages,
+)
 from benchmarks.contestants import BRIDGE_4, FLOOR, OURS, PLAIN, ours, plain
 from benchmarks.harness import Contestant, Entry, Harness, Race, Result
 from benchmarks.workloads import Prepared, Setup
@@ -39,6 +50,17 @@ def test_contestants_run_and_agree(running: Harness, setup: Setup) -> None:
     assert not floor.checksum
     assert "| plain torch | " in harness.table(race, results)
     assert all(result.peak_mib is not None and result.peak_mib >= 0 for result in results)
+
+
+def test_slow_contestants_are_called_once(setup: Setup) -> None:
+    race = sample.races(setup)[1]
+    chosen = [entry for entry in race.entries if entry.contestant is OURS]
+    with Harness(rounds=2, threads=1, slow_s=0.0) as running:
+        (result,) = running.run(Race(race.title, chosen, OURS.name))
+    assert len(set(result.seconds)) == 1
+    assert len(result.seconds) == 2
+    assert result.peak_mib is None
+    assert result.checksum
 
 
 @pytest.mark.parametrize("module", [ours, plain])
@@ -194,3 +216,25 @@ def test_asking_an_endpoint_is_measured() -> None:
     rows = judge.run(quick=True).splitlines()
     assert len(rows) == 8
     assert sum("requests" in row for row in rows) == 2
+
+
+def test_the_pages_are_weighed_without_a_browser(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no Chromium the table says so; what needs none is measured all the same."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("NEURON_EXPLAINER_CHROMIUM", raising=False)
+    large = viewer._large(tmp_path / "large", 20)
+    rows = viewer_pages.run(tmp_path, large, quick=True).splitlines()
+    found = {row.split(" | ")[0].removeprefix("| "): row.split(" | ")[1] for row in rows[2:]}
+    assert int(found["npm packages shipped"]) <= 3 < int(found["npm packages in the lock file"])
+    assert int(found["lines of JavaScript"].replace(",", "")) > 1000
+    assert int(found["a feature as one file, bytes, tiny-tales"].replace(",", "")) <= 60_000
+    assert found["everything that a browser shows"] == "-"
+    assert "Chromium" in rows[-1] or "playwright" in rows[-1]
+
+
+def test_times_of_a_page_are_a_median_and_a_95th_percentile() -> None:
+    rows = viewer_pages.Rows()
+    rows.times("a step", [float(x) for x in range(101)], "50", "; so")
+    assert rows.lines == ["| a step, ms | 50 | 95 | 50 | n = 101; so |"]

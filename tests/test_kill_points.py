@@ -142,8 +142,10 @@ def learn_boards() -> int:
 
 
 def draw_boards() -> int:
-    """The page about the models of the package."""
-    boards.main(["figures", "--out", "out"])
+    """A page with figures of the models of the package."""
+    boards.main(
+        ["figures", "--out", "out", "--boards", "10", "--only", "learning", "masked_speech"]
+    )
     return 0
 
 
@@ -240,6 +242,7 @@ COMMANDS = [
     COLLATE,
     FACTORS,
     BOARDS,
+    FIGURES,
     Command("exchange", exchange, "out", harms=("kill", "full disk")),
     function("merge", merge, harms=("kill", "full disk"), refuses_again=True),
     function("map", draw_map, harms=("kill", "full disk")),
@@ -459,12 +462,3 @@ def test_every_step_of_a_download(
     again: Any = {"harms": ("kill",), "refuses_again": True}
     remove = function("remove", of_cache(partial(files.remove_from_cache, url)), **again)
     check_all(remove, tmp_path, scratch)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_some_steps_of_the_figures_of_boards(inputs: Path, scratch: Path) -> None:
-    """Each run draws everything: minutes."""
-    laboratory = Laboratory(FIGURES, inputs, scratch)
-    for number in (9, len(laboratory.points) // 2, -2):
-        laboratory.check(laboratory.points[number], "kill")

@@ -1,5 +1,6 @@
 """The matrix products that a sweep has to redo: those of the layers after each intervention, of the positions
-from it on, and of the last token's logits. Attention's own products are left out."""
+from it on, and of the last token's logits. Attention's own products are left out. The last layer's MLP counts
+for every position, although this library runs it for the last token only where the metric reads no other."""
 
 import json
 from collections.abc import Iterable

@@ -422,20 +422,26 @@ class _Plan:
     attention and its MLP, ``2 L`` the stream after all ``L`` layers."""
     position: int
     """The first position that it changes."""
+    late: bool
+    """Whether it acts behind the last layer's attention. Only then that layer's MLP has to run for every
+    position, if the metric reads the last token's logits."""
 
 
 def _plan(number: int, hooks: TransformerHooks, run: "_FullPasses") -> _Plan:
     model = run.model
     model._check_hooks(hooks, max(run.lengths))
     n_layers = model.n_layers
-    point, position = 2 * n_layers, max(run.lengths)
+    point, position, late = 2 * n_layers, max(run.lengths), False
     for path, leaf in hooks.leaves():
         place = ActivationLocation(path.rpartition(".")[0])
+        behind = list(SITES).index(place.path) > _MIDDLE
+        late |= behind and not leaf.is_empty_at(n_layers - 1)
         for hook in leaf._hooks:
             layer, first = _begins(hook, run.lengths)
             at = place.at(layer) if place.site.per_layer else place
             point, position = min(point, _point_of(at, n_layers)), min(position, first)
-    return _Plan(number, hooks, point, min(position, max(run.lengths) - 1))
+    late |= point == 2 * n_layers
+    return _Plan(number, hooks, point, min(position, max(run.lengths) - 1), late)
 
 
 def _begins(hook: object, lengths: Sequence[int]) -> tuple[int, int]:
@@ -579,16 +585,18 @@ class _Staircase(_FullPasses):
             middle = x + delta
             x = middle + layer.mlp_block(middle, None, state.positions)
             self._points += [middle, x]
+        x = x if self.target.every_position else self._last(x, 0)[:, None]
         return self._logits(x, 0, TransformerHooks(), None)
 
     def _logits(
         self, x: Tensor, begin: int, hooks: TransformerHooks, clean: Tensor | None
     ) -> Tensor:
-        """Logits from the last stream ``[n, s, d]``, whose first position is ``begin``."""
+        """Logits from the last stream ``[n, s, d]``, whose first position is ``begin``, or from the last
+        token's ``[n, 1, d]`` where the metric reads no other."""
         model, n_rows = self.model, len(x)
         positions = self._at(n_rows, begin)
         if not self.target.every_position:
-            x, positions = self._last(x, begin)[:, None], self._last(positions[..., None], begin)
+            positions = self._last(positions[..., None], begin)
         at: dict[str, Any] = {"layer": None, "positions": positions}
         x = hooks.resid.post_ln_f(model.final_ln(x, hooks.resid.ln_f, **at), **at)
         logits = hooks.logits(linear(x, model.unembed), **at)
@@ -607,7 +615,12 @@ class _Staircase(_FullPasses):
         return self._positions[:, begin:].repeat(n_rows // len(self.tokens), 1)
 
     def batches(self, plans: Sequence[_Plan]) -> Iterator[Sequence[_Plan]]:
-        ordered = sorted(plans, key=lambda plan: (plan.position, plan.point))
+        ordered = sorted(plans, key=lambda plan: (plan.late, plan.position, plan.point))
+        for _, alike in itertools.groupby(ordered, key=lambda plan: plan.late):
+            yield from self._of_neighbours(alike)
+
+    def _of_neighbours(self, ordered: Iterable[_Plan]) -> Iterator[Sequence[_Plan]]:
+        """Interventions that begin at the same position together, or at a few neighbouring ones."""
         group: list[_Plan] = []
         for position, same in itertools.groupby(ordered, key=lambda plan: plan.position):
             if group and self._n_tokens(group) >= FEWEST_TOKENS and position > group[0].position:
@@ -628,13 +641,19 @@ class _Staircase(_FullPasses):
         n_prompts, n_layers = len(self.tokens), self.model.n_layers
         hooks = _on_rows(batch, n_prompts, n_layers)
         x = self._points[0][:0, begin:]
-        for point in range(batch[0].point, 2 * n_layers + 1):
+        end, last = 2 * n_layers, not self.target.every_position
+        early = last and not any(plan.late for plan in batch)
+        for point in range(batch[0].point, end + 1):
+            if early and point == end:  # the metric alone reads what follows
+                x = self._last(x, begin)[:, None]
             if len(x):
                 x = self._half(x, point, begin, hooks)
             joining = sum(plan.point == point for plan in batch)
             if joining:
                 x = torch.cat([x, self._points[point][:, begin:].repeat(joining, 1, 1)])
             x = self._at_point(x, point, begin, hooks)
+        if last and not early:
+            x = self._last(x, begin)[:, None]
         return self.target(self._reading(self._logits(x, begin, hooks, self.clean), len(x)))
 
     def _half(self, x: Tensor, point: int, begin: int, hooks: TransformerHooks) -> Tensor:

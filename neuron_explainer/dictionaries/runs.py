@@ -239,8 +239,8 @@ class RunFolder(Run):
                 else ""
             )
             raise InputError(
-                f"{self.path} holds a finished run with other settings ({differences}): load what it trained "
-                f"with Autoencoder.load, or train in another folder.{more}"
+                f"{self.path} holds a finished run with other settings ({differences}): use what it "
+                f"trained, or train in another folder.{more}"
             )
         if differences:
             raise InputError(
@@ -315,8 +315,8 @@ class RunFolder(Run):
                 files.remove_leftovers(folder)
         if self.is_finished and not self.checkpoints:
             raise InputError(
-                f"{self.path} holds a finished run, whose checkpoints were removed: load what it trained "
-                "with Autoencoder.load, or train in another folder."
+                f"{self.path} holds a finished run, whose checkpoints were removed: use what it trained, "
+                "or train in another folder."
             )
         return [folder.name for folder in self.checkpoints]
 

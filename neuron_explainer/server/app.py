@@ -75,7 +75,7 @@ def create_app(
             may change between requests, so that results are not kept); or None.
         autoencoders: names, folders or files of autoencoders of this model.
         token: what clients must send; None: a random one, ``app.state.serving.policy.token``.
-        base_path: the path under which a proxy shows the application, such as ``"/viewer"``.
+        base_path: the path in the browser's address, all of it, if a proxy takes a part of it away.
         read_only: refuse to change labels and bookmarks.
         hosts: names under which the server is reached, beside ``localhost`` and its addresses.
         any_address: answer under every IP address; needed where the server listens on all of them.

@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Iterator
 
+import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
 
@@ -56,19 +57,40 @@ def table(served: Served, d: DictionaryId) -> Response:
     )
 
 
+@router.get("/{d}.parquet", response_class=Response, **READ)
+def parquet_table(request: Request, served: Served, d: DictionaryId) -> Response:
+    """The same table as a Parquet file, with labels as they are. It needs the extra ``data`` (else 501)."""
+    from neuron_explainer.analysis.interchange.parquet import table_bytes
+
+    with served.registry.reading(d) as store:
+        texts = [text for units in _parts(store) for text in _labels(store, units)]
+        figures = {name: store.column(name) for name in COLUMNS}
+        body = table_bytes({"unit": np.arange(len(store)), **figures, "label": texts})
+    headers = _attachment(f"{d}.parquet")
+    return bytes_reply(request, body, "application/vnd.apache.parquet", headers=headers)
+
+
 def table_lines(store: ExampleStore) -> Iterator[str]:
     """The rows of the table, some at a time."""
     yield ",".join(["unit", *COLUMNS, "label"]) + "\r\n"
-    for begin in range(0, len(store), _ROWS):
-        units = range(begin, min(begin + _ROWS, len(store)))
-        labels = store.first_labels(units)
+    for units in _parts(store):
         figures = [store.column(name)[units.start : units.stop].tolist() for name in COLUMNS]
-        texts = [labels[unit].text if unit in labels else "" for unit in units]
+        texts = [_not_a_formula(text or "") for text in _labels(store, units)]
         out = io.StringIO()
-        csv.writer(out).writerows(
-            zip(units, *figures, [_not_a_formula(text) for text in texts], strict=True)
-        )
+        csv.writer(out).writerows(zip(units, *figures, texts, strict=True))
         yield out.getvalue()
+
+
+def _parts(store: ExampleStore) -> Iterator[range]:
+    """All units, some at a time."""
+    for begin in range(0, len(store), _ROWS):
+        yield range(begin, min(begin + _ROWS, len(store)))
+
+
+def _labels(store: ExampleStore, units: range) -> list[str | None]:
+    """The first label of each unit."""
+    labels = store.first_labels(units)
+    return [labels[unit].text if unit in labels else None for unit in units]
 
 
 def _not_a_formula(text: str) -> str:

@@ -105,7 +105,11 @@ def factor(request: Request, served: Served, run: RunId, i: Unit) -> Response:
         "previous": i - 1 if i > 0 else None,
         "next": i + 1 if i + 1 < examples.n_factors else None,
         **opened.vocabulary(tokens),
-        "python": opened.python(f"found.values[{i}].tolist()"),
+        "python": opened.python(
+            f'{{"importance": found.values[{i}].tolist(), "scores": [[each.score for each in '
+            f"examples.examples({i}, place, {SENTENCES}, each_sentence_once=True)] "
+            "for place in found.locations]}"
+        ),
     }
     return json_reply(request, content)
 

@@ -56,6 +56,7 @@ def model(request: Request, served: Served) -> Response:
         "sites": [],
         "heads": [],
         "python": _open_model(served),
+        "stores_python": _open_stores(served),
         **known,
         "dictionaries": [dictionary_row(served, shelf) for shelf in served.registry.available()],
         "limits": asdict(served.limits),
@@ -70,6 +71,21 @@ def _open_model(served: Serving) -> str:
         "from neuron_explainer.models.model_context import ModelContext\n\n"
         f"context = ModelContext.from_model_type({served.model_name or 'tiny-tales'!r})\n"
         "result = context.get_or_create_model()\n"
+    )
+
+
+def _open_stores(served: Serving) -> str:
+    """Python that gives the figures of all stores."""
+    sources = {shelf.id: shelf.source for shelf in served.registry.available()}
+    lines = "".join(f"    {id!r}: {source!r},\n" for id, source in sources.items())
+    return (
+        "from neuron_explainer.analysis.store import ExampleStore\n\n"
+        f"sources = {{\n{lines}}}\n"
+        "stores = {id: ExampleStore.open(source) for id, source in sources.items()}\n"
+        "result = {\n"
+        '    id: {"n": len(store), "n_alive": len(store.alive), "n_dense": len(store.dense())}\n'
+        "    for id, store in stores.items()\n"
+        "}\n"
     )
 
 

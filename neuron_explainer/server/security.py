@@ -425,7 +425,8 @@ def set_cookie(reply: Response, scope: Scope, policy: Policy) -> None:
     reply.set_cookie(
         cookie_name(scope),
         policy.cookie_value,
-        path=(scope.get("root_path") or "") + "/",
+        # A proxy may show a mounted application under a path that only the user knows.
+        path=(policy.base_path or scope.get("root_path") or "") + "/",
         httponly=True,
         samesite="strict",
         secure=scope.get("scheme") == "https",

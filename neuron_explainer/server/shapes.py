@@ -70,6 +70,7 @@ class Model(BaseModel):
     capabilities: list[str]
     read_only: bool
     python: str
+    stores_python: str
 
 
 class Bars(BaseModel):

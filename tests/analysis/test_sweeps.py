@@ -216,7 +216,8 @@ def test_plain_hooks_and_patterns_run_from_their_layer_on() -> None:
 
 
 def test_only_what_follows_is_computed() -> None:
-    """The layers see no position before the first changed one, and no layer below."""
+    """The layers see no position before the first changed one, and no layer below; the last MLP sees the
+    last token only, unless an intervention acts in it."""
     seen: list[tuple[int, tuple[int, ...]]] = []
     handles = [
         layer.mlp.register_forward_hook(
@@ -225,12 +226,20 @@ def test_only_what_follows_is_computed() -> None:
         for n, layer in enumerate(MODEL.layers)
     ]
     try:
-        cells = [steer("1/resid.torso.post_mlp", torch.ones(16), 1.0, 5)]
-        run = sweep(MODEL, EVEN[:1], cells, third)
+        run = sweep(
+            MODEL, EVEN[:1], [steer("1/resid.torso.post_mlp", torch.ones(16), 1.0, 5)], third
+        )
+        sweep(
+            MODEL,
+            EVEN[:1],
+            [ablate("2/mlp.post_act", units=1, positions=5), TransformerHooks()],
+            third,
+        )
     finally:
         for handle in handles:
             handle.remove()
-    assert seen == [(0, (1, 8)), (1, (1, 8)), (2, (1, 8)), (2, (1, 3))]
+    clean = [(0, (1, 8)), (1, (1, 8)), (2, (1, 8))]
+    assert seen == [*clean, (2, (1, 1)), *clean, (2, (1, 3))]
     assert run.values.shape == (1, 1)
 
 

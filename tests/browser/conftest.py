@@ -6,10 +6,8 @@ has. It reaches nothing but the loopback interface. A test fails if its page ask
 an error or logs one.
 """
 
-import os
-import shutil
+import contextlib
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,10 @@ import pytest
 
 from neuron_explainer.analysis.workspace import DATA_VARIABLE
 from tests.browser.helpers import WAIT_MS
-from tests.browser.running import Server, Watch, watched
+from tests.browser.running import NoBrowser, Server, Watch, chromium, watched
 from tests.server.factor_files import write_factors
 
 HERE = Path(__file__).parent
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,35 +28,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.browser)
 
 
-def find_chromium() -> str | None:
-    """The path of a Chromium of this machine."""
-    if named := os.environ.get("NEURON_EXPLAINER_CHROMIUM"):
-        return named
-    return next(filter(None, map(shutil.which, NAMES)), None)
-
-
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """Chromium without a window; a skip where there is none."""
-    if find_spec("playwright") is None:
-        pytest.skip(
-            'playwright is not installed: pip install -c constraints.txt -e ".[test,browser]"'
-        )
-    path = find_chromium()
-    if path is None:
-        pytest.skip(
-            "no Chromium: install it (Debian: apt-get install chromium), or name one in "
-            "NEURON_EXPLAINER_CHROMIUM"
-        )
-    from playwright.sync_api import sync_playwright
-
-    only_here = "MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(
-            executable_path=path, args=["--no-sandbox", f"--host-resolver-rules={only_here}"]
-        )
+    with contextlib.ExitStack() as stack:
+        try:
+            launched = stack.enter_context(chromium())
+        except NoBrowser as error:
+            pytest.skip(str(error))
         yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="session")

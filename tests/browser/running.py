@@ -1,13 +1,20 @@
 """What the tests of the pages start and watch: a server process, and what a page does that it should not."""
 
+import contextlib
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -16,6 +23,44 @@ from urllib.request import urlopen
 READY_S = 60.0
 """A server that has not printed its URL by then is broken: on an idle machine it takes 2 seconds."""
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+class NoBrowser(Exception):
+    """There is no browser here; the message says how to get one."""
+
+
+def chromium_path() -> str:
+    """The Chromium that ``NEURON_EXPLAINER_CHROMIUM`` names, or one that the system has."""
+    if find_spec("playwright") is None:
+        raise NoBrowser(
+            'playwright is not installed: pip install -c constraints.txt -e ".[test,browser]"'
+        )
+    named = os.environ.get("NEURON_EXPLAINER_CHROMIUM")
+    path = named or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        raise NoBrowser(
+            "no Chromium: install it (Debian: apt-get install chromium), or name one in "
+            "NEURON_EXPLAINER_CHROMIUM"
+        )
+    return path
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A new Chromium without a window, which reaches nothing but this machine."""
+    path = chromium_path()
+    from playwright.sync_api import sync_playwright
+
+    only_here = "MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", f"--host-resolver-rules={only_here}"]
+        )
+        try:
+            yield launched
+        finally:
+            launched.close()
 
 
 class Server:
@@ -81,6 +126,47 @@ class Server:
     def _model_state(self) -> str:
         with urlopen(f"{self.origin}/api/v1/health", timeout=10) as reply:
             return str(json.load(reply)["model_state"])
+
+    def model_process(self) -> int:
+        """The number of the process in which the model runs; waits until there is one."""
+        end = time.monotonic() + READY_S
+        while time.monotonic() < end:
+            for tasks in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+                for child in tasks.read_text().split():  # of each thread
+                    if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                        return int(child)
+            time.sleep(0.01)
+        raise AssertionError("the server has started no process for the model")
+
+    @contextmanager
+    def model_held(self) -> Iterator[int]:
+        """Within the block, the model's process stands still: it loads nothing and answers nothing."""
+        process = self.model_process()
+        os.kill(process, signal.SIGSTOP)
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
+
+    @contextmanager
+    def model_slowed(self, share: float = 0.05) -> Iterator[None]:
+        """Within the block, the model's process runs for this share of the time, a moment at a time."""
+        process, over = self.model_process(), threading.Event()
+
+        def slow() -> None:
+            while not over.wait(0.02 * share):
+                os.kill(process, signal.SIGSTOP)
+                over.wait(0.02 * (1 - share))
+                os.kill(process, signal.SIGCONT)
+
+        thread = threading.Thread(target=slow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def kill(self) -> None:
         """End it at once, as a crash does."""

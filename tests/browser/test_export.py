@@ -86,6 +86,7 @@ def test_exported_pages_are_accessible(exported, open_file, scheme):
 WIDGET = """data => {
     const traits = { data, unit: data.card.unit }, listeners = [];
     const root = document.body.appendChild(document.createElement('div'));
+    root.className = 'jp-OutputArea-output';
     window.asked = [];
     const model = {
         get: (name) => traits[name],
@@ -99,15 +100,31 @@ WIDGET = """data => {
 }"""
 
 
+JUPYTERLAB = """
+.jp-OutputArea-output { contain: strict; height: 900px; margin: 150px 0 0 300px; }
+.jp-OutputArea-output dt { font-weight: bold; float: left; width: 20%; }
+.jp-OutputArea-output dd { float: left; width: 80%; }
+"""
+
+
 def test_the_widget_shows_its_data_and_asks_for_others(browser):
     with ExampleStore.open(NAME) as store:
         first, second = (export.unit_data(store, store[unit]) for unit in (17, 18))
     context, watch = browser.new_context(), Watch()
     page = watched(context.new_page(), watch)
     page.add_style_tag(path=DIST / "embed.css")
+    page.add_style_tag(content=JUPYTERLAB)
     page.add_script_tag(path=DIST / "embed.js")
     page.evaluate(WIDGET, first)
     page.wait_for_selector("h1:has-text('Latent 17')")
+    for name in page.locator(".facts dt").all():
+        value = name.locator("+ dd").bounding_box()
+        assert name.bounding_box()["y"] + name.bounding_box()["height"] <= value["y"] + 1
+    peak = page.locator("#panel-examples .t.peak").first
+    peak.hover()
+    at, tip = (one.bounding_box() for one in (peak, page.locator(".tip")))
+    assert abs(at["x"] + at["width"] / 2 - tip["x"] - tip["width"] / 2) < 2
+    assert 0 <= at["y"] - tip["y"] - tip["height"] <= 10
     page.get_by_role("button", name="Next one that is alive").click()
     assert page.evaluate("asked") == [18]
     page.evaluate("data => show(data)", second)

@@ -9,7 +9,7 @@ import pytest
 
 from neuron_explainer.models.model_registry import make_autoencoder_context
 from neuron_explainer.models.transformer import Transformer
-from tests.browser.helpers import LATENTS, ask, eventually, expect, numbers, open_store
+from tests.browser.helpers import LATENTS, ask, expect, numbers, open_store
 from tests.browser.running import Server
 
 OpenPage = Callable[..., Any]
@@ -106,18 +106,6 @@ def test_a_dead_latent_is_a_page_that_says_so(open_page: OpenPage) -> None:
     dead = next(unit for unit in range(len(store)) if unit not in set(store.alive.tolist()))
     page = open_page(f"#/f/ae-mlp-post-act.0/{dead}")
     expect(page.get_by_text("was never active")).to_be_visible()
-
-
-def test_the_number_of_a_missing_unit_is_answered_with_what_there_is(open_page: OpenPage) -> None:
-    page = open_page(f"#/f/{LATENTS}/99999")
-    page.watch.expect("status of 404")
-    expect(page.get_by_text("There is no such thing here")).to_be_visible()
-    eventually(
-        lambda: (
-            str(len(open_store())) in page.inner_text("main") or "0 to" in page.inner_text("main")
-        ),
-        "the numbers that there are",
-    )
 
 
 @pytest.mark.parametrize(

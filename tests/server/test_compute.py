@@ -101,6 +101,10 @@ def test_one_head_in_detail(session: Session) -> None:
     assert_same(found["pattern"], reply["pattern"])
     promotes = [[[each["id"], each["value"]] for each in of["promotes"]] for of in reply["ov"]]
     assert_same(found["promotes"], promotes)
+    demotes = [[[each["id"], each["value"]] for each in of["demotes"]] for of in reply["ov"]]
+    assert_same(found["demotes"], demotes)
+    names = ("position", "attended", "write_norm")
+    assert_same(found["pairs"], [[pair[name] for name in names] for pair in reply["pairs"]])
 
 
 def test_the_lens_reads_the_stream(session: Session) -> None:
@@ -114,7 +118,7 @@ def test_the_lens_reads_the_stream(session: Session) -> None:
     top = probs.topk(3)
     assert reply["ids"][-1][-1] == top.indices.tolist()
     assert_same(reply["probs"][-1][-1], top.values.tolist())
-    assert_same(result_of(reply), {name: reply[name] for name in ("ids", "probs")})
+    assert_same(result_of(reply), {name: reply[name] for name in ("ids", "probs", "kl")})
     mid = ask(session, "lens", text=TEXT, points=["mid"], positions=None, k=1)
     assert [p["point"] for p in mid["points"]] == ["mid", "mid"]
     assert len(mid["ids"][0]) == len(TEXT)
@@ -198,6 +202,9 @@ def test_the_tokens_of_a_unit(dictionary: str, session: Session) -> None:
     found = result_of(reply)
     assert_same(found["top"], [[each["id"], each["value"]] for each in reply["top"]])
     assert_same(found["bottom"], [[each["id"], each["value"]] for each in reply["bottom"]])
+    if reply["excited_by"] is not None:
+        excited = [[each["id"], each["value"]] for each in reply["excited_by"]]
+        assert_same(found["excited_by"], excited)
 
 
 def test_neighbours_and_the_map(session: Session) -> None:
@@ -248,6 +255,8 @@ def test_a_row_in_detail(node: dict[str, Any], session: Session) -> None:
         if reply[name] is not None:
             assert_same(found[name], [[each["id"], each["value"]] for each in reply[name]])
     assert (reply["excited_by"] is None) == ("attn" in given["location"])
+    if reply["attends"] is not None:
+        assert_same(found["attends_to"], reply["attends"]["to"])
     if "attn" in given["location"]:
         layer = given["location"][0]
         pattern = captured(session, f"{layer}/attn.qk_probs")[:, :, 2]

@@ -194,6 +194,9 @@ def test_the_script_of_a_reply_gives_its_numbers(name: str, session: Session) ->
     assert_same(found["values"], reply["values"])
     assert_same(found["goal_values"], [each["goal_value"] for each in reply["prompts"]])
     assert_same(found["token_effects"], [each["token_effects"] for each in reply["prompts"]])
+    names = ("id", "logit", "prob")
+    tops = [[[top[n] for top in each["top_logits"]] for n in names] for each in reply["prompts"]]
+    assert_same(found["next_tokens"], tops)
     if REQUESTS[name].get("interventions"):
         changed, plain = (
             reply["prompts"][0][f"{which}logit_difference"] for which in ("", "baseline_")

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,26 @@ def test_a_table(client: TestClient, folder: Path) -> None:
                 assert float(row[name]) == store.column(name)[unit]
     assert [row["label"] for row in rows[:4]] == ["'=1+1", "'@SUM(A1)", "'-2", HOSTILE[3]]
     assert client.get(f"{API}/export/none.csv").status_code == 404
+
+
+def test_a_parquet_table(client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    with ExampleStore.open(folder, "made-up.2") as store:
+        store.workspace.set_label(0, "=1+1")
+        reply = client.get(f"{API}/export/made-up.2.parquet")
+        assert reply.headers["content-type"] == "application/vnd.apache.parquet"
+        assert reply.headers["content-disposition"] == 'attachment; filename="made-up.2.parquet"'
+        found = parquet.read_table(io.BytesIO(reply.content)).to_pydict()
+        assert list(found) == ["unit", *COLUMNS, "label"]
+        assert found["unit"] == list(range(N_UNITS))
+        for name in COLUMNS:
+            assert found[name] == store.column(name).tolist()
+        labels = store.first_labels(range(N_UNITS))
+        assert found["label"] == [
+            labels[unit].text if unit in labels else None for unit in range(N_UNITS)
+        ]
+    assert found["label"][0] == "=1+1"
+    assert client.get(f"{API}/export/none.parquet").status_code == 404
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    missing = client.get(f"{API}/export/made-up.2.parquet")
+    assert (missing.status_code, missing.json()["code"]) == (501, "missing_extra")

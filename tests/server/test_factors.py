@@ -42,8 +42,10 @@ def test_a_factor_has_its_sentences_and_saliencies(folder: Path) -> None:
     examples = FactorExamples.load(folder)
     found = ask(folder, "factors/tales/0").json()
     assert found["level"] == "low"
-    assert found["importance"] == result_of(found["python"])
-    for layer in found["layers"]:
+    result = result_of(found["python"])
+    assert found["importance"] == result["importance"]
+    for layer, scores in zip(found["layers"], result["scores"], strict=True):
+        assert [one["score"] for one in layer["examples"]] == scores
         expected = examples.examples(0, layer["location"])
         assert [one["score"] for one in layer["examples"]] == [each.score for each in expected]
         assert [tuple(one["ids"]) for one in layer["examples"]] == [e.tokens for e in expected]

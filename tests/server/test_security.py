@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urljoin
 
 import pytest
 from fastapi import APIRouter, FastAPI, Request
@@ -152,6 +153,18 @@ def test_mounted_in_another_application_nothing_is_lost() -> None:
     reply = stranger.get(f"/tools/viewer/?token={TOKEN}", follow_redirects=False)
     assert "; Path=/tools/viewer/;" in reply.headers["set-cookie"]
     assert stranger.get(f"/tools/viewer{READS}").status_code == 200
+
+
+def test_mounted_behind_a_proxy_that_takes_a_part_of_the_path_away() -> None:
+    outer = FastAPI()
+    outer.mount("/tools/viewer", app_with([STORE], base_path="/lab/tools/viewer"))
+    stranger = client_of(outer, None)
+    reply = stranger.get(f"/tools/viewer/?token={TOKEN}", follow_redirects=False)
+    assert "; Path=/lab/tools/viewer/;" in reply.headers["set-cookie"]
+    assert urljoin("http://x/lab/tools/viewer/", reply.headers["location"]) == (
+        "http://x/lab/tools/viewer/"
+    )
+    assert stranger.get(f"/tools/viewer{API}/health").status_code == 200
 
 
 @pytest.mark.parametrize(

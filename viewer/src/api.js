@@ -11,7 +11,7 @@ export class Problem extends Error {
     this.status = status;
     /** @type {string} */ this.code = body.code || (status ? `http_${status}` : 'unreachable');
     /** @type {string} */ this.title = body.title || '';
-    /** @type {string | undefined} */ this.loc = body.loc;
+    /** @type {(string | number)[] | undefined} */ this.loc = body.loc;
     /** @type {any[] | undefined} */ this.allowed = body.allowed;
     /** @type {number | null} seconds */ this.retryAfter = body.retry_after ?? null;
     /** How often this was tried again before. */ this.attempt = 0;
@@ -89,11 +89,6 @@ export async function post(address, body, options) {
   return (await send('POST', address, { ...options, body })).json();
 }
 
-/** Send JSON lines. @param {string} address @param {string} text */
-export function sendText(address, text) {
-  return send('POST', address, { body: text, raw: true, headers: { 'content-type': 'application/x-ndjson' } });
-}
-
 /** Forget the kept replies whose address begins so. @param {string} prefix */
 export function forget(prefix) {
   for (const address of kept.keys()) if (address.startsWith(prefix)) kept.delete(address);
@@ -101,30 +96,31 @@ export function forget(prefix) {
 
 /**
  * What is asked for, as it stands: `data` of an earlier address is kept (and `stale`) until the new reply is
- * there, so that nothing jumps.
+ * there, so that nothing jumps. While a reply comes in parts, `data` is what there is of it, and `loading`.
  * @template T
- * @typedef {{data: T | undefined, error: Problem | undefined, loading: boolean, stale: boolean, retry: () => void}} Asked
+ * @typedef {{data: T | undefined, error: Problem | undefined, loading: boolean, stale: boolean, retry: () => void, cancel: () => void}} Asked
  */
 
 /**
  * Ask for something as long as the component shows it.
  * @param {string | null} key what is asked for; a new key aborts the request of the old one. null: nothing
- * @param {(abort: AbortSignal) => Promise<any>} load
+ * @param {(abort: AbortSignal, show: (part: any) => void) => Promise<any>} load
  * @param {{delay?: number, known?: any}} [options] delay: milliseconds of rest before the request is sent
  * @returns {Asked<any>}
  */
 export function useAsk(key, load, { delay = 0, known } = {}) {
-  const [state, set] = useState(/** @type {{key: string | null, data?: any, error?: Problem}} */ ({ key: null }));
+  const [state, set] = useState(/** @type {{key: string | null, data?: any, error?: Problem, partial?: boolean}} */ ({ key: null }));
   const [turn, setTurn] = useState(0);
   const attempts = useRef({ key, n: 0 });
+  const running = useRef(/** @type {AbortController | null} */ (null));
   const at = key && known !== undefined ? { key, data: known } : state;
   useEffect(() => {
     if (key === null) return;
     if (known !== undefined) return set({ key, data: known });
-    const abort = new AbortController();
+    const abort = (running.current = new AbortController());
     const timer = setTimeout(async () => {
       try {
-        const data = await load(abort.signal);
+        const data = await load(abort.signal, (part) => abort.signal.aborted || set({ key, data: part, partial: true }));
         if (!abort.signal.aborted) set({ key, data });
       } catch (error) {
         if (abort.signal.aborted) return;
@@ -142,12 +138,16 @@ export function useAsk(key, load, { delay = 0, known } = {}) {
   return {
     data: key === null ? undefined : at.data,
     error: settled ? at.error : undefined,
-    loading: key !== null && !settled,
+    loading: key !== null && (!settled || !!at.partial),
     stale: !settled || !!at.error,
     retry: () => {
       attempts.current = { key, n: attempts.current.key === key ? attempts.current.n + 1 : 1 };
       set((old) => ({ key: null, data: old.data }));
       setTurn((n) => n + 1);
+    },
+    cancel: () => {
+      running.current?.abort();
+      set((old) => ({ key, data: old.data, error: new Problem({ code: 'stopped', title: 'Stopped', detail: 'You have stopped this request.' }, 499) }));
     },
   };
 }

@@ -22,7 +22,7 @@ import { count, number, percentage, visible } from './format.js';
  */
 
 /** @param {any} data */
-const there = (data) => ({ data, error: undefined, loading: false, stale: false, retry: () => {} });
+const there = (data) => ({ data, error: undefined, loading: false, stale: false, retry: () => {}, cancel: () => {} });
 
 /**
  * @param {{data: Exported, onUnit?: (unit: number) => void}} props

@@ -70,6 +70,15 @@ export function startKeys() {
   addEventListener('keydown', pressed);
 }
 
+/** Move the focus along elements. @param {string} selector @param {number} direction */
+export function walk(selector, direction) {
+  const all = /** @type {HTMLElement[]} */ ([...document.querySelectorAll(selector)]);
+  const at = all.indexOf(/** @type {HTMLElement} */ (document.activeElement));
+  const next = all[at < 0 ? (direction > 0 ? 0 : all.length - 1) : Math.min(Math.max(at + direction, 0), all.length - 1)];
+  next?.focus();
+  next?.scrollIntoView({ block: 'nearest' });
+}
+
 const GLYPHS = /** @type {Record<string, string>} */ ({
   ArrowLeft: '←', ArrowRight: '→', ArrowUp: '↑', ArrowDown: '↓', Escape: 'Esc',
 });

@@ -16,6 +16,11 @@ export function parse(hash) {
   };
 }
 
+/** The whole number that a part of an address is; NaN if it is none. @param {string | undefined} text @param {number} [otherwise] */
+export function whole(text, otherwise = 0) {
+  return text === undefined ? otherwise : /^\d+$/.test(text) ? Number(text) : NaN;
+}
+
 /** @param {string} part */
 function decoded(part) {
   try {

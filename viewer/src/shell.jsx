@@ -7,9 +7,10 @@ import { Icon } from './components/icons.jsx';
 import { copy } from './components/notice.js';
 import { Notices } from './components/notices.jsx';
 import { Tool } from './components/panel.jsx';
-import { Empty, Failure } from './components/states.jsx';
+import { Failure } from './components/states.jsx';
 import { fixed, plural } from './format.js';
 import { layers, pending, shownKeys, useKeys } from './keys.js';
+import { Astray } from './pages/astray.jsx';
 import { Palette } from './palette.jsx';
 import { go, href, route } from './router.js';
 import { PAGES } from './routes.js';
@@ -74,7 +75,10 @@ function useScrollTo(path, panel) {
   const before = useRef(page);
   useEffect(() => {
     // Steps from unit to unit keep the place; another page begins at its top.
-    if (before.current !== page) scrollTo(0, 0);
+    if (before.current !== page) {
+      scrollTo(0, 0);
+      document.getElementById('main')?.focus({ preventScroll: true }); // the keyboard begins there, too
+    }
     before.current = page;
   }, [page, dictionary]);
   useEffect(() => {
@@ -132,8 +136,7 @@ function Banner() {
 function Unknown() {
   return (
     <div class="page">
-      <h1 class="hidden">No such page</h1>
-      <Empty title="There is no such page"><p>The address may be of another version. <a href="#/">Go to the start</a></p></Empty>
+      <Astray title="There is no such page" why="The address may be of another version. These are the pages:" places={PAGES.filter((one) => one.rail).map((one) => [one.title, href([one.path])])} />
     </div>
   );
 }

@@ -1,22 +1,12 @@
 // What all pages share: what the server says about the model, the theme, bookmarks, and the compare tray.
 import { computed, effect, signal } from '@preact/signals';
-import { Problem, get, url } from './api.js';
+import { Problem, get, traffic, url } from './api.js';
 
 /**
- * @typedef {object} DictionarySummary
- * @property {string} id
- * @property {string} name
- * @property {string} kind
- * @property {string} location
- * @property {number} layer
- * @property {string} site
- * @property {number} n
- * @property {number} n_alive
- * @property {number} n_dead
- * @property {number} n_dense
- * @property {boolean} signed
- * @property {boolean} has_autoencoder
- * @property {any} metrics
+ * @typedef {{
+ *   id: string, name: string, kind: string, location: string, layer: number, site: string, n: number, n_alive: number,
+ *   n_dead: number, n_dense: number, signed: boolean, has_autoencoder: boolean, metrics: any,
+ * }} DictionarySummary
  */
 
 /** The reply of `/model`; null until it is there. */
@@ -44,6 +34,7 @@ async function poll() {
     const before = modelState.peek();
     health.value = await get(url(['health']));
     if (model.peek() === null || before !== modelState.peek()) model.value = await get(url(['model']));
+    if (modelProblem.peek()) dispatchEvent(new Event('nx-back')); // what failed meanwhile is asked for again
     modelProblem.value = null;
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
@@ -53,9 +44,12 @@ async function poll() {
   timer = setTimeout(poll, document.hidden ? 30_000 : soon ? 1_500 : 10_000);
 }
 
+const offline = computed(() => !traffic.value.online);
+
 /** Called once. */
 export function startState() {
   poll();
+  effect(() => void (offline.value && setTimeout(poll))); // the first request that fails says so for all
   document.addEventListener('visibilitychange', () => document.hidden || poll());
 }
 

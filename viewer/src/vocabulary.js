@@ -62,9 +62,11 @@ function join(ids, from, words) {
   for (let i = from; i < Math.min(ids.length, from + MOST_JOINED); i++) {
     const hex = words.vocab_bytes?.[ids[i]];
     const more = hex === undefined ? new TextEncoder().encode(words.vocab[ids[i]] ?? '') : bytesOf(hex);
+    // Only bytes in the middle of a character can complete one that has begun.
+    if (more.length && ((more[0] & 0xc0) === 0x80) === (i === from)) return null;
     bytes = Uint8Array.from([...bytes, ...more]);
-    const text = decoded(bytes);
-    if (text !== null && i > from) return { to: i + 1, text };
+    const text = i === from ? null : decoded(bytes);
+    if (text !== null) return { to: i + 1, text };
   }
   return null;
 }

@@ -1,6 +1,6 @@
 """Parquet: the figures and the examples of a store as two tables. It needs pyarrow (the extra ``data``)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,7 @@ def write_parquet(records: Iterable[LatentRecord], folder: str | Path) -> tuple[
         records: a store, or some of its records.
         folder: where the two files go.
     """
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise MissingExtraError(
-            "Parquet needs pyarrow, which is not installed: pip install 'neuron_explainer[data]'"
-        ) from error
+    pyarrow, parquet = _libraries()
     place = files.local_path(folder)
     units: list[dict[str, Any]] = []
     with files.atomic_write(place / "examples.parquet") as temporary:
@@ -51,6 +45,25 @@ def write_parquet(records: Iterable[LatentRecord], folder: str | Path) -> tuple[
     with files.atomic_write(place / "units.parquet") as temporary:
         parquet.write_table(pyarrow.Table.from_pylist(units), temporary, compression="zstd")
     return place / "units.parquet", place / "examples.parquet"
+
+
+def table_bytes(columns: Mapping[str, Any]) -> bytes:
+    """A Parquet file of columns of the same length: arrays, or lists of plain values or None."""
+    pyarrow, parquet = _libraries()
+    out = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.table(dict(columns)), out, compression="zstd")
+    return bytes(out.getvalue())
+
+
+def _libraries() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise MissingExtraError(
+            "Parquet needs pyarrow, which is not installed: pip install 'neuron_explainer[data]'"
+        ) from error
+    return pyarrow, parquet
 
 
 def _schema(pyarrow: Any) -> Any:

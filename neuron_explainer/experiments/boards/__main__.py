@@ -92,6 +92,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     """Write a run's model, or that of its newest checkpoint, to a folder of its own."""
+    if (args.out / "log.jsonl").exists() and not (args.out / "model.safetensors").exists():
+        raise InputError(f"{args.out} is a run, not a model; choose another --out.")
     stored = training.load_run(args.run)
     dtype = getattr(torch, args.dtype)
     figures = accuracies(stored.model.to(dtype).float(), stored.dataset)
@@ -127,7 +129,14 @@ def run_speed(args: argparse.Namespace) -> None:
 def run_boards(args: argparse.Namespace) -> None:
     """Make a data set of boards and save it; show a board of each kind."""
     dataset = BoardDataset(from_flags(args, BoardConfig))
+    if args.seed_layout and args.out is None:
+        raise InputError("--seed-layout says how to write a data set; say where with --out.")
     if args.seed_layout:
+        there = args.out.is_dir() and any(args.out.iterdir())
+        if there and not (args.out / "dataset.json").exists():
+            raise InputError(
+                f"{args.out} is not empty and holds no dataset.json; choose another --out."
+            )
         print(f"wrote {write_seed_layout(dataset, args.out)}")
     elif args.out is not None:
         with files.write_once(args.out, "choose another --out") as folder:

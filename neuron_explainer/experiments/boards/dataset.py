@@ -333,7 +333,9 @@ class BoardDataset:
         manifest = files.read_json(folder / "config.json")
         if (manifest.get("kind"), manifest.get("format_version")) != ("boards", FORMAT_VERSION):
             raise CheckpointError(f"{folder} holds no data set of boards of a format known here.")
-        config = read_fields(BoardConfig, manifest["config"], str(folder), error=CheckpointError)
+        config = read_fields(
+            BoardConfig, manifest.get("config"), str(folder), error=CheckpointError
+        )
         try:
             with np.load(folder / "boards.npz", allow_pickle=False) as stored:
                 arrays = {name: stored[name].astype(np.int64) for name in stored.files}

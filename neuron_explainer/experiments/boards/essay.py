@@ -141,7 +141,9 @@ def _section(picture: Picture, study: Study, folder: Path) -> str:
     for ending, metadata in (("png", None), ("svg", {"Date": None})):
         buffer = io.BytesIO()
         with rc_context({"svg.hashsalt": "neuron_explainer"}):  # the same names every time
-            picture.figure.savefig(buffer, format=ending, dpi=150, metadata=metadata)
+            picture.figure.savefig(
+                buffer, format=ending, dpi=150, metadata=metadata, bbox_inches="tight"
+            )
         drawn[ending] = buffer.getvalue()
         with files.atomic_write(folder / f"{picture.name}.{ending}") as temporary:
             temporary.write_bytes(drawn[ending])

@@ -106,9 +106,14 @@ def load_model(
             f"{folder}: expected a model of kind {kind!r}, found one of kind {found!r}."
         )
     model_type, sizes_type = _KINDS[found]
-    sizes = read_fields(sizes_type, config["sizes"], str(folder), error=CheckpointError)
+    sizes = read_fields(sizes_type, config.get("sizes"), str(folder), error=CheckpointError)
     model = model_type(sizes)  # type: ignore[arg-type]  # each architecture has its own sizes
-    _fill(model, folder / WEIGHTS)
+    path = folder / WEIGHTS
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    fill(model, {name: value.float() for name, value in tensors.items()}, str(path))
     dataset = BoardDataset.load(folder / BOARDS)
     if config.get("boards_checksum") != dataset.checksum:
         raise CheckpointError(
@@ -118,12 +123,8 @@ def load_model(
     return StoredModel(model.to(device=device, dtype=dtype), dataset, config)
 
 
-def _fill(model: BoardModel, path: Path) -> None:
-    """Put the stored weights into a model; one error that lists all that does not fit."""
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+def fill(model: BoardModel, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Put stored weights into a model; one error that lists all that does not fit."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     wrong = [
@@ -132,8 +133,8 @@ def _fill(model: BoardModel, path: Path) -> None:
         if expected.get(name) != found.get(name)
     ]
     if wrong:
-        raise CheckpointError(f"{path} does not fit a {kind_of(model)}: {'; '.join(wrong[:5])}")
-    model.load_state_dict({name: value.float() for name, value in tensors.items()})
+        raise CheckpointError(f"{where} does not fit a {kind_of(model)}: {'; '.join(wrong[:5])}")
+    model.load_state_dict(tensors)
 
 
 def shipped(name: str) -> Path:

@@ -108,7 +108,7 @@ class BoardConfig:
     def _check_shares(self) -> None:
         if self.split == "fraction":
             for name, share in (("test", self.held_out_for_test), ("val", self.val)):
-                self._check(name, 0 <= share < 1, "a share, 0 or more and below 1,")
+                self._check(name, 0 <= share < 1, "a share from 0 to below 1")
             if self.held_out_for_test + self.val >= 1:
                 raise InputError(
                     f"BoardConfig: test {self.held_out_for_test:g} and val {self.val:g} leave no boards for "
@@ -212,6 +212,6 @@ def make_composites(config: BoardConfig, rng: np.random.Generator) -> Ints:
         if len(found) == config.n_composites:
             return np.stack(list(found.values())).reshape(-1, side, side)
     raise InputError(
-        f"there are only {len(found)} different composites of {config.composite_roots} roots, "
+        f"found only {len(found)} different composites of {config.composite_roots} roots, "
         f"{config.n_composites} were asked for. Take fewer composites or more roots."
     )

@@ -18,7 +18,14 @@ from neuron_explainer.experiments.boards.speech import (
     swap_words,
     word_information,
 )
-from neuron_explainer.experiments.boards.study import Picture, Study, label, new_figure, short
+from neuron_explainer.experiments.boards.study import (
+    Picture,
+    Study,
+    label,
+    legend_above,
+    new_figure,
+    short,
+)
 from neuron_explainer.models.locations import ActivationLocation
 
 _MODULE = "pictures_of_claims"
@@ -58,8 +65,8 @@ def probes(study: Study) -> Picture:
         axis.axhline(np.mean([r.chance for r in found]), color=_COLOURS[target], lw=0.7, ls=":")
     axis.set_xticks(range(len(places)), [short(p) for p in places], rotation=90, fontsize=6)
     axis.set_ylim(0, 1.02)
-    axis.legend(fontsize=7, ncol=2, loc="center right")
     label(axis, "", "accuracy on held-out boards", "dotted: chance (most frequent class)")
+    legend_above(axis, len(_PROBED))
     last = {r.target: r for r in results if r.place == _last(study)}
     text = ", ".join(_beside_chance(r) for r in last.values())
     return _picture(
@@ -109,7 +116,7 @@ def convergence(study: Study) -> Picture:
     for name, colour in (("visible", "#4477aa"), ("hidden", "#ee6677")):
         ratios = [s.ratio for s in found[name]]
         axes[0, 0].plot(ratios, "o-", ms=3, color=colour, label=f"{name} cells")
-        dimensions = [s.dimensions for s in found[name]]
+        dimensions = [s.dimensions if s.between else np.nan for s in found[name]]
         axes[0, 1].plot(dimensions, "o-", ms=3, color=colour, label=f"{name} cells")
     axes[0, 0].axhline(1, color="#888888", lw=0.7, ls=":")
     most = study.dataset.config.n_roots - 1
@@ -117,7 +124,6 @@ def convergence(study: Study) -> Picture:
     axes[0, 1].axhline(most, color="#888888", lw=0.7, ls=":")
     for axis in axes[0]:
         axis.set_xticks(range(len(ticks)), ticks, rotation=90, fontsize=6)
-        axis.legend(fontsize=7)
     label(axes[0, 0], "", "within / between", "distance within a root ÷ between roots")
     label(
         axes[0, 1],
@@ -125,6 +131,8 @@ def convergence(study: Study) -> Picture:
         "participation ratio",
         f"dimensions of the {most + 1} root means (of {most})",
     )
+    for axis in axes[0]:
+        legend_above(axis, 2)
     ratios = [s.ratio for s in found["visible"]]
     lowest = int(np.nanargmin(ratios))
     return _picture(
@@ -176,9 +184,9 @@ def planes(study: Study) -> Picture:
         "Planes to look at",
         "Cells of objects, visible and hidden. Above: on the first two principal directions of "
         "each stage, coloured "
-        "by root. Middle: on the principal plane of the ten root means, coloured by root. Below: "
+        "by root. Middle: on the principal plane of the root means, coloured by root. Below: "
         "on that of the "
-        "nine means of positions in the root, coloured by position. The means are of other cells "
+        "means of positions in the root, coloured by position. The means are of other cells "
         "than those that "
         "are shown.",
         f"Share of the variance in the principal planes: {text}.",
@@ -205,23 +213,23 @@ def lea_abstractions(study: Study) -> Picture:
         own = [r for r in results if r.target == target]
         axes[0, 0].plot([r.accuracy for r in own], "o-", ms=3, color=_COLOURS[target], label=target)
         axes[0, 0].axhline(np.mean([r.chance for r in own]), color=_COLOURS[target], lw=0.7, ls=":")
-    axes[0, 0].legend(fontsize=7)
     axes[0, 1].plot(ratios, "o-", ms=3)
     axes[0, 1].axhline(1, color="#888888", lw=0.7, ls=":")
     for axis in axes[0, :2]:
         axis.set_xticks(range(len(ticks)), ticks, rotation=90, fontsize=6)
-    shown = recording.on_objects
+    shown = seen_objects(recording)
     flat = plane(recording.at(found[lowest].place)[shown])
     _scatter(axes[0, 2], flat.points, recording.roots[shown])
     label(axes[0, 0], "", "accuracy on held-out boards", "probes of hidden cells")
+    legend_above(axes[0, 0], len(_PROBED))
     label(axes[0, 1], "", "within / between", "distance within a root ÷ between roots")
     label(axes[0, 2], title=f"principal plane, {ticks[lowest]}, by root")
     return _picture(
         "lea_abstractions",
         "The other architecture has them too",
         "The picture stream of LEA while it reads the masked board, measured as the factored "
-        "transformer was: probes of hidden cells (dotted: chance), distances between visible cells, and "
-        "cells of objects on the principal plane of the stage where the ratio is lowest.",
+        "transformer was: probes of hidden cells (dotted: chance), distances between visible cells of "
+        "roots, and these cells on the principal plane of the stage where the ratio is lowest.",
         f"Probes at their best: {_best(results)}. Ratio: {ratios[0]:.2f} at the embedding, "
         f"{ratios[lowest]:.2f} at its lowest ({ticks[lowest]}), {ratios[-1]:.2f} after the last norm. "
         f"The principal plane there holds {100 * flat.shares.sum():.0f}% of the variance.",
@@ -332,7 +340,8 @@ def manipulation_example(study: Study) -> Picture:
         "The cells of the root get the activations that they have on the other board, and the "
         "model, which sees "
         "the first board, draws the second.",
-        f"{100 * flipped.mean():.0f}% of {len(flipped)} boards turn into the other one, in all nine cells.",
+        f"{100 * flipped.mean():.0f}% of {len(flipped)} boards turn into the other one, in all cells "
+        "of the root.",
         figure,
     )
 
@@ -366,7 +375,7 @@ def independence(study: Study) -> Picture:
         lines[settings[3]].append(probe.accuracy(x[cells & ~left], single.roots[cells & ~left]))
     for name, line in lines.items():
         axes[0, 0].plot(line, "o-", ms=3, label=name)
-    axes[0, 0].axhline(0.1, color="#888888", lw=0.7, ls=":")
+    axes[0, 0].axhline(1 / study.dataset.config.n_roots, color="#888888", lw=0.7, ls=":")
     axes[0, 0].legend(fontsize=6)
     label(axes[0, 0], "", "accuracy of the root probe", "learned on single boards, read on …")
     cells = single.hidden & single.on_objects
@@ -390,11 +399,12 @@ def independence(study: Study) -> Picture:
         "Left: a probe for the root is learned on single boards (or on the left half of the "
         "board) and read on "
         "boards of other kinds (or on the right half). Right: how much of the variance of hidden cells lies "
-        "between the 90 combinations of root and position in it, between the 64 places on the board, and "
-        "between the 10 backgrounds.",
-        f"At the last stage: {last} (chance 10%). Of the variance there, root and position in it account for "
-        f"{100 * found[-1]['root and position in it']:.0f}%, the background for "
-        f"{100 * found[-1]['background']:.0f}%.",
+        "between the combinations of root and position in it, between the places on the board, and "
+        "between the backgrounds.",
+        f"At the last stage: {last} (chance {100 / study.dataset.config.n_roots:.0f}%). Of the variance "
+        "there, root and position in it account for "
+        f"{100 * found[-1]['root and position in it']:.0f}%, "
+        f"the background for {100 * found[-1]['background']:.0f}%.",
         figure,
     )
 
@@ -415,13 +425,18 @@ def parts_and_wholes(study: Study) -> Picture:
     bars = axes[0, 0].bar([0, 1], [recovered.mean(), lone], 0.6, color=["#228833", "#bbbbbb"])
     axes[0, 0].bar_label(bars, [f"{100 * recovered.mean():.0f}%", f"{100 * lone:.0f}%"], fontsize=7)
     axes[0, 0].set_xticks([0, 1], ["part of a\ncomposite", "alone"], fontsize=7)
-    axes[0, 0].axhline(1 / study.dataset.config.n_roots, color="#888888", lw=0.7, ls=":")
+    chance = 1 / study.dataset.config.n_roots
+    axes[0, 0].axhline(chance, color="#888888", lw=0.7, ls=":")
     axes[0, 0].set_ylim(0, 1.1)
     label(axes[0, 0], "", "share drawn right", "root hidden whole")
-    for name, colour in (("flipped", "#4477aa"), ("kept", "#ee6677"), ("elsewhere", "#228833")):
-        axes[0, 1].plot([getattr(r, name) for r in results], "o-", ms=3, color=colour, label=name)
+    for name, told, colour in (
+        ("flipped", "it shows the other root", "#4477aa"),
+        ("kept", "it shows its own", "#ee6677"),
+        ("elsewhere", "other cells stay right", "#228833"),
+    ):
+        axes[0, 1].plot([getattr(r, name) for r in results], "o-", ms=3, color=colour, label=told)
     axes[0, 1].set_xticks(range(len(places)), [short(p) for p in places], rotation=90, fontsize=6)
-    axes[0, 1].legend(fontsize=7)
+    axes[0, 1].legend(fontsize=6)
     label(axes[0, 1], "", "share", "one constituent patched")
     cells = study.n(1500)
     composite = probe_everywhere(study.recording, ["composite"], seeds=(0, 1), cells=cells)
@@ -442,9 +457,8 @@ def parts_and_wholes(study: Study) -> Picture:
         "root, and all other "
         "cells should stay. Right: what a probe reads of the composite.",
         f"Drawn right: {100 * recovered.mean():.0f}% of hidden constituents, {100 * lone:.0f}% "
-        "of lone roots (chance "
-        f"10%). Patched after block 1: {100 * middle.flipped:.0f}% flip, "
-        f"{100 * middle.elsewhere:.1f}% of all other "
+        f"of lone roots (chance {100 * chance:.0f}%). Patched after block 1: "
+        f"{100 * middle.flipped:.0f}% flip, {100 * middle.elsewhere:.1f}% of all other "
         "cells stay right.",
         figure,
     )
@@ -473,7 +487,7 @@ def words(study: Study) -> Picture:
     axes[0, 0].set_xticks(range(said.shape[1]))
     label(axes[0, 0], "slot of the sentence", "", "mutual information ÷ entropy of the attribute")
     used, counts = np.unique(said, return_counts=True)
-    axes[0, 1].bar(range(len(used)), np.sort(counts)[::-1], color="#4477aa")
+    axes[0, 1].bar(range(len(used)), np.sort(counts)[::-1], 1.0, color="#4477aa")
     label(
         axes[0, 1],
         "word, by frequency",
@@ -598,6 +612,8 @@ def masked_speech(study: Study) -> Picture:
             lines[name].append(float((drawn == boards.tokens).mean()))
     for name, line in lines.items():
         axes[0, 0].plot(levels, line, "o-", ms=3, label=name)
+    background = float((boards.tokens == boards.backgrounds[:, None]).mean())
+    axes[0, 0].axhline(background, color="#888888", lw=0.7, ls=":", label="background everywhere")
     axes[0, 0].legend(fontsize=7)
     label(
         axes[0, 0], "share of cells hidden", "share of cells drawn right", "LEA, single test boards"
@@ -607,6 +623,7 @@ def masked_speech(study: Study) -> Picture:
         "masked_speech",
         "A sentence says enough",
         "LEA draws a board from what it sees of it, or from 16 words that it said about it.",
-        f"With a quarter of the cells hidden: {text}.",
+        f"With a quarter of the cells hidden: {text}. The background in every cell would get "
+        f"{100 * background:.1f}%.",
         figure,
     )

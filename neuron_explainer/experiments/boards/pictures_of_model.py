@@ -47,7 +47,7 @@ def boards(study: Study) -> Picture:
     return _picture(
         "boards",
         "A world of boards",
-        "Every board shows one root (a fixed 3 × 3 pattern of object tokens), two roots, or a composite of "
+        "Every board shows one root (a fixed square pattern of object tokens), two roots, or a composite of "
         "four roots, on one background. The model sees a board with cells hidden and has to fill it in. "
         "These boards are from the test set; of the composite, one whole root is hidden besides.",
         f"Hidden cells of test boards that are filled in right, a quarter of all cells hidden: {figures}.",
@@ -59,7 +59,7 @@ def accuracy_table(study: Study) -> Picture:
     """Accuracy by kind of board and part of the data set."""
     figure, axes = new_figure(6.6, 2.6, 1, 3, sharey=True)
     parts: tuple[Part, ...] = ("train", "test")
-    names = ("hidden", "cells", "boards")
+    names = ("hidden", "objects", "boards")
     own, n = (study.model, study.dataset), study.n(100)
     found = {part: accuracy_by_kind(*own, part, n=n, seed=study.seed) for part in parts}
     shown_before = {k: study.dataset.shown_in_training(k, "test").mean() for k in KINDS}
@@ -72,18 +72,28 @@ def accuracy_table(study: Study) -> Picture:
         axis.set_ylim(0, 1.12)
         label(
             axis,
-            title={"hidden": "hidden cells", "cells": "all cells", "boards": "whole boards"}[name],
+            title={
+                "hidden": "hidden cells",
+                "objects": "those of objects",
+                "boards": "whole boards",
+            }[name],
         )
     axes[0, 0].legend(fontsize=7, loc="lower left")
+    split = (
+        "The split holds out rows, not pictures: "
+        f"{100 * shown_before['double']:.0f}% of the double test boards look like a training board "
+        "with its two roots named in the other order."
+    )
+    if study.dataset.held_out_positions is not None:
+        split = (
+            "Every test board shows a root at the one position at which training never shows it."
+        )
     gaps = [abs(found["train"][k].hidden - found["test"][k].hidden) for k in KINDS]
     return _picture(
         "accuracy_table",
         "It generalises to boards that were held out",
         "Accuracy on boards like those of training and on test boards, two maskings of at most 100 boards of "
-        "each kind with a fifth of their cells hidden. The split holds out rows, not pictures: "
-        f"{100 * shown_before['double']:.0f}% of the double test boards look like a training "
-        "board with its two "
-        "roots named in the other order.",
+        f"each kind with a fifth of their cells hidden. {split}",
         f"The largest gap between training and test is {100 * max(gaps):.1f} points (hidden cells).",
         figure,
     )
@@ -101,6 +111,8 @@ def learning(study: Study) -> Picture:
             if np.isfinite(errors).any():
                 axis.plot(steps, errors, lw=0.8, label=key.replace("_", " "))
         axis.set_yscale("log")
+        axis.tick_params(which="both", labelsize=6)
+        axis.locator_params(axis="x", nbins=5)
         axis.legend(fontsize=7)
         label(axis, "step", "hidden cells that are wrong", name)
     if not names:
@@ -145,7 +157,7 @@ def token_embeddings(study: Study) -> Picture:
     return _matrices(
         "token_embeddings",
         "Tokens, before anything is computed",
-        "The embedding of the 10 backgrounds (digits), the 10 object tokens (letters) and the hidden token "
+        "The embedding of the backgrounds (digits), the object tokens (letters) and the hidden token "
         "(░), with Euclidean distances, distances of unit vectors, and one minus the cosine.",
         study.model.tok_embed.weight.detach().float().cpu().numpy(),
         ticks,
@@ -157,7 +169,7 @@ def position_embeddings(study: Study) -> Picture:
     return _matrices(
         "position_embeddings",
         "Positions, beside the stream",
-        "The position code of each of the 64 cells, row by row. It is never added to the stream: "
+        "The position code of each cell, row by row. It is never added to the stream: "
         "attention and "
         "MLP read it beside the stream, anew in every block.",
         study.model.pos_embed.detach().float().cpu().numpy(),
@@ -221,10 +233,11 @@ def activations_of_a_board(study: Study) -> Picture:
     return _picture(
         "activations_of_a_board",
         "Every stage of one board",
-        "Rows are the 64 cells (above the line those of the root), columns the 64 channels of "
+        "Rows are the cells (above the line those of the root), columns the channels of "
         "the stream; red is "
         "positive, blue negative, each map on its own scale. One row of maps is a block.",
-        f"{int((masked != found.tokens).sum())} of the root's 9 cells are hidden from the model.",
+        f"{int((masked != found.tokens).sum())} of the root's {study.dataset.config.root_size**2} cells are "
+        "hidden from the model.",
         figure,
     )
 
@@ -353,7 +366,7 @@ def attention_grid(study: Study) -> Picture:
     return _picture(
         "attention_grid",
         "All queries at once",
-        "For each head a grid of 8 × 8 maps: the map at a place shows where the cell at that "
+        "For each head a grid of maps: the map at a place shows where the cell at that "
         "place looks. Same "
         "board as above.",
         f"{study.n_layers} blocks of {n_heads} heads, {side**4} weights each.",
@@ -366,16 +379,17 @@ def attention_across_boards(study: Study) -> Picture:
     rng = np.random.default_rng([study.seed, 5])
     config, root = study.dataset.config, 0
     corners = config.board_size - config.root_size + 1
-    drawn = rng.integers(0, [corners, corners, config.n_backgrounds], size=(4, 3))
-    rows = np.array([[root, x, y, b] for x, y, b in drawn])
+    far, middle = corners - 1, corners // 2
+    places = [(0, 0), (0, far), (far, 0), (middle, middle)]
+    rows = np.array([[root, *place, rng.integers(config.n_backgrounds)] for place in places])
     found = study.dataset.paint("single", rows)
-    middle = found.cells == config.root_size**2 // 2
-    masked = np.where(middle, config.hidden_token, found.tokens)
+    centre = found.cells == config.root_size**2 // 2
+    masked = np.where(centre, config.hidden_token, found.tokens)
     patterns = _patterns(study, masked)
     figure, axes = new_figure(5.6, 5.4, len(rows), study.n_layers + 1)
     shares = []
     for i, row in enumerate(axes):
-        query = int(np.flatnonzero(middle[i])[0])
+        query = int(np.flatnonzero(centre[i])[0])
         Board(masked[i], config).draw(row[0])
         for layer, axis in enumerate(row[1:]):
             pattern = patterns[layer][i, query].mean(-1)

@@ -169,6 +169,19 @@ def label(axes: Any, x: str = "", y: str = "", title: str = "") -> None:
     axes.set_title(title, fontsize=9)
 
 
+def legend_above(axes: Any, columns: int) -> None:
+    """A legend between the title and the axes, where it hides no line."""
+    axes.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 0.98),
+        ncol=columns,
+        fontsize=7,
+        frameon=False,
+        columnspacing=1.2,
+    )
+    axes.set_title(axes.get_title(), fontsize=9, pad=18)
+
+
 def short(place: Any) -> str:
     """A place in few letters: ``1/resid.torso.post_mlp`` is ``1 post_mlp``."""
     layer, _, path = str(place).rpartition("/")

@@ -11,6 +11,7 @@ Shape legend: ``b`` boards, ``s`` cells, ``v`` tokens.
 
 import json
 import logging
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -38,10 +39,12 @@ from neuron_explainer.experiments.boards.measures import accuracies
 from neuron_explainer.experiments.boards.model_files import (
     BoardModel,
     StoredModel,
+    fill,
     load_model,
     save_model,
 )
 from neuron_explainer.models.autoencoder import Autoencoder
+from neuron_explainer.models.devices import check_device
 from neuron_explainer.settings import check_types, read_fields
 
 logger = logging.getLogger(__name__)
@@ -115,13 +118,13 @@ class BoardTrainingConfig:
 
 def make_model(config: BoardTrainingConfig, dataset: BoardDataset) -> BoardModel:
     """A new model of the architecture, for boards of the data set."""
-    boards = dataset.config
+    boards, device = dataset.config, check_device(config.device)
     model: BoardModel
     if config.model == "gpt":
         model = BoardGPT(GPTSizes(config.type, boards.vocab_size, boards.n_cells), config.seed)
     else:
         model = LEA(LEASizes(config.type, boards.vocab_size, boards.n_cells), config.seed)
-    return model.to(device=config.device, dtype=getattr(torch, config.dtype))
+    return model.to(device=device, dtype=getattr(torch, config.dtype))
 
 
 class BoardStep(NamedTuple):
@@ -232,8 +235,17 @@ class BoardTrainer:
         }
         return loss, numbers | _errors("_from_words", output.from_words, tokens, masked)
 
+    def _check_finite(self) -> None:
+        """An error if a loss since the last line of the log was not finite."""
+        if not math.isfinite(float(self._sums.get("loss", 0.0))):
+            raise InputError(
+                f"the loss is not finite any more with a learning rate of {self.config.learning_rate:g}. "
+                "Nothing of this epoch is saved; a checkpoint from before it stays. Lower the learning rate."
+            )
+
     def metrics(self, result: BoardStep, step: int, tokens: int) -> dict[str, dict[str, float]]:
         """Means since the last line of the log; now and then, accuracies on held-out boards."""
+        self._check_finite()
         found = (
             {name: float(total) / self._n for name, total in self._sums.items()} if self._n else {}
         )
@@ -245,7 +257,8 @@ class BoardTrainer:
         return {"model": found}
 
     def state(self) -> dict[str, Any]:
-        """Weights and moments, by the parameters' names."""
+        """Weights and moments, by the parameters' names; an error if a loss was not finite."""
+        self._check_finite()
         moments = {
             name: dict(self.optimiser.state[parameter])
             for name, parameter in self._named.items()
@@ -374,7 +387,7 @@ def load_run(folder: str | Path) -> StoredModel:
     if state is None:
         raise CheckpointError(f"{folder} has no checkpoint yet.")
     model = make_model(replace(training, device="cpu"), dataset)
-    model.load_state_dict(state["model"])
+    fill(model, state["model"], f"the checkpoint of {folder}")
     per_epoch = -(-training.boards_per_epoch // training.batch_size)
     return StoredModel(model, dataset, record_of(training, state["step"] / per_epoch))
 

@@ -137,10 +137,16 @@ def _copied(session: Session, layer: int, unit: int, token: int) -> dict[str, An
 def _head_script(session: Session, ids: list[int], layer: int, unit: int) -> str:
     script = session.names.script()
     script.use("analysis.attention_paths", "token_write").use("analysis.directions", "Directions")
-    place = f"{layer}/attn.qk_probs"
+    script.use("models.weight_names", "WeightLocationType").use("kernels.top_k", "top_k")
+    places = [f"{layer}/attn.qk_probs", f"{layer}/attn.v"]
     script.add(
         f"ids = {ids}",
-        f"pattern = model.capture([ids], {place!r})[{place!r}][0, :, :, {unit}].detach()",
+        f"run = model.capture([ids], {places})",
+        f"pattern = run[{places[0]!r}][0, :, :, {unit}].detach().double()",
+        f"v = run[{places[1]!r}][0, :, {unit}].detach().double()",
+        f"weight = model.weight(WeightLocationType.ATTN_TO_RESIDUAL, {layer})[{unit}].detach().double()",
+        "lengths = pattern * (v @ weight).norm(dim=-1)",
+        f"values, at = top_k(lengths.flatten(), min({N_PAIRS}, lengths.numel()))",
         "directions = Directions(context, '0/mlp.post_act')",
         f"writes = [token_write(model, {layer}, {unit}, token) for token in dict.fromkeys(ids)]",
         f"lists = [directions.tokens_of(write, {N_TOKENS}) for write in writes]",
@@ -148,6 +154,8 @@ def _head_script(session: Session, ids: list[int], layer: int, unit: int) -> str
     return script.result(
         {
             "pattern": "[row[: i + 1] for i, row in enumerate(pattern.tolist())]",
+            "pairs": "[[*divmod(i, len(ids)), x] for i, x in zip(at.tolist(), values.tolist()) if x]",
             "promotes": "[[[t.token, t.value] for t in up] for up, _ in lists]",
+            "demotes": "[[[t.token, t.value] for t in down] for _, down in lists]",
         }
     ).text()

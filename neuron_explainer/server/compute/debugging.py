@@ -629,6 +629,16 @@ def _script(asked: Asked, request: dict[str, Any], metrics: list[str]) -> str:
     names = ["a", "b"][: len(asked.prompts)]
     for number, name in enumerate(names):
         write_effects(asked, script, number, name)
+    script.add(
+        "",
+        "",
+        "def next_tokens(ids, hooks):",
+        "    logits = model([ids], hooks=hooks)[0][0, -1].detach().double()",
+        f"    top = logits.topk(min({request['top_logits']}, len(logits)))",
+        "    return [top.indices.tolist(), top.values.tolist(), logits.softmax(-1)[top.indices].tolist()]",
+        "",
+        "",
+    )
     measures, k, layers = _choice(request)
     choice = f"{measures}, {k}" + ("" if layers is None else f", {layers}")
     if len(names) == 2:
@@ -643,6 +653,7 @@ def _script(asked: Asked, request: dict[str, Any], metrics: list[str]) -> str:
         {
             "goal_values": f"[{', '.join(f'{name}.target' for name in names)}]",
             "values": f"{{m: {value} for m in {metrics}}}",
+            "next_tokens": f"[{', '.join(f'next_tokens(ids_{n}, hooks_{n})' for n in names)}]",
             "token_effects": f"[vars(each.of_tokens()) for each in ({', '.join(names)},)]",
         }
     ).text()

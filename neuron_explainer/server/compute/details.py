@@ -51,7 +51,7 @@ def node(session: Session, request: dict[str, Any]) -> dict[str, Any]:
         "excited_by": None if excited is None else _list(excited),
         "attends": attends,
         **session.vocabulary([*prompt.ids, *(v.token for each in lists for v in each)]),
-        "python": _script(asked, found, excited is not None),
+        "python": _script(asked, found, excited is not None, attends is not None),
     }
 
 
@@ -107,7 +107,7 @@ def _attends(asked: Asked, found: Node) -> dict[str, Any] | None:
     }
 
 
-def _script(asked: Asked, found: Node, excites: bool) -> str:
+def _script(asked: Asked, found: Node, excites: bool, attends: bool) -> str:
     script = asked.session.names.script().use("analysis.effects", "Effects", "Node")
     script.use("analysis.directions", "Directions")
     contexts = asked.session.names.contexts(script, [*asked.mlp, *asked.attention])
@@ -131,4 +131,11 @@ def _script(asked: Asked, found: Node, excites: bool) -> str:
         parts["excited_by"] = (
             f"[[t.token, t.value] for t in tokens_along(context, before[node.position], {N_TOKENS})]"
         )
+    if attends:
+        place = str(
+            ActivationLocation("attn.qk_probs", ActivationLocation.parse(found.location).layer)
+        )
+        run = f"model.capture([ids_a], {place!r}, hooks=hooks_a)[{place!r}]"
+        row = f"[0, {found.position}, : {found.position + 1}, {found.unit}]"
+        parts["attends_to"] = f"{run}{row}.tolist()"
     return script.result(parts).text()

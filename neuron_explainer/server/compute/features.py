@@ -32,6 +32,16 @@ def logits(session: Session, request: dict[str, Any]) -> dict[str, Any]:
     if source.kind == "latent":
         what = session.names.autoencoder(script, id)
     script.add(f"top = Directions(context, {what}).top_logits({unit}, {k})")
+    parts = {
+        "top": "[[t.token, t.value] for t in top.top]",
+        "bottom": "[[t.token, t.value] for t in top.bottom]",
+        "counts": "list(top.counts)",
+    }
+    if excited is not None:
+        script.use("analysis.input_tokens", "InputReader")
+        reader = f"InputReader(context, {what}, location={source.location!r})"
+        script.add(f"excited = {reader}.top_tokens([{unit}], {k})[0].top")
+        parts["excited_by"] = "[[t.token, t.value] for t in excited]"
     return {
         "dictionary": id,
         "unit": unit,
@@ -44,13 +54,7 @@ def logits(session: Session, request: dict[str, Any]) -> dict[str, Any]:
         "note": found.note,
         "excited_note": why,
         **session.vocabulary(tokens),
-        "python": script.result(
-            {
-                "top": "[[t.token, t.value] for t in top.top]",
-                "bottom": "[[t.token, t.value] for t in top.bottom]",
-                "counts": "list(top.counts)",
-            }
-        ).text(),
+        "python": script.result(parts).text(),
     }
 
 

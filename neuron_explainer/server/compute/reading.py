@@ -56,7 +56,11 @@ def lens(session: Session, request: dict[str, Any]) -> dict[str, Any]:
         "kl": found.kl[kept].tolist(),
         **session.vocabulary([*ids, *np.unique(top).tolist()]),
         "python": script.result(
-            {"ids": f"lens.top_ids[{kept}].tolist()", "probs": f"lens.top_probs[{kept}].tolist()"}
+            {
+                "ids": f"lens.top_ids[{kept}].tolist()",
+                "probs": f"lens.top_probs[{kept}].tolist()",
+                "kl": f"lens.kl[{kept}].tolist()",
+            }
         ).text(),
     }
 

@@ -359,6 +359,8 @@ class Session:
         """
         if not self.keeps_passes:
             return None
+        used = frozenset(inside)
+        parameters = [p for id in used for p in self.autoencoder(id).parameters()]
         return PassMemory(
             self.results,
             prompt,
@@ -366,8 +368,8 @@ class Session:
             tuple(changes),
             None if positions is None else tuple(positions),
             {self.sources[id].location: (id, self.which(id)) for id in dictionaries},
-            frozenset(inside),
-            storages_of(self._weights()),
+            used,
+            storages_of([*self._weights(), *parameters]),
         )
 
     def which(self, id: str) -> Hashable:

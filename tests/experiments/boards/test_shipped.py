@@ -197,10 +197,24 @@ def test_a_page_with_figures(study: Study, tmp_path: Path) -> None:
     assert stored.shape[1:] == (64, 64)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_every_figure_of_the_page(tmp_path: Path) -> None:
-    main(["figures", "--out", str(tmp_path)])
+def check_figures(out: Path, *argv: str) -> None:
+    main(["figures", *argv, "--out", str(out)])
     drawn = [draw.__name__ for _, _, draws in CHAPTERS for draw in draws]
-    assert list(files.read_json(tmp_path / "numbers.json")) == drawn
-    assert len(list(tmp_path.glob("*.svg"))) == len(drawn)
+    numbers = files.read_json(out / "numbers.json")
+    assert list(numbers) == drawn
+    assert not any("nan" in number for number in numbers.values())
+    assert len(list(out.glob("*.svg"))) == len(drawn)
+
+
+@pytest.mark.slow
+def test_every_figure_of_the_page(tmp_path: Path) -> None:
+    check_figures(tmp_path, "--boards", "30")
+
+
+@pytest.mark.slow
+def test_every_figure_of_models_of_other_boards(tmp_path: Path) -> None:
+    small = ["--board-size", "5", "--root-size", "2", "--root-cells", "4", "--n-backgrounds", "6"]
+    run = ["train", *small, "--epoch", "1", "--boards-per-epoch", "64", "--pace", "3000"]
+    for model in ("gpt", "lea"):
+        main([*run, "--model", model, "--run", str(tmp_path / model)])
+    check_figures(tmp_path / "f", *(str(tmp_path / m) for m in ("gpt", "lea")), "--boards", "10")

@@ -48,6 +48,11 @@ export function Failure({ problem, retry }) {
   const waits = first === null || problem.code === 'model_loading' ? first : Math.min(60, first * 2 ** problem.attempt);
   const [left, setLeft] = useState(waits);
   useEffect(() => {
+    if (problem.status !== 0 || !retry) return;
+    addEventListener('nx-back', retry);
+    return () => removeEventListener('nx-back', retry);
+  }, [problem]);
+  useEffect(() => {
     setLeft(waits);
     if (waits === null || !retry) return;
     const end = performance.now() + waits * 1000;
@@ -61,7 +66,7 @@ export function Failure({ problem, retry }) {
     }, 250);
     return () => clearInterval(timer);
   }, [problem]);
-  const calm = problem.code === 'model_loading' || problem.status === 404;
+  const calm = ['model_loading', 'stopped'].includes(problem.code) || problem.status === 404;
   return (
     <div class={`failure${calm ? ' calm' : ''}`} role={calm ? 'status' : 'alert'}>
       <p class="empty-title">{TITLES[problem.code] ?? TITLES[`http_${problem.status}`] ?? (problem.title || 'Something went wrong')}</p>
@@ -92,5 +97,5 @@ export function Failure({ problem, retry }) {
 export function Answer({ asked, lines, children }) {
   if (asked.error) return <Failure problem={asked.error} retry={asked.retry} />;
   if (asked.data === undefined) return <Loading lines={lines} />;
-  return <div class={asked.stale ? 'stale' : undefined} aria-busy={asked.stale}>{children(asked.data)}</div>;
+  return <div class={asked.stale ? 'stale' : undefined} aria-busy={asked.loading}>{children(asked.data)}</div>;
 }

@@ -2,7 +2,7 @@ import { useRef } from 'preact/hooks';
 
 /**
  * Tabs; arrow keys move between them.
- * @param {{label: string, tabs: {id: string, title: string, count?: number}[], at: string, onChange: (id: string) => void, panel: string}} props
+ * @param {{label: string, tabs: {id: string, title: string, count?: number, keys?: string}[], at: string, onChange: (id: string) => void, panel: string}} props
  * `panel` is the id of the element that they change
  */
 export function Tabs({ label, tabs, at, onChange, panel }) {
@@ -24,7 +24,7 @@ export function Tabs({ label, tabs, at, onChange, panel }) {
           type="button" role="tab" id={`${panel}-${tab.id}`} aria-selected={tab.id === at} aria-controls={panel} tabIndex={tab.id === at ? 0 : -1}
           onClick={() => onChange(tab.id)}
         >
-          {tab.title}{tab.count !== undefined && <span class="count">{tab.count}</span>}
+          {tab.title}{tab.count !== undefined && <span class="count">{tab.count}</span>}{tab.keys && <kbd>{tab.keys}</kbd>}
         </button>
       ))}
     </div>

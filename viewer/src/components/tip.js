@@ -25,12 +25,14 @@ export function showTip(target, lines) {
     }),
   );
   card.hidden = false;
+  card.style.left = card.style.top = '0px';
   const box = target.getBoundingClientRect();
-  const { width, height } = card.getBoundingClientRect();
+  // Where it is now is not the corner of the window if something around it contains it, as in JupyterLab.
+  const { left: x, top: y, width, height } = card.getBoundingClientRect();
   const left = Math.min(Math.max(8, box.left + box.width / 2 - width / 2), document.documentElement.clientWidth - width - 8);
   const above = box.top - height - 8;
-  card.style.left = `${Math.round(left)}px`;
-  card.style.top = `${Math.round(above < 8 ? box.bottom + 8 : above)}px`;
+  card.style.left = `${Math.round(left - x)}px`;
+  card.style.top = `${Math.round((above < 8 ? box.bottom + 8 : above) - y)}px`;
 }
 
 export function hideTip() {

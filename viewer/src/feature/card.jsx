@@ -1,4 +1,5 @@
 // The card of one unit: the same on the server's pages, in exported files and in notebooks.
+import { Figures } from '../components/figures.jsx';
 import { count, number, percentage } from '../format.js';
 import { Examples } from './examples.jsx';
 import { Inputs, Logits, Neighbours, Partners, Values } from './side.jsx';
@@ -27,21 +28,13 @@ export function titleOf(card) {
 export function Facts({ card }) {
   const s = card.stats;
   const what = card.kind === 'head' ? 'pairs' : 'tokens';
-  /** @type {[string, string, string][]} */
-  const facts = [
+  return <Figures items={[
     ['active', percentage(s.density), `${count(s.count)} of ${count(s.n_tokens)} ${what}`],
     ['largest', number(s.max), card.signed ? `smallest ${number(s.min)}` : ''],
     ['mean where active', number(s.mean), `standard deviation ${number(Math.sqrt(Math.max(s.variance, 0)))}`],
     ['skewness', number(s.skewness), ''],
     ['kurtosis', number(s.kurtosis), '3 for a normal one'],
-  ];
-  return (
-    <dl class="facts">
-      {facts.map(([name, value, remark]) => (
-        <div><dt>{name}</dt><dd>{value}{remark && <small>{remark}</small>}</dd></div>
-      ))}
-    </dl>
-  );
+  ]} />;
 }
 
 /**

@@ -15,10 +15,6 @@ export function Explain({ id, unit, onDone }) {
   const [problem, setProblem] = useState(/** @type {Problem | null} */ (null));
   const running = job && (job.state === 'queued' || job.state === 'running');
   useEffect(() => {
-    setJob(null);
-    setProblem(null);
-  }, [id, unit]);
-  useEffect(() => {
     if (!running) return;
     const timer = setTimeout(async () => {
       try {

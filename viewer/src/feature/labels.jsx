@@ -1,5 +1,5 @@
 // What is said about a unit, by whom, and how well it predicts it; and saying so oneself.
-import { useState } from 'preact/hooks';
+import { useEffect, useRef, useState } from 'preact/hooks';
 import { Problem, send, url } from '../api.js';
 import { Icon } from '../components/icons.jsx';
 import { notify } from '../components/notice.js';
@@ -19,6 +19,8 @@ export function Labels({ id, card, onChange }) {
   const [etag, setEtag] = useState('');
   const address = url(['dictionaries', id, 'features', card.unit, 'labels']);
   const editable = !model.value?.read_only;
+  const field = useRef(/** @type {HTMLTextAreaElement | null} */ (null));
+  useEffect(() => field.current?.focus(), [text !== null]); // the attribute autofocus works once a page
 
   async function begin() {
     setProblem(null);
@@ -60,7 +62,7 @@ export function Labels({ id, card, onChange }) {
       {text !== null && (
         <form class="label-form" onSubmit={(event) => { event.preventDefault(); save(text); }}>
           <textarea
-            rows={2} value={text} aria-label="Your label" maxLength={2000} autofocus placeholder="What does it respond to?"
+            ref={field} rows={2} value={text} aria-label="Your label" maxLength={2000} placeholder="What does it respond to?"
             onInput={(event) => setText(event.currentTarget.value)}
             onKeyDown={(event) => {
               if (event.key === 'Escape') { event.stopPropagation(); setText(null); }

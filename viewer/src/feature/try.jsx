@@ -2,8 +2,9 @@
 import { useEffect, useState } from 'preact/hooks';
 import { post, url, useAsk } from '../api.js';
 import { Panel, Tool } from '../components/panel.jsx';
-import { Answer, Empty } from '../components/states.jsx';
+import { Answer } from '../components/states.jsx';
 import { Tokens } from '../components/tokens.jsx';
+import { Unready } from '../components/unready.jsx';
 import { number } from '../format.js';
 import { setQuery } from '../router.js';
 import { modelState } from '../state.js';
@@ -63,9 +64,7 @@ export function TryIt({ id, unit, card, query }) {
             <Results reply={reply} unit={unit} card={card} onDrop={(i) => keep(kept.filter((_, at) => at !== i - (texts.length - kept.length)))} firstKept={texts.length - kept.length} />
           )}
         </Answer>
-      ) : (
-        <Empty title={state === 'loading' ? 'The model is being loaded' : 'The model is not there'}><p>Your texts are read as soon as it is.</p></Empty>
-      ))}
+      ) : <Unready />)}
     </Panel>
   );
 }

@@ -1,51 +1,20 @@
 /**
- * @typedef {object} Example
- * @property {string} group
- * @property {number} interval
- * @property {number | null} low
- * @property {number | null} high
- * @property {number} rank
- * @property {number} value
- * @property {number} peak
- * @property {number} document
- * @property {number} start
- * @property {number} position
- * @property {number[]} ids
- * @property {[number, number][]} acts
- * @property {boolean} pairs
+ * Parts of the reply of `/dictionaries/{d}/features/{i}`, and that reply:
+ * @typedef {{
+ *   group: string, interval: number, low: number | null, high: number | null, rank: number, value: number, peak: number,
+ *   document: number, start: number, position: number, ids: number[], acts: [number, number][], pairs: boolean,
+ * }} Example
+ * @typedef {{id: string, source: string, text: string, score: number | null, editable: boolean}} Label
+ * @typedef {{unit: number, both: number, jaccard: number, pmi: number, phi: number, label: string | null}} Partner
+ * @typedef {{
+ *   dictionary: string, unit: number, kind: 'latent' | 'neuron' | 'channel' | 'head', location: string, signed: boolean,
+ *   stats: Record<string, number>, hist: import('../components/histogram.jsx').Bins, badges: string[], examples: Example[],
+ *   partners: Partner[], labels: Label[], bookmarked?: boolean, prev_alive: number | null, next_alive: number | null,
+ *   prev_layer?: string | null, next_layer?: string | null, vocab: Record<string, string>, vocab_bytes?: Record<string, string>,
+ *   python: string,
+ * }} Card
  *
- * @typedef {object} Label
- * @property {string} id
- * @property {string} source
- * @property {string} text
- * @property {number | null} score
- * @property {boolean} editable
- *
- * @typedef {object} Card the reply of `/dictionaries/{d}/features/{i}`
- * @property {string} dictionary
- * @property {number} unit
- * @property {'latent' | 'neuron' | 'channel' | 'head'} kind
- * @property {string} location
- * @property {boolean} signed
- * @property {Record<string, number>} stats
- * @property {import('../components/histogram.jsx').Bins} hist
- * @property {string[]} badges
- * @property {Example[]} examples
- * @property {{unit: number, both: number, jaccard: number, pmi: number, phi: number, label: string | null}[]} partners
- * @property {Label[]} labels
- * @property {boolean} [bookmarked]
- * @property {number | null} prev_alive
- * @property {number | null} next_alive
- * @property {string | null} [prev_layer]
- * @property {string | null} [next_layer]
- * @property {Record<string, string>} vocab
- * @property {Record<string, string>} [vocab_bytes]
- * @property {string} python
- *
- * @typedef {object} CardState what of the card is in the address
- * @property {string} [group]
- * @property {string} [range] `low..high`
- * @property {string} [width]
- * @property {string} [dedupe]
+ * What of the card is in the address; range is `low..high`:
+ * @typedef {{group?: string, range?: string, width?: string, dedupe?: string}} CardState
  */
 export {};

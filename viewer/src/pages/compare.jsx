@@ -11,10 +11,13 @@ import { scaleOf, tokenOfPeak } from '../feature/examples.jsx';
 import { number, percentage, visible } from '../format.js';
 import { href, route, setQuery } from '../router.js';
 import { MOST_COMPARED, modelState, tray } from '../state.js';
+import { NotShown } from './astray.jsx';
+
+const UNIT = /^(.+):(\d+)$/;
 
 /** @param {string | undefined} text */
 function parseUnits(text) {
-  return (text ?? '').split(',').map((part) => /^(.+):(\d+)$/.exec(part)).flatMap((found) => (found ? [{ dictionary: found[1], unit: Number(found[2]) }] : [])).slice(0, MOST_COMPARED);
+  return (text ?? '').split(',').map((part) => UNIT.exec(part)).flatMap((found) => (found ? [{ dictionary: found[1], unit: Number(found[2]) }] : [])).slice(0, MOST_COMPARED);
 }
 
 /** @param {{query: Record<string, string>}} props */
@@ -25,12 +28,15 @@ export function ComparePage({ query }) {
     else if (tray.value.length && route.peek().path[0] === 'compare') write(tray.value);
   }, [query.u]);
   const units = named ? parseUnits(query.u) : tray.value;
+  const odd = (query.u ?? '').split(',').filter((part) => part && !UNIT.test(part));
   return (
     <div class="page wide">
       <h1>Compare</h1>
+      {odd.length > 0 && <p class="soft" role="status">Left out: {odd.map((part) => <code>{visible(part)} </code>)}. A unit is named by its dictionary and its number, such as <code>dictionary:12</code>.</p>}
       {units.length === 0 ? (
         <Empty title="Nothing to compare yet">
           <p>On the page of a feature, the key <kbd>c</kbd> puts it here; up to {MOST_COMPARED} stand side by side.</p>
+          <p class="row"><a class="button" href={href(['d'])}>All dictionaries</a></p>
         </Empty>
       ) : (
         <ul class="compare">
@@ -62,7 +68,7 @@ function Column({ one, onDrop }) {
         <p class="what">{one.dictionary}</p>
       </header>
       <div class="panel-body">
-        <Answer asked={asked} lines={14}>{(card) => <Small card={card} />}</Answer>
+        {asked.error ? <NotShown heading="p" problem={asked.error} retry={asked.retry} id={one.dictionary} unit={one.unit} /> : <Answer asked={asked} lines={14}>{(card) => <Small card={card} />}</Answer>}
         {logits.data?.top && (
           <TokenBars items={logits.data.top.slice(0, 5)} words={logits.data} most={Math.abs(logits.data.top[0]?.value ?? 1)} caption="Promotes" />
         )}

@@ -1,6 +1,8 @@
 // `#/d`: all dictionaries. `#/d/{dictionary}`: one of them, its units as a table, and where it comes from.
-import { useEffect, useState } from 'preact/hooks';
-import { forget, sendText, url, useGet } from '../api.js';
+import { useState } from 'preact/hooks';
+import { forget, send, url, useGet } from '../api.js';
+import { useDraft } from '../components/draft.js';
+import { Figures } from '../components/figures.jsx';
 import { Histogram } from '../components/histogram.jsx';
 import { notify } from '../components/notice.js';
 import { Panel, Tool } from '../components/panel.jsx';
@@ -10,9 +12,10 @@ import { Tokens } from '../components/tokens.jsx';
 import { allAsCsv, save, useRows } from '../dictionary-rows.js';
 import { Unit } from '../feature/side.jsx';
 import { count, fixed, number, percentage, plural, visible } from '../format.js';
-import { useKeys } from '../keys.js';
+import { useKeys, walk } from '../keys.js';
 import { go, href, setQuery } from '../router.js';
 import { dictionaries, model } from '../state.js';
+import { NotShown } from './astray.jsx';
 import { FiresHere } from './fires.jsx';
 import { DecoderMap } from './map.jsx';
 
@@ -27,7 +30,7 @@ export function DictionariesPage() {
       <h1>Dictionaries</h1>
       <p class="lead soft">{plural(all.length, 'store')} of examples{model.value.name ? ` of ${model.value.name}` : ''}; each row opens the table of its units.</p>
       <div class="stack">
-        <Panel id="dictionaries" title="Stores" what="what was collected: latents of autoencoders, neurons, channels or heads of the model" json={all} python={model.value.python}>
+        <Panel id="dictionaries" title="Stores" what="what was collected: latents of autoencoders, neurons, channels or heads of the model" json={all} python={model.value.stores_python}>
           <div class="scroll" tabIndex={0} role="group" aria-label="Stores">
             <table class="list wide-list">
               <thead>
@@ -74,7 +77,7 @@ function LabelFiles() {
   async function read(file) {
     if (!file) return;
     try {
-      const reply = await sendText(url(['labels', 'import'], { dictionary: into }), await file.text());
+      const reply = await send('POST', url(['labels', 'import'], { dictionary: into }), { body: await file.text(), raw: true, headers: { 'content-type': 'application/x-ndjson' } });
       setSaid(await reply.json());
       forget('api/v1/');
     } catch (error) {
@@ -134,7 +137,7 @@ function exponent(text) {
 export function DictionaryPage({ path, query }) {
   const id = path[0];
   const asked = useGet(url(['dictionaries', id]));
-  if (asked.error) return <div class="page"><Failure problem={asked.error} retry={asked.retry} /></div>;
+  if (asked.error) return <div class="page"><NotShown problem={asked.error} retry={asked.retry} id={id} page="d" /></div>;
   if (!asked.data || asked.data.id !== id) return <div class="page"><Loading lines={12} /></div>;
   return <One key={id} one={asked.data} query={query} />;
 }
@@ -142,8 +145,8 @@ export function DictionaryPage({ path, query }) {
 /** @param {{one: any, query: Record<string, string>}} props */
 function One({ one, query }) {
   useKeys('Dictionary', [
-    { keys: 'j', what: 'Next row', run: () => walk(1) },
-    { keys: 'k', what: 'Row before', run: () => walk(-1) },
+    { keys: 'j', what: 'Next row', run: () => walk('.vbody a.unit-link', 1) },
+    { keys: 'k', what: 'Row before', run: () => walk('.vbody a.unit-link', -1) },
     { keys: 't', what: 'Which units fire on a text', run: () => document.getElementById('fires-text')?.focus() },
     { keys: 'ArrowUp', what: 'The dictionary a layer up', run: () => one.next_layer && go(href(['d', one.next_layer], query)) },
     { keys: 'ArrowDown', what: 'The dictionary a layer down', run: () => one.prev_layer && go(href(['d', one.prev_layer], query)) },
@@ -162,13 +165,13 @@ function One({ one, query }) {
       </div>
       <h1>{one.name}</h1>
       <p class="lead soft">{one.kind}s at {one.location}, looked at on {count(one.n_tokens)} tokens</p>
-      <dl class="facts">
-        <Fact name={`${one.kind}s`} value={count(one.n)} />
-        <Fact name="alive" value={count(one.n_alive)} remark={percentage(one.n_alive / Math.max(one.n, 1))} />
-        <Fact name="never active" value={count(one.n_dead)} remark={percentage(one.n_dead / Math.max(one.n, 1))} />
-        <Fact name="dense" value={count(one.n_dense)} remark="on a tenth of tokens or more" />
-        {QUALITY.filter(([name]) => typeof one.metrics?.[name] === 'number').map(([name, title, remark]) => <Fact key={name} name={title} value={number(one.metrics[name])} remark={remark} />)}
-      </dl>
+      <Figures items={[
+        [`${one.kind}s`, count(one.n)],
+        ['alive', count(one.n_alive), percentage(one.n_alive / Math.max(one.n, 1))],
+        ['never active', count(one.n_dead), percentage(one.n_dead / Math.max(one.n, 1))],
+        ['dense', count(one.n_dense), 'on a tenth of tokens or more'],
+        ...QUALITY.filter(([name]) => typeof one.metrics?.[name] === 'number').map(([name, title, remark]) => /** @type {[string, string, string]} */ ([title, number(one.metrics[name]), remark])),
+      ]} />
       <div class="card-grid">
         <div class="card-main">
           <Units one={one} query={query} />
@@ -202,23 +205,11 @@ const QUALITY = [
   ['loss_recovered_zero', 'loss recovered', '1: the model predicts as well as without it'],
 ];
 
-/** @param {{name: string, value: string, remark?: string}} props */
-function Fact({ name, value, remark }) {
-  return <div><dt>{name}</dt><dd>{value}{remark && <small>{remark}</small>}</dd></div>;
-}
-
 /** Without the empty bins at both ends. @param {import('../components/histogram.jsx').Bins} bins */
 function trimmed({ edges, counts }) {
   const first = counts.findIndex((n) => n > 0);
   const last = counts.findLastIndex((n) => n > 0);
   return { edges: edges.slice(first, last + 2), counts: counts.slice(first, last + 1) };
-}
-
-/** Move the focus along the rows. @param {number} direction */
-function walk(direction) {
-  const all = /** @type {HTMLElement[]} */ ([...document.querySelectorAll('.vbody a.unit-link')]);
-  const at = all.indexOf(/** @type {HTMLElement} */ (document.activeElement));
-  all[at < 0 ? 0 : Math.min(Math.max(at + direction, 0), all.length - 1)]?.focus();
 }
 
 /** @param {{one: any, query: Record<string, string>}} props */
@@ -259,7 +250,7 @@ function Units({ one, query }) {
     >
       <div class="units-bar">
         <Field name="q" value={query.q} label="Search labels" placeholder="words of labels" />
-        <Field name="token" value={query.token} label="Search tokens" placeholder="a token, such as “ king”" />
+        <Field name="token" value={query.token} label="Search tokens" placeholder="a token: “ king”" />
         <select aria-label="Which units" value={query.show ?? ''} onChange={(event) => setQuery({ show: event.currentTarget.value || null, from: null, to: null })}>
           <option value="">alive</option><option value="dense">dense</option><option value="dead">never active</option><option value="all">all</option>
         </select>
@@ -283,13 +274,7 @@ function Units({ one, query }) {
 
 /** A field that is part of the address. @param {{name: string, value: string | undefined, label: string, placeholder: string}} props */
 function Field({ name, value = '', label, placeholder }) {
-  const [text, setText] = useState(value);
-  useEffect(() => setText(value), [value]);
-  useEffect(() => {
-    if (text === value) return;
-    const timer = setTimeout(() => setQuery({ [name]: text || null }), 250);
-    return () => clearTimeout(timer);
-  }, [text]);
+  const [text, setText] = useDraft(value, (next) => setQuery({ [name]: next || null }), 250);
   return <input type="search" class="grow" aria-label={label} placeholder={placeholder} maxLength={200} value={text} onInput={(event) => setText(event.currentTarget.value)} />;
 }
 

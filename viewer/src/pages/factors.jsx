@@ -4,12 +4,13 @@ import { Fragment } from 'preact';
 import { useState } from 'preact/hooks';
 import { url, useGet } from '../api.js';
 import { Panel, Tool } from '../components/panel.jsx';
-import { Answer, Empty } from '../components/states.jsx';
+import { Answer, Empty, Failure, Loading } from '../components/states.jsx';
 import { Scale, Tokens } from '../components/tokens.jsx';
 import { count, fixed, number, plural } from '../format.js';
 import { useKeys } from '../keys.js';
-import { go, href } from '../router.js';
 import { TokenWord } from '../prompt/answer.jsx';
+import { go, href, whole } from '../router.js';
+import { Astray, isAstray } from './astray.jsx';
 
 const LEVEL_TEXT = /** @type {Record<string, string>} */ ({
   low: 'peaks in the first third of the layers: often the meaning of a word',
@@ -21,7 +22,8 @@ const LEVEL_TEXT = /** @type {Record<string, string>} */ ({
 /** @param {{path: string[], query: Record<string, string>}} props */
 export function FactorsPage({ path, query }) {
   if (path[0] === undefined) return <All query={query} />;
-  return <Factor key={path[0]} run={path[0]} factor={Number(path[1]) || 0} />;
+  const factor = whole(path[1]);
+  return Number.isSafeInteger(factor) ? <Factor key={path[0]} run={path[0]} factor={factor} /> : <NoFactor run={path[0]} factor={path[1]} />;
 }
 
 /** @param {{query: Record<string, string>}} props */
@@ -67,6 +69,17 @@ function Spark({ values }) {
   return <svg class="spark" width="100" height="24" aria-hidden="true"><polyline points={points.join(' ')} /></svg>;
 }
 
+/** @param {{run: string, factor: string | number}} props */
+function NoFactor({ run, factor }) {
+  const asked = useGet(url(['factors']));
+  if (asked.error) return <div class="page"><Failure problem={asked.error} retry={asked.retry} /></div>;
+  if (!asked.data) return <div class="page"><Loading lines={4} /></div>;
+  const { runs } = asked.data;
+  const found = runs.find((/** @type {any} */ one) => one.id === run);
+  const places = /** @type {[string, string][]} */ ([['All factors', href(['factors'])], ...(found ? [found] : runs).map((/** @type {any} */ one) => [`Factor 0 of ${one.name}`, href(['factors', one.id, 0])])]);
+  return <div class="page"><Astray title={found ? `${found.name} has no factor ${factor}` : `There are no factors called ${run}`} why={found ? `Its factors are 0 to ${found.n_factors - 1}.` : 'There are these:'} places={places} /></div>;
+}
+
 /** @param {{run: string, factor: number}} props */
 function Factor({ run, factor }) {
   const asked = useGet(url(['factors', run, factor]));
@@ -77,6 +90,7 @@ function Factor({ run, factor }) {
     { keys: 'ArrowRight', what: 'Next factor', run: () => show(data?.next) },
     { keys: 'ArrowLeft', what: 'Factor before', run: () => show(data?.previous) },
   ]);
+  if (asked.error && isAstray(asked.error)) return <NoFactor run={run} factor={factor} />;
   return (
     <div class="page factors-page">
       <header class="row">

@@ -3,15 +3,16 @@ import { useEffect, useRef, useState } from 'preact/hooks';
 import { forget, get, send, url, useGet } from '../api.js';
 import { notify } from '../components/notice.js';
 import { Tool } from '../components/panel.jsx';
-import { Empty, Failure, Loading } from '../components/states.jsx';
+import { Empty, Loading } from '../components/states.jsx';
 import { Badges, Facts, FeatureCard, titleOf } from '../feature/card.jsx';
 import { MOST_LOGITS } from '../feature/side.jsx';
 import { Labels } from '../feature/labels.jsx';
 import { TryIt } from '../feature/try.jsx';
 import { count, visible } from '../format.js';
-import { useKeys } from '../keys.js';
-import { go, href, route, setQuery } from '../router.js';
+import { useKeys, walk } from '../keys.js';
+import { go, href, route, setQuery, whole } from '../router.js';
 import { MOST_COMPARED, dictionaries, dictionary, inTray, model, modelState, toggleTray } from '../state.js';
+import { NoUnit, NotShown } from './astray.jsx';
 
 export { ComparePage } from './compare.jsx';
 
@@ -20,10 +21,9 @@ const REST = 120; // milliseconds on a unit before what needs the model is asked
 /** @param {{path: string[], query: Record<string, string>}} props */
 export function FeaturePage({ path, query }) {
   const id = path[0] ?? dictionaries.value[0]?.id;
-  const unit = path[1] === undefined ? 0 : Number(path[1]);
+  const unit = whole(path[1]);
   if (!id) return <div class="page">{model.value ? <Empty title="There are no dictionaries here" /> : <Loading lines={8} />}</div>;
-  if (!Number.isInteger(unit) || unit < 0)
-    return <div class="page"><Empty title="There is no such unit"><p>The second part of the address is a whole number, found {path[1]}.</p></Empty></div>;
+  if (!Number.isSafeInteger(unit)) return <div class="page"><NoUnit id={id} unit={path[1]} /></div>;
   return <Feature key={id} id={id} unit={unit} query={query} />;
 }
 
@@ -50,9 +50,8 @@ function Feature({ id, unit, query }) {
   if (asked.error && !here)
     return (
       <div class="page">
-        <Navigation id={id} unit={unit} card={undefined} one={one} steps={steps} query={query} />
-        <h1 class="hidden">Feature {unit}</h1>
-        <Failure problem={asked.error} retry={asked.retry} />
+        {one && <Navigation id={id} unit={unit} card={undefined} one={one} steps={steps} query={query} />}
+        <NotShown problem={asked.error} retry={asked.retry} id={id} unit={unit} />
       </div>
     );
   return (
@@ -72,7 +71,7 @@ function Feature({ id, unit, query }) {
             long={long} onLong={(wanted) => setQuery({ logits: wanted ? MOST_LOGITS : null })}
             promptLink={modelState.value === 'none' ? undefined : (text) => href(['p'], { a: text })}
             first={card.kind !== 'head' && <TryIt id={id} unit={unit} card={card} query={query} />}
-            labels={<Labels id={id} card={card} onChange={() => { forget(address); asked.retry(); }} />}
+            labels={<Labels key={card.unit} id={id} card={card} onChange={() => { forget(address); asked.retry(); }} />}
           />
         </div>
       ) : (
@@ -148,8 +147,8 @@ function useFeatureKeys(id, unit, card, step, query) {
     { keys: 'ArrowUp', what: 'The same number a layer up (no correspondence)', run: () => layer(1) },
     { keys: 'ArrowDown', what: 'The same number a layer down (no correspondence)', run: () => layer(-1) },
     { keys: 'r', what: 'A random one that is alive', run: () => random() },
-    { keys: 'j', what: 'Next example', run: () => walk(1) },
-    { keys: 'k', what: 'Example before', run: () => walk(-1) },
+    { keys: 'j', what: 'Next example', run: () => walk('.example .tokens', 1) },
+    { keys: 'k', what: 'Example before', run: () => walk('.example .tokens', -1) },
     { keys: 'Enter', what: 'Send the example to the Prompt page', run: (event) => sendExample(event) },
     { keys: 't', what: 'Try a text of your own', run: () => document.getElementById('try-text')?.focus() },
     { keys: 'c', what: 'Put it into the compare tray, or take it out', run: () => compare(id, unit) },
@@ -167,15 +166,6 @@ function useFeatureKeys(id, unit, card, step, query) {
   async function random() {
     if (n) go(href(['f', id, await randomUnit(id, n)], kept(query)));
   }
-}
-
-/** Move the focus along the examples. @param {number} direction */
-function walk(direction) {
-  const all = /** @type {HTMLElement[]} */ ([...document.querySelectorAll('.example .tokens')]);
-  const at = all.indexOf(/** @type {HTMLElement} */ (document.activeElement));
-  const next = all[at < 0 ? (direction > 0 ? 0 : all.length - 1) : Math.min(Math.max(at + direction, 0), all.length - 1)];
-  next?.focus();
-  next?.scrollIntoView({ block: 'nearest' });
 }
 
 /** @param {KeyboardEvent | null} event */

@@ -3,6 +3,7 @@ import { useEffect, useMemo, useState } from 'preact/hooks';
 import { post, url, useAsk } from '../api.js';
 import { Panel } from '../components/panel.jsx';
 import { Answer, Empty } from '../components/states.jsx';
+import { Unready } from '../components/unready.jsx';
 import { Tokens } from '../components/tokens.jsx';
 import { Unit } from '../feature/side.jsx';
 import { fixed } from '../format.js';
@@ -29,11 +30,7 @@ export function FiresHere({ one, query }) {
         />
         <button type="submit" disabled={draft.trim() === ''}>Ask</button>
       </form>
-      {query.text && (state === 'ready' ? (
-        <Answer asked={asked} lines={4}>{(reply) => <Found one={one} reply={reply} at={query.token_at} />}</Answer>
-      ) : (
-        <Empty title="The model is being loaded"><p>Your text is read as soon as it is there.</p></Empty>
-      ))}
+      {query.text && (state === 'ready' ? <Answer asked={asked} lines={4}>{(reply) => <Found one={one} reply={reply} at={query.token_at} />}</Answer> : <Unready />)}
     </Panel>
   );
 }

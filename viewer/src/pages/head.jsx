@@ -1,14 +1,16 @@
 // `#/h/{layer}/{head}`: one attention head: where it looks on a text, and what it writes from what it sees.
-import { useEffect, useState } from 'preact/hooks';
 import { post, send, url, useAsk } from '../api.js';
+import { useDraft } from '../components/draft.js';
 import { Panel, Tool } from '../components/panel.jsx';
 import { Answer, Empty, Loading } from '../components/states.jsx';
+import { Unready } from '../components/unready.jsx';
 import { fixed, percentage } from '../format.js';
 import { useKeys } from '../keys.js';
 import { TokenWord } from '../prompt/answer.jsx';
-import { PairTable, unpacked } from '../prompt/attention.jsx';
-import { go, href } from '../router.js';
+import { HeadTable, unpacked } from '../prompt/attention.jsx';
+import { go, href, whole } from '../router.js';
 import { dictionaries, model, modelState } from '../state.js';
+import { Astray } from './astray.jsx';
 
 const FIRST_TEXT = 'The queen went into the forest, and when the king came home he looked for her, and the king was very sad.';
 const PAUSE = 300; // milliseconds after the last letter
@@ -16,9 +18,9 @@ const PAUSE = 300; // milliseconds after the last letter
 /** @param {{path: string[], query: Record<string, string>}} props */
 export function HeadPage({ path, query }) {
   const all = model.value;
-  const [layers, heads] = [all?.n_layers ?? 1, all?.n_heads ?? 1];
-  const layer = Math.min(Math.max(0, Number(path[0]) || 0), layers - 1);
-  const head = Math.min(Math.max(0, Number(path[1]) || 0), heads - 1);
+  const [layer, head] = [whole(path[0]), whole(path[1])];
+  // Until the model has been loaded, the address is believed.
+  const [layers, heads] = [all?.n_layers ?? layer + 1, all?.n_heads ?? head + 1];
   const text = query.text ?? FIRST_TEXT;
   /** @param {number} l @param {number} h */
   const show = (l, h) => go(href(['h', Math.min(Math.max(0, l), layers - 1), Math.min(Math.max(0, h), heads - 1)], { text: query.text }));
@@ -30,6 +32,14 @@ export function HeadPage({ path, query }) {
     { keys: 't', what: 'Edit the text', run: () => document.getElementById('head-text')?.focus() },
   ]);
   if (!all) return <div class="page"><Loading lines={8} /></div>;
+  if (!(layer < layers && head < heads))
+    return (
+      <div class="page head-page">
+        <Astray title={`There is no head ${path[1] ?? 0} in layer ${path[0]}`} why={all.n_layers ? 'These are the heads of the model:' : 'An address names a layer and a head, such as 0 and 2.'}>
+          {all.n_layers && <HeadList layers={all.n_layers} heads={all.n_heads} />}
+        </Astray>
+      </div>
+    );
   const stores = dictionaries.value.filter((one) => one.kind === 'head' && one.layer === layer);
   return (
     <div class="page head-page">
@@ -43,21 +53,26 @@ export function HeadPage({ path, query }) {
         </span>
       </header>
       <Text text={text} onText={(next) => go(href(['h', layer, head], { text: next }), { replace: true })} />
-      {modelState.value === 'loading' ? <Loading lines={10} label="The model is being loaded" /> : modelState.value !== 'ready' ? <Empty title="No model runs here"><p>Start the server with a model to see where its heads look.</p></Empty> : text === '' ? <Empty title="No text" /> : <Views key={`${layer}.${head}`} layer={layer} head={head} text={text} prompt={href(['p'], { a: text, tab: 'attention', head: `${layer}.${head}` })} />}
+      {modelState.value !== 'ready' ? <Unready lines={10} /> : text === '' ? <Empty title="No text" /> : <Views key={`${layer}.${head}`} layer={layer} head={head} text={text} prompt={href(['p'], { a: text, tab: 'attention', head: `${layer}.${head}` })} />}
       {stores.length > 0 && <p class="soft">Examples of a corpus: {stores.map((one) => <a href={href(['f', one.id, head])}>{one.name}</a>)}</p>}
+    </div>
+  );
+}
+
+/** All heads, as links. @param {{layers: number, heads: number}} props */
+export function HeadList({ layers, heads }) {
+  return (
+    <div class="scroll-x" tabIndex={0} role="region" aria-label="Heads by layer">
+      <table class="head-list"><tbody>{Array.from({ length: layers }, (_, l) => (
+        <tr key={l}><th scope="row" class="soft">layer {l}</th>{Array.from({ length: heads }, (_, h) => <td><a href={href(['h', l, h])} aria-label={`Layer ${l} head ${h}`}>{h}</a></td>)}</tr>
+      ))}</tbody></table>
     </div>
   );
 }
 
 /** @param {{text: string, onText: (text: string) => void}} props */
 function Text({ text, onText }) {
-  const [draft, setDraft] = useState(text);
-  useEffect(() => setDraft(text), [text]);
-  useEffect(() => {
-    if (draft === text) return;
-    const timer = setTimeout(() => onText(draft), PAUSE);
-    return () => clearTimeout(timer);
-  }, [draft]);
+  const [draft, setDraft] = useDraft(text, onText, PAUSE);
   return <textarea id="head-text" aria-label="Text that the head reads" rows={2} spellcheck={false} maxLength={4000} value={draft} onInput={(event) => setDraft(event.currentTarget.value)} />;
 }
 
@@ -71,7 +86,7 @@ function Views({ layer, head, text, prompt }) {
     <>
       <div class="split wide-left">
         <Panel id="pattern" title="Where it looks" what="rows look, columns are looked at; per cent of the attention of each token" python={pattern.data?.python} json={asked.data} actions={<a class="button" href={prompt}>All heads</a>}>
-          <Answer asked={pattern} lines={10}>{(all) => <PairTable all={all} head={0} />}</Answer>
+          <Answer asked={pattern} lines={10}>{(all) => <HeadTable all={all} head={0} />}</Answer>
         </Panel>
         <Panel id="head-pairs" title="Strongest pairs" what="where it writes most, on this text" json={asked.data?.pairs} python={asked.data?.python}>
           <Answer asked={asked} lines={8}>{(data) => <Pairs data={data} />}</Answer>

@@ -1,13 +1,17 @@
 // `#/m/{layer}/{place}`: the model as a diagram of its places, and what is known of each.
 import { useState } from 'preact/hooks';
 import { post, url, useAsk } from '../api.js';
+import { Figures } from '../components/figures.jsx';
 import { Panel } from '../components/panel.jsx';
 import { Answer, Empty, Loading } from '../components/states.jsx';
+import { Unready } from '../components/unready.jsx';
 import { count, fixed, percentage } from '../format.js';
 import { useKeys } from '../keys.js';
-import { go, href } from '../router.js';
+import { go, href, whole } from '../router.js';
 import { dictionaries, model } from '../state.js';
 import { pieces } from '../vocabulary.js';
+import { Astray } from './astray.jsx';
+import { HeadList } from './head.jsx';
 
 /** @typedef {{path: string, shape: string[], layers: boolean, units: string | null, group: string}} Site */
 
@@ -41,8 +45,9 @@ const WORDS = /** @type {Record<string, string>} */ ({
 export function ModelPage({ path }) {
   const all = model.value;
   const sites = /** @type {Site[]} */ (all?.sites ?? []);
-  const layers = all?.n_layers ?? 1 + Math.max(-1, ...dictionaries.value.map((one) => one.layer ?? -1));
-  const layer = Math.min(Math.max(0, Number(path[0]) || 0), Math.max(0, layers - 1));
+  const layer = whole(path[0]);
+  // Until the model has been loaded, the address is believed.
+  const layers = all?.n_layers ?? 1 + Math.max(layer, ...dictionaries.value.map((one) => one.layer ?? -1));
   const chosen = sites.find((site) => site.path === path[1]) ?? sites.find((site) => site.path === 'mlp.post_act') ?? sites[0];
   /** @param {number} by */
   const step = (by) => go(href(['m', Math.min(Math.max(0, layer + by), layers - 1), ...(chosen ? [chosen.path] : [])]), { replace: true });
@@ -51,6 +56,9 @@ export function ModelPage({ path }) {
     { keys: 'ArrowDown', what: 'Layer before', run: () => step(-1) },
   ]);
   if (!all) return <div class="page"><Loading lines={8} /></div>;
+  if (!(layer < layers)) return <div class="page"><Astray title={`The model has no layer ${path[0]}`} why="Its layers:" places={Array.from({ length: layers || 1 }, (_, i) => [`Layer ${i}`, href(['m', i])])} /></div>;
+  if (sites.length && path[1] !== undefined && chosen?.path !== path[1])
+    return <div class="page"><Astray title={`The model has no place called ${path[1]}`} why="Its places:" places={sites.map((site) => [site.path, href(['m', layer, site.path])])} /></div>;
   return (
     <div class="page model-page">
       <h1>{all.name ?? 'No model'}</h1>
@@ -60,7 +68,7 @@ export function ModelPage({ path }) {
           id="places" title="Places" what="every place of a pass where hooks can look and change; choose one" json={sites} python={modelScript(all.python, 'result = list(model.paths)')}
           actions={layers > 1 && <label class="layer-choice">Layer <select value={String(layer)} onChange={(event) => go(href(['m', event.currentTarget.value, ...(chosen ? [chosen.path] : [])]), { replace: true })}>{Array.from({ length: layers }, (_, i) => <option value={String(i)}>{i}</option>)}</select></label>}
         >
-          {sites.length ? <Diagram sites={sites} layer={layer} chosen={chosen?.path} /> : <Waiting state={all.state} error={all.error} />}
+          {sites.length ? <Diagram sites={sites} layer={layer} chosen={chosen?.path} /> : <Unready lines={10} />}
         </Panel>
         {chosen && <Place site={chosen} layer={layer} all={all} />}
       </div>
@@ -68,12 +76,8 @@ export function ModelPage({ path }) {
         <Grid layers={layers} />
         <div class="stack">
           {all.n_heads > 0 && (
-            <Panel id="head-list" title="Attention heads" what="where each looks, and what it writes" json={all.heads} python={captureScript(all.python, `${layer}/attn.qk_probs`)}>
-              <div class="scroll-x" tabIndex={0} role="region" aria-label="Heads by layer">
-                <table class="head-list"><tbody>{Array.from({ length: layers }, (_, l) => (
-                  <tr key={l}><th scope="row" class="soft">layer {l}</th>{Array.from({ length: all.n_heads }, (_, h) => <td><a href={href(['h', l, h])} aria-label={`Layer ${l} head ${h}`}>{h}</a></td>)}</tr>
-                ))}</tbody></table>
-              </div>
+            <Panel id="head-list" title="Attention heads" what="where each looks, and what it writes" json={all.heads}>
+              <HeadList layers={layers} heads={all.n_heads} />
             </Panel>
           )}
           <Tokenizer ready={all.state === 'ready'} />
@@ -87,22 +91,10 @@ export function ModelPage({ path }) {
   );
 }
 
-/** @param {{state: string, error: string | null}} props */
-function Waiting({ state, error }) {
-  if (state === 'loading') return <Loading lines={10} label="The model is being loaded" />;
-  return <Empty title={state === 'failed' ? 'The model could not be loaded' : 'No model runs here'}><p>{error ?? 'The stores can be read. Start the server with a model to see its places.'}</p></Empty>;
-}
-
 /** @param {{all: any}} props */
 function Facts({ all }) {
-  const facts = [['parameters', all.parameters], ['layers', all.n_layers], ['heads', all.n_heads], ['channels of the stream', all.d_model], ['neurons a layer', all.d_ff], ['context', all.n_ctx], ['vocabulary', all.n_vocab]].filter(([, value]) => value !== null && value !== undefined);
-  if (!facts.length) return null;
-  return (
-    <dl class="facts">
-      {facts.map(([name, value]) => <div><dt>{name}</dt><dd>{count(value)}</dd></div>)}
-      {all.device && <div><dt>runs on</dt><dd>{all.device}<small>{all.dtype}</small></dd></div>}
-    </dl>
-  );
+  const facts = /** @type {[string, any][]} */ ([['parameters', all.parameters], ['layers', all.n_layers], ['heads', all.n_heads], ['channels of the stream', all.d_model], ['neurons a layer', all.d_ff], ['context', all.n_ctx], ['vocabulary', all.n_vocab]]).filter(([, value]) => value !== null && value !== undefined);
+  return facts.length > 0 && <Figures items={[...facts.map(([name, value]) => /** @type {[string, string]} */ ([name, count(value)])), ...(all.device ? [/** @type {[string, string, string]} */ (['runs on', all.device, all.dtype])] : [])]} />;
 }
 
 /** @param {{sites: Site[], layer: number, chosen: string | undefined}} props */
@@ -193,7 +185,7 @@ function Grid({ layers }) {
   const all = dictionaries.value;
   const sites = [...new Set(all.map((one) => `${one.site} ${one.kind}`))];
   return (
-    <Panel id="dictionary-grid" title="Dictionaries" what="by layer and place; the share of units that are alive" json={all}>
+    <Panel id="dictionary-grid" title="Dictionaries" what="by layer and place; the share of units that are alive" json={all} python={model.value?.stores_python}>
       {all.length === 0 ? <Empty title="No dictionaries" /> : (
         <div class="scroll-x" tabIndex={0} role="region" aria-label="Table of dictionaries">
           <table class="grid">

@@ -3,8 +3,10 @@ import { useEffect, useMemo, useRef, useState } from 'preact/hooks';
 import { get, post, url, useAsk } from '../api.js';
 import { notify } from '../components/notice.js';
 import { Panel } from '../components/panel.jsx';
-import { Answer, Empty, Loading } from '../components/states.jsx';
-import { fixed, percentage, plural } from '../format.js';
+import { Answer, Empty, Failure, Loading } from '../components/states.jsx';
+import { Tabs } from '../components/tabs.jsx';
+import { Unready } from '../components/unready.jsx';
+import { fixed, percentage, plural, visible } from '../format.js';
 import { useKeys } from '../keys.js';
 import { Candidates, TokenEffects, Verdict } from '../prompt/answer.jsx';
 import { Attention } from '../prompt/attention.jsx';
@@ -14,11 +16,12 @@ import { Generate } from '../prompt/generate.jsx';
 import { Lens } from '../prompt/lens.jsx';
 import { Matrix } from '../prompt/matrix.jsx';
 import { beside, pageOf, rowsOf, tokenAt, whyNotChanged, whyNotTraced } from '../prompt/nodes.js';
-import { FIRST_VALUE, LONGEST, TABS, debugBody, initial, interventionsBody, read, sameUnit, swapped, write } from '../prompt/state.js';
+import { FIRST_VALUE, LONGEST, TABS, debug, debugBody, initial, interventionsBody, read, sameUnit, swapped, write } from '../prompt/state.js';
 import { NodeTable } from '../prompt/table.jsx';
 import { Breadcrumb, Tray } from '../prompt/tray.jsx';
 import { go, href } from '../router.js';
 import { model, modelState } from '../state.js';
+import { Astray, isAstray } from './astray.jsx';
 
 /** @typedef {import('../prompt/state.js').State} State */
 /** @typedef {import('../prompt/state.js').Intervention} Intervention */
@@ -46,7 +49,14 @@ export function PromptPage({ query }) {
     if (first && model.value && !location.hash.includes('?')) go(href(['p'], write({ ...initial(), a: example() })), { replace: true });
   }, [model.value]);
   const kept = useAsk(query.s ?? null, (signal) => get(url(['sessions', query.s]), { signal }));
-  if (query.s && kept.error) return <div class="page"><Answer asked={kept}>{() => null}</Answer></div>;
+  if (query.s && kept.error)
+    return (
+      <div class="page">
+        {isAstray(kept.error) ? (
+          <Astray title="What this link shows is not here" why={<>A page that is too long for a link is kept by the server that made the link, and the link has its number. This server knows no <code>{visible(query.s)}</code>: another server made it, it was forgotten, or a part of the link is missing.</>} places={[['Start afresh', href(['p'])]]} />
+        ) : <Failure problem={kept.error} retry={kept.retry} />}
+      </div>
+    );
   if (query.s && !kept.data) return <div class="page"><Loading lines={6} /></div>;
   return <Page query={query.s ? kept.data.state : query} />;
 }
@@ -70,6 +80,12 @@ function useState_(query) {
   return /** @type {const} */ ([state, update]);
 }
 
+/** Whether two replies are of the same texts. @param {any} x @param {any} y */
+function sameTexts(x, y) {
+  const texts = (/** @type {any} */ reply) => JSON.stringify(reply.prompts.map((/** @type {any} */ one) => one.ids));
+  return texts(x) === texts(y);
+}
+
 /** Interventions before and after, for undo and redo; as long as the page is open. */
 function useHistory() {
   return useRef({ past: /** @type {Intervention[][]} */ ([]), future: /** @type {Intervention[][]} */ ([]) }).current;
@@ -82,18 +98,24 @@ function Page({ query }) {
   const empty = !state.a.text;
   const body = debugBody(state);
   const ready = modelState.value === 'ready';
-  const asked = useAsk(empty || !ready ? null : JSON.stringify(body), (signal) => post(url(['debug']), body, { signal }));
+  const asked = useAsk(empty || !ready ? null : JSON.stringify(body), (signal, show) => debug(body, signal, show));
   const [current, setCurrent] = useState('');
   const data = asked.data;
+  const partial = data?.sublayers !== undefined;
+  const whole = useRef(/** @type {any} */ (null));
+  if (data && !partial) whole.current = data;
+  // Rows of the same texts keep their place until all the new ones are there; of other texts, what there is is shown.
+  const old = partial && whole.current && sameTexts(whole.current, data) ? whole.current : null;
+  const found = old ?? data;
   const wanted = state.beside && state.interventions.length > 0 && state.b === null;
   const plain = { ...body, interventions: [] };
   const unchanged = useAsk(wanted && ready && !empty ? JSON.stringify(plain) : null, (signal) => post(url(['debug']), plain, { signal }));
-  const table = useMemo(() => (wanted && data && unchanged.data ? beside(data, unchanged.data) : data), [data, wanted && unchanged.data]);
+  const table = useMemo(() => (wanted && found && unchanged.data ? beside(found, unchanged.data) : found), [found, wanted && unchanged.data]);
   const two = state.b !== null && data?.prompts?.length === 2;
   const changed = state.interventions.length > 0;
-  const sideways = two || table !== data;
+  const sideways = two || table !== found;
   const rows = useMemo(
-    () => (table ? rowsOf(table.nodes, table.values, state.sort, state.filter, (node) => tokenAt(table.prompts[0].ids, table.vocab, node.position)) : []),
+    () => (table ? rowsOf(table.nodes, table.values, partial && !old ? null : state.sort, state.filter, (node) => tokenAt(table.prompts[0].ids, table.vocab, node.position)) : []),
     [table, JSON.stringify(state.sort), state.filter],
   );
   const row = rows.find((one) => one.key === current) ?? rows.find((one) => one.key === state.row) ?? rows[0];
@@ -142,6 +164,8 @@ function Page({ query }) {
     const at = rows.findIndex((one) => one.key === row?.key);
     const next = rows[Math.min(Math.max(at + by, 0), rows.length - 1)];
     if (next) setCurrent(next.key);
+    // Only a step scrolls: the keyboard's next stop is counted from where was scrolled to.
+    requestAnimationFrame(() => document.querySelector('table.nodes tr.current')?.scrollIntoView({ block: 'nearest' }));
   }
   /** @param {number} by */
   function moveToken(by) {
@@ -152,6 +176,7 @@ function Page({ query }) {
   }
   const swap = () => (state.b ? update(swapped(state), { push: true }) : notify('There is no second prompt'));
   useKeys('Prompt', [
+    ...(asked.loading ? [{ keys: 'Escape', what: 'Stop the request', inText: true, run: (/** @type {KeyboardEvent | null} */ event) => (event?.target instanceof HTMLSelectElement ? event.target.blur() : asked.cancel()) }] : []),
     { keys: 'j', what: 'Next node', run: () => move(1) },
     { keys: 'k', what: 'Node before', run: () => move(-1) },
     { keys: 'h', what: 'Nodes of the token before', run: () => moveToken(-1) },
@@ -174,17 +199,18 @@ function Page({ query }) {
       <section class="panel prompt-head" aria-label="Prompt">
         <Fields a={state.a} b={state.b} busy={asked.loading} onSwap={swap} onRun={(a, b) => { update({ a, b, trace: [], row: '', ...(b === null && { sort: { ...state.sort, side: 'A' } }) }, { push: true }); if (JSON.stringify([a, b]) === JSON.stringify([state.a, state.b])) asked.retry(); }} />
       </section>
-      {empty ? <Welcome onPick={(a) => update({ a }, { push: true })} /> : !ready && !data ? <NotReady /> : (
+      {empty ? <Welcome onPick={(a) => update({ a }, { push: true })} /> : !ready && !data ? <Unready lines={8} /> : (
         <>
           <Answer asked={asked} lines={3}>{(found) => <Verdict data={found} two={two} changed={changed} />}</Answer>
+          {asked.error?.status === 422 && <p class="row"><button type="button" onClick={() => update({ ...initial(), a: state.a, b: state.b, tab: state.tab }, { push: true })}>Start afresh with {state.b ? 'these texts' : 'this text'}</button></p>}
           <Tray
             interventions={state.interventions} hasB={state.b !== null} before={changed ? before : null} after={changed ? after : null}
             tokens={data ? data.prompts[0].ids.map((/** @type {number} */ _, /** @type {number} */ i) => tokenAt(data.prompts[0].ids, data.vocab, i)) : []}
             onChange={change} onUndo={history.past.length ? () => step('past') : null} onRedo={history.future.length ? () => step('future') : null}
           />
           <Breadcrumb trace={state.trace} target={state.a.distractor.length ? 'Logit difference' : 'Logit of the target'} onTrace={(trace) => update({ trace, row: '' }, { push: true })} />
-          <Tabs tab={state.tab} onTab={(tab) => update({ tab }, { push: true })} />
-          <div id={`tab-${state.tab}`} role="tabpanel" aria-label={TAB_TEXT[state.tab]} tabIndex={-1}>
+          <Tabs label="Views of the prompt" panel="view" at={state.tab} onChange={(tab) => update({ tab }, { push: true })} tabs={TABS.map((id, i) => ({ id, title: TAB_TEXT[id], keys: String(i + 1) }))} />
+          <div id="view" role="tabpanel" aria-labelledby={`view-${state.tab}`} tabIndex={-1}>
             {state.tab === 'attention' && <Attention text={state.a.text} nLayers={model.value?.n_layers ?? 1} nHeads={model.value?.n_heads ?? 1} limit={model.value?.limits?.heads ?? 144} chosen={state.head} onChoose={(head) => update({ head })} />}
             {state.tab === 'lens' && <Lens text={state.a.text} length={data?.prompts[0].ids.length ?? null} most={model.value?.limits?.lens_positions ?? 64} />}
             {state.tab === 'generate' && <Generate text={state.a.text} sample={state.sample} most={model.value?.limits?.new_tokens ?? 128} interventions={interventionsBody(state, true)} onSample={(sample) => update({ sample })} />}
@@ -197,9 +223,9 @@ function Page({ query }) {
             )}
             {state.tab === 'nodes' && data && (
               <div class={`split ${sideways ? 'over' : 'wide-left'}`}>
-                <Panel id="nodes" title={state.trace.length ? 'Nodes before it' : 'Nodes'} what={<Coverage data={data} traced={state.trace.length > 0} />} json={data} python={data.python}>
+                <Panel id="nodes" title={state.trace.length ? 'Nodes before it' : 'Nodes'} what={partial ? <Progress data={data} /> : <Coverage data={data} traced={state.trace.length > 0} />} json={data} python={data.python}>
                   <Settings state={state} canCompare={changed && state.b === null} n={data.prompts[0].ids.length} update={update} shown={rows.length} />
-                  <div class={asked.stale ? 'stale' : undefined} aria-busy={asked.stale}>
+                  <div class={asked.stale || old ? 'stale' : undefined} aria-busy={asked.loading}>
                     <NodeTable
                       data={table} rows={rows} sort={state.sort} open={state.row} current={row?.key ?? ''} two={sideways} sides={two ? ['A', 'B'] : ['now', 'before']}
                       onSort={(sort) => update({ sort })} onOpen={toggle} onCurrent={(one) => setCurrent(one.key)} onAblate={(one) => intervene(one.node, 'zero')} onTrace={traceRow}
@@ -224,23 +250,10 @@ function Page({ query }) {
   );
 }
 
-/** @param {{tab: string, onTab: (tab: string) => void}} props */
-function Tabs({ tab, onTab }) {
-  return (
-    <div class="tabs" role="tablist" aria-label="Views of the prompt" onKeyDown={(event) => {
-      const by = event.key === 'ArrowRight' ? 1 : event.key === 'ArrowLeft' ? -1 : 0;
-      if (!by) return;
-      event.preventDefault();
-      const next = TABS[(TABS.indexOf(tab) + by + TABS.length) % TABS.length];
-      onTab(next);
-      const list = event.currentTarget;
-      requestAnimationFrame(() => /** @type {HTMLElement | null} */ (list.querySelector('[aria-selected=true]'))?.focus());
-    }}>
-      {TABS.map((name, i) => (
-        <button type="button" role="tab" aria-selected={name === tab} aria-controls={name === tab ? `tab-${name}` : undefined} tabIndex={name === tab ? 0 : -1} onClick={() => onTab(name)}>{TAB_TEXT[name]} <kbd>{i + 1}</kbd></button>
-      ))}
-    </div>
-  );
+/** How far a reply that comes in parts is. @param {{data: any}} props */
+function Progress({ data: { part, nodes } }) {
+  const layer = part?.layer ?? null;
+  return <span role="status">{layer === null ? 'the model has run' : `layer ${layer + 1} of ${model.value.n_layers}`}; {plural(nodes.length, 'node')} so far. <kbd>Esc</kbd> stops</span>;
 }
 
 /** How much of the target the shown nodes explain. @param {{data: any, traced: boolean}} props */
@@ -270,12 +283,6 @@ function Settings({ state, canCompare, n, shown, update }) {
       <span class="soft" role="status">{state.filter ? `${shown} shown` : ''}</span>
     </div>
   );
-}
-
-function NotReady() {
-  const state = modelState.value;
-  if (state === 'loading') return <section class="panel panel-body" aria-label="The model"><p class="soft">The model is being loaded; the prompt runs as soon as it is there.</p><Loading lines={8} label="The model is being loaded" /></section>;
-  return <Empty title={state === 'failed' ? 'The model could not be loaded' : 'No model runs here'}><p>{model.value?.error ?? 'The stores can be read. Start the server with a model to run prompts.'}</p></Empty>;
 }
 
 /** @param {{onPick: (a: import('../prompt/state.js').Prompt) => void}} props */

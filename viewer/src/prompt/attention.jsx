@@ -1,9 +1,10 @@
 // Where heads look: all heads as small pictures, one of them large, and the same as tables.
 import { useEffect, useMemo, useRef, useState } from 'preact/hooks';
 import { send, url, useAsk } from '../api.js';
+import { PairTable } from '../components/pair-table.jsx';
 import { Panel } from '../components/panel.jsx';
 import { Answer } from '../components/states.jsx';
-import { fixed, percentage } from '../format.js';
+import { fixed } from '../format.js';
 import { href } from '../router.js';
 import { tokenText } from '../vocabulary.js';
 
@@ -153,31 +154,13 @@ function One({ all, kind, chosen }) {
   const [l, h] = all.heads[i];
   return (
     <Panel id="one-head" title={`Layer ${l}, head ${h}`} what={kind === 'pattern' ? 'what share of its attention each token gives to earlier ones' : 'how long what it writes from each token is'} python={all.python} json={() => ({ layer: l, head: h, ids: all.ids, values: triangle(all, i) })} actions={<a class="button" href={href(['h', l, h])}>Open head</a>}>
-      <PairTable all={all} head={i} share={kind === 'pattern'} />
+      <HeadTable all={all} head={i} share={kind === 'pattern'} />
     </Panel>
   );
 }
 
-/** A head as a table: rows look, columns are looked at. @param {{all: Patterns, head: number, share?: boolean}} props */
-export function PairTable({ all, head, share = true }) {
+/** A head as a table. @param {{all: Patterns, head: number, share?: boolean}} props */
+export function HeadTable({ all, head, share = true }) {
   const scale = Array.isArray(all.scale) ? all.scale[head] : all.scale;
-  const words = all.ids.map((id) => tokenText(id, all));
-  return (
-    <div class="scroll-x" tabIndex={0} role="region" aria-label="Which token looks at which">
-      <table class="pair-table">
-        <thead><tr><th scope="col"><span class="hidden">Token that looks</span></th>{words.map((word) => <th scope="col"><span>{word}</span></th>)}</tr></thead>
-        <tbody>
-          {words.map((word, q) => (
-            <tr>
-              <th scope="row">{word}</th>
-              {words.slice(0, q + 1).map((_, k) => {
-                const value = weight(all, head, q, k);
-                return <td class={value >= 0.02 * scale ? `p${Math.min(9, Math.max(1, Math.ceil((9 * value) / scale)))}` : ''} data-value={value} title={`${word} looks at ${words[k]}: ${share ? percentage(value) : fixed(value)}`}>{value >= 0.1 * scale ? (share ? Math.round(100 * value) : fixed(value, 1)) : ''}</td>;
-              })}
-            </tr>
-          ))}
-        </tbody>
-      </table>
-    </div>
-  );
+  return <PairTable words={all.ids.map((id) => tokenText(id, all))} valueOf={(q, k) => weight(all, head, q, k)} scale={scale} share={share} />;
 }

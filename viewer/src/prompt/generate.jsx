@@ -5,6 +5,7 @@ import { Icon } from '../components/icons.jsx';
 import { Panel } from '../components/panel.jsx';
 import { Failure } from '../components/states.jsx';
 import { percentage, visible } from '../format.js';
+import { useKeys } from '../keys.js';
 
 /** @typedef {{id: number, text: string, prob: number | null}} Said */
 /** @typedef {{baseline: Said[], changed: Said[], state: 'new' | 'running' | 'done' | 'stopped', diverged: number | null, python: string | null, problem: Problem | null}} Run */
@@ -40,6 +41,11 @@ export function Generate({ text, sample, most, interventions, onSample }) {
     }
   }
   const running = run.state === 'running';
+  function stop() {
+    abort.current?.abort();
+    setRun((old) => ({ ...old, state: 'stopped' }));
+  }
+  useKeys('Generation', running ? [{ keys: 'Escape', what: 'Stop', inText: true, run: stop }] : []);
   const two = interventions.length > 0;
   const parted = firstDifference(run.baseline, run.changed);
   return (
@@ -52,7 +58,7 @@ export function Generate({ text, sample, most, interventions, onSample }) {
         <Number_ label="Top p" value={sample.top_p} min={0.01} max={1} step={0.01} onChange={(top_p) => onSample({ ...sample, top_p })} />
         <Number_ label="Seed" value={sample.seed} min={0} max={2 ** 31} step={1} onChange={(seed) => onSample({ ...sample, seed })} />
         {running
-          ? <button key="stop" type="button" class="primary stop" onClick={() => { abort.current?.abort(); setRun((old) => ({ ...old, state: 'stopped' })); }}><Icon name="stop" /> Stop</button>
+          ? <button key="stop" type="button" class="primary stop" onClick={stop}><Icon name="stop" /> Stop</button>
           : <button key="start" type="submit" class="primary"><Icon name="play" /> Generate</button>}
         <span class="soft" role="status">{running ? 'Generating …' : run.state === 'stopped' ? 'Stopped' : run.state === 'done' && two ? (parted === null ? 'Both are the same' : `They part at new token ${parted}`) : ''}</span>
       </form>

@@ -19,7 +19,7 @@ export const MEASURE_TEXT = {
   act_grad: { name: 'Total effect', what: 'estimated effect of the unit on the target, through all later layers' },
 };
 
-/** The same for the same node, in every reply. @param {Omit<Node, 'layer'>} node */
+/** The same for the same node, in every reply. @param {Omit<Node, 'layer' | 'unit'> & {unit: number | null}} node */
 export function nodeKey({ location, kind, unit, position, position_b: b, attended }) {
   return [location, kind, unit, position ?? (b === null || b === undefined ? '' : `B${b}`), attended ?? ''].join('|');
 }
@@ -35,10 +35,12 @@ function isAttention(location) {
   return /attn/.test(location);
 }
 
-/** Short enough for a table. @param {Pick<Node, 'location' | 'kind' | 'unit'>} node */
+/** Short enough for a table; unit null: all of the location. @param {{location: string, kind: string, unit: number | null}} node */
 export function nodeName({ location, kind, unit }) {
   const layer = layerOf(location);
   const at = layer === null ? '' : `L${layer} `;
+  if (unit === null) return `all of ${location}`;
+  if (['neuron', 'head'].includes(kind) && !/\/(mlp.post_act|attn.v_out)$/.test(location)) return `${location} ${unit}`;
   const part = isAttention(location) ? 'attn' : /mlp/.test(location) ? 'MLP' : '';
   switch (kind) {
     case 'head':
@@ -55,21 +57,19 @@ export function nodeName({ location, kind, unit }) {
     case 'bias':
       return `${at}${part ? `${part} ` : ''}bias`;
     default:
-      return `${at}${kind} ${unit}`;
+      return `${location} ${unit}`;
   }
 }
 
-/** Kinds that a gradient can start at. */
-export const TRACED = ['neuron', 'latent', 'head', 'pair'];
-/** Kinds that an intervention can change. */
-export const CHANGED = ['neuron', 'latent', 'head', 'pair'];
+/** Kinds that a gradient can start at, and that an intervention can change. */
+const UNITS = ['neuron', 'latent', 'head', 'pair'];
 
 const ONLY_IN_B = 'This token stands only in the second prompt; swap the two to look at it.';
 
 /** Why a node cannot be traced; null if it can. @param {Pick<Node, 'kind' | 'position'>} node */
 export function whyNotTraced({ kind, position }) {
   if (position === null) return ONLY_IN_B;
-  if (TRACED.includes(kind)) return null;
+  if (UNITS.includes(kind)) return null;
   const why = /** @type {Record<string, string>} */ ({
     embedding: 'An embedding is where the stream begins: nothing comes before it.',
     bias: 'A bias is a constant of the model: nothing on this prompt makes it what it is.',
@@ -81,7 +81,7 @@ export function whyNotTraced({ kind, position }) {
 /** Why a node cannot be changed; null if it can. @param {Pick<Node, 'kind' | 'position'>} node */
 export function whyNotChanged({ kind, position }) {
   if (position === null) return ONLY_IN_B;
-  return CHANGED.includes(kind) ? null : `Interventions change neurons, latents and heads; this is ${kind === 'embedding' || kind === 'error' ? 'an' : 'a'} ${kind}.`;
+  return UNITS.includes(kind) ? null : `Interventions change neurons, latents and heads; this is ${kind === 'embedding' || kind === 'error' ? 'an' : 'a'} ${kind}.`;
 }
 
 /** The page that shows a unit by itself; null if there is none. @param {Node} node @returns {(string | number)[] | null} */
@@ -107,8 +107,9 @@ export function cell(values, measure, index, side) {
 /** @typedef {{measure: Measure, side: Side, order: 'size' | 'down' | 'up'}} Sort */
 
 /**
- * Rows in order; numbers that are not there come last, and equal ones stay in the order of the model.
- * @param {Node[]} nodes @param {Values} values @param {Sort} sort @param {string} [filter]
+ * Rows in order; numbers that are not there come last, and equal ones stay in the order of the model. Without an order,
+ * they stay as they are.
+ * @param {Node[]} nodes @param {Values} values @param {Sort | null} sort @param {string} [filter]
  * @param {(node: Node) => string} [more] further text that the filter looks into
  * @returns {Row[]}
  */
@@ -119,6 +120,7 @@ export function rowsOf(nodes, values, sort, filter = '', more = () => '') {
     const text = `${nodeName(node)} ${node.kind} ${node.location} ${node.label ?? ''} ${more(node)}`.toLowerCase();
     return words.every((word) => text.includes(word));
   });
+  if (!sort) return kept;
   const sign = sort.order === 'up' ? 1 : -1;
   const at = new Map(
     kept.map((row) => {

@@ -1,9 +1,10 @@
 // What the Prompt page shows, as part of its address: the same link shows the same, to the byte.
+import { Problem, stream, url } from '../api.js';
 import { nodeKey } from './nodes.js';
 
 /**
  * @typedef {{text: string, target: string[], distractor: string[]}} Prompt
- * @typedef {{location: string, kind: string, unit: number, position: number | null, dictionary: string | null}} Changed
+ * @typedef {{location: string, kind: string, unit: number | null, position: number | null, dictionary: string | null}} Changed unit null: all of the location
  * @typedef {'zero' | 'mean' | 'set' | 'scale' | 'add' | 'swap'} Action
  * @typedef {{node: Changed, action: Action, value: number | null}} Intervention
  * @typedef {'q' | 'k' | 'qk' | 'v' | null} Through
@@ -98,8 +99,9 @@ export function read(query) {
   if (query.pos === 'all') state.position = 'all';
   else if (/^\d+$/.test(query.pos ?? '')) state.position = Number(query.pos);
   if (/^\d+$/.test(query.k ?? '')) state.k = Math.max(1, Number(query.k));
-  state.interventions = list(query.iv).map(([location, kind, unit, position, dictionary, action, value]) => ({ node: { location, kind, unit, position, dictionary }, action, value }));
-  state.trace = list(query.tr).map(([location, kind, unit, position, attended, dictionary, through]) => ({ node: { location, kind, unit, position, attended, dictionary }, through }));
+  state.interventions = list(query.iv).filter(([location, , unit, , , action]) => isNamed(location, unit ?? 0) && ACTIONS.includes(action))
+    .map(([location, kind, unit, position, dictionary, action, value]) => ({ node: { location, kind, unit, position, dictionary }, action, value: value ?? FIRST_VALUE[/** @type {Action} */ (action)] }));
+  state.trace = list(query.tr).filter(([location, , unit]) => isNamed(location, unit)).map(([location, kind, unit, position, attended, dictionary, through]) => ({ node: { location, kind, unit, position, attended, dictionary }, through }));
   if (TABS.includes(query.tab)) state.tab = query.tab;
   const by = parsed(query.by);
   if (Array.isArray(by) && by.length === 3) state.sort = { measure: by[0], side: by[1], order: by[2] };
@@ -126,6 +128,9 @@ function texts(text) {
   const found = parsed(text);
   return Array.isArray(found) ? found.filter((item) => typeof item === 'string') : [];
 }
+
+/** @param {unknown} location @param {unknown} unit */
+const isNamed = (location, unit) => typeof location === 'string' && Number.isInteger(unit);
 
 /** @param {string | undefined} text @returns {any[][]} */
 function list(text) {
@@ -156,7 +161,29 @@ export function debugBody(state) {
   };
 }
 
-/** A node as requests name it. @param {{location: string, unit: number, position?: number | null, attended?: number | null, dictionary?: string | null}} node */
+/**
+ * The debugger's reply. Where it takes longer than `patience`, what there is of it is shown: rows stay where they are, those
+ * of later layers follow below; `part` says how far it is.
+ * @param {ReturnType<typeof debugBody>} body @param {AbortSignal} abort @param {(part: any) => void} show @param {number} [patience] milliseconds
+ */
+export async function debug(body, abort, show, patience = 400) {
+  const began = performance.now();
+  /** @type {any} */ let all = null;
+  for await (const { event, data } of stream(url(['debug']), body, abort)) {
+    if (event === 'done') return data;
+    if (event === 'error') throw new Problem(data, data.status);
+    if (event === 'started') all = { ...data, nodes: [], values: Object.fromEntries(body.metrics.map((name) => [name, { A: [], B: [] }])) };
+    if (event === 'nodes') {
+      for (const [name, sides] of Object.entries(data.values))
+        all.values[name] = { A: [...all.values[name].A, ...sides.A], B: [...all.values[name].B, ...(sides.B ?? [])] };
+      all = { ...all, nodes: [...all.nodes, ...data.nodes], part: data };
+    }
+    if (performance.now() - began > patience) show(all);
+  }
+  throw new Problem({ title: 'The reply has no end', detail: 'The connection was closed before everything was there.' }, 0);
+}
+
+/** A node as requests name it. @param {{location: string, unit: number | null, position?: number | null, attended?: number | null, dictionary?: string | null}} node */
 export function nodeBody({ location, unit, position, attended, dictionary }) {
   return {
     location, unit,

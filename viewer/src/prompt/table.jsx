@@ -1,6 +1,6 @@
 // The table of nodes: what each unit at each token does to the target.
 import { Fragment } from 'preact';
-import { useEffect, useRef, useState } from 'preact/hooks';
+import { useState } from 'preact/hooks';
 import { Tool } from '../components/panel.jsx';
 import { Empty } from '../components/states.jsx';
 import { level, levelClass } from '../components/tokens.jsx';
@@ -35,21 +35,16 @@ const ORDER_TEXT = { size: 'largest size first', down: 'largest first', up: 'sma
 /** @param {TableProps} props */
 export function NodeTable({ data, rows, sort, open, current, two, sides, onSort, onOpen, onCurrent, onAblate, onTrace, detail }) {
   const [shown, setShown] = useState(PAGE);
-  const body = useRef(/** @type {HTMLTableSectionElement | null} */ (null));
   const columns = /** @type {Side[]} */ (two ? ['A', 'B', 'diff'] : ['A']);
   const pairs = data.nodes.some((/** @type {any} */ node) => node.attended !== null && node.attended !== undefined);
   const ids = data.prompts[0].ids;
   const scales = Object.fromEntries(MEASURES.map((measure) => [measure, largest(data, measure, columns)]));
-  useEffect(() => {
-    const row = current && body.current?.querySelector(`tr[data-key="${CSS.escape(current)}"]`);
-    if (row) row.scrollIntoView({ block: 'nearest' });
-  }, [current]);
   const titles = { A: sides[0], B: sides[1], diff: sides[0] === 'A' ? 'A − B' : 'change' };
 
   return (
     <>
       <div class="scroll-x" tabIndex={0} role="region" aria-label="Table of nodes">
-        <table class="nodes" data-sort={`${sort.measure}.${sort.side}.${sort.order}`}>
+        <table class={`nodes${two ? ' sideways' : ''}`} data-sort={`${sort.measure}.${sort.side}.${sort.order}`}>
           <thead>
             {two && (
               <tr class="groups">
@@ -76,7 +71,7 @@ export function NodeTable({ data, rows, sort, open, current, two, sides, onSort,
               <th scope="col"><span class="hidden">What to do</span></th>
             </tr>
           </thead>
-          <tbody ref={body}>
+          <tbody>
             {rows.slice(0, shown).map((row) => {
               const { node } = row;
               const page = pageOf(node);

@@ -1,0 +1,16 @@
+import { useEffect, useState } from 'preact/hooks';
+
+/**
+ * A text while it is typed; it counts once nothing has been typed for a while.
+ * @param {string} value what counts now @param {(text: string) => void} commit @param {number} pause milliseconds
+ */
+export function useDraft(value, commit, pause) {
+  const [draft, setDraft] = useState(value);
+  useEffect(() => setDraft(value), [value]);
+  useEffect(() => {
+    if (draft === value) return;
+    const timer = setTimeout(() => commit(draft), pause);
+    return () => clearTimeout(timer);
+  }, [draft]);
+  return /** @type {const} */ ([draft, setDraft]);
+}
