@@ -316,7 +316,7 @@ class LanguageModel(ABC):
         heads = self.sizes.get(Dimension.ATTN_HEADS, 1) if site.shape[-1] == "d_head" else 1
         if n_inputs not in (None, width, width * heads):
             joined = f", {width * heads} with its heads joined" if heads > 1 else ""
-            raise HookError(
+            raise InputError(
                 f"{path}: the autoencoder takes inputs of width {n_inputs}, {self.name} has width {width} "
                 f"there{joined}."
             )
