@@ -12,9 +12,10 @@ def check_device(device: Device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
+        # torch goes on about its backends for many sentences.
+        why = str(error).splitlines()[0].split(". ")[0].rstrip(".")
         raise InputError(
-            f"no device {str(device)!r} here: {str(error).splitlines()[0].rstrip('.')}. Use 'cpu', or "
-            "'cuda' if torch has one."
+            f"no device {str(device)!r} here: {why}. Use 'cpu', or 'cuda' if torch has one."
         ) from None
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.errors import HookError, InputError, NeuronExplainerError
+from neuron_explainer.models.devices import check_device, get_default_device
 from neuron_explainer.models.hooks import (
     AtLayers,
     FwdBwdHooks,
@@ -110,6 +111,17 @@ def test_at_layers_without_a_layer_is_an_error_not_a_no_op(tiny_model: Transform
 def test_each_is_told_what_was_expected(call: Any, message: str, tiny_model: Transformer) -> None:
     with pytest.raises(NeuronExplainerError, match=message):
         call(tiny_model)
+
+
+@pytest.mark.parametrize("device", ["mps", "foo"])
+def test_one_sentence_says_why_there_is_no_device(device: str) -> None:
+    """torch explains its backends over many sentences."""
+    if get_default_device().type == device:
+        pytest.skip(f"{device} is here")
+    with pytest.raises(
+        InputError, match=rf"^no device '{device}' here: [^.]*(\.\w[^.]*)*\. Use 'cpu'"
+    ):
+        check_device(device)
 
 
 def test_a_device_that_is_not_there(tiny_model: Transformer, tmp_path: Path) -> None:
