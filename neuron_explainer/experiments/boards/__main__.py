@@ -138,11 +138,10 @@ def run_boards(args: argparse.Namespace) -> None:
     if args.seed_layout and args.out is None:
         raise InputError("--seed-layout says how to write a data set; say where with --out.")
     if args.seed_layout:
-        there = args.out.is_dir() and any(args.out.iterdir())
-        if there and not (args.out / "dataset.json").exists():
-            raise InputError(
-                f"{args.out} is not empty and holds no dataset.json; choose another --out."
-            )
+        # A killed command may have left some of the files; hidden ones are its temporary files.
+        there = [path.name for path in args.out.iterdir()] if args.out.is_dir() else []
+        if others := [name for name in there if not name.startswith((".", "dataset"))]:
+            raise InputError(f"{args.out} holds {others[0]}, no data set; choose another --out.")
         print(f"wrote {write_seed_layout(dataset, args.out)}")
     elif args.out is not None:
         with files.write_once(args.out, "choose another --out") as folder:

@@ -67,7 +67,7 @@ def run(runs: Path, tmp_path: Path) -> Path:
         ("export gpt --out other", "other is there; give --overwrite"),
         ("export gpt --out other --overwrite", "so it is no saved model"),
         ("boards --seed-layout", "say where with --out"),
-        ("boards --seed-layout --out other", "not empty and holds no dataset.json"),
+        ("boards --seed-layout --out other", "other holds file, no data set"),
         ("boards --out other", "other is there; choose another --out"),
         ("speed --repeats 0", "steps to time, at least 1"),
     ],
