@@ -25,7 +25,9 @@ RACES = [
     "collate",
 ]
 """Modules with ``races(setup)``."""
-OTHERS = ["import", "judge", "parity", "planted", "recovery", "store", "viewer", "viewer_compute"]
+OTHERS = ["import", "judge", "parity", "planted", "recovery", "store", "viewer"]
+PARTS = ["viewer_compute"]
+"""Parts of others, which can also be run alone."""
 GPU = "gpu"
 """A command by itself: tests and tables of a CUDA device, see :mod:`benchmarks.gpu`."""
 LEARNING = ["quality", "end_to_end"]
@@ -74,7 +76,11 @@ def main(argv: list[str] | None = None) -> None:
                 module = importlib.import_module(f"benchmarks.{name}")
                 peers = None if args.peers is None else pythons
                 print(module.run(args.corpus, Path(scratch), peers, args.quick))
-            elif name in ("judge", "planted", "recovery", "store", "viewer", "viewer_compute"):
+            elif name == "viewer":
+                for found in importlib.import_module("benchmarks.viewer").tables(args.quick):
+                    print(found, flush=True)
+                    print(f"{time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+            elif name in ("judge", "planted", "recovery", "store", "viewer_compute"):
                 print(importlib.import_module(f"benchmarks.{name}").run(args.quick))
             elif name == "import":
                 print(import_time.run(min(args.rounds, 3), pythons))
@@ -86,7 +92,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="+", choices=[*RACES, *OTHERS, *LEARNING, GPU, "all"])
+    parser.add_argument(
+        "names", nargs="+", choices=[*RACES, *OTHERS, *PARTS, *LEARNING, GPU, "all"]
+    )
     parser.add_argument(
         "--peers",
         nargs="*",

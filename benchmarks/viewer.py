@@ -63,7 +63,8 @@ def serving(
     """A server, by default without its model: the process, its address, its token, and the seconds it took
     to answer."""
     options = [part for store in stores for part in ("--store", str(store))]
-    options += [] if model else ["--no-model"]
+    # With little to keep, memory that grows is memory that is lost.
+    options += ["--cache", "0.03"] if model else ["--no-model"]
     command = [python, "-m", "neuron_explainer", "serve", "--port", "0"]
     begin = time.perf_counter()
     process = subprocess.Popen(
@@ -110,8 +111,8 @@ def computed(pid: int) -> float:
     return (int(parts[11]) + int(parts[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def run(quick: bool) -> str:
-    """Measure, and return three tables."""
+def tables(quick: bool) -> Iterator[str]:
+    """Measure; three tables, each as soon as it is there."""
     lines = [
         "| what | p50, ms | p95, ms | CPU of the server, ms | remark | goal: p95, ms |",
         "|---|--:|--:|--:|---|---|",
@@ -119,18 +120,14 @@ def run(quick: bool) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         large = _large(folder / "large", 200 if quick else N_UNITS)
-        pages = viewer_pages.run(folder, large, quick)
+        yield f"### the pages\n\n{viewer_pages.run(folder, large, quick)}\n"
         lines += _ready(folder, 1 if quick else 5)
         lines += _pages(folder, large, 20 if quick else 1000)
         lines += _searches(folder, 200 if quick else N_UNITS, 2 if quick else N_STORES)
         lines += _load(folder, 1.0 if quick else 60.0)
         lines.append(_installed(folder))
-    tables = {
-        "the server": "\n".join(lines),
-        "the pages": pages,
-        "the model": viewer_compute.run(quick),
-    }
-    return "\n\n".join(f"### {title}\n\n{table}" for title, table in tables.items())
+    yield "\n".join(["### the server", "", *lines, ""])
+    yield f"### the model\n\n{viewer_compute.run(quick)}"
 
 
 def _large(folder: Path, n: int) -> Path:

@@ -115,11 +115,15 @@ def test_requests_that_run_are_answered_before_it_ends(tmp_path: Path) -> None:
 def test_the_token_of_a_file_and_a_path(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("a-token-of-my-own-choice\n")
-    options = ("--token-file", str(secret), "--base-path", "/lab/viewer", "--read-only")
+    options = ["--token-file", str(secret), "--base-path", "/lab/viewer", "--read-only"]
+    options += ["--cache", "0.25", "--memory", "3"]
     with running(make_stores(tmp_path / "s"), *options) as (_, address, token):
         assert token == "a-token-of-my-own-choice"
         assert address.endswith("/lab/viewer")
-        assert get(f"{address}{API}/model", token)["read_only"]
+        model = get(f"{address}{API}/model", token)
+        assert model["read_only"]
+        limits = model["limits"]
+        assert (limits["kept_bytes"], limits["autoencoder_bytes"]) == (1 << 28, 3 << 30)
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from neuron_explainer.analysis.effects import one_prompt
 from neuron_explainer.analysis.targets import Metric, Reading, Target, token_texts, with_gradient
-from neuron_explainer.errors import InputError
+from neuron_explainer.errors import InputError, shown
+from neuron_explainer.models.checks import check_count
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.language_model import Activations, LanguageModel
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
@@ -93,8 +94,7 @@ def integrated_gradients(
     place = ActivationLocation.parse(location)
     if place.site.per_layer and place.layer is None:
         raise InputError(f"{place} is in every layer; name one, such as '0/{place}'.")
-    if steps < 1:
-        raise InputError(f"steps must be at least 1, found {steps}.")
+    check_count(steps, "steps")
     target = with_gradient(target, "integrated gradients")
     tokens = one_prompt(model, prompt, bos)
     with torch.no_grad():
@@ -140,7 +140,7 @@ def _baseline(clean: Tensor, baseline: Baseline, place: ActivationLocation) -> T
         return clean.mean(dim=1, keepdim=True).expand_as(clean)
     if baseline == "zero":
         return torch.zeros_like(clean)
-    raise InputError(f"baseline must be 'zero', 'mean' or a capture, found {baseline!r}.")
+    raise InputError(f"baseline must be 'zero', 'mean' or a capture, found {shown(baseline)}.")
 
 
 def _value(

@@ -47,6 +47,7 @@ from neuron_explainer.analysis.edges import (
 )
 from neuron_explainer.analysis.targets import Metric, as_target
 from neuron_explainer.errors import InputError, did_you_mean, optional_module
+from neuron_explainer.models.checks import check_count
 from neuron_explainer.models.language_model import LanguageModel, Prompts
 from neuron_explainer.models.transformer import Transformer, TransformerLayer, merge_heads
 from neuron_explainer.tables import text_table
@@ -152,7 +153,8 @@ class Circuit:
 
 
 def _checked_size(graph: EdgeGraph, n: int) -> int:
-    if not 0 <= n <= len(graph):
+    check_count(n, "the number of edges", least=0)
+    if n > len(graph):
         raise InputError(f"a circuit of this model has 0 to {len(graph):,} edges, asked for {n}.")
     return n
 

@@ -35,6 +35,7 @@ from torch import Tensor
 from neuron_explainer.analysis.node_parts import Freeze, frozen_hooks
 from neuron_explainer.analysis.targets import Metric, Reading, Target, as_target, with_gradient
 from neuron_explainer.errors import InputError, did_you_mean, optional_module
+from neuron_explainer.models.checks import check_count
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.language_model import LanguageModel, Prompts
 from neuron_explainer.models.locations import ActivationLocation
@@ -206,8 +207,7 @@ def whole_batch(model: LanguageModel, ids: list[list[int]]) -> Batch:
 
 def in_batches(both: tuple[Batch, Batch], batch_tokens: int) -> Iterator[tuple[Batch, Batch]]:
     """Pairs in batches of at most ``batch_tokens`` tokens, but of at least one pair."""
-    if batch_tokens < 1:
-        raise InputError(f"batch_tokens must be at least 1, found {batch_tokens}.")
+    check_count(batch_tokens, "batch_tokens")
     n_rows, length = both[0].tokens.shape
     step = max(1, batch_tokens // length)
     for start in range(0, n_rows, step):
@@ -359,8 +359,8 @@ def edge_attribution(
     # Between the two prompts a distance from the clean one has a gradient; at the clean one it has none.
     target = with_gradient(target, "EAP") if ig_steps is None else as_target(target)
     hooks = frozen_hooks(own, freeze, "resid.ln_f")
-    if ig_steps is not None and ig_steps < 1:
-        raise InputError(f"ig_steps must be at least 1, found {ig_steps}.")
+    if ig_steps is not None:
+        check_count(ig_steps, "ig_steps")
     both = paired(model, prompts, corrupt, bos)
     values = np.zeros(graph.exists.shape)
     means = np.zeros(2)

@@ -54,6 +54,7 @@ from neuron_explainer.analysis.node_parts import (
     Part,
     Pass,
     all_parts,
+    check_list,
     flat,
     into_stream,
     wanted_places,
@@ -62,6 +63,7 @@ from neuron_explainer.analysis.sweeps import sweep
 from neuron_explainer.analysis.targets import Metric, Target, as_target, token_texts, with_gradient
 from neuron_explainer.errors import InputError, did_you_mean, optional_module
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
+from neuron_explainer.models.checks import check_count
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.interventions import ablate, add, align
 from neuron_explainer.models.language_model import LanguageModel
@@ -149,10 +151,11 @@ class NodeTable:
         lines = [f"{self.target_name}: {self.target:.4g}"]
         share = [
             explained(name, float(self.values[name].sum()), self.totals[name])
-            for name in ("direct", "act_grad")
+            for name in ("direct", "act_grad", "integrated")
             if name in self.values
         ]
-        lines.append(f"{len(self.nodes)} nodes shown; they explain {' and '.join(share)}.")
+        said = f"; they explain {' and '.join(share)}" if share else ""
+        lines.append(f"{len(self.nodes)} nodes shown{said}.")
         if self.rank_correlation is not None:
             lines.append(rank_agreement(self.rank_correlation))
         rows = []
@@ -289,7 +292,7 @@ class Effects:
         at_once: bool = True,
         memory: Memory | None = None,
     ) -> None:
-        kinds = _by_kind(attention, autoencoders)
+        kinds = _by_kind(model, attention, autoencoders)
         if isinstance(target, Node):
             raise InputError(f"{target}: what makes a node is traced: trace(model, prompt, node).")
         if not isinstance(target, Goal):
@@ -502,6 +505,7 @@ def table_of(
 
 def check_measures(measures: Sequence[str], top_k: int, prompt_b: object) -> None:
     """Refuse measures that are unknown, choose no nodes or lack what they compare with."""
+    check_list(measures, "measures")
     if unknown := [name for name in measures if name not in MEASURES]:
         raise InputError(
             f"unknown measure {unknown[0]!r}.{did_you_mean(unknown[0], MEASURES)} "
@@ -515,18 +519,20 @@ def check_measures(measures: Sequence[str], top_k: int, prompt_b: object) -> Non
         raise InputError("ablation is shown beside act_grad, its estimate: give both measures.")
     if prompt_b is None and (of_two := [m for m in measures if m.endswith("patching")]):
         raise InputError(f"{of_two[0]} compares with a second prompt: give prompt_b.")
-    if not isinstance(top_k, int) or top_k < 1:
-        raise InputError(f"top_k must be a whole number of at least 1, found {top_k!r}.")
+    check_count(top_k, "top_k")
 
 
 def _by_kind(
-    attention: str, autoencoders: Sequence[AutoencoderContext]
+    model: LanguageModel, attention: str, autoencoders: Sequence[AutoencoderContext]
 ) -> dict[bool, AutoencoderContext]:
-    """The autoencoders by whether they are of an MLP; an error if two cover the same part."""
+    """The autoencoders by whether they are of an MLP; an error if two cover the same part, or if one does
+    not fit the model."""
     if attention not in ("heads", "pairs"):
         raise InputError(f"attention must be 'heads' or 'pairs', found {attention!r}.")
+    check_list(autoencoders, "autoencoders")
     kinds: dict[bool, AutoencoderContext] = {}
     for context in autoencoders:
+        context.check_model(model)
         is_mlp = context.location.path in MLP_PLACES
         if is_mlp in kinds:
             raise InputError(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from neuron_explainer import files
 from neuron_explainer.analysis.effects import nodes
-from neuron_explainer.analysis.node_parts import checked_positions
+from neuron_explainer.analysis.node_parts import checked_positions, final_norm
 from neuron_explainer.analysis.targets import Metric, token_texts
 from neuron_explainer.errors import CheckpointError, InputError, optional_module
 from neuron_explainer.kernels.products import linear
@@ -274,11 +274,12 @@ def logit_attribution(
     """What each part writes directly to a target (linear in the logits); the values sum to it.
 
     Names are ``embedding``, ``3/attn``, ``3/mlp`` (or ``3/attn head 5`` and ``3/attn bias``), and
-    ``final norm``, its bias through the unembedding.
+    ``final norm``, its bias through the unembedding. A model that does not show the final norm's scale has
+    it differentiated as well; what is left over then counts for ``final norm``.
     """
     if by not in ("sublayer", "head"):
         raise InputError(f"by must be 'sublayer' or 'head', found {by!r}.")
-    table = nodes(model, prompt, target, ["direct"], 2**62, bos=bos)
+    table = nodes(model, prompt, target, ["direct"], 2**62, freeze=final_norm(model), bos=bos)
     found: dict[str, float] = {}
     for node, value in zip(table.nodes, table.values["direct"].tolist(), strict=True):
         layer, _, path = node.location.partition("/")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.analysis.node_parts import Ints, Pass, frozen_hooks
-from neuron_explainer.errors import InputError
+from neuron_explainer.models.checks import check_count
 from neuron_explainer.models.hooks import TransformerHooks
 from neuron_explainer.models.locations import ActivationLocation
 
@@ -31,8 +31,7 @@ def averaged_pass(run: Pass, steps: int, baseline: Baseline) -> Pass:
     Args:
         steps: points at which gradients are taken, each in the middle of its step.
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise InputError(f"ig_steps must be a whole number of at least 1, found {steps!r}.")
+    check_count(steps, "ig_steps")
     moved = copy.copy(run)
     moved.gradients = _MeanGradients(run, steps, baseline)
     return moved

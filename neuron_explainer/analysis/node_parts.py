@@ -9,7 +9,7 @@ Shape legend: ``s`` positions, ``k`` attended positions, ``h`` heads, ``u`` unit
 
 import copy
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.analysis.targets import Reading, Target
-from neuron_explainer.errors import InputError, did_you_mean
+from neuron_explainer.errors import InputError, did_you_mean, shown
 from neuron_explainer.kernels.graph_memory import saved_for_backward
 from neuron_explainer.kernels.products import linear, product
 from neuron_explainer.models.autoencoder import Autoencoder
@@ -268,11 +268,21 @@ class Pass:
         return x if every else x[torch.from_numpy(self.positions).to(x.device)]
 
 
+def check_list(given: object, name: str) -> None:
+    """Refuse a text or a single value where several are expected."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise InputError(f"{name} must be a list, found {shown(given)}.")
+
+
 def checked_positions(positions: Sequence[int] | None, length: int) -> Ints:
     """Ascending positions ``[p]``, each once; None: all."""
     if positions is None:
         return np.arange(length)
-    chosen = sorted({operator.index(position) for position in positions})
+    check_list(positions, "positions")
+    try:
+        chosen = sorted({operator.index(position) for position in positions})
+    except TypeError:
+        chosen = []
     if not chosen or chosen[0] < 0 or chosen[-1] >= length:
         raise InputError(
             f"positions are 0 to {length - 1} in this prompt, found {list(positions)}."
@@ -311,9 +321,15 @@ _FROZEN: dict[Freeze, tuple[str, ...]] = {
 }
 
 
+def final_norm(model: LanguageModel) -> tuple[Freeze, ...]:
+    """The ``freeze`` that makes direct effects linear: nothing where a model does not show the scale."""
+    return ("final_norm",) if "resid.ln_f.scale" in model.paths else ()
+
+
 def frozen_hooks(model: LanguageModel, freeze: Sequence[Freeze], norm: str) -> TransformerHooks:
     """Hooks that stop gradients as ``freeze`` says; ``norm`` is the one in front of the goal."""
     hooks = TransformerHooks()
+    check_list(freeze, "freeze")
     if unknown := [name for name in freeze if name not in _FROZEN]:
         raise InputError(
             f"freeze takes {', '.join(_FROZEN)}; found {unknown[0]!r}."

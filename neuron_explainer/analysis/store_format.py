@@ -80,6 +80,8 @@ APPLICATION_ID = 0x4E455853  # "NEXS": SQLite keeps it in the file's header
 _SAMPLE = 1000
 """Rows from which the dictionary and the size of pages are chosen."""
 _IN_A_BYTE = 6
+_LONGEST_ALONE = 1024
+"""Bytes of a row that may be better with one code for all of it."""
 _MODELS, _LONGEST_MODEL = 8, 512
 """How many rows the dictionary is made of, and how many bytes of each."""
 _ROW, _PAGE = 16, 8
@@ -415,11 +417,9 @@ def _deflated(blocks: Sequence[bytes], dictionary: bytes = b"") -> bytes:
     Numbers that are nearly random have short repetitions by chance, which are no gain: ``Z_FILTERED``
     ignores them.
     """
-    ways = (
-        (blocks, zlib.Z_DEFAULT_STRATEGY),
-        (blocks, zlib.Z_FILTERED),
-        ([b"".join(blocks)], zlib.Z_DEFAULT_STRATEGY),
-    )
+    ways = [(blocks, zlib.Z_DEFAULT_STRATEGY), (blocks, zlib.Z_FILTERED)]
+    if sum(map(len, blocks)) <= _LONGEST_ALONE:
+        ways.append(([b"".join(blocks)], zlib.Z_DEFAULT_STRATEGY))
     return min((_stream(*way, dictionary) for way in ways), key=len)
 
 

@@ -28,14 +28,15 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.analysis.targets import Metric, Reading, Target, as_target
-from neuron_explainer.errors import InputError, optional_module
+from neuron_explainer.errors import InputError, optional_module, shown
 from neuron_explainer.kernels.products import linear
 from neuron_explainer.models.autoencoder_context import AutoencoderContext
 from neuron_explainer.models.autoencoders.latents import Latents
+from neuron_explainer.models.checks import check_count
 from neuron_explainer.models.hooks import AtLayers, AutoencoderHooks, Hooks, TransformerHooks
 from neuron_explainer.models.interventions import Edit, ablate, add, patch_from
 from neuron_explainer.models.kv_cache import KeyValueCache
-from neuron_explainer.models.language_model import Activations, LanguageModel, Prompts
+from neuron_explainer.models.language_model import Activations, LanguageModel, Prompts, longest_row
 from neuron_explainer.models.locations import SITES, ActivationLocation, LocationLike
 from neuron_explainer.models.transformer import Transformer
 from neuron_explainer.models.weight_names import LayerIndex
@@ -98,18 +99,43 @@ def patching(
         index_map: see :func:`~neuron_explainer.models.interventions.patch_from`.
     """
     place = ActivationLocation.parse(location)
+    if not isinstance(source, Activations):
+        raise InputError(
+            f"source is what model.capture(prompts, location) returns, found {shown(source)}."
+        )
     captured = [p.layer for p in source if p.path == place.path and p.layer is not None]
     found = captured if layers is None else list(layers)
     if place.layer is not None or not place.site.per_layer:
         found = [place.layer] if place.layer is not None else []
-    if place.site.per_layer and not set(found) <= set(captured):
-        raise InputError(f"the source holds {place} in layers {captured}; asked for {found}.")
+    if place.site.per_layer and (not found or not set(found) <= set(captured)):
+        asked = found or "any"
+        raise InputError(f"the source holds {place} in layers {captured}; asked for {asked}.")
+    _check_counterparts(source, positions, index_map)
 
     def build(layer: Any, position: Any) -> TransformerHooks:
         at = place.at(layer) if place.site.per_layer else place
         return patch_from(at, source, positions=position, index_map=index_map)
 
     return Grid({"layer": found or [place.path], "position": list(positions)}, build)
+
+
+def _check_counterparts(
+    source: Activations, positions: Sequence[int], index_map: Tensor | None
+) -> None:
+    """Refuse positions that no row of the source has: nothing would be patched there."""
+    if index_map is None:
+        longest = longest_row(source.tokens, source.pad)
+        missing = [position for position in positions if position >= longest]
+        why = f"the source's longest prompt has {longest} tokens"
+    else:
+        known = (index_map if index_map.dim() == 2 else index_map[None]).ge(0).any(dim=0).tolist()
+        missing = [p for p in positions if p >= len(known) or not known[p]]
+        why = "index_map has none for it"
+    if missing:
+        raise InputError(
+            f"position {missing[0]} has no counterpart in the source: {why}. Leave it out, or align the "
+            "prompts: index_map=align(here, there)."
+        )
 
 
 Intervene = Callable[..., TransformerHooks]
@@ -175,6 +201,7 @@ def active_latents(
     decoder's row, and nothing is encoded again: the cost grows with the number of active latents, not
     with the size of the dictionary.
     """
+    autoencoders.check_model(model, layer)
     place, autoencoder = autoencoders.location.at(layer), autoencoders.get_autoencoder(layer)
     found = model.capture(prompts, place, bos=bos)
     x = found[place].flatten(2)
@@ -205,7 +232,7 @@ def pairs(grid: Grid) -> Grid:
     both = list(itertools.combinations(labels, 2))
     if not both:
         raise InputError("pairs need at least two interventions.")
-    return Grid({f"pair of {name}s": both}, lambda two: grid.build(two[0]) + grid.build(two[1]))
+    return Grid({f"{name} pair": both}, lambda two: grid.build(two[0]) + grid.build(two[1]))
 
 
 # --- what came out ---
@@ -237,7 +264,13 @@ class Sweep:
     def normalised(self, other: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """``(value - baseline) / (other - baseline)``: 0 as the unchanged run, 1 as a run whose metric is
         ``other`` (``[p]`` or one number)."""
-        span = np.asarray(other, dtype=np.float64) - self.baseline
+        whole = np.asarray(other, dtype=np.float64)
+        if whole.shape not in ((), (1,), self.baseline.shape):
+            raise InputError(
+                f"other must be one number, or one for each of {len(self.baseline)} prompts, found "
+                f"{list(whole.shape)}."
+            )
+        span = whole - self.baseline
         if not span.all():
             raise InputError(
                 "the two runs have the same metric, so that there is no scale between them."
@@ -283,6 +316,11 @@ class Sweep:
         mean, names = self.mean, list(self.dims)
         if mean.ndim > 2:
             raise InputError(f"a plot shows one or two dimensions, found {names}.")
+        if labels is not None and (mean.ndim < 2 or len(labels) != mean.shape[1]):
+            raise InputError(
+                f"labels are for the second dimension, found {len(labels)} for a grid of "
+                f"{list(mean.shape)}."
+            )
         figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
         if mean.ndim == 1:
             axes.bar(range(len(mean)), mean, color="#3b6ea8")
@@ -303,17 +341,21 @@ class Sweep:
         return figure
 
     def __repr__(self) -> str:
-        shape = ", ".join(f"{len(labels)} {name}s" for name, labels in self.dims.items())
+        shape = ", ".join(_counted(len(labels), name) for name, labels in self.dims.items())
         n_prompts = len(self.baseline)
-        prompts = "1 prompt" if n_prompts == 1 else f"{n_prompts} prompts"
         lines = [
-            f"Sweep({shape}, {prompts}; {self.metric}, "
+            f"Sweep({shape}, {_counted(n_prompts, 'prompt')}; {self.metric}, "
             f"unchanged {self.baseline.mean():.4g}; largest changes, mean over prompts:"
         ]
         for cell, effect in self.top(5):
             at = ", ".join(f"{name} {label}" for name, label in zip(self.dims, cell, strict=True))
             lines.append(f"  {at}: {effect:+.4g}")
         return "\n".join(lines) + ")"
+
+
+def _counted(number: int, name: str) -> str:
+    """``3 layers``, ``1 layer``; a name such as ``units`` stays as it is."""
+    return f"{number} {name}{'' if number == 1 or name.endswith('s') else 's'}"
 
 
 # --- running ---
@@ -341,6 +383,7 @@ def sweep(
         batch_tokens: most tokens in a batch: memory grows with it.
         progress: show a bar on stderr.
     """
+    check_count(batch_tokens, "batch_tokens")
     tokens, pad = model.to_batch(prompts, None, bos)
     grid = _as_grid(interventions)
     runner = _Staircase if isinstance(model, Transformer) else _FullPasses

@@ -6,9 +6,10 @@ usual ones, :class:`Target` takes a function of one's own. Targets are different
 Shape legend: ``n`` rows, each of one prompt, ``s`` positions, ``v`` vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -87,9 +88,15 @@ def token_id(model: LanguageModel, token: TokenLike) -> int:
             f"a target must be one token; {shown(token)} is {len(ids)}: {pieces}."
             + (f" Did you mean {shown(other)}?" if other else "")
         )
-    if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < model.n_vocab:
-        raise InputError(f"a token id lies in 0 to {model.n_vocab - 1}, found {token!r}.")
-    return token
+    try:
+        found = -1 if isinstance(token, bool) else operator.index(token)
+    except TypeError:
+        found = -1
+    if not 0 <= found < model.n_vocab:
+        raise InputError(
+            f"a target token is a text or an id of 0 to {model.n_vocab - 1}, found {shown(token)}."
+        )
+    return found
 
 
 def _other_spelling(model: LanguageModel, token: str) -> str | None:
@@ -138,18 +145,24 @@ def token_texts(model: LanguageModel, ids: Sequence[int]) -> list[str]:
 
 def token_ids(model: LanguageModel, tokens: TokensLike) -> list[int]:
     """The ids of one token or of several."""
-    several = [tokens] if isinstance(tokens, str | int) else list(tokens)
+    several: list[Any] = list(tokens) if _is_list(tokens) else [tokens]
     if not several:
         raise InputError("expected at least one target token, found none.")
     return [token_id(model, token) for token in several]
+
+
+def _is_list(tokens: object) -> TypeGuard[Iterable[Any]]:
+    """Whether this is several tokens: a list, tuple, array, …, and neither a text nor a number."""
+    one = isinstance(tokens, str) or getattr(tokens, "ndim", 1) == 0
+    return isinstance(tokens, Iterable) and not one
 
 
 def _per_prompt(
     model: LanguageModel, tokens: TokensLike | Sequence[Sequence[TokenLike]]
 ) -> list[list[int]]:
     """Token sets: one for all prompts, or, from a list of lists, one for each prompt."""
-    several: list[Any] = [tokens] if isinstance(tokens, str | int) else list(tokens)
-    if several and not any(isinstance(part, str | int) for part in several):
+    several: list[Any] = list(tokens) if _is_list(tokens) else [tokens]
+    if several and all(_is_list(part) for part in several):
         return [token_ids(model, part) for part in several]
     return [token_ids(model, several)]
 
@@ -179,6 +192,10 @@ def logit_difference(
     """
     up = _per_prompt(model, target)
     down = [] if against is None else _per_prompt(model, against)
+    if len({len(sets) for sets in (up, down)} - {0, 1}) > 1:
+        raise InputError(
+            f"target has {len(up)} sets of tokens, against {len(down)}: give one for each prompt, or one."
+        )
     if len(up) == len(down) and any({*a} == {*b} for a, b in zip(up, down, strict=True)):
         raise InputError(f"{_words(target)} is compared with the same tokens: the difference is 0.")
 
@@ -192,7 +209,7 @@ def logit_difference(
 
 def probability(model: LanguageModel, target: TokensLike | Sequence[Sequence[TokenLike]]) -> Target:
     """Probability of the target tokens together after the last token."""
-    sets = _per_prompt(model, target)
+    sets = [list(dict.fromkeys(ids)) for ids in _per_prompt(model, target)]  # each counts once
 
     def of(reading: Reading) -> Tensor:
         probs = reading.logits.softmax(dim=-1)
@@ -262,5 +279,8 @@ def as_target(metric: Metric) -> Target:
     if isinstance(metric, Target):
         return metric
     if not callable(metric):
-        raise InputError(f"a metric is a Target or a function of logits [n, v], found {metric!r}.")
+        raise InputError(
+            f"a metric is a Target, such as logit_difference(model, {shown(metric)}) makes of tokens, or a "
+            f"function of logits [n, v]; found {shown(metric)}."
+        )
     return Target(getattr(metric, "__name__", "metric"), lambda reading: metric(reading.logits))

@@ -28,6 +28,8 @@ from neuron_explainer.analysis.node_parts import (
     Goal,
     Node,
     Pass,
+    check_list,
+    final_norm,
 )
 from neuron_explainer.analysis.targets import Metric, with_gradient
 from neuron_explainer.errors import InputError, shown
@@ -71,6 +73,7 @@ def trace(
         positions: of which tokens the nodes are; None: of all.
         hooks: interventions under which everything is measured.
     """
+    check_list(measures, "measures")
     if unknown := [m for m in measures if m not in OF_ONE_PASS]:
         raise InputError(f"trace measures write_norm, direct and act_grad; found {unknown[0]!r}.")
     check_measures(measures, top_k, None)
@@ -120,9 +123,7 @@ def goal_of(
         return goal_of_neuron(node)
     if node.kind == "latent":
         return goal_of_latent(node, autoencoders)
-    raise InputError(
-        f"{node}: a {node.kind} cannot be traced; give a neuron, latent, head or pair."
-    )
+    raise InputError(f"{node} cannot be traced; give a neuron, latent, head or pair.")
 
 
 def _check_unit(model: LanguageModel, node: Node) -> None:
@@ -237,7 +238,8 @@ def _goal_of_write(
     sees_logits = interventions is not None and not interventions.logits.is_empty()
     target = with_gradient(downstream, "what is traced")
     goal = Goal.of_logits(model, target, sees_logits)
-    later = Pass(model, tokens, goal, [delta], ("final_norm",), interventions)
+    frozen = final_norm(model)
+    later = Pass(model, tokens, goal, [delta], frozen, interventions)
     gradient = later.gradient(delta)[node.position]
     weight = model.weight(WeightLocationType.ATTN_TO_RESIDUAL, layer).detach()[node.unit]
     direction = weight.double() @ gradient  # [d_head]

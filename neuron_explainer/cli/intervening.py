@@ -12,7 +12,6 @@ from neuron_explainer.errors import InputError
 from neuron_explainer.tables import escaped, percent, text_table
 
 if TYPE_CHECKING:
-    from neuron_explainer.analysis.node_parts import Freeze
     from neuron_explainer.models.autoencoder_context import AutoencoderContext
     from neuron_explainer.models.language_model import LanguageModel
     from neuron_explainer.models.locations import ActivationLocation
@@ -226,6 +225,7 @@ def _show_python(result: Result) -> None:
 def run_effects(args: argparse.Namespace) -> Result:
     """The nodes (neurons, heads, latents, …) that contribute most to a prediction."""
     from neuron_explainer.analysis.effects import nodes
+    from neuron_explainer.analysis.node_parts import final_norm
     from neuron_explainer.analysis.targets import logit_difference
 
     context, lines = _opened(args)
@@ -233,7 +233,7 @@ def run_effects(args: argparse.Namespace) -> Result:
     opened = [_autoencoders(name, context, args) for name in args.autoencoder]
     measures = ["direct", "act_grad", *(["patching"] if args.prompt_b is not None else [])]
     measures += ["ablation"] if args.ablate else []
-    freeze: tuple[Freeze, ...] = ("final_norm",) if "resid.ln_f.scale" in model.paths else ()
+    freeze = final_norm(model)
     table = nodes(
         model,
         args.text,

@@ -20,6 +20,7 @@ from neuron_explainer.models.autoencoder import Autoencoder, InputNormalization
 from neuron_explainer.models.autoencoders.pruned import omit_dead_latents
 from neuron_explainer.models.config import TransformerConfig
 from neuron_explainer.models.hooks import AtLayers, AutoencoderHooks, Hook, TransformerHooks
+from neuron_explainer.models.language_model import LanguageModel
 from neuron_explainer.models.locations import ActivationLocation, LocationLike
 from neuron_explainer.models.locks import Lock
 from neuron_explainer.models.model_context import ModelContext
@@ -235,13 +236,13 @@ class AutoencoderContext:
 
     def check_model(
         self,
-        model: HasSizes | HasConfig | TransformerConfig,
+        model: HasSizes | HasConfig | TransformerConfig | LanguageModel,
         layers: Layers = None,
     ) -> None:
         """Raise unless every autoencoder fits its location in ``model``.
 
         Args:
-            model: a ``Transformer``, its config, or a ``ModelContext``.
+            model: a language model, its config, or a ``ModelContext``.
             layers: a layer or several; None for all.
         """
         size = _sizes_of(model)
@@ -451,9 +452,13 @@ class MultiAutoencoderContext:
 # ---- sizes of the model ----------------------------------------------------------------------------
 
 
-def _sizes_of(model: HasSizes | HasConfig | TransformerConfig) -> Callable[[Dimension], int]:
+def _sizes_of(
+    model: HasSizes | HasConfig | TransformerConfig | LanguageModel,
+) -> Callable[[Dimension], int]:
     if isinstance(model, TransformerConfig):
         cfg = model
+    elif isinstance(model, LanguageModel):
+        return model.sizes.__getitem__
     elif hasattr(model, "get_dim_size"):
         return model.get_dim_size
     else:

@@ -100,6 +100,11 @@ class AutoencoderHooks(HookCollection):
         dtype = getattr(getattr(self.encode, "__self__", None), "dtype", None)
         return dtype if isinstance(dtype, torch.dtype) else None
 
+    @property
+    def n_inputs(self) -> int | None:
+        """The width of the activations that the autoencoder takes; None if that is not known."""
+        return None if self._autoencoder is None else self._autoencoder.n_inputs
+
     def is_same_splice(self, other: "AutoencoderHooks") -> bool:
         """Whether both pass the activation through one autoencoder, and have hooks on latents at most."""
         others = [self.reconstruction, self.error, other.reconstruction, other.error]

@@ -1,4 +1,4 @@
-"""Checks of what a caller gives: tensors and seeds."""
+"""Checks of what a caller gives: tensors, counts and seeds."""
 
 import torch
 from torch import Tensor
@@ -34,6 +34,14 @@ def check_dtype(dtype: object) -> None:
         raise InputError(
             f"dtype must be one of torch for floating-point numbers, such as torch.float32, found "
             f"{shown(dtype)}."
+        )
+
+
+def check_count(number: object, name: str, least: int = 1) -> None:
+    """Refuse anything but a whole number of at least ``least``."""
+    if isinstance(number, bool) or not isinstance(number, int) or number < least:
+        raise InputError(
+            f"{name} must be a whole number of at least {least}, found {shown(number)}."
         )
 
 

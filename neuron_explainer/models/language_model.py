@@ -298,12 +298,28 @@ class LanguageModel(ABC):
                 self.require(path.rpartition(".")[0])
         hooks.check_model(self.sizes, end)
         for path, autoencoder in hooks.autoencoders():
+            self._check_width(path.rpartition(".")[0], autoencoder.n_inputs)
             dtype = self._activation_dtype
             if dtype is not None and autoencoder.dtype not in (None, dtype):
                 raise HookError(
                     f"{path}: the autoencoder is {autoencoder.dtype}, the model {dtype}; convert one of them "
                     f"with .to(dtype), or load the autoencoder with dtype={dtype}."
                 )
+
+    def _check_width(self, path: str, n_inputs: int | None) -> None:
+        """Refuse an autoencoder that is spliced in where activations have another width."""
+        site = SITES[path]
+        try:
+            width = site.width(self.sizes.__getitem__)
+        except KeyError:  # a model without this size
+            return
+        heads = self.sizes.get(Dimension.ATTN_HEADS, 1) if site.shape[-1] == "d_head" else 1
+        if n_inputs not in (None, width, width * heads):
+            joined = f", {width * heads} with its heads joined" if heads > 1 else ""
+            raise InputError(
+                f"{path}: the autoencoder takes inputs of width {n_inputs}, {self.name} has width {width} "
+                f"there{joined}."
+            )
 
     def _check_whole(
         self, tokens: Tensor, pad: Tensor | None, hooks: TransformerHooks | None

@@ -163,10 +163,11 @@ def search(
     served: Served,
     q: Annotated[str, Query(min_length=1, max_length=200)],
     dictionary: Annotated[str | None, Query(alias="dict", pattern=ID_PATTERN)] = None,
-    mode: Literal["label", "token", "id"] = "label",
+    mode: Literal["label", "token", "id", "all"] = "label",
     limit: Annotated[int, Query(ge=1, le=50)] = 50,
 ) -> Response:
-    """Units by the words of their labels, by the token that they peak at, or by number.
+    """Units by the words of their labels, by the token that they peak at, or by number; or by all three:
+    numbers first, then labels, and tokens if there is room.
 
     ``complete`` is false if a search by token had no time for all dictionaries; ask again.
     """
@@ -180,6 +181,15 @@ def search(
         items, complete = _by_token(served, q, ids, limit)
     else:
         items = _by_number(served, q, ids, limit)
+    if mode == "all":
+        items += _by_label(served, q, ids, limit)
+        if len(items) < limit:
+            more, complete = _by_token(served, q, ids, limit)
+            items += more
+        once: dict[tuple[str, int], dict[str, Any]] = {}
+        for each in items:
+            once.setdefault((each["dictionary"], each["unit"]), each)
+        items = list(once.values())[:limit]
     return json_reply(request, {"items": items, "complete": complete})
 
 

@@ -182,6 +182,10 @@ def test_the_largest_are_named() -> None:
             "of as many tokens",
         ),
         (lambda: attribution_patching(MODEL, CLEAN, [1, 2], TARGET), "of one length"),
+        (
+            lambda: integrated_gradients(MODEL, CLEAN, TARGET, "0/mlp.post_act", steps=wrong(2.5)),
+            "steps must be a whole number of at least 1, found 2.5",
+        ),
     ],
 )
 def test_bad_input(run: Any, message: str) -> None:

@@ -191,10 +191,11 @@ def test_top_and_repr() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ig_steps": 0}, "ig_steps must be at least 1, found 0"),
+        ({"ig_steps": 0}, "ig_steps must be a whole number of at least 1, found 0"),
         ({"target": kl()}, "EAP would hold only zeros"),
         ({"freeze": ["norm"]}, "Did you mean 'norms'"),
-        ({"batch_tokens": 0}, "batch_tokens must be at least 1"),
+        ({"batch_tokens": 0}, "batch_tokens must be a whole number of at least 1"),
+        ({"ig_steps": 2.5}, "ig_steps must be a whole number of at least 1, found 2.5"),
         ({"corrupt": CORRUPT[:1]}, "one corrupt prompt for each of 2, found 1"),
         ({"corrupt": [CORRUPT[1], CORRUPT[0]]}, "pair 0 have 5 and 4 tokens"),
     ],

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from neuron_explainer.analysis.attribution import integrated_gradients
 from neuron_explainer.analysis.effects import Effects, Node, NodeTable, nodes, spearman
+from neuron_explainer.analysis.sweeps import active_latents
 from neuron_explainer.analysis.targets import Target, kl, logit_difference, loss, probability
-from neuron_explainer.errors import InputError
+from neuron_explainer.errors import InputError, NeuronExplainerError
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.autoencoder_context import AutoencoderConfig, AutoencoderContext
 from neuron_explainer.models.autoencoders.nonlinearities import TopK
@@ -217,6 +218,27 @@ def test_integrated_patching_sums_to_the_effect_of_patching_the_location(other: 
     assert total == pytest.approx(patched - found.target, abs=1e-3)
 
 
+@pytest.mark.parametrize("other", [OTHER, [3, 7, 1, 4, 5, 2]])
+def test_integrated_patching_of_pairs_sums_to_the_effect_of_patching_them(other: list[int]) -> None:
+    settings = {"measures": ["integrated_patching"], "attention": "pairs", "prompt_b": other}
+    found = table(**settings, freeze=(), ig_steps=16)
+    place, index_map = "1/attn.qk_probs", align(PROMPT, other)
+    theirs = MODEL.capture([other], place)[place][0]
+    here = (index_map >= 0).nonzero()[:, 0]
+    there = index_map[here]
+
+    def patch(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[0, here[:, None], here] = theirs[there[:, None], there]
+        return x
+
+    patched = value(TransformerHooks().append_at(place, patch))
+    pairs = [i for i, node in enumerate(found.nodes) if node.location == place]
+    total = found.values["integrated_patching"][pairs].sum()
+    assert total == pytest.approx(patched - found.target, abs=1e-3)
+    assert abs(total) > 1e-2
+
+
 def test_a_second_prompt_of_another_length_is_aligned() -> None:
     longer = [3, 1, 20, 4, 1, 5, 9, 2]
     found = table(measures=["act_grad"], prompt_b=longer)
@@ -307,6 +329,10 @@ def test_a_share_of_nothing_is_said_in_words(total: float, shown: float, words: 
     assert "nan" not in repr(found)
 
 
+def test_a_table_without_sums_of_effects_names_no_share() -> None:
+    assert "16 nodes shown.\n" in str(nodes(MODEL, PROMPT, TARGET, ["write_norm"], 16))
+
+
 def test_spearman() -> None:
     a = np.array([1.0, 2.0, 2.0, 9.0])
     assert spearman(a, a**3) == pytest.approx(1.0)
@@ -326,6 +352,12 @@ def test_spearman() -> None:
         ({"measures": ["integrated"], "ig_steps": 0}, "ig_steps must be"),
         ({"top_k": 0}, "at least 1"),
         ({"top_k": 2.5}, "whole number of at least 1, found 2.5"),
+        ({"measures": "direct"}, "measures must be a list, found 'direct'"),
+        ({"freeze": "norms"}, "freeze must be a list, found 'norms'"),
+        ({"positions": "last"}, "positions must be a list, found 'last'"),
+        ({"positions": 3}, "positions must be a list, found 3"),
+        ({"positions": [0.5]}, "positions are 0 to 6 in this prompt"),
+        ({"autoencoders": 3}, "autoencoders must be a list, found 3"),
         ({"attention": "neurons"}, "'heads' or 'pairs'"),
         ({"freeze": ("norm",)}, "freeze takes final_norm"),
         ({"prompt_b": [20, 21]}, "no token in common"),
@@ -334,6 +366,28 @@ def test_spearman() -> None:
 def test_bad_input(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         table(**settings)
+
+
+def test_an_autoencoder_of_another_width_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    Autoencoder(24, 8, dtype=torch.float64).save(tmp_path)
+    place = "0/resid.torso.delta_mlp"
+    context = AutoencoderContext(
+        AutoencoderConfig("resid.torso.delta_mlp", {0: tmp_path}), "cpu", dtype=torch.float64
+    )
+    monkeypatch.setattr(Transformer, "run_embed", lambda *_: pytest.fail("the model ran"))
+    hooks = ablate(place, 1, autoencoders=context)
+    for run in (
+        lambda: MODEL([PROMPT], hooks=hooks),
+        lambda: MODEL.sample([PROMPT], 2, hooks=hooks),
+        lambda: MODEL.capture([PROMPT], place, hooks=hooks),
+        lambda: nodes(MODEL, PROMPT, TARGET, autoencoders=[context]),
+        lambda: active_latents(MODEL, [PROMPT], context, 0),
+        lambda: nodes(make("gpt2"), PROMPT, TARGET, autoencoders=[context], freeze=()),
+    ):
+        with pytest.raises(NeuronExplainerError, match=r"inputs of width 8, .* has width"):
+            run()
 
 
 def test_a_node_is_no_target_but_can_be_traced() -> None:

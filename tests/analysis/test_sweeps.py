@@ -48,6 +48,7 @@ from tests.models.test_language_model import make
 MODEL = make_model(n_layers=3)
 WIDE = make_model(n_layers=3, dtype=torch.float64)
 RAGGED = [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
+POST = "resid.torso.post_mlp"
 EVEN = [[1, 2, 3, 4, 5, 6, 7, 8], [8, 7, 6, 5, 4, 3, 2, 1]]
 STREAM = "resid.torso.post_mlp"
 
@@ -343,6 +344,23 @@ def test_targets_must_be_single_tokens() -> None:
         token_id(model, "")
     with pytest.raises(InputError, match="0 to 28, found 29"):
         token_id(MODEL, 29)
+    assert token_id(MODEL, wrong(np.int64(3))) == token_id(MODEL, wrong(torch.tensor(3))) == 3
+    for nothing in (None, 1.5, True, torch.tensor(0.5)):
+        with pytest.raises(InputError, match="a text or an id of 0 to 28, found"):
+            logit_difference(MODEL, wrong(nothing))
+    with pytest.raises(InputError, match="2 sets of tokens, against 3"):
+        logit_difference(MODEL, [[1], [2]], [[3], [4], [5]])
+
+
+def test_tokens_may_be_of_any_kind_and_count_once() -> None:
+    def measured(target: Target) -> Any:
+        return sweep(MODEL, EVEN, [ablate("0/mlp.post_act")], target).values
+
+    expected = measured(logit_difference(MODEL, [6, 8], 12))
+    for tokens in (np.array([6, 8]), torch.tensor([6, 8]), (6, np.int64(8))):
+        found = measured(logit_difference(MODEL, wrong(tokens), wrong(np.int64(12))))
+        assert np.array_equal(found, expected)
+    assert np.array_equal(measured(probability(MODEL, [3, 3])), measured(probability(MODEL, 3)))
 
 
 # --- results ---
@@ -358,6 +376,15 @@ def test_the_result_names_what_it_holds() -> None:
     np.testing.assert_allclose(found.normalised(other), found.effect / 2.0)
     with pytest.raises(InputError, match="same metric"):
         found.normalised(found.baseline)
+    with pytest.raises(InputError, match=r"each of 2 prompts, found \[3\]"):
+        found.normalised([1.0, 2.0, 3.0])
+
+
+def test_the_result_counts_in_words() -> None:
+    groups = neurons("0/mlp.post_act", [1, [2, 3]])
+    assert str(sweep(MODEL, EVEN, groups, third)).startswith("Sweep(2 units, 2 prompts;")
+    both = sweep(MODEL, EVEN[:1], pairs(groups), third)
+    assert str(both).startswith("Sweep(1 units pair, 1 prompt;")
 
 
 def test_tables_and_plots() -> None:
@@ -369,6 +396,8 @@ def test_tables_and_plots() -> None:
     row = table[(table["layer"] == 1) & (table["head"] == 2) & (table["prompt"] == 1)]
     assert float(row["value"].iloc[0]) == found.values[1, 2, 1]
     assert found.plot().axes[0].get_xlabel() == "head"
+    with pytest.raises(InputError, match=r"found 2 for a grid of \[3, 4\]"):
+        found.plot(labels=["a", "b"])
     assert sweep(MODEL, EVEN, neurons("0/mlp.post_act", [1, 2]), third).plot().axes
 
 
@@ -392,7 +421,34 @@ def test_tables_and_plots() -> None:
         (
             lambda: sweep(MODEL, EVEN, heads(MODEL), wrong("third")),
             InputError,
-            "a Target or a function",
+            r"a metric is a Target, such as logit_difference\(model, 'third'\)",
+        ),
+        (
+            lambda: sweep(MODEL, EVEN, heads(MODEL), third, batch_tokens=wrong(64.5)),
+            InputError,
+            "batch_tokens must be a whole number",
+        ),
+        (
+            lambda: patching(POST, wrong(torch.zeros(1, 2, 16)), positions=[0]),
+            InputError,
+            "source is what model.capture",
+        ),
+        (
+            lambda: patching("mlp.post_act", MODEL.capture(EVEN, POST), positions=[0]),
+            InputError,
+            r"holds mlp.post_act in layers \[\]",
+        ),
+        (
+            lambda: patching(POST, MODEL.capture([[1, 2], [3]], POST), positions=[1, 2]),
+            InputError,
+            r"position 2 has no counterpart .* longest prompt has 2 tokens",
+        ),
+        (
+            lambda: patching(
+                POST, MODEL.capture(EVEN, POST), positions=[0, 1], index_map=torch.tensor([0, -1])
+            ),
+            InputError,
+            "position 1 has no counterpart in the source: index_map has none",
         ),
     ],
 )

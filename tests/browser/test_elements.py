@@ -62,3 +62,14 @@ def test_an_address_shows_what_its_lines_name(open_page: OpenPage, address: str)
         for part, selector in PARTS.items():
             if part in row[1]:
                 assert page.locator(selector).count() > 0, (part, selector)
+
+
+def test_a_number_is_found_in_all_dictionaries(open_page: OpenPage) -> None:
+    page = open_page(f"#/f/{LATENTS}/43")
+    settled(page)
+    page.keyboard.press("/")
+    page.locator(".palette input").fill("51")
+    found = page.locator("#palette-list [role=option]", has_text="number")
+    expect(found).to_have_count(16)
+    found.filter(has_text=LATENTS).click()
+    expect(page.locator("h1")).to_contain_text("Latent 51")

@@ -1,6 +1,7 @@
 """Interventions against plain edits of tensors, one experiment at a time."""
 
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +329,39 @@ def _topk(seed: int) -> Autoencoder:
         for parameter in autoencoder.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
     return autoencoder
+
+
+@pytest.mark.parametrize("positions", [None, 3, [1, 4]], ids=str)
+@pytest.mark.parametrize("units", [None, [7, 2]], ids=str)
+def test_latents_take_their_values_from_other_runs(
+    autoencoders: AutoencoderContext, units: Any, positions: Any
+) -> None:
+    """By the formula: what the autoencoder does not capture stays, and the chosen latents are others."""
+    place, autoencoder = "1/resid.torso.delta_mlp", autoencoders.get_autoencoder(1)
+    other = MODEL.capture(random_tokens(3, 8, seed=9), place)
+    x = seen(TransformerHooks(), place)
+    here, there = autoencoder.code(x), autoencoder.code(other[place]).latents
+    mean = there.mean(dim=(0, 1)).expand_as(there)
+    drawn = torch.randint(24, (8,), generator=torch.Generator().manual_seed(3))
+    at: Any = slice(None) if positions is None else positions
+    for build, values in (
+        (patch_from, there),
+        (mean_ablate, mean),
+        (partial(resample_ablate, seed=3), there.flatten(0, 1)[drawn].expand_as(there)),
+    ):
+        latents, chosen = here.latents.clone(), slice(None) if units is None else units
+        some = latents[:, at].clone()
+        some[..., chosen] = values[:, at][..., chosen]
+        latents[:, at] = some
+        expected = x + here.decode(latents) - here.decode(here.latents)
+        hooks = build(place, other, units, positions, autoencoders=autoencoders)
+        torch.testing.assert_close(seen(hooks, place), expected)
+    if positions is None:
+        frozen = freeze(place, other, units, autoencoders=autoencoders)
+        moved = patch_from(place, other, units, autoencoders=autoencoders)
+        assert torch.equal(seen(frozen, place), seen(moved, place))
+    with pytest.raises(HookError, match="0 to 23, found 24"):
+        patch_from(place, other, 24, autoencoders=autoencoders)
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["values", "gradients"])

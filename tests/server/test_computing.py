@@ -235,14 +235,42 @@ NODES = st.fixed_dictionaries(
         "dictionary": st.sampled_from(IDS),
     },
 )  # fmt: skip
+THERE = st.tuples(
+    st.sampled_from(
+        [
+            {"location": "0/resid.torso.delta_mlp", "dictionary": "mlp.0"},
+            {"location": "1/resid.torso.delta_attn", "dictionary": "attn.1"},
+            {"location": "0/mlp.post_act", "dictionary": "acts.0"},
+            {"location": "0/mlp.post_act"},
+            {"location": "1/attn.v_out"},
+        ]
+    ),
+    st.fixed_dictionaries(
+        {"unit": st.sampled_from([0, 3])},
+        optional={"position": st.sampled_from([-1, 0, 3, 7, 9])},
+    ),
+).map(lambda parts: {**parts[0], **parts[1]})
+"""Nodes that the model has."""
 ACTIONS = ["zero", "mean", "set", "scale", "add", "swap"]
 CHANGES = st.fixed_dictionaries(
     {
-        "node": NODES.map(lambda node: {k: v for k, v in node.items() if k != "attended"}),
+        "node": THERE | NODES.map(lambda node: {k: v for k, v in node.items() if k != "attended"}),
         "action": st.sampled_from(ACTIONS),
     },
-    optional={"value": st.sampled_from([0, 2.5, -1e6]), "source": st.sampled_from(["cats", "x"])},
+    optional={
+        "value": st.sampled_from([0, 2.5, -1e6]),
+        "source": st.sampled_from(["cats", "the hats", "x"]),
+    },
 )
+WHOLE = st.fixed_dictionaries(
+    {
+        "node": THERE,
+        "action": st.sampled_from(ACTIONS),
+        "value": st.just(2.5),
+        "source": st.just("the hats"),
+    }
+)
+"""Interventions that lack nothing, most of which can be done."""
 PROMPTS = st.fixed_dictionaries(
     {"text": st.sampled_from(["cats", "the cats", "é", "<|endoftext|>a", "q"])},
     optional={"target": st.lists(st.sampled_from(["a", "", "ab", 3, 256, 257]), max_size=2)},
@@ -274,6 +302,31 @@ DEBUGS = st.fixed_dictionaries(
 @given(body=DEBUGS)
 def test_no_request_for_nodes_makes_the_server_fail(client: TestClient, body: Any) -> None:
     check(client, {"method": "POST", "url": f"{API}/debug", "json": body})
+    check_stream(client, "debug", body)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+@given(changes=st.lists(WHOLE | CHANGES, min_size=1, max_size=2), length=st.integers(1, 4))
+def test_no_generation_begins_and_then_fails(
+    client: TestClient, changes: list[Any], length: int
+) -> None:
+    body = {"prompt": "the cats", "max_new": length, "interventions": changes}
+    check_stream(client, "generate", body)
+
+
+def check_stream(client: TestClient, route: str, body: Any) -> None:
+    """What is wrong is known before the first event; a stream that begins ends with its answer."""
+    headers = {"Accept": "text/event-stream"}
+    reply = client.post(f"{API}/{route}", json=body, headers=headers)
+    assert reply.status_code < 500, reply.text
+    if reply.status_code == 200:
+        assert events_of(reply.text)[-1][0] == "done", (body, reply.text[-500:])
 
 
 @settings(

@@ -16,6 +16,8 @@ from neuron_explainer.models.transformer import Transformer
 from neuron_explainer.server.compute.keeping import Kept, bytes_of
 from neuron_explainer.server.compute.operations import Session
 from neuron_explainer.server.compute.setup import Setup
+from neuron_explainer.server.limits import Limits
+from tests.server.clients import app_with
 from tests.server.computed import ask, assert_same, make_setup
 
 METRICS = ["activation", "write_norm", "direct", "act_grad"]
@@ -201,8 +203,7 @@ def test_results_take_no_more_than_their_bytes(setup: Setup) -> None:
     for number, request in enumerate(requests()[:20]):
         debug(small, **request)
         held: dict[int, int] = {}
-        for key in small.results.keys_of():
-            value = small.results.get(key)
+        for _, value in small.results.beginning_with():
             if isinstance(value, Pass | Encoding):
                 held |= storages_of(value.tensors())
         known = [model_of(small), *small._loaded.values()]
@@ -213,6 +214,11 @@ def test_results_take_no_more_than_their_bytes(setup: Setup) -> None:
     none = Session(Setup(setup.model, setup.dictionaries, device="cpu", kept=0))
     debug(none)
     assert len(none.results) == none.results.bytes == 0
+
+
+def test_the_limit_of_the_application_is_that_of_its_worker() -> None:
+    app = app_with(model="tiny-tales", limits=Limits(kept_bytes=7))
+    assert app.state.serving.compute.setup.kept == 7
 
 
 def test_what_is_kept_does_not_hold_a_dictionary_that_must_go(setup: Setup) -> None:
@@ -235,6 +241,7 @@ def test_the_result_used_longest_ago_goes_first() -> None:
     for name in "abc":
         kept.put(name, name, 30)
     assert kept.get("a") == "a"
+    assert kept.beginning_with() == []
     kept.put("d", "d", 40, ["one"])
     assert [kept.get(name) for name in "abcd"] == ["a", None, "c", "d"]
     kept.put("a", "again", 50)
@@ -245,4 +252,8 @@ def test_the_result_used_longest_ago_goes_first() -> None:
     assert (kept.get("d"), kept.bytes) == (None, 50)
     kept.clear()
     assert (len(kept), kept.bytes) == (0, 0)
+    for number in range(3):
+        kept.put(("some", number), number, 40)
+        assert (("some", number), number) in kept.beginning_with("some")  # and is not used by that
+    assert kept.beginning_with("some") == [(("some", 1), 1), (("some", 2), 2)]
     assert bytes_of({"a": [torch.zeros(100), "x" * 50]}) >= 450

@@ -207,6 +207,16 @@ def test_units_are_found_by_number(client: TestClient) -> None:
     assert hits(client, q="99999", mode="id") == hits(client, q="word", mode="id") == []
 
 
+def test_everything_is_numbers_then_labels_then_tokens(client: TestClient) -> None:
+    found = hits(client, q="7", mode="all")
+    assert found[:2] == hits(client, q="7", mode="id")
+    labels, tokens = (hits(client, q="king", mode=mode) for mode in ("label", "token"))
+    assert labels
+    assert set(tokens) - set(labels)
+    assert hits(client, q="king", mode="all") == list(dict.fromkeys([*labels, *tokens]))[:50]
+    assert hits(client, q="king", mode="all", limit="1") == labels[:1]
+
+
 def test_peaks_are_those_of_the_records(folder: Path) -> None:
     for name in ("made-up.2", "heads"):
         with ExampleStore.open(folder, name) as found:

@@ -17,7 +17,7 @@ export function Palette({ mode, onClose }) {
   const [kind, setKind] = useState('');
   const list = useRef(/** @type {HTMLUListElement | null} */ (null));
   const search = mode === 'search' && text.trim() !== '';
-  const asked = useGet(search ? url(['search'], { q: text.trim().slice(0, 200), mode: kind || undefined, limit: 30 }) : null, { delay: 120 });
+  const asked = useGet(search ? url(['search'], { q: text.trim().slice(0, 200), mode: kind || 'all', limit: 30 }) : null, { delay: 120 });
   const commands = useMemo(allCommands, []);
   /** @type {Item[]} */
   const items = mode === 'commands' ? commands.filter((item) => matches(item.title, text)) : search ? (asked.data?.items ?? []).map(hit) : places();
@@ -75,7 +75,7 @@ export function Palette({ mode, onClose }) {
 /** @param {import('./api.js').Asked<any>} asked @param {number} n */
 function said(asked, n) {
   if (asked.loading) return 'Searching …';
-  return n ? `${n} found` : 'Nothing found. Labels are searched by whole words and the beginning of the last one.';
+  return n ? `${n} found` : 'Nothing found. Labels are searched by whole words and the beginning of the last one, tokens by all they write.';
 }
 
 /** @param {string} title @param {string} text */

@@ -86,6 +86,8 @@ def attend(
     d_head = q.shape[-1]
     if hooks is None or hooks.is_empty():
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        # Rejected: the product, softmax and product of the formula. Of a training step they take 2% (gpt) and
+        # 7% (lea) less time with two threads, and 5% and 9% more with one.
         return merge_heads(F.scaled_dot_product_attention(q, k, v).transpose(1, 2))
     q, k = hooks.q(q * d_head**-0.25, **at), hooks.k(k * d_head**-0.25, **at)
     v = hooks.v(v.clone(), **at)

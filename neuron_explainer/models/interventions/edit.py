@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neuron_explainer.errors import HookError, InputError
+from neuron_explainer.errors import HookError, InputError, shown
 from neuron_explainer.models.autoencoder_context import AutoencoderContext, MultiAutoencoderContext
 from neuron_explainer.models.hooks import DescribedHook, TransformerHooks
 from neuron_explainer.models.interventions.positions import Positions, PositionsLike
@@ -135,6 +135,17 @@ def make_hooks(
     edit = Edit(what, place, chosen, Positions.of(positions), change, sets, needs, whole)
     if autoencoders is None:
         return TransformerHooks().append_at(place, edit)
+    context = context_at(autoencoders, place)
+    layers = context.chosen_layers(place.layer)
+    for layer in layers:
+        n_latents = context.get_autoencoder(layer).n_latents
+        chosen.check_widths([n_latents], place)
+        edit.check_needs([n_latents])
+    return context.hooks(edit, layers=layers)
+
+
+def context_at(autoencoders: Autoencoders, place: ActivationLocation) -> AutoencoderContext:
+    """The autoencoders of a location; an InputError if these are of another one."""
     context = autoencoders
     if isinstance(context, MultiAutoencoderContext):
         context = context.get_autoencoder_context(place)
@@ -142,12 +153,7 @@ def make_hooks(
         raise InputError(
             f"the autoencoders are of {context.location}, the intervention is at {place}."
         )
-    layers = context.chosen_layers(place.layer)
-    for layer in layers:
-        n_latents = context.get_autoencoder(layer).n_latents
-        chosen.check_widths([n_latents], place)
-        edit.check_needs([n_latents])
-    return context.hooks(edit, layers=layers)
+    return context
 
 
 def constant(x: Tensor, _: Tensor | None, value: Tensor) -> Tensor:
@@ -176,9 +182,9 @@ def finite(value: float | Tensor, name: str) -> Tensor:
         tensor = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
         tensor = (tensor if tensor.is_floating_point() else tensor.double()).detach()
         if not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{name} must be finite, found {value!r}.")
+            raise InputError(f"{name} must be finite, found {shown(value)}.")
     except (TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{name} must be a number or a tensor, found {value!r}.") from None
+        raise InputError(f"{name} must be a number or a tensor, found {shown(value)}.") from None
     return tensor

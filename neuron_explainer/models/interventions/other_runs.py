@@ -12,7 +12,13 @@ from torch import Tensor
 from neuron_explainer.errors import HookError, InputError
 from neuron_explainer.models.checks import check_seed
 from neuron_explainer.models.hooks import TransformerHooks
-from neuron_explainer.models.interventions.edit import constant, finite, make_hooks
+from neuron_explainer.models.interventions.edit import (
+    Autoencoders,
+    constant,
+    context_at,
+    finite,
+    make_hooks,
+)
 from neuron_explainer.models.interventions.positions import PositionsLike
 from neuron_explainer.models.interventions.units import Units, UnitsLike
 from neuron_explainer.models.language_model import Activations
@@ -26,6 +32,7 @@ def patch_from(
     positions: PositionsLike = None,
     *,
     index_map: Tensor | None = None,
+    autoencoders: Autoencoders | None = None,
 ) -> TransformerHooks:
     """Set units to the values that they have in another run. A position that the other run does not have
     stays as it is.
@@ -36,8 +43,9 @@ def patch_from(
             the batch takes row i.
         index_map: ``[b, s]`` or ``[s]`` int64: for each position here, the position in the other run, or -1
             if there is none. :func:`align` makes one. Default: the same position.
+        autoencoders: set latents to those of the other run. ``values`` are activations all the same.
     """
-    return _patch("patching", location, values, units, positions, index_map)
+    return _patch("patching", location, values, units, positions, index_map, autoencoders)
 
 
 def add(
@@ -47,15 +55,19 @@ def add(
     positions: PositionsLike = None,
 ) -> TransformerHooks:
     """Add values to units by row and position; ``values`` has the forms that :func:`patch_from` takes."""
-    return _patch("adding", location, values, units, positions, None)
+    return _patch("adding", location, values, units, positions, None, None)
 
 
 def freeze(
-    location: LocationLike, values: Activations | Tensor, units: UnitsLike = None
+    location: LocationLike,
+    values: Activations | Tensor,
+    units: UnitsLike = None,
+    *,
+    autoencoders: Autoencoders | None = None,
 ) -> TransformerHooks:
     """Keep units at the values that they have in another run, usually one of the same text: attention
     patterns (``attn.qk_probs``) or scales of norms (``resid.torso.ln_mlp.scale``)."""
-    return _patch("freezing", location, values, units, None, None)
+    return _patch("freezing", location, values, units, None, None, autoencoders)
 
 
 def _patch(
@@ -65,6 +77,7 @@ def _patch(
     units: UnitsLike,
     positions: PositionsLike,
     index_map: Tensor | None,
+    autoencoders: Autoencoders | None,
 ) -> TransformerHooks:
     place = ActivationLocation.parse(location)
     if place.site.per_layer and place.layer is None:
@@ -73,10 +86,11 @@ def _patch(
         found = [key for key in values if key.path == place.path]
         if not found:
             raise InputError(f"the other run holds nothing at {place}; capture it there.")
-        hooks = [_patch(what, key, values, units, positions, index_map) for key in found]
+        hooks = [
+            _patch(what, key, values, units, positions, index_map, autoencoders) for key in found
+        ]
         return sum(hooks[1:], hooks[0])
-    rows, lengths = _by_position(values, place)
-    source = _chosen_of(rows, place, units)
+    source, lengths = _source(values, place, units, autoencoders)
     if index_map is not None:
         if "k" in place.site.shape[2:]:
             raise InputError(
@@ -95,7 +109,8 @@ def _patch(
     change = partial(
         _patched, what=what, place=place, source=source, lengths=lengths, index_map=index_map
     )
-    return make_hooks(what, place, units, positions, change, needs=_needs_of(source, place))
+    needs = () if autoencoders is not None else _needs_of(source, place)
+    return make_hooks(what, place, units, positions, change, autoencoders, needs=needs)
 
 
 def _patched(
@@ -130,6 +145,34 @@ def _needs_of(values: Tensor, place: ActivationLocation) -> tuple[int | None, ..
     """The :attr:`Edit.needs` of values ``[r, t, …]``: units of the same shape, with any number of keys."""
     axes = zip(place.site.shape[2:], values.shape[2:], strict=False)
     return tuple(None if axis == "k" else length for axis, length in axes)
+
+
+def _source(
+    values: Activations | Tensor,
+    place: ActivationLocation,
+    units: UnitsLike,
+    autoencoders: Autoencoders | None,
+) -> tuple[Tensor, Tensor]:
+    """The values of the chosen units, or latents, in another run ``[r, t, …, u]``, and its rows' lengths."""
+    rows, lengths = _by_position(values, place)
+    if autoencoders is None:
+        return _chosen_of(rows, place, units), lengths
+    return _latents_of(rows, place, units, autoencoders), lengths
+
+
+@torch.no_grad()
+def _latents_of(
+    rows: Tensor, place: ActivationLocation, units: UnitsLike, autoencoders: Autoencoders
+) -> Tensor:
+    """``[r, t, u]``: the chosen latents of another run's activations ``[r, t, …]``."""
+    autoencoder = context_at(autoencoders, place).get_autoencoder(place.layer)
+    chosen = Units.of(place, units, True)
+    chosen.check_widths([autoencoder.n_latents], place)
+    x = rows if rows.shape[-1] == autoencoder.n_inputs else rows.flatten(2)
+    x = x.to(autoencoder.device, autoencoder.dtype)
+    # Row by row: all latents of all rows may take gigabytes, the chosen ones seldom do.
+    latents = (autoencoder.encode(row[None]) for row in x)
+    return torch.cat([each if chosen.index is None else each[chosen.index] for each in latents])
 
 
 def _chosen_of(rows: Tensor, place: ActivationLocation, units: UnitsLike) -> Tensor:
@@ -198,25 +241,27 @@ def mean_ablate(
     positions: PositionsLike = None,
     *,
     per_position: bool = False,
+    autoencoders: Autoencoders | None = None,
 ) -> TransformerHooks:
     """Set units to their mean over the tokens of a reference run.
 
     Args:
-        reference: a capture, or a tensor ``[r, t, …]`` of this location.
+        reference: a capture, or a tensor ``[r, t, …]`` of this location; with ``autoencoders``, whose
+            latents are then set, it holds activations all the same.
         per_position: take the mean over the rows at each position, for prompts of one template, instead of
             the mean over all tokens. A position that no row of the reference reaches is refused.
     """
     place = _one_place(location)
-    rows, lengths = _by_position(reference, place)
-    source = _chosen_of(rows, place, units).double()
+    source, lengths = _source(reference, place, units, autoencoders)
+    source = source.double()
     known = torch.arange(source.shape[1])[None] < lengths[:, None]
     weight = known.to(source.device, source.dtype).view(*known.shape, *[1] * (source.dim() - 2))
     total = (source * weight).sum(dim=0)
     means = total / weight.sum(dim=0) if per_position else total.sum(dim=0) / weight.sum()
     by_position = partial(_mean_at, means=means, place=place)
     change = by_position if per_position else partial(constant, value=means)
-    needs = _needs_of(source, place)
-    return make_hooks("mean ablation", place, units, positions, change, sets=True, needs=needs)
+    needs = () if autoencoders is not None else _needs_of(source, place)
+    return make_hooks("mean ablation", place, units, positions, change, autoencoders, True, needs)
 
 
 def _mean_at(x: Tensor, at: Tensor | None, means: Tensor, place: ActivationLocation) -> Tensor:
@@ -232,6 +277,7 @@ def resample_ablate(
     positions: PositionsLike = None,
     *,
     seed: int = 0,
+    autoencoders: Autoencoders | None = None,
 ) -> TransformerHooks:
     """Set units, at each position, to their values at a random token of a reference run.
 
@@ -240,13 +286,13 @@ def resample_ablate(
     """
     check_seed(seed)
     place = _one_place(location)
-    rows, lengths = _by_position(reference, place)
-    source = _chosen_of(rows, place, units)
+    source, lengths = _source(reference, place, units, autoencoders)
     known = torch.arange(source.shape[1])[None] < lengths[:, None]
     tokens = source[known.to(source.device)]  # [n, …]
-    what, needs = f"resample ablation (seed {seed})", _needs_of(source, place)
+    what = f"resample ablation (seed {seed})"
+    needs = () if autoencoders is not None else _needs_of(source, place)
     change = partial(_resampled, tokens=tokens, seed=seed, place=place)
-    return make_hooks(what, place, units, positions, change, sets=True, needs=needs)
+    return make_hooks(what, place, units, positions, change, autoencoders, True, needs)
 
 
 def _resampled(

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from neuron_explainer.errors import HookError, InputError
+from neuron_explainer.errors import HookError, InputError, shown
 from neuron_explainer.models.language_model import LanguageModel, Prompts
 
 PositionsLike = int | slice | str | Sequence[int] | Tensor | None
@@ -49,10 +49,12 @@ class Positions:
         except TypeError:
             raise InputError(
                 "positions must be None, a whole number, several, a slice, 'last', or a bool tensor "
-                f"[b, s]; found {given!r}."
+                f"[b, s]; found {shown(given)}."
             ) from None
         if not chosen or min(chosen) < 0:
-            raise InputError(f"positions count from 0; found {given!r}. The last token is 'last'.")
+            raise InputError(
+                f"positions count from 0; found {shown(given)}. The last token is 'last'."
+            )
         return cls(tuple(sorted(set(chosen))))
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from neuron_explainer.errors import HookError, InputError
+from neuron_explainer.errors import HookError, InputError, shown
 from neuron_explainer.models.locations import ActivationLocation
 
 UnitsLike = int | str | Sequence[int | str] | None
@@ -48,7 +48,7 @@ class Units:
         if not numbers or len({len(number) for number in numbers}) > 1:
             raise InputError(
                 f"{place}: units must be some numbers, and either heads or channels of heads, not both; "
-                f"found {given!r}."
+                f"found {shown(given)}."
             )
         axes = tuple(torch.tensor(axis) for axis in zip(*numbers, strict=True))
         heads = not latents and len(axes) == 1 and place.site.shape[-1] == "d_head"
@@ -95,5 +95,5 @@ def _number(unit: Any, place: ActivationLocation) -> int:
     except TypeError:
         number = -1
     if number < 0:
-        raise InputError(f"{place}: a unit is a whole number from 0, found {unit!r}.")
+        raise InputError(f"{place}: a unit is a whole number from 0, found {shown(unit)}.")
     return number

@@ -41,10 +41,10 @@ class Kept:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def keys_of(self, *begin: Hashable) -> list[tuple[Any, ...]]:
-        """The keys that begin so."""
-        keys = [key for key in self._entries if isinstance(key, tuple)]
-        return [key for key in keys if key[: len(begin)] == begin]
+    def beginning_with(self, *begin: Hashable) -> list[tuple[tuple[Any, ...], Any]]:
+        """The keys that begin so, each with its result; this is no use of them."""
+        entries = [(k, each.value) for k, each in self._entries.items() if isinstance(k, tuple)]
+        return [(key, value) for key, value in entries if key[: len(begin)] == begin]
 
     def get(self, key: Hashable) -> Any:
         """A result; None if it is not there."""
@@ -144,11 +144,13 @@ class PassMemory:
     def _nearest(self) -> tuple[Pass, int] | None:
         """The pass that does the same as this one for most layers, and their number."""
         best: tuple[Pass, int] | None = None
-        for key in self.kept.keys_of("pass", self._forward):
-            earlier: Pass = self.kept.get(key)
+        of_prompt: list[tuple[Any, Pass]] = self.kept.beginning_with("pass", self._forward)
+        for key, earlier in of_prompt:
             same = self._shared_with(key[3], earlier.model.n_layers)
             if same and isinstance(earlier.model, Transformer) and (not best or same > best[1]):
-                best = earlier, same
+                best, used = (earlier, same), key
+        if best is not None:
+            self.kept.get(used)  # it has been used now
         return best
 
     def _shared_with(self, changes: tuple[Changed, ...], n_layers: int) -> int:

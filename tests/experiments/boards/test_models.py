@@ -244,6 +244,17 @@ def test_hooks_of_all_passes_see_and_change(kind: str) -> None:
             assert not torch.allclose(getattr(changed, told), getattr(plain, told)), (name, path)
 
 
+@pytest.mark.parametrize("name", ["from_board", "speech", "from_words"])
+def test_hooks_see_each_board_also_where_all_boards_share_a_stream(name: str) -> None:
+    model, hooks, seen = lea(), LEAHooks(), dict[str, Tensor]()
+    paths = ("resid.post_emb", "0/resid.torso.post_attn", "0/cross.post_ln_source")
+    for path in paths:
+        getattr(hooks, name).append_at(path, recorder(seen, path))
+    with torch.no_grad():
+        model(BOARDS, hooks)
+    assert [len(seen[path]) for path in paths] == [3, 3, 3]
+
+
 def test_the_words_can_be_changed_by_a_hook() -> None:
     model = lea()
     code = model.quantiser.codebook[2].detach()
@@ -364,7 +375,7 @@ def test_a_forward_pass_does_not_teach_the_codebook() -> None:
 
 @pytest.mark.parametrize("make", [BoardGPT, LEA])
 def test_saved_models_come_back(make: type[BoardGPT] | type[LEA], tmp_path: Path) -> None:
-    model, dataset = make(), BoardDataset(BoardConfig(n_roots=3))
+    model, dataset = make(), BoardDataset(BoardConfig(n_roots=2, n_backgrounds=2))
     save_model(model, tmp_path / "m", dataset, {"training": {"epochs": 1}})
     stored = load_model(tmp_path / "m")
     assert stored.dataset.checksum == dataset.checksum
@@ -378,7 +389,7 @@ def test_saved_models_come_back(make: type[BoardGPT] | type[LEA], tmp_path: Path
 
 
 def test_the_other_architecture_and_misfits_are_refused(tmp_path: Path) -> None:
-    dataset = BoardDataset(BoardConfig(n_roots=3))
+    dataset = BoardDataset(BoardConfig(n_roots=2, n_backgrounds=2))
     save_model(BoardGPT(), tmp_path / "m", dataset, {})
     with pytest.raises(
         CheckpointError, match=r"expected a model of kind 'board_lea', found .*'board_gpt'"
