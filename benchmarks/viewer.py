@@ -66,12 +66,17 @@ def serving(
     # With little to keep, memory that grows is memory that is lost.
     options += ["--cache", "0.03"] if model else ["--no-model"]
     command = [python, "-m", "neuron_explainer", "serve", "--port", "0"]
+    environment = {**os.environ, DATA_VARIABLE: str(data)}
+    elsewhere = python != sys.executable  # what is installed there is to run, not this checkout
+    if elsewhere:
+        environment.pop("PYTHONPATH", None)
     begin = time.perf_counter()
     process = subprocess.Popen(
         [*command, *options],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, DATA_VARIABLE: str(data)},
+        env=environment,
+        cwd=data if elsewhere else None,
     )
     try:
         assert process.stdout is not None

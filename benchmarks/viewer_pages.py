@@ -182,8 +182,8 @@ def _in_browser(rows: Rows, folder: Path, large: Path, quick: bool) -> None:
             _weight(rows, browser, server)
             _steps(rows, browser, server, 3 if quick else 60)
             _heap(rows, browser, server, 3 if quick else 100)
-            _map(rows, browser, server, n, 1 if quick else 5)
-            _ablation(rows, browser, server, 2 if quick else 20)
+            _map(rows, browser, server, n, 1 if quick else 3)
+            _ablation(rows, browser, server, 2 if quick else 12)
             _panels(rows, browser, server, PAGES[:1] if quick else PAGES)
 
 

@@ -52,7 +52,8 @@ def test_explaining_scores_too_and_says_what_the_floors_are(
     table = run(capsys, "score", STORE, "--top", "2", *QUICK)
     assert "medians" in table
     assert "above all floors" in table
-    assert "Next: neuron-explainer inspect" in table
+    best = table.splitlines()[1].split()[0]  # the first row
+    assert table.splitlines()[-1] == f"Next: neuron-explainer inspect {STORE} {best}"
 
     unit = next(u["unit"] for u in found["units"] if u["scores"])
     page = run(capsys, "inspect", STORE, str(unit), "--no-model")

@@ -520,6 +520,10 @@ def test_sentences_as_table_csv_and_json(capsys: pytest.CaptureFixture[str]) -> 
     one = run(capsys, *argv, "--layer", "2", "--code", "code_of_mean")
     assert f"{found[2]['code_of_mean']['max']:.6g}" in one
     assert f"{found[0]['code_of_mean']['max']:.6g}" not in one
+    assert "--csv-out FILE" in one.splitlines()[-1]
+    *_, written, following = run(capsys, *argv, "--csv-out", "u.csv").splitlines()
+    assert written == "u.csv: the table as CSV"
+    assert "--csv-out" not in following
 
 
 def test_what_harvest_recommends_works(capsys: pytest.CaptureFixture[str]) -> None:

@@ -532,7 +532,8 @@ def _by_kind(
     check_list(autoencoders, "autoencoders")
     kinds: dict[bool, AutoencoderContext] = {}
     for context in autoencoders:
-        context.check_model(model)
+        # One layer stands for all: loading every autoencoder here would hold up the first sublayers.
+        context.check_model(model, next(iter(context.layer_indices)))
         is_mlp = context.location.path in MLP_PLACES
         if is_mlp in kinds:
             raise InputError(

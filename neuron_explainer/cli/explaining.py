@@ -483,7 +483,7 @@ def show_explain(result: Result) -> None:
     done = [each for each in result["units"] if each["explanation"]]
     if done:
         say(f"\nkept in {result['workspace']}")
-        say(f"Next: neuron-explainer inspect {result['given']} {done[0]['unit']}")
+        say(f"Next: neuron-explainer inspect {result['given']} {max(done, key=_lead)['unit']}")
 
 
 def show_asking(result: Result) -> None:

@@ -463,7 +463,8 @@ def run_sentences(args: argparse.Namespace) -> Result:
             with files.atomic_write(out) as path:
                 path.write_text(sentences.to_csv(table, args.code), "utf-8")
     result: Result = {"csv": args.csv, "sentences": [dataclasses.asdict(each) for each in table]}
-    return result if args.json else {**result, "table": sentences.to_table(table, args.code)}
+    shown = {"table": sentences.to_table(table, args.code), "written": args.csv_out}
+    return result if args.json else {**result, **shown}
 
 
 def _sentences_table(args: argparse.Namespace, texts: list[str]) -> "list[SentenceSummary]":
@@ -480,4 +481,8 @@ def _sentences_table(args: argparse.Namespace, texts: list[str]) -> "list[Senten
 def show_sentences(result: Result) -> None:
     """The table."""
     say(result["table"])
-    say("Next: --code code_of_mean, --csv-out FILE, --json; neuron-explainer latents 'a sentence'")
+    if result["written"]:
+        say(f"{result['written']}: the table as CSV")
+    options = [] if result["written"] else ["--csv-out FILE"]
+    options = ["--code code_of_mean", *options, "--json"]
+    say(f"Next: {', '.join(options)}; neuron-explainer latents 'a sentence'")

@@ -10,6 +10,7 @@ a text. One that runs longer than allowed ends itself there; a process that does
 """
 
 import asyncio
+import atexit
 import contextlib
 import gc
 import importlib
@@ -118,12 +119,16 @@ class Worker:
         """Begin to load the model; returns at once."""
         if self.setup is None or self._supervisor is not None:
             return
+        # An application that the server is mounted in does not tell it that it ends: the process, which ends
+        # with the interpreter, must not be started again then.
+        atexit.register(self._closing.set)
         self._supervisor = threading.Thread(target=self._supervise, name="model", daemon=True)
         self._supervisor.start()
 
     def close(self, drain: float = 5.0) -> None:
         """Refuse new requests, wait up to ``drain`` seconds for those that run, and end the process."""
         end = time.monotonic() + drain
+        atexit.unregister(self._closing.set)
         self._closing.set()
         while self._jobs and time.monotonic() < end:
             time.sleep(0.02)

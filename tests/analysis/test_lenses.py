@@ -124,6 +124,14 @@ def test_attribution_sums_to_the_target(by: Any) -> None:
         logit_attribution(MODEL, PROMPT, target, by=wrong("layer"))
 
 
+def test_attribution_of_a_model_that_does_not_show_its_norms_scale() -> None:
+    model = make("gpt2")
+    found = logit_attribution(model, PROMPT, logit_difference(model, 3, 4))
+    with torch.no_grad():
+        logits = model([PROMPT])[0][0, -1]
+    assert sum(found.values()) == pytest.approx(float(logits[3] - logits[4]), abs=1e-4)
+
+
 def test_the_last_mlps_share_is_what_ablating_it_takes_with_a_frozen_norm() -> None:
     target = logit_difference(MODEL, 3, 4)
     share = logit_attribution(MODEL, PROMPT, target)["2/mlp"]

@@ -179,6 +179,23 @@ def test_a_server_that_dies_amid_a_request_is_said_and_nothing_is_lost(
         assert page.evaluate("location.hash") == address
 
 
+def test_a_page_comes_back_by_itself_with_its_server(open_page: OpenPage, tmp_path: Path) -> None:
+    flags, data = ("--no-model", "--token", TOKEN), {DATA_VARIABLE: str(tmp_path)}
+    with Server.start(*flags, **data) as server:
+        page = open_page(f"#/f/{LATENTS}/3?width=8", at=server)
+        expect(page.locator(".example").first).to_be_visible()
+        page.watch.expect("ERR_CONNECTION_RE|Failed to fetch")
+        server.kill()
+        page.get_by_label("Number", exact=True).fill("40")
+        page.keyboard.press("Enter")
+        expect(page.locator(".page .failure")).to_contain_text("The server does not answer")
+        expect(page.locator(".banner")).to_be_visible()
+    with Server.start(*flags, "--port", str(urlsplit(server.url).port), **data):
+        expect(page.locator("h1")).to_have_text(re.compile(r"^Latent 40(\D|$)"))
+        expect(page.locator(".failure")).to_have_count(0)
+        assert page.url.endswith(f"#/f/{LATENTS}/40?width=8")
+
+
 def test_a_link_restores_everything_to_the_byte(open_page: OpenPage) -> None:
     page = open_page(STATE)
     expect(page.locator("table.nodes")).to_be_visible()

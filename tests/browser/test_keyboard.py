@@ -148,6 +148,7 @@ def test_a_prompt_without_a_mouse(by_keys: OpenPage, tales: Transformer) -> None
     expect(page.get_by_role("heading", level=1)).to_be_visible()
     press(page, "g", "p")
     settled(page)
+    expect(page.locator("#main")).to_be_focused()
     tab_to(page, "#text-a")
     write(page, TEXT)
     for label, token in (("target", " she"), ("distractor", " he")):

@@ -237,6 +237,12 @@ def test_training_arithmetic_is_the_models_own() -> None:
     assert float((ours - logits).norm() / logits.norm()) < 2e-2  # bfloat16 products
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_learning_rates_are_finite(number: float) -> None:
+    with pytest.raises(InputError, match="muon_lr: expected a finite number"):
+        ModelTrainingConfig(steps=12, decay_steps=4, muon_lr=number)
+
+
 def test_model_training_learns_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     config = ModelTrainingConfig(steps=12, decay_steps=4, warmup_steps=2, batch_size=4)
 

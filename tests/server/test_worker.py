@@ -262,3 +262,20 @@ def test_a_process_that_hangs_is_ended(setup: Setup) -> None:
         assert (error.status, error.code) == (504, "time_limit")
         wait_until(lambda: own.state == "ready", 60)
         assert asyncio.run(own.call("tokenize", {"text": "a"}))["ids"] == [97]
+
+
+@pytest.mark.slow
+def test_an_interpreter_that_ends_starts_no_process_again() -> None:
+    """As where the server is mounted in an application: nobody closes the worker."""
+    code = (
+        "import sys, time\n"
+        "from neuron_explainer.server.compute.setup import Setup\n"
+        "from neuron_explainer.server.worker import Worker\n"
+        "worker = Worker(Setup('tiny-tales', device='cpu'), pause=0.0)\n"
+        "worker.start()\n"
+        "while worker.state != 'ready': time.sleep(0.01)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stderr == ""

@@ -1,7 +1,6 @@
 """The commands of the board experiments; see README.md beside this file."""
 
 import argparse
-import functools
 import logging
 import math
 from pathlib import Path
@@ -92,20 +91,27 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     """Write a run's model, or that of its newest checkpoint, to a folder of its own."""
-    if (args.out / "log.jsonl").exists() and not (args.out / "model.safetensors").exists():
+    there = args.out / "config.json"
+    if there.is_file() and files.read_json(there).get("kind") == training.RUN_KIND:
         raise InputError(f"{args.out} is a run, not a model; choose another --out.")
     stored = training.load_run(args.run)
     dtype = getattr(torch, args.dtype)
-    figures = accuracies(stored.model.to(dtype).float(), stored.dataset)
-    own = stored.config["training"]
-    record = {"training": {**own, "epochs_done": own.get("epochs_done", own["epochs"])}}
-    record["accuracies"] = figures
-    write = functools.partial(save_model, stored.model, dtype=dtype, overwrite=args.overwrite)
+
+    def write(folder: Path) -> None:
+        record: dict[str, Any] = {}
+        if own := stored.config.get("training"):
+            record["training"] = {**own, "epochs_done": own.get("epochs_done", own["epochs"])}
+        record["accuracies"] = accuracies(stored.model.to(dtype).float(), stored.dataset)
+        save_model(
+            *(stored.model, folder, stored.dataset, record), dtype=dtype, overwrite=args.overwrite
+        )
+
     if args.overwrite:
-        write(args.out, stored.dataset, record)
+        write(args.out)
     else:
-        with files.write_once(args.out, "give --overwrite to replace it") as folder:
-            write(folder, stored.dataset, record)
+        advice = "give --overwrite to replace it"
+        with files.write_once(args.out, advice, lambda _: there.is_file()) as folder:
+            write(folder)
     if log := training.thinned_log(args.run):
         with files.atomic_write(args.out / "log.jsonl") as temporary:
             temporary.write_text(log, "utf-8")
@@ -132,11 +138,10 @@ def run_boards(args: argparse.Namespace) -> None:
     if args.seed_layout and args.out is None:
         raise InputError("--seed-layout says how to write a data set; say where with --out.")
     if args.seed_layout:
-        there = args.out.is_dir() and any(args.out.iterdir())
-        if there and not (args.out / "dataset.json").exists():
-            raise InputError(
-                f"{args.out} is not empty and holds no dataset.json; choose another --out."
-            )
+        # A killed command may have left some of the files; hidden ones are its temporary files.
+        there = [path.name for path in args.out.iterdir()] if args.out.is_dir() else []
+        if others := [name for name in there if not name.startswith((".", "dataset"))]:
+            raise InputError(f"{args.out} holds {others[0]}, no data set; choose another --out.")
         print(f"wrote {write_seed_layout(dataset, args.out)}")
     elif args.out is not None:
         with files.write_once(args.out, "choose another --out") as folder:

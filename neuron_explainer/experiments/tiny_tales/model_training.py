@@ -19,6 +19,7 @@ from neuron_explainer.experiments.tiny_tales.data import ModelBatches
 from neuron_explainer.experiments.tiny_tales.fused_loss import linear_cross_entropy
 from neuron_explainer.models.autoencoder import Autoencoder
 from neuron_explainer.models.transformer import Transformer
+from neuron_explainer.settings import check_types
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class ModelTrainingConfig:
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 def tie_embeddings(model: Transformer) -> None:

@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 
 from neuron_explainer.experiments.boards.__main__ import main
+from neuron_explainer.experiments.boards.dataset import BoardDataset
+from neuron_explainer.experiments.boards.gpt import BoardGPT, GPTSizes
+from neuron_explainer.experiments.boards.model_files import save_model
+from neuron_explainer.experiments.boards.objects import BoardConfig
 
 SMALL = ["--board-size", "5", "--root-size", "2", "--root-cells", "4", "--boards-per-epoch", "8"]
 TRAIN = ["train", *SMALL, "--pace", "3000", "--evaluate-every", "0", "--epoch", "1"]
@@ -63,7 +67,7 @@ def run(runs: Path, tmp_path: Path) -> Path:
         ("export gpt --out other", "other is there; give --overwrite"),
         ("export gpt --out other --overwrite", "so it is no saved model"),
         ("boards --seed-layout", "say where with --out"),
-        ("boards --seed-layout --out other", "not empty and holds no dataset.json"),
+        ("boards --seed-layout --out other", "other holds file, no data set"),
         ("boards --out other", "other is there; choose another --out"),
         ("speed --repeats 0", "steps to time, at least 1"),
     ],
@@ -153,6 +157,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_before(tmp_pa
         main([*run, "--learning-rate", "1e30"])
     assert len((tmp_path / "r" / "log.jsonl").read_text().splitlines()) >= 1
     main(["evaluate", str(tmp_path / "r")])  # the checkpoint before it
+
+
+def test_a_model_without_a_record_of_its_training_is_exported(tmp_path: Path) -> None:
+    boards = BoardDataset(BoardConfig(n_roots=2, n_backgrounds=2, n_composites=2))
+    save_model(BoardGPT(GPTSizes(n_layers=1, width=4)), tmp_path / "m", boards, {})
+    main(["export", str(tmp_path / "m"), "--out", str(tmp_path / "n")])
+    assert "training" not in json.loads((tmp_path / "n" / "config.json").read_text())
 
 
 def test_a_log_that_a_killed_process_left(run: Path, tmp_path: Path) -> None:

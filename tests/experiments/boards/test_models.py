@@ -375,7 +375,7 @@ def test_a_forward_pass_does_not_teach_the_codebook() -> None:
 
 @pytest.mark.parametrize("make", [BoardGPT, LEA])
 def test_saved_models_come_back(make: type[BoardGPT] | type[LEA], tmp_path: Path) -> None:
-    model, dataset = make(), BoardDataset(BoardConfig(n_roots=3))
+    model, dataset = make(), BoardDataset(BoardConfig(n_roots=2, n_backgrounds=2))
     save_model(model, tmp_path / "m", dataset, {"training": {"epochs": 1}})
     stored = load_model(tmp_path / "m")
     assert stored.dataset.checksum == dataset.checksum
@@ -389,7 +389,7 @@ def test_saved_models_come_back(make: type[BoardGPT] | type[LEA], tmp_path: Path
 
 
 def test_the_other_architecture_and_misfits_are_refused(tmp_path: Path) -> None:
-    dataset = BoardDataset(BoardConfig(n_roots=3))
+    dataset = BoardDataset(BoardConfig(n_roots=2, n_backgrounds=2))
     save_model(BoardGPT(), tmp_path / "m", dataset, {})
     with pytest.raises(
         CheckpointError, match=r"expected a model of kind 'board_lea', found .*'board_gpt'"
