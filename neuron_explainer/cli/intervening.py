@@ -141,7 +141,10 @@ def _register_steer(verbs: Any) -> None:
     verb.add_argument("--layer", type=int, help="which layer")
     verb.add_argument("--latent", type=int, required=True, help="number of the latent")
     verb.add_argument(
-        "--strength", type=float, default=5.0, help="times its decoder row (default: 5)"
+        "--strength",
+        type=float,
+        default=5.0,
+        help="times its direction, what one unit of it adds (default: 5)",
     )
     verb.add_argument("--num-tokens", type=positive, default=30, help="(default: 30)")
     verb.add_argument("--temperature", type=float, default=0.8, help="(default: 0.8)")
@@ -460,7 +463,7 @@ def show_circuit(result: Result) -> None:
 
 
 def run_steer(args: argparse.Namespace) -> Result:
-    """Sample a text with and without a latent's decoder row added to its location."""
+    """Sample a text with and without a latent's direction added to its location."""
     from neuron_explainer.models.interventions import steer
 
     context, lines = _opened(args)

@@ -161,7 +161,7 @@ class Boards:
 
     def __repr__(self) -> str:
         first = f"; the first:\n{self.board(0)!r}" if len(self) else ""
-        return f"{len(self)} boards of kind {self.kind}{first}"
+        return f"{len(self)} board{'' if len(self) == 1 else 's'} of kind {self.kind}{first}"
 
 
 ARRAYS = ("rows", "tokens", "roots", "cells", "parts")

@@ -367,7 +367,7 @@ def test_a_board_prints_as_a_picture(dataset: BoardDataset) -> None:
     assert repr(marked).endswith("░ 3!")
     assert marked._repr_html_().count("<td") == 64
     assert marked._repr_html_().count("2px solid") == 1
-    assert repr(boards).startswith("1 boards of kind single")
+    assert repr(boards).startswith("1 board of kind single")
 
 
 def test_a_board_is_drawn_by_matplotlib(dataset: BoardDataset) -> None:
