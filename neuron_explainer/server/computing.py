@@ -160,6 +160,16 @@ class HeadRequest(Body):
     head: Number
 
 
+class HeadLatentsRequest(Body):
+    """The latents of two dictionaries (which may be the same) at the two ends of one head."""
+
+    layer: Layer
+    head: Number
+    queries: Id
+    keys: Id
+    k: Annotated[int, Field(ge=1, le=100)] = 20
+
+
 def _post() -> list[Literal["mid", "post"]]:
     return ["post"]
 
@@ -337,6 +347,15 @@ async def attention(request: Request, served: Served, body: AttentionRequest) ->
 async def head(request: Request, served: Served, body: HeadRequest) -> Response:
     """One attention head in detail."""
     return json_reply(request, await ask(request, served, "head", _content(body)), etag=False)
+
+
+@router.post("/head/latents", **COMPUTE)
+async def head_latents(request: Request, served: Served, body: HeadLatentsRequest) -> Response:
+    """The pairs of latents with the largest attention scores in one head, read from the weights."""
+    found = await ask(request, served, "head_latents", _content(body))
+    both = [pair[side] for pair in found["pairs"] for side in ("query", "key")]
+    await run_in_threadpool(_add_labels, served, both)
+    return json_reply(request, found, etag=False)
 
 
 @router.post("/lens", **COMPUTE)

@@ -213,6 +213,13 @@ def of_head_pairs(page: Any, shown: Any, result: Any) -> None:
     assert_same(drawn, [value for *_, value in result["pairs"][:15]])
 
 
+def of_head_latents(page: Any, shown: Any, result: Any) -> None:
+    found = [[each["query"]["unit"], each["key"]["unit"], each["score"]] for each in shown]
+    assert_same(result["pairs"], found)
+    drawn = numbers(page, "#panel-head-latents td[data-value]")
+    assert_same(drawn, [score for *_, score in result["pairs"]])
+
+
 def of_ov(page: Any, shown: Any, result: Any) -> None:
     for name in ("promotes", "demotes"):
         assert_same(result[name], [pairs_of(each[name]) for each in shown])
@@ -305,6 +312,7 @@ CHECKS: dict[str, Callable[[Any, Any, Any], None]] = {
     "one-head": of_one_head,
     "pattern": of_pattern,
     "head-pairs": of_head_pairs,
+    "head-latents": of_head_latents,
     "ov": of_ov,
     "lens": of_lens,
     "generate": of_generate,

@@ -107,6 +107,29 @@ def test_one_head_in_detail(session: Session) -> None:
     assert_same(found["pairs"], [[pair[name] for name in names] for pair in reply["pairs"]])
 
 
+def test_latents_at_the_two_ends_of_a_head(session: Session) -> None:
+    """Against every pair of directions by hand, without the norm's scales and biases."""
+    request = {"layer": 1, "head": 2, "queries": "attn.0", "keys": "mlp.0", "k": 7}
+    reply = ask(session, "head_latents", **request)
+    assert isinstance(session.model, Transformer)
+    layer = list(session.model.layers)[1]
+    read = []
+    for name in (request["queries"], request["keys"]):
+        rows = session.autoencoder(str(name)).decoder.weight.detach().T.double()
+        rows = (rows - rows.mean(dim=1, keepdim=True)) * layer.ln_1.weight.detach().double()
+        read.append(rows)
+    q, k = (
+        x.weight.detach().double().view(4, 4, 16)[2] for x in (layer.attn.q_proj, layer.attn.k_proj)
+    )
+    scores = (read[0] @ q.T) @ (read[1] @ k.T).T / 2
+    best = scores.flatten().topk(7)
+    assert_same([pair["score"] for pair in reply["pairs"]], best.values.tolist())
+    found = [pair["query"]["unit"] * N_LATENTS + pair["key"]["unit"] for pair in reply["pairs"]]
+    assert found == best.indices.tolist()
+    by_script = [[p["query"]["unit"], p["key"]["unit"], p["score"]] for p in reply["pairs"]]
+    assert_same(result_of(reply)["pairs"], by_script)
+
+
 def test_the_lens_reads_the_stream(session: Session) -> None:
     reply = ask(session, "lens", text=TEXT, points=["mid", "post"], positions=[2, -1], k=3)
     assert reply["positions"] == [2, len(TEXT) - 1]
@@ -275,6 +298,18 @@ NO_LATENT = {"location": "0/resid.torso.delta_mlp", "dictionary": "mlp.0", "unit
         ("activations", {"texts": ["a" * 13], "dictionary": "mlp.0", "units": [4]}, 413, None),
         ("attention", {"text": "a", "heads": [[2, 0]], "kind": "pattern"}, 422, "no_such_head"),
         ("head", {"text": "a", "layer": 0, "head": 4}, 422, "no_such_head"),
+        (
+            "head_latents",
+            {"layer": 1, "head": 4, "queries": "mlp.0", "keys": "mlp.0", "k": 3},
+            422,
+            "no_such_head",
+        ),
+        (
+            "head_latents",
+            {"layer": 1, "head": 0, "queries": "mlp.0", "keys": "neurons.0", "k": 3},
+            422,
+            "no_autoencoder",
+        ),
         (
             "node",
             {"prompts": [{"text": "a"}], "metrics": ["act_grad"], "node": NO_LATENT},

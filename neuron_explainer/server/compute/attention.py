@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from neuron_explainer.analysis.attention_paths import token_write
+from neuron_explainer.analysis.attention_scores import attention_scores
 from neuron_explainer.kernels.top_k import top_k
 from neuron_explainer.models.weight_names import Dimension, WeightLocationType
 from neuron_explainer.server.compute.refusals import Refusal
@@ -159,3 +160,34 @@ def _head_script(session: Session, ids: list[int], layer: int, unit: int) -> str
             "demotes": "[[[t.token, t.value] for t in down] for _, down in lists]",
         }
     ).text()
+
+
+def head_latents(session: Session, request: dict[str, Any]) -> dict[str, Any]:
+    """The pairs of latents, one of a token that looks and one of a token looked at, that a head's queries
+    and keys bring together most: see :mod:`neuron_explainer.analysis.attention_scores`."""
+    layer, unit = _checked(session, [request["layer"], request["head"]], 0)
+    names = [request["queries"], request["keys"]]
+    for side, name in zip(("queries", "keys"), names, strict=True):
+        session.source(name, ("body", side))
+    queries, keys = session.autoencoders(names, ("body", "queries"))
+    scores = attention_scores(session.context, queries, keys, layer, unit)
+    script = session.names.script().use("analysis.attention_scores", "attention_scores")
+    for side, name in zip(("queries", "keys"), names, strict=True):
+        script.add(f"{side} = {session.names.autoencoder(script, name)}")
+    script.add(
+        f"pairs = attention_scores(context, queries, keys, {layer}, {unit}).top_pairs({request['k']})"
+    )
+    return {
+        "queries": names[0],
+        "keys": names[1],
+        "pairs": [
+            {
+                "query": {"dictionary": names[0], "unit": pair.query, "label": None},
+                "key": {"dictionary": names[1], "unit": pair.key, "label": None},
+                "score": pair.score,
+            }
+            for pair in scores.top_pairs(request["k"])
+        ],
+        "note": scores.note,
+        "python": script.result({"pairs": "[list(pair) for pair in pairs]"}).text(),
+    }

@@ -23,6 +23,7 @@ OPERATIONS: dict[str, Callable[[Session, dict[str, Any]], Any]] = {
     "node": details.node,
     "attention": attention.attention,
     "head": attention.head,
+    "head_latents": attention.head_latents,
     "lens": reading.lens,
     "generate": reading.generate,
     "logits": features.logits,

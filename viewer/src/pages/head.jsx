@@ -5,6 +5,7 @@ import { Panel, Tool } from '../components/panel.jsx';
 import { Answer, Empty, Loading } from '../components/states.jsx';
 import { Unready } from '../components/unready.jsx';
 import { fixed, percentage } from '../format.js';
+import { Unit } from '../feature/side.jsx';
 import { useKeys } from '../keys.js';
 import { TokenWord } from '../prompt/answer.jsx';
 import { HeadTable, unpacked } from '../prompt/attention.jsx';
@@ -54,6 +55,7 @@ export function HeadPage({ path, query }) {
       </header>
       <Text text={text} onText={(next) => go(href(['h', layer, head], { text: next }), { replace: true })} />
       {modelState.value !== 'ready' ? <Unready lines={10} /> : text === '' ? <Empty title="No text" /> : <Views key={`${layer}.${head}`} layer={layer} head={head} text={text} prompt={href(['p'], { a: text, tab: 'attention', head: `${layer}.${head}` })} />}
+      {modelState.value === 'ready' && <Latents key={`latents ${layer}.${head}`} layer={layer} head={head} query={query} />}
       {stores.length > 0 && <p class="soft">Examples of a corpus: {stores.map((one) => <a href={href(['f', one.id, head])}>{one.name}</a>)}</p>}
     </div>
   );
@@ -112,6 +114,37 @@ function Pairs({ data }) {
         </tr>
       ))}</tbody>
     </table>
+  );
+}
+
+/** Latents of earlier layers that look at one another through the head's weights. @param {{layer: number, head: number, query: Record<string, string>}} props */
+function Latents({ layer, head, query }) {
+  const before = dictionaries.value.filter((one) => one.kind === 'latent' && one.has_autoencoder && one.layer !== null && one.layer < layer);
+  const ids = before.map((one) => one.id);
+  const ends = /** @type {const} */ (['queries', 'keys']).map((end) => ({ end, id: ids.includes(query[end]) ? query[end] : ids.at(-1) }));
+  const body = { layer, head, queries: ends[0].id, keys: ends[1].id, k: 20 };
+  const asked = useAsk(ids.length ? JSON.stringify(body) : null, (signal) => post(url(['head', 'latents']), body, { signal }));
+  return (
+    <Panel id="head-latents" title="Latents that look at one another" what="score of one unit of activation of each, from the weights of queries and keys" json={asked.data?.pairs} python={asked.data?.python}>
+      {!ids.length ? <Empty title="No dictionary of an earlier layer is at hand" /> : (
+        <>
+          <p class="row">{ends.map(({ end, id }) => (
+            <label>{end === 'keys' ? 'are looked at' : 'look'} <select value={id} onChange={(event) => go(href(['h', layer, head], { ...query, [end]: event.currentTarget.value }), { replace: true })}>{before.map((one) => <option value={one.id}>{one.name}</option>)}</select></label>
+          ))}</p>
+          <Answer asked={asked} lines={8}>{(data) => (
+            <>
+              <table class="pair-list">
+                <thead><tr><th scope="col">Latent</th><th scope="col">looks at</th><th scope="col" class="num">score</th></tr></thead>
+                <tbody>{data.pairs.map((/** @type {any} */ pair) => (
+                  <tr>{[pair.query, pair.key].map((one) => <td><Unit link={href(['f', one.dictionary, one.unit])} unit={one.unit} label={one.label} /></td>)}<td class="num" data-value={pair.score}>{fixed(pair.score, 4)}</td></tr>
+                ))}</tbody>
+              </table>
+              <p class="small soft">{data.note}</p>
+            </>
+          )}</Answer>
+        </>
+      )}
+    </Panel>
   );
 }
 
