@@ -257,7 +257,7 @@ def test_a_finished_run_answers_the_same_command(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="its activations are not what they were"):
         train(small(), planted(64, seed=5)[0], folder, progress=False)
     shutil.rmtree(folder / "checkpoints")
-    with pytest.raises(InputError, match="whose checkpoints were removed: load what it trained"):
+    with pytest.raises(InputError, match="whose checkpoints were removed: use what it trained"):
         train(small(), rows, folder, progress=False)
     assert written(folder).keys() == {name for name in before if "checkpoints" not in name}
 
@@ -355,7 +355,7 @@ def test_a_folder_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"other settings .*lr: None there, 0.01 now"):
         train(small(lr=0.01), planted(64)[0], folder, progress=False)
     train(config, planted(64)[0], folder, progress=False)
-    with pytest.raises(InputError, match=r"finished run with other .*: load .*Autoencoder\.load"):
+    with pytest.raises(InputError, match=r"finished run with other .*: use what it trained"):
         train(small(lr=0.01), planted(64)[0], folder, progress=False)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
