@@ -22,7 +22,7 @@ from neuron_explainer.experiments.boards.measures import (
 )
 from neuron_explainer.experiments.boards.model_files import save_model
 from neuron_explainer.experiments.boards.objects import KINDS, BoardConfig
-from neuron_explainer.experiments.boards.seed_layout import write_seed_layout
+from neuron_explainer.experiments.boards.seed_layout import read_seed_layout, write_seed_layout
 from neuron_explainer.experiments.boards.speed import time_step
 from neuron_explainer.experiments.boards.study import USUAL_BOARDS, Study
 from neuron_explainer.experiments.boards.training import BoardTrainingConfig
@@ -142,6 +142,9 @@ def run_boards(args: argparse.Namespace) -> None:
         there = [path.name for path in args.out.iterdir()] if args.out.is_dir() else []
         if others := [name for name in there if not name.startswith((".", "dataset"))]:
             raise InputError(f"{args.out} holds {others[0]}, no data set; choose another --out.")
+        whole = args.out / "dataset.json"  # the last file to be written
+        if whole.exists() and read_seed_layout(whole).checksum != dataset.checksum:
+            raise InputError(f"{args.out} holds another data set; choose another --out.")
         print(f"wrote {write_seed_layout(dataset, args.out)}")
     elif args.out is not None:
         with files.write_once(args.out, "choose another --out") as folder:

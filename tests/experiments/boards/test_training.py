@@ -277,8 +277,13 @@ def test_commands_that_make_boards(tmp_path: Path, capsys: pytest.CaptureFixture
     main(["boards", *small, "--out", str(tmp_path / "ours")])
     main(["boards", *small, "--out", str(tmp_path / "theirs"), "--seed-layout"])
     assert (tmp_path / "ours" / "boards.npz").exists()
-    assert (tmp_path / "theirs" / "dataset.json").exists()
     assert "of kind composite" in capsys.readouterr().out
+    written = tmp_path / "theirs" / "dataset.json"
+    before = written.read_bytes()
+    main(["boards", *small, "--out", str(tmp_path / "theirs"), "--seed-layout"])  # the same boards
+    with pytest.raises(SystemExit, match="holds another data set"):
+        main(["boards", *small, "--seed", "5", "--out", str(tmp_path / "theirs"), "--seed-layout"])
+    assert written.read_bytes() == before
 
 
 @pytest.mark.slow
