@@ -142,6 +142,20 @@ def test_the_search_and_the_list_of_keys_without_a_mouse(by_keys: OpenPage) -> N
     page.keyboard.press("Escape")
 
 
+def test_a_window_that_closes_late_does_not_close_the_next(by_keys: OpenPage) -> None:
+    page = by_keys(f"#/f/{LATENTS}/3")
+    expect(page.get_by_role("heading", level=1)).to_be_visible()
+    page.keyboard.press("?")
+    expect(page.get_by_role("dialog", name="Keys")).to_be_visible()
+    # The browser sends the event "close" in a later task than that in which the window is closed.
+    page.evaluate("""() => {
+        document.querySelector('dialog').close();
+        document.body.dispatchEvent(new KeyboardEvent('keydown', { key: '/', bubbles: true }));
+    }""")
+    page.evaluate("() => new Promise((done) => setTimeout(done, 100))")
+    expect(page.get_by_role("combobox", name="Search features")).to_be_focused()
+
+
 def test_a_prompt_without_a_mouse(by_keys: OpenPage, tales: Transformer) -> None:
     """Tasks 6 and 7: a prompt with tokens of interest, a head that is ablated, and traces."""
     page = by_keys("#/d")

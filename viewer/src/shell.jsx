@@ -40,7 +40,8 @@ export function Shell() {
   useEffect(() => {
     document.title = [of || page?.title, 'neuron_explainer'].filter(Boolean).join(' · ');
   }, [page, of]);
-  const close = () => (window.value = '');
+  /** A window's event "close" comes late: another may be open by then. @param {'search' | 'commands' | 'keys'} name */
+  const close = (name) => () => void (window.value === name && (window.value = ''));
   return (
     <div class="shell">
       <a class="skip" href="#main" onClick={(event) => { event.preventDefault(); document.getElementById('main')?.focus(); }}>Skip to the page</a>
@@ -50,9 +51,9 @@ export function Shell() {
         {page ? <page.component key={page.path} path={path.slice(1)} query={query} /> : <Unknown />}
       </main>
       <StatusBar />
-      {window.value === 'search' && <Palette mode="search" onClose={close} />}
-      {window.value === 'commands' && <Palette mode="commands" onClose={close} />}
-      {window.value === 'keys' && <Keys onClose={close} />}
+      {window.value === 'search' && <Palette mode="search" onClose={close('search')} />}
+      {window.value === 'commands' && <Palette mode="commands" onClose={close('commands')} />}
+      {window.value === 'keys' && <Keys onClose={close('keys')} />}
       <Notices />
     </div>
   );
