@@ -15,6 +15,7 @@ import os
 import sqlite3
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -478,27 +479,39 @@ class Workspace:
         return connection
 
     def _set_up(self, connection: sqlite3.Connection) -> None:
+        connection.execute(
+            "BEGIN"
+        )  # another process may set up the file between two of these looks
+        is_ready = self._is_ready(connection)
+        connection.execute("COMMIT")
+        if is_ready:
+            return
+        _use_wal(connection)
+        connection.execute("BEGIN IMMEDIATE")
+        if not self._is_ready(connection):
+            for statement in _SCHEMA.split(";\n"):
+                if statement.strip():
+                    connection.execute(statement)
+            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {_VERSION}")
+        connection.execute("COMMIT")
+
+    def _is_ready(self, connection: sqlite3.Connection) -> bool:
+        """Whether the file has all tables; a CheckpointError if it is no workspace."""
         found = (
             connection.execute("PRAGMA application_id").fetchone()[0],
             connection.execute("PRAGMA user_version").fetchone()[0],
         )
         # Tables came with later versions of this library; earlier ones do not look at them.
         if found == (_APPLICATION_ID, _VERSION) and _has_explanations(connection):
-            return
+            return True
         tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if tables and found not in ((_APPLICATION_ID, 0), (_APPLICATION_ID, _VERSION)):
             raise CheckpointError(
                 f"{self.path}: expected a workspace of version {_VERSION}, found another SQLite file or "
                 "a newer version."
             )
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("BEGIN IMMEDIATE")
-        for statement in _SCHEMA.split(";\n"):
-            if statement.strip():
-                connection.execute(statement)
-        connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version = {_VERSION}")
-        connection.execute("COMMIT")
+        return False
 
     @contextlib.contextmanager
     def _in_words(self) -> Iterator[None]:
@@ -529,3 +542,16 @@ def _has_explanations(connection: sqlite3.Connection) -> bool:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    """Switch to a write-ahead log. SQLite does not wait for others where it switches."""
+    end = time.monotonic() + _WAIT
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.01)

@@ -137,6 +137,29 @@ def test_threads_write_at_once(workspace: Workspace) -> None:
     assert len(workspace.labels()) == 10
 
 
+def test_many_make_the_same_file_at_once(tmp_path: Path) -> None:
+    """As the stores of a server do when their first labels are written."""
+    errors: list[Exception] = []
+
+    def write(number: int, path: Path, start: threading.Barrier) -> None:
+        workspace = Workspace(path, f"store {number}", 100)
+        start.wait()
+        try:
+            workspace.set_label(number, "x")
+        except Exception as error:  # whatever it is, it is one too many
+            errors.append(error)
+        workspace.close()
+
+    for turn in range(10):
+        start, path = threading.Barrier(8), tmp_path / f"{turn}.sqlite"
+        threads = [threading.Thread(target=write, args=(i, path, start)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not errors
+
+
 def test_a_killed_writer_leaves_nothing_half(workspace: Workspace) -> None:
     workspace.set_label(1, "before")
     script = (
