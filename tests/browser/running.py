@@ -150,14 +150,14 @@ class Server:
                 os.kill(process, signal.SIGCONT)
 
     @contextmanager
-    def model_slowed(self, share: float = 0.05) -> Iterator[None]:
+    def model_slowed(self, share: float = 0.05, period: float = 0.02) -> Iterator[None]:
         """Within the block, the model's process runs for this share of the time, a moment at a time."""
         process, over = self.model_process(), threading.Event()
 
         def slow() -> None:
-            while not over.wait(0.02 * share):
+            while not over.wait(period * share):
                 os.kill(process, signal.SIGSTOP)
-                over.wait(0.02 * (1 - share))
+                over.wait(period * (1 - share))
                 os.kill(process, signal.SIGCONT)
 
         thread = threading.Thread(target=slow, daemon=True)

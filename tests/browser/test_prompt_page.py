@@ -355,8 +355,11 @@ def test_rows_come_as_they_are_computed_and_keep_their_places(
 def test_a_request_is_stopped_by_a_key(open_page: OpenPage, server: Server) -> None:
     page = open_page("#/d")
     expect(page.get_by_role("heading", level=1)).to_be_visible()
-    with server.model_slowed(0.03):
-        page.evaluate("(hash) => { location.hash = hash; }", LATENTS_EVERYWHERE + "&k=60")
+    # Of a text that no other test gives: nothing of it is kept, so that the reply takes its time.
+    unseen = LATENTS_EVERYWHERE.replace("queen", "prince") + "&k=60"
+    assert "prince" in unseen
+    with server.model_slowed(0.03, 0.1):
+        page.evaluate("(hash) => { location.hash = hash; }", unseen)
         expect(page.get_by_text("so far")).to_be_visible()
         page.keyboard.press("Escape")
         expect(page.locator(".failure")).to_contain_text("Stopped")
