@@ -1,11 +1,8 @@
 """The verbs explain and score: what a latent does, which needs the model that comes with the package."""
 
-import json
-from typing import Any
-
 import pytest
 
-from neuron_explainer.cli import main
+from tests.test_cli_explaining import as_json, run
 
 STORE = "tiny-tales/ae-resid-delta-mlp/2"
 LITTLE = ["--most-tokens", "3000", "--train", "4", "--test", "4"]
@@ -15,16 +12,6 @@ LITTLE = ["--most-tokens", "3000", "--train", "4", "--test", "4"]
 def _own_data(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.getbasetemp() / "logits"
     monkeypatch.setenv("NEURON_EXPLAINER_DATA", str(folder))
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> str:
-    assert main(list(argv)) == code
-    found = capsys.readouterr()
-    return found.err if code else found.out
-
-
-def as_json(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:
-    return json.loads(run(capsys, *argv, "--json"))
 
 
 def test_logits_need_no_examples_of_tokens(capsys: pytest.CaptureFixture[str]) -> None:

@@ -440,14 +440,7 @@ class LanguageModel(ABC):
         ids = self.prompt_ids(prompts, bos)
         longest = max(map(len, ids))
         self._check_room(longest, num_tokens, hooks)
-        generator = _make_generator(generator, seed, self.device)
-        choose = functools.partial(
-            sample_from_logits,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            generator=generator,
-        )
+        choose = _chooser(temperature, top_k, top_p, _make_generator(generator, seed, self.device))
         stops = _stops_to_ids(stop, self._encode)
         with self._generation(len(ids), longest, num_tokens, hooks) as step:
             rows = _generate(step, ids, num_tokens, choose, stops, self.device)
@@ -477,14 +470,7 @@ class LanguageModel(ABC):
         if len(ids) > 1:
             raise InputError(f"stream takes one prompt, found {len(ids)}.")
         self._check_room(len(ids[0]), num_tokens, hooks)
-        generator = _make_generator(None, seed, self.device)
-        choose = functools.partial(
-            sample_from_logits,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            generator=generator,
-        )
+        choose = _chooser(temperature, top_k, top_p, _make_generator(None, seed, self.device))
         return self._stream(ids, num_tokens, choose, hooks)
 
     @torch.no_grad()
@@ -630,6 +616,19 @@ def check_tokens(tokens: Any, pad: Any, n_vocab: int, device: torch.device | Non
 
 def _unknown_token(token: int, n_vocab: int) -> InputError:
     return InputError(f"token ids must lie in 0 to {n_vocab - 1}, found {token}.")
+
+
+def _chooser(
+    temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Callable[[Tensor], Tensor]:
+    """From the logits of the next token of each row to its id."""
+    return functools.partial(
+        sample_from_logits,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=generator,
+    )
 
 
 def _make_generator(

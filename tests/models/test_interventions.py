@@ -551,6 +551,7 @@ def wrong(value: Any) -> Any:
         (lambda: ablate("0/mlp.post_act", 1, -1), "The last token is 'last'"),
         (lambda: ablate("0/mlp.post_act", 1, "first"), "positions must be"),
         (lambda: ablate("0/mlp.post_act", 1, wrong(0.5)), "positions must be"),
+        (lambda: ablate("0/mlp.post_act", 1, wrong(iter([True]))), "positions must be"),
         (lambda: set_to("0/mlp.post_act", torch.nan), "finite"),
         (lambda: set_to("0/mlp.post_act", wrong("x")), "number or a tensor"),
         (lambda: clamp("0/mlp.post_act"), "needs minimum"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
@@ -17,7 +17,7 @@ from neuron_explainer.server.worker import Worker
 from tests.server.clients import API, app_with, client_of
 from tests.server.computed import assert_same, make_setup, result_of
 from tests.server.stores import make_stores
-from tests.server.test_openapi import COMPUTES, FOUND, check, requests
+from tests.server.test_openapi import COMPUTES, FOUND, check, fuzzed, requests
 
 IDS = ["mlp.0", "attn.1", "acts.0", "neurons.0", "nothing"]
 
@@ -292,26 +292,14 @@ DEBUGS = st.fixed_dictionaries(
 )
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+@fuzzed(60)
 @given(body=DEBUGS)
 def test_no_request_for_nodes_makes_the_server_fail(client: TestClient, body: Any) -> None:
     check(client, {"method": "POST", "url": f"{API}/debug", "json": body})
     check_stream(client, "debug", body)
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+@fuzzed(60)
 @given(changes=st.lists(WHOLE | CHANGES, min_size=1, max_size=2), length=st.integers(1, 4))
 def test_no_generation_begins_and_then_fails(
     client: TestClient, changes: list[Any], length: int
@@ -329,13 +317,7 @@ def check_stream(client: TestClient, route: str, body: Any) -> None:
         assert events_of(reply.text)[-1][0] == "done", (body, reply.text[-500:])
 
 
-@settings(
-    max_examples=100,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+@fuzzed(100)
 @given(data=st.data())
 def test_no_request_makes_the_model_fail(client: TestClient, data: st.DataObject) -> None:
     request = data.draw(requests(FOUND, data.draw(st.sampled_from(COMPUTES))))

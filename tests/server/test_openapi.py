@@ -34,6 +34,17 @@ JSON_VALUES = st.recursive(
 )
 
 
+def fuzzed(n_examples: int) -> settings:
+    """The same examples in every run, however long one takes."""
+    return settings(
+        max_examples=n_examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
 def schema() -> dict[str, Any]:
     found: dict[str, Any] = app_with(["tiny-tales/ae-resid-delta-mlp/2"]).openapi()
     return found
@@ -165,13 +176,7 @@ def check(client: TestClient, request: dict[str, Any], allowed: tuple[int, ...] 
 
 
 @pytest.mark.parametrize("operation", READS, ids=lambda each: each[2]["operationId"])
-@settings(
-    max_examples=20,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+@fuzzed(20)
 @given(data=st.data())
 def test_no_request_makes_the_server_fail(
     client: TestClient, operation: Any, data: st.DataObject
@@ -188,13 +193,7 @@ def test_addresses_that_are_none(client: TestClient, path: str) -> None:
         assert reply.status_code < 500, (method, path)
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+@fuzzed(60)
 @given(data=st.data())
 def test_without_a_model_every_computation_says_so(client: TestClient, data: st.DataObject) -> None:
     operation = data.draw(st.sampled_from(COMPUTES))

@@ -6,7 +6,7 @@ Shape legend: ``b`` batch, ``s`` positions of this call.
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,10 +40,12 @@ class Positions:
                 )
             return cls(given if given.dim() == 2 else given[None])
         try:
-            numbers = (
-                given if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+            numbers: list[Any] = (
+                list(given)
+                if isinstance(given, Iterable) and not isinstance(given, str)
+                else [given]
             )
-            chosen = tuple(operator.index(number) for number in numbers)  # type: ignore[arg-type]
+            chosen = tuple(operator.index(number) for number in numbers)
             if any(isinstance(number, bool) for number in numbers):
                 raise TypeError
         except TypeError:
