@@ -60,6 +60,26 @@ def test_the_model_page_leads_to_dictionaries_and_reads_texts(open_page: OpenPag
     expect(page.get_by_role("heading", level=1)).to_contain_text("ae-resid-delta-mlp/2")
 
 
+AT_ONCE = """() => new MutationObserver((_, observer) => {
+    const field = document.getElementById('text-a');
+    if (!field) return;
+    observer.disconnect();
+    field.value = 'Typed at once';
+    field.dispatchEvent(new Event('input', { bubbles: true }));
+}).observe(document, { childList: true, subtree: true })"""
+
+
+def test_what_is_typed_at_once_stays(open_page: OpenPage) -> None:
+    """Before the effects of the page's first drawing have run."""
+    page = open_page("#/d")
+    expect(page.get_by_role("heading", level=1)).to_be_visible()
+    page.evaluate(AT_ONCE)
+    page.evaluate("() => { location.hash = '#/p'; }")
+    expect(page.get_by_label("Text of Prompt")).to_have_value("Typed at once")
+    page.evaluate("() => new Promise((done) => setTimeout(done, 300))")
+    expect(page.get_by_label("Text of Prompt")).to_have_value("Typed at once")
+
+
 def test_a_hostile_prompt_stays_text(open_page: OpenPage) -> None:
     text = "<img src=x onerror=window.hurt=1><script>window.hurt=1</script>"
     page = open_page("#/p")

@@ -1,4 +1,4 @@
-import { useEffect, useState } from 'preact/hooks';
+import { useEffect, useRef, useState } from 'preact/hooks';
 
 /**
  * A text while it is typed; it counts once nothing has been typed for a while.
@@ -6,7 +6,11 @@ import { useEffect, useState } from 'preact/hooks';
  */
 export function useDraft(value, commit, pause) {
   const [draft, setDraft] = useState(value);
-  useEffect(() => setDraft(value), [value]);
+  const shown = useRef(value); // what is typed before the first effects run stays
+  useEffect(() => {
+    if (shown.current !== value) setDraft(value);
+    shown.current = value;
+  }, [value]);
   useEffect(() => {
     if (draft === value) return;
     const timer = setTimeout(() => commit(draft), pause);

@@ -45,8 +45,9 @@ function example() {
 export function PromptPage({ query }) {
   const first = useRef(Object.keys(query).length === 0).current;
   useEffect(() => {
-    // An empty page says little: it begins with an example.
-    if (first && model.value && !location.hash.includes('?')) go(href(['p'], write({ ...initial(), a: example() })), { replace: true });
+    // An empty page says little: it begins with an example, unless something has been typed already.
+    const typed = /** @type {HTMLTextAreaElement | null} */ (document.getElementById('text-a'))?.value;
+    if (first && !typed && model.value && !location.hash.includes('?')) go(href(['p'], write({ ...initial(), a: example() })), { replace: true });
   }, [model.value]);
   const kept = useAsk(query.s ?? null, (signal) => get(url(['sessions', query.s]), { signal }));
   if (query.s && kept.error)

@@ -14,7 +14,11 @@ import { prompt } from './state.js';
 export function Fields({ a, b, onRun, onSwap, busy }) {
   const [draft, setDraft] = useState({ a, b });
   const committed = JSON.stringify([a, b]);
-  useEffect(() => setDraft({ a, b }), [committed]);
+  const shown = useRef(committed); // what is typed before the first effects run stays
+  useEffect(() => {
+    if (shown.current !== committed) setDraft({ a, b });
+    shown.current = committed;
+  }, [committed]);
   const changed = JSON.stringify([draft.a, draft.b]) !== committed;
   const run = (/** @type {{a: Prompt, b: Prompt | null}} */ next) => onRun(next.a, next.b);
 
